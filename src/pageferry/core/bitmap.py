@@ -1,0 +1,213 @@
+"""DirtyBitmap: one bit per guest frame, in the layout of ``KVM_GET_DIRTY_LOG``.
+
+Every operation is vectorised and costs at most one pass over the words; nothing loops over pages in Python.
+"""
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pageferry.core.frames import GfnArray
+
+_WORD_BITS = 64
+_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+def runs_of(gfns: GfnArray, *, max_pages: int | None = None) -> tuple[GfnArray, GfnArray]:
+    """Group ascending, distinct frames into runs of neighbours.
+
+    Args:
+        gfns: uint64[n], strictly ascending.
+        max_pages: longer runs are cut into pieces of at most this many pages.
+
+    Returns:
+        ``(starts, lengths)``, uint64[m] each: run i is frames ``starts[i] .. starts[i] + lengths[i] - 1``.
+    """
+    if gfns.size == 0:
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    first = np.concatenate(([0], np.flatnonzero(np.diff(gfns) != 1) + 1))
+    starts = gfns[first]
+    lengths = np.diff(np.append(first, gfns.size)).astype(np.uint64)
+    return (starts, lengths) if max_pages is None else split_runs(starts, lengths, max_pages)
+
+
+def split_runs(starts: GfnArray, lengths: GfnArray, max_pages: int) -> tuple[GfnArray, GfnArray]:
+    """Cut runs into pieces of at most ``max_pages`` pages, in order.
+
+    Args:
+        starts: uint64[m], first frame of each run.
+        lengths: uint64[m], pages in each run, each at least 1.
+        max_pages: at least 1.
+    """
+    limit = np.uint64(max_pages)
+    pieces = ((lengths + limit - np.uint64(1)) // limit).astype(np.int64)
+    if not pieces.size or int(pieces.max()) == 1:
+        return starts, lengths
+    owner = np.repeat(np.arange(starts.size), pieces)
+    nth = (np.arange(owner.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)).astype(np.uint64)
+    return starts[owner] + nth * limit, np.minimum(limit, lengths[owner] - nth * limit)
+
+
+def expand_runs(starts: GfnArray, lengths: GfnArray) -> GfnArray:
+    """Return every frame of the runs, in order: the inverse of :func:`runs_of`."""
+    counts = lengths.astype(np.int64)
+    offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(starts, counts) + offsets.astype(np.uint64)
+
+
+class DirtyBitmap:
+    """A set of frames ``0 .. nbits-1``.
+
+    ``words`` is uint64[ceil(nbits/64)]; bit i of word w is frame 64w+i. Bits past ``nbits`` in the last word are
+    always 0 after any method here; whoever writes ``words`` directly (a kernel call) keeps it so.
+
+    Args:
+        nbits: how many frames, at least 0. A multiple of 64 is not required.
+        words: storage to take over, or None for all zeros. (Zeroed lazily by the kernel: cheap whatever the size.)
+    """
+
+    __slots__ = ("nbits", "words")
+
+    def __init__(self, nbits: int, words: NDArray[np.uint64] | None = None) -> None:
+        n_words = (nbits + _WORD_BITS - 1) // _WORD_BITS
+        if words is None:
+            words = np.zeros(n_words, np.uint64)
+        if words.dtype != np.uint64 or words.shape != (n_words,):
+            raise ValueError(f"{nbits} bits need uint64[{n_words}], not {words.dtype}{list(words.shape)}")
+        self.nbits = nbits
+        self.words = words
+
+    @classmethod
+    def of(cls, nbits: int, gfns: ArrayLike) -> Self:
+        """Return a bitmap with exactly ``gfns`` set."""
+        bitmap = cls(nbits)
+        bitmap.set(gfns)
+        return bitmap
+
+    def copy(self) -> "DirtyBitmap":
+        """Return an independent copy."""
+        return DirtyBitmap(self.nbits, self.words.copy())
+
+    def _checked(self, gfns: ArrayLike) -> GfnArray:
+        array = np.atleast_1d(np.asarray(gfns))
+        if array.size == 0:
+            return np.empty(0, np.uint64)
+        if array.dtype.kind == "i" and int(array.min()) < 0:
+            raise IndexError(f"frame {int(array.min())} is negative")
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"frames are integers, not {array.dtype}")
+        if int(array.max()) >= self.nbits:
+            raise IndexError(f"frame {int(array.max()):#x} is outside a bitmap of {self.nbits:#x}")
+        return array.astype(np.uint64, copy=False)
+
+    def set(self, gfns: ArrayLike) -> None:
+        """Set the bits of ``gfns`` (an int or integers[n], any order, repeats allowed).
+
+        Raises:
+            IndexError: a frame is outside the bitmap; nothing was set.
+        """
+        array = self._checked(gfns)
+        np.bitwise_or.at(self.words, array >> np.uint64(6), np.uint64(1) << (array & np.uint64(63)))
+
+    def clear(self, gfns: ArrayLike) -> None:
+        """Clear the bits of ``gfns``; as :meth:`set` otherwise."""
+        array = self._checked(gfns)
+        np.bitwise_and.at(self.words, array >> np.uint64(6), ~(np.uint64(1) << (array & np.uint64(63))))
+
+    def _range_mask(self, first: int, count: int) -> tuple[slice, NDArray[np.uint64]]:
+        if first < 0 or count < 0 or first + count > self.nbits:
+            raise IndexError(f"frames {first:#x}+{count:#x} are outside a bitmap of {self.nbits:#x}")
+        low, high = first // _WORD_BITS, (first + count + _WORD_BITS - 1) // _WORD_BITS
+        mask = np.full(high - low if count else 0, _ONES)
+        if mask.size:
+            mask[0] &= _ONES << np.uint64(first % _WORD_BITS)
+            mask[-1] &= _ONES >> np.uint64(-(first + count) % _WORD_BITS)
+        return slice(low, low + mask.size), mask
+
+    def set_range(self, first: int, count: int) -> None:
+        """Set frames ``first .. first+count-1``.
+
+        Raises:
+            IndexError: the range is not inside the bitmap; nothing was set.
+        """
+        where, mask = self._range_mask(first, count)
+        self.words[where] |= mask
+
+    def clear_range(self, first: int, count: int) -> None:
+        """Clear frames ``first .. first+count-1``; as :meth:`set_range` otherwise."""
+        where, mask = self._range_mask(first, count)
+        self.words[where] &= ~mask
+
+    def test(self, gfn: int) -> bool:
+        """Tell whether frame ``gfn`` is set."""
+        return bool(self.test_many(gfn)[0])
+
+    def test_many(self, gfns: ArrayLike) -> NDArray[np.bool_]:
+        """Tell for each of ``gfns`` whether it is set, as bool[n]."""
+        array = self._checked(gfns)
+        bits = (self.words[array >> np.uint64(6)] >> (array & np.uint64(63))) & np.uint64(1)
+        result: NDArray[np.bool_] = bits.astype(np.bool_)
+        return result
+
+    def count(self) -> int:
+        """Return how many bits are set."""
+        return int(np.bitwise_count(self.words).sum(dtype=np.uint64))
+
+    def any(self) -> bool:
+        """Tell whether a bit is set."""
+        return bool(self.words.any())
+
+    def gfns(self) -> GfnArray:
+        """Return the frames that are set, uint64[count], ascending."""
+        where = np.flatnonzero(self.words)
+        bits = np.unpackbits(self.words[where].astype("<u8", copy=False).view(np.uint8), bitorder="little")
+        nth = np.flatnonzero(bits)
+        gfns: GfnArray = (where[nth >> 6].astype(np.uint64) << np.uint64(6)) | (nth & 63).astype(np.uint64)
+        return gfns
+
+    def runs(self, *, max_pages: int | None = None) -> tuple[GfnArray, GfnArray]:
+        """Return the set frames as runs; see :func:`runs_of`."""
+        return runs_of(self.gfns(), max_pages=max_pages)
+
+    def __ior__(self, other: "DirtyBitmap") -> Self:
+        """Set every bit that is set in ``other``."""
+        self._same_size(other)
+        self.words |= other.words
+        return self
+
+    def __iand__(self, other: "DirtyBitmap") -> Self:
+        """Keep only the bits that are set in ``other`` too."""
+        self._same_size(other)
+        self.words &= other.words
+        return self
+
+    def __isub__(self, other: "DirtyBitmap") -> Self:
+        """Clear every bit that is set in ``other`` (and-not)."""
+        self._same_size(other)
+        self.words &= ~other.words
+        return self
+
+    def __or__(self, other: "DirtyBitmap") -> "DirtyBitmap":
+        result = self.copy()
+        result |= other
+        return result
+
+    def __sub__(self, other: "DirtyBitmap") -> "DirtyBitmap":
+        result = self.copy()
+        result -= other
+        return result
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DirtyBitmap):
+            return NotImplemented
+        return self.nbits == other.nbits and bool(np.array_equal(self.words, other.words))
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"DirtyBitmap({self.count()} of {self.nbits})"
+
+    def _same_size(self, other: "DirtyBitmap") -> None:
+        if self.nbits != other.nbits:
+            raise ValueError(f"bitmaps of {self.nbits} and {other.nbits} frames do not combine")

@@ -1,0 +1,148 @@
+"""Host address space for guest memory: one reservation into which pieces of a memfd are mapped.
+
+This is the only module that calls ``mmap``/``madvise`` by address. Views are ordinary buffers that keep the mapping
+alive: memory is unmapped when the last of them is gone, never under a reader's feet.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import weakref
+from typing import Any
+
+import numpy as np
+
+from pageferry.core.errors import UsageError, VmError
+from pageferry.core.frames import PAGE_SHIFT, GfnArray, Hva
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+
+_MAP_FAILED = ctypes.c_void_p(-1).value
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+MADV_POPULATE_WRITE = 23
+
+
+def _raise(call: str) -> None:
+    code = ctypes.get_errno()
+    hint = "less memory for the guest, or more for the host" if code == errno.ENOMEM else ""
+    raise VmError(f"{call}: {os.strerror(code)}", hint=hint)
+
+
+class MemFd:
+    """An anonymous, sparse, page-granular file: the storage of guest RAM.
+
+    Args:
+        name: shown in ``/proc/PID/maps``.
+        size_bytes: a multiple of the page size; costs nothing until touched.
+    """
+
+    def __init__(self, name: str, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self.fd)
+        try:
+            os.ftruncate(self.fd, size_bytes)
+        except (OSError, OverflowError) as error:
+            self._close()
+            raise UsageError(f"the host cannot hold {size_bytes} bytes of guest memory") from error
+
+    def populated(self) -> tuple[GfnArray, GfnArray]:
+        """Return the page runs that have storage, ``(starts, lengths)`` in pages of the file, ascending.
+
+        Everything else reads as zero and was never touched. Cost grows with the number of extents.
+        """
+        starts: list[int] = []
+        ends: list[int] = []
+        at = 0
+        while at < self.size_bytes:
+            try:
+                begin = os.lseek(self.fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    break
+                raise
+            at = os.lseek(self.fd, begin, os.SEEK_HOLE)
+            starts.append(begin >> PAGE_SHIFT)
+            ends.append(at >> PAGE_SHIFT)
+        first = np.array(starts, np.uint64)
+        return first, np.array(ends, np.uint64) - first
+
+    def punch(self, offset: int, size_bytes: int) -> None:
+        """Give the storage of a range back to the host; it reads as zero afterwards."""
+        if _libc.fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, size_bytes):
+            _raise("fallocate")
+
+    def close(self) -> None:
+        """Close the descriptor; mappings stay valid."""
+        self._close()
+
+
+class _Reservation:
+    """Owns a range of host addresses; unmapped when collected."""
+
+    def __init__(self, size_bytes: int) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        address = _libc.mmap(None, size_bytes, _PROT_NONE, flags, -1, 0)
+        if address == _MAP_FAILED:
+            _raise("mmap")
+        self.hva = Hva(address)
+        weakref.finalize(self, _libc.munmap, address, size_bytes)
+
+
+class HostMapping:
+    """A contiguous range of host addresses, at first inaccessible, into which memfd ranges are mapped.
+
+    ``view`` is a writable ``memoryview`` of bytes over the whole range. Touching a part of it where nothing is mapped
+    kills the process, as any wild pointer does: callers check addresses first.
+
+    Args:
+        size_bytes: how much to reserve; a multiple of the page size.
+    """
+
+    def __init__(self, size_bytes: int) -> None:
+        reservation = _Reservation(size_bytes)
+        self.hva = reservation.hva
+        self.size_bytes = size_bytes
+        array: Any = (ctypes.c_ubyte * size_bytes).from_address(reservation.hva)
+        # SAFETY: the array borrows the reservation's addresses; this attribute keeps it mapped as long as any view
+        # (every memoryview and numpy array over it holds the ctypes array).
+        array.owner = reservation
+        self.view = memoryview(array).cast("B")
+
+    def _check(self, at: int, size_bytes: int) -> None:
+        if at < 0 or size_bytes < 0 or at + size_bytes > self.size_bytes:
+            raise IndexError(f"{at:#x}+{size_bytes:#x} is outside a mapping of {self.size_bytes:#x}")
+
+    def map_fd(self, memfd: MemFd, offset: int, at: int, size_bytes: int) -> None:
+        """Map ``size_bytes`` of ``memfd`` from ``offset`` at byte ``at``, shared and writable.
+
+        All three are multiples of the page size.
+        """
+        self._check(at, size_bytes)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        # SAFETY: MAP_FIXED lands inside our own reservation (checked above).
+        if _libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
+            _raise("mmap")
+
+    def unmap(self, at: int, size_bytes: int) -> None:
+        """Make a range inaccessible again; the reservation stays."""
+        self._check(at, size_bytes)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        if _libc.mmap(self.hva + at, size_bytes, _PROT_NONE, flags, -1, 0) == _MAP_FAILED:
+            _raise("mmap")
+
+    def advise(self, at: int, size_bytes: int, advice: int) -> None:
+        """Call ``madvise`` on a range without holding the interpreter lock."""
+        self._check(at, size_bytes)
+        if _libc.madvise(self.hva + at, size_bytes, advice):
+            _raise("madvise")

@@ -1,0 +1,226 @@
+"""GuestMemory: a guest's RAM as everyone but its vCPUs sees it.
+
+Guest-physical address ``gpa`` is host address ``hva + gpa``: one linear range of host addresses per guest. RAM is a
+list of regions; a guest of more than 3 GiB has the PCI hole between two of them, and the hole is not mapped. Where
+the bytes lie inside the memfd is the machine's business: on ``kvm`` at offset ``gpa``, on ``soft`` wherever the P2M
+says.
+
+Law 4: whoever writes here is not a vCPU, so nested paging does not see it; every writing method marks the frames
+dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap, expand_runs
+from pageferry.core.errors import UsageError, VmError
+from pageferry.core.frames import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PCI_HOLE_END,
+    PCI_HOLE_START,
+    Gfn,
+    GfnArray,
+    Gpa,
+    gfns_touched,
+)
+from pageferry.core.hostmem import MADV_POPULATE_WRITE, HostMapping, MemFd
+
+#: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
+MIN_MEMORY_BYTES = 2 << 20
+#: The identity map of the guest ABI ends here.
+MAX_MEMORY_BYTES = 127 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RamRegion:
+    """RAM at ``[gpa, gpa + size_bytes)``; both are multiples of the page size."""
+
+    gpa: Gpa
+    size_bytes: int
+
+    @property
+    def first_gfn(self) -> Gfn:
+        """The region's first frame."""
+        return Gfn(self.gpa >> PAGE_SHIFT)
+
+    @property
+    def pages(self) -> int:
+        """The region's size in frames."""
+        return self.size_bytes >> PAGE_SHIFT
+
+
+def ram_layout(memory_bytes: int) -> tuple[RamRegion, ...]:
+    """Return the regions of a guest with ``memory_bytes`` of RAM.
+
+    Raises:
+        UsageError: too small, too large, or not a multiple of the page size.
+    """
+    if memory_bytes % PAGE_SIZE:
+        raise UsageError(f"guest memory must be a multiple of {PAGE_SIZE} bytes, not {memory_bytes}")
+    if not MIN_MEMORY_BYTES <= memory_bytes <= MAX_MEMORY_BYTES:
+        raise UsageError(
+            f"guest memory of {memory_bytes} bytes is not possible",
+            hint=f"between {MIN_MEMORY_BYTES >> 20}M and {MAX_MEMORY_BYTES >> 30}G",
+        )
+    low = RamRegion(gpa=Gpa(0), size_bytes=min(memory_bytes, PCI_HOLE_START))
+    if memory_bytes <= PCI_HOLE_START:
+        return (low,)
+    return (low, RamRegion(gpa=PCI_HOLE_END, size_bytes=memory_bytes - PCI_HOLE_START))
+
+
+class GuestMemory:
+    """One guest's RAM.
+
+    Args:
+        regions: RAM, ascending and disjoint.
+        mapping: host addresses with all of RAM mapped at offset gpa; at least ``gfn_limit`` pages.
+        populated: returns the page runs (gfns) that have storage; the rest reads as zero.
+    """
+
+    def __init__(
+        self,
+        regions: Sequence[RamRegion],
+        mapping: HostMapping,
+        populated: Callable[[], tuple[GfnArray, GfnArray]],
+    ) -> None:
+        self.regions = tuple(regions)
+        self.mapping = mapping
+        self._populated = populated
+        self._on_write: Callable[[GfnArray], None] | None = None
+        self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
+        """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
+        self.size_bytes = sum(region.size_bytes for region in self.regions)
+
+    @classmethod
+    def linear(cls, memory_bytes: int) -> "GuestMemory":
+        """Make RAM over one memfd whose offset is the gpa (the hole costs nothing: the file is sparse).
+
+        Raises:
+            UsageError: see :func:`ram_layout`, or the host refuses the size.
+        """
+        regions = ram_layout(memory_bytes)
+        end = regions[-1].gpa + regions[-1].size_bytes
+        memfd = MemFd("pageferry-ram", end)
+        mapping = HostMapping(end)
+        for region in regions:
+            mapping.map_fd(memfd, region.gpa, region.gpa, region.size_bytes)
+        return cls(regions, mapping, memfd.populated)
+
+    @property
+    def pages(self) -> int:
+        """How many frames of RAM there are (the hole not counted)."""
+        return self.size_bytes >> PAGE_SHIFT
+
+    def on_write(self, mark: Callable[[GfnArray], None] | None) -> None:
+        """Set who is told of frames written through this object (a LogDirty's ``mark``), or nobody."""
+        self._on_write = mark
+
+    def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
+        """Tell whether every byte of a range is RAM of one region."""
+        return any(r.gpa <= gpa and gpa + size_bytes <= r.gpa + r.size_bytes for r in self.regions)
+
+    def are_ram(self, gfns: GfnArray) -> np.typing.NDArray[np.bool_]:
+        """Tell for each frame whether it is RAM, as bool[n]."""
+        result = np.zeros(gfns.shape, np.bool_)
+        for region in self.regions:
+            result |= (gfns >= region.first_gfn) & (gfns < region.first_gfn + region.pages)
+        return result
+
+    def all_ram(self) -> DirtyBitmap:
+        """Return a bitmap with every frame of RAM set."""
+        bitmap = DirtyBitmap(self.gfn_limit)
+        for region in self.regions:
+            bitmap.set_range(region.first_gfn, region.pages)
+        return bitmap
+
+    def populated(self) -> tuple[GfnArray, GfnArray]:
+        """Return the page runs with storage as ``(starts, lengths)``, ascending; all else was never touched and is 0.
+
+        The answer is a snapshot: a page may become populated at any time, and is then dirty if log-dirty is on.
+        """
+        return self._populated()
+
+    def read(self, gpa: int, size_bytes: int) -> bytes:
+        """Return a copy of a range.
+
+        Raises:
+            VmError: the range is not RAM.
+        """
+        self._check(gpa, size_bytes)
+        return bytes(self.mapping.view[gpa : gpa + size_bytes])
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Write ``data`` at ``gpa``, then mark its frames dirty.
+
+        Raises:
+            VmError: the range is not RAM; nothing was written.
+        """
+        self._check(gpa, len(data))
+        self.mapping.view[gpa : gpa + len(data)] = data
+        self.wrote(gfns_touched(gpa, len(data)))
+
+    def copy_within(self, source_gpa: int, target_gpa: int, size_bytes: int) -> None:
+        """Copy a range inside the guest (overlap allowed), then mark the target's frames dirty.
+
+        Raises:
+            VmError: a range is not RAM; nothing was written.
+        """
+        self._check(source_gpa, size_bytes)
+        self._check(target_gpa, size_bytes)
+        view = np.frombuffer(self.mapping.view, np.uint8)
+        view[target_gpa : target_gpa + size_bytes] = view[source_gpa : source_gpa + size_bytes]
+        self.wrote(gfns_touched(target_gpa, size_bytes))
+
+    def read_u64(self, gpa: int) -> int:
+        """Return the little-endian u64 at ``gpa``."""
+        return int.from_bytes(self.read(gpa, 8), "little")
+
+    def wrote(self, gfns: GfnArray) -> None:
+        """Mark frames dirty that the caller has just written through :meth:`views`."""
+        if self._on_write is not None and gfns.size:
+            self._on_write(gfns)
+
+    def views(self, starts: GfnArray, lengths: GfnArray) -> list[memoryview]:
+        """Return one writable view per run, straight onto guest memory: for gather and scatter I/O.
+
+        Whoever writes through a view calls :meth:`wrote` afterwards.
+
+        Raises:
+            VmError: a frame is not RAM.
+        """
+        if starts.size and not bool(
+            np.any(
+                [
+                    (starts >= r.first_gfn) & (starts + lengths <= r.first_gfn + r.pages) & (lengths <= r.pages)
+                    for r in self.regions
+                ],
+                axis=0,
+            ).all()
+        ):
+            raise VmError("a run of frames is not inside guest memory")
+        view = self.mapping.view
+        begins = (starts << np.uint64(PAGE_SHIFT)).tolist()
+        ends = ((starts + lengths) << np.uint64(PAGE_SHIFT)).tolist()
+        return [view[begin:end] for begin, end in zip(begins, ends, strict=True)]
+
+    def page_views(self, gfns: GfnArray) -> list[memoryview]:
+        """Return one view per frame; as :meth:`views` otherwise."""
+        return self.views(gfns, np.ones_like(gfns))
+
+    def populate(self, starts: GfnArray, lengths: GfnArray) -> None:
+        """Give storage to runs ahead of a write, without the interpreter lock; content stays as it is.
+
+        Raises:
+            VmError: a frame is not RAM, or the host is out of memory.
+        """
+        if not self.are_ram(expand_runs(starts, lengths)).all():
+            raise VmError("a run of frames is not inside guest memory")
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
+
+    def _check(self, gpa: int, size_bytes: int) -> None:
+        if gpa < 0 or size_bytes < 0 or not self.is_ram(gpa, size_bytes):
+            raise VmError(f"guest-physical range {gpa:#x}+{size_bytes:#x} is not RAM")

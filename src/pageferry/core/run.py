@@ -1,0 +1,217 @@
+"""Running, pausing and ending a guest's vCPUs: the part that every machine shares.
+
+One thread per vCPU calls ``Vcpu.run()`` over and over. Nothing else ever enters a vCPU. Two kinds of pause nest
+without knowing of each other: the *user's* (``pause``/``resume``: one flag) and the *hypervisor's* (``stopped()``: a
+count, held for the length of one operator such as CLEAN). A vCPU runs when neither holds it.
+
+Stopping is asked for with ``kick()``. A kick may come just before the vCPU enters the guest and be lost there, so
+whoever waits repeats it until every vCPU has said that it stopped.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from pageferry.core.errors import GuestCrash, PageferryError, VmError
+from pageferry.core.vm import GuestEnd, VmStatus
+
+_log = logging.getLogger(__name__)
+_KICK_INTERVAL_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class GuestExit:
+    """The guest asked to end with an exit code."""
+
+    code: int
+
+
+@dataclass(frozen=True, slots=True)
+class SyncPoint:
+    """The guest reached a sync point and showed a value: it pauses until the host has answered and resumes it."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The vCPU has nothing to do for so long; it may be woken early."""
+
+    duration_s: float
+
+
+Effect = GuestExit | SyncPoint | Wait
+"""What a device asks of the machine, acted on after the instruction that caused it has completed."""
+
+
+class Vcpu(Protocol):
+    """What :class:`RunControl` needs of a vCPU."""
+
+    def run(self) -> Effect | None:
+        """Run the guest until it is kicked or a device has an effect; called on the vCPU's own thread only.
+
+        On return the vCPU is at an instruction boundary and its I/O is complete.
+
+        Raises:
+            GuestCrash: the guest did something that no machine survives.
+            VmError: the machine failed.
+        """
+
+    def kick(self) -> None:
+        """Make ``run()`` return soon; from any thread, any number of times. Lost if the vCPU is not yet inside."""
+
+
+class RunControl:
+    """The run state of one guest.
+
+    Args:
+        vcpus: in index order; their threads start with the first ``resume()``.
+        name: for the threads' names.
+    """
+
+    def __init__(self, vcpus: Sequence[Vcpu], *, name: str = "guest") -> None:
+        self._vcpus = tuple(vcpus)
+        self._name = name
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._inside = [False] * len(self._vcpus)
+        self._user_paused = True
+        self._stops = 0
+        self._closing = False
+        self._end: GuestEnd | None = None
+        self._sync_value: int | None = None
+
+    @property
+    def status(self) -> VmStatus:
+        """What the guest is doing; a ``stopped()`` section is not visible here."""
+        with self._changed:
+            return self._status()
+
+    def _status(self) -> VmStatus:
+        if self._end is not None:
+            return VmStatus.CRASHED if self._end.crash is not None else VmStatus.SHUTDOWN
+        return VmStatus.PAUSED if self._user_paused else VmStatus.RUNNING
+
+    @property
+    def end(self) -> GuestEnd | None:
+        """Why the guest ended, once it has."""
+        return self._end
+
+    @property
+    def sync_value(self) -> int | None:
+        """The value of the sync point where the guest is paused now."""
+        return self._sync_value
+
+    def resume(self) -> None:
+        """Lift the user's pause.
+
+        Raises:
+            VmError: the guest has ended.
+        """
+        with self._changed:
+            if self._end is not None or self._closing:
+                raise VmError("the guest has ended and cannot be resumed")
+            if not self._user_paused:
+                return
+            self._user_paused = False
+            self._sync_value = None
+            if not self._threads:
+                for index in range(len(self._vcpus)):
+                    thread = threading.Thread(
+                        target=self._vcpu_main, args=(index,), name=f"{self._name}-vcpu{index}", daemon=True
+                    )
+                    self._threads.append(thread)
+                    thread.start()
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """Set the user's pause; returns when every vCPU has stopped. Does nothing to a guest that has ended."""
+        with self._changed:
+            self._user_paused = True
+            self._changed.notify_all()
+            self._until_outside()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Hold every vCPU outside the guest for the length of a ``with`` block; nests; any thread but a vCPU's."""
+        with self._changed:
+            self._stops += 1
+            self._changed.notify_all()
+            try:
+                self._until_outside()
+            except BaseException:
+                self._stops -= 1
+                self._changed.notify_all()
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._stops -= 1
+                self._changed.notify_all()
+
+    def wait(self, timeout_s: float | None = None) -> VmStatus:
+        """Wait until the user's pause holds or the guest has ended, and every vCPU is outside; return the status."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._status() is not VmStatus.RUNNING, timeout_s)
+            if self._status() is not VmStatus.RUNNING:
+                self._until_outside()
+            return self._status()
+
+    def close(self) -> None:
+        """Stop every vCPU for good and join the threads."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            self._until_outside()
+        for thread in self._threads:
+            thread.join()
+
+    def _held(self) -> bool:
+        return self._user_paused or self._stops > 0 or self._closing or self._end is not None
+
+    def _until_outside(self) -> None:
+        while any(self._inside):
+            for index, inside in enumerate(self._inside):
+                if inside:
+                    self._vcpus[index].kick()
+            self._changed.wait(_KICK_INTERVAL_S)
+
+    def _vcpu_main(self, index: int) -> None:
+        vcpu = self._vcpus[index]
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._end is not None or not self._held())
+                if self._closing or self._end is not None:
+                    return
+                self._inside[index] = True
+            effect: Effect | None = None
+            end: GuestEnd | None = None
+            try:
+                effect = vcpu.run()
+            except GuestCrash as error:
+                end = GuestEnd(crash=str(error))
+            except PageferryError as error:
+                _log.error("vcpu %d stopped: %s", index, error)
+                end = GuestEnd(crash=f"the machine failed: {error}")
+            except Exception as error:
+                _log.exception("vcpu %d stopped by a defect", index)
+                end = GuestEnd(crash=f"internal error: {error!r}")
+            with self._changed:
+                self._inside[index] = False
+                self._act(effect, end)
+                self._changed.notify_all()
+                if isinstance(effect, Wait):
+                    self._changed.wait_for(self._held, effect.duration_s)
+
+    def _act(self, effect: Effect | None, end: GuestEnd | None) -> None:
+        if isinstance(effect, GuestExit):
+            end = GuestEnd(exit_code=effect.code)
+        elif isinstance(effect, SyncPoint):
+            self._user_paused = True
+            self._sync_value = effect.value
+        if end is not None and self._end is None:
+            self._end = end

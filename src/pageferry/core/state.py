@@ -1,0 +1,112 @@
+"""What a machine is made of besides memory, in no machine's own format.
+
+``kvm`` and ``hypervisor`` produce and accept these records; ``stream.hvm_context`` turns them into bytes. Register
+names and the packed segment attributes are those of Xen's HVM context (AMD's VMCB).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A segment register with its hidden part.
+
+    ``attributes`` packs the descriptor's bits: type 3..0, S 4, DPL 6..5, P 7, AVL 8, L 9, D/B 10, G 11.
+    ``limit`` is in bytes (already scaled by G).
+    """
+
+    selector: int
+    base: int
+    limit: int
+    attributes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescriptorTable:
+    """GDTR or IDTR."""
+
+    base: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VcpuState:
+    """One vCPU at an instruction boundary with no I/O under way.
+
+    ``fpu_regs`` is the 512-byte FXSAVE image. ``msrs`` are further (index, value) pairs, ascending. ``tsc`` is the
+    guest's counter at the moment of saving.
+    """
+
+    rax: int = 0
+    rbx: int = 0
+    rcx: int = 0
+    rdx: int = 0
+    rbp: int = 0
+    rsi: int = 0
+    rdi: int = 0
+    rsp: int = 0
+    r8: int = 0
+    r9: int = 0
+    r10: int = 0
+    r11: int = 0
+    r12: int = 0
+    r13: int = 0
+    r14: int = 0
+    r15: int = 0
+    rip: int
+    rflags: int
+    cr0: int
+    cr2: int = 0
+    cr3: int
+    cr4: int
+    dr0: int = 0
+    dr1: int = 0
+    dr2: int = 0
+    dr3: int = 0
+    dr6: int = 0xFFFF_0FF0
+    dr7: int = 0x400
+    cs: Segment
+    ds: Segment
+    es: Segment
+    fs: Segment
+    gs: Segment
+    ss: Segment
+    tr: Segment
+    ldtr: Segment
+    gdtr: DescriptorTable
+    idtr: DescriptorTable
+    sysenter_cs: int = 0
+    sysenter_esp: int = 0
+    sysenter_eip: int = 0
+    shadow_gs: int = 0
+    lstar: int = 0
+    star: int = 0
+    cstar: int = 0
+    syscall_mask: int = 0
+    efer: int
+    tsc_aux: int = 0
+    tsc: int = 0
+    pending_event: int = 0
+    error_code: int = 0
+    fpu_regs: bytes
+    msrs: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceState:
+    """One device's state: ``name`` is its key on the bus; the device alone knows what ``data`` means."""
+
+    name: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineState:
+    """A whole machine without its memory."""
+
+    vcpus: tuple[VcpuState, ...]
+    devices: tuple[DeviceState, ...]
+
+
+#: FXSAVE image after FNINIT with all vector registers zero: FCW 0x37F, MXCSR 0x1F80, MXCSR mask 0xFFFF.
+INITIAL_FPU_REGS = (0x37F).to_bytes(24, "little") + (0x1F80).to_bytes(4, "little") + (0xFFFF).to_bytes(484, "little")

@@ -1,0 +1,177 @@
+"""The narrow waist: what the engine, the tests and the command line know of a machine.
+
+The software hypervisor and KVM are interchangeable behind :class:`Vm`, and every dirty tracker behind
+:class:`LogDirty`, which is the interface of the 2007 Xen RFC.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.frames import GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.state import MachineState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmConfig:
+    """What a machine must be given to hold a guest.
+
+    ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs.
+    """
+
+    memory_bytes: int
+    cpus: int = 1
+
+
+class VmStatus(StrEnum):
+    """What a guest is doing. SHUTDOWN and CRASHED are final."""
+
+    PAUSED = "paused"
+    RUNNING = "running"
+    SHUTDOWN = "shutdown"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogDirtyStats:
+    """Counters of one tracker since ``enable()``; None is "this tracker cannot know".
+
+    ``fault_count``: write faults taken to find dirty pages. ``dirty_count``: bits set now.
+    ``failed_allocations``: bitmap or table memory that was refused (PEEK and CLEAN fail while it is not 0).
+    """
+
+    fault_count: int | None
+    dirty_count: int
+    failed_allocations: int = 0
+
+
+class LogDirty(Protocol):
+    """The RFC's four operators, and what every writer that is not a vCPU needs.
+
+    All methods may be called from any thread while the guest runs. The bitmaps have ``memory.gfn_limit`` bits and are
+    the caller's own. Law 1: at every instant each RAM page is dirty or not writable. Law 2: ``clean()`` loses no write.
+    """
+
+    @property
+    def tracker(self) -> str:
+        """The tracker's name: ``hap``, ``kvm-bitmap``, ..."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether log-dirty is on."""
+
+    def enable(self) -> None:
+        """ENABLE: allocate the bitmap (all clear), set the mode bit, make all RAM NOT WRITABLE; the guest runs on.
+
+        Raises:
+            LogDirtyError: log-dirty is on already.
+        """
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK: return a copy of the bitmap; nothing else changes.
+
+        Raises:
+            LogDirtyError: log-dirty is off, or the bitmap is incomplete (an allocation failed).
+        """
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN: return the bitmap, clear it, make RAM NOT WRITABLE again; the guest runs on.
+
+        When this returns no vCPU holds a stale writable translation.
+
+        Raises:
+            LogDirtyError: as :meth:`peek`; then no bit was cleared.
+        """
+
+    def off(self) -> None:
+        """OFF: make all RAM WRITABLE, clear the mode bit, free the bitmap. Does nothing when it is off already."""
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
+
+        Frames that are not RAM are ignored.
+        """
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Set again the bits that a failed round had taken with ``clean()`` (law 5). Needs log-dirty on."""
+
+    def stats(self) -> LogDirtyStats:
+        """Return the counters; does not disturb the bitmap. Needs log-dirty on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestEnd:
+    """Why a guest stopped for good: its exit code (SHUTDOWN), or one line on what it did (CRASHED)."""
+
+    exit_code: int | None = None
+    crash: str | None = None
+
+
+class Vm(Protocol):
+    """A machine with one guest. It is made paused, with zeroed memory and vCPUs in an undefined state.
+
+    ``pause()`` and ``resume()`` may be called from any thread but a vCPU's own.
+    """
+
+    config: VmConfig
+    memory: GuestMemory
+
+    @property
+    def accel(self) -> str:
+        """``kvm`` or ``soft``."""
+
+    @property
+    def log_dirty(self) -> LogDirty:
+        """The tracker of this machine."""
+
+    @property
+    def status(self) -> VmStatus:
+        """What the guest is doing now."""
+
+    @property
+    def end(self) -> GuestEnd | None:
+        """Set once the status is SHUTDOWN or CRASHED."""
+
+    def resume(self) -> None:
+        """Let the guest run; nothing happens when it runs already.
+
+        Raises:
+            VmError: the guest has ended.
+        """
+
+    def pause(self) -> None:
+        """Stop every vCPU at an instruction boundary with no I/O under way; returns when all have stopped.
+
+        Nothing happens when the guest is not running.
+        """
+
+    def wait(self, timeout_s: float | None = None) -> VmStatus:
+        """Wait until the guest is not running (paused by anyone, at a sync point, or ended); return the status then."""
+
+    def attach_sync(self, attached: bool) -> None:
+        """Decide whether sync points pause the guest (True) or are passed over (False, as at first)."""
+
+    def sync_value(self) -> int | None:
+        """Return the value the guest gave at the sync point where it is paused now, else None."""
+
+    def reply_sync(self, value: int) -> None:
+        """Answer the sync point where the guest is paused: its next read of the sync port gives ``value`` (u32)."""
+
+    def on_console(self, sink: Callable[[bytes], None] | None) -> None:
+        """Set who sees the guest's console output, byte by byte, on the vCPU's thread."""
+
+    def save_state(self) -> MachineState:
+        """Return everything but memory. The guest is paused."""
+
+    def load_state(self, state: MachineState) -> None:
+        """Replace everything but memory. The guest is paused.
+
+        Raises:
+            VmError: this machine cannot hold that state (wrong number of vCPUs, a device it lacks, ...).
+        """
+
+    def close(self) -> None:
+        """Stop the guest and free the machine; the object is dead afterwards. May be called twice."""

@@ -1,0 +1,120 @@
+"""DeviceBus: dispatches port I/O and MMIO to devices, saves and restores them all.
+
+One lock serialises device accesses of several vCPUs. An access that no device claims reads all ones and ignores
+writes, as on a PC.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from pageferry.core.errors import VmError
+from pageferry.core.run import Effect
+from pageferry.core.state import DeviceState
+
+
+class Device(Protocol):
+    """One device. ``ports`` and ``mmio`` are the ranges that it claims; offsets count from the range's start.
+
+    ``size`` is 1, 2, 4 or (MMIO only) 8 bytes; values are unsigned and fit it.
+    """
+
+    name: str
+    ports: range
+    mmio: range
+
+    def read(self, offset: int, size: int) -> int:
+        """Return what the guest reads."""
+
+    def write(self, offset: int, size: int, value: int) -> Effect | None:
+        """Take what the guest writes; the effect, if any, happens after the instruction."""
+
+    def save(self) -> bytes:
+        """Return the device's state; the guest is paused."""
+
+    def load(self, data: bytes) -> None:
+        """Replace the device's state.
+
+        Raises:
+            VmError: ``data`` is not a state of this device.
+        """
+
+
+class DeviceBus:
+    """All devices of one guest.
+
+    Args:
+        devices: with disjoint ranges and distinct names.
+    """
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self.devices = tuple(devices)
+        self._lock = threading.Lock()
+
+    def port_read(self, port: int, size: int) -> int:
+        """Return what IN reads."""
+        with self._lock:
+            for device in self.devices:
+                if port in device.ports:
+                    return device.read(port - device.ports.start, size)
+        return _all_ones(size)
+
+    def port_write(self, port: int, size: int, value: int) -> Effect | None:
+        """Perform OUT."""
+        with self._lock:
+            for device in self.devices:
+                if port in device.ports:
+                    return device.write(port - device.ports.start, size, value)
+        return None
+
+    def mmio_read(self, gpa: int, size: int) -> int:
+        """Return what a load from device space reads."""
+        with self._lock:
+            for device in self.devices:
+                if gpa in device.mmio:
+                    return device.read(gpa - device.mmio.start, size)
+        return _all_ones(size)
+
+    def mmio_write(self, gpa: int, size: int, value: int) -> Effect | None:
+        """Perform a store to device space."""
+        with self._lock:
+            for device in self.devices:
+                if gpa in device.mmio:
+                    return device.write(gpa - device.mmio.start, size, value)
+        return None
+
+    def save(self) -> tuple[DeviceState, ...]:
+        """Return every device's state; the guest is paused."""
+        with self._lock:
+            return tuple(DeviceState(name=device.name, data=device.save()) for device in self.devices)
+
+    def load(self, states: Sequence[DeviceState]) -> None:
+        """Replace every device's state.
+
+        Raises:
+            VmError: a device is missing, unknown or named twice, or refuses its data.
+        """
+        by_name = {state.name: state for state in states}
+        ours = {device.name for device in self.devices}
+        if len(by_name) != len(states) or set(by_name) != ours:
+            raise VmError(
+                f"the saved devices ({', '.join(sorted(s.name for s in states))}) "
+                f"are not this machine's ({', '.join(sorted(ours))})"
+            )
+        with self._lock:
+            for device in self.devices:
+                device.load(by_name[device.name].data)
+
+
+def _all_ones(size: int) -> int:
+    return (1 << (8 * size)) - 1
+
+
+def expect_size(name: str, data: bytes, size: int) -> None:
+    """Check the length of a device's saved state.
+
+    Raises:
+        VmError: it is not ``size`` bytes.
+    """
+    if len(data) != size:
+        raise VmError(f"the state of device {name} has {len(data)} bytes, not {size}")

@@ -1,0 +1,123 @@
+"""Machine: what every Vm does alike: run control, standard devices, saving and restoring in one order.
+
+A machine of its own kind (``kvm``, ``soft``) makes its vCPUs and its tracker and fills in the abstract methods.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from pageferry.core.errors import VmError
+from pageferry.core.memory import GuestMemory
+from pageferry.core.run import RunControl, Vcpu
+from pageferry.core.state import MachineState, VcpuState
+from pageferry.core.vm import GuestEnd, LogDirty, VmConfig, VmStatus
+from pageferry.devices.platform import Platform
+
+
+class Machine(ABC):
+    """Base of the machines; implements :class:`pageferry.core.vm.Vm`.
+
+    A subclass calls ``__init__`` with its memory and then, before anything runs, :meth:`_attach`.
+
+    Args:
+        config: what was asked for.
+        memory: the guest's RAM.
+    """
+
+    def __init__(self, config: VmConfig, memory: GuestMemory) -> None:
+        self.config = config
+        self.memory = memory
+        self.platform = Platform(memory)
+        self._closed = False
+
+    def _attach(self, vcpus: Sequence[Vcpu], log_dirty: LogDirty) -> None:
+        self.run_control = RunControl(vcpus, name=self.accel)
+        self._log_dirty = log_dirty
+        self.memory.on_write(log_dirty.mark)
+
+    @property
+    @abstractmethod
+    def accel(self) -> str:
+        """``kvm`` or ``soft``."""
+
+    @abstractmethod
+    def _save_vcpus(self) -> tuple[VcpuState, ...]:
+        """Return the vCPUs' states; none is inside the guest."""
+
+    @abstractmethod
+    def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
+        """Replace the vCPUs' states; none is inside the guest; the number fits."""
+
+    @abstractmethod
+    def _free(self) -> None:
+        """Free what the machine holds; no vCPU will run again. Called once."""
+
+    @property
+    def log_dirty(self) -> LogDirty:
+        """The tracker of this machine."""
+        return self._log_dirty
+
+    @property
+    def status(self) -> VmStatus:
+        """What the guest is doing now."""
+        return self.run_control.status
+
+    @property
+    def end(self) -> GuestEnd | None:
+        """Set once the guest has ended."""
+        return self.run_control.end
+
+    def resume(self) -> None:
+        """Let the guest run."""
+        self.run_control.resume()
+
+    def pause(self) -> None:
+        """Stop every vCPU at an instruction boundary."""
+        self.run_control.pause()
+
+    def wait(self, timeout_s: float | None = None) -> VmStatus:
+        """Wait until the guest is not running; return the status."""
+        return self.run_control.wait(timeout_s)
+
+    def attach_sync(self, attached: bool) -> None:
+        """Decide whether sync points pause the guest (True) or are passed over (False, as at first)."""
+        (self.platform.sync.attached.set if attached else self.platform.sync.attached.clear)()
+
+    def sync_value(self) -> int | None:
+        """Return the value of the sync point where the guest is paused now."""
+        return self.run_control.sync_value
+
+    def reply_sync(self, value: int) -> None:
+        """Answer that sync point."""
+        self.platform.sync.reply(value)
+
+    def on_console(self, sink: Callable[[bytes], None] | None) -> None:
+        """Set who sees the guest's console output as it comes."""
+        self.platform.console.sink = sink
+
+    def save_state(self) -> MachineState:
+        """Return everything but memory."""
+        self._expect_paused("saved")
+        with self.run_control.stopped():
+            return MachineState(vcpus=self._save_vcpus(), devices=self.platform.bus.save())
+
+    def load_state(self, state: MachineState) -> None:
+        """Replace everything but memory."""
+        self._expect_paused("restored")
+        if len(state.vcpus) != self.config.cpus:
+            raise VmError(f"the state has {len(state.vcpus)} vCPUs, this machine has {self.config.cpus}")
+        with self.run_control.stopped():
+            self._load_vcpus(state.vcpus)
+            self.platform.bus.load(state.devices)
+
+    def close(self) -> None:
+        """Stop the guest and free the machine."""
+        if not self._closed:
+            self._closed = True
+            self.run_control.close()
+            self.memory.on_write(None)
+            self._free()
+
+    def _expect_paused(self, what: str) -> None:
+        if self.status is VmStatus.RUNNING:
+            raise VmError(f"the state cannot be {what} while the guest runs", hint="pause it first")
