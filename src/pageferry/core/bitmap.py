@@ -56,6 +56,34 @@ def expand_runs(starts: GfnArray, lengths: GfnArray) -> GfnArray:
     return np.repeat(starts, counts) + offsets.astype(np.uint64)
 
 
+def subtract_runs(
+    starts: GfnArray, lengths: GfnArray, minus_starts: GfnArray, minus_lengths: GfnArray
+) -> tuple[GfnArray, GfnArray]:
+    """Return the frames of the first runs that are in none of the second, as runs.
+
+    Args:
+        starts: uint64[m], first frames of disjoint runs.
+        lengths: uint64[m], their lengths in pages.
+        minus_starts: uint64[k], first frames of disjoint runs.
+        minus_lengths: uint64[k], their lengths in pages.
+
+    Returns:
+        ``(starts, lengths)``, ascending; neighbouring pieces are not joined. Cost grows with the number of runs.
+    """
+    edges = np.concatenate((starts, starts + lengths, minus_starts, minus_starts + minus_lengths))
+    m, k = starts.size, minus_starts.size
+    wanted = np.concatenate((np.ones(m, np.int64), -np.ones(m, np.int64), np.zeros(2 * k, np.int64)))
+    unwanted = np.concatenate((np.zeros(2 * m, np.int64), np.ones(k, np.int64), -np.ones(k, np.int64)))
+    order = np.argsort(edges, kind="stable")
+    edges = edges[order]
+    if edges.size == 0:
+        return edges, edges
+    kept = (np.cumsum(wanted[order]) > 0) & (np.cumsum(unwanted[order]) == 0)
+    size = np.diff(edges, append=edges[-1:])
+    kept &= size > 0
+    return edges[kept], size[kept]
+
+
 class DirtyBitmap:
     """A set of frames ``0 .. nbits-1``.
 

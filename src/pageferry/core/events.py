@@ -1,0 +1,110 @@
+"""What happens in a migration, as frozen events, and the report that sums it up.
+
+One vocabulary for progress bars, the control socket, plots and traces.
+"""
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from pageferry.core.errors import GuestAt
+from pageferry.core.policy import Decision, RoundStats
+
+
+class Phase(StrEnum):
+    """The phases of a migration, in order; the source goes through all, the destination through its own."""
+
+    CONNECT = "connect"
+    HELLO = "hello"
+    PRECOPY = "pre-copy"
+    PAUSE = "pause"
+    STOP_AND_COPY = "stop-and-copy"
+    STATE = "state"
+    VERIFY = "verify"
+    HANDOFF = "handoff"
+
+
+#: The phases in which the guest stands still: the parts of the downtime.
+DOWNTIME_PHASES = (Phase.PAUSE, Phase.STOP_AND_COPY, Phase.STATE, Phase.VERIFY, Phase.HANDOFF)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseBegan:
+    """A phase began."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseEnded:
+    """A phase ended, well or not."""
+
+    phase: Phase
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundBegan:
+    """A round of pre-copy, or the stop-and-copy, is about to send ``dirty_pages``."""
+
+    index: int
+    dirty_pages: int
+    final: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundProgress:
+    """So much of the round has been sent."""
+
+    index: int
+    sent_pages: int
+    sent_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEnded:
+    """A round ended; ``decision`` is what the policy made of it (None for the final round)."""
+
+    stats: RoundStats
+    decision: Decision | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationReport:
+    """What a migration did, whether it succeeded or not.
+
+    ``downtime_s``: from the source's pause to the acknowledgement that the guest runs at the destination, on the
+    source's monotonic clock; ``downtime_parts_s`` sums to it. Both None unless the guest moved.
+    ``verified``: the destination proved its memory equal at the pause; ``verified_pages``: pages digested for that.
+    ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
+    """
+
+    status: str
+    guest_at: GuestAt
+    source_accel: str
+    destination_accel: str | None
+    tracker: str
+    policy: str
+    memory_bytes: int
+    rounds: tuple[RoundStats, ...]
+    total_s: float
+    downtime_s: float | None
+    downtime_parts_s: dict[str, float] | None
+    verified: bool
+    verified_pages: int
+    fault_count: int | None
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationEnded:
+    """The migration is over; nothing follows."""
+
+    report: MigrationReport
+
+
+Event = PhaseBegan | PhaseEnded | RoundBegan | RoundProgress | RoundEnded | MigrationEnded

@@ -1,0 +1,67 @@
+"""Proof that two memories are equal: digests of runs of pages, compared before the guest may run (law 7).
+
+The source digests every page that has storage, in runs of at most 2 MiB. The destination digests the same runs, and
+proves that whatever else it has storage for is zero, as it is at the source. Where a run differs, digests of its
+pages name the first frame.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pageferry.core.bitmap import split_runs, subtract_runs
+from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
+from pageferry.core.memory import GuestMemory
+
+DIGEST_BYTES = 16
+_SAMPLE_PAGES = 8 * PAGES_PER_2M
+
+Digests = NDArray[np.uint8]
+"""uint8[n, 16]: one xxh3-128 digest (canonical, big-endian) per run."""
+
+
+def populated_runs(memory: GuestMemory) -> tuple[GfnArray, GfnArray]:
+    """Return the runs with storage, none longer than 2 MiB: what a verification digests. The guest is paused."""
+    starts, lengths = memory.populated()
+    return split_runs(starts, lengths, PAGES_PER_2M)
+
+
+def digest_runs(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> Digests:
+    """Return the digest of each run, on all cores and mostly without the interpreter lock."""
+    views = memory.views(starts, lengths)
+    if not views:
+        return np.empty((0, DIGEST_BYTES), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        digests = b"".join(pool.map(xxhash.xxh3_128_digest, views, chunksize=16))
+    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def first_difference(ours: Digests, theirs: Digests) -> int | None:
+    """Return the index of the first digest that differs, or None when all are equal.
+
+    Args:
+        ours: uint8[n, 16].
+        theirs: uint8[n, 16].
+    """
+    different = np.flatnonzero((ours != theirs).any(axis=1))
+    return int(different[0]) if different.size else None
+
+
+def first_nonzero_outside(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> int | None:
+    """Return the first frame outside the runs that is not zero, or None: where the source never had storage."""
+    rest_starts, rest_lengths = subtract_runs(*memory.populated(), starts, lengths)
+    run_starts, run_lengths = split_runs(rest_starts, rest_lengths, PAGES_PER_2M)
+    for start, view in zip(run_starts.tolist(), memory.views(run_starts, run_lengths), strict=True):
+        pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE_SIZE // 8).any(axis=1)
+        if pages.any():
+            return int(start + np.flatnonzero(pages)[0])
+    return None
+
+
+def sample_runs(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray]:
+    """Return the first few of the runs: enough to measure how fast this host digests."""
+    enough = int(np.searchsorted(np.cumsum(lengths), _SAMPLE_PAGES)) + 1
+    return starts[:enough], lengths[:enough]

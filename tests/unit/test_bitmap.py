@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of, split_runs, subtract_runs
+
+
+def u64(*values):
+    return np.array(values, np.uint64)
+
+
+def test_layout_is_that_of_kvm_get_dirty_log():
+    bitmap = DirtyBitmap.of(200, [0, 63, 64, 130])
+    assert bitmap.words.tolist() == [(1 << 63) | 1, 1, 1 << 2, 0]
+
+
+@pytest.mark.parametrize("nbits", [0, 1, 63, 64, 65, 1000])
+def test_a_full_range_sets_exactly_nbits(nbits):
+    bitmap = DirtyBitmap(nbits)
+    bitmap.set_range(0, nbits)
+    assert bitmap.count() == nbits
+    assert bitmap.gfns().tolist() == list(range(nbits))
+
+
+@pytest.mark.parametrize("gfns", [[-1], [65], [3, 1 << 40], u64(2**64 - 1)])
+def test_frames_outside_are_refused_and_nothing_is_set(gfns):
+    bitmap = DirtyBitmap(65)
+    with pytest.raises((IndexError, OverflowError)):
+        bitmap.set(np.append(np.asarray(gfns), np.asarray([5], np.asarray(gfns).dtype)))
+    assert not bitmap.any()
+
+
+@pytest.mark.parametrize(("first", "count"), [(-1, 2), (60, 6), (0, 66), (5, -1)])
+def test_ranges_outside_are_refused(first, count):
+    bitmap = DirtyBitmap(65)
+    with pytest.raises(IndexError):
+        bitmap.set_range(first, count)
+    assert not bitmap.any()
+
+
+def test_storage_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match="need uint64"):
+        DirtyBitmap(65, np.zeros(1, np.uint64))
+    with pytest.raises(ValueError, match="do not combine"):
+        DirtyBitmap(65).__ior__(DirtyBitmap(66))
+    with pytest.raises(TypeError):
+        DirtyBitmap(65).set([0.5])
+
+
+sizes = st.integers(1, 300)
+
+
+@st.composite
+def sets(draw, count=1):
+    nbits = draw(sizes)
+    frames = st.sets(st.integers(0, nbits - 1))
+    return (nbits, *(draw(frames) for _ in range(count)))
+
+
+@given(sets(count=2))
+def test_bitmap_is_a_set(data):
+    nbits, first, second = data
+    a, b = DirtyBitmap.of(nbits, sorted(first)), DirtyBitmap.of(nbits, list(second) * 2)
+    assert a.gfns().tolist() == sorted(first)
+    assert a.count() == len(first)
+    assert a.any() == bool(first)
+    assert (a | b).gfns().tolist() == sorted(first | second)
+    assert (a - b).gfns().tolist() == sorted(first - second)
+    both = a.copy()
+    both &= b
+    assert both.gfns().tolist() == sorted(first & second)
+    assert (a == b) == (first == second)
+    assert a.test_many(list(range(nbits))).tolist() == [i in first for i in range(nbits)]
+    a.clear(sorted(second))
+    assert a.gfns().tolist() == sorted(first - second)
+
+
+@given(sets(), st.data())
+def test_ranges_agree_with_a_set(data, draw):
+    nbits, frames = data
+    first = draw.draw(st.integers(0, nbits))
+    count = draw.draw(st.integers(0, nbits - first))
+    bitmap = DirtyBitmap.of(nbits, sorted(frames))
+    bitmap.set_range(first, count)
+    assert set(bitmap.gfns().tolist()) == frames | set(range(first, first + count))
+    bitmap.clear_range(first, count)
+    assert set(bitmap.gfns().tolist()) == frames - set(range(first, first + count))
+
+
+@given(sets(), st.integers(1, 70))
+def test_runs_cover_the_frames_in_order(data, max_pages):
+    nbits, frames = data
+    starts, lengths = DirtyBitmap.of(nbits, sorted(frames)).runs(max_pages=max_pages)
+    assert expand_runs(starts, lengths).tolist() == sorted(frames)
+    assert all(1 <= length <= max_pages for length in lengths.tolist())
+
+
+def test_runs_are_as_long_as_they_can_be():
+    starts, lengths = runs_of(u64(1, 2, 3, 7, 9, 10))
+    assert (starts.tolist(), lengths.tolist()) == ([1, 7, 9], [3, 1, 2])
+    starts, lengths = split_runs(u64(0, 100), u64(5, 2), 2)
+    assert (starts.tolist(), lengths.tolist()) == ([0, 2, 4, 100], [2, 2, 1, 2])
+
+
+@given(sets(count=2))
+def test_subtract_runs_is_set_difference(data):
+    nbits, first, second = data
+    a, b = DirtyBitmap.of(nbits, sorted(first)), DirtyBitmap.of(nbits, sorted(second))
+    assert expand_runs(*subtract_runs(*a.runs(max_pages=3), *b.runs())).tolist() == sorted(first - second)

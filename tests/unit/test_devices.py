@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+from pageferry.core.errors import VmError
+from pageferry.core.memory import GuestMemory
+from pageferry.core.run import GuestExit, SyncPoint, Wait
+from pageferry.core.state import DeviceState
+from pageferry.devices.dma import COMMAND_COPY, COMMAND_FILL, DMA_MMIO, STATUS_DONE, STATUS_ERROR
+from pageferry.devices.platform import CLOCK_PORT, CONSOLE_PORT, EXIT_PORT, SYNC_PORT, Clock, Platform
+
+
+@pytest.fixture
+def memory():
+    return GuestMemory.linear(4 << 20)
+
+
+@pytest.fixture
+def platform(memory):
+    return Platform(memory)
+
+
+def test_console_sends_bytes_and_is_always_ready(platform):
+    seen = []
+    platform.console.sink = seen.append
+    for byte in b"hi":
+        platform.bus.port_write(CONSOLE_PORT, 1, byte)
+    assert bytes(platform.console.output) == b"hi" == b"".join(seen)
+    assert platform.bus.port_read(CONSOLE_PORT + 5, 1) & 0x20
+
+
+def test_unclaimed_space_reads_as_ones(platform):
+    assert platform.bus.port_read(0x60, 2) == 0xFFFF
+    assert platform.bus.mmio_read(0xFEA0_0000, 8) == 2**64 - 1
+    assert platform.bus.port_write(0x60, 1, 0) is None
+    assert platform.bus.mmio_write(0xFEA0_0000, 8, 1) is None
+
+
+def test_exit_wait_and_sync_are_effects(platform):
+    assert platform.bus.port_write(EXIT_PORT, 4, 3) == GuestExit(3)
+    assert platform.bus.port_write(CLOCK_PORT, 4, 1500) == Wait(0.0015)
+    assert platform.bus.port_write(SYNC_PORT, 4, 9) is None
+    assert [platform.bus.port_read(SYNC_PORT, 4) for _ in range(2)] == [1, 2]
+    platform.sync.attached.set()
+    assert platform.bus.port_write(SYNC_PORT, 4, 9) == SyncPoint(9)
+    platform.sync.reply(77)
+    assert [platform.bus.port_read(SYNC_PORT, 4) for _ in range(2)] == [77, 77]
+
+
+def test_guest_time_goes_on_where_it_was():
+    now = [100.0]
+    clock = Clock(lambda: now[0])
+    now[0] = 102.5
+    assert clock.read(0, 4) == 2_500_000
+    saved = clock.save()
+    now[0] = 7.0  # another host
+    other = Clock(lambda: now[0])
+    other.load(saved)
+    now[0] = 8.0
+    assert other.now_us() == 3_500_000
+
+
+def dma(platform, command, **registers):
+    offsets = {"source": 0, "target": 8, "length": 16, "flag": 24, "pattern": 32}
+    for name, value in registers.items():
+        platform.bus.mmio_write(DMA_MMIO + offsets[name], 4, value & 0xFFFF_FFFF)
+        platform.bus.mmio_write(DMA_MMIO + offsets[name] + 4, 4, value >> 32)
+    platform.bus.mmio_write(DMA_MMIO + 0x28, 4, command)
+    return platform.bus.mmio_read(DMA_MMIO + 0x2C, 4)
+
+
+def test_dma_fills_copies_and_marks(platform, memory):
+    marked = []
+    memory.on_write(lambda gfns: marked.extend(gfns.tolist()))
+    pattern = 0x1122334455667788
+    assert dma(platform, COMMAND_FILL, target=0x5004, length=0x1003, pattern=pattern, flag=0x9000) == STATUS_DONE
+    expected = (pattern.to_bytes(8, "little") * 0x300)[:0x1003]
+    assert memory.read(0x5004, 0x1003) == expected
+    assert memory.read(0x6007, 2) == b"\0\0"
+    assert memory.read_u64(0x9000) == 1
+    assert marked == [5, 6, 9]
+    assert dma(platform, COMMAND_COPY, source=0x5004, target=0x20000, length=0x1003, flag=0x9000) == STATUS_DONE
+    assert memory.read(0x20000, 0x1003) == expected
+    assert memory.read_u64(0x9000) == 2 == platform.bus.mmio_read(DMA_MMIO + 0x30, 8)
+    assert set(marked[3:]) == {0x20, 0x21, 9}
+
+
+@pytest.mark.parametrize(
+    "registers",
+    [
+        {"command": 9},
+        {"command": COMMAND_FILL, "target": (4 << 20) - 4, "length": 8},
+        {"command": COMMAND_FILL, "target": 0, "length": 2**63},
+        {"command": COMMAND_COPY, "source": 2**63, "target": 0, "length": 8},
+    ],
+)
+def test_dma_mistakes_are_the_guests_to_read(platform, memory, registers):
+    assert dma(platform, **registers) == STATUS_ERROR
+    assert not np.frombuffer(memory.read(0, 0x10000), np.uint8).any()
+
+
+def test_saved_devices_must_be_this_machines(platform, memory):
+    states = platform.bus.save()
+    other = Platform(memory)
+    other.bus.load(states)
+    assert [s.name for s in other.bus.save()] == [s.name for s in states]
+    for wrong in (
+        states[1:],
+        (*states, DeviceState(name="floppy", data=b"")),
+        (*states, states[0]),
+        (DeviceState(name=states[0].name, data=b"12345"), *states[1:]),
+    ):
+        with pytest.raises(VmError):
+            other.bus.load(wrong)

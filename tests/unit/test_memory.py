@@ -1,0 +1,89 @@
+import gc
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import UsageError, VmError
+from pageferry.core.frames import PAGE_SIZE, gfns_touched
+from pageferry.core.memory import GuestMemory, ram_layout
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+def u64(*values):
+    return np.array(values, np.uint64)
+
+
+def test_a_guest_of_up_to_3_gib_has_one_region():
+    assert [(r.gpa, r.size_bytes) for r in ram_layout(3 * GiB)] == [(0, 3 * GiB)]
+
+
+def test_a_larger_guest_has_the_pci_hole_and_continues_at_4_gib():
+    assert [(r.gpa, r.size_bytes) for r in ram_layout(5 * GiB)] == [(0, 3 * GiB), (4 * GiB, 2 * GiB)]
+    memory = GuestMemory.linear(5 * GiB)
+    assert memory.gfn_limit == (6 * GiB) >> 12
+    assert memory.all_ram().count() == memory.pages == (5 * GiB) >> 12
+    memory.write(4 * GiB, b"above")
+    assert memory.read(4 * GiB, 5) == b"above"
+    for gpa in (3 * GiB, 4 * GiB - 1, 3 * GiB - 2, 6 * GiB - 4):
+        with pytest.raises(VmError, match="not RAM"):
+            memory.write(gpa, b"outside")
+    with pytest.raises(VmError):
+        memory.views(u64((3 * GiB >> 12) - 1), u64(2))
+    assert memory.are_ram(u64(0, 3 * GiB >> 12, 4 * GiB >> 12, 6 * GiB >> 12)).tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("size", [0, 4096, MiB, 2 * MiB + 1, 1 << 50, -4096])
+def test_impossible_sizes_are_refused(size):
+    with pytest.raises(UsageError):
+        ram_layout(size)
+
+
+def test_untouched_memory_is_not_populated_and_reads_as_zero():
+    memory = GuestMemory.linear(64 * MiB)
+    memory.write(10 * PAGE_SIZE + 5, b"x" * PAGE_SIZE)
+    memory.write(63 * MiB, b"y")
+    assert expand_runs(*memory.populated()).tolist() == [10, 11, 63 * 256]
+    memory.populate(u64(100), u64(3))
+    assert expand_runs(*memory.populated()).tolist() == [10, 11, 100, 101, 102, 63 * 256]
+    assert memory.read(100 * PAGE_SIZE, 8) == bytes(8)
+
+
+def test_law_4_every_write_marks_after_writing():
+    memory = GuestMemory.linear(4 * MiB)
+    seen = []
+
+    def mark(gfns):
+        seen.append((gfns.tolist(), memory.read(0x3FFE, 4)))
+
+    memory.on_write(mark)
+    memory.write(0x3FFE, b"abcd")
+    assert seen == [([3, 4], b"abcd")]
+    memory.copy_within(0x3FFE, 0x3FFD, 4)
+    assert seen[1] == ([3, 4], b"bcdd")
+    assert memory.read(0x3FFD, 4) == b"abcd"
+    memory.write(0x100, b"")
+    assert len(seen) == 2
+    with pytest.raises(VmError):
+        memory.write(4 * MiB - 1, b"12")
+    assert len(seen) == 2
+
+
+def test_views_are_the_memory_and_outlive_it():
+    memory = GuestMemory.linear(4 * MiB)
+    first, second = memory.views(u64(3, 9), u64(2, 1))
+    assert (len(first), len(second)) == (2 * PAGE_SIZE, PAGE_SIZE)
+    first[0:3] = b"abc"
+    assert memory.read(3 * PAGE_SIZE, 3) == b"abc"
+    del memory
+    gc.collect()
+    second[0:1] = b"z"
+    assert bytes(first[0:3]) == b"abc"
+
+
+def test_frames_touched():
+    assert gfns_touched(0, 0).size == 0
+    assert gfns_touched(0xFFF, 1).tolist() == [0]
+    assert gfns_touched(0xFFF, 2).tolist() == [0, 1]

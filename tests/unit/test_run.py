@@ -1,0 +1,131 @@
+import threading
+
+import pytest
+
+from pageferry.core.errors import GuestCrash, VmError
+from pageferry.core.run import GuestExit, RunControl, SyncPoint, Wait
+from pageferry.core.vm import VmStatus
+
+
+class FakeVcpu:
+    """Runs until kicked; ``effects`` come first, one per entry. A kick before entry is lost, as on real machines."""
+
+    def __init__(self, *effects):
+        self.effects = list(effects)
+        self.inside = False
+        self.entries = 0
+        self._kicked = threading.Event()
+
+    def run(self):
+        self._kicked.clear()
+        self.inside = True
+        self.entries += 1
+        try:
+            if self.effects:
+                effect = self.effects.pop(0)
+                if isinstance(effect, Exception):
+                    raise effect
+                return effect
+            assert self._kicked.wait(10)
+            return None
+        finally:
+            self.inside = False
+
+    def kick(self):
+        self._kicked.set()
+
+
+@pytest.fixture
+def control():
+    made = []
+
+    def make(*vcpus):
+        made.append(RunControl(vcpus))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_pause_returns_when_every_vcpu_is_outside(control):
+    vcpus = [FakeVcpu(), FakeVcpu(), FakeVcpu()]
+    run = control(*vcpus)
+    assert run.status is VmStatus.PAUSED
+    for _ in range(50):
+        run.resume()
+        assert run.status is VmStatus.RUNNING
+        run.pause()
+        assert not any(v.inside for v in vcpus)
+        assert run.status is VmStatus.PAUSED
+
+
+def test_the_hypervisors_pause_nests_inside_the_users(control):
+    vcpu = FakeVcpu()
+    run = control(vcpu)
+    run.resume()
+    with run.stopped(), run.stopped():
+        assert not vcpu.inside
+        assert run.status is VmStatus.RUNNING
+        run.pause()
+        entries = vcpu.entries
+    assert run.status is VmStatus.PAUSED
+    assert vcpu.entries == entries
+    run.resume()
+    run.pause()
+
+
+def test_a_stopped_section_holds_a_vcpu_that_is_resumed_meanwhile(control):
+    vcpu = FakeVcpu()
+    run = control(vcpu)
+    with run.stopped():
+        run.resume()
+        assert vcpu.entries == 0
+
+
+def test_an_exit_ends_the_guest(control):
+    run = control(FakeVcpu(GuestExit(7)), FakeVcpu())
+    run.resume()
+    assert run.wait(10) is VmStatus.SHUTDOWN
+    assert run.end.exit_code == 7
+    with pytest.raises(VmError, match="has ended"):
+        run.resume()
+    run.pause()
+    assert run.status is VmStatus.SHUTDOWN
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (GuestCrash("triple fault at rip 0x100"), "triple fault"),
+        (VmError("no"), "machine"),
+        (ZeroDivisionError(), "in"),
+    ],
+)
+def test_a_crash_is_reported_and_final(control, error, text, caplog):
+    run = control(FakeVcpu(error))
+    run.resume()
+    assert run.wait(10) is VmStatus.CRASHED
+    assert text in run.end.crash
+
+
+def test_a_sync_point_pauses_and_shows_its_value(control):
+    run = control(FakeVcpu(SyncPoint(42)))
+    run.resume()
+    assert run.wait(10) is VmStatus.PAUSED
+    assert run.sync_value == 42
+    run.resume()
+    assert run.sync_value is None
+
+
+def test_a_waiting_vcpu_can_be_paused_at_once(control):
+    vcpu = FakeVcpu(Wait(3600))
+    run = control(vcpu)
+    run.resume()
+    while vcpu.entries == 0:
+        run.wait(0.001)
+    run.pause()
+    run.resume()
+    with run.stopped():
+        pass
+    run.close()  # joins the thread: it would hang here if the wait could not be cut short
