@@ -129,3 +129,21 @@ def test_a_waiting_vcpu_can_be_paused_at_once(control):
     with run.stopped():
         pass
     run.close()  # joins the thread: it would hang here if the wait could not be cut short
+
+
+def test_a_frozen_guest_stays_where_it_is_whatever_the_user_does(control):
+    vcpu = FakeVcpu()
+    run = control(vcpu)
+    run.resume()
+    run.freeze()
+    entries = vcpu.entries
+    run.pause()
+    run.resume()
+    assert run.status is VmStatus.RUNNING
+    assert run.held
+    assert not vcpu.inside
+    assert vcpu.entries == entries
+    run.thaw()
+    assert not run.held
+    with pytest.raises(VmError, match="not frozen"):
+        run.thaw()

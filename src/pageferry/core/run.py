@@ -1,8 +1,9 @@
 """Running, pausing and ending a guest's vCPUs: the part that every machine shares.
 
 One thread per vCPU calls ``Vcpu.run()`` over and over. Nothing else ever enters a vCPU. Two kinds of pause nest
-without knowing of each other: the *user's* (``pause``/``resume``: one flag) and the *hypervisor's* (``stopped()``: a
-count, held for the length of one operator such as CLEAN). A vCPU runs when neither holds it.
+without knowing of each other: the *user's* (``pause``/``resume``: one flag) and the *hypervisor's* (``freeze``/``thaw``:
+a count, held for the length of one operator such as CLEAN, or by a migration from the pause to its end). A vCPU runs
+when neither holds it.
 
 Stopping is asked for with ``kick()``. A kick may come just before the vCPU enters the guest and be lost there, so
 whoever waits repeats it until every vCPU has said that it stopped.
@@ -134,24 +135,42 @@ class RunControl:
             self._changed.notify_all()
             self._until_outside()
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Hold every vCPU outside the guest for the length of a ``with`` block; nests; any thread but a vCPU's."""
+    def freeze(self) -> None:
+        """Hold every vCPU outside the guest until :meth:`thaw`, whatever the user pauses or resumes; nests.
+
+        Any thread but a vCPU's. The user's own pause is neither read nor changed.
+        """
         with self._changed:
             self._stops += 1
             self._changed.notify_all()
             try:
                 self._until_outside()
             except BaseException:
-                self._stops -= 1
-                self._changed.notify_all()
+                self.thaw()
                 raise
+
+    def thaw(self) -> None:
+        """Undo one :meth:`freeze`."""
+        with self._changed:
+            if self._stops == 0:
+                raise VmError("the guest is not frozen")
+            self._stops -= 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Hold every vCPU outside the guest for the length of a ``with`` block."""
+        self.freeze()
         try:
             yield
         finally:
-            with self._changed:
-                self._stops -= 1
-                self._changed.notify_all()
+            self.thaw()
+
+    @property
+    def held(self) -> bool:
+        """Whether no vCPU may be inside the guest now: paused by the user, frozen, ended or closed."""
+        with self._changed:
+            return self._held()
 
     def wait(self, timeout_s: float | None = None) -> VmStatus:
         """Wait until the user's pause holds or the guest has ended, and every vCPU is outside; return the status."""

@@ -148,6 +148,20 @@ class Vm(Protocol):
         Nothing happens when the guest is not running.
         """
 
+    def freeze(self) -> None:
+        """Hold every vCPU at an instruction boundary until :meth:`thaw`, whatever ``pause`` and ``resume`` do; nests.
+
+        The engine's pause: the user's own (``status``) is neither read nor changed by it, so a failed migration has
+        nothing to restore, and nobody can resume a guest that has left.
+        """
+
+    def thaw(self) -> None:
+        """Undo one :meth:`freeze`.
+
+        Raises:
+            VmError: the guest is not frozen.
+        """
+
     def wait(self, timeout_s: float | None = None) -> VmStatus:
         """Wait until the guest is not running (paused by anyone, at a sync point, or ended); return the status then."""
 
@@ -164,10 +178,10 @@ class Vm(Protocol):
         """Set who sees the guest's console output, byte by byte, on the vCPU's thread."""
 
     def save_state(self) -> MachineState:
-        """Return everything but memory. The guest is paused."""
+        """Return everything but memory. The guest is paused or frozen."""
 
     def load_state(self, state: MachineState) -> None:
-        """Replace everything but memory. The guest is paused.
+        """Replace everything but memory. The guest is paused or frozen.
 
         Raises:
             VmError: this machine cannot hold that state (wrong number of vCPUs, a device it lacks, ...).

@@ -75,6 +75,14 @@ class Machine(ABC):
         """Stop every vCPU at an instruction boundary."""
         self.run_control.pause()
 
+    def freeze(self) -> None:
+        """Hold every vCPU at an instruction boundary until thawed."""
+        self.run_control.freeze()
+
+    def thaw(self) -> None:
+        """Undo one freeze."""
+        self.run_control.thaw()
+
     def wait(self, timeout_s: float | None = None) -> VmStatus:
         """Wait until the guest is not running; return the status."""
         return self.run_control.wait(timeout_s)
@@ -119,5 +127,5 @@ class Machine(ABC):
             self._free()
 
     def _expect_paused(self, what: str) -> None:
-        if self.status is VmStatus.RUNNING:
+        if not self.run_control.held:
             raise VmError(f"the state cannot be {what} while the guest runs", hint="pause it first")
