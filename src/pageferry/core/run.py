@@ -1,9 +1,9 @@
 """Running, pausing and ending a guest's vCPUs: the part that every machine shares.
 
 One thread per vCPU calls ``Vcpu.run()`` over and over. Nothing else ever enters a vCPU. Two kinds of pause nest
-without knowing of each other: the *user's* (``pause``/``resume``: one flag) and the *hypervisor's* (``freeze``/``thaw``:
-a count, held for the length of one operator such as CLEAN, or by a migration from the pause to its end). A vCPU runs
-when neither holds it.
+without knowing of each other: the *user's* (``pause``/``resume``: one flag) and the *hypervisor's* (``freeze`` and
+``thaw``: a count, held for the length of one operator such as CLEAN, or by a migration from the pause to its end). A
+vCPU runs when neither holds it.
 
 Stopping is asked for with ``kick()``. A kick may come just before the vCPU enters the guest and be lost there, so
 whoever waits repeats it until every vCPU has said that it stopped.

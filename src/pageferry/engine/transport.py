@@ -154,11 +154,13 @@ class Channel:
             if received:
                 queue[at] = queue[at][received:]
 
-    def receive(self, size_bytes: int) -> bytes:
-        """Return exactly ``size_bytes``; as :meth:`receive_into` otherwise."""
-        buffer = bytearray(size_bytes)
-        self.receive_into([memoryview(buffer)])
-        return bytes(buffer)
+    def receive_some(self, at_most_bytes: int) -> bytes:
+        """Return some bytes, at least one and at most so many; none when the peer has closed.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        return self._sock.recv(at_most_bytes)
 
     def readable(self) -> bool:
         """Tell whether the peer has said something, or has closed, without waiting."""

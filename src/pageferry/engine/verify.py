@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import split_runs, subtract_runs
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
+from pageferry.stream.ferry_frames import MAX_POPULATED_RUNS
 
 DIGEST_BYTES = 16
 _SAMPLE_PAGES = 8 * PAGES_PER_2M
@@ -50,6 +51,22 @@ def first_difference(ours: Digests, theirs: Digests) -> int | None:
     return int(different[0]) if different.size else None
 
 
+def page_digests(memory: GuestMemory, first_gfn: int, pages: int) -> NDArray[np.uint64]:
+    """Return xxh3-64 of each page of a run, uint64[pages]: to name the first page that differs, once there is one."""
+    gfns = np.arange(first_gfn, first_gfn + pages, dtype=np.uint64)
+    return np.array([xxhash.xxh3_64_intdigest(view) for view in memory.page_views(gfns)], np.uint64)
+
+
+def first_different_page(memory: GuestMemory, first_gfn: int, theirs: NDArray[np.uint64]) -> int | None:
+    """Return the first frame of a run whose digest is not ``theirs`` (uint64[pages]), or None when all are equal.
+
+    Raises:
+        VmError: the run is not RAM.
+    """
+    different = np.flatnonzero(page_digests(memory, first_gfn, theirs.size) != theirs)
+    return first_gfn + int(different[0]) if different.size else None
+
+
 def first_nonzero_outside(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> int | None:
     """Return the first frame outside the runs that is not zero, or None: where the source never had storage."""
     rest_starts, rest_lengths = subtract_runs(*memory.populated(), starts, lengths)
@@ -65,3 +82,21 @@ def sample_runs(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray
     """Return the first few of the runs: enough to measure how fast this host digests."""
     enough = int(np.searchsorted(np.cumsum(lengths), _SAMPLE_PAGES)) + 1
     return starts[:enough], lengths[:enough]
+
+
+def hint_runs(memory: GuestMemory) -> tuple[tuple[int, int], ...]:
+    """Return roughly what has storage, as at most ``MAX_POPULATED_RUNS`` (first gfn, pages): for whoever prepares.
+
+    The smallest gaps are closed first; a gap across the PCI hole is never closed.
+    """
+    starts, lengths = memory.populated()
+    if starts.size > MAX_POPULATED_RUNS:
+        ends = starts + lengths
+        gaps = (starts[1:] - ends[:-1]).astype(np.int64)
+        gaps[np.searchsorted(ends, [r.first_gfn for r in memory.regions[1:]], side="right") - 1] = np.iinfo(
+            np.int64
+        ).max
+        kept = np.sort(np.argsort(gaps, kind="stable")[gaps.size - (MAX_POPULATED_RUNS - 1) :])
+        starts = np.concatenate((starts[:1], starts[kept + 1]))
+        lengths = np.concatenate((ends[kept], ends[-1:])) - starts
+    return tuple(zip(starts.tolist(), lengths.tolist(), strict=True))

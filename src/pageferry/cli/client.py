@@ -1,0 +1,66 @@
+"""The client's side of the control socket: start a migration, follow it to its end, whatever that is."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pageferry.core.errors import GuestAt, MigrationError, VmError
+from pageferry.vmm.process import ENGINE_EVENT
+from pageferry.vmm.qmp import QmpClient, QmpError
+
+Json = dict[str, Any]
+
+
+class Interrupted(Exception):  # not an error: the user's wish, after it was fulfilled
+    """The user pressed Ctrl-C and the migration was cancelled; the guest runs on at the source."""
+
+
+def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], None]) -> Json:
+    """Migrate and return the report; ``options`` are the extra arguments of the ``migrate`` command.
+
+    Ctrl-C cancels: the guest stays at the source.
+
+    Raises:
+        QmpError: the guest process refused to begin.
+        MigrationFailedError: it did not succeed.
+        Interrupted: it was cancelled by Ctrl-C.
+        VmError: the guest process went away.
+    """
+    client.execute("migrate", uri=uri, **options)
+    interrupted = False
+    while True:
+        try:
+            _follow(client, show)
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+            try:
+                client.execute("migrate_cancel")
+            except QmpError:
+                interrupted = False  # too late: it ends by itself
+    state = client.execute("query-migrate")
+    report = state.get("x-pageferry-report")
+    if report is None:
+        raise VmError("the migration ended by a defect in the guest process; its log says more")
+    if interrupted and report["status"] == "cancelled":
+        raise Interrupted
+    if report["status"] != "completed":
+        error = state["x-pageferry-error"]
+        raise MigrationFailedError(report, error)
+    return dict(report)
+
+
+class MigrationFailedError(MigrationError):
+    """A migration in another process failed; ``report`` is its report."""
+
+    def __init__(self, report: Json, error: Json) -> None:
+        at = GuestAt(error["guest_at"])
+        super().__init__(error["reason"], phase=error["phase"], guest_at=at, hint=error["hint"])
+        self.report = report
+
+
+def _follow(client: QmpClient, show: Callable[[Json], None]) -> None:
+    for event in client.events():
+        if event["event"] == ENGINE_EVENT:
+            show(event["data"])
+        elif event["event"] == "MIGRATION" and event["data"]["status"] in ("completed", "failed", "cancelled"):
+            return

@@ -1,0 +1,307 @@
+"""The ``pageferry`` command.
+
+Exit codes: 0 done; 1 a defect; 2 wrong usage; 3 the migration did not happen and the guest is at the source; 4 nobody
+knows whether the guest moved; 5 this machine lacks what was asked for; 6 a guest process or its socket failed;
+8 the guest ended with a code other than 0; 9 the guest crashed; 130 interrupted.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+from pageferry import __version__
+from pageferry.cli import demo as demo_room
+from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
+from pageferry.cli.view import ProgressView, summary
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
+from pageferry.core.memory import ram_layout
+from pageferry.core.policy import make_policy
+from pageferry.core.units import format_size, parse_size
+from pageferry.core.vm import VmConfig
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Endpoint
+from pageferry.guests.boot import GuestParams
+from pageferry.guests.workloads import WORKLOADS, load_guest
+from pageferry.vmm.accel import Accel, choose_machines
+from pageferry.vmm.doctor import examine
+from pageferry.vmm.process import GuestProcess
+from pageferry.vmm.qmp import QmpClient
+
+app = typer.Typer(
+    name="pageferry",
+    help="Move running virtual machines between processes and hosts, and prove that nothing was lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
+ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")
+]
+PolicyOption = Annotated[str, typer.Option(help="When to stop and copy: downtime or xen.")]
+LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (policy downtime; default 300).")]
+RoundsOption = Annotated[int | None, typer.Option(help="Rounds at the most (default: downtime 30, xen 5).")]
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, UsageError):
+        return 2
+    if isinstance(error, MigrationError):
+        return 4 if error.guest_at is GuestAt.UNKNOWN else 3
+    if isinstance(error, UnsupportedError):
+        return 5
+    return 6 if isinstance(error, PageferryError) else 1
+
+
+def _complain(message: str, hint: str = "") -> None:
+    _err.print(f"pageferry: {message}", style="red", markup=False, soft_wrap=True)
+    if hint:
+        _err.print(f"hint: {hint}", markup=False, soft_wrap=True)
+
+
+def run() -> None:
+    """Run the command and end the process with its exit code; errors are one line and a hint, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+        else:
+            _complain(error.format_message(), "pageferry --help tells more")
+        code = 2
+    except (KeyboardInterrupt, click.exceptions.Abort, Interrupted) as error:
+        _complain("cancelled; the guest runs on at the source" if isinstance(error, Interrupted) else "interrupted")
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if logging.getLogger().isEnabledFor(logging.DEBUG):
+            raise
+        if isinstance(error, PageferryError):
+            _complain(str(error), error.hint)
+        else:
+            _complain(f"internal error: {error!r}", "this is a defect: pageferry --debug ... shows where")
+        code = _exit_code(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pageferry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks and the log.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _json(value: Any) -> None:  # noqa: ANN401  # any JSON value
+    print(json.dumps(value, indent=2))
+
+
+def _policy_options(policy: str, downtime_limit: float | None, max_rounds: int | None) -> dict[str, Any]:
+    limit_s = None if downtime_limit is None else downtime_limit / 1e3
+    make_policy(policy, downtime_limit_s=limit_s, max_rounds=max_rounds)
+    options = {"x-policy": policy, "x-downtime-limit-s": limit_s, "x-max-rounds": max_rounds}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _config(memory: str) -> VmConfig:
+    memory_bytes = parse_size(memory)
+    ram_layout(memory_bytes)
+    return VmConfig(memory_bytes=memory_bytes)
+
+
+@app.command()
+def demo(
+    accel: AccelOption = Accel.AUTO,
+    memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
+    workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Migrate a running guest between two processes on this machine, and show what happened."""
+    load_guest(workload)
+    config = _config(memory)
+    options = _policy_options(policy, downtime_limit, max_rounds)
+    machines = choose_machines(accel)
+    report = demo_room.run_demo(machines, workload, config, options, _err)
+    if as_json:
+        _json(report)
+    else:
+        _out.print(summary(report))
+
+
+@contextmanager
+def _guest_process(accel: Accel, control: Path | None) -> Iterator[GuestProcess]:
+    machines = choose_machines(accel)
+    _err.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
+
+    def console(data: bytes) -> None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+
+    def say(message: str) -> None:
+        _err.print(f"pageferry: {message}", markup=False, soft_wrap=True)
+
+    process = GuestProcess(machines, control, on_console=console, on_message=say)
+
+    def stop(*_: object) -> None:
+        process.quit()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+@app.command(name="run")
+def run_guest(
+    guest: Annotated[str, typer.Argument(help=f"A built-in workload ({', '.join(WORKLOADS)}) or an ELF file.")],
+    memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
+    accel: AccelOption = Accel.AUTO,
+    control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
+    working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
+    rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is random in the workload.")] = 1,
+) -> None:
+    """Run a guest; its console is standard output. Ctrl-C ends it."""
+    program = load_guest(guest)
+    config = _config(memory)
+    params = GuestParams(
+        working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
+    )
+    with _guest_process(accel, control) as process:
+        process.boot(program, config, params)
+        process.start()
+        code = process.wait()
+    raise typer.Exit(code)
+
+
+@app.command()
+def receive(
+    uri: Annotated[str, typer.Argument(help="Where to wait: tcp://HOST:PORT (port 0: any) or unix:PATH.")],
+    control: ControlOption,
+    accel: AccelOption = Accel.AUTO,
+) -> None:
+    """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
+    endpoint = Endpoint.parse(uri)
+    with _guest_process(accel, control) as process:
+        bound = process.listen(endpoint)
+        _err.print(f"waiting for a guest at {bound}", markup=False)
+        process.start()
+        code = process.wait()
+    raise typer.Exit(code)
+
+
+@app.command(name="migrate")
+def migrate_guest(
+    uri: Annotated[str, typer.Argument(help="Where the destination waits: tcp://HOST:PORT or unix:PATH.")],
+    control: ControlOption,
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds the connection may stand still.")
+    ] = DEFAULT_TIMEOUT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
+    Endpoint.parse(uri)
+    options = _policy_options(policy, downtime_limit, max_rounds) | {"x-timeout-s": timeout}
+    with QmpClient(control) as client, ProgressView(_err) as view:
+        try:
+            report = migrate(client, uri, options, view.show)
+        except MigrationFailedError as error:
+            if as_json:
+                _json(error.report)
+            raise
+    if as_json:
+        _json(report)
+    else:
+        _out.print(summary(report))
+
+
+@app.command()
+def status(control: ControlOption, as_json: JsonOption = False) -> None:
+    """Tell what a guest process is doing."""
+    with QmpClient(control) as client:
+        state = client.execute("query-status") | client.execute("x-query-guest")
+    state.pop("singlestep", None)
+    if as_json:
+        _json(state)
+        return
+    _out.print(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})", markup=False)
+    if state["listening"]:
+        _out.print(f"waiting for a guest at {state['listening']}", markup=False)
+    if "memory_bytes" in state:
+        work = ", ".join(f"{each:,}" for each in state["work"])
+        _out.print(f"memory {format_size(state['memory_bytes'])}, tracker {state['tracker']}, work done {work}")
+
+
+def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value
+    with QmpClient(control) as client:
+        client.execute(name, **arguments)
+
+
+@app.command()
+def pause(control: ControlOption) -> None:
+    """Pause a guest."""
+    _command(control, "stop")
+
+
+@app.command()
+def resume(
+    control: ControlOption,
+    force: Annotated[
+        bool, typer.Option(help="Take back a guest whose migration ended unknown, if it surely runs nowhere else.")
+    ] = False,
+) -> None:
+    """Let a paused guest run on."""
+    _command(control, "cont", **({"x-force": True} if force else {}))
+
+
+@app.command(name="quit")
+def quit_guest(control: ControlOption) -> None:
+    """End a guest process, and the guest with it."""
+    _command(control, "quit")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Find out, by doing it, what this machine can do, and what to do about what is missing."""
+    findings = examine()
+    if as_json:
+        _json({finding.capability: finding.to_json() for finding in findings})
+        return
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.works else "[yellow]no [/]"
+        _out.print(f"{mark} {finding.capability:<22}", end="")
+        _out.print(finding.detail, markup=False)
+        if finding.advice:
+            _out.print(f"    {'':<22}→ {finding.advice}", markup=False)

@@ -1,0 +1,133 @@
+"""What a person sees of a migration: a line per round while it runs, then the summary and the picture."""
+
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.table import Table
+from rich.text import Text
+
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.units import format_duration, format_size
+
+_PICTURE_WIDTH = 48
+
+Json = dict[str, Any]
+
+
+class ProgressView:
+    """Follows the engine's events, as the control socket carries them; a context manager.
+
+    Args:
+        console: where to draw (standard error).
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TransferSpeedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> "ProgressView":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, event: Json) -> None:
+        """Show one event (``type`` and the fields of :mod:`pageferry.core.events`); others pass by."""
+        kind = event["type"]
+        if kind == "RoundBegan":
+            label = "stop-and-copy" if event["final"] else f"round {event['index']}"
+            self._task = self._bar.add_task(label, total=max(1, event["dirty_pages"]) * PAGE_SIZE)
+        elif kind == "RoundProgress" and self._task is not None:
+            self._bar.update(self._task, completed=event["sent_pages"] * PAGE_SIZE)
+        elif kind == "RoundEnded":
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+                self._task = None
+            self._console.print(round_line(event["stats"], event["decision"]), highlight=False)
+
+
+def round_line(stats: Json, decision: Json | None) -> str:
+    """Return one line about a round that ended."""
+    label = "stop-and-copy" if stats["final"] else f"round {stats['index']:<2}"
+    rate = f"{format_size(stats['sent_bytes'] / stats['duration_s'])}/s" if stats["duration_s"] else "-"
+    line = (
+        f"{label:<14}{stats['sent_pages']:>9,} pages {format_size(stats['sent_bytes']):>10} "
+        f"in {format_duration(stats['duration_s']):>9}  {rate:>13}"
+    )
+    if decision is not None:
+        line += f"  {stats['remaining_pages']:>7,} dirty → {decision['action']}: {decision['reason']}"
+    return line
+
+
+def summary(report: Json) -> Group:
+    """Return the tables and the picture of a finished migration."""
+    facts = Table.grid(padding=(0, 2))
+    sent_bytes = sum(each["sent_bytes"] for each in report["rounds"])
+    rows = [
+        ("guest", f"{format_size(report['memory_bytes'])}, now at the {report['guest_at']}"),
+        ("machines", f"{report['source_accel']} → {report['destination_accel']}, tracker {report['tracker']}"),
+        ("policy", f"{report['policy']}: {report['reason']}"),
+        ("total", format_duration(report["total_s"])),
+        ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds"),
+        ("verified", _verified(report)),
+    ]
+    if report["fault_count"] is not None:
+        rows.append(("write faults", f"{report['fault_count']:,} taken to find dirty pages"))
+    for name, value in rows:
+        facts.add_row(Text(name, style="bold"), value)
+    parts: list[Any] = [facts]
+    if report["rounds"]:
+        parts += [Text(), _timeline(report)]
+    if report["downtime_s"] is not None:
+        parts += [Text(), _downtime(report)]
+    return Group(Panel(Group(*parts), title=f"migration {report['status']}", expand=False))
+
+
+def _verified(report: Json) -> str:
+    if not report["verified"]:
+        return "no"
+    return f"yes: all {report['verified_pages']:,} pages with content are equal, and nothing else is there"
+
+
+def _timeline(report: Json) -> Table:
+    rounds = report["rounds"]
+    span = sum(each["duration_s"] for each in rounds) or 1.0
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text("rounds over time", style="bold"), "", "", "")
+    at = 0.0
+    for each in rounds:
+        label = "stop-and-copy" if each["final"] else f"round {each['index']}"
+        end = at + each["duration_s"]
+        bar = Bar(span, at, max(end, at + span / _PICTURE_WIDTH / 4), width=_PICTURE_WIDTH, color=_color(each["final"]))
+        table.add_row(label, bar, f"{each['sent_pages']:>9,} pages", format_duration(each["duration_s"]).rjust(9))
+        at = end
+    return table
+
+
+def _downtime(report: Json) -> Table:
+    total_s = report["downtime_s"]
+    table = Table.grid(padding=(0, 1))
+    table.add_row(Text("downtime", style="bold"), "", Text(format_duration(total_s).rjust(9), style="bold"))
+    at = 0.0
+    for name, part_s in report["downtime_parts_s"].items():
+        bar = Bar(max(total_s, 1e-9), at, at + part_s, width=_PICTURE_WIDTH, color=_color(True))
+        table.add_row(name.ljust(13), bar, format_duration(part_s).rjust(9))
+        at += part_s
+    return table
+
+
+def _color(final: bool) -> str:
+    return "red" if final else "green"

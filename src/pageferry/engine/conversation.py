@@ -1,0 +1,82 @@
+"""Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
+
+from pageferry.engine.transport import Channel
+from pageferry.stream.ferry import (
+    Conversation,
+    Failed,
+    FerryDecoder,
+    FerryEncoder,
+    Frame,
+    Refuse,
+    Side,
+)
+from pageferry.stream.intake import Need
+
+
+class PeerFailedError(Exception):
+    """The peer said, in words of its own, that it refuses or has failed: the guest does not and will not run there."""
+
+    def __init__(self, reason: str, hint: str = "", gfn: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+        self.gfn = gfn
+
+
+class Peer:
+    """The other side of a connection.
+
+    Args:
+        channel: connected.
+        side: which side we are.
+    """
+
+    def __init__(self, channel: Channel, side: Side) -> None:
+        self.channel = channel
+        self._conversation = Conversation(side)
+        self._encoder = FerryEncoder(self._conversation)
+        self._decoder = FerryDecoder(self._conversation)
+
+    def greet(self) -> None:
+        """Send our preamble; both sides do so at once.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.preamble()])
+
+    def send(self, frame: Frame) -> None:
+        """Send one frame.
+
+        Raises:
+            LocalStreamError: it is not our turn.
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.frame(frame)])
+
+    def receive(self) -> Frame:
+        """Return the peer's next frame.
+
+        Raises:
+            PeerFailedError: it is the peer's refusal or failure.
+            RemoteStreamError: it is not a legal frame, or the peer closed in the middle.
+            OSError: cut or stalled.
+        """
+        while True:
+            frame = self._decoder.next_event()
+            if not isinstance(frame, Need):
+                break
+            data = self.channel.receive_some(self._decoder.wanted_bytes)
+            if not data:
+                self._decoder.eof()
+                raise ConnectionResetError("the peer closed the connection")
+            self._decoder.feed(data)
+        if isinstance(frame, Refuse):
+            raise PeerFailedError(frame.reason, frame.hint)
+        if isinstance(frame, Failed):
+            raise PeerFailedError(frame.reason, frame.hint, frame.gfn)
+        return frame
+
+    def stream_passed(self, stream_bytes: int) -> None:
+        """Say that the libxc stream, of so many bytes, is over; frames follow again."""
+        self._conversation.stream_passed(stream_bytes)

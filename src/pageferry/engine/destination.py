@@ -1,0 +1,285 @@
+"""The destination's side of a migration; the conversation is drawn in :mod:`pageferry.engine.source`.
+
+Page data is received straight into the guest's memory. A second thread gives storage to the pages that the source
+says it has, ahead of their arrival: on most hosts the first touch of memory costs more than the copy.
+
+Postcondition on success: the guest is here and runs (or is paused, if it was). Postcondition on failure: no guest is
+here, and none ever ran.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from pageferry import __version__
+from pageferry.core.bitmap import DirtyBitmap, runs_of, split_runs
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PageferryError,
+    PeerError,
+    RecordError,
+    RemoteStreamError,
+    TransportError,
+    TruncatedError,
+    UsageError,
+    VmError,
+)
+from pageferry.core.events import Event, Phase
+from pageferry.core.frames import PAGES_PER_2M
+from pageferry.core.memory import GuestMemory
+from pageferry.core.state import MachineState
+from pageferry.core.vm import Vm, VmConfig
+from pageferry.engine import verify
+from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.phases import PhaseClock
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Decoder
+from pageferry.stream.ferry import (
+    Commit,
+    DestinationHello,
+    Digests,
+    Failed,
+    Frame,
+    Mismatch,
+    Ready,
+    Refuse,
+    Running,
+    Side,
+    SourceHello,
+)
+from pageferry.stream.format import carries_data
+from pageferry.stream.hvm_context import decode_machine_state
+from pageferry.stream.intake import Need
+from pageferry.stream.records import HvmContext, PageDataHeader
+
+
+def _ignore_event(_: Event) -> None:
+    """See nothing."""
+
+
+def _ignore_arrival(_: Vm, __: str) -> None:
+    """Do nothing."""
+
+
+class Destination:
+    """One attempt to take a guest in.
+
+    Args:
+        channel: the accepted connection; closed at the end.
+        make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
+        accel: what kind of machine it makes.
+        on_event: sees phases begin and end.
+        before_run: called with the Vm and the guest's name when it is ours, just before it runs.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        make_vm: Callable[[VmConfig], Vm],
+        *,
+        accel: str,
+        on_event: Callable[[Event], None] = _ignore_event,
+        before_run: Callable[[Vm, str], None] = _ignore_arrival,
+    ) -> None:
+        self._channel = channel
+        self._make_vm = make_vm
+        self._accel = accel
+        self._before_run = before_run
+        self._clock = PhaseClock(on_event)
+        self._peer = Peer(channel, Side.DESTINATION)
+        self._ours = False
+
+    def abort(self) -> None:
+        """End the attempt, from any thread; without effect once the guest is ours."""
+        self._channel.abort()
+
+    def run(self) -> Vm:
+        """Take the guest in; call once.
+
+        Raises:
+            MigrationError: no guest is here (``guest_at`` SOURCE, or UNKNOWN to us when the source may still decide).
+        """
+        vm: Vm | None = None
+        try:
+            with self._failures():
+                with self._clock.phase(Phase.HELLO):
+                    vm, hello = self._hello()
+                with _Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
+                    state = self._receive_stream(vm.memory)
+                with self._clock.phase(Phase.STATE):
+                    vm.load_state(state)
+                with self._clock.phase(Phase.VERIFY):
+                    self._verify(vm.memory)
+                with self._clock.phase(Phase.HANDOFF):
+                    self._handoff(vm, hello)
+            return vm
+        except BaseException:
+            if vm is not None:
+                vm.close()
+            raise
+        finally:
+            self._channel.close()
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Tell the peer what went wrong, where it listens, and turn it into a MigrationError."""
+        try:
+            yield
+        except PeerFailedError as error:
+            raise PeerError(error.reason, phase=self._phase, guest_at=GuestAt.SOURCE, hint=error.hint) from error
+        except MigrationError as error:
+            self._tell(error.reason)
+            raise
+        except PageferryError as error:
+            self._tell(str(error), error.hint)
+            kind = PeerError if isinstance(error, RemoteStreamError) else MigrationError
+            raise kind(str(error), phase=self._phase, guest_at=GuestAt.SOURCE, hint=error.hint) from error
+        except OSError as error:
+            what = "the source stood still" if isinstance(error, TimeoutError) else "the connection was cut"
+            raise TransportError(what, phase=self._phase, guest_at=GuestAt.SOURCE) from error
+        except Exception as error:
+            self._tell(f"internal error: {error!r}")
+            raise MigrationError(f"internal error: {error!r}", phase=self._phase, guest_at=GuestAt.SOURCE) from error
+
+    @property
+    def _phase(self) -> str:
+        return str(self._clock.current)
+
+    def _tell(self, reason: str, hint: str = "") -> None:
+        with contextlib.suppress(OSError, PageferryError):  # the source may be gone, or it may not be our turn
+            self._peer.send(Failed(reason=reason, hint=hint))
+        self._channel.finish()
+
+    def _unexpected(self, frame: Frame) -> PeerError:
+        what = f"the source sent {type(frame).__name__} out of turn"
+        return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
+
+    def _hello(self) -> tuple[Vm, SourceHello]:
+        self._peer.greet()
+        hello = self._peer.receive()
+        if not isinstance(hello, SourceHello):
+            raise self._unexpected(hello)
+        try:
+            vm = self._make_vm(VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus))
+        except (UsageError, VmError) as error:
+            self._peer.send(Refuse(reason=str(error), hint=error.hint))
+            self._channel.finish()
+            raise
+        self._peer.send(DestinationHello(version=__version__, accel=self._accel))
+        return vm, hello
+
+    def _receive_stream(self, memory: GuestMemory) -> MachineState:
+        decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit)
+        context = b""
+        while not decoder.ended:
+            event = decoder.next_event()
+            if isinstance(event, Need):
+                data = self._channel.receive_some(decoder.wanted_bytes)
+                if not data:
+                    decoder.eof()
+                    raise TruncatedError("the stream stops before END")
+                decoder.feed(data)
+            elif isinstance(event, PageDataHeader):
+                self._receive_pages(memory, event)
+                decoder.payload_received()
+            elif isinstance(event, HvmContext):
+                context = event.data
+        self._peer.stream_passed(decoder.offset)
+        return decode_machine_state(context)
+
+    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader) -> None:
+        gfns = header.pfns[carries_data(header.types)]
+        inside = memory.are_ram(gfns)
+        if not inside.all():
+            outside = int(gfns[~inside][0])
+            raise RecordError(f"gfn {outside:#x} is outside the guest", record="PAGE_DATA", offset=header.offset)
+        ascending = gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all())
+        views = memory.views(*runs_of(gfns)) if ascending else memory.page_views(gfns)
+        self._channel.receive_into(views)
+        memory.wrote(gfns)
+
+    def _verify(self, memory: GuestMemory) -> None:
+        starts: list[np.typing.NDArray[np.uint64]] = []
+        lengths: list[np.typing.NDArray[np.uint64]] = []
+        mismatched = False
+        while True:
+            frame = self._peer.receive()
+            if not isinstance(frame, Digests):
+                raise self._unexpected(frame)
+            if not mismatched:
+                starts.append(frame.first_gfns)
+                lengths.append(frame.pages.astype(np.uint64))
+                mismatched = self._compare(memory, frame)
+            if frame.last:
+                break
+        if not mismatched:
+            self._expect_zero_elsewhere(memory, np.concatenate(starts), np.concatenate(lengths))
+            self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
+
+    def _compare(self, memory: GuestMemory, frame: Digests) -> bool:
+        """Compare one frame of digests; on the first difference send MISMATCH and return True."""
+        lengths = frame.pages.astype(np.uint64)
+        ours = verify.digest_runs(memory, frame.first_gfns, lengths)
+        index = verify.first_difference(ours, frame.digests)
+        if index is None:
+            return False
+        first_gfn, pages = int(frame.first_gfns[index]), int(lengths[index])
+        self._peer.send(Mismatch(first_gfn=first_gfn, page_digests=verify.page_digests(memory, first_gfn, pages)))
+        return True
+
+    def _expect_zero_elsewhere(
+        self,
+        memory: GuestMemory,
+        starts: np.typing.NDArray[np.uint64],
+        lengths: np.typing.NDArray[np.uint64],
+    ) -> None:
+        gfn = verify.first_nonzero_outside(memory, starts, lengths)
+        if gfn is not None:
+            reason = f"a page is not zero here that is zero at the source: gfn {gfn:#x}"
+            raise PeerError(reason, phase=self._phase, guest_at=GuestAt.SOURCE)
+
+    def _handoff(self, vm: Vm, hello: SourceHello) -> None:
+        commit = self._peer.receive()
+        if not isinstance(commit, Commit):
+            raise self._unexpected(commit)
+        self._before_run(vm, hello.name)
+        if not commit.paused:
+            vm.resume()
+        with contextlib.suppress(OSError):  # the guest is ours from here on, whether or not the source hears of it
+            self._peer.send(Running())
+
+
+class _Populator:
+    """Gives storage to runs of memory on a thread of its own, for the length of a ``with`` block."""
+
+    def __init__(self, memory: GuestMemory, runs: tuple[tuple[int, int], ...]) -> None:
+        self._memory = memory
+        wanted = DirtyBitmap(memory.gfn_limit)
+        for first_gfn, pages in runs:
+            wanted.set_range(
+                first_gfn, min(pages, memory.gfn_limit - first_gfn)
+            ) if first_gfn < memory.gfn_limit else None
+        wanted &= memory.all_ram()
+        self._runs = split_runs(*wanted.runs(), PAGES_PER_2M)
+        self._enough = threading.Event()
+        self._thread = threading.Thread(target=self._populate, name="populate", daemon=True)
+
+    def _populate(self) -> None:
+        for index in range(self._runs[0].size):
+            if self._enough.is_set():
+                return
+            try:
+                self._memory.populate(self._runs[0][index : index + 1], self._runs[1][index : index + 1])
+            except VmError:
+                return  # only a head start: whoever touches the page first meets the same refusal
+
+    def __enter__(self) -> "_Populator":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self._thread.join()

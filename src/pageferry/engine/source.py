@@ -1,0 +1,486 @@
+"""The source's side of a migration, phase by phase.
+
+::
+
+    source                                        destination
+      | -- HELLO ------------------------------------> |  makes a machine, or refuses
+      | <------------------------------------ HELLO -- |
+      |  ENABLE                                         |
+      | == pre-copy: CLEAN, then copy, round by round => |  scatters pages into place
+      |  freeze the guest ........................ downtime begins
+      | == stop-and-copy: what is dirty ==============> |
+      | == state, END ================================> |
+      | -- DIGESTS -----------------------------------> |  digests the same pages
+      | <------------------------------------ READY -- |  (or MISMATCH: fail closed)
+      | -- COMMIT ------------------------------------> |  from here on the source never runs it again by itself
+      | <---------------------------------- RUNNING -- |  downtime ends
+
+Postcondition on success: the guest runs (or is paused, if it was) at the destination; here it stays frozen.
+Postcondition on failure before COMMIT: the guest is here, running or paused as it was, log-dirty is off, and another
+attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at`` is UNKNOWN.
+"""
+
+import contextlib
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pageferry import __version__
+from pageferry.core.bitmap import expand_runs, runs_of
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PeerError,
+    PolicyAbort,
+    RemoteStreamError,
+    TransportError,
+    VerifyError,
+    VmError,
+)
+from pageferry.core.events import (
+    DOWNTIME_PHASES,
+    Event,
+    MigrationEnded,
+    MigrationReport,
+    Phase,
+    RoundBegan,
+    RoundEnded,
+    RoundProgress,
+)
+from pageferry.core.frames import PAGE_SIZE, GfnArray
+from pageferry.core.policy import Action, Policy, Progress, RoundStats
+from pageferry.core.vm import Vm, VmStatus
+from pageferry.engine import verify
+from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.phases import PhaseClock
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.stream.codec import Encoder
+from pageferry.stream.ferry import (
+    Commit,
+    DestinationHello,
+    Digests,
+    Failed,
+    Frame,
+    Mismatch,
+    Ready,
+    Running,
+    Side,
+    SourceHello,
+)
+from pageferry.stream.format import MAX_PAGES_PER_RECORD
+from pageferry.stream.hvm_context import encode_machine_state
+from pageferry.stream.records import End, HvmContext, HvmParams, StaticDataEnd, TscInfo
+
+_DIGEST_RUNS_PER_FRAME = 64
+
+
+def _ignore(_: Event) -> None:
+    """See nothing."""
+
+
+class Source:
+    """One attempt to move a guest away.
+
+    Args:
+        vm: the guest; running or paused.
+        endpoint: where the destination listens.
+        policy: decides after each round.
+        name: what the guest is called, for people.
+        timeout_s: how long the connection may stand still.
+        on_event: sees every event, on the thread that calls :meth:`run`.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        endpoint: Endpoint,
+        policy: Policy,
+        *,
+        name: str = "guest",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_event: Callable[[Event], None] = _ignore,
+    ) -> None:
+        self._vm = vm
+        self._endpoint = endpoint
+        self._policy = policy
+        self._name = name
+        self._timeout_s = timeout_s
+        self._on_event = on_event
+        self._clock = PhaseClock(on_event)
+        self._commit_lock = threading.Lock()
+        self._cancelled = False
+        self._committed = False
+        self._armed = False
+        self._channel: Channel | None = None
+        self._encoder = Encoder()
+        self._rounds: list[RoundStats] = []
+        self._remaining_pages = 0
+        self._fixed_s = 0.0
+        self._fault_count: int | None = None
+        self._peer_accel: str | None = None
+        self._verified_pages = 0
+        self._began_s: float | None = None
+        self._frozen_at_s: float | None = None
+        self._downtime_s: float | None = None
+        self._stop_reason = ""
+        self.status = "setup"
+        self.guest_at = GuestAt.SOURCE
+        self.frozen = False
+        self.report: MigrationReport | None = None
+        self.error: MigrationError | None = None
+
+    # -- what others may ask ---------------------------------------------------------------------------------------
+
+    @property
+    def elapsed_s(self) -> float:
+        """How long the attempt has taken so far, or took."""
+        if self.report is not None:
+            return self.report.total_s
+        return 0.0 if self._began_s is None else self._clock.now_s() - self._began_s
+
+    def ram(self) -> dict[str, Any]:
+        """Return progress in the words of QMP's query-migrate."""
+        sent_pages = sum(stats.sent_pages for stats in self._rounds)
+        sent_bytes = 0 if self._channel is None else self._channel.sent_bytes
+        elapsed_s = self.elapsed_s
+        return {
+            "ram": {
+                "total": self._vm.memory.size_bytes,
+                "remaining": self._remaining_pages * PAGE_SIZE,
+                "transferred": sent_bytes,
+                "normal": sent_pages,
+                "normal-bytes": sent_pages * PAGE_SIZE,
+                "duplicate": 0,
+                "skipped": 0,
+                "dirty-sync-count": len(self._rounds),
+                "page-size": PAGE_SIZE,
+                "mbps": sent_bytes * 8 / 1e6 / elapsed_s if elapsed_s else 0.0,
+            }
+        }
+
+    def cancel(self) -> bool:
+        """Ask for an end of the attempt, from any thread; the guest stays here.
+
+        Returns:
+            False when it is too late: COMMIT was sent.
+        """
+        with self._commit_lock:
+            if self._committed:
+                return False
+            self._cancelled = True
+            if self._channel is not None:
+                self._channel.abort()
+        return True
+
+    def take_back(self) -> None:
+        """Declare that the guest is here after an attempt that ended UNKNOWN.
+
+        The caller knows that the destination does not run it and never will.
+
+        Raises:
+            VmError: the attempt did not end UNKNOWN.
+        """
+        if self.guest_at is not GuestAt.UNKNOWN or self.report is None:
+            raise VmError("there is no guest to take back")
+        self.guest_at = GuestAt.SOURCE
+        self._thaw()
+
+    # -- the attempt -----------------------------------------------------------------------------------------------
+
+    def run(self) -> MigrationReport:
+        """Move the guest; call once. ``report`` is set afterwards, also when this raises.
+
+        Raises:
+            MigrationError: it did not move (``guest_at`` SOURCE), or nobody knows (UNKNOWN).
+        """
+        self._began_s = self._clock.now_s()
+        self.status = "active"
+        try:
+            with self._failures():
+                self._go()
+        except MigrationError as error:
+            self.error = error
+            self._fall_back()
+            self._finish("cancelled" if self._cancelled else "failed", error.reason)
+            raise
+        except BaseException:
+            self._fall_back()
+            self._finish("failed", "interrupted")
+            raise
+        self.guest_at = GuestAt.DESTINATION
+        return self._finish("completed", self._stop_reason)
+
+    def _go(self) -> None:
+        phase = self._clock.phase
+        with phase(Phase.CONNECT):
+            peer = self._connect()
+        with phase(Phase.HELLO):
+            self._hello(peer)
+        with phase(Phase.PRECOPY):
+            self._precopy(peer)
+        with phase(Phase.PAUSE):
+            self._pause()
+        with phase(Phase.STOP_AND_COPY):
+            self._stop_and_copy(peer)
+        with phase(Phase.STATE):
+            self._state(peer)
+        with phase(Phase.VERIFY):
+            self._verify(peer)
+        with phase(Phase.HANDOFF):
+            self._handoff(peer)
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn whatever goes wrong inside into a MigrationError that knows phase and place."""
+        try:
+            yield
+        except MigrationError:
+            raise
+        except Exception as error:
+            phase = str(self._clock.current)
+            at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
+            if self._cancelled:
+                raise PolicyAbort("cancelled", phase=phase, guest_at=at) from error
+            if isinstance(error, PeerFailedError):
+                raise PeerError(error.reason, phase=phase, guest_at=at, hint=error.hint) from error
+            if isinstance(error, OSError) and not isinstance(error, VmError):
+                raise TransportError(self._broken(error), phase=phase, guest_at=at) from error
+            if isinstance(error, RemoteStreamError):
+                raise PeerError(str(error), phase=phase, guest_at=at) from error
+            if isinstance(error, VmError):
+                raise MigrationError(str(error), phase=phase, guest_at=at, hint=error.hint) from error
+            raise MigrationError(f"internal error: {error!r}", phase=phase, guest_at=at) from error
+
+    def _broken(self, error: OSError) -> str:
+        what = f"the connection to {self._endpoint}"
+        if self._clock.current is Phase.CONNECT:
+            return f"cannot connect to {self._endpoint}: {error.strerror or error}"
+        if isinstance(error, TimeoutError):
+            return f"{what} stood still for {self._timeout_s:g} s"
+        return f"{what} was cut: {error.strerror or error}"
+
+    def _fall_back(self) -> None:
+        """After a failure: everything as it was, unless the commit is out."""
+        self._fault_count = self._faults()
+        if self._channel is not None:
+            self._channel.close()
+        if self._committed:
+            self.guest_at = GuestAt.UNKNOWN
+            return
+        if self._armed:
+            with contextlib.suppress(VmError):  # the failure may be the tracker's own; the guest runs on all the same
+                self._vm.log_dirty.off()
+        self._thaw()
+
+    def _thaw(self) -> None:
+        if self.frozen:
+            self._vm.thaw()
+            self.frozen = False
+
+    def _faults(self) -> int | None:
+        log_dirty = self._vm.log_dirty
+        return log_dirty.stats().fault_count if self._armed and log_dirty.enabled else self._fault_count
+
+    def _finish(self, status: str, reason: str) -> MigrationReport:
+        parts = None
+        if status == "completed":
+            parts = {str(phase): self._clock.durations_s[phase] for phase in DOWNTIME_PHASES}
+        self.report = MigrationReport(
+            status=status,
+            guest_at=self.guest_at,
+            source_accel=self._vm.accel,
+            destination_accel=self._peer_accel,
+            tracker=self._vm.log_dirty.tracker,
+            policy=self._policy.name,
+            memory_bytes=self._vm.memory.size_bytes,
+            rounds=tuple(self._rounds),
+            total_s=self.elapsed_s,
+            downtime_s=self._downtime_s,
+            downtime_parts_s=parts,
+            verified=self._verified_pages > 0,
+            verified_pages=self._verified_pages,
+            fault_count=self._fault_count,
+            reason=reason,
+        )
+        self.status = status
+        self._on_event(MigrationEnded(report=self.report))
+        return self.report
+
+    # -- phases ----------------------------------------------------------------------------------------------------
+
+    def _expect_alive(self) -> None:
+        end = self._vm.end
+        if end is not None:
+            why = f"it crashed: {end.crash}" if end.crash is not None else f"exit code {end.exit_code}"
+            raise self._abort(f"the guest ended meanwhile ({why})")
+
+    def _abort(self, reason: str) -> PolicyAbort:
+        return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
+
+    def _unexpected(self, frame: Frame) -> PeerError:
+        what = f"the destination answered {type(frame).__name__} out of turn"
+        return PeerError(what, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
+
+    def _connect(self) -> Peer:
+        channel = self._endpoint.connect(self._timeout_s)
+        with self._commit_lock:
+            self._channel = channel
+            if self._cancelled:
+                raise self._abort("cancelled")
+        return Peer(channel, Side.SOURCE)
+
+    def _hello(self, peer: Peer) -> None:
+        peer.greet()
+        peer.send(
+            SourceHello(
+                version=__version__,
+                memory_bytes=self._vm.memory.size_bytes,
+                cpus=self._vm.config.cpus,
+                accel=self._vm.accel,
+                migration_id=str(uuid.uuid4()),
+                name=self._name,
+                populated=verify.hint_runs(self._vm.memory),
+            )
+        )
+        hello = peer.receive()
+        if not isinstance(hello, DestinationHello):
+            raise self._unexpected(hello)
+        self._peer_accel = hello.accel
+
+    def _precopy(self, peer: Peer) -> None:
+        log_dirty = self._vm.log_dirty
+        self._expect_alive()
+        peer.channel.send([self._encoder.header(), self._encoder.record(StaticDataEnd())])
+        self._fixed_s = self._measure_fixed()
+        log_dirty.enable()
+        self._armed = True
+        # Law 3: the snapshot of what has storage comes after ENABLE. A page touched later is dirty by then.
+        gfns = expand_runs(*self._vm.memory.populated())
+        while True:
+            stats = self._send_round(peer, gfns, final=False)
+            self._expect_alive()
+            progress = Progress(memory_pages=self._vm.memory.pages, rounds=tuple(self._rounds), fixed_s=self._fixed_s)
+            decision = self._policy.decide(progress)
+            self._on_event(RoundEnded(stats=stats, decision=decision))
+            if decision.action is Action.ABORT:
+                raise self._abort(decision.reason)
+            if decision.action is Action.STOP_AND_COPY:
+                self._stop_reason = decision.reason
+                return
+            gfns = log_dirty.clean().gfns()
+
+    def _measure_fixed(self) -> float:
+        """Return what a pause will cost besides pages.
+
+        Saving the state, counted twice since the destination loads it, and digesting what has storage, at the speed
+        of a sample. The guest stands still for the first part of it.
+        """
+        now_s = self._clock.now_s
+        began_s = now_s()
+        self._vm.freeze()
+        try:
+            self._vm.save_state()
+        finally:
+            self._vm.thaw()
+        state_s = now_s() - began_s
+        starts, lengths = verify.populated_runs(self._vm.memory)
+        sample = verify.sample_runs(starts, lengths)
+        began_s = now_s()
+        verify.digest_runs(self._vm.memory, *sample)
+        sample_pages = int(sample[1].sum())
+        return 2 * state_s + ((now_s() - began_s) * int(lengths.sum()) / sample_pages if sample_pages else 0.0)
+
+    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool) -> RoundStats:
+        """Send the pages; they were reported by a CLEAN (or frozen) before this reads them."""
+        index = len(self._rounds)
+        self._on_event(RoundBegan(index=index, dirty_pages=gfns.size, final=final))
+        channel = peer.channel
+        began_s, sent_before = self._clock.now_s(), channel.sent_bytes
+        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+            if channel.readable():
+                raise self._unexpected(peer.receive())
+            if self._cancelled:
+                raise self._abort("cancelled")
+            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
+            channel.send([self._encoder.page_data(batch), *self._vm.memory.views(*runs_of(batch))])
+            self._remaining_pages = gfns.size - at - batch.size
+            sent_bytes = channel.sent_bytes - sent_before
+            self._on_event(RoundProgress(index=index, sent_pages=at + batch.size, sent_bytes=sent_bytes))
+        remaining = 0 if final else self._vm.log_dirty.peek().count()
+        stats = RoundStats(
+            index=index,
+            dirty_pages=gfns.size,
+            sent_pages=gfns.size,
+            sent_bytes=channel.sent_bytes - sent_before,
+            duration_s=self._clock.now_s() - began_s,
+            remaining_pages=remaining,
+            final=final,
+        )
+        self._rounds.append(stats)
+        self._remaining_pages = remaining
+        return stats
+
+    def _pause(self) -> None:
+        self._frozen_at_s = self._clock.now_s()
+        self._vm.freeze()
+        self.frozen = True
+        self._expect_alive()
+
+    def _stop_and_copy(self, peer: Peer) -> None:
+        # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
+        stats = self._send_round(peer, self._vm.log_dirty.peek().gfns(), final=True)
+        self._on_event(RoundEnded(stats=stats, decision=None))
+
+    def _state(self, peer: Peer) -> None:
+        state = self._vm.save_state()
+        records = (TscInfo(), HvmParams(), HvmContext(data=encode_machine_state(state)), End())
+        peer.channel.send([self._encoder.record(record) for record in records])
+        peer.stream_passed(self._encoder.offset)
+
+    def _verify(self, peer: Peer) -> None:
+        memory = self._vm.memory
+        starts, lengths = verify.populated_runs(memory)
+        for at in range(0, max(starts.size, 1), _DIGEST_RUNS_PER_FRAME):
+            piece = slice(at, at + _DIGEST_RUNS_PER_FRAME)
+            digests = verify.digest_runs(memory, starts[piece], lengths[piece])
+            last = at + _DIGEST_RUNS_PER_FRAME >= starts.size
+            pages = lengths[piece].astype(np.uint32)
+            peer.send(Digests(first_gfns=starts[piece], pages=pages, digests=digests, last=last))
+        answer = peer.receive()
+        if isinstance(answer, Mismatch):
+            raise self._difference(peer, answer)
+        if not isinstance(answer, Ready) or answer.verified_pages != int(lengths.sum()):
+            raise self._unexpected(answer)
+        self._verified_pages = answer.verified_pages
+
+    def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:
+        gfn = verify.first_different_page(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
+        cause = VerifyError("the destination's memory is not ours", gfn=gfn)
+        with contextlib.suppress(OSError):
+            peer.send(Failed(reason=str(cause), gfn=gfn))
+        error = PeerError(str(cause), phase=str(Phase.VERIFY), guest_at=GuestAt.SOURCE)
+        error.__cause__ = cause
+        return error
+
+    def _handoff(self, peer: Peer) -> None:
+        paused = self._vm.status is VmStatus.PAUSED
+        with self._commit_lock:
+            if self._cancelled:
+                raise self._abort("cancelled")
+            self._committed = True
+        peer.send(Commit(paused=paused))
+        try:
+            answer = peer.receive()
+        except PeerFailedError:
+            self._committed = False  # a destination that says so promises that the guest never runs there
+            raise
+        if not isinstance(answer, Running):
+            raise self._unexpected(answer)
+        if self._frozen_at_s is not None:
+            self._downtime_s = self._clock.now_s() - self._frozen_at_s
+        self._fault_count = self._faults()
+        self._vm.log_dirty.off()
+        peer.channel.close()

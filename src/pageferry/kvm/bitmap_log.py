@@ -1,0 +1,257 @@
+"""KvmBitmapLog: the RFC's operators over KVM's dirty bitmap.
+
+KVM write-protects a slot's pages when logging starts, sets a bit at the first write to each and lets the page be
+written from then on: the RFC's scheme, in the kernel. Two ways to take the bits:
+
+- *manual protect*: KVM_GET_DIRTY_LOG only copies (a true PEEK); KVM_CLEAR_DIRTY_LOG clears the bits it is given and
+  protects those pages again, leaving others alone.
+- *automatic* (older kernels): KVM_GET_DIRTY_LOG copies, clears and protects at once. What a PEEK takes that way is
+  kept in ``_held`` until the next CLEAN, so the caller sees no difference; only pages written between cost one more
+  fault each.
+
+INITIALLY_SET is not used. With it logging starts with every bit set and nothing protected, which saves a caller that
+is going to clear chunk by chunk; ENABLE promises all clear and all protected, so the whole guest would have to be
+cleared at once, at more cost than letting KVM protect what is mapped.
+
+``_held`` has the bits that are ours and not KVM's: of writers that are no vCPU (``mark``), given back, taken by a PEEK
+(automatic), or rescued from a CLEAN that failed half way. It has a lock of its own, held for moments only: a device
+that marks does so on a vCPU's thread and must not wait for a long CLEAN.
+
+**Why no write is lost** (laws 1, 2 and 4)::
+
+    vCPU                          CLEAN, manual
+                                  GET: copy K
+    writes p, bit in K            .              p is writable: no fault, the bytes land. p is in K, and K's pages are
+    .                             .              read after CLEAN has returned: the write is in them.
+    writes q, bit not in K        .              q is protected: fault, KVM sets q's bit. CLEAR is given K only: the
+    .                             .              bit stays for the next CLEAN.
+    .                             CLEAR K: under KVM's own lock each bit is cleared, then its page protected
+    writes p between the two      .              the bit is lost *in KVM*, but as in the first case p is in K.
+    .                             .              flush every vCPU's TLB; only then CLEAR returns.
+    writes p                      returned       fault, bit set, next CLEAN.
+
+    device                        CLEAN
+    writes p                      .
+    .                             swap _held     p is not in this bitmap; whether this round reads the old or the new
+    mark(p)                       .              bytes, p is in the next one. (Had mark come before the write, the
+    .                             .              swap could fall between: bit taken, old bytes read, write lost.)
+
+    device                        ENABLE
+    writes p                      .
+    mark(p): off, ignored         .              what ENABLE promises begins when it returns, and the caller reads
+    .                             _held is made  every page after that: the write is in them.
+
+Source: RFC, "Log-dirty operations"; kernel ``api.rst``: KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG,
+KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
+"""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import KvmError, LogDirtyError
+from pageferry.core.frames import GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.vm import LogDirtyStats
+from pageferry.kvm import uapi
+from pageferry.kvm.fds import VmFd
+from pageferry.kvm.slots import MemorySlot
+
+#: Dirty words nearer than this are cleared by one call. A clean word costs the kernel about a nanosecond, a call with
+#: its flush of every vCPU's TLB some microseconds.
+_CLEAR_GAP_WORDS = 4096
+
+
+def _hva(words: NDArray[np.uint64]) -> int:
+    return int(words.__array_interface__["data"][0])
+
+
+class KvmBitmapLog:
+    """Log-dirty by KVM's bitmap; implements :class:`pageferry.core.vm.LogDirty`.
+
+    Args:
+        vm: the machine; manual protect is enabled on it already if it is to be used.
+        memory: its RAM.
+        slots: the RAM as KVM knows it.
+        manual_protect: whether it is.
+    """
+
+    def __init__(self, vm: VmFd, memory: GuestMemory, slots: tuple[MemorySlot, ...], *, manual_protect: bool) -> None:
+        self.manual_protect = manual_protect
+        self._vm = vm
+        self._memory = memory
+        self._slots = slots
+        self._operator = threading.Lock()  # one operator at a time; taken before _held_lock
+        self._held_lock = threading.Lock()
+        self._held: DirtyBitmap | None = None  # None: log-dirty is off
+
+    @property
+    def tracker(self) -> str:
+        """The tracker's name."""
+        return "kvm-bitmap"
+
+    @property
+    def enabled(self) -> bool:
+        """Whether log-dirty is on."""
+        return self._held is not None
+
+    def enable(self) -> None:
+        """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on.
+
+        Raises:
+            LogDirtyError: log-dirty is on already.
+            KvmError: the kernel refused; log-dirty is off.
+        """
+        with self._operator:
+            if self.enabled:
+                raise LogDirtyError("log-dirty is on already")
+            done: list[MemorySlot] = []
+            try:
+                for slot in self._slots:
+                    slot.set(self._vm, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+                    done.append(slot)
+            except KvmError:
+                for slot in done:
+                    slot.set(self._vm)
+                raise
+            with self._held_lock:
+                self._held = DirtyBitmap(self._memory.gfn_limit)
+
+    def off(self) -> None:
+        """OFF: all RAM WRITABLE, the bitmap freed (both by KVM). Does nothing when it is off already.
+
+        Raises:
+            KvmError: the kernel refused for a slot; log-dirty is off, that slot may go on being slow.
+        """
+        with self._operator:
+            if not self.enabled:
+                return
+            with self._held_lock:
+                self._held = None
+            failure: KvmError | None = None
+            for slot in self._slots:
+                try:
+                    slot.set(self._vm)
+                except KvmError as error:
+                    failure = failure or error
+            if failure is not None:
+                raise failure
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK: return a copy of the bitmap; nothing else changes.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+            KvmError: the kernel refused; no bit was cleared.
+        """
+        with self._operator:
+            return self._peek()
+
+    def _peek(self) -> DirtyBitmap:
+        self._expect_on()
+        bitmap = self._get()
+        with self._held_lock:
+            held = self._expect_on()
+            if not self.manual_protect:
+                held |= bitmap
+            bitmap |= held
+        return bitmap
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN: return the bitmap, clear it, make RAM NOT WRITABLE again; the guest runs on.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+            KvmError: the kernel refused; no bit is lost, the next CLEAN has them.
+        """
+        with self._operator:
+            self._expect_on()
+            bitmap = self._get()
+            if self.manual_protect:
+                try:
+                    for slot in self._slots:
+                        self._clear(slot, bitmap.words[slot.words])
+                except KvmError:
+                    self._keep(bitmap)  # KVM has forgotten some of them
+                    raise
+            fresh = DirtyBitmap(self._memory.gfn_limit)
+            with self._held_lock:
+                held, self._held = self._expect_on(), fresh
+            bitmap |= held
+            return bitmap
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
+
+        Frames that are not RAM are ignored.
+        """
+        if self._held is None:
+            return
+        ram = gfns[self._memory.are_ram(gfns)]
+        with self._held_lock:
+            if self._held is not None:
+                self._held.set(ram)
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Set again the bits that a failed round had taken with ``clean()``.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        self._keep(bitmap)
+
+    def stats(self) -> LogDirtyStats:
+        """Return the counters. KVM counts page faults of every cause together: ``fault_count`` is not known.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        with self._operator:
+            return LogDirtyStats(fault_count=None, dirty_count=self._peek().count())
+
+    def _expect_on(self) -> DirtyBitmap:
+        if self._held is None:
+            raise LogDirtyError("log-dirty is off")
+        return self._held
+
+    def _keep(self, bitmap: DirtyBitmap) -> None:
+        with self._held_lock:
+            held = self._expect_on()
+            held |= bitmap
+
+    def _get(self) -> DirtyBitmap:
+        """Return KVM's bits of all slots; without manual protect this clears and protects.
+
+        On failure no bit is lost.
+        """
+        bitmap = DirtyBitmap(self._memory.gfn_limit)
+        try:
+            for slot in self._slots:
+                words = bitmap.words[slot.words]
+                # SAFETY: KVM writes ceil(pages/64) words during the call: exactly `words`, which this frame holds.
+                self._vm.ioctl(uapi.KVM_GET_DIRTY_LOG, uapi.KvmDirtyLog(slot=slot.index, dirty_bitmap=_hva(words)))
+        except KvmError:
+            if not self.manual_protect:
+                self._keep(bitmap)
+            raise
+        return bitmap
+
+    def _clear(self, slot: MemorySlot, words: NDArray[np.uint64]) -> None:
+        """Clear in KVM exactly the bits of ``words`` (the slot's own) and protect those pages again."""
+        dirty = np.flatnonzero(words)
+        if not dirty.size:
+            return
+        breaks = np.flatnonzero(np.diff(dirty) > _CLEAR_GAP_WORDS)
+        firsts = dirty[np.concatenate(([0], breaks + 1))].tolist()
+        lasts = dirty[np.concatenate((breaks, [dirty.size - 1]))].tolist()
+        for first, last in zip(firsts, lasts, strict=True):
+            # SAFETY: KVM reads the words first..last during the call; this frame holds them.
+            request = uapi.KvmClearDirtyLog(
+                slot=slot.index,
+                num_pages=min((last + 1) * 64, slot.region.pages) - first * 64,
+                first_page=first * 64,
+                dirty_bitmap=_hva(words[first:]),
+            )
+            self._vm.ioctl(uapi.KVM_CLEAR_DIRTY_LOG, request)

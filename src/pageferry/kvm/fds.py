@@ -1,0 +1,163 @@
+"""Owners of KVM's descriptors, and the one ``ioctl``.
+
+A vCPU's descriptor and its mapped ``kvm_run`` keep the machine alive inside the kernel, so the owners are closed from
+the vCPUs up. Each owner closes its descriptor when collected, if nobody did before.
+
+Source: kernel ``api.rst``, section 1 (General description).
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pageferry.core.errors import KvmError, UnsupportedError
+from pageferry.kvm import uapi
+
+DEV_KVM = Path("/dev/kvm")
+
+_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: the interpreter lock is released during the call
+_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+
+
+class Fd:
+    """One open KVM descriptor; a context manager; closed when collected at the latest.
+
+    Args:
+        fd: taken over.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
+
+    def ioctl(self, request: int, argument: "ctypes.Structure | ctypes.Array[ctypes.c_uint64] | int" = 0) -> int:
+        """Perform one ioctl without the interpreter lock; return its value (not negative).
+
+        Raises:
+            KvmError: it failed; ``call`` is the ioctl's name.
+        """
+        # SAFETY: a structure passed here is the caller's and is referenced by this frame until the call returns.
+        where = argument if isinstance(argument, int) else ctypes.addressof(argument)
+        result: int = _libc.ioctl(self._fd, request, where)
+        if result < 0:
+            raise KvmError(uapi.IOCTL_NAMES.get(request, f"ioctl {request:#x}"), ctypes.get_errno())
+        return result
+
+    def try_run(self) -> int:
+        """Perform ``KVM_RUN``; return 0 or its errno (the one ioctl whose failing is everyday life)."""
+        return 0 if _libc.ioctl(self._fd, uapi.KVM_RUN, None) == 0 else ctypes.get_errno()
+
+    def check_extension(self, capability: int) -> int:
+        """Return what ``KVM_CHECK_EXTENSION`` says: 0 is no, anything else yes or a number of something."""
+        return self.ioctl(uapi.KVM_CHECK_EXTENSION, capability)
+
+    def close(self) -> None:
+        """Close the descriptor; later calls fail with EBADF. May be called twice."""
+        self._fd = -1
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SystemFd(Fd):
+    """``/dev/kvm`` itself.
+
+    Args:
+        path: the device.
+
+    Raises:
+        UnsupportedError: it is missing, forbidden, or speaks another API; ``capability`` says which.
+    """
+
+    def __init__(self, path: Path = DEV_KVM) -> None:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise UnsupportedError(
+                "kvm-permission",
+                f"{path} may not be opened by this user",
+                hint="join its group (sudo usermod -aG kvm $USER, then log in again), or use --accel soft",
+            ) from error
+        except OSError as error:
+            raise UnsupportedError(
+                "kvm",
+                f"{path} cannot be opened: {os.strerror(error.errno or errno.EIO)}",
+                hint="enable virtualisation in the firmware and load kvm_intel or kvm_amd, or use --accel soft",
+            ) from error
+        super().__init__(fd)
+        try:
+            version = self.ioctl(uapi.KVM_GET_API_VERSION)
+        except KvmError as error:
+            self.close()
+            raise UnsupportedError(
+                "kvm-api", f"{path} is not a KVM device", hint="look at what that file is, or use --accel soft"
+            ) from error
+        if version != uapi.KVM_API_VERSION:
+            self.close()
+            raise UnsupportedError(
+                "kvm-api",
+                f"{path} speaks KVM API {version}, not {uapi.KVM_API_VERSION}",
+                hint="use a newer kernel, or --accel soft",
+            )
+
+    def create_vm(self) -> "VmFd":
+        """Return a new, empty virtual machine."""
+        run_bytes = self.ioctl(uapi.KVM_GET_VCPU_MMAP_SIZE)
+        return VmFd(self.ioctl(uapi.KVM_CREATE_VM), run_bytes)
+
+
+class VmFd(Fd):
+    """One virtual machine inside the kernel.
+
+    Args:
+        fd: taken over.
+        run_bytes: the size of each vCPU's shared ``kvm_run``.
+    """
+
+    def __init__(self, fd: int, run_bytes: int) -> None:
+        super().__init__(fd)
+        self._run_bytes = run_bytes
+
+    def create_vcpu(self, index: int) -> "VcpuFd":
+        """Return a new vCPU in its reset state."""
+        return VcpuFd(self.ioctl(uapi.KVM_CREATE_VCPU, index), self._run_bytes)
+
+    def enable_cap(self, capability: int, argument: int) -> None:
+        """Perform ``KVM_ENABLE_CAP`` with one argument."""
+        self.ioctl(uapi.KVM_ENABLE_CAP, uapi.KvmEnableCap(cap=capability, args=(argument, 0, 0, 0)))
+
+
+class VcpuFd(Fd):
+    """One vCPU inside the kernel and its shared ``kvm_run``.
+
+    ``run`` is the structure; ``area`` the bytes of the whole mapping, where port data lies.
+
+    Args:
+        fd: taken over.
+        run_bytes: the size of ``kvm_run`` as this kernel maps it.
+    """
+
+    def __init__(self, fd: int, run_bytes: int) -> None:
+        super().__init__(fd)
+        mapping = mmap.mmap(fd, run_bytes)
+        # SAFETY: both borrow the mapping through the buffer protocol and so keep it mapped; the kernel writes to it
+        # only inside KVM_RUN on this descriptor.
+        self.run = uapi.KvmRun.from_buffer(mapping)
+        self.area = memoryview(mapping)
+
+    def close(self) -> None:
+        """Close the descriptor and drop the mapping (which would keep the machine alive in the kernel)."""
+        super().close()
+        self.area.release()
+        self.run = uapi.KvmRun()  # ours alone: a late kick writes harmlessly

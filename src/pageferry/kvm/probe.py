@@ -1,0 +1,114 @@
+"""Finding out by doing whether this host can run a guest on KVM."""
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.frames import PAGE_SHIFT
+from pageferry.core.memory import MIN_MEMORY_BYTES
+from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, MachineState, Segment, VcpuState
+from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.devices.platform import EXIT_PORT
+from pageferry.kvm import uapi
+from pageferry.kvm.fds import DEV_KVM, SystemFd
+from pageferry.kvm.vm import KvmVm
+
+_TIMEOUT_S = 10.0
+_TABLES_GPA, _PROGRAM_GPA, _DATA_GPA = 0x1_0000, 0x10_0000, 0x18_0000
+_EXIT_CODE = 0x5A
+# mov dword [_DATA_GPA], 1; mov al, _EXIT_CODE; out EXIT_PORT, al; jmp $
+_PROGRAM = b"\xc7\x04\x25" + struct.pack("<II", _DATA_GPA, 1) + bytes((0xB0, _EXIT_CODE, 0xE6, EXIT_PORT, 0xEB, 0xFE))
+
+_CAPABILITIES = {
+    name: value for name, value in vars(uapi).items() if name.startswith("KVM_CAP_") and isinstance(value, int)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvmSupport:
+    """What this host's KVM offers, each thing seen working.
+
+    ``capabilities`` maps a capability's name to what KVM_CHECK_EXTENSION says of it on a VM (0: not there).
+    """
+
+    api_version: int
+    capabilities: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def manual_protect(self) -> bool:
+        """Whether the dirty bitmap can be cleared by hand."""
+        offered = self.capabilities.get("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 0)
+        return bool(offered & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+
+
+def probe(path: Path = DEV_KVM) -> KvmSupport:
+    """Open KVM, make a machine, run a few instructions of a ring-3 guest and see the dirty log notice its write.
+
+    Args:
+        path: the device.
+
+    Raises:
+        UnsupportedError: something of that does not work here; ``capability`` and ``hint`` say what and what to do.
+    """
+    with SystemFd(path) as system:
+        try:
+            with system.create_vm() as vm:
+                offered = {name: vm.check_extension(value) for name, value in _CAPABILITIES.items()}
+        except VmError as error:
+            raise UnsupportedError(
+                "kvm-vm", "KVM is there but makes no machine", hint="another hypervisor may hold the CPU; --accel soft"
+            ) from error
+    try:
+        _run_guest()
+    except UnsupportedError:
+        raise
+    except VmError as error:
+        raise UnsupportedError(
+            "kvm-guest", f"KVM is there but a guest did not run: {error}", hint="use --accel soft"
+        ) from error
+    return KvmSupport(api_version=uapi.KVM_API_VERSION, capabilities=offered)
+
+
+def _run_guest() -> None:
+    vm = KvmVm(VmConfig(memory_bytes=MIN_MEMORY_BYTES))
+    try:
+        for level in range(2):  # PML4, PDPT: one entry each, to the next table
+            vm.memory.write(_TABLES_GPA + (level << PAGE_SHIFT), struct.pack("<Q", _TABLES_GPA + (level + 1 << 12) | 7))
+        vm.memory.write(_TABLES_GPA + (2 << PAGE_SHIFT), struct.pack("<Q", 0x87))  # the first 2 MiB, as one page
+        vm.memory.write(_PROGRAM_GPA, _PROGRAM)
+        vm.load_state(MachineState(vcpus=(_start_state(),), devices=vm.platform.bus.save()))
+        vm.log_dirty.enable()
+        vm.resume()
+        if vm.wait(_TIMEOUT_S) is VmStatus.RUNNING:
+            raise VmError("it did nothing for too long")
+        if vm.end is None or vm.end.exit_code != _EXIT_CODE:
+            raise VmError((vm.end and vm.end.crash) or "it ended in a way of its own")
+        if not vm.log_dirty.clean().test(_DATA_GPA >> PAGE_SHIFT):
+            raise VmError("its write was not seen by the dirty log")
+    finally:
+        vm.close()
+
+
+def _start_state() -> VcpuState:
+    data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
+    none = DescriptorTable(base=0, limit=0)
+    return VcpuState(
+        rip=_PROGRAM_GPA,
+        rflags=0x3202,
+        cr0=0x8005_0033,
+        cr3=_TABLES_GPA,
+        cr4=0x620,
+        efer=0x500,
+        cs=Segment(selector=0x33, base=0, limit=0xFFFF_FFFF, attributes=0xAFB),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=Segment(selector=0, base=0, limit=0x67, attributes=0x8B),
+        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
+        gdtr=none,
+        idtr=none,
+        fpu_regs=INITIAL_FPU_REGS,
+    )

@@ -1,0 +1,55 @@
+"""Memory slots: RAM regions as KVM knows them. One region is one slot, in order.
+
+Source: kernel ``api.rst``, KVM_SET_USER_MEMORY_REGION.
+"""
+
+from dataclasses import dataclass
+
+from pageferry.core.frames import PAGE_SHIFT
+from pageferry.core.memory import GuestMemory, RamRegion
+from pageferry.kvm import uapi
+from pageferry.kvm.fds import VmFd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySlot:
+    """One region of RAM in KVM's slot ``index``; ``userspace_addr`` is the host address of its first byte."""
+
+    index: int
+    region: RamRegion
+    userspace_addr: int
+
+    @property
+    def words(self) -> slice:
+        """Where this slot's bits lie in a bitmap of the whole guest: KVM numbers bits from the slot's start.
+
+        A region starts at a multiple of 64 frames (0, or the end of the PCI hole), so whole words are shared by none.
+        """
+        first, pages = self.region.first_gfn, self.region.pages
+        assert first % 64 == 0, f"slot {self.index} starts at gfn {first:#x}"
+        return slice(first // 64, (first + pages + 63) // 64)
+
+    def set(self, vm: VmFd, flags: int = 0) -> None:
+        """Tell KVM of the slot: make it, or change its flags while the guest runs.
+
+        Raises:
+            KvmError: the kernel refused.
+        """
+        # SAFETY: the addresses belong to the GuestMemory that KvmVm holds from before the slot is made until after the
+        # VM is closed; if they went away earlier, KVM would only see unmapped memory (it follows the host's tables).
+        region = uapi.KvmUserspaceMemoryRegion(
+            slot=self.index,
+            flags=flags,
+            guest_phys_addr=self.region.gpa,
+            memory_size=self.region.pages << PAGE_SHIFT,
+            userspace_addr=self.userspace_addr,
+        )
+        vm.ioctl(uapi.KVM_SET_USER_MEMORY_REGION, region)
+
+
+def slots_of(memory: GuestMemory) -> tuple[MemorySlot, ...]:
+    """Return the slots for a guest's RAM."""
+    return tuple(
+        MemorySlot(index=index, region=region, userspace_addr=memory.mapping.hva + region.gpa)
+        for index, region in enumerate(memory.regions)
+    )

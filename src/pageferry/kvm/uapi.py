@@ -1,0 +1,342 @@
+"""The kernel's interface as it is: ioctl numbers, constants and structures. Transcription only; names are the kernel's.
+
+Source: ``include/uapi/linux/kvm.h`` and ``arch/x86/include/uapi/asm/kvm.h``.
+"""
+
+import ctypes
+from ctypes import c_uint8 as u8
+from ctypes import c_uint16 as u16
+from ctypes import c_uint32 as u32
+from ctypes import c_uint64 as u64
+
+KVM_API_VERSION = 12
+KVM_NR_INTERRUPTS = 256
+
+# capabilities
+KVM_CAP_USER_MEMORY = 3
+KVM_CAP_SET_TSS_ADDR = 4
+KVM_CAP_EXT_CPUID = 7
+KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_SYNC_MMU = 16
+KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
+KVM_CAP_VCPU_EVENTS = 41
+KVM_CAP_DEBUGREGS = 50
+KVM_CAP_XSAVE = 55
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_READONLY_MEM = 81
+KVM_CAP_VCPU_ATTRIBUTES = 127
+KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
+KVM_CAP_DIRTY_LOG_RING = 192
+KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
+
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
+KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
+KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
+
+KVM_EXIT_UNKNOWN = 0
+KVM_EXIT_IO = 2
+KVM_EXIT_HLT = 5
+KVM_EXIT_MMIO = 6
+KVM_EXIT_IRQ_WINDOW_OPEN = 7
+KVM_EXIT_SHUTDOWN = 8
+KVM_EXIT_FAIL_ENTRY = 9
+KVM_EXIT_INTR = 10
+KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_IO_OUT = 1
+
+KVM_INTERNAL_ERROR_EMULATION = 1
+KVM_INTERNAL_ERROR_SIMUL_EX = 2
+KVM_INTERNAL_ERROR_DELIVERY_EV = 3
+KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
+
+
+class KvmUserspaceMemoryRegion(ctypes.Structure):
+    """``struct kvm_userspace_memory_region``."""
+
+    _fields_ = (
+        ("slot", u32),
+        ("flags", u32),
+        ("guest_phys_addr", u64),
+        ("memory_size", u64),
+        ("userspace_addr", u64),
+    )
+
+
+class KvmEnableCap(ctypes.Structure):
+    """``struct kvm_enable_cap``."""
+
+    _fields_ = (("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64))
+
+
+class KvmDirtyLog(ctypes.Structure):
+    """``struct kvm_dirty_log``; ``dirty_bitmap`` is a user address."""
+
+    _fields_ = (("slot", u32), ("padding1", u32), ("dirty_bitmap", u64))
+
+
+class KvmClearDirtyLog(ctypes.Structure):
+    """``struct kvm_clear_dirty_log``; ``dirty_bitmap`` is a user address."""
+
+    _fields_ = (("slot", u32), ("num_pages", u32), ("first_page", u64), ("dirty_bitmap", u64))
+
+
+class KvmDeviceAttr(ctypes.Structure):
+    """``struct kvm_device_attr``; ``addr`` is a user address."""
+
+    _fields_ = (("flags", u32), ("group", u32), ("attr", u64), ("addr", u64))
+
+
+class KvmCpuidEntry2(ctypes.Structure):
+    """``struct kvm_cpuid_entry2``."""
+
+    _fields_ = (
+        ("function", u32),
+        ("index", u32),
+        ("flags", u32),
+        ("eax", u32),
+        ("ebx", u32),
+        ("ecx", u32),
+        ("edx", u32),
+        ("padding", u32 * 3),
+    )
+
+
+KVM_MAX_CPUID_ENTRIES = 256
+
+
+class KvmCpuid2(ctypes.Structure):
+    """``struct kvm_cpuid2`` with room for every entry; the ioctl number counts the 8-byte head only."""
+
+    _fields_ = (("nent", u32), ("padding", u32), ("entries", KvmCpuidEntry2 * KVM_MAX_CPUID_ENTRIES))
+
+
+class KvmMsrEntry(ctypes.Structure):
+    """``struct kvm_msr_entry``."""
+
+    _fields_ = (("index", u32), ("reserved", u32), ("data", u64))
+
+
+class KvmMsrs(ctypes.Structure):
+    """``struct kvm_msrs`` with one entry; the ioctl number counts the 8-byte head only."""
+
+    _fields_ = (("nmsrs", u32), ("pad", u32), ("entry", KvmMsrEntry))
+
+
+KVM_MAX_MSR_INDICES = 4096
+
+
+class KvmMsrList(ctypes.Structure):
+    """``struct kvm_msr_list`` with room; the ioctl number counts the 4-byte head only."""
+
+    _fields_ = (("nmsrs", u32), ("indices", u32 * KVM_MAX_MSR_INDICES))
+
+
+class KvmRegs(ctypes.Structure):
+    """``struct kvm_regs``."""
+
+    _fields_ = tuple(
+        (name, u64)
+        for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()  # noqa: SIM905  # the kernel's order at a glance
+    )
+
+
+class KvmSegment(ctypes.Structure):
+    """``struct kvm_segment``."""
+
+    _fields_ = (
+        ("base", u64),
+        ("limit", u32),
+        ("selector", u16),
+        ("type", u8),
+        ("present", u8),
+        ("dpl", u8),
+        ("db", u8),
+        ("s", u8),
+        ("l", u8),
+        ("g", u8),
+        ("avl", u8),
+        ("unusable", u8),
+        ("padding", u8),
+    )
+
+
+class KvmDtable(ctypes.Structure):
+    """``struct kvm_dtable``."""
+
+    _fields_ = (("base", u64), ("limit", u16), ("padding", u16 * 3))
+
+
+class KvmSregs(ctypes.Structure):
+    """``struct kvm_sregs``."""
+
+    _fields_ = (
+        *((name, KvmSegment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        ("gdt", KvmDtable),
+        ("idt", KvmDtable),
+        *((name, u64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
+        ("interrupt_bitmap", u64 * (KVM_NR_INTERRUPTS // 64)),
+    )
+
+
+class KvmDebugregs(ctypes.Structure):
+    """``struct kvm_debugregs``."""
+
+    _fields_ = (("db", u64 * 4), ("dr6", u64), ("dr7", u64), ("flags", u64), ("reserved", u64 * 9))
+
+
+class KvmXsave(ctypes.Structure):
+    """``struct kvm_xsave``: the XSAVE area in its standard form; ``header`` begins with XSTATE_BV, XCOMP_BV."""
+
+    _fields_ = (("fxsave", u8 * 512), ("header", u64 * 8), ("extended", u8 * (4096 - 576)))
+
+
+class KvmVcpuEventsException(ctypes.Structure):
+    """``struct kvm_vcpu_events``, member ``exception``."""
+
+    _fields_ = (("injected", u8), ("nr", u8), ("has_error_code", u8), ("pending", u8), ("error_code", u32))
+
+
+class KvmVcpuEventsInterrupt(ctypes.Structure):
+    """``struct kvm_vcpu_events``, member ``interrupt``."""
+
+    _fields_ = (("injected", u8), ("nr", u8), ("soft", u8), ("shadow", u8))
+
+
+class KvmVcpuEventsNmi(ctypes.Structure):
+    """``struct kvm_vcpu_events``, member ``nmi``."""
+
+    _fields_ = (("injected", u8), ("pending", u8), ("masked", u8), ("pad", u8))
+
+
+class KvmVcpuEvents(ctypes.Structure):
+    """``struct kvm_vcpu_events``; the members that need a flag bit to count are left as bytes."""
+
+    _fields_ = (
+        ("exception", KvmVcpuEventsException),
+        ("interrupt", KvmVcpuEventsInterrupt),
+        ("nmi", KvmVcpuEventsNmi),
+        ("sipi_vector", u32),
+        ("flags", u32),
+        ("smi", u8 * 4),
+        ("triple_fault", u8),
+        ("reserved", u8 * 26),
+        ("exception_has_payload", u8),
+        ("exception_payload", u64),
+    )
+
+
+class KvmRunIo(ctypes.Structure):
+    """``struct kvm_run``, member ``io``."""
+
+    _fields_ = (("direction", u8), ("size", u8), ("port", u16), ("count", u32), ("data_offset", u64))
+
+
+class KvmRunMmio(ctypes.Structure):
+    """``struct kvm_run``, member ``mmio``."""
+
+    _fields_ = (("phys_addr", u64), ("data", u8 * 8), ("len", u32), ("is_write", u8))
+
+
+class KvmRunFailEntry(ctypes.Structure):
+    """``struct kvm_run``, member ``fail_entry``."""
+
+    _fields_ = (("hardware_entry_failure_reason", u64), ("cpu", u32))
+
+
+class KvmRunInternal(ctypes.Structure):
+    """``struct kvm_run``, member ``internal``."""
+
+    _fields_ = (("suberror", u32), ("ndata", u32), ("data", u64 * 16))
+
+
+class KvmRunExit(ctypes.Union):
+    """The union of ``struct kvm_run``; which member counts is said by ``exit_reason``."""
+
+    _fields_ = (
+        ("io", KvmRunIo),
+        ("mmio", KvmRunMmio),
+        ("fail_entry", KvmRunFailEntry),
+        ("internal", KvmRunInternal),
+        ("padding", u8 * 256),
+    )
+
+
+class KvmRun(ctypes.Structure):
+    """``struct kvm_run`` up to the end of its union: shared with the kernel by ``mmap`` of the vCPU descriptor."""
+
+    _anonymous_ = ("exit",)
+    _fields_ = (
+        ("request_interrupt_window", u8),
+        ("immediate_exit", u8),
+        ("padding1", u8 * 6),
+        ("exit_reason", u32),
+        ("ready_for_interrupt_injection", u8),
+        ("if_flag", u8),
+        ("flags", u16),
+        ("cr8", u64),
+        ("apic_base", u64),
+        ("exit", KvmRunExit),
+    )
+
+
+def _ioc(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | 0xAE << 8 | number  # 0xAE: KVMIO
+
+
+def _io(number: int) -> int:
+    return _ioc(0, number, 0)
+
+
+def _iow(number: int, size: int) -> int:
+    return _ioc(1, number, size)
+
+
+def _ior(number: int, size: int) -> int:
+    return _ioc(2, number, size)
+
+
+def _iowr(number: int, size: int) -> int:
+    return _ioc(3, number, size)
+
+
+KVM_GET_API_VERSION = _io(0x00)
+KVM_CREATE_VM = _io(0x01)
+KVM_GET_MSR_INDEX_LIST = _iowr(0x02, 4)
+KVM_CHECK_EXTENSION = _io(0x03)
+KVM_GET_VCPU_MMAP_SIZE = _io(0x04)
+KVM_GET_SUPPORTED_CPUID = _iowr(0x05, 8)
+KVM_CREATE_VCPU = _io(0x41)
+KVM_GET_DIRTY_LOG = _iow(0x42, ctypes.sizeof(KvmDirtyLog))
+KVM_SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(KvmUserspaceMemoryRegion))
+KVM_SET_TSS_ADDR = _io(0x47)
+KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
+KVM_RUN = _io(0x80)
+KVM_GET_REGS = _ior(0x81, ctypes.sizeof(KvmRegs))
+KVM_SET_REGS = _iow(0x82, ctypes.sizeof(KvmRegs))
+KVM_GET_SREGS = _ior(0x83, ctypes.sizeof(KvmSregs))
+KVM_SET_SREGS = _iow(0x84, ctypes.sizeof(KvmSregs))
+KVM_GET_MSRS = _iowr(0x88, 8)
+KVM_SET_MSRS = _iow(0x89, 8)
+KVM_SET_CPUID2 = _iow(0x90, 8)
+KVM_GET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(KvmVcpuEvents))
+KVM_SET_VCPU_EVENTS = _iow(0xA0, ctypes.sizeof(KvmVcpuEvents))
+KVM_GET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(KvmDebugregs))
+KVM_SET_DEBUGREGS = _iow(0xA2, ctypes.sizeof(KvmDebugregs))
+KVM_ENABLE_CAP = _iow(0xA3, ctypes.sizeof(KvmEnableCap))
+KVM_GET_XSAVE = _ior(0xA4, ctypes.sizeof(KvmXsave))
+KVM_SET_XSAVE = _iow(0xA5, ctypes.sizeof(KvmXsave))
+KVM_CLEAR_DIRTY_LOG = _iowr(0xC0, ctypes.sizeof(KvmClearDirtyLog))
+KVM_SET_DEVICE_ATTR = _iow(0xE1, ctypes.sizeof(KvmDeviceAttr))
+KVM_GET_DEVICE_ATTR = _iow(0xE2, ctypes.sizeof(KvmDeviceAttr))
+KVM_HAS_DEVICE_ATTR = _iow(0xE3, ctypes.sizeof(KvmDeviceAttr))
+
+#: ioctl number -> the kernel's name, for error messages.
+IOCTL_NAMES = {
+    value: name
+    for name, value in list(globals().items())
+    if name.startswith("KVM_") and isinstance(value, int) and value >> 8 & 0xFF == 0xAE
+}

@@ -1,0 +1,108 @@
+"""KvmVm: a machine on the real CPU.
+
+Source: kernel ``api.rst``: KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR.
+"""
+
+import ctypes
+from contextlib import ExitStack
+
+from pageferry.core.errors import UnsupportedError
+from pageferry.core.memory import GuestMemory
+from pageferry.core.state import VcpuState
+from pageferry.core.vm import VmConfig
+from pageferry.devices.machine import Machine
+from pageferry.kvm import uapi, vcpu_state
+from pageferry.kvm.bitmap_log import KvmBitmapLog
+from pageferry.kvm.cpuid import baseline, set_cpuid, supported_cpuid
+from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.slots import slots_of
+from pageferry.kvm.vcpu import KvmVcpu
+
+#: Four pages below 4 GiB, in the PCI hole and away from every device: scratch that VMX needs on some hosts.
+_IDENTITY_MAP_GPA = 0xFFFB_C000
+_TSS_GPA = 0xFFFB_D000
+
+_REQUIRED = {
+    "KVM_CAP_USER_MEMORY": uapi.KVM_CAP_USER_MEMORY,
+    "KVM_CAP_EXT_CPUID": uapi.KVM_CAP_EXT_CPUID,
+    "KVM_CAP_SYNC_MMU": uapi.KVM_CAP_SYNC_MMU,
+    "KVM_CAP_VCPU_EVENTS": uapi.KVM_CAP_VCPU_EVENTS,
+    "KVM_CAP_DEBUGREGS": uapi.KVM_CAP_DEBUGREGS,
+    "KVM_CAP_XSAVE": uapi.KVM_CAP_XSAVE,
+    "KVM_CAP_IMMEDIATE_EXIT": uapi.KVM_CAP_IMMEDIATE_EXIT,
+}
+
+
+class KvmVm(Machine):
+    """A guest on KVM; implements :class:`pageferry.core.vm.Vm`.
+
+    Args:
+        config: what the guest needs.
+        manual_protect: whether the dirty bitmap is cleared by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2); None: where
+            the kernel offers it.
+
+    Raises:
+        UnsupportedError: there is no usable KVM here, it lacks something, or cannot hold such a guest.
+        UsageError: the memory size is not possible.
+        KvmError: the kernel refused.
+    """
+
+    def __init__(self, config: VmConfig, *, manual_protect: bool | None = None) -> None:
+        with ExitStack() as undo:  # what was opened is closed again, the last first, if a later step fails
+            system = undo.enter_context(SystemFd())
+            for name, capability in _REQUIRED.items():
+                if not system.check_extension(capability):
+                    raise UnsupportedError(name, f"this KVM lacks {name}", hint="use --accel soft")
+            limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
+            if not 1 <= config.cpus <= limit:
+                raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
+            super().__init__(config, GuestMemory.linear(config.memory_bytes))
+            self.vm_fd = undo.enter_context(system.create_vm())
+            self._set_up_vm()
+            self.slots = slots_of(self.memory)
+            for slot in self.slots:
+                slot.set(self.vm_fd)
+            supported = supported_cpuid(system)
+            self.vcpus: tuple[KvmVcpu, ...] = ()
+            for index in range(config.cpus):
+                fd = undo.enter_context(self.vm_fd.create_vcpu(index))
+                set_cpuid(fd, baseline(supported, index=index, cpus=config.cpus))
+                self.vcpus += (KvmVcpu(fd, self.platform.bus, index=index),)
+            self._attach(self.vcpus, self._make_log(manual_protect))
+            self._owned = undo.pop_all()
+
+    def _set_up_vm(self) -> None:
+        if self.vm_fd.check_extension(uapi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
+            # SAFETY: the kernel reads this one cell during the call; the array is held until it returns.
+            self.vm_fd.ioctl(uapi.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(_IDENTITY_MAP_GPA))
+        if self.vm_fd.check_extension(uapi.KVM_CAP_SET_TSS_ADDR):
+            self.vm_fd.ioctl(uapi.KVM_SET_TSS_ADDR, _TSS_GPA)
+
+    def _make_log(self, manual_protect: bool | None) -> KvmBitmapLog:
+        offered = self.vm_fd.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+        offered &= uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+        if manual_protect and not offered:
+            raise UnsupportedError(
+                "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "this KVM does not clear its dirty bitmap by hand"
+            )
+        manual = bool(offered) if manual_protect is None else manual_protect
+        if manual:
+            self.vm_fd.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+        return KvmBitmapLog(self.vm_fd, self.memory, self.slots, manual_protect=manual)
+
+    @property
+    def accel(self) -> str:
+        """``kvm``."""
+        return "kvm"
+
+    def _save_vcpus(self) -> tuple[VcpuState, ...]:
+        now = vcpu_state.host_tsc(self.vcpus[0].fd)
+        return tuple(vcpu.save(now) for vcpu in self.vcpus)
+
+    def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
+        now = vcpu_state.host_tsc(self.vcpus[0].fd)
+        for vcpu, state in zip(self.vcpus, vcpus, strict=True):
+            vcpu.load(state, now)
+
+    def _free(self) -> None:
+        self._owned.close()

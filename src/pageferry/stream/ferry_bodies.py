@@ -1,0 +1,246 @@
+"""The bodies of the ferry's frames: values <-> bytes, every field checked for its type and bounds.
+
+Text from the peer is made safe to print: a character that is not printable becomes a space in a reason or hint, and
+is refused in a name. Reasons and hints longer than ``MAX_TEXT_CHARS`` are cut.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.stream.ferry_frames import (
+    COMMIT_BODY,
+    COMMIT_PAUSED,
+    DIGEST_ENTRY,
+    DIGESTS_HEAD,
+    DIGESTS_LAST,
+    MAX_CPUS,
+    MAX_FEATURES,
+    MAX_NAME_CHARS,
+    MAX_POPULATED_RUNS,
+    MAX_RANGE_PAGES,
+    MAX_TEXT_CHARS,
+    MISMATCH_HEAD,
+    Commit,
+    DestinationHello,
+    Digests,
+    Failed,
+    Frame,
+    FrameType,
+    Mismatch,
+    Ready,
+    Refuse,
+    Running,
+    SourceHello,
+)
+from pageferry.stream.format import PFN_MASK
+from pageferry.stream.records import BodyError
+
+_TEXTS = frozenset({"name", "reason", "hint"})
+
+
+def body_of(frame: Frame) -> bytes:
+    """Return the frame's body. What :func:`parse_body` would refuse is not caught here.
+
+    Raises:
+        ValueError, TypeError, OverflowError, struct.error: a field cannot be written at all.
+    """
+    match frame:
+        case Digests():
+            entries = np.zeros(len(frame.first_gfns), DIGEST_ENTRY)
+            entries["first_gfn"] = frame.first_gfns
+            entries["pages"] = frame.pages
+            entries["digest"] = frame.digests
+            return DIGESTS_HEAD.pack(entries.size, DIGESTS_LAST if frame.last else 0) + entries.tobytes()
+        case Mismatch():
+            head = MISMATCH_HEAD.pack(frame.first_gfn, len(frame.page_digests), 0)
+            return head + frame.page_digests.astype("<u8").tobytes()
+        case Commit():
+            return COMMIT_BODY.pack(COMMIT_PAUSED if frame.paused else 0, 0)
+        case Running():
+            return b""
+        case _:
+            fields = {name: getattr(frame, name) for name in frame.__slots__}
+            present = {name: value for name, value in fields.items() if value is not None}
+            for name in _TEXTS & present.keys():  # whatever an error said must be sendable
+                present[name] = _printable(present[name])
+            return json.dumps(present, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def parse_body(frame_type: FrameType, body: bytes) -> Frame:
+    """Return the frame with this body, at most ``MAX_BODY_BYTES[frame_type]`` long.
+
+    Raises:
+        BodyError: the body is malformed, or a field is missing, of the wrong type or out of bounds.
+    """
+    return _PARSERS[frame_type](body)
+
+
+def _parse_digests(body: bytes) -> Digests:
+    if len(body) < DIGESTS_HEAD.size:
+        raise BodyError(f"a body of {len(body)} bytes is too short")
+    count, flags = DIGESTS_HEAD.unpack_from(body)
+    if len(body) - DIGESTS_HEAD.size != count * DIGEST_ENTRY.itemsize:
+        raise BodyError(f"a body of {len(body)} bytes does not hold {count} digests")
+    if flags & ~DIGESTS_LAST or (not count and not flags):
+        raise BodyError(f"flags {flags:#x} with {count} digests")
+    entries = np.frombuffer(body, DIGEST_ENTRY, offset=DIGESTS_HEAD.size)
+    first_gfns, pages = entries["first_gfn"].copy(), entries["pages"].copy()
+    if entries["reserved"].any():
+        raise BodyError("a reserved field is not 0")
+    if count and not 1 <= int(pages.min()) <= int(pages.max()) <= MAX_RANGE_PAGES:
+        raise BodyError(f"a range is not 1 to {MAX_RANGE_PAGES} pages long")
+    if count and int(first_gfns.max()) + MAX_RANGE_PAGES > PFN_MASK:
+        raise BodyError("a range ends past the largest gfn")
+    if (first_gfns[1:] < first_gfns[:-1] + pages[:-1]).any():
+        raise BodyError("the ranges do not ascend")
+    return Digests(
+        first_gfns=first_gfns, pages=pages, digests=entries["digest"].copy(), last=bool(flags & DIGESTS_LAST)
+    )
+
+
+def _parse_mismatch(body: bytes) -> Mismatch:
+    if len(body) < MISMATCH_HEAD.size:
+        raise BodyError(f"a body of {len(body)} bytes is too short")
+    first_gfn, pages, reserved = MISMATCH_HEAD.unpack_from(body)
+    if reserved:
+        raise BodyError("a reserved field is not 0")
+    if not 1 <= pages <= MAX_RANGE_PAGES or len(body) - MISMATCH_HEAD.size != pages * 8:
+        raise BodyError(f"a body of {len(body)} bytes does not hold {pages} page digests")
+    if first_gfn + pages > PFN_MASK:
+        raise BodyError("the range ends past the largest gfn")
+    return Mismatch(
+        first_gfn=first_gfn, page_digests=np.frombuffer(body, "<u8", offset=MISMATCH_HEAD.size).astype(np.uint64)
+    )
+
+
+def _parse_commit(body: bytes) -> Commit:
+    if len(body) != COMMIT_BODY.size:
+        raise BodyError(f"a body of {len(body)} bytes, not {COMMIT_BODY.size}")
+    flags, reserved = COMMIT_BODY.unpack(body)
+    if flags & ~COMMIT_PAUSED or reserved:
+        raise BodyError(f"flags {flags:#x}, reserved {reserved:#x}")
+    return Commit(paused=bool(flags & COMMIT_PAUSED))
+
+
+class _Fields:
+    """The JSON object of a frame; each method returns one field, checked. Keys nobody asks for are ignored."""
+
+    def __init__(self, body: bytes) -> None:
+        try:
+            value = json.loads(body.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise BodyError("the body is no JSON text") from error
+        if not isinstance(value, dict):
+            raise BodyError("the body is no JSON object")
+        self._values: dict[str, Any] = value
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self._required(key)
+        if type(value) is not int or not low <= value <= high:
+            raise BodyError(f"{key} is no integer from {low} to {high}")
+        return value
+
+    def gfn_or_none(self, key: str) -> int | None:
+        return None if self._values.get(key) is None else self.integer(key, 0, PFN_MASK)
+
+    def name(self, key: str, default: str | None = None) -> str:
+        return _name(key, self._required(key) if default is None else self._values.get(key, default))
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._required(key) if default is None else self._values.get(key, default)
+        if type(value) is not str:
+            raise BodyError(f"{key} is no text")
+        return _printable(value)
+
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self._values.get(key, [])
+        if type(value) is not list or len(value) > MAX_FEATURES:
+            raise BodyError(f"{key} is no list of at most {MAX_FEATURES} names")
+        return tuple(_name(key, item) for item in value)
+
+    def runs(self, key: str) -> tuple[tuple[int, int], ...]:
+        value = self._values.get(key, [])
+        if type(value) is not list or len(value) > MAX_POPULATED_RUNS:
+            raise BodyError(f"{key} is no list of at most {MAX_POPULATED_RUNS} runs")
+        runs: list[tuple[int, int]] = []
+        end = 0
+        for item in value:
+            if type(item) is not list or len(item) != 2 or any(type(number) is not int for number in item):
+                raise BodyError(f"{key} holds something that is no [first gfn, pages]")
+            first_gfn, pages = item
+            if first_gfn < end or pages < 1 or first_gfn + pages > PFN_MASK:
+                raise BodyError(f"{key} does not ascend, or a run is empty or too long")
+            runs.append((first_gfn, pages))
+            end = first_gfn + pages
+        return tuple(runs)
+
+    def _required(self, key: str) -> Any:  # noqa: ANN401  # JSON: whatever the peer wrote
+        if key not in self._values:
+            raise BodyError(f"{key} is missing")
+        return self._values[key]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text[:MAX_TEXT_CHARS])
+
+
+def _name(key: str, value: object) -> str:
+    if type(value) is not str or len(value) > MAX_NAME_CHARS or not value.isprintable():
+        raise BodyError(f"{key} is no printable text of at most {MAX_NAME_CHARS} characters")
+    return value
+
+
+def _parse_source_hello(body: bytes) -> SourceHello:
+    fields = _Fields(body)
+    memory_bytes = fields.integer("memory_bytes", PAGE_SIZE, PFN_MASK)
+    if memory_bytes % PAGE_SIZE:
+        raise BodyError(f"memory_bytes is no multiple of {PAGE_SIZE}")
+    return SourceHello(
+        version=fields.name("version"),
+        memory_bytes=memory_bytes,
+        cpus=fields.integer("cpus", 1, MAX_CPUS),
+        accel=fields.name("accel"),
+        migration_id=fields.name("migration_id"),
+        features=fields.names("features"),
+        machine=fields.name("machine", ""),
+        name=fields.text("name", ""),
+        populated=fields.runs("populated"),
+    )
+
+
+def _parse_destination_hello(body: bytes) -> DestinationHello:
+    fields = _Fields(body)
+    return DestinationHello(
+        version=fields.name("version"), accel=fields.name("accel"), features=fields.names("features")
+    )
+
+
+def _parse_refuse(body: bytes) -> Refuse:
+    fields = _Fields(body)
+    return Refuse(reason=fields.text("reason"), hint=fields.text("hint", ""))
+
+
+def _parse_ready(body: bytes) -> Ready:
+    return Ready(verified_pages=_Fields(body).integer("verified_pages", 0, PFN_MASK))
+
+
+def _parse_failed(body: bytes) -> Failed:
+    fields = _Fields(body)
+    return Failed(reason=fields.text("reason"), hint=fields.text("hint", ""), gfn=fields.gfn_or_none("gfn"))
+
+
+_PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
+    FrameType.SOURCE_HELLO: _parse_source_hello,
+    FrameType.DESTINATION_HELLO: _parse_destination_hello,
+    FrameType.REFUSE: _parse_refuse,
+    FrameType.DIGESTS: _parse_digests,
+    FrameType.MISMATCH: _parse_mismatch,
+    FrameType.READY: _parse_ready,
+    FrameType.COMMIT: _parse_commit,
+    FrameType.RUNNING: lambda _: Running(),
+    FrameType.FAILED: _parse_failed,
+}

@@ -1,0 +1,172 @@
+"""The ferry's frames as values, their types, layouts and limits; the normative text is ``docs/stream.md``, part 2."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from struct import Struct
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.frames import GfnArray
+
+MAX_HELLO_BYTES = 64 << 10
+MAX_MESSAGE_BYTES = 32 << 10
+#: Most ranges in one DIGESTS frame, and most pages in one range.
+MAX_DIGESTS = 32768
+MAX_RANGE_PAGES = 65536
+MAX_POPULATED_RUNS = 1024
+MAX_FEATURES = 64
+MAX_NAME_CHARS = 64
+MAX_TEXT_CHARS = 1024
+MAX_CPUS = 1024
+DIGEST_BYTES = 16
+
+DIGESTS_HEAD = Struct("<II")
+DIGESTS_LAST = 1 << 0
+DIGEST_ENTRY = np.dtype(
+    [("first_gfn", "<u8"), ("pages", "<u4"), ("reserved", "<u4"), ("digest", "u1", (DIGEST_BYTES,))]
+)
+MISMATCH_HEAD = Struct("<QII")
+#: flags u32, reserved u32.
+COMMIT_BODY = Struct("<II")
+COMMIT_PAUSED = 1 << 0
+
+
+class FrameType(IntEnum):
+    """Frame types. None is a record type of the libxc stream, so neither can be taken for the other."""
+
+    SOURCE_HELLO = 0x5046_0001
+    DESTINATION_HELLO = 0x5046_0002
+    REFUSE = 0x5046_0003
+    DIGESTS = 0x5046_0004
+    MISMATCH = 0x5046_0005
+    READY = 0x5046_0006
+    COMMIT = 0x5046_0007
+    RUNNING = 0x5046_0008
+    FAILED = 0x5046_0009
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceHello:
+    """What the source wants to move.
+
+    ``populated`` is a hint: ascending, disjoint (first gfn, pages) runs that probably hold memory, at most 1,024
+    (the caller merges). ``name`` is the guest's, for people; ``machine`` names the machine model and ``features`` what
+    the source offers.
+    """
+
+    version: str
+    memory_bytes: int
+    cpus: int
+    accel: str
+    migration_id: str
+    features: tuple[str, ...] = ()
+    machine: str = ""
+    name: str = ""
+    populated: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DestinationHello:
+    """The destination will take the guest; ``features`` is the part of the source's offer that it uses."""
+
+    version: str
+    accel: str
+    features: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refuse:
+    """The destination will not take the guest; it has not begun anything."""
+
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Digests:
+    """Digests of the source's memory at the pause.
+
+    Range i is pages ``first_gfns[i] .. first_gfns[i] + pages[i] - 1``; ranges ascend and are disjoint, within a frame
+    and from frame to frame. ``first_gfns`` uint64[n], ``pages`` uint32[n] (1 to 65,536 each), ``digests`` uint8[n, 16]
+    (xxh3-128 of the range's bytes, canonical form); n at most 32,768, and at least 1 unless ``last``.
+    ``last``: no DIGESTS follow; a page of RAM that was in no range is all zeros at the source.
+    """
+
+    first_gfns: GfnArray
+    pages: NDArray[np.uint32]
+    digests: NDArray[np.uint8]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Mismatch:
+    """A range whose digest differs at the destination, with its digest of each page there.
+
+    ``page_digests`` is uint64[pages]: xxh3-64 of each page's bytes, as integers; 1 to 65,536 pages.
+    """
+
+    first_gfn: int
+    page_digests: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The destination's memory and state are complete and proven; it waits for the commit."""
+
+    verified_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The source gives the guest away: from here on it never runs there unless FAILED is the answer.
+
+    ``paused``: the guest was paused by its user and stays so.
+    """
+
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """The guest runs at the destination."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """The sender gives up. From a destination it is a promise: the guest has not run here and never will.
+
+    ``gfn`` is the page it was about, where there is one.
+    """
+
+    reason: str
+    hint: str = ""
+    gfn: int | None = None
+
+
+Frame: TypeAlias = SourceHello | DestinationHello | Refuse | Digests | Mismatch | Ready | Commit | Running | Failed
+
+TYPE_OF: dict[type[Frame], FrameType] = {
+    SourceHello: FrameType.SOURCE_HELLO,
+    DestinationHello: FrameType.DESTINATION_HELLO,
+    Refuse: FrameType.REFUSE,
+    Digests: FrameType.DIGESTS,
+    Mismatch: FrameType.MISMATCH,
+    Ready: FrameType.READY,
+    Commit: FrameType.COMMIT,
+    Running: FrameType.RUNNING,
+    Failed: FrameType.FAILED,
+}
+#: Longest body of each frame, in bytes.
+MAX_BODY_BYTES: dict[FrameType, int] = {
+    FrameType.SOURCE_HELLO: MAX_HELLO_BYTES,
+    FrameType.DESTINATION_HELLO: MAX_HELLO_BYTES,
+    FrameType.REFUSE: MAX_MESSAGE_BYTES,
+    FrameType.DIGESTS: DIGESTS_HEAD.size + MAX_DIGESTS * DIGEST_ENTRY.itemsize,
+    FrameType.MISMATCH: MISMATCH_HEAD.size + MAX_RANGE_PAGES * 8,
+    FrameType.READY: MAX_MESSAGE_BYTES,
+    FrameType.COMMIT: COMMIT_BODY.size,
+    FrameType.RUNNING: 0,
+    FrameType.FAILED: MAX_MESSAGE_BYTES,
+}

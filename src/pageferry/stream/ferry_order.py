@@ -1,0 +1,100 @@
+"""The conversation around the libxc stream: whose turn it is, as one table for both sides.
+
+Each side keeps one :class:`Conversation` for both directions, so that an answer to something that was not yet said
+(READY before the last digests, RUNNING before COMMIT) is as wrong as a frame out of order.
+"""
+
+from enum import StrEnum
+
+from pageferry.core.errors import LocalStreamError
+from pageferry.stream.ferry_frames import FrameType
+
+_F = FrameType
+
+
+class Side(StrEnum):
+    """One end of the connection."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+    @property
+    def other(self) -> "Side":
+        """The other end."""
+        return Side.DESTINATION if self is Side.SOURCE else Side.SOURCE
+
+
+class Phase(StrEnum):
+    """How far the conversation is, as one side sees it."""
+
+    GREETING = "greeting"
+    ANSWERING = "answering"
+    STREAMING = "streaming"
+    DIGESTING = "digesting"
+    COMPARING = "comparing"
+    MISMATCHED = "mismatched"
+    READY = "ready"
+    COMMITTED = "committed"
+    RUNNING = "running"
+    CLOSED = "closed"
+
+
+_P, _S, _D = Phase, Side.SOURCE, Side.DESTINATION
+
+#: (phase, sender, frame) -> next phase. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
+#: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame.
+TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
+    (_P.GREETING, _S, _F.SOURCE_HELLO): _P.ANSWERING,
+    (_P.GREETING, _D, _F.REFUSE): _P.CLOSED,  # the hello is not even read, or cannot be
+    (_P.ANSWERING, _D, _F.DESTINATION_HELLO): _P.STREAMING,
+    (_P.ANSWERING, _D, _F.REFUSE): _P.CLOSED,
+    (_P.DIGESTING, _S, _F.DIGESTS): _P.DIGESTING,
+    (_P.DIGESTING, _D, _F.MISMATCH): _P.MISMATCHED,
+    (_P.COMPARING, _D, _F.MISMATCH): _P.MISMATCHED,
+    (_P.COMPARING, _D, _F.READY): _P.READY,
+    (_P.MISMATCHED, _S, _F.DIGESTS): _P.MISMATCHED,  # they were under way
+    (_P.READY, _S, _F.COMMIT): _P.COMMITTED,
+    (_P.COMMITTED, _D, _F.RUNNING): _P.RUNNING,
+    **{(p, _S, _F.FAILED): _P.CLOSED for p in (_P.DIGESTING, _P.COMPARING, _P.MISMATCHED, _P.READY)},
+    **{(p, _D, _F.FAILED): _P.CLOSED for p in Phase if p not in (_P.RUNNING, _P.CLOSED)},
+}
+LAST_DIGESTS: dict[Phase, Phase] = {_P.DIGESTING: _P.COMPARING, _P.MISMATCHED: _P.MISMATCHED}
+
+
+class Conversation:
+    """Where one side is in the conversation; shared by its encoder and its decoder.
+
+    Args:
+        side: which end we are.
+    """
+
+    __slots__ = ("phase", "side", "stream_bytes")
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.phase = Phase.GREETING
+        self.stream_bytes = 0
+
+    def check(self, sender: Side, frame_type: FrameType) -> str | None:
+        """Return why ``sender`` may not send this frame now, or None when it may."""
+        if (self.phase, sender, frame_type) in TABLE:
+            return None
+        return f"the {sender} may not send it while {self.phase}"
+
+    def passed(self, sender: Side, frame_type: FrameType, *, last: bool = False) -> None:
+        """Move on after a frame that :meth:`check` allowed; ``last`` says that it is the last DIGESTS."""
+        self.phase = LAST_DIGESTS[self.phase] if last else TABLE[self.phase, sender, frame_type]
+
+    def stream_passed(self, stream_bytes: int) -> None:
+        """Say that the libxc stream is over: END was sent (source) or taken (destination).
+
+        Args:
+            stream_bytes: the stream's length; the offsets of later frames count it.
+
+        Raises:
+            LocalStreamError: it is not the stream's turn.
+        """
+        if self.phase is not Phase.STREAMING:
+            raise LocalStreamError(f"the libxc stream cannot end while {self.phase}")
+        self.phase = Phase.DIGESTING
+        self.stream_bytes = stream_bytes

@@ -1,0 +1,243 @@
+"""vCPU and device state as an HVM context: :class:`~pageferry.core.state.MachineState` <-> bytes.
+
+An HVM context is a sequence of entries, each with a typecode, an instance and a length. CPU and CPU_MSR have Xen's
+layout; devices travel under typecodes of our own, far from Xen's. What is decoded is checked in full: an entry that
+no machine here can hold is refused, since a guest that loses it silently is not the same guest.
+
+Source: docs/stream.md, part 1, "HVM context".
+"""
+
+import itertools
+from struct import Struct
+from struct import error as StructError
+
+from pageferry.core.errors import LocalStreamError, RecordError
+from pageferry.core.state import DescriptorTable, DeviceState, MachineState, Segment, VcpuState
+from pageferry.stream.hvm_entries import Entry, Typecode, join_entries, split_entries
+
+#: HEADER: magic u32, version u32, changeset u64, cpuid u32, gtsc_khz u32.
+HEADER_BODY = Struct("<IIQII")
+MSR_HEAD = Struct("<II")
+MSR_ENTRY = Struct("<IIQ")
+#: DEVICE: name length u16, reserved u16, data length u32; then the name (ASCII), then the data.
+DEVICE_HEAD = Struct("<HHI")
+
+MAGIC = 0x54381286
+VERSION = 1
+#: "Not known", as Xen writes it where it was built without one.
+NO_CHANGESET = 0xFFFF_FFFF_FFFF_FFFF
+MAX_VCPUS = 1024
+MAX_MSRS = 4096
+MAX_DEVICES = 1024
+MAX_DEVICE_NAME_BYTES = 64
+
+_GPRS = [
+    *("rax", "rbx", "rcx", "rdx", "rbp", "rsi", "rdi", "rsp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags"),
+]
+_CONTROL = ["cr0", "cr2", "cr3", "cr4", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7"]
+_SEGMENTS = ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"]
+_TABLES = ["idtr", "gdtr"]
+_SYSENTER = ["sysenter_cs", "sysenter_esp", "sysenter_eip", "shadow_gs"]
+_SYSCALL = ["lstar", "star", "cstar", "syscall_mask", "efer", "tsc_aux"]
+FPU_BYTES = 512
+#: fpu_regs; general; control and debug; selectors; limits; bases; arbytes; sysenter and shadow_gs; msr_flags and
+#: syscall; tsc; pending_event, error_code, flags, pad.
+CPU_BODY = Struct(f"<{FPU_BYTES}s18Q10Q8I10I10Q8I4Q7QQ4I")
+CPU_FPU_INITIALISED = 1 << 0
+
+
+def encode_cpu(vcpu: VcpuState) -> bytes:
+    """Return the 1,032 bytes of a CPU entry.
+
+    An ``fpu_regs`` of zeros is an FPU that was never initialised, as in a vCPU that did not use it yet.
+
+    Raises:
+        LocalStreamError: a field does not fit its width.
+    """
+    segments = [getattr(vcpu, name) for name in _SEGMENTS]
+    tables = [getattr(vcpu, name) for name in _TABLES]
+    if len(vcpu.fpu_regs) != FPU_BYTES:
+        raise LocalStreamError(f"fpu_regs has {len(vcpu.fpu_regs)} bytes, not {FPU_BYTES}", record="HVM_CONTEXT CPU")
+    try:
+        return CPU_BODY.pack(
+            vcpu.fpu_regs,
+            *(getattr(vcpu, name) for name in _GPRS + _CONTROL),
+            *(segment.selector for segment in segments),
+            *(place.limit for place in segments + tables),
+            *(place.base for place in segments + tables),
+            *(segment.attributes for segment in segments),
+            *(getattr(vcpu, name) for name in _SYSENTER),
+            0,  # msr_flags: obsolete
+            *(getattr(vcpu, name) for name in _SYSCALL),
+            vcpu.tsc,
+            vcpu.pending_event,
+            vcpu.error_code,
+            CPU_FPU_INITIALISED if any(vcpu.fpu_regs) else 0,
+            0,
+        )
+    except StructError as error:
+        raise LocalStreamError("a register does not fit its width", record="HVM_CONTEXT CPU") from error
+
+
+def decode_cpu(entry: Entry, msrs: tuple[tuple[int, int], ...] = ()) -> VcpuState:
+    """Return the vCPU of a CPU entry: the exact inverse of :func:`encode_cpu`.
+
+    Args:
+        entry: with typecode CPU.
+        msrs: what the vCPU's CPU_MSR entry holds.
+
+    Raises:
+        RecordError: the length is wrong, or a reserved, obsolete or 16-bit field has bits it must not have.
+    """
+    if len(entry.body) != CPU_BODY.size:
+        raise entry.refusal(f"a body of {len(entry.body)} bytes, not {CPU_BODY.size}")
+    values = iter(CPU_BODY.unpack(entry.body))
+    fpu_regs: bytes = next(values)
+    registers: dict[str, int] = {name: next(values) for name in _GPRS + _CONTROL}
+    selectors = [next(values) for _ in _SEGMENTS]
+    limits = [next(values) for _ in _SEGMENTS + _TABLES]
+    bases = [next(values) for _ in _SEGMENTS + _TABLES]
+    attributes = [next(values) for _ in _SEGMENTS]
+    registers |= {name: next(values) for name in _SYSENTER}
+    msr_flags = next(values)
+    registers |= {name: next(values) for name in [*_SYSCALL, "tsc", "pending_event", "error_code"]}
+    flags, pad = values
+    if msr_flags or pad or flags & ~CPU_FPU_INITIALISED:
+        raise entry.refusal("msr_flags, pad or an unknown flag is not 0")
+    if bool(flags) != any(fpu_regs):
+        raise entry.refusal("the FPU flag does not agree with fpu_regs")
+    if max(*selectors, *attributes) > 0xFFFF:
+        raise entry.refusal("a selector or segment attribute does not fit 16 bits")
+    segments = {
+        name: Segment(selector=selector, base=base, limit=limit, attributes=attribute)
+        for name, selector, base, limit, attribute in zip(
+            _SEGMENTS, selectors, bases[:8], limits[:8], attributes, strict=True
+        )
+    }
+    tables = {
+        name: DescriptorTable(base=base, limit=limit)
+        for name, base, limit in zip(_TABLES, bases[8:], limits[8:], strict=True)
+    }
+    return VcpuState(**registers, **segments, **tables, fpu_regs=fpu_regs, msrs=msrs)  # type: ignore[arg-type]
+
+
+def encode_machine_state(state: MachineState) -> bytes:
+    """Return ``state`` as an HVM context.
+
+    Raises:
+        LocalStreamError: the state is larger than the format allows, or a field does not fit.
+    """
+    entries = [
+        Entry(typecode=Typecode.HEADER, body=HEADER_BODY.pack(MAGIC, VERSION, NO_CHANGESET, 0, 0)),
+    ]
+    for index, vcpu in enumerate(state.vcpus):
+        entries.append(Entry(typecode=Typecode.CPU, instance=index, body=encode_cpu(vcpu)))
+        if vcpu.msrs:
+            entries.append(Entry(typecode=Typecode.CPU_MSR, instance=index, body=_encode_msrs(vcpu)))
+    entries += [
+        Entry(typecode=Typecode.DEVICE, instance=index, body=_encode_device(device))
+        for index, device in enumerate(state.devices)
+    ]
+    entries.append(Entry(typecode=Typecode.END))
+    data = join_entries(entries)
+    try:
+        decode_machine_state(data)  # the reader's limits are the writer's too
+    except RecordError as error:
+        raise LocalStreamError("the machine state cannot be read back", record="HVM_CONTEXT") from error
+    return data
+
+
+def decode_machine_state(data: bytes) -> MachineState:
+    """Return the machine in an HVM context.
+
+    Raises:
+        RecordError: the context is malformed, incomplete, or holds state that no machine here has (Xen's own
+            interrupt controllers and timers); ``offset`` counts from the context's first byte.
+    """
+    cpus: dict[int, Entry] = {}
+    msrs: dict[int, Entry] = {}
+    devices: dict[int, Entry] = {}
+    places = {Typecode.CPU: cpus, Typecode.CPU_MSR: msrs, Typecode.DEVICE: devices}
+    header, *entries, _ = split_entries(data)
+    _check_header(header)
+    for entry in entries:
+        place = places.get(entry.typecode)  # type: ignore[call-overload]  # an int finds an IntEnum
+        if place is None:
+            raise entry.refusal("no machine here can hold this state")
+        if entry.instance in place:
+            raise entry.refusal("it may come only once")
+        place[entry.instance] = entry
+    if not 0 < len(cpus) <= MAX_VCPUS or len(devices) > MAX_DEVICES:
+        raise RecordError(f"{len(cpus)} vCPUs and {len(devices)} devices", record="HVM_CONTEXT")
+    for entry in (*cpus.values(), *msrs.values()):
+        if entry.instance >= len(cpus):
+            raise entry.refusal(f"there are only {len(cpus)} vCPUs")
+    vcpus = tuple(decode_cpu(cpus[n], _decode_msrs(msrs.get(n))) for n in range(len(cpus)))
+    return MachineState(vcpus=vcpus, devices=_decode_devices(devices))
+
+
+def _check_header(entry: Entry) -> None:
+    if len(entry.body) != HEADER_BODY.size:
+        raise entry.refusal(f"a body of {len(entry.body)} bytes, not {HEADER_BODY.size}")
+    magic, version, *_ = HEADER_BODY.unpack(entry.body)
+    if magic != MAGIC or version != VERSION:
+        raise entry.refusal(f"magic {magic:#x} and version {version}")
+
+
+def _encode_msrs(vcpu: VcpuState) -> bytes:
+    try:
+        pairs = b"".join(MSR_ENTRY.pack(index, 0, value) for index, value in vcpu.msrs)
+    except StructError as error:
+        raise LocalStreamError("an MSR does not fit its width", record="HVM_CONTEXT CPU_MSR") from error
+    return MSR_HEAD.pack(len(vcpu.msrs), 0) + pairs
+
+
+def _decode_msrs(entry: Entry | None) -> tuple[tuple[int, int], ...]:
+    if entry is None:
+        return ()
+    if len(entry.body) < MSR_HEAD.size:
+        raise entry.refusal("its head is cut")
+    count, reserved = MSR_HEAD.unpack_from(entry.body)
+    rest = entry.body[MSR_HEAD.size :]
+    if not 0 < count <= MAX_MSRS or len(rest) != count * MSR_ENTRY.size:
+        raise entry.refusal(f"{count} MSRs in {len(entry.body)} bytes")
+    rows = list(MSR_ENTRY.iter_unpack(rest))
+    if reserved or any(row[1] for row in rows):
+        raise entry.refusal("a reserved field is not 0")
+    if any(row[0] >= after[0] for row, after in itertools.pairwise(rows)):
+        raise entry.refusal("the MSRs do not ascend")
+    return tuple((index, value) for index, _, value in rows)
+
+
+def _encode_device(device: DeviceState) -> bytes:
+    try:
+        name = device.name.encode("ascii")
+        return DEVICE_HEAD.pack(len(name), 0, len(device.data)) + name + device.data
+    except (UnicodeEncodeError, StructError) as error:
+        raise LocalStreamError(f"device {device.name!r} cannot be written", record="HVM_CONTEXT DEVICE") from error
+
+
+def _decode_devices(entries: dict[int, Entry]) -> tuple[DeviceState, ...]:
+    devices: dict[str, DeviceState] = {}
+    for index, entry in sorted(entries.items()):
+        if index != len(devices):
+            raise entry.refusal(f"device {len(devices)} is missing")
+        device = _decode_device(entry)
+        if device.name in devices:
+            raise entry.refusal(f"device {device.name!r} comes twice")
+        devices[device.name] = device
+    return tuple(devices.values())
+
+
+def _decode_device(entry: Entry) -> DeviceState:
+    if len(entry.body) < DEVICE_HEAD.size:
+        raise entry.refusal("its head is cut")
+    name_bytes, reserved, data_bytes = DEVICE_HEAD.unpack_from(entry.body)
+    rest = entry.body[DEVICE_HEAD.size :]
+    if reserved or not 0 < name_bytes <= MAX_DEVICE_NAME_BYTES or len(rest) != name_bytes + data_bytes:
+        raise entry.refusal(f"a name of {name_bytes} and data of {data_bytes} bytes in {len(entry.body)}")
+    name = rest[:name_bytes]
+    if not all(0x21 <= byte <= 0x7E for byte in name):
+        raise entry.refusal("its name is not printable ASCII")
+    return DeviceState(name=name.decode("ascii"), data=rest[name_bytes:])

@@ -1,0 +1,228 @@
+"""The records of a libxc stream as values, and their bodies as bytes.
+
+A body is decoded only after its length was found to be within ``format.BODY_BYTES``. Every ``parse_*`` raises
+:class:`BodyError` with one line on what is wrong; who calls adds the record's name and offset.
+"""
+
+from dataclasses import dataclass, field
+from struct import Struct
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.frames import GfnArray
+from pageferry.stream import format as fmt
+from pageferry.stream.format import RecordType
+
+
+class BodyError(ValueError):
+    """A record's body or field is not what the format says; never leaves this room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamHeader:
+    """Image header and domain header: what comes first."""
+
+    version: int = fmt.VERSION
+    xen_major: int = fmt.XEN_MAJOR
+    xen_minor: int = fmt.XEN_MINOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuidLeaf:
+    """One CPUID leaf that the guest may see; every field is a u32."""
+
+    leaf: int
+    subleaf: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuidPolicy:
+    """CPUID_POLICY: the CPU features the guest was started with. 1 to 4,096 leaves."""
+
+    leaves: tuple[CpuidLeaf, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MsrEntry:
+    """One model-specific register of the policy: ``index`` u32, ``flags`` u32 (0 so far), ``value`` u64."""
+
+    index: int
+    flags: int = 0
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MsrPolicy:
+    """MSR_POLICY: the MSRs that describe the CPU the guest was started on. 1 to 4,096 entries."""
+
+    entries: tuple[MsrEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticDataEnd:
+    """STATIC_DATA_END: what does not change while the guest runs is complete."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PageDataHeader:
+    """PAGE_DATA without its page data, which the caller receives by itself.
+
+    ``pfns`` is uint64[n] and ``types`` uint8[n] (:class:`~pageferry.stream.format.PageType`), n at most 1,024, both
+    read-only. ``payload_bytes`` bytes follow: 4,096 for each page with ``carries_data(types)``, in order.
+    ``offset`` is the record's first byte in the stream.
+    """
+
+    pfns: GfnArray
+    types: NDArray[np.uint8]
+    payload_bytes: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PageData:
+    """PAGE_DATA with its page data; fields as in :class:`PageDataHeader`, ``payload`` is ``payload_bytes`` long."""
+
+    pfns: GfnArray
+    types: NDArray[np.uint8]
+    payload: bytes = field(repr=False)
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TscInfo:
+    """TSC_INFO: how the guest's time stamp counter was provided. ``nsec`` is the guest's time in ns (u64)."""
+
+    mode: int = 0
+    khz: int = 0
+    nsec: int = 0
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HvmParams:
+    """HVM_PARAMS: (index, value) pairs, u64 each, at most 1,024. Xen writes only those that are not 0."""
+
+    params: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HvmContext:
+    """HVM_CONTEXT: vCPUs and devices, opaque here; see :mod:`pageferry.stream.hvm_context`."""
+
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """END: the stream is complete; nothing of it follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedRecord:
+    """An optional record of a type we do not know: reported, its body passed over. ``offset`` is its first byte."""
+
+    record_type: int
+    length_bytes: int
+    offset: int
+
+
+#: Records that an encoder writes whole.
+PlainRecord: TypeAlias = CpuidPolicy | MsrPolicy | StaticDataEnd | TscInfo | HvmParams | HvmContext | End
+#: What a decoder returns.
+Event: TypeAlias = StreamHeader | PlainRecord | PageDataHeader | PageData | SkippedRecord
+
+TYPE_OF: dict[type[PlainRecord], RecordType] = {
+    CpuidPolicy: RecordType.CPUID_POLICY,
+    MsrPolicy: RecordType.MSR_POLICY,
+    StaticDataEnd: RecordType.STATIC_DATA_END,
+    TscInfo: RecordType.TSC_INFO,
+    HvmParams: RecordType.HVM_PARAMS,
+    HvmContext: RecordType.HVM_CONTEXT,
+    End: RecordType.END,
+}
+
+
+def body_of(record: PlainRecord) -> bytes:
+    """Return the record's body, without padding.
+
+    Raises:
+        struct.error: a field does not fit its width.
+    """
+    match record:
+        case CpuidPolicy():
+            return b"".join(
+                fmt.CPUID_LEAF.pack(leaf.leaf, leaf.subleaf, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx)
+                for leaf in record.leaves
+            )
+        case MsrPolicy():
+            return b"".join(fmt.MSR_ENTRY.pack(entry.index, entry.flags, entry.value) for entry in record.entries)
+        case TscInfo():
+            return fmt.TSC_INFO.pack(record.mode, record.khz, record.nsec, record.incarnation, 0)
+        case HvmParams():
+            pairs = b"".join(fmt.HVM_PARAM.pack(index, value) for index, value in record.params)
+            return fmt.HVM_PARAMS_HEAD.pack(len(record.params), 0) + pairs
+        case HvmContext():
+            return record.data
+        case StaticDataEnd() | End():
+            return b""
+
+
+def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
+    """Return the record with this body.
+
+    Args:
+        record_type: any but PAGE_DATA.
+        body: its length is within ``format.BODY_BYTES[record_type]``.
+
+    Raises:
+        BodyError: the body is malformed.
+    """
+    match record_type:
+        case RecordType.CPUID_POLICY:
+            rows = _rows(fmt.CPUID_LEAF, body)
+            return CpuidPolicy(
+                leaves=tuple(CpuidLeaf(leaf=a, subleaf=b, eax=c, ebx=d, ecx=e, edx=f) for a, b, c, d, e, f in rows)
+            )
+        case RecordType.MSR_POLICY:
+            rows = _rows(fmt.MSR_ENTRY, body)
+            return MsrPolicy(entries=tuple(MsrEntry(index=i, flags=f, value=v) for i, f, v in rows))
+        case RecordType.TSC_INFO:
+            mode, khz, nsec, incarnation, reserved = fmt.TSC_INFO.unpack(body)
+            _reserved(reserved)
+            return TscInfo(mode=mode, khz=khz, nsec=nsec, incarnation=incarnation)
+        case RecordType.HVM_PARAMS:
+            return _parse_hvm_params(body)
+        case RecordType.HVM_CONTEXT:
+            return HvmContext(data=body)
+        case RecordType.STATIC_DATA_END:
+            return StaticDataEnd()
+        case RecordType.END:
+            return End()
+        case _:
+            raise AssertionError(f"no body parser for {record_type!r}")
+
+
+def _parse_hvm_params(body: bytes) -> HvmParams:
+    count, reserved = fmt.HVM_PARAMS_HEAD.unpack_from(body)
+    _reserved(reserved)
+    rest = body[fmt.HVM_PARAMS_HEAD.size :]
+    if len(rest) != count * fmt.HVM_PARAM.size:
+        raise BodyError(f"{count} parameters do not take {len(rest)} bytes")
+    return HvmParams(params=tuple((index, value) for index, value in _rows(fmt.HVM_PARAM, rest)))
+
+
+def _rows(row: Struct, body: bytes) -> list[tuple[Any, ...]]:
+    if len(body) % row.size:
+        raise BodyError(f"a body of {len(body)} bytes is no multiple of {row.size}")
+    return list(row.iter_unpack(body))
+
+
+def _reserved(value: int) -> None:
+    if value:
+        raise BodyError(f"a reserved field is {value:#x}, not 0")

@@ -1,0 +1,175 @@
+"""The conformance kit: does a machine's :class:`~pageferry.core.vm.LogDirty` keep its promises?
+
+For authors of machines and trackers::
+
+    from pageferry.testing import check_log_dirty
+
+    check_log_dirty(lambda config: MyVm(config))
+
+It knows the protocols ``Vm`` and ``LogDirty`` and nothing else. Each check has a name and the law (of docs/design.md)
+that it defends; the first one that fails raises :class:`ConformanceError`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from traceback import clear_frames
+
+from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
+from pageferry.testing import operators, races
+from pageferry.testing.lab import Lab, MakeVm, Violation
+
+#: Neither a multiple of 64 pages nor of 2 MiB; and one that goes on behind the PCI hole.
+DEFAULT_MEMORY_BYTES = ((4 << 20) + 3 * 4096, (3 << 30) + 5 * 4096)
+DEFAULT_SEEDS = (1,)
+
+
+class ConformanceError(PageferryError):
+    """A tracker broke a promise.
+
+    Args:
+        check: the name of the check that found it.
+        law: the number of the law, or None for the plain meaning of an operator.
+        detail: what was expected and found.
+        where: the guest it happened with.
+    """
+
+    def __init__(self, check: str, law: int | None, detail: str, *, where: str = "") -> None:
+        promise = "operator semantics" if law is None else f"law {law}"
+        super().__init__(f"{check} ({promise}): {detail}" + (f" [{where}]" if where else ""))
+        self.check = check
+        self.law = law
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One check. ``law`` is None where it checks the plain meaning of an operator; ``summary`` is what it promises."""
+
+    name: str
+    law: int | None
+    run: Callable[[Lab], None]
+    summary: str
+
+
+def _check(law: int | None, function: Callable[[Lab], None]) -> Check:
+    summary = (function.__doc__ or "").partition("\n")[0]
+    return Check(name=function.__name__.replace("_", "-"), law=law, run=function, summary=summary)
+
+
+def _free(law: int, workload: str) -> Check:
+    return Check(
+        name=f"free-running-{workload}",
+        law=law,
+        run=partial(races.free_running, workload=workload),
+        summary=f"{(races.free_running.__doc__ or '').partition(chr(10))[0]} Guest: {workload}.",
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    _check(None, operators.off_at_first),
+    _check(None, operators.enable_starts_clear),
+    _check(None, operators.enable_twice),
+    _check(None, operators.peek_changes_nothing),
+    _check(None, operators.clean_clears),
+    _check(1, operators.clean_protects_again),
+    _check(1, operators.rounds_are_exact),
+    _check(1, operators.rounds_add_up),
+    _check(None, operators.bitmaps_are_the_callers),
+    _check(None, operators.off_and_on_again),
+    _check(None, operators.stats_count_the_bits),
+    _check(8, operators.one_fault_per_page),
+    _check(None, operators.pausing_is_no_write),
+    _check(4, operators.host_writes_are_marked),
+    _check(4, operators.marks_and_writes_mix),
+    _check(4, operators.marks_outside_ram),
+    _check(4, operators.state_restore_keeps_tracking),
+    _check(5, operators.given_back_bits_return),
+    _check(2, races.changed_between_cleans),
+    _check(2, races.peek_grows),
+    *(_free(2, workload) for workload in ("stamp", "sweep", "random", "hotset", "kv", "idle")),
+    _free(4, "dma"),
+    _check(2, races.peeking_thread),
+    _check(4, races.writing_thread),
+    _check(2, races.two_cleaners),
+    _check(5, races.failed_rounds),
+    _check(5, races.on_and_off_while_running),
+)
+
+
+def check_log_dirty(
+    make_vm: MakeVm,
+    *,
+    memory_bytes: Sequence[int] = DEFAULT_MEMORY_BYTES,
+    seeds: Sequence[int] = DEFAULT_SEEDS,
+    cpus: int = 1,
+    checks: Iterable[str] | None = None,
+) -> None:
+    """Run the checks and stop at the first broken promise.
+
+    Args:
+        make_vm: makes a machine with zeroed memory, paused; the kit closes it.
+        memory_bytes: sizes of guests to try, each at least 4 MiB.
+        seeds: for the guests' pseudo-random choices.
+        cpus: vCPUs per guest.
+        checks: names out of :data:`CHECKS`; None: all.
+
+    Raises:
+        ConformanceError: a promise was broken.
+        UnsupportedError: the machine cannot be made.
+        UsageError: there is no such check.
+    """
+    for error in failures(make_vm, memory_bytes=memory_bytes, seeds=seeds, cpus=cpus, checks=checks):
+        raise error
+
+
+def failures(
+    make_vm: MakeVm,
+    *,
+    memory_bytes: Sequence[int] = DEFAULT_MEMORY_BYTES,
+    seeds: Sequence[int] = DEFAULT_SEEDS,
+    cpus: int = 1,
+    checks: Iterable[str] | None = None,
+) -> Iterator[ConformanceError]:
+    """Run the checks and yield every broken promise as it is found; otherwise as :func:`check_log_dirty`."""
+    for check in select(checks):
+        for size_bytes in memory_bytes:
+            for seed in seeds:
+                lab = Lab(make_vm=make_vm, memory_bytes=size_bytes, seed=seed, cpus=cpus)
+                if error := run_check(check, lab):
+                    yield error
+
+
+def select(names: Iterable[str] | None) -> tuple[Check, ...]:
+    """Return the checks of these names, in the kit's order; all when None.
+
+    Raises:
+        UsageError: there is no such check.
+    """
+    if names is None:
+        return CHECKS
+    wanted = set(names)
+    if unknown := wanted - {check.name for check in CHECKS}:
+        raise UsageError(f"no such check: {', '.join(sorted(unknown))}", hint=", ".join(c.name for c in CHECKS))
+    return tuple(check for check in CHECKS if check.name in wanted)
+
+
+def run_check(check: Check, lab: Lab) -> ConformanceError | None:
+    """Run one check on one guest; return what it found, or None when all is well.
+
+    Raises:
+        UnsupportedError: the machine cannot be made.
+    """
+    where = f"memory {lab.memory_bytes} bytes, seed {lab.seed}, {lab.cpus} vCPU(s)"
+    try:
+        check.run(lab)
+    except Violation as violation:
+        return ConformanceError(check.name, check.law, str(violation), where=where)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever the machine under test throws where nothing may be thrown
+        failure = ConformanceError(check.name, check.law, f"unexpected {type(error).__name__}: {error}", where=where)
+        failure.__cause__ = error
+        clear_frames(error.__traceback__)  # or whoever keeps the failure keeps the guest's memory
+        return failure
+    return None

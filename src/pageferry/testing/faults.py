@@ -1,0 +1,389 @@
+"""Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
+
+Each wraps a sound tracker of any machine. ``mutated(make_vm, Fault)`` gives the kit a machine with that fault.
+"""
+
+import threading
+from typing import Any, cast
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import LogDirtyError
+from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
+from pageferry.core.vm import LogDirty, LogDirtyStats, Vm, VmConfig
+from pageferry.testing.lab import MakeVm
+
+_WINDOW_S = 0.002
+
+
+class Faithful:
+    """A tracker that passes everything on, as it should be: the base of the faults."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._sound: LogDirty = vm.log_dirty
+
+    @property
+    def tracker(self) -> str:
+        """The name of the tracker behind, and of the fault."""
+        return f"{self._sound.tracker}, {type(self).__name__}"
+
+    @property
+    def enabled(self) -> bool:
+        """As the tracker behind says."""
+        return self._sound.enabled
+
+    def enable(self) -> None:
+        """ENABLE."""
+        self._sound.enable()
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK."""
+        return self._sound.peek()
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN."""
+        return self._sound.clean()
+
+    def off(self) -> None:
+        """OFF."""
+        self._sound.off()
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark frames."""
+        self._sound.mark(gfns)
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Give bits back."""
+        self._sound.give_back(bitmap)
+
+    def stats(self) -> LogDirtyStats:
+        """Return the counters."""
+        return self._sound.stats()
+
+
+class DropsABit(Faithful):
+    """CLEAN forgets the last frame of each bitmap."""
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, one bit short."""
+        bitmap = self._sound.clean()
+        if bitmap.any():
+            bitmap.clear(int(bitmap.gfns()[-1]))
+        return bitmap
+
+
+class DropsTheLastWord(Faithful):
+    """CLEAN and PEEK forget the last, partial word of the bitmap."""
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK, rounded down to whole words."""
+        return self._cut(self._sound.peek())
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, rounded down to whole words."""
+        return self._cut(self._sound.clean())
+
+    def _cut(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        if bitmap.nbits % 64:
+            bitmap.words[-1] = 0
+        return bitmap
+
+
+class DoesNotProtectAgain(Faithful):
+    """CLEAN clears a bit but leaves its page writable, so that the next write to it goes unseen."""
+
+    _last: DirtyBitmap | None = None
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, without those of the CLEAN before."""
+        bitmap = self._sound.clean()
+        seen = bitmap if self._last is None else bitmap - self._last
+        self._last = seen
+        return seen
+
+
+class ClearsAfterTheCopy(Faithful):
+    """CLEAN copies the bitmap, and clears it a little later: a write in between is lost."""
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN in two steps."""
+        bitmap = self._sound.peek()
+        self._vm.wait(_WINDOW_S)
+        self._sound.clean()
+        return bitmap
+
+
+class ReportsLate(Faithful):
+    """CLEAN returns the bitmap of the CLEAN before."""
+
+    _last: DirtyBitmap | None = None
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, one call late."""
+        bitmap = self._sound.clean()
+        last, self._last = self._last, bitmap
+        return DirtyBitmap(bitmap.nbits) if last is None else last
+
+
+class NeverClears(Faithful):
+    """CLEAN is a PEEK."""
+
+    def clean(self) -> DirtyBitmap:
+        """PEEK."""
+        return self._sound.peek()
+
+
+class PeekClears(Faithful):
+    """PEEK is a CLEAN."""
+
+    def peek(self) -> DirtyBitmap:
+        """CLEAN."""
+        return self._sound.clean()
+
+
+class MarksNothing(Faithful):
+    """Writers that are not vCPUs are not seen."""
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Do nothing."""
+
+
+class MarksTheFirst(Faithful):
+    """A write over several frames marks only the first."""
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark too little."""
+        self._sound.mark(gfns[:1])
+
+
+class MarkLosesARace(Faithful):
+    """A mark is recorded a little late: a CLEAN that overtakes it swallows it."""
+
+    def __init__(self, vm: Vm) -> None:
+        super().__init__(vm)
+        self._cleans = 0
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN."""
+        self._cleans += 1
+        return self._sound.clean()
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark, unless a CLEAN came in between."""
+        before = self._cleans
+        threading.Event().wait(_WINDOW_S)
+        if self._cleans == before:
+            self._sound.mark(gfns)
+
+
+class RefusesStrangeMarks(Faithful):
+    """A mark of a frame that is not RAM raises."""
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Raise for frames beyond the bitmap."""
+        DirtyBitmap(self._vm.memory.gfn_limit).set(gfns)
+        self._sound.mark(gfns)
+
+
+class KeepsGivenBits(Faithful):
+    """A failed round's bits are lost."""
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Do nothing."""
+        self._sound.stats()
+
+
+class GiveBackReplaces(Faithful):
+    """Giving bits back loses those that were set since."""
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Replace the bitmap."""
+        self._sound.clean()
+        self._sound.give_back(bitmap)
+
+
+class SharesItsBitmap(Faithful):
+    """PEEK and CLEAN hand out one and the same object."""
+
+    _shared: DirtyBitmap | None = None
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN into the shared object."""
+        bitmap = self._sound.clean()
+        if self._shared is None:
+            self._shared = bitmap
+        self._shared.words[:] = bitmap.words
+        return self._shared
+
+
+class EnablesTwice(Faithful):
+    """A second ENABLE is accepted, and starts afresh."""
+
+    def enable(self) -> None:
+        """ENABLE without a check."""
+        if self._sound.enabled:
+            self._sound.clean()
+        else:
+            self._sound.enable()
+
+
+class StartsAllDirty(Faithful):
+    """ENABLE starts with all of RAM set."""
+
+    def enable(self) -> None:
+        """ENABLE and set everything."""
+        self._sound.enable()
+        self._sound.give_back(self._vm.memory.all_ram())
+
+
+class WorksWhileOff(Faithful):
+    """PEEK and CLEAN return an empty bitmap instead of refusing."""
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK, or nothing."""
+        return self._sound.peek() if self.enabled else DirtyBitmap(self._vm.memory.gfn_limit)
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, or nothing."""
+        return self._sound.clean() if self.enabled else DirtyBitmap(self._vm.memory.gfn_limit)
+
+
+class OffDoesNothing(Faithful):
+    """OFF is ignored."""
+
+    def off(self) -> None:
+        """Do nothing."""
+
+
+class OffKeepsTheBits(Faithful):
+    """OFF keeps the bitmap for the next ENABLE, which finds old bits in it."""
+
+    _kept: DirtyBitmap | None = None
+
+    def off(self) -> None:
+        """OFF, remembering."""
+        if self.enabled:
+            self._kept = self._sound.peek()
+        self._sound.off()
+
+    def enable(self) -> None:
+        """ENABLE, with the bits of last time."""
+        self._sound.enable()
+        if self._kept is not None:
+            self._sound.give_back(self._kept)
+
+
+class IgnoresTheHole(Faithful):
+    """RAM behind the PCI hole is reported as if there were none."""
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN with frames shifted down."""
+        bitmap = self._sound.clean()
+        gfns, hole = bitmap.gfns(), np.uint64(gfn_of(PCI_HOLE_END) - gfn_of(PCI_HOLE_START))
+        above = gfns >= np.uint64(gfn_of(PCI_HOLE_END))
+        return DirtyBitmap.of(bitmap.nbits, np.where(above, gfns - hole * above.astype(np.uint64), gfns))
+
+
+class ReportsAllAlways(Faithful):
+    """CLEAN reports all of RAM: safe, and useless."""
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN."""
+        return self._sound.clean() | self._vm.memory.all_ram()
+
+
+class CountsWrong(Faithful):
+    """``dirty_count`` says 0 while pages are dirty."""
+
+    def stats(self) -> LogDirtyStats:
+        """Return truncated counters."""
+        return LogDirtyStats(fault_count=self._sound.stats().fault_count, dirty_count=0)
+
+
+class FaultsTwice(Faithful):
+    """Each page costs two faults in a cycle."""
+
+    _pages = 0
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, counting."""
+        bitmap = self._sound.clean()
+        self._pages += bitmap.count()
+        return bitmap
+
+    def stats(self) -> LogDirtyStats:
+        """Return twice the faults."""
+        sound = self._sound.stats()
+        return LogDirtyStats(fault_count=2 * (self._pages + sound.dirty_count), dirty_count=sound.dirty_count)
+
+
+class BreaksUnderTwoCallers(Faithful):
+    """CLEAN is not safe to call from two threads: the second caller is refused."""
+
+    def __init__(self, vm: Vm) -> None:
+        super().__init__(vm)
+        self._busy = False
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, for one."""
+        if self._busy:
+            raise LogDirtyError("busy")
+        self._busy = True
+        try:
+            self._vm.wait(_WINDOW_S)
+            return self._sound.clean()
+        finally:
+            self._busy = False
+
+
+FAULTS: tuple[type[Faithful], ...] = (
+    DropsABit,
+    DropsTheLastWord,
+    DoesNotProtectAgain,
+    ClearsAfterTheCopy,
+    ReportsLate,
+    NeverClears,
+    PeekClears,
+    MarksNothing,
+    MarksTheFirst,
+    MarkLosesARace,
+    RefusesStrangeMarks,
+    KeepsGivenBits,
+    GiveBackReplaces,
+    SharesItsBitmap,
+    EnablesTwice,
+    StartsAllDirty,
+    WorksWhileOff,
+    OffDoesNothing,
+    OffKeepsTheBits,
+    IgnoresTheHole,
+    ReportsAllAlways,
+    CountsWrong,
+    FaultsTwice,
+    BreaksUnderTwoCallers,
+)
+
+
+class _MutantVm:
+    """A machine whose tracker is another; everything else is the machine's own."""
+
+    def __init__(self, vm: Vm, log_dirty: LogDirty) -> None:
+        self._vm = vm
+        self.log_dirty = log_dirty
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (stands for every attribute of a Vm)
+        return getattr(self._vm, name)
+
+
+def mutated(make_vm: MakeVm, fault: type[Faithful]) -> MakeVm:
+    """Return a maker of the same machines with one fault in their trackers."""
+
+    def make(config: VmConfig) -> Vm:
+        vm = make_vm(config)
+        log_dirty = fault(vm)
+        vm.memory.on_write(log_dirty.mark)
+        return cast(Vm, _MutantVm(vm, log_dirty))
+
+    return make

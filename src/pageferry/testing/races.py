@@ -1,0 +1,195 @@
+"""Conformance checks against a guest that runs on while its memory is tracked.
+
+None of them depends on timing to be right: what they conclude holds for every interleaving. Timing only decides how
+many interleavings a run sees.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.frames import gpa_of
+from pageferry.testing.lab import STATUS_GFN, Copy, Guest, Lab, Violation, listed, require
+from pageferry.testing.operators import STRAY_GFN
+
+_ROUNDS = 12
+_CHANGES = 24
+
+
+def free_running(lab: Lab, workload: str) -> None:
+    """A copy made only of reported pages, each read after the CLEAN that reported it, ends up equal to memory."""
+    with lab.guest(workload, pages=200) as guest:
+        copy = _start_copy(guest)
+        for _ in range(_ROUNDS):
+            copy.take(guest.log_dirty.clean())
+            guest.progress()
+        _finish_copy(guest, copy)
+
+
+def changed_between_cleans(lab: Lab) -> None:
+    """A page that changes after one CLEAN returned and before the next one is called is in that next one.
+
+    ::
+
+        clean() returns   read all pages   ... guest runs ...   read all pages   clean() is called
+                          `--------- differ: written in between ---------'       must report them
+    """
+    with lab.guest("sweep", pages=40) as guest:
+        gfns = np.append(guest.oracle.gfns, np.uint64(STATUS_GFN))
+        guest.vm.resume()
+        guest.progress()
+        guest.log_dirty.enable()
+        before, seen = _contents(guest, gfns), 0
+        for _ in range(_CHANGES):
+            guest.progress()
+            changed = DirtyBitmap.of(guest.memory.gfn_limit, gfns[_contents(guest, gfns) != before])
+            lost = (changed - guest.log_dirty.clean()).gfns()
+            require(not lost.size, f"changed between two CLEANs and not reported: {listed(lost)}")
+            before = _contents(guest, gfns)
+            seen += changed.count()
+        require(seen > 0, "the guest changed nothing")
+
+
+def peek_grows(lab: Lab) -> None:
+    """While the guest runs, a bit that PEEK has shown stays until CLEAN, which returns it."""
+    with lab.guest("random", pages=120) as guest:
+        guest.vm.resume()
+        guest.log_dirty.enable()
+        shown = guest.log_dirty.peek()
+        for _ in range(_ROUNDS):
+            guest.progress()
+            next_shown = guest.log_dirty.peek()
+            require(not (shown - next_shown).any(), "a bit that PEEK had shown is gone without a CLEAN")
+            shown = next_shown
+        require(not (shown - guest.log_dirty.clean()).any(), "a bit that PEEK had shown is not in CLEAN's bitmap")
+
+
+def peeking_thread(lab: Lab) -> None:
+    """PEEK and stats from another thread disturb nothing."""
+    with lab.guest("stamp") as guest:
+        copy = _start_copy(guest)
+
+        def look() -> None:
+            guest.log_dirty.peek()
+            guest.log_dirty.stats()
+
+        with _repeated(look):
+            for _ in range(_ROUNDS):
+                copy.take(guest.log_dirty.clean())
+                guest.progress()
+        _finish_copy(guest, copy)
+
+
+def writing_thread(lab: Lab) -> None:
+    """A device's writes that race with CLEAN are in this bitmap or the next one."""
+    with lab.guest("hotset") as guest:
+        copy = _start_copy(guest)
+        counter = 0
+
+        def write() -> None:
+            nonlocal counter
+            counter += 1
+            for page in range(3):
+                guest.memory.write(gpa_of(STRAY_GFN + 2 * page), counter.to_bytes(8, "little"))
+
+        with _repeated(write):
+            for _ in range(4 * _ROUNDS):
+                copy.take(guest.log_dirty.clean())
+            guest.progress()
+        _finish_copy(guest, copy)
+        require(counter > 0, "the device wrote nothing")
+
+
+def two_cleaners(lab: Lab) -> None:
+    """Two threads that call CLEAN at once lose nothing between them."""
+    with lab.guest("sweep", pages=120) as guest:
+        copy = _start_copy(guest)
+        lock = threading.Lock()
+
+        def clean_and_copy() -> None:
+            reported = guest.log_dirty.clean()
+            with lock:
+                copy.take(reported)
+
+        with _repeated(clean_and_copy):
+            for _ in range(_ROUNDS):
+                clean_and_copy()
+                guest.progress()
+        _finish_copy(guest, copy)
+
+
+def failed_rounds(lab: Lab) -> None:
+    """Rounds that take the bits and give them back, while the guest writes on, lose nothing."""
+    with lab.guest("random", pages=200) as guest:
+        copy = _start_copy(guest)
+        for number in range(_ROUNDS):
+            reported = guest.log_dirty.clean()
+            if number % 3 == 0:
+                copy.take(reported)
+            else:
+                guest.progress()
+                guest.log_dirty.give_back(reported)
+            guest.progress()
+        _finish_copy(guest, copy)
+
+
+def on_and_off_while_running(lab: Lab) -> None:
+    """A second attempt after OFF, with the guest running all the time, is as good as the first."""
+    with lab.guest("hotset", pages=120) as guest:
+        for _ in range(3):
+            copy = _start_copy(guest)
+            copy.take(guest.log_dirty.clean())
+            guest.progress()
+            guest.log_dirty.off()
+            guest.progress()
+        copy = _start_copy(guest)
+        guest.progress()
+        _finish_copy(guest, copy)
+
+
+def _start_copy(guest: Guest) -> Copy:
+    guest.vm.resume()
+    guest.progress()
+    guest.log_dirty.enable()
+    copy = Copy(guest.memory)
+    copy.take_all()
+    return copy
+
+
+def _finish_copy(guest: Guest, copy: Copy) -> None:
+    guest.require_running()
+    guest.vm.pause()
+    copy.take(guest.log_dirty.clean())
+    copy.require_equal()
+
+
+def _contents(guest: Guest, gfns: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
+    # What `sweep` changes: the first word of each page, a pass number or a count that never repeats.
+    return np.array([int.from_bytes(view[:8], "little") for view in guest.memory.page_views(gfns)], np.uint64)
+
+
+@contextmanager
+def _repeated(action: Callable[[], None]) -> Iterator[None]:
+    """Call ``action`` over and over on another thread during the block; its error, if any, is raised here."""
+    stop = threading.Event()
+    errors: list[Exception] = []
+
+    def loop() -> None:
+        try:
+            while not stop.is_set():
+                action()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=loop, name="conformance", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    if errors:
+        raise Violation(f"an operator failed on another thread: {errors[0]!r}") from errors[0]

@@ -1,0 +1,76 @@
+"""Arguments of a QMP command, taken out one by one with their types."""
+
+import math
+from typing import Any
+
+from pageferry.vmm.qmp import QmpError
+
+
+class Arguments:
+    """What a client sent; what no handler took is an error, as in QEMU.
+
+    Args:
+        values: the command's ``arguments`` object.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = dict(values)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Return a string.
+
+        Raises:
+            QmpError: missing without a default, or no string.
+        """
+        value = self._values.pop(name, default)
+        if value is None:
+            raise QmpError(f"Parameter '{name}' is missing")
+        if not isinstance(value, str):
+            raise QmpError(f"Invalid parameter type for '{name}', expected: string")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """Return a positive, finite number, or None when it is missing or null.
+
+        Raises:
+            QmpError: it is something else.
+        """
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise QmpError(f"Invalid parameter type for '{name}', expected: positive number")
+        return float(value)
+
+    def integer(self, name: str) -> int | None:
+        """Return a positive integer, or None when it is missing or null.
+
+        Raises:
+            QmpError: it is something else.
+        """
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise QmpError(f"Invalid parameter type for '{name}', expected: positive integer")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """Return a boolean, False when it is missing.
+
+        Raises:
+            QmpError: it is something else.
+        """
+        value = self._values.pop(name, False)
+        if not isinstance(value, bool):
+            raise QmpError(f"Invalid parameter type for '{name}', expected: boolean")
+        return value
+
+    def done(self) -> None:
+        """Check that nothing is left.
+
+        Raises:
+            QmpError: a parameter was not expected.
+        """
+        for name in self._values:
+            raise QmpError(f"Parameter '{name}' is unexpected")

@@ -1,0 +1,108 @@
+"""What this machine can do, found by doing it, and what to do about what is missing."""
+
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pageferry.core.errors import PageferryError, UnsupportedError, VmError
+from pageferry.core.memory import GuestMemory
+from pageferry.core.units import format_size
+from pageferry.core.vm import Vm, VmConfig, VmStatus
+from pageferry.guests.boot import boot
+from pageferry.guests.workloads import load_workload
+from pageferry.vmm.accel import Accel, choose_machines
+
+_TRIAL_MEMORY_BYTES = 32 << 20
+_TRIAL_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One capability: whether it works here, what was seen, and what to do if it does not."""
+
+    capability: str
+    works: bool
+    detail: str
+    advice: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON-ready values."""
+        return asdict(self)
+
+
+def examine() -> list[Finding]:
+    """Try everything; never raises for what is missing."""
+    return [
+        _try("memfd", _memfd, "pageferry needs Linux with memfd_create"),
+        _try("populate-ahead", _populate, "slower receiving without it; Linux 5.14 has it"),
+        _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
+        _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
+        _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
+    ]
+
+
+def _try(capability: str, attempt: Callable[[], str], advice: str) -> Finding:
+    try:
+        return Finding(capability=capability, works=True, detail=attempt())
+    except (PageferryError, OSError) as error:
+        hint = error.hint if isinstance(error, PageferryError) and error.hint else advice
+        return Finding(capability=capability, works=False, detail=str(error), advice=hint)
+
+
+def _memfd() -> str:
+    memory = GuestMemory.linear(_TRIAL_MEMORY_BYTES)
+    memory.write(1 << 20, b"x")
+    starts, lengths = memory.populated()
+    if starts.tolist() != [256] or int(lengths[0]) * mmap.PAGESIZE >= _TRIAL_MEMORY_BYTES:
+        raise UnsupportedError("memfd", "the kernel does not tell which pages of a memfd have storage")
+    return f"sparse guest memory, extents of {format_size(int(lengths[0]) * mmap.PAGESIZE)} found"
+
+
+def _populate() -> str:
+    memory = GuestMemory.linear(_TRIAL_MEMORY_BYTES)
+    memory.populate(np.array([16], np.uint64), np.array([16], np.uint64))
+    if int(memory.populated()[1].sum()) < 16:
+        raise UnsupportedError("populate-ahead", "MADV_POPULATE_WRITE did nothing")
+    return "MADV_POPULATE_WRITE works"
+
+
+def _trial(accel: Accel) -> str:
+    """Run a real guest under log-dirty and see its write in the bitmap."""
+    vm = choose_machines(accel).make_vm(VmConfig(memory_bytes=_TRIAL_MEMORY_BYTES))
+    try:
+        return _observe(vm)
+    finally:
+        vm.close()
+
+
+def _observe(vm: Vm) -> str:
+    info = boot(vm, load_workload("stamp"))
+    vm.attach_sync(True)
+    vm.log_dirty.enable()
+    vm.resume()
+    if vm.wait(_TRIAL_PATIENCE_S) is not VmStatus.PAUSED or vm.sync_value() is None:
+        raise VmError(f"a trial guest did not run: {vm.end.crash if vm.end else 'it never reported'}")
+    vm.log_dirty.clean()
+    vm.reply_sync(1)
+    vm.resume()
+    if vm.wait(_TRIAL_PATIENCE_S) is not VmStatus.PAUSED:
+        raise VmError("a trial guest did not come back")
+    dirty = vm.log_dirty.clean().gfns()
+    first = info.working_set_gpa // mmap.PAGESIZE
+    if not ((dirty >= first) & (dirty < first + info.working_set_bytes // mmap.PAGESIZE)).any():
+        raise VmError("the writes of a trial guest are not in the dirty bitmap")
+    return f"a guest ran; tracker {vm.log_dirty.tracker} saw {dirty.size} dirty pages"
+
+
+def _socket_buffers() -> str:
+    for name in ("wmem_max", "rmem_max"):
+        with open(f"/proc/sys/net/core/{name}", encoding="ascii") as file:
+            limit = int(file.read())
+        if limit < 8 << 20 and os.geteuid() != 0:
+            raise UnsupportedError("socket-buffers", f"net.core.{name} is {limit}: buffers of 8 MiB need more")
+    return f"8 MiB buffers on {sys.platform}"

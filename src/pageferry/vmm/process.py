@@ -1,0 +1,403 @@
+"""GuestProcess: one guest, or the wait for one, behind a QMP control socket.
+
+It owns the Vm, runs at most one migration at a time on a thread of its own, and translates between QMP's words (as
+QEMU uses them) and the engine's. The run states are QEMU's: ``running``, ``paused``, ``inmigrate`` (waiting for a
+guest), ``finish-migrate`` (the stop-and-copy), ``postmigrate`` (the guest has left), ``shutdown``, ``guest-panicked``.
+"""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
+from pageferry.core.events import DOWNTIME_PHASES, Event, PhaseBegan, RoundEnded, RoundProgress
+from pageferry.core.policy import make_policy
+from pageferry.core.vm import Vm, VmConfig, VmStatus
+from pageferry.engine.destination import Destination
+from pageferry.engine.source import Source
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.elf import Program
+from pageferry.vmm.accel import Machines
+from pageferry.vmm.arguments import Arguments
+from pageferry.vmm.qmp import QmpError, QmpServer
+
+_log = logging.getLogger(__name__)
+_CONSOLE_TAIL_BYTES = 4096
+_PROGRESS_INTERVAL_S = 0.05
+
+#: The event that carries the engine's own events, for progress; ``type`` is the event's class name.
+ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
+
+
+class GuestProcess:
+    """The life of a guest process.
+
+    Args:
+        machines: the kind of machine to make.
+        control: path of the QMP socket, or None for no control.
+        on_console: sees the guest's console output.
+        on_message: sees one line for a person when something happens.
+    """
+
+    def __init__(
+        self,
+        machines: Machines,
+        control: Path | None,
+        *,
+        on_console: Callable[[bytes], None],
+        on_message: Callable[[str], None],
+    ) -> None:
+        self._machines = machines
+        self._on_console = on_console
+        self._say = on_message
+        self._lock = threading.Lock()
+        self._vm: Vm | None = None
+        self._name = "incoming"
+        self._console = bytearray()
+        self._source: Source | None = None
+        self._migration: threading.Thread | None = None
+        self._announced_stop = False
+        self._next_progress_s = 0.0
+        self._incoming: Destination | None = None
+        self._endpoint: Endpoint | None = None
+        self._listener: socket.socket | None = None
+        self._done = threading.Event()
+        self._server = None if control is None else QmpServer(control, self._commands())
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    def boot(self, program: Program, config: VmConfig, params: GuestParams) -> None:
+        """Make a machine and load a program into it; it does not run yet.
+
+        Raises:
+            PageferryError: the machine, the memory or the program are not possible; nothing is left behind.
+        """
+        vm = self._machines.make_vm(config)
+        try:
+            boot(vm, program, params=params)
+        except BaseException:
+            vm.close()
+            raise
+        self._adopt(vm, program.name)
+
+    def start(self) -> None:
+        """Serve the control socket and let the guest run, if there is one."""
+        if self._server is not None:
+            self._server.start()
+        if self._vm is not None:
+            self._vm.resume()
+
+    def listen(self, endpoint: Endpoint) -> Endpoint:
+        """Wait for a guest at ``endpoint`` on a thread; return the address, with the port that it really has.
+
+        Raises:
+            UsageError: the address is in use or not ours.
+        """
+        try:
+            listener = endpoint.listen()
+        except OSError as error:
+            hint = "choose another port, or end what listens there"
+            raise UsageError(f"cannot listen at {endpoint}: {error.strerror or error}", hint=hint) from error
+        self._listener = listener
+        self._endpoint = endpoint.bound(listener)
+        threading.Thread(target=self._receive_main, name="receive", daemon=True).start()
+        return self._endpoint
+
+    def wait(self) -> int:
+        """Wait until the guest ends here or somebody says quit; return the process's exit code.
+
+        0: quit, or the guest ended with code 0; 8: it ended with another code; 9: it crashed.
+        """
+        while not self._done.wait(0.05):
+            vm = self._vm
+            if vm is not None and vm.end is not None and not self._is_migrating():
+                return self._guest_ended(vm)
+        return 0
+
+    def quit(self) -> None:
+        """End the process's work; from any thread, also a signal handler's."""
+        self._done.set()
+
+    def close(self) -> None:
+        """End a migration, free the machine, remove the sockets."""
+        if self._source is not None:
+            self._source.cancel()
+        self._stop_listening()
+        if self._incoming is not None:
+            self._incoming.abort()
+        if self._migration is not None:
+            self._migration.join()
+        if self._server is not None:
+            self._server.close()
+        if self._vm is not None:
+            self._vm.close()
+
+    def _guest_ended(self, vm: Vm) -> int:
+        end = vm.end
+        if end is None:
+            raise VmError("the guest has not ended")
+        if end.crash is not None:
+            self._event("GUEST_PANICKED", {"action": "shutdown"})
+            self._say(f"the guest crashed: {end.crash}")
+            return 9
+        self._event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
+        self._say(f"the guest ended with exit code {end.exit_code}")
+        return 8 if end.exit_code else 0
+
+    def _adopt(self, vm: Vm, name: str) -> None:
+        vm.on_console(self._console_byte)
+        self._vm, self._name = vm, name
+
+    def _console_byte(self, data: bytes) -> None:
+        self._console += data
+        if len(self._console) > 2 * _CONSOLE_TAIL_BYTES:
+            del self._console[:-_CONSOLE_TAIL_BYTES]
+        self._on_console(data)
+
+    def _event(self, name: str, data: dict[str, Any] | None = None) -> None:
+        if self._server is not None:
+            self._server.event(name, data)
+
+    # -- receiving -------------------------------------------------------------------------------------------------
+
+    def _receive_main(self) -> None:
+        listener = self._listener
+        while listener is not None and not self._done.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return  # stopped listening
+            self._receive(sock)
+            if self._vm is not None:
+                self._stop_listening()
+                return
+
+    def _receive(self, sock: socket.socket) -> None:
+        channel = Channel(sock, DEFAULT_TIMEOUT_S)
+        self._incoming = Destination(
+            channel,
+            self._machines.make_vm,
+            accel=self._machines.accel,
+            on_event=self._on_incoming_event,
+            before_run=self._arrived,
+        )
+        self._event("MIGRATION", {"status": "active"})
+        try:
+            self._incoming.run()
+        except PageferryError as error:
+            self._vm = None
+            self._event("MIGRATION", {"status": "failed"})
+            self._say(f"no guest received: {error}; waiting for another attempt")
+            return
+        finally:
+            self._incoming = None
+        self._event("MIGRATION", {"status": "completed"})
+        self._event("RESUME")
+        self._say("a guest has arrived and is ours")
+
+    def _arrived(self, vm: Vm, name: str) -> None:
+        with self._lock:
+            self._adopt(vm, name)
+
+    def _on_incoming_event(self, event: Event) -> None:
+        self._event(ENGINE_EVENT, {"type": type(event).__name__, **asdict(event)})
+
+    def _stop_listening(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            try:
+                listener.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                _log.debug("the listener was closed already")
+            listener.close()
+            if self._endpoint is not None:
+                self._endpoint.remove()
+
+    # -- migrating -------------------------------------------------------------------------------------------------
+
+    def _is_migrating(self) -> bool:
+        return self._migration is not None and self._migration.is_alive()
+
+    def _migrate(self, arguments: dict[str, Any]) -> None:
+        args = Arguments(arguments)
+        endpoint = Endpoint.parse(args.text("uri"))
+        policy = make_policy(
+            args.text("x-policy", "downtime"),
+            downtime_limit_s=args.number("x-downtime-limit-s"),
+            max_rounds=args.integer("x-max-rounds"),
+        )
+        timeout_s = args.number("x-timeout-s") or DEFAULT_TIMEOUT_S
+        args.done()
+        with self._lock:
+            vm = self._guest()
+            if self._is_migrating():
+                raise QmpError("There's a migration process in progress")
+            self._check_here()
+            self._source = Source(
+                vm, endpoint, policy, name=self._name, timeout_s=timeout_s, on_event=self._on_engine_event
+            )
+            self._announced_stop = False
+            self._migration = threading.Thread(target=self._migrate_main, args=(self._source,), name="migrate")
+            self._migration.daemon = True
+            self._event("MIGRATION", {"status": "setup"})
+            self._migration.start()
+
+    def _migrate_main(self, source: Source) -> None:
+        try:
+            report = source.run()
+        except MigrationError as error:
+            status = source.report.status if source.report is not None else "failed"
+            self._event("MIGRATION", {"status": status})
+            if self._announced_stop and error.guest_at is GuestAt.SOURCE:
+                self._event("RESUME")
+            self._say(f"migration {status}: {error}")
+            return
+        except Exception:
+            _log.exception("a migration ended by a defect")
+            self._event("MIGRATION", {"status": "failed"})
+            return
+        self._event("MIGRATION", {"status": "completed"})
+        self._say(f"the guest has moved: {report.total_s:.2f} s in total, {(report.downtime_s or 0) * 1e3:.1f} ms down")
+
+    def _on_engine_event(self, event: Event) -> None:
+        if isinstance(event, PhaseBegan) and event.phase is DOWNTIME_PHASES[0]:
+            self._announced_stop = True
+            self._event("STOP")
+        if isinstance(event, RoundEnded):
+            self._event("MIGRATION_PASS", {"pass": event.stats.index + 1})
+        if isinstance(event, RoundProgress):
+            now_s = time.monotonic()
+            if now_s < self._next_progress_s:
+                return
+            self._next_progress_s = now_s + _PROGRESS_INTERVAL_S
+        self._event(ENGINE_EVENT, {"type": type(event).__name__, **asdict(event)})
+
+    def _query_migrate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        Arguments(arguments).done()
+        source = self._source
+        if source is None:
+            return {}
+        result: dict[str, Any] = {"status": source.status, "total-time": int(source.elapsed_s * 1000), **source.ram()}
+        if source.report is not None:
+            result["x-pageferry-report"] = source.report.to_json()
+            if source.report.downtime_s is not None:
+                result["downtime"] = round(source.report.downtime_s * 1000)
+            if source.error is not None:
+                result["error-desc"] = str(source.error)
+                result["x-pageferry-error"] = {
+                    "phase": source.error.phase,
+                    "guest_at": source.error.guest_at,
+                    "reason": source.error.reason,
+                    "hint": source.error.hint,
+                }
+        return result
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    def _commands(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
+        return {
+            "query-status": self._query_status,
+            "stop": self._stop,
+            "cont": self._cont,
+            "migrate": self._migrate,
+            "query-migrate": self._query_migrate,
+            "migrate_cancel": self._migrate_cancel,
+            "quit": self._quit_command,
+            "x-query-guest": self._query_guest,
+        }
+
+    def _guest(self) -> Vm:
+        if self._vm is None:
+            raise QmpError("no guest is here yet", hint="it waits for one to be migrated in")
+        return self._vm
+
+    def _guest_at(self) -> GuestAt:
+        source = self._source
+        return GuestAt.SOURCE if source is None else source.guest_at
+
+    def _check_here(self) -> None:
+        at = self._guest_at()
+        if at is GuestAt.DESTINATION:
+            raise QmpError("the guest has moved to another process")
+        if at is GuestAt.UNKNOWN:
+            hint = "see whether the destination runs it; if it surely does not: pageferry resume --force"
+            raise QmpError("whether the guest has moved is not known", hint=hint)
+
+    def run_state(self) -> str:
+        """Return QEMU's word for what this process is doing."""
+        vm = self._vm
+        if vm is None:
+            return "inmigrate"
+        if self._guest_at() is not GuestAt.SOURCE:
+            return "postmigrate"
+        if vm.status is VmStatus.CRASHED:
+            return "guest-panicked"
+        if vm.status is VmStatus.RUNNING and self._source is not None and self._source.frozen:
+            return "finish-migrate"
+        return str(vm.status)
+
+    def _query_status(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        Arguments(arguments).done()
+        state = self.run_state()
+        return {"status": state, "running": state == "running", "singlestep": False}
+
+    def _stop(self, arguments: dict[str, Any]) -> None:
+        Arguments(arguments).done()
+        with self._lock:
+            vm = self._guest()
+            self._check_here()
+            if vm.status is VmStatus.RUNNING:
+                vm.pause()
+                self._event("STOP")
+
+    def _cont(self, arguments: dict[str, Any]) -> None:
+        args = Arguments(arguments)
+        force = args.flag("x-force")
+        args.done()
+        with self._lock:
+            vm = self._guest()
+            if force and self._source is not None and self._guest_at() is GuestAt.UNKNOWN:
+                self._source.take_back()
+            self._check_here()
+            if vm.status is not VmStatus.RUNNING:
+                vm.resume()
+            self._event("RESUME")
+
+    def _migrate_cancel(self, arguments: dict[str, Any]) -> None:
+        Arguments(arguments).done()
+        if self._source is not None and self._is_migrating() and not self._source.cancel():
+            raise QmpError("too late to cancel: the guest is being handed over")
+
+    def _quit_command(self, arguments: dict[str, Any]) -> None:
+        Arguments(arguments).done()
+        self._event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+        self.quit()
+
+    def _query_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        Arguments(arguments).done()
+        result: dict[str, Any] = {
+            "name": self._name,
+            "accel": self._machines.accel,
+            "accel_reason": self._machines.reason,
+            "listening": None if self._listener is None else str(self._endpoint),
+            "guest_at": None if self._vm is None else self._guest_at(),
+            "console": self._console.decode("ascii", "replace"),
+        }
+        vm = self._vm
+        if vm is not None:
+            result |= {
+                "memory_bytes": vm.config.memory_bytes,
+                "cpus": vm.config.cpus,
+                "tracker": vm.log_dirty.tracker,
+                "work": [status.work for status in read_status(vm.memory, vm.config.cpus)],
+                "exit_code": None if vm.end is None else vm.end.exit_code,
+                "crash": None if vm.end is None else vm.end.crash,
+            }
+        return result

@@ -1,0 +1,308 @@
+"""The operators over KVM's bitmap, with manual protect and without, and the races they must win."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import KvmError, LogDirtyError, VmError
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
+from pageferry.core.vm import GuestEnd
+from pageferry.kvm import uapi
+
+pytestmark = pytest.mark.kvm
+
+#: Pages that the guest's walk may write besides its own stores: its page tables (accessed bits, AMD nested paging).
+TABLES = set(range(0x10, 0x19))
+
+
+def gfns(bitmap):
+    return set(bitmap.gfns().tolist()) - TABLES
+
+
+def gfn(*gpas):
+    return {gpa >> PAGE_SHIFT for gpa in gpas}
+
+
+def run_to_end(vm):
+    vm.resume()
+    vm.wait(60)
+    assert vm.end == GuestEnd(exit_code=0)
+
+
+def again(kvm, vm, **registers):
+    """Let a guest that is paused start over with other registers."""
+    from pageferry.core.state import MachineState
+
+    vm.load_state(MachineState(vcpus=(kvm.start_state(**registers),), devices=vm.platform.bus.save()))
+
+
+def stamps(kvm, manual_protect, **more):
+    arguments = {"memory_bytes": 8 << 20, "rdi": 0x20_0000, "rsi": 64} | more
+    return kvm.guest("stamp", manual_protect=manual_protect, **arguments)
+
+
+def test_state_errors(kvm, manual_protect):
+    log = kvm.guest(manual_protect=manual_protect).log_dirty
+    assert log.tracker == "kvm-bitmap"
+    assert not log.enabled
+    log.off()
+    log.mark(np.array([1], np.uint64))  # ignored
+    for refused in (log.peek, log.clean, log.stats, lambda: log.give_back(DirtyBitmap(1024))):
+        with pytest.raises(LogDirtyError, match="off"):
+            refused()
+    log.enable()
+    assert log.enabled
+    with pytest.raises(LogDirtyError, match="on already"):
+        log.enable()
+    assert log.enabled
+    assert gfns(log.clean()) == set()  # the mark before did not count
+    log.off()
+    log.off()
+    assert not log.enabled
+
+
+def test_enable_starts_all_clear_and_all_protected(kvm, manual_protect):
+    vm = stamps(kvm, manual_protect)
+    vm.resume()  # it writes all its pages: they are writable when log-dirty comes
+    kvm.wait_for(vm, lambda: vm.memory.read_u64(0x20_0000 + 63 * PAGE_SIZE))
+    vm.pause()
+    vm.log_dirty.enable()
+    assert gfns(vm.log_dirty.peek()) == set()
+    assert vm.log_dirty.stats().dirty_count == 0
+    vm.resume()
+    kvm.wait_for(vm, lambda: len(gfns(vm.log_dirty.peek())) == 64)
+    assert gfns(vm.log_dirty.clean()) == set(range(0x200, 0x240))
+
+
+def test_peek_changes_nothing_and_clean_clears(kvm, manual_protect):
+    at = (0x20_0000, 0x20_1008, 0x3F_F000)
+    vm = kvm.guest("touch", manual_protect=manual_protect, rdi=at[0], rsi=at[1], rbp=at[2], r8=1)
+    log = vm.log_dirty
+    log.enable()
+    run_to_end(vm)
+    first = log.peek()
+    assert gfns(first) == gfn(*at)
+    assert log.peek() == first
+    assert log.stats().dirty_count == first.count()
+    assert log.stats().fault_count is None
+    assert log.clean() == first
+    assert log.peek().count() == 0
+    assert log.clean().count() == 0
+    log.off()
+    log.enable()
+    assert log.peek().count() == 0
+
+
+def test_bitmaps_are_the_callers_own(kvm, manual_protect):
+    log = kvm.guest(manual_protect=manual_protect).log_dirty
+    log.enable()
+    for take in (log.peek, log.clean, log.peek):
+        take().set(7)
+        assert not log.peek().test(7)
+    back = DirtyBitmap.of(1024, [5])
+    log.give_back(back)
+    back.set(6)
+    assert gfns(log.clean()) == {5}
+
+
+def test_writes_after_clean_are_seen_again(kvm, manual_protect):
+    vm = stamps(kvm, manual_protect)
+    vm.log_dirty.enable()
+    vm.resume()
+    for _ in range(20):
+        kvm.wait_for(vm, lambda: len(gfns(vm.log_dirty.peek())) == 64)
+        assert gfns(vm.log_dirty.clean()) == set(range(0x200, 0x240))
+
+
+def test_off_stops_logging(kvm, manual_protect):
+    vm = stamps(kvm, manual_protect)
+    vm.log_dirty.enable()
+    vm.resume()
+    kvm.wait_for(vm, lambda: vm.log_dirty.peek().any())
+    vm.log_dirty.off()
+    vm.pause()
+    vm.log_dirty.enable()
+    assert vm.log_dirty.peek().count() == 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_clean_loses_no_write(kvm, manual_protect, threads):
+    """The guest stamps pages in a loop while rounds copy what ``clean()`` reports: the copy must become equal."""
+    states = tuple(kvm.start_state(rdi=0x20_0000 + n * 0x10_0000, rsi=200) for n in range(threads))
+    vm = stamps(kvm, manual_protect, vcpus=states)
+    memory = np.frombuffer(vm.memory.mapping.view, np.uint8).reshape(-1, PAGE_SIZE)
+    vm.log_dirty.enable()
+    copy = memory.copy()
+    vm.resume()
+    for _ in range(300):
+        dirty = vm.log_dirty.clean().gfns().astype(np.int64)  # clean first ...
+        copy[dirty] = memory[dirty]  # ... copy second
+    vm.pause()
+    dirty = vm.log_dirty.clean().gfns().astype(np.int64)
+    copy[dirty] = memory[dirty]
+    differs = np.flatnonzero((copy != memory).any(axis=1))
+    assert vm.save_state().vcpus[0].r8 > 0
+    assert differs.size == 0, f"writes lost in gfns {differs[:10]}"
+
+
+def test_marks_during_clean_are_never_lost(kvm, manual_protect):
+    vm = kvm.guest(manual_protect=manual_protect)
+    vm.log_dirty.enable()
+    found = DirtyBitmap(1024)
+    marked = np.random.default_rng(4).permutation(1024).astype(np.uint64)
+    done = threading.Event()
+
+    def mark():
+        for number in marked:
+            vm.log_dirty.mark(np.array([number]))
+        done.set()
+
+    thread = threading.Thread(target=mark)
+    thread.start()
+    while not done.is_set():
+        found |= vm.log_dirty.clean()
+    thread.join()
+    found |= vm.log_dirty.clean()
+    assert found.count() == 1024
+
+
+def test_marks_through_memory_and_those_that_are_not_ram(kvm, manual_protect):
+    vm = kvm.guest(manual_protect=manual_protect)
+    vm.log_dirty.enable()
+    vm.memory.write(0x20_0FFF, b"ab")
+    vm.log_dirty.mark(np.array([0x3FF, 0x400, 1 << 40], np.uint64))
+    assert gfns(vm.log_dirty.peek()) == {0x200, 0x201, 0x3FF}
+    assert gfns(vm.log_dirty.clean()) == {0x200, 0x201, 0x3FF}
+    assert gfns(vm.log_dirty.clean()) == set()
+
+
+def test_dma_marks_what_it_writes_after_it_wrote(kvm, manual_protect):
+    """A device fills three pages again and again; rounds copy them as in a migration: the copy must become equal."""
+    vm = kvm.guest("dma", manual_protect=manual_protect)
+    memory = np.frombuffer(vm.memory.mapping.view, np.uint8).reshape(-1, PAGE_SIZE)
+    vm.log_dirty.enable()
+    copy = memory.copy()
+    vm.resume()
+    kvm.wait_for(vm, lambda: vm.log_dirty.peek().any())
+    assert gfns(vm.log_dirty.peek()) == {0x1A0, 0x1A1, 0x1A2}
+    for _ in range(200):
+        dirty = vm.log_dirty.clean().gfns().astype(np.int64)
+        copy[dirty] = memory[dirty]
+    vm.pause()
+    dirty = vm.log_dirty.clean().gfns().astype(np.int64)
+    copy[dirty] = memory[dirty]
+    assert np.array_equal(copy, memory)
+
+
+def test_give_back_returns_what_a_failed_round_took(kvm, manual_protect):
+    vm = kvm.guest("touch", manual_protect=manual_protect, rdi=0x20_0000, rsi=0x20_0000, rbp=0x20_0000)
+    vm.log_dirty.enable()
+    run_to_end(vm)
+    taken = vm.log_dirty.clean()
+    vm.log_dirty.give_back(taken)
+    assert vm.log_dirty.peek() == taken
+    assert vm.log_dirty.clean() == taken
+
+
+@pytest.mark.parametrize("pages", [513, 575, 576, 577, 1000, 1023])
+def test_sizes_that_are_no_multiple_of_64_pages(kvm, manual_protect, pages):
+    last = (pages - 1) * PAGE_SIZE
+    vm = kvm.guest(
+        "touch", memory_bytes=pages * PAGE_SIZE, manual_protect=manual_protect, rdi=last, rsi=0x1F_F000, rbp=last
+    )
+    vm.log_dirty.enable()
+    run_to_end(vm)
+    for take in (vm.log_dirty.peek, vm.log_dirty.clean):
+        bitmap = take()
+        assert bitmap.nbits == pages
+        assert gfns(bitmap) == gfn(last, 0x1F_F000)
+        assert bitmap.gfns().max() < pages
+    assert vm.log_dirty.clean().count() == 0
+
+
+def test_above_the_pci_hole(kvm, manual_protect):
+    """5 GiB + 4 KiB, sparse: the last page below the hole, the first above it, the last of all."""
+    size = (5 << 30) + PAGE_SIZE
+    at = ((3 << 30) - PAGE_SIZE, 4 << 30, (6 << 30) - PAGE_SIZE)
+    vm = kvm.guest("touch", memory_bytes=size, manual_protect=manual_protect, rdi=at[0], rsi=at[1], rbp=at[2], r8=0x55)
+    vm.log_dirty.enable()
+    run_to_end(vm)
+    assert [vm.memory.read_u64(gpa) for gpa in at] == [0x55] * 3
+    bitmap = vm.log_dirty.clean()
+    assert bitmap.nbits == (6 << 18) + 1
+    assert gfns(bitmap) == gfn(*at)
+    assert vm.log_dirty.peek().count() == 0
+    vm.memory.write((6 << 30), b"x")
+    assert gfns(vm.log_dirty.clean()) == {6 << 18}
+
+
+def refuse(vm, monkeypatch, request, *, after):
+    """Make the kernel refuse ``request`` once ``after`` of them have passed."""
+    real, seen = vm.vm_fd.ioctl, []
+
+    def ioctl(number, argument=0):
+        if number == request:
+            seen.append(number)
+            if len(seen) > after:
+                raise KvmError(uapi.IOCTL_NAMES[request], 12)
+        return real(number, argument)
+
+    monkeypatch.setattr(vm.vm_fd, "ioctl", ioctl)
+
+
+@pytest.mark.parametrize("request_number", [uapi.KVM_GET_DIRTY_LOG, uapi.KVM_CLEAR_DIRTY_LOG], ids=["get", "clear"])
+def test_a_clean_that_fails_half_way_loses_no_bit(kvm, manual_protect, monkeypatch, request_number):
+    at = (0x20_0000, 4 << 30, (4 << 30) + PAGE_SIZE)  # two slots
+    vm = kvm.guest("touch", memory_bytes=4 << 30, manual_protect=manual_protect, rdi=at[0], rsi=at[1], rbp=at[2])
+    vm.log_dirty.enable()
+    run_to_end(vm)
+    vm.log_dirty.mark(np.array([3], np.uint64))
+    with monkeypatch.context() as patch:
+        refuse(vm, patch, request_number, after=1)
+        if request_number == uapi.KVM_GET_DIRTY_LOG or manual_protect:
+            with pytest.raises(VmError, match="DIRTY_LOG"):
+                vm.log_dirty.clean()
+            assert vm.log_dirty.enabled
+    if request_number == uapi.KVM_GET_DIRTY_LOG or manual_protect:
+        assert gfns(vm.log_dirty.peek()) == gfn(*at) | {3}
+        assert gfns(vm.log_dirty.clean()) == gfn(*at) | {3}
+
+
+def test_an_enable_that_fails_half_way_is_off(kvm, manual_protect, monkeypatch):
+    vm = kvm.guest(memory_bytes=4 << 30, manual_protect=manual_protect)
+    with monkeypatch.context() as patch:
+        real, calls = vm.vm_fd.ioctl, []
+
+        def ioctl(number, argument=0):
+            calls.append((argument.slot, argument.flags))
+            if argument.slot == 1 and argument.flags:
+                raise KvmError("KVM_SET_USER_MEMORY_REGION", 12)
+            return real(number, argument)
+
+        patch.setattr(vm.vm_fd, "ioctl", ioctl)
+        with pytest.raises(KvmError):
+            vm.log_dirty.enable()
+    assert not vm.log_dirty.enabled
+    assert calls == [(0, 1), (1, 1), (0, 0)]
+    vm.log_dirty.enable()
+    assert vm.log_dirty.enabled
+
+
+def test_far_apart_dirty_words_are_cleared_by_few_calls(kvm, monkeypatch):
+    vm = kvm.guest(memory_bytes=5 << 30)
+    calls = []
+    monkeypatch.setattr(vm.vm_fd, "ioctl", lambda number, argument: calls.append(argument))
+    slot = vm.slots[1]
+    words = np.zeros(slot.region.pages // 64, np.uint64)
+    words[[0, 5, 4000, 8191]] = 1
+    vm.log_dirty._clear(slot, words)
+    assert [(c.first_page, c.num_pages) for c in calls] == [(0, 8192 * 64)]
+    calls.clear()
+    words[1:8191] = 0
+    vm.log_dirty._clear(slot, words)
+    assert [(c.first_page, c.num_pages) for c in calls] == [(0, 64), (8191 * 64, 64)]
+    calls.clear()
+    vm.log_dirty._clear(slot, np.zeros_like(words))
+    assert calls == []

@@ -1,0 +1,99 @@
+"""What ``doctor`` and ``--accel auto`` are told."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.vm import VmConfig
+from pageferry.kvm import KvmVm, fds, probe
+from pageferry.kvm import probe as probe_function
+
+
+def open_descriptors():
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.kvm
+def test_a_working_kvm_says_what_it_offers(kvm_support):
+    assert kvm_support.api_version == 12
+    assert kvm_support.capabilities["KVM_CAP_IMMEDIATE_EXIT"]
+
+
+def test_a_missing_device():
+    with pytest.raises(UnsupportedError, match="No such file") as caught:
+        probe(Path("/dev/no-such-kvm"))
+    assert caught.value.capability == "kvm"
+    assert "soft" in caught.value.hint
+
+
+def test_a_forbidden_device(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fds.os, "open", refuse)
+    with pytest.raises(UnsupportedError, match="may not be opened") as caught:
+        probe()
+    assert caught.value.capability == "kvm-permission"
+    assert "usermod -aG kvm" in caught.value.hint
+
+
+def test_something_else_under_that_name():
+    with pytest.raises(UnsupportedError, match="not a KVM device") as caught:
+        probe(Path("/dev/null"))
+    assert caught.value.capability == "kvm-api"
+
+
+@pytest.mark.kvm
+def test_another_api_version(kvm_support, monkeypatch):
+    monkeypatch.setattr(fds.uapi, "KVM_API_VERSION", 13)
+    with pytest.raises(UnsupportedError, match="speaks KVM API 12, not 13"):
+        probe()
+
+
+@pytest.mark.kvm
+def test_a_guest_that_does_not_run(kvm_support, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys.modules["pageferry.kvm.probe"], "_PROGRAM", b"\x0f\x0b")
+    with pytest.raises(UnsupportedError, match="did not run") as caught:
+        probe_function()
+    assert caught.value.capability == "kvm-guest"
+
+
+@pytest.mark.kvm
+def test_a_machine_that_cannot_be_made_leaves_nothing_open(kvm_support, monkeypatch):
+    before = open_descriptors()
+
+    def refuse(*_):
+        raise VmError("no")
+
+    monkeypatch.setattr("pageferry.kvm.vm.set_cpuid", refuse)
+    with pytest.raises(VmError, match="no"):
+        KvmVm(VmConfig(memory_bytes=2 << 20, cpus=2))
+    assert [fd for fd in open_descriptors() if "kvm" in _target(fd)] == [fd for fd in before if "kvm" in _target(fd)]
+
+
+def _target(fd):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.kvm
+def test_a_closed_machine_is_gone_from_the_kernel(kvm_support):
+    vm = KvmVm(VmConfig(memory_bytes=2 << 20))
+    vm.close()
+    assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
+    assert not any("kvm" in _target(fd) for fd in open_descriptors())
+
+
+@pytest.mark.kvm
+def test_impossible_machines(kvm_support):
+    with pytest.raises(UsageError, match="multiple of 4096"):
+        KvmVm(VmConfig(memory_bytes=(2 << 20) + 1))
+    with pytest.raises(UnsupportedError, match="vCPUs"):
+        KvmVm(VmConfig(memory_bytes=2 << 20, cpus=0))

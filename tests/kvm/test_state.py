@@ -1,0 +1,213 @@
+"""vCPU and device state: there, back, and into another machine in the middle of things."""
+
+import dataclasses
+import struct
+
+import pytest
+
+from pageferry.core.errors import VmError
+from pageferry.core.state import MachineState, VcpuState
+from pageferry.core.vm import GuestEnd
+from pageferry.kvm import vcpu_state
+from pageferry.kvm.cpuid import LEAF_1_EDX, baseline, supported_cpuid
+from pageferry.kvm.fds import SystemFd
+
+pytestmark = pytest.mark.kvm
+
+_TSC = "tsc"  # runs on while the guest is paused: never compared
+
+
+def fx_image(**xmm):
+    """A 512-byte image: st0 = 0.0, st1 = 1.0, single precision x87 control, MXCSR with flush to zero, xmm registers."""
+    image = bytearray(512)
+    struct.pack_into("<HHB", image, 0, 0x027F, 0, 0b11)
+    struct.pack_into("<II", image, 24, 0x9F80, 0xFFFF)
+    struct.pack_into("<QH", image, 32 + 16, 1 << 63, 0x3FFF)
+    for name, (low, high) in xmm.items():
+        struct.pack_into("<QQ", image, 160 + 16 * int(name[3:]), low, high)
+    return bytes(image)
+
+
+def xmm(state, number):
+    return struct.unpack_from("<QQ", state.fpu_regs, 160 + 16 * number)
+
+
+def st0(state):
+    mantissa, exponent = struct.unpack_from("<QH", state.fpu_regs, 32)
+    return mantissa * 2.0 ** (exponent - 0x3FFF - 63) if mantissa else 0.0
+
+
+def without_tsc(vcpu):
+    return dataclasses.replace(vcpu, tsc=0)
+
+
+def full_state(kvm):
+    general = "rax rbx rcx rdx rbp rsi rdi rsp r8 r9 r10 r11 r12 r13 r14 r15".split()
+    registers = {name: 0x1111_2222_0000_0000 + number for number, name in enumerate(general)}
+    return kvm.start_state(
+        **registers,
+        cr2=0x7000,
+        dr0=0x10_0001,
+        dr3=0x18_0000,
+        dr7=0x400,
+        star=0x0023_0010_0000_0000,
+        lstar=0xFFFF_8000_0000_1000,
+        cstar=0xFFFF_8000_0000_2000,
+        syscall_mask=0x4_7700,
+        sysenter_esp=0xFFFF_8000_0000_3000,
+        sysenter_eip=0xFFFF_8000_0000_4000,
+        shadow_gs=0xFFFF_8000_0000_5000,
+        fpu_regs=fx_image(xmm0=(1, 2), xmm7=(3, 4), xmm15=(5, 6)),
+        msrs=((0x277, 0x0007_0106_0007_0406),),
+    )
+
+
+def test_every_field_comes_back_as_it_was_loaded(kvm):
+    state = full_state(kvm)
+    vm = kvm.guest("spin", vcpus=(state,))
+    (saved,) = vm.save_state().vcpus
+    for field in dataclasses.fields(VcpuState):
+        if field.name != _TSC:
+            assert getattr(saved, field.name) == getattr(state, field.name), field.name
+
+
+def test_state_is_the_same_in_a_second_machine(kvm):
+    vm = kvm.guest("spin", vcpus=(full_state(kvm),))
+    vm.resume()
+    vm.pause()
+    saved = vm.save_state()
+    other = kvm.guest()
+    other.load_state(saved)
+    assert [without_tsc(v) for v in other.save_state().vcpus] == [without_tsc(v) for v in saved.vcpus]
+
+
+def test_a_guest_goes_on_exactly_in_another_machine(kvm):
+    start = fx_image(xmm0=(1 << 32, 0), xmm1=(1, 1), xmm7=(0, 7), xmm15=(5, 1 << 63))
+    vm = kvm.guest("sse", fpu_regs=start)
+    for _ in range(8):
+        before = vm.save_state().vcpus[0].rax
+        vm.resume()
+        kvm.wait_for(vm, lambda vm=vm, before=before: vm.memory.read_u64(kvm.DATA_GPA) > before)
+        vm.pause()
+        saved = vm.save_state()
+        (state,) = saved.vcpus
+        rip = state.rip - kvm.PROGRAM_GPA
+        done = [state.rax - (rip > end) * 0 + (end <= rip <= 15) for end in (4, 8, 13, 15)]
+        for number, (low, high), count in (
+            (0, (1 << 32, 0), done[0]),
+            (7, (0, 7), done[1]),
+            (15, (5, 1 << 63), done[2]),
+        ):
+            assert xmm(state, number) == (low + count, high + count), f"xmm{number} at +{rip}"
+        assert st0(state) == min(done[3], 1 << 24)  # the control word says single precision: there it stands still
+        assert state.fpu_regs[24:28] == (0x9F80).to_bytes(4, "little")
+        other = kvm.guest()
+        for region in vm.memory.regions:
+            other.memory.write(region.gpa, vm.memory.read(region.gpa, region.size_bytes))
+        other.load_state(saved)
+        vm.close()
+        vm = other
+
+
+def test_the_tsc_goes_on_and_never_back(kvm):
+    vm = kvm.guest("spin", tsc=1 << 50)
+    saved = vm.save_state()
+    assert saved.vcpus[0].tsc >= 1 << 50
+    other = kvm.guest()
+    other.load_state(saved)
+    first = other.save_state().vcpus[0].tsc
+    assert saved.vcpus[0].tsc <= first < (1 << 50) + (1 << 40)
+    assert other.save_state().vcpus[0].tsc > first
+
+
+def test_tscs_of_two_vcpus_keep_their_distance(kvm):
+    vm = kvm.guest("spin", vcpus=(kvm.start_state(tsc=1 << 40), kvm.start_state(tsc=(1 << 40) + 12345)))
+    if vcpu_state.host_tsc(vm.vcpus[0].fd) is None:
+        pytest.skip("this KVM does not tell KVM_VCPU_TSC_OFFSET")
+    first, second = vm.save_state().vcpus
+    assert second.tsc - first.tsc == 12345
+
+
+def test_iopl_survives_a_kvm_that_drops_it(kvm):
+    vm = kvm.guest("sync")
+    vm.attach_sync(True)
+    vm.resume()
+    vm.wait(20)
+    saved = vm.save_state()
+    assert saved.vcpus[0].rflags & 0x3000 == 0x3000
+    other = kvm.guest("sync")
+    other.load_state(saved)
+    other.resume()  # and may still do port I/O
+    other.wait(20)
+    assert other.end is not None
+    assert other.end.exit_code is not None
+
+
+def test_a_pending_event_is_carried(kvm):
+    vm = kvm.guest("spin")
+    page_fault = 1 << 31 | 1 << 11 | 3 << 8 | 14
+    state = kvm.start_state(pending_event=page_fault, error_code=4)
+    vm.load_state(MachineState(vcpus=(state,), devices=vm.platform.bus.save()))
+    (saved,) = vm.save_state().vcpus
+    assert (saved.pending_event, saved.error_code) == (page_fault, 4)
+    vm.load_state(MachineState(vcpus=(kvm.start_state(),), devices=vm.platform.bus.save()))
+    assert vm.save_state().vcpus[0].pending_event == 0
+
+
+def test_what_a_machine_cannot_hold_is_refused(kvm):
+    vm = kvm.guest("spin")
+    devices = vm.platform.bus.save()
+    good = kvm.start_state()
+    with pytest.raises(VmError, match="2 vCPUs"):
+        vm.load_state(MachineState(vcpus=(good, good), devices=devices))
+    with pytest.raises(VmError, match="FPU state has 5 bytes"):
+        vm.load_state(MachineState(vcpus=(dataclasses.replace(good, fpu_regs=b"short"),), devices=devices))
+    with pytest.raises(VmError, match="MSR 0x4b4d0000"):
+        vm.load_state(MachineState(vcpus=(dataclasses.replace(good, msrs=((0x4B4D_0000, 1),)),), devices=devices))
+    with pytest.raises(VmError, match="KVM_SET_XSAVE"):
+        bad = good.fpu_regs[:24] + b"\xff" * 8 + good.fpu_regs[32:]
+        vm.load_state(MachineState(vcpus=(dataclasses.replace(good, fpu_regs=bad),), devices=devices))
+    with pytest.raises(VmError, match="kind 7"):
+        vm.load_state(MachineState(vcpus=(dataclasses.replace(good, pending_event=1 << 31 | 7 << 8),), devices=devices))
+
+
+def test_state_needs_a_paused_guest(kvm):
+    vm = kvm.guest("spin")
+    saved = vm.save_state()
+    vm.resume()
+    with pytest.raises(VmError, match="while the guest runs"):
+        vm.save_state()
+    with pytest.raises(VmError, match="while the guest runs"):
+        vm.load_state(saved)
+
+
+def test_devices_travel_too(kvm):
+    vm = kvm.guest("sync")
+    vm.attach_sync(True)
+    vm.resume()
+    vm.wait(20)
+    vm.reply_sync(40)
+    other = kvm.guest("sync")
+    other.load_state(vm.save_state())
+    other.attach_sync(True)
+    other.resume()
+    other.wait(20)
+    assert other.sync_value() == 41
+    other.reply_sync(2)
+    other.resume()
+    other.wait(20)
+    assert other.end == GuestEnd(exit_code=42)
+
+
+def test_cpuid_is_the_baseline_and_nothing_more(kvm_support):
+    with SystemFd() as system:
+        leaves = baseline(supported_cpuid(system), index=1, cpus=2)
+    _, ebx, ecx, edx = leaves[1]
+    assert edx & ~LEAF_1_EDX == 0
+    assert edx >> 26 & 1, "SSE2"
+    assert ecx == 1 << 31, "no SSE3, no AVX, no XSAVE"
+    assert ebx >> 24 == 1
+    assert 7 not in leaves
+    assert 13 not in leaves
+    assert leaves[0][0] == 1
+    assert leaves[0x8000_0001][3] >> 29 & 1, "long mode"

@@ -1,0 +1,83 @@
+"""Layouts and numbers against those that a C compiler finds in the kernel's headers (Linux 6.1, x86-64)."""
+
+import ctypes
+
+import pytest
+
+from pageferry.kvm import uapi
+
+SIZES = {
+    "KvmUserspaceMemoryRegion": 32,
+    "KvmEnableCap": 104,
+    "KvmDirtyLog": 16,
+    "KvmClearDirtyLog": 24,
+    "KvmDeviceAttr": 24,
+    "KvmCpuidEntry2": 40,
+    "KvmMsrEntry": 16,
+    "KvmRegs": 144,
+    "KvmSegment": 24,
+    "KvmDtable": 16,
+    "KvmSregs": 312,
+    "KvmDebugregs": 128,
+    "KvmXsave": 4096,
+    "KvmVcpuEvents": 64,
+}
+NUMBERS = {
+    "KVM_GET_API_VERSION": 0xAE00,
+    "KVM_CREATE_VM": 0xAE01,
+    "KVM_GET_MSR_INDEX_LIST": 0xC004AE02,
+    "KVM_CHECK_EXTENSION": 0xAE03,
+    "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,
+    "KVM_GET_SUPPORTED_CPUID": 0xC008AE05,
+    "KVM_CREATE_VCPU": 0xAE41,
+    "KVM_GET_DIRTY_LOG": 0x4010AE42,
+    "KVM_SET_USER_MEMORY_REGION": 0x4020AE46,
+    "KVM_SET_TSS_ADDR": 0xAE47,
+    "KVM_SET_IDENTITY_MAP_ADDR": 0x4008AE48,
+    "KVM_RUN": 0xAE80,
+    "KVM_GET_REGS": 0x8090AE81,
+    "KVM_SET_REGS": 0x4090AE82,
+    "KVM_GET_SREGS": 0x8138AE83,
+    "KVM_SET_SREGS": 0x4138AE84,
+    "KVM_GET_MSRS": 0xC008AE88,
+    "KVM_SET_MSRS": 0x4008AE89,
+    "KVM_SET_CPUID2": 0x4008AE90,
+    "KVM_GET_VCPU_EVENTS": 0x8040AE9F,
+    "KVM_SET_VCPU_EVENTS": 0x4040AEA0,
+    "KVM_GET_DEBUGREGS": 0x8080AEA1,
+    "KVM_SET_DEBUGREGS": 0x4080AEA2,
+    "KVM_ENABLE_CAP": 0x4068AEA3,
+    "KVM_GET_XSAVE": 0x9000AEA4,
+    "KVM_SET_XSAVE": 0x5000AEA5,
+    "KVM_CLEAR_DIRTY_LOG": 0xC018AEC0,
+    "KVM_SET_DEVICE_ATTR": 0x4018AEE1,
+    "KVM_GET_DEVICE_ATTR": 0x4018AEE2,
+    "KVM_HAS_DEVICE_ATTR": 0x4018AEE3,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_structure_size(name):
+    assert ctypes.sizeof(getattr(uapi, name)) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_ioctl_number(name):
+    assert getattr(uapi, name) == NUMBERS[name]
+    assert uapi.IOCTL_NAMES[NUMBERS[name]] == name
+
+
+def test_every_ioctl_number_is_checked():
+    assert set(uapi.IOCTL_NAMES.values()) == set(NUMBERS)
+
+
+def test_offsets_inside_kvm_run_and_variable_length_heads():
+    assert uapi.KvmRun.exit_reason.offset == 8
+    assert uapi.KvmRun.exit.offset == 0x20
+    assert uapi.KvmRunIo.data_offset.offset == 8
+    assert uapi.KvmRunMmio.len.offset == 16
+    assert uapi.KvmRunInternal.data.offset == 8
+    assert uapi.KvmVcpuEvents.flags.offset == 0x14
+    assert uapi.KvmVcpuEvents.exception_has_payload.offset == 0x37
+    assert uapi.KvmCpuid2.entries.offset == uapi.KvmMsrs.entry.offset == 8
+    assert uapi.KvmMsrList.indices.offset == 4

@@ -1,0 +1,402 @@
+"""The codec under any chunking, truncation and mutation: it parses, or raises RemoteStreamError."""
+
+import contextlib
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pageferry.core.errors import RemoteStreamError, TruncatedError
+from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, DeviceState, MachineState, Segment, VcpuState
+from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
+from pageferry.stream.ferry import (
+    Commit,
+    Conversation,
+    DestinationHello,
+    Digests,
+    Failed,
+    FerryDecoder,
+    FerryEncoder,
+    Mismatch,
+    Ready,
+    Refuse,
+    Running,
+    Side,
+    SourceHello,
+)
+from pageferry.stream.ferry_bodies import body_of as frame_body
+from pageferry.stream.ferry_bodies import parse_body as parse_frame
+from pageferry.stream.ferry_frames import TYPE_OF
+from pageferry.stream.format import PageType, payload_bytes
+from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
+from pageferry.stream.records import (
+    BodyError,
+    CpuidLeaf,
+    CpuidPolicy,
+    End,
+    HvmContext,
+    HvmParams,
+    MsrEntry,
+    MsrPolicy,
+    PageData,
+    PageDataHeader,
+    StaticDataEnd,
+    TscInfo,
+)
+
+# -- streams -----------------------------------------------------------------------------------------------------------
+
+u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
+leaves = st.builds(CpuidLeaf, leaf=u32, subleaf=u32, eax=u32, ebx=u32, ecx=u32, edx=u32)
+msrs = st.builds(MsrEntry, index=u32, flags=u32, value=u64)
+pages = st.lists(st.tuples(st.integers(0, (1 << 52) - 1), st.sampled_from(list(PageType))), min_size=1, max_size=6)
+
+
+@st.composite
+def streams(draw):
+    """A legal stream: its bytes, and where each record begins."""
+    encoder = Encoder()
+    pieces, starts = [encoder.header()], [0]
+
+    def write(piece):
+        starts.append(sum(map(len, pieces)))
+        pieces.append(piece)
+
+    if draw(st.booleans()):
+        write(encoder.record(CpuidPolicy(leaves=tuple(draw(st.lists(leaves, min_size=1, max_size=3))))))
+    if draw(st.booleans()):
+        write(encoder.record(MsrPolicy(entries=tuple(draw(st.lists(msrs, min_size=1, max_size=3))))))
+    write(encoder.record(StaticDataEnd()))
+    for batch in draw(st.lists(pages, min_size=1, max_size=3)):
+        types = np.array([page_type for _, page_type in batch], np.uint8)
+        head = encoder.page_data(np.array([pfn for pfn, _ in batch], np.uint64), types)
+        write(head + np.resize(np.arange(251, dtype=np.uint8), payload_bytes(types)).tobytes())
+    if draw(st.booleans()):
+        body = draw(st.binary(max_size=20))
+        write(struct.pack("<II", draw(st.integers(1 << 31, (1 << 32) - 1)), len(body)) + body + bytes(-len(body) % 8))
+    state = [
+        TscInfo(mode=draw(u32), khz=draw(u32), nsec=draw(u64), incarnation=draw(u32)),
+        HvmParams(params=tuple(draw(st.lists(st.tuples(u64, u64), max_size=3)))),
+        HvmContext(data=draw(st.binary(min_size=1, max_size=40))),
+    ]
+    for record in (*draw(st.permutations(state)), End()):
+        write(encoder.record(record))
+    return b"".join(pieces), starts
+
+
+def comparable(event):
+    if isinstance(event, PageData | PageDataHeader):
+        payload = event.payload if isinstance(event, PageData) else event.payload_bytes
+        return event.offset, event.pfns.tolist(), event.types.tolist(), payload
+    return event
+
+
+def drain(decoder, into):
+    while (event := decoder.next_event()) is not NEED_DATA:
+        into.append(comparable(event))
+
+
+def decode(data):
+    decoder, events = Decoder(), []
+    decoder.feed(data)
+    drain(decoder, events)
+    return decoder, events
+
+
+@given(streams(), st.lists(st.integers(1, 5000), min_size=1, max_size=10))
+def test_any_chunking_gives_the_same_records(stream, sizes):
+    data, _ = stream
+    whole = decode(data)[1]
+    decoder, events, at, turn = Decoder(), [], 0, 0
+    while at < len(data):
+        size = sizes[turn % len(sizes)]
+        decoder.feed(memoryview(data)[at : at + size])
+        drain(decoder, events)
+        at, turn = at + size, turn + 1
+    decoder.eof()
+    assert events == whole
+
+
+@given(streams())
+def test_one_byte_at_a_time_gives_the_same_records(stream):
+    data, _ = stream
+    decoder, events = Decoder(), []
+    for at in range(len(data)):
+        decoder.feed(data[at : at + 1])
+        drain(decoder, events)
+    decoder.eof()
+    assert events == decode(data)[1]
+
+
+@given(streams())
+def test_feeding_what_is_wanted_never_leaves_a_byte_over(stream):
+    data, starts = stream
+    decoder, at, records = Decoder(zero_copy=True), 0, []
+    while not decoder.ended:
+        event = decoder.next_event()
+        if event is NEED_DATA:
+            assert decoder.trailing_data == b""
+            wanted = decoder.wanted_bytes
+            assert 0 < wanted <= len(data) - at
+            decoder.feed(data[at : at + wanted])
+            at += wanted
+            continue
+        records.append(event)
+        if isinstance(event, PageDataHeader):
+            assert decoder.trailing_data == b""
+            at += event.payload_bytes
+            decoder.payload_received()
+    assert at == decoder.offset == len(data)
+    assert [event.offset for event in records if isinstance(event, PageDataHeader)] == [
+        start for start in starts if data[start : start + 4] == b"\1\0\0\0"
+    ]
+
+
+@given(streams(), st.data())
+def test_a_cut_anywhere_is_truncated_and_never_wrong(stream, choose):
+    data, starts = stream
+    cut = choose.draw(st.integers(0, len(data) - 1) | st.sampled_from(starts), label="cut")
+    decoder, events = decode(data[:cut])
+    assert events == decode(data)[1][: len(events)]
+    with pytest.raises(TruncatedError) as caught:
+        decoder.eof()
+    assert caught.value.offset is None or caught.value.offset in [*starts, 24]
+
+
+def mutate(draw, data):
+    data = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data) - 1))
+        match draw(st.sampled_from(["set", "flip", "word", "delete", "insert"])):
+            case "set":
+                data[at] = draw(st.integers(0, 255))
+            case "flip":
+                data[at] ^= 1 << draw(st.integers(0, 7))
+            case "word":
+                data[at : at + 4] = draw(st.sampled_from([bytes(4), b"\xff" * 4, b"\1\0\0\0", b"\0\0\0\x80"]))
+            case "delete":
+                del data[at : at + draw(st.integers(1, 16))]
+            case "insert":
+                data[at:at] = draw(st.binary(min_size=1, max_size=16))
+        if not data:
+            data = bytearray(b"x")
+    return bytes(data)
+
+
+def taken_or_refused(decoder, data):
+    decoder.feed(data)
+    try:
+        while decoder.next_event() is not NEED_DATA:
+            pass
+        decoder.eof()
+    except RemoteStreamError:
+        with pytest.raises(RemoteStreamError):
+            decoder.eof()  # it stays so
+
+
+@given(streams(), st.data())
+def test_mutated_bytes_parse_or_raise_remote_stream_error(stream, choose):
+    taken_or_refused(Decoder(gfn_limit=1 << 51), mutate(choose.draw, stream[0]))
+
+
+@given(st.binary(max_size=200), st.sampled_from(["nothing", "headers", "static", "page"]))
+def test_garbage_parses_or_raises_remote_stream_error(garbage, after):
+    encoder = Encoder()
+    prefix = [encoder.header(), encoder.record(StaticDataEnd()), encoder.page_data([0]) + bytes(4096)]
+    count = ["nothing", "headers", "static", "page"].index(after)
+    taken_or_refused(Decoder(), b"".join(prefix[:count]) + garbage)
+
+
+# -- machine state -----------------------------------------------------------------------------------------------------
+
+segments = st.builds(Segment, selector=u16, base=u64, limit=u32, attributes=st.integers(0, 0xFFF))
+tables = st.builds(DescriptorTable, base=u64, limit=u32)
+_WIDE = [
+    *("rax", "rcx", "r8", "r15", "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "dr6", "dr7"),
+    *("sysenter_eip", "shadow_gs", "lstar", "efer", "tsc_aux", "tsc"),
+]
+vcpus = st.builds(
+    VcpuState,
+    **dict.fromkeys(_WIDE, u64),
+    **dict.fromkeys(["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"], segments),
+    **dict.fromkeys(["gdtr", "idtr"], tables),
+    pending_event=u32,
+    error_code=u32,
+    fpu_regs=st.just(INITIAL_FPU_REGS) | st.just(bytes(512)) | st.binary(min_size=512, max_size=512),
+    msrs=st.dictionaries(u32, u64, max_size=3).map(lambda found: tuple(sorted(found.items()))),
+)
+device_names = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=64)
+machines = st.builds(
+    MachineState,
+    vcpus=st.lists(vcpus, min_size=1, max_size=3).map(tuple),
+    devices=st.dictionaries(device_names, st.binary(max_size=50), max_size=3).map(
+        lambda found: tuple(DeviceState(name=name, data=data) for name, data in found.items())
+    ),
+)
+
+
+@given(machines)
+def test_machine_state_goes_there_and_back(state):
+    assert decode_machine_state(encode_machine_state(state)) == state
+
+
+_CONTEXT = encode_machine_state(
+    MachineState(
+        vcpus=(
+            VcpuState(
+                rip=1,
+                rflags=2,
+                cr0=0,
+                cr3=0,
+                cr4=0,
+                efer=0,
+                fpu_regs=INITIAL_FPU_REGS,
+                msrs=((1, 2), (3, 4)),
+                **dict.fromkeys(
+                    ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"],
+                    Segment(selector=0, base=0, limit=0, attributes=0),
+                ),
+                **dict.fromkeys(["gdtr", "idtr"], DescriptorTable(base=0, limit=0)),
+            ),
+        ),
+        devices=(DeviceState(name="com1", data=b"data"),),
+    )
+)
+
+
+@given(st.data())
+def test_mutated_context_parses_or_raises_remote_stream_error(choose):
+    data = mutate(choose.draw, _CONTEXT)
+    with contextlib.suppress(RemoteStreamError):
+        state = decode_machine_state(data)
+        assert decode_machine_state(encode_machine_state(state)) == state
+
+
+# -- the ferry ---------------------------------------------------------------------------------------------------------
+
+names = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max_size=64)
+texts = st.text(max_size=100)
+gfns = st.integers(0, (1 << 40) - 1)
+
+
+@st.composite
+def runs(draw, most=8):
+    """Ascending, disjoint (first gfn, pages)."""
+    found, at = [], 0
+    for gap, length in draw(st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(1, 65536)), max_size=most)):
+        found.append((at + gap, length))
+        at += gap + length
+    return tuple(found)
+
+
+@st.composite
+def digests(draw):
+    found = draw(runs())
+    data = draw(st.binary(min_size=16 * len(found), max_size=16 * len(found)))
+    return Digests(
+        first_gfns=np.array([first for first, _ in found], np.uint64),
+        pages=np.array([length for _, length in found], np.uint32),
+        digests=np.frombuffer(data, np.uint8).reshape(-1, 16),
+        last=True if not found else draw(st.booleans()),
+    )
+
+
+frames = st.one_of(
+    st.builds(
+        SourceHello,
+        version=names,
+        memory_bytes=st.integers(1, 1 << 30).map(lambda pages: pages * 4096),
+        cpus=st.integers(1, 1024),
+        accel=names,
+        migration_id=names,
+        features=st.lists(names, max_size=4).map(tuple),
+        machine=names,
+        name=names,
+        populated=runs(),
+    ),
+    st.builds(DestinationHello, version=names, accel=names, features=st.lists(names, max_size=4).map(tuple)),
+    st.builds(Refuse, reason=names, hint=names),
+    digests(),
+    st.builds(
+        Mismatch,
+        first_gfn=gfns,
+        page_digests=st.lists(u64, min_size=1, max_size=5).map(lambda d: np.array(d, np.uint64)),
+    ),
+    st.builds(Ready, verified_pages=gfns),
+    st.builds(Commit, paused=st.booleans()),
+    st.builds(Running),
+    st.builds(Failed, reason=names, hint=names, gfn=st.none() | gfns),
+)
+
+
+@given(frames)
+def test_frames_go_there_and_back(frame):
+    body = frame_body(frame)
+    back = parse_frame(TYPE_OF[type(frame)], body)
+    assert frame_body(back) == body
+    if not isinstance(frame, Digests | Mismatch):
+        assert back == frame
+
+
+@given(frames, st.data())
+def test_mutated_frames_parse_or_are_body_errors(frame, choose):
+    body = mutate(choose.draw, frame_body(frame) or b"{}")
+    with contextlib.suppress(BodyError):
+        assert isinstance(parse_frame(TYPE_OF[type(frame)], body), type(frame))
+
+
+@given(texts, texts)
+def test_any_reason_can_be_sent_and_is_safe_to_print(reason, hint):
+    conversation = Conversation(Side.DESTINATION)
+    data = FerryEncoder(conversation).frame(Failed(reason=reason * 20, hint=hint * 20))
+    decoder = FerryDecoder(Conversation(Side.SOURCE))
+    decoder.feed(FerryEncoder(Conversation(Side.SOURCE)).preamble() + data)
+    frame = decoder.next_event()
+    assert isinstance(frame, Failed)
+    assert frame.reason.isprintable()
+    assert frame.hint.isprintable()
+    assert len(frame.reason) == min(len(reason) * 20, 1024)
+
+
+HELLO = SourceHello(version="0.1.0", memory_bytes=1 << 28, cpus=1, accel="soft", migration_id="1", populated=((0, 16),))
+
+
+def said_by_source():
+    """A source's whole side, and its decoder's peer's."""
+    source, destination = Conversation(Side.SOURCE), Conversation(Side.DESTINATION)
+    ours, theirs = FerryEncoder(source), FerryEncoder(destination)
+    heard, answered = FerryDecoder(destination), FerryDecoder(source)
+    data = [ours.preamble(), ours.frame(HELLO)]
+    answer = [theirs.preamble()]
+    for piece in data:
+        heard.feed(piece)
+    assert heard.next_event() == HELLO
+    answer.append(theirs.frame(DestinationHello(version="1", accel="kvm")))
+    for piece in answer:
+        answered.feed(piece)
+    assert isinstance(answered.next_event(), DestinationHello)
+    return b"".join(data), b"".join(answer)
+
+
+@given(st.data())
+def test_mutated_conversation_parses_or_raises_remote_stream_error(choose):
+    from_source, from_destination = said_by_source()
+    side = choose.draw(st.sampled_from(Side))
+    conversation = Conversation(side)
+    if side is Side.SOURCE:
+        FerryEncoder(conversation).frame(HELLO)
+    data = from_destination if side is Side.SOURCE else from_source
+    taken_or_refused(FerryDecoder(conversation), mutate(choose.draw, data))
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+def test_any_chunking_of_a_conversation_gives_the_same_frames(sizes):
+    data, _ = said_by_source()
+    decoder, events, at, turn = FerryDecoder(Conversation(Side.DESTINATION)), [], 0, 0
+    while at < len(data):
+        decoder.feed(data[at : at + sizes[turn % len(sizes)]])
+        at, turn = at + sizes[turn % len(sizes)], turn + 1
+        drain(decoder, events)
+    assert events == [HELLO]

@@ -1,0 +1,108 @@
+"""The order of records, against an independent statement of it."""
+
+import itertools
+
+import pytest
+
+from pageferry.core.errors import LocalStreamError, OrderError
+from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
+from pageferry.stream.format import RecordType
+from pageferry.stream.order import Order, Role
+from pageferry.stream.records import (
+    CpuidLeaf,
+    CpuidPolicy,
+    End,
+    HvmContext,
+    HvmParams,
+    MsrEntry,
+    MsrPolicy,
+    StaticDataEnd,
+    StreamHeader,
+    TscInfo,
+)
+
+LETTERS = {
+    "c": RecordType.CPUID_POLICY,
+    "m": RecordType.MSR_POLICY,
+    "s": RecordType.STATIC_DATA_END,
+    "P": RecordType.PAGE_DATA,
+    "t": RecordType.TSC_INFO,
+    "h": RecordType.HVM_PARAMS,
+    "x": RecordType.HVM_CONTEXT,
+    "E": RecordType.END,
+}
+ALL_STATE = ["".join(each) for each in itertools.permutations("thx")]
+READABLE_STATE = [*ALL_STATE, "tx", "xt"]
+
+
+def legal(version, role):
+    """Every legal stream with at most two PAGE_DATA."""
+    static = ["s", "cs", "ms", "cms", "mcs"] if version == 3 else [""]
+    state = ALL_STATE if role is Role.WRITER else READABLE_STATE
+    return {s + p + x + "E" for s in static for p in ("P", "PP") for x in state}
+
+
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("version", [2, 3])
+def test_exactly_the_legal_streams_pass(version, role):
+    whole = legal(version, role)
+    prefixes = {stream[:length] for stream in whole for length in range(len(stream) + 1)}
+    for prefix in prefixes:
+        for letter, record in LETTERS.items():
+            order = Order(role, version)
+            for past in prefix:
+                assert order.check(LETTERS[past]) is None, prefix
+                order.passed(LETTERS[past])
+            if prefix.count("P") == 2 and letter == "P" and prefix.endswith("P"):
+                continue  # the statement above has at most two
+            assert (order.check(record) is None) == (prefix + letter in prefixes), prefix + letter
+
+
+@pytest.mark.parametrize("record", [r for r in RecordType if r not in LETTERS.values()])
+@pytest.mark.parametrize("version", [2, 3])
+def test_other_kinds_of_records_never_pass(version, record):
+    assert "has no such record" in Order(Role.READER, version).check(record)
+
+
+EVENTS = {
+    "c": CpuidPolicy(leaves=(CpuidLeaf(leaf=0, subleaf=0, eax=0, ebx=0, ecx=0, edx=0),)),
+    "m": MsrPolicy(entries=(MsrEntry(index=1, value=2),)),
+    "s": StaticDataEnd(),
+    "t": TscInfo(),
+    "h": HvmParams(),
+    "x": HvmContext(data=b"x"),
+    "E": End(),
+}
+
+
+def write(stream, version=3):
+    encoder = Encoder()
+    pieces = [encoder.header(StreamHeader(version=version))]
+    for letter in stream:
+        pieces += [encoder.page_data([1]), bytes(4096)] if letter == "P" else [encoder.record(EVENTS[letter])]
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("stream", "match"),
+    [
+        ("P", "too early: STATIC_DATA_END not seen yet in PAGE_DATA"),
+        ("cc", "may come only once in CPUID_POLICY"),
+        ("sc", "too late: STATIC_DATA_END seen already in CPUID_POLICY"),
+        ("st", "too early: PAGE_DATA not seen yet in TSC_INFO"),
+        ("sPtP", "too late: TSC_INFO seen already in PAGE_DATA"),
+        ("sPtt", "may come only once in TSC_INFO"),
+        ("sPE", "too early: TSC_INFO, HVM_CONTEXT"),
+        ("sPthxEE", "nothing may come after END"),
+    ],
+)
+def test_encoder_and_decoder_keep_the_order_and_say_what_is_wrong(stream, match):
+    with pytest.raises(LocalStreamError, match=match):
+        write(stream)
+    if stream.endswith("EE"):
+        return  # a decoder stops at the first END
+    pieces = write(stream[:-1])
+    decoder = Decoder()
+    decoder.feed(b"".join(pieces) + int(LETTERS[stream[-1]]).to_bytes(4, "little") + bytes(4))
+    with pytest.raises(OrderError, match=match):
+        list(iter(decoder.next_event, NEED_DATA))
