@@ -349,10 +349,9 @@ def test_mutated_frames_parse_or_are_body_errors(frame, choose):
 
 @given(texts, texts)
 def test_any_reason_can_be_sent_and_is_safe_to_print(reason, hint):
-    conversation = Conversation(Side.DESTINATION)
-    data = FerryEncoder(conversation).frame(Failed(reason=reason * 20, hint=hint * 20))
+    encoder = FerryEncoder(Conversation(Side.DESTINATION))
     decoder = FerryDecoder(Conversation(Side.SOURCE))
-    decoder.feed(FerryEncoder(Conversation(Side.SOURCE)).preamble() + data)
+    decoder.feed(encoder.preamble() + encoder.frame(Failed(reason=reason * 20, hint=hint * 20)))
     frame = decoder.next_event()
     assert isinstance(frame, Failed)
     assert frame.reason.isprintable()
@@ -386,7 +385,9 @@ def test_mutated_conversation_parses_or_raises_remote_stream_error(choose):
     side = choose.draw(st.sampled_from(Side))
     conversation = Conversation(side)
     if side is Side.SOURCE:
-        FerryEncoder(conversation).frame(HELLO)
+        encoder = FerryEncoder(conversation)
+        encoder.preamble()
+        encoder.frame(HELLO)
     data = from_destination if side is Side.SOURCE else from_source
     taken_or_refused(FerryDecoder(conversation), mutate(choose.draw, data))
 

@@ -133,6 +133,9 @@ class Destination:
         except MigrationError as error:
             self._tell(error.reason)
             raise
+        except TruncatedError as error:
+            reason = f"the connection was cut: {error}"
+            raise TransportError(reason, phase=self._phase, guest_at=GuestAt.SOURCE) from error
         except PageferryError as error:
             self._tell(str(error), error.hint)
             kind = PeerError if isinstance(error, RemoteStreamError) else MigrationError

@@ -1,7 +1,7 @@
 """Phases as data: one begin and one end event each, timed on one clock, for source and destination alike."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from pageferry.core.events import Event, Phase, PhaseBegan, PhaseEnded
@@ -19,16 +19,25 @@ class PhaseClock:
         self._on_event = on_event
         self.now_s = now_s
         self.current = Phase.CONNECT
-        self.durations_s: dict[Phase, float] = {}
+        self.began_s: dict[Phase, float] = {}
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Be in ``phase`` for the length of a ``with`` block; an error leaves ``current`` at the phase it came from."""
         self.current = phase
-        began_s = self.now_s()
+        began_s = self.began_s[phase] = self.now_s()
         self._on_event(PhaseBegan(phase=phase))
         try:
             yield
         finally:
-            self.durations_s[phase] = self.now_s() - began_s
-            self._on_event(PhaseEnded(phase=phase, duration_s=self.durations_s[phase]))
+            self._on_event(PhaseEnded(phase=phase, duration_s=self.now_s() - began_s))
+
+    def parts_s(self, phases: Sequence[Phase], end_s: float) -> dict[str, float]:
+        """Divide the time from the begin of the first of ``phases`` to ``end_s`` among them, without a gap.
+
+        Args:
+            phases: in the order in which they were.
+            end_s: when the last of them ended, on the clock of ``now_s``.
+        """
+        edges = [*(self.began_s[phase] for phase in phases), end_s]
+        return {str(phase): after - before for phase, before, after in zip(phases, edges, edges[1:], strict=False)}

@@ -37,6 +37,7 @@ from pageferry.core.errors import (
     PolicyAbort,
     RemoteStreamError,
     TransportError,
+    TruncatedError,
     VerifyError,
     VmError,
 )
@@ -123,8 +124,7 @@ class Source:
         self._peer_accel: str | None = None
         self._verified_pages = 0
         self._began_s: float | None = None
-        self._frozen_at_s: float | None = None
-        self._downtime_s: float | None = None
+        self._running_at_s: float | None = None
         self._stop_reason = ""
         self.status = "setup"
         self.guest_at = GuestAt.SOURCE
@@ -186,6 +186,7 @@ class Source:
         if self.guest_at is not GuestAt.UNKNOWN or self.report is None:
             raise VmError("there is no guest to take back")
         self.guest_at = GuestAt.SOURCE
+        self._disarm()
         self._thaw()
 
     # -- the attempt -----------------------------------------------------------------------------------------------
@@ -231,6 +232,7 @@ class Source:
             self._verify(peer)
         with phase(Phase.HANDOFF):
             self._handoff(peer)
+        self._leave(peer)
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -246,7 +248,7 @@ class Source:
                 raise PolicyAbort("cancelled", phase=phase, guest_at=at) from error
             if isinstance(error, PeerFailedError):
                 raise PeerError(error.reason, phase=phase, guest_at=at, hint=error.hint) from error
-            if isinstance(error, OSError) and not isinstance(error, VmError):
+            if isinstance(error, TruncatedError) or (isinstance(error, OSError) and not isinstance(error, VmError)):
                 raise TransportError(self._broken(error), phase=phase, guest_at=at) from error
             if isinstance(error, RemoteStreamError):
                 raise PeerError(str(error), phase=phase, guest_at=at) from error
@@ -254,13 +256,13 @@ class Source:
                 raise MigrationError(str(error), phase=phase, guest_at=at, hint=error.hint) from error
             raise MigrationError(f"internal error: {error!r}", phase=phase, guest_at=at) from error
 
-    def _broken(self, error: OSError) -> str:
-        what = f"the connection to {self._endpoint}"
+    def _broken(self, error: OSError | TruncatedError) -> str:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if self._clock.current is Phase.CONNECT:
-            return f"cannot connect to {self._endpoint}: {error.strerror or error}"
+            return f"cannot connect to {self._endpoint}: {why}"
         if isinstance(error, TimeoutError):
-            return f"{what} stood still for {self._timeout_s:g} s"
-        return f"{what} was cut: {error.strerror or error}"
+            return f"the connection to {self._endpoint} stood still for {self._timeout_s:g} s"
+        return f"the connection to {self._endpoint} was cut: {why}"
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out."""
@@ -270,10 +272,13 @@ class Source:
         if self._committed:
             self.guest_at = GuestAt.UNKNOWN
             return
+        self._disarm()
+        self._thaw()
+
+    def _disarm(self) -> None:
         if self._armed:
             with contextlib.suppress(VmError):  # the failure may be the tracker's own; the guest runs on all the same
                 self._vm.log_dirty.off()
-        self._thaw()
 
     def _thaw(self) -> None:
         if self.frozen:
@@ -285,9 +290,10 @@ class Source:
         return log_dirty.stats().fault_count if self._armed and log_dirty.enabled else self._fault_count
 
     def _finish(self, status: str, reason: str) -> MigrationReport:
-        parts = None
-        if status == "completed":
-            parts = {str(phase): self._clock.durations_s[phase] for phase in DOWNTIME_PHASES}
+        downtime_s, parts = None, None
+        if self._running_at_s is not None:
+            downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
+            parts = self._clock.parts_s(DOWNTIME_PHASES, self._running_at_s)
         self.report = MigrationReport(
             status=status,
             guest_at=self.guest_at,
@@ -298,7 +304,7 @@ class Source:
             memory_bytes=self._vm.memory.size_bytes,
             rounds=tuple(self._rounds),
             total_s=self.elapsed_s,
-            downtime_s=self._downtime_s,
+            downtime_s=downtime_s,
             downtime_parts_s=parts,
             verified=self._verified_pages > 0,
             verified_pages=self._verified_pages,
@@ -424,7 +430,6 @@ class Source:
         return stats
 
     def _pause(self) -> None:
-        self._frozen_at_s = self._clock.now_s()
         self._vm.freeze()
         self.frozen = True
         self._expect_alive()
@@ -479,8 +484,10 @@ class Source:
             raise
         if not isinstance(answer, Running):
             raise self._unexpected(answer)
-        if self._frozen_at_s is not None:
-            self._downtime_s = self._clock.now_s() - self._frozen_at_s
+        self._running_at_s = self._clock.now_s()
+
+    def _leave(self, peer: Peer) -> None:
+        """The guest is gone: free what served its migration; it stays frozen here."""
         self._fault_count = self._faults()
         self._vm.log_dirty.off()
         peer.channel.close()

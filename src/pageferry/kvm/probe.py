@@ -12,6 +12,7 @@ from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import DEV_KVM, SystemFd
+from pageferry.kvm.vcpu_state import can_offset_tsc
 from pageferry.kvm.vm import KvmVm
 
 _TIMEOUT_S = 10.0
@@ -29,10 +30,12 @@ _CAPABILITIES = {
 class KvmSupport:
     """What this host's KVM offers, each thing seen working.
 
+    ``tsc_offset``: a guest's TSC can be set (some KVMs accept it and go on showing the host's).
     ``capabilities`` maps a capability's name to what KVM_CHECK_EXTENSION says of it on a VM (0: not there).
     """
 
     api_version: int
+    tsc_offset: bool
     capabilities: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -55,6 +58,8 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
         try:
             with system.create_vm() as vm:
                 offered = {name: vm.check_extension(value) for name, value in _CAPABILITIES.items()}
+                with vm.create_vcpu(0) as vcpu:
+                    tsc_offset = can_offset_tsc(vcpu)
         except VmError as error:
             raise UnsupportedError(
                 "kvm-vm", "KVM is there but makes no machine", hint="another hypervisor may hold the CPU; --accel soft"
@@ -67,7 +72,7 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
         raise UnsupportedError(
             "kvm-guest", f"KVM is there but a guest did not run: {error}", hint="use --accel soft"
         ) from error
-    return KvmSupport(api_version=uapi.KVM_API_VERSION, capabilities=offered)
+    return KvmSupport(api_version=uapi.KVM_API_VERSION, tsc_offset=tsc_offset, capabilities=offered)
 
 
 def _run_guest() -> None:

@@ -20,6 +20,9 @@ GDT, no SYSCALL, no SYSENTER) cannot change IOPL or TR: so what was loaded is st
 KVM gets a TSS at linear address 0, where a page of zeros permits every port. Where IOPL is kept nobody looks there.
 (An LDT does not count as a way out, though a guest could build a gate in it: a reset CPU has one, and none is used.)
 
+**The TSC** goes on from the saved value. Some KVMs (``kvm_pvm`` again) accept that and go on showing the host's;
+``KvmSupport.tsc_offset`` tells, and loading does not fail for it: a guest that needs monotonic time has the clock port.
+
 Left out: the one-instruction shadow after STI and MOV SS, which only an interrupt could tell, and there is none.
 
 Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_XSAVE, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS;
@@ -121,6 +124,15 @@ def host_tsc(fd: VcpuFd) -> int | None:
     except KvmError:
         return None
     return ((read_msr(fd, MSR_IA32_TSC) or 0) - offset) & _U64
+
+
+def can_offset_tsc(fd: VcpuFd) -> bool:
+    """Tell, by setting it to something else, whether a vCPU's TSC can be set at all."""
+    before, wanted = read_msr(fd, MSR_IA32_TSC) or 0, 1 << 60
+    write_msr(fd, MSR_IA32_TSC, wanted)
+    after = read_msr(fd, MSR_IA32_TSC) or 0
+    write_msr(fd, MSR_IA32_TSC, before)
+    return after >= wanted > before
 
 
 def _segment(raw: Any) -> Segment:  # noqa: ANN401  # a ctypes structure

@@ -74,8 +74,8 @@ def split_entries(data: bytes) -> tuple[Entry, ...]:
     for entry in entries[1:-1]:
         if entry.typecode in (Typecode.HEADER, Typecode.END):
             raise entry.refusal("it may come only once")
-    if entries[-1].body:
-        raise entries[-1].refusal("it has a body")
+    if entries[-1].body or entries[0].instance or entries[-1].instance:
+        raise RecordError("HEADER or END has an instance, or END a body", record="HVM_CONTEXT")
     return entries
 
 

@@ -186,13 +186,18 @@ def one_fault_per_page(lab: Lab) -> None:
 
 
 def pausing_is_no_write(lab: Lab) -> None:
-    """Pausing, resuming and saving the state set and clear no bit."""
+    """Pausing, freezing and saving the state set and clear no bit."""
     with lab.tracked() as guest:
         guest.play(5)
         before = guest.log_dirty.peek()
         guest.vm.pause()
         guest.vm.save_state()
         require(guest.log_dirty.peek() == before, "pausing and saving changed the bitmap")
+        guest.vm.freeze()
+        guest.vm.save_state()
+        frozen = guest.log_dirty.peek()
+        guest.vm.thaw()
+        require(frozen == before, "freezing and saving changed the bitmap")
         guest.require_exact(guest.log_dirty.clean())
 
 

@@ -1,0 +1,328 @@
+"""A vCPU: Unicorn executes the instructions, our MMU answers its TLB.
+
+Unicorn's physical addresses are machine addresses. On a TLB miss, or the first write to a page filled read-only, it
+calls :meth:`SoftVcpu._tlb_fill`: the two-dimensional walk of nested paging, gva -> gfn through the guest's tables, then
+gfn -> mfn through the P2M, with a nested page fault where the P2M denies. The answer stays in Unicorn's TLB until the
+vCPU flushes it, which it does on its own thread before it enters the guest again (law 2).
+
+Law 1 at this level: a page is filled writable only if its P2M type is ``ram_rw`` *now* and the guest's dirty bit is set.
+
+A vCPU always stops at an exact instruction boundary: Unicorn stops between translated blocks when it is kicked, and at
+the very instruction for an intercept (:mod:`.intercept`). The guest runs in ring 3 (the guest ABI), has no handlers,
+and so any exception is its end: a GuestCrash, as the triple fault would be on hardware.
+"""
+
+import time
+
+from pageferry.core.errors import GuestCrash, VmError
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
+from pageferry.core.run import Effect
+from pageferry.core.state import VcpuState
+from pageferry.devices.bus import DeviceBus
+from pageferry.hypervisor import unicorn_api as api
+from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
+from pageferry.hypervisor.intercept import Intercept, Out, candidates, decode
+from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.mmio import MMIO_WINDOW, MmioWindow
+from pageferry.hypervisor.npf import Resolution, nested_page_fault
+from pageferry.hypervisor.p2m import P2M, READABLE, P2MType
+from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.registers import (
+    CR0_WP,
+    EFER_NXE,
+    PRIVATE_MADDR,
+    check_supported,
+    enter_ring_3,
+    load_registers,
+    save_registers,
+)
+from pageferry.hypervisor.unicorn_api import const, x86
+
+_RAM_RW = P2MType.RAM_RW.value
+_READ_WRITE = api.READ | api.WRITE
+_MAX_IDLE_STARTS = 1000
+
+_EXCEPTIONS = {
+    0: "divide error",
+    1: "debug trap",
+    3: "breakpoint",
+    4: "overflow",
+    5: "bound range",
+    6: "invalid opcode",
+}
+_EXCEPTIONS |= {7: "no FPU", 8: "double fault", 11: "segment not present", 12: "stack fault"}
+_EXCEPTIONS |= {13: "general protection fault", 14: "page fault", 16: "x87 error", 17: "alignment", 19: "SIMD error"}
+
+
+class SoftVcpu:
+    """One vCPU; implements :class:`pageferry.core.run.Vcpu`. Its state is undefined until :meth:`load`.
+
+    Args:
+        machine: machine memory.
+        p2m: the domain's P2M.
+        bus: the devices.
+    """
+
+    paging: Paging
+    """The domain's paging; set by the domain before anything runs."""
+
+    def __init__(self, machine: MachineMemory, p2m: P2M, bus: DeviceBus) -> None:
+        self._machine = machine
+        self._p2m = p2m
+        self._bus = bus
+        self._walker = GuestWalker(machine.words, self._walker_access)
+        self._mmio = MmioWindow(bus, self._on_effect, self._on_failure)
+        self._engine: api.Engine | None = None
+        self._loaded: VcpuState | None = None
+        self._rip = 0
+        self._entering = False
+        self._kicked = False
+        self._flush_wanted = False
+        self._effect: Effect | None = None
+        self._failure: BaseException | None = None
+        self._intercept: Intercept | None = None
+        self._tlb_entries: dict[int, api.TlbEntry] = {}
+        self._code_pages: dict[int, tuple[int, bytes]] = {}  # gva of a page -> its maddr, the bytes scanned
+        self._hooked: set[int] = set()
+        self._tsc_zero = 0
+
+    # --- what RunControl calls ---
+
+    def run(self) -> Effect | None:
+        """Run the guest until kicked or a device has an effect; see the protocol."""
+        engine = self._engine
+        if engine is None:
+            raise VmError("this vCPU has no state yet", hint="load a state first")
+        self._kicked = False
+        idle_starts = 0
+        self._before_entry(engine)
+        while not self._kicked:
+            code = engine.start(self._rip)
+            self._rip = engine.get(x86.UC_X86_REG_RIP)
+            if code or self._failure is not None:
+                self._raise_failure(code)
+            if self._intercept is not None:
+                self._perform(engine, self._intercept)
+                self._intercept = None
+                idle_starts = 0
+            if self._effect is not None:
+                effect, self._effect = self._effect, None
+                return effect
+            idle_starts += 1  # a stale kick ends a start early; a dead emulator would do so for ever
+            if idle_starts > _MAX_IDLE_STARTS:
+                raise VmError(f"the CPU emulator makes no progress at rip {self._rip:#x}")
+        return None
+
+    def kick(self) -> None:
+        """Make ``run`` return soon; any thread."""
+        self._kicked = True
+        engine = self._engine
+        if engine is not None:
+            engine.stop()
+
+    # --- state; the vCPU is outside the guest ---
+
+    def load(self, state: VcpuState) -> None:
+        """Replace the state: a fresh emulator, so nothing of the old one can remain.
+
+        Raises:
+            UnsupportedError: not a state this machine can run; the vCPU keeps the old one.
+        """
+        check_supported(state)
+        self._engine = None
+        engine = api.Engine(self._machine.mapping.hva, self._machine.size_bytes)
+        engine.hook(const.UC_HOOK_TLB_FILL, api.TLB_FILL(self._tlb_fill))
+        self._entering = True
+        try:
+            enter_ring_3(engine, state)
+        finally:
+            self._entering = False
+        engine.hook(const.UC_HOOK_INTR, api.INTERRUPT(self._on_exception))
+        engine.hook(const.UC_HOOK_INSN, api.PORT_IN(self._on_in), 1, 0, x86.UC_X86_INS_IN)
+        engine.hook(const.UC_HOOK_INSN, api.PORT_OUT(self._on_out), 1, 0, x86.UC_X86_INS_OUT)
+        self._code_hook = api.CODE(self._on_code)
+        self._mmio.attach(engine)
+        load_registers(engine, state)
+        self._walker.cr3 = state.cr3
+        self._walker.write_protect = bool(state.cr0 & CR0_WP)
+        self._walker.no_execute = bool(state.efer & EFER_NXE)
+        self._code_pages.clear()
+        self._hooked.clear()
+        self._rip = state.rip
+        self._tsc_zero = time.monotonic_ns() - state.tsc
+        self._effect = self._failure = self._intercept = None
+        self._loaded = state
+        self._flush_wanted = True
+        self._engine = engine
+
+    def save(self) -> VcpuState:
+        """Return the state.
+
+        Raises:
+            VmError: none was ever loaded.
+        """
+        if self._engine is None or self._loaded is None:
+            raise VmError("this vCPU has no state yet", hint="load a state first")
+        return save_registers(self._engine, self._loaded, rip=self._rip, tsc=self._tsc())
+
+    def request_tlb_flush(self) -> None:
+        """Have the TLB flushed on the vCPU's own thread before it enters the guest; it is outside now."""
+        self._flush_wanted = True
+
+    def close(self) -> None:
+        """Free the emulator; the vCPU will not run again."""
+        self._engine = None
+
+    # --- entering ---
+
+    def _before_entry(self, engine: api.Engine) -> None:
+        if self._flush_wanted:
+            self._flush_wanted = False
+            engine.flush_tlb()
+            self._walker.flush()
+        view = self._machine.mapping.view
+        for maddr, code in self._code_pages.values():
+            if view[maddr : maddr + PAGE_SIZE] != code:  # written behind our back: DMA, a debugger
+                self._code_pages.clear()
+                engine.flush_code()
+                engine.flush_tlb()
+                self._walker.flush()
+                return
+
+    def _tsc(self) -> int:
+        return (time.monotonic_ns() - self._tsc_zero) & 0xFFFF_FFFF_FFFF_FFFF  # one tick per nanosecond
+
+    # --- the MMU: callbacks from inside the guest; none may raise ---
+
+    def _tlb_fill(self, _engine: int, gva: int, access: int, entry_at: int, _data: int) -> int:
+        try:
+            entry = self._tlb_entries.get(entry_at)
+            if entry is None:
+                # SAFETY: the engine's own stack, valid during this call; the same few addresses come again.
+                entry = self._tlb_entries[entry_at] = api.TlbEntry.from_address(entry_at)
+            if self._entering:
+                entry.paddr, entry.perms = PRIVATE_MADDR, _READ_WRITE | api.EXECUTE
+            else:
+                entry.paddr, entry.perms = self._nested_walk(
+                    gva, access == api.ACCESS_WRITE, access == api.ACCESS_FETCH
+                )
+        except BaseException as error:
+            self._on_failure(error)
+            return 0
+        return 1
+
+    def _nested_walk(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
+        """Return ``(maddr, permissions)`` for an access, once it is allowed."""
+        gfn, writable, executable = self._walker.translate(gva, write=write, fetch=fetch)
+        mfn, p2m_type = self._p2m.lookup(gfn)
+        while p2m_type != _RAM_RW and (write or p2m_type not in READABLE):
+            if nested_page_fault(self._p2m, self.paging, gfn, write=write) is Resolution.EMULATE:
+                if fetch:
+                    raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
+                return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
+            mfn, p2m_type = self._p2m.lookup(gfn)
+        if fetch:
+            self._scan(gva, mfn << PAGE_SHIFT)
+        permissions = api.READ
+        if writable and p2m_type == _RAM_RW:
+            permissions |= api.WRITE
+        if executable:
+            permissions |= api.EXECUTE
+        return mfn << PAGE_SHIFT, permissions
+
+    def _walker_access(self, gfn: int) -> int:
+        """Return the mfn of a guest page table, writable: AMD-V's walker writes (see guest_walk)."""
+        mfn, p2m_type = self._p2m.lookup(gfn)
+        while p2m_type != _RAM_RW:
+            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is Resolution.EMULATE:
+                raise GuestCrash(f"page table in device space, gpa {gfn << PAGE_SHIFT:#x}")
+            mfn, p2m_type = self._p2m.lookup(gfn)
+        return mfn
+
+    # --- instructions that need the hypervisor ---
+
+    def _scan(self, gva: int, maddr: int) -> None:
+        page = bytes(self._machine.mapping.view[maddr : maddr + PAGE_SIZE])
+        known = self._code_pages.get(gva)
+        if known is not None and known[1] == page:
+            return
+        self._code_pages[gva] = maddr, page
+        engine = self._engine
+        assert engine is not None
+        for offset in candidates(page):
+            at = gva + offset
+            if at not in self._hooked:
+                self._hooked.add(at)
+                engine.hook(const.UC_HOOK_CODE, self._code_hook, at, at)
+
+    def _on_code(self, _engine: int, gva: int, size: int, _data: int) -> None:
+        try:
+            gfn, _, _ = self._walker.translate(gva, write=False, fetch=True)
+            at = (self._p2m.lookup(gfn)[0] << PAGE_SHIFT) + (gva & PAGE_SIZE - 1)
+            code = bytes(self._machine.mapping.view[at : at + min(4, PAGE_SIZE - (gva & PAGE_SIZE - 1))])
+            if len(code) < 3:
+                gfn, _, _ = self._walker.translate((gva | PAGE_SIZE - 1) + 1, write=False, fetch=True)
+                at = self._p2m.lookup(gfn)[0] << PAGE_SHIFT
+                code += bytes(self._machine.mapping.view[at : at + 2])
+            self._intercept = decode(code)
+            if self._intercept is not None:
+                self._stop()
+        except BaseException as error:
+            self._on_failure(error)
+
+    def _perform(self, engine: api.Engine, instruction: Intercept) -> None:
+        if isinstance(instruction, Out):
+            port = instruction.port if instruction.port is not None else engine.get(x86.UC_X86_REG_DX)
+            value = engine.get(x86.UC_X86_REG_RAX) & (1 << 8 * instruction.size) - 1
+            self._effect = self._bus.port_write(port, instruction.size, value)
+        else:
+            tsc = self._tsc()
+            engine.set(x86.UC_X86_REG_RAX, tsc & 0xFFFF_FFFF)
+            engine.set(x86.UC_X86_REG_RDX, tsc >> 32)
+            if instruction.aux and self._loaded is not None:
+                engine.set(x86.UC_X86_REG_RCX, self._loaded.tsc_aux)
+        self._rip += instruction.length
+
+    def _on_in(self, _engine: int, port: int, size: int, _data: int) -> int:
+        try:
+            return self._bus.port_read(port, size)
+        except BaseException as error:
+            self._on_failure(error)
+            return 0
+
+    def _on_out(self, _engine: int, port: int, size: int, value: int, _data: int) -> None:
+        try:
+            effect = self._bus.port_write(port, size, value & (1 << 8 * size) - 1)
+            if effect is not None:
+                self._on_effect(effect)
+        except BaseException as error:
+            self._on_failure(error)
+
+    # --- how a callback ends the run ---
+
+    def _stop(self) -> None:
+        if self._engine is not None:
+            self._engine.stop()
+
+    def _on_effect(self, effect: Effect) -> None:
+        self._effect = effect
+        self._stop()
+
+    def _on_failure(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._stop()
+
+    def _on_exception(self, _engine: int, vector: int, _data: int) -> None:
+        self._on_failure(GuestCrash(_EXCEPTIONS.get(vector, f"exception {vector}")))
+
+    def _raise_failure(self, code: int) -> None:
+        error, self._failure = self._failure, None
+        where = f" at rip {self._rip:#x}"
+        if isinstance(error, GuestPageFault):
+            raise GuestCrash(error.describe() + where) from None
+        if isinstance(error, GuestCrash):
+            raise GuestCrash(str(error) + where) from None
+        if error is not None:
+            raise error
+        raise GuestCrash(f"invalid instruction{where} (emulator error {code})")

@@ -1,0 +1,210 @@
+"""Machine memory: frames, who owns them, the reverse map, and the paging pool.
+
+One sparse memfd is all the memory of the machine that a domain runs on, mapped once in machine order. Frames
+``0 .. ram_frames-1`` are for guest RAM; the paging pool with the P2M's table frames lies above them::
+
+    mfn 0                                ram_frames            frames
+     |  guest RAM, handed out top-down   |   paging pool         |
+     |  <- second extent <- first extent |  root, tables ->      |
+
+RAM is handed out in extents of whole 2 MiB frames from the top down, so gfn != mfn everywhere and code that mixes the
+two fails at once. An extent is 2 MiB in a small guest and grows with it, as on a real host where a large guest gets
+large pieces: the number of extents, and with it the number of host mappings, stays below about 256 whatever the size.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.errors import VmError
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_2M, GfnArray, Mfn
+from pageferry.core.hostmem import HostMapping, MemFd
+from pageferry.hypervisor.locks import OrderedLock
+
+_MAX_EXTENTS = 256
+_SHATTERED = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_LOW_9 = np.uint64(PAGES_PER_2M - 1)
+_SHIFT_2M = np.uint64(9)
+_ONE = np.uint64(1)
+
+#: What the reverse map gives for a frame that no gfn maps.
+INVALID_GFN = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+class FrameOwner(IntEnum):
+    """Who holds a machine frame."""
+
+    FREE = 0
+    DOMAIN = 1
+    POOL = 2
+
+
+class ReverseMap:
+    """The reverse map (Xen's m2p): mfn -> gfn.
+
+    Two levels, so that a superpage costs one entry: ``_large[mfn >> 9]`` is gfn+1 of a 2 MiB frame that maps a
+    contiguous, aligned 2 MiB of gfns, 0 when nothing is mapped, or SHATTERED when ``_small[mfn]`` (gfn+1, or 0)
+    decides frame by frame. Both start as untouched zero pages.
+
+    Args:
+        frames: machine frames covered; a multiple of 512.
+    """
+
+    def __init__(self, frames: int) -> None:
+        self._large = np.zeros(frames >> 9, np.uint64)
+        self._small = np.zeros(frames, np.uint64)
+
+    def set_extent(self, mfn: int, gfn: int, pages: int) -> None:
+        """Record that ``pages`` frames from ``mfn`` hold the gfns from ``gfn``; both 2 MiB-aligned."""
+        whole = pages >> 9
+        first = np.uint64(gfn + 1)
+        self._large[mfn >> 9 : (mfn >> 9) + whole] = first + (np.arange(whole, dtype=np.uint64) << _SHIFT_2M)
+        if tail := pages & 511:
+            self._large[(mfn >> 9) + whole] = _SHATTERED
+            at = mfn + (whole << 9)
+            self._small[at : at + tail] = first + np.arange(whole << 9, pages, dtype=np.uint64)
+
+    def gfns(self, mfns: GfnArray) -> GfnArray:
+        """Return the gfn of each of ``mfns`` (uint64[n]); INVALID_GFN where nothing is mapped."""
+        large = self._large[mfns >> _SHIFT_2M]
+        stored = np.where(large == _SHATTERED, self._small[mfns], large + (mfns & _LOW_9))
+        result: GfnArray = np.where(large == 0, INVALID_GFN, stored - _ONE)  # 0 - 1 wraps to INVALID_GFN
+        return result
+
+    def run_gfns(self, starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray]:
+        """Translate runs of frames into runs of gfns, ``(starts, lengths)``, in no order.
+
+        Cost grows with the number of 2 MiB frames touched, and with the pages of shattered ones.
+        """
+        if not starts.size:
+            return starts, lengths
+        first, last = starts >> _SHIFT_2M, (starts + lengths - _ONE) >> _SHIFT_2M
+        pieces = (last - first + _ONE).astype(np.int64)
+        owner = np.repeat(np.arange(starts.size), pieces)
+        nth = np.arange(owner.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        block = first[owner] + nth.astype(np.uint64)
+        begin = np.maximum(starts[owner], block << _SHIFT_2M)
+        end = np.minimum((starts + lengths)[owner], (block + _ONE) << _SHIFT_2M)
+        large = self._large[block]
+        whole = (large != 0) & (large != _SHATTERED)
+        gfn_runs = [(large[whole] - _ONE + (begin[whole] & _LOW_9), (end - begin)[whole])]
+        for low, high in zip(begin[large == _SHATTERED].tolist(), end[large == _SHATTERED].tolist(), strict=True):
+            stored = self._small[low:high]
+            single = stored[stored != 0] - _ONE
+            gfn_runs.append((single, np.ones_like(single)))
+        return np.concatenate([s for s, _ in gfn_runs]), np.concatenate([n for _, n in gfn_runs])
+
+
+class PagingPool:
+    """Frames for the P2M's tables (Xen's HAP pool).
+
+    ``tables`` is uint64[frames, 512] over the pool's machine memory: row r is the frame ``first_mfn + r``.
+
+    Args:
+        tables: that view.
+        first_mfn: the pool's first frame.
+        lock: the PAGING lock.
+    """
+
+    def __init__(self, tables: NDArray[np.uint64], first_mfn: Mfn, lock: OrderedLock) -> None:
+        self.tables = tables
+        self.first_mfn = first_mfn
+        self.allocation = len(tables)
+        """How many frames the domain may use; at most the pool's size."""
+        self._lock = lock
+        self._free: list[Mfn] = []
+        self._fresh = 0
+
+    @property
+    def used(self) -> int:
+        """How many frames are in use."""
+        return self._fresh - len(self._free)
+
+    def allocate(self) -> Mfn | None:
+        """Return a zeroed frame, or None when the allocation is exhausted."""
+        with self._lock:
+            if self.used >= self.allocation:
+                return None
+            if self._free:
+                mfn = self._free.pop()
+                self.tables[mfn - self.first_mfn] = 0
+                return mfn
+            mfn = Mfn(self.first_mfn + self._fresh)
+            self._fresh += 1
+            return mfn
+
+    def release(self, mfn: Mfn) -> None:
+        """Take a frame back; nothing refers to it any more."""
+        with self._lock:
+            self._free.append(mfn)
+
+
+class MachineMemory:
+    """All machine frames of one domain; see the module's text.
+
+    Args:
+        extents_2m: guest RAM to make room for, in 2 MiB frames.
+        pool_frames: the size of the paging pool.
+        paging_lock: guards the pool.
+    """
+
+    def __init__(self, *, extents_2m: int, pool_frames: int, paging_lock: OrderedLock) -> None:
+        self.ram_frames = extents_2m * PAGES_PER_2M
+        self.frames = self.ram_frames + -(-pool_frames // PAGES_PER_2M) * PAGES_PER_2M
+        self.size_bytes = self.frames << PAGE_SHIFT
+        self.memfd = MemFd("pageferry-machine", self.size_bytes)
+        self.mapping = HostMapping(self.size_bytes)
+        self.mapping.map_fd(self.memfd, 0, 0, self.size_bytes)
+        self.words = self.mapping.view.cast("Q")
+        """Machine memory as u64s: word ``maddr >> 3``."""
+        self.owner = np.zeros(self.frames, np.uint8)
+        self.owner[self.ram_frames :] = FrameOwner.POOL
+        self.m2p = ReverseMap(self.frames)
+        whole = np.frombuffer(self.mapping.view, np.uint64)
+        tables = whole[self.ram_frames * 512 : (self.ram_frames + pool_frames) * 512].reshape(pool_frames, 512)
+        self.pool = PagingPool(tables, Mfn(self.ram_frames), paging_lock)
+        self.extent_pages = _extent_pages(extents_2m)
+        self._top = self.ram_frames
+
+    def allocate_extent(self, pages: int) -> Mfn:
+        """Hand out ``pages`` contiguous frames, 2 MiB-aligned, from the top down; owned by the domain.
+
+        What is left of the last 2 MiB frame stays free.
+
+        Raises:
+            VmError: no room.
+        """
+        top = self._top - -(-pages // PAGES_PER_2M) * PAGES_PER_2M
+        if top < 0:
+            raise VmError(f"the machine has no {pages} contiguous frames left")
+        self._top = top
+        self.owner[top : top + pages] = FrameOwner.DOMAIN
+        return Mfn(top)
+
+    def populated(self) -> tuple[GfnArray, GfnArray]:
+        """Return the runs of gfns whose frames have storage, ``(starts, lengths)``, ascending and merged."""
+        starts, lengths = self.memfd.populated()
+        ends = np.minimum(starts + lengths, np.uint64(self.ram_frames))  # the pool is not the guest's
+        inside = starts < ends
+        gfns, pages = self.m2p.run_gfns(starts[inside], (ends - starts)[inside])
+        order = np.argsort(gfns, kind="stable")
+        gfns, pages = gfns[order], pages[order]
+        if gfns.size < 2:
+            return gfns, pages
+        new = np.concatenate(([True], gfns[1:] != (gfns + pages)[:-1]))
+        return gfns[new], np.add.reduceat(pages, np.flatnonzero(new))
+
+    def close(self) -> None:
+        """Give the file back; mappings live as long as someone holds them."""
+        self.memfd.close()
+
+
+def _extent_pages(extents_2m: int) -> int:
+    wanted = -(-extents_2m // _MAX_EXTENTS)
+    return PAGES_PER_2M << max(0, (wanted - 1).bit_length())
+
+
+def page_of(maddr: int) -> int:
+    """Return ``maddr`` rounded down to its page."""
+    return maddr & -PAGE_SIZE

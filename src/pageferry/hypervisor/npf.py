@@ -1,0 +1,51 @@
+"""The nested page fault: what the P2M denies, and what becomes of it.
+
+The RFC, design 2::
+
+    If it is MMIO space, call handle_mmio().
+    Otherwise, call p2m_fix_table() to mark a specific page as WRITABLE. Additionally, we call paging_mark_dirty()
+    to update dirty bitmap. By doing this, we only receive one NPF for each dirty page (in each cycle).
+
+:func:`nested_page_fault` is that text. It runs on the faulting vCPU's thread, which counts as inside the guest: no
+operator can be at work at the same time, but other vCPUs may fault on the same page, and device models may mark it.
+The loser of such a race finds the page writable already; its fault is *spurious* and the access is simply retried.
+
+Source: RFC, "Nested Paging Fault"; Xen ``hvm_hap_nested_page_fault`` for the order of the cases.
+"""
+
+from enum import Enum, auto
+
+from pageferry.core.errors import GuestCrash
+from pageferry.hypervisor.p2m import P2M, P2MType
+from pageferry.hypervisor.paging import Paging
+
+_MMIO_DM = P2MType.MMIO_DM.value
+_RAM_RW = P2MType.RAM_RW.value
+_RAM_LOGDIRTY = P2MType.RAM_LOGDIRTY.value
+
+
+class Resolution(Enum):
+    """What to do after a nested page fault."""
+
+    RETRY = auto()
+    """The table allows the access now."""
+    EMULATE = auto()
+    """Device space: ``handle_mmio`` performs the access."""
+
+
+def nested_page_fault(p2m: P2M, paging: Paging, gfn: int, *, write: bool) -> Resolution:
+    """Resolve a fault of the nested table on ``gfn``.
+
+    Raises:
+        GuestCrash: there is nothing there, or nothing that may be written.
+    """
+    _, p2m_type = p2m.lookup(gfn)
+    if p2m_type == _MMIO_DM:
+        return Resolution.EMULATE
+    if p2m_type == _RAM_LOGDIRTY and write:
+        paging.fix_and_mark(gfn)
+        return Resolution.RETRY
+    if p2m_type in (_RAM_RW, _RAM_LOGDIRTY):
+        return Resolution.RETRY
+    access = "write to" if write else "access to"
+    raise GuestCrash(f"{access} gfn {gfn:#x}, which is {P2MType(p2m_type).name.lower()}")

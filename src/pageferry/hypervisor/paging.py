@@ -1,0 +1,245 @@
+"""The four operators and ``paging_mark_dirty``: log-dirty as seen by everyone else.
+
+Common to all paging modes: the bitmap, its lock, the state of the mode bit, the stopping of the domain. What differs
+by mode is in a :class:`LogDirtyOps`, one per *domain*. That is the RFC's first "special attention": it wanted a
+function pointer where Xen had one only per vCPU.
+
+A cycle, from one ``clean()`` to the next::
+
+    vCPU thread                                   anyone
+    -----------                                   ------
+    write -> nested page fault (type LOGDIRTY)
+      P2M lock { LOG_DIRTY lock { set bit }       clean():
+                 journal gfn; type := RW }          DOMAIN lock, every vCPU stopped {
+    retry, write                                      P2M lock { LOG_DIRTY lock { swap the bitmap }
+    ... further writes: no fault                                 journal's gfns := LOGDIRTY }
+                                                      every TLB to be flushed before its vCPU enters }
+
+Marking and granting are one step with respect to ``clean()`` (law 1), because both hold the P2M lock. The *journal*
+lists the frames that became writable in this cycle: exactly those CLEAN must take the right from again, so CLEAN
+costs what is dirty, never what is configured. (The RFC goes through the whole table each time.)
+
+Source: RFC design 1 and "paging_mark_dirty()"; Xen ``paging.c``, ``struct log_dirty_ops``.
+"""
+
+import mmap
+from array import array
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import LogDirtyError, P2MError
+from pageferry.core.frames import PAGES_PER_2M, GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.vm import LogDirtyStats
+from pageferry.hypervisor.locks import DomainLocks
+from pageferry.hypervisor.p2m import P2M, P2MType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogDirtyOps:
+    """What a paging mode does for log-dirty; called with the domain stopped and the P2M lock held.
+
+    ``enable``: make all RAM NOT WRITABLE. ``disable``: make all RAM WRITABLE. ``clean``: make NOT WRITABLE again the
+    frames (uint64[n]) that became writable in the cycle that ends. The caller flushes the TLBs afterwards.
+    """
+
+    enable: Callable[[], None]
+    disable: Callable[[], None]
+    clean: Callable[[GfnArray], None]
+
+
+class Paging:
+    """Log-dirty of one domain; implements :class:`pageferry.core.vm.LogDirty`.
+
+    Args:
+        tracker: the name of the paging mode.
+        ops: that mode's operations.
+        p2m: the domain's P2M.
+        memory: tells which frames are RAM.
+        locks: the domain's.
+        hold: a context in which every vCPU is outside the guest.
+        flush_tlbs: has every vCPU flush its TLB before it enters the guest again; called while they are held.
+    """
+
+    def __init__(
+        self,
+        *,
+        tracker: str,
+        ops: LogDirtyOps,
+        p2m: P2M,
+        memory: GuestMemory,
+        locks: DomainLocks,
+        hold: Callable[[], AbstractContextManager[None]],
+        flush_tlbs: Callable[[], None],
+    ) -> None:
+        self._tracker = tracker
+        self._ops = ops
+        self._p2m = p2m
+        self._memory = memory
+        self._locks = locks
+        self._hold = hold
+        self._flush_tlbs = flush_tlbs
+        self._bitmap: DirtyBitmap | None = None
+        self._words: memoryview = memoryview(b"")
+        self._journal = array("Q")
+        self._fault_count = 0
+        self._failed_allocations = 0
+
+    @property
+    def tracker(self) -> str:
+        """The name of the paging mode: ``hap``."""
+        return self._tracker
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the log-dirty bit of the paging mode is set."""
+        return self._bitmap is not None
+
+    def enable(self) -> None:
+        """ENABLE: allocate the bitmap, set the mode bit, make all RAM NOT WRITABLE; the guest runs on.
+
+        Raises:
+            LogDirtyError: log-dirty is on already; nothing changed.
+        """
+        with self._locks.domain, self._hold(), self._locks.p2m:
+            if self._bitmap is not None:
+                raise LogDirtyError("log-dirty is on already", hint="turn it off first")
+            with self._locks.log_dirty:
+                self._fault_count = 0
+                self._failed_allocations = 0
+                self._new_cycle()
+            self._ops.enable()
+            self._flush_tlbs()
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK: return a copy of the bitmap; nothing else changes.
+
+        Raises:
+            LogDirtyError: log-dirty is off, or the bitmap is incomplete.
+        """
+        with self._locks.domain, self._hold(), self._locks.log_dirty:
+            return self._complete().copy()
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN: return the bitmap, clear it, make RAM NOT WRITABLE again; the guest runs on.
+
+        Raises:
+            LogDirtyError: as :meth:`peek`; then no bit was cleared.
+        """
+        with self._locks.domain, self._hold(), self._locks.p2m:
+            with self._locks.log_dirty:
+                dirty = self._complete()
+                journal = self._new_cycle()
+            self._ops.clean(np.frombuffer(journal, np.uint64) if journal else np.empty(0, np.uint64))
+            self._flush_tlbs()
+            return dirty
+
+    def off(self) -> None:
+        """OFF: make all RAM WRITABLE, clear the mode bit, free the bitmap. Does nothing when it is off already."""
+        with self._locks.domain, self._hold(), self._locks.p2m:
+            if self._bitmap is None:
+                return
+            self._ops.disable()
+            with self._locks.log_dirty:
+                self._bitmap = None
+                self._words = memoryview(b"")
+                self._journal = array("Q")
+            self._flush_tlbs()
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark frames dirty, *after* writing them by other means than a vCPU (``paging_mark_dirty``).
+
+        Frames that are not RAM are ignored; nothing happens while log-dirty is off. The frames stay NOT WRITABLE for
+        vCPUs: their first write faults as ever.
+        """
+        if self._bitmap is None:  # a mark that races with ENABLE came before it: everything is sent first then
+            return
+        ram = gfns[self._memory.are_ram(gfns)]
+        with self._locks.log_dirty:
+            if self._bitmap is not None:
+                self._bitmap.set(ram)
+
+    def fix_and_mark(self, gfn: int) -> None:
+        """Handle a write fault on a log-dirty page: set its bit and make it WRITABLE, as one step.
+
+        Does nothing when the page is not log-dirty any more (another vCPU was first). Counts the fault.
+
+        Source: RFC, ``p2m_fix_table()`` and ``paging_mark_dirty()``.
+        """
+        with self._locks.p2m:
+            with self._locks.log_dirty:
+                if self._bitmap is None:
+                    return
+                self._fault_count += 1
+                self._words[gfn >> 6] |= 1 << (gfn & 63)
+            try:
+                if self._p2m.change_type(gfn, P2MType.RAM_LOGDIRTY, P2MType.RAM_RW):
+                    self._journal.append(gfn)
+            except P2MError:
+                self._fix_whole_superpage(gfn)
+
+    def _fix_whole_superpage(self, gfn: int) -> None:
+        # No frame to split with: all 512 pages become dirty and writable, so nothing is lost; but they can no longer
+        # be told apart, and PEEK and CLEAN refuse until OFF.
+        with self._locks.log_dirty:
+            self._failed_allocations += 1
+            if self._bitmap is not None:
+                self._bitmap.set_range(gfn & -PAGES_PER_2M, PAGES_PER_2M)
+        self._p2m.change_superpage_type(gfn, P2MType.RAM_RW)
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Set again the bits that a failed round had taken with ``clean()`` (law 5).
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        with self._locks.log_dirty:
+            self._on().__ior__(bitmap)
+
+    def stats(self) -> LogDirtyStats:
+        """Return the counters since ``enable()``.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        with self._locks.log_dirty:
+            return LogDirtyStats(
+                fault_count=self._fault_count,
+                dirty_count=self._on().count(),
+                failed_allocations=self._failed_allocations,
+            )
+
+    def journal(self) -> GfnArray:
+        """Return a copy of the frames made writable in this cycle (for the audit)."""
+        return np.array(self._journal, np.uint64)
+
+    def _on(self) -> DirtyBitmap:
+        if self._bitmap is None:
+            raise LogDirtyError("log-dirty is off", hint="enable it first")
+        return self._bitmap
+
+    def _complete(self) -> DirtyBitmap:
+        bitmap = self._on()
+        if self._failed_allocations:
+            raise LogDirtyError(
+                f"the dirty bitmap is incomplete: {self._failed_allocations} allocations failed",
+                hint="give the domain a larger paging pool",
+            )
+        return bitmap
+
+    def _new_cycle(self) -> array[int]:
+        """Start with an empty bitmap and journal; return the journal of the cycle that ends."""
+        journal, self._journal = self._journal, array("Q")
+        self._bitmap = _zeroed_bitmap(self._memory.gfn_limit)
+        self._words = memoryview(self._bitmap.words)  # type: ignore[arg-type]  # a numpy array is a buffer
+        return journal
+
+
+def _zeroed_bitmap(nbits: int) -> DirtyBitmap:
+    # Straight from the kernel: pages of it that stay clean cost nothing, whatever malloc has lying about.
+    n_words = (nbits + 63) >> 6
+    return DirtyBitmap(nbits, np.frombuffer(mmap.mmap(-1, n_words << 3), np.uint64))

@@ -1,0 +1,57 @@
+"""The kit finds every fault that we know to inject, and every one of its checks has found one."""
+
+import pytest
+
+from pageferry.testing import CHECKS, faults
+from pageferry.testing.conformance import DEFAULT_MEMORY_BYTES, run_check, select
+from pageferry.testing.lab import Lab
+
+ODD, BEHIND_THE_HOLE = DEFAULT_MEMORY_BYTES
+
+#: Which checks must find a fault. Others may find it too.
+CAUGHT_BY = {
+    faults.DropsABit: ("clean-protects-again", "rounds-are-exact", "free-running-sweep", "free-running-idle"),
+    faults.DropsTheLastWord: ("rounds-are-exact", "free-running-kv"),
+    faults.DoesNotProtectAgain: ("clean-protects-again", "changed-between-cleans", "state-restore-keeps-tracking"),
+    faults.ClearsAfterTheCopy: ("free-running-random", "free-running-hotset", "changed-between-cleans"),
+    faults.ReportsLate: ("rounds-are-exact", "rounds-add-up", "clean-clears"),
+    faults.NeverClears: ("clean-clears", "rounds-are-exact"),
+    faults.PeekClears: ("peek-changes-nothing", "peek-grows", "pausing-is-no-write", "peeking-thread"),
+    faults.MarksNothing: ("host-writes-are-marked", "free-running-dma", "writing-thread"),
+    faults.MarksTheFirst: ("host-writes-are-marked", "marks-and-writes-mix"),
+    faults.MarkLosesARace: ("writing-thread",),
+    faults.RefusesStrangeMarks: ("marks-outside-ram",),
+    faults.KeepsGivenBits: ("given-back-bits-return", "failed-rounds"),
+    faults.GiveBackReplaces: ("given-back-bits-return",),
+    faults.SharesItsBitmap: ("bitmaps-are-the-callers",),
+    faults.EnablesTwice: ("enable-twice",),
+    faults.StartsAllDirty: ("enable-starts-clear",),
+    faults.WorksWhileOff: ("off-at-first", "off-and-on-again"),
+    faults.OffDoesNothing: ("off-and-on-again", "on-and-off-while-running"),
+    faults.OffKeepsTheBits: ("off-and-on-again",),
+    faults.IgnoresTheHole: ("rounds-are-exact", "free-running-stamp"),
+    faults.ReportsAllAlways: ("rounds-are-exact",),
+    faults.CountsWrong: ("stats-count-the-bits",),
+    faults.FaultsTwice: ("one-fault-per-page",),
+    faults.BreaksUnderTwoCallers: ("two-cleaners",),
+}
+CASES = [(fault, check) for fault, checks in CAUGHT_BY.items() for check in checks]
+
+
+@pytest.mark.parametrize(("fault", "check"), CASES, ids=[f"{fault.__name__}-{check}" for fault, check in CASES])
+def test_the_fault_is_found_by_the_check(make_vm, fault, check):
+    memory_bytes = BEHIND_THE_HOLE if fault is faults.IgnoresTheHole else ODD
+    (selected,) = select([check])
+    error = run_check(selected, Lab(make_vm=faults.mutated(make_vm, fault), memory_bytes=memory_bytes, seed=1))
+    assert error is not None, f"{check} did not find {fault.__name__}"
+    assert (error.check, error.law) == (check, selected.law)
+
+
+def test_the_wrapper_alone_is_no_fault(make_vm):
+    lab = Lab(make_vm=faults.mutated(make_vm, faults.Faithful), memory_bytes=ODD, seed=1)
+    assert [run_check(check, lab) for check in CHECKS] == [None] * len(CHECKS)
+
+
+def test_no_fault_and_no_check_is_left_out():
+    assert set(CAUGHT_BY) == set(faults.FAULTS)
+    assert {check for _, check in CASES} == {check.name for check in CHECKS}

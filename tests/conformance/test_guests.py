@@ -1,0 +1,199 @@
+"""The built-in guests do what docs/guest-abi.md says, on every machine."""
+
+import time
+
+import pytest
+
+from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.guests import build
+from pageferry.guests.abi import INFO_GPA, STATE_ENDED, STATE_RUNNING, read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.elf import load_elf
+from pageferry.guests.workloads import WORKLOADS, load_workload
+from pageferry.testing.oracle import StampOracle, working_set_gfns
+
+MIB = 1 << 20
+PAGE = 4096
+
+
+@pytest.fixture
+def start(make_vm):
+    """Makes a running guest; returns its machine and what it was told."""
+    made = []
+
+    def start(program, *, memory_bytes=8 * MIB, sink=None, before=lambda vm: None, **params):
+        vm = make_vm(VmConfig(memory_bytes=memory_bytes))
+        made.append(vm)
+        info = boot(vm, load_workload(program) if isinstance(program, str) else program, params=GuestParams(**params))
+        vm.on_console(sink)
+        before(vm)
+        vm.resume()
+        return vm, info
+
+    yield start
+    for vm in made:
+        vm.close()
+
+
+def slot(vm):
+    return read_status(vm.memory, 1)[0]
+
+
+def run_until(vm, condition):
+    """Let the guest run until its status page fulfils a condition; it is running or has ended then."""
+    for _ in range(60_000):
+        if condition(slot(vm)) or vm.wait(0.001) is not VmStatus.RUNNING:
+            break
+    assert condition(slot(vm)), (vm.status, vm.end, slot(vm))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_workload_says_hello_and_works(start, name):
+    console = bytearray()
+    vm, _ = start(name, sink=console.extend, working_set_bytes=64 * PAGE, seed=5)
+    run_until(vm, lambda status: status.work >= 20)
+    vm.pause()
+    assert console == f"{name}: 64 pages, rate 0/s, seed 5\n".encode()
+    assert (vm.status, vm.end) == (VmStatus.PAUSED, None)
+    assert (slot(vm).state, slot(vm).error) == (STATE_RUNNING, 0)
+
+
+@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "dma"])
+def test_a_workload_reaches_its_working_set_and_nothing_beside_it(start, name):
+    at = (3 << 30) - 4 * PAGE
+    vm, info = start(name, memory_bytes=(3 << 30) + 64 * PAGE, working_set_gpa=at, working_set_bytes=20 * PAGE)
+    inside = working_set_gfns(info)
+    run_until(vm, lambda status: status.work >= (200 if name == "dma" else 1000))
+    vm.pause()
+    touched = [gfn for gfn in inside.tolist() if any(vm.memory.read(gfn * PAGE, PAGE))]
+    # dma stays on one side of the hole, and may not have hit its last page
+    assert len(touched) == 20 if name != "dma" else touched[0] == 1 << 20
+    beside = [at - PAGE, (4 << 30) + 16 * PAGE, (4 << 30) + 63 * PAGE]
+    assert not any(any(vm.memory.read(gpa, PAGE)) for gpa in beside)
+
+
+def test_sweep_writes_the_number_of_the_pass(start):
+    vm, info = start("sweep", working_set_bytes=32 * PAGE)
+    run_until(vm, lambda status: status.values[0] >= 10)
+    vm.pause()
+    marks = [vm.memory.read_u64(int(gfn) * PAGE) for gfn in working_set_gfns(info)]
+    number = slot(vm).values[0]
+    assert sorted(marks, reverse=True) == marks
+    assert set(marks) <= {number, number - 1}
+
+
+def test_hotset_prefers_its_first_tenth(start):
+    vm, _ = start("hotset", working_set_bytes=100 * PAGE)
+    run_until(vm, lambda status: status.work >= 5000)
+    vm.pause()
+    hot, cold = slot(vm).values[:2]
+    assert 0.85 < hot / (hot + cold) < 0.95
+
+
+@pytest.mark.parametrize(("name", "rate"), [("sweep", 1000), ("sweep", 20000), ("idle", 100), ("kv", 1000)])
+def test_a_rate_is_not_exceeded(start, name, rate):
+    vm, _ = start(name, working_set_bytes=16 * PAGE, rate=rate)
+    run_until(vm, lambda status: status.work >= 1)
+    begun_s, before = time.monotonic(), slot(vm).work
+    run_until(vm, lambda status: status.work >= before + rate // 20)
+    done, elapsed_s = slot(vm).work - before, time.monotonic() - begun_s
+    # Holds however slow this machine is: at most the elapsed time's operations, a batch, and 0.1 s of catching up.
+    batch = max(1, rate // 500)
+    assert done <= rate * (elapsed_s + 0.1) + 2 * batch
+
+
+def test_kv_keeps_count_and_checks_all_pages(start):
+    vm, _ = start("kv", working_set_bytes=6 * PAGE)
+    run_until(vm, lambda status: status.values[4] >= 5)
+    vm.pause()
+    status = slot(vm)
+    live, inserts, updates, deletes, _ = status.values[:5]
+    assert min(inserts, updates, deletes) > 0
+    assert status.checks >= 5 * 5
+    assert abs(inserts - deletes - live) <= 1  # paused between two counters, perhaps
+
+
+def test_kv_stops_when_a_page_is_older_than_the_rest(start):
+    vm, info = start("kv", working_set_bytes=9 * PAGE)
+    run_until(vm, lambda status: status.work >= 500)
+    vm.pause()
+    gpa = info.working_set_gpa + 4 * PAGE
+    old, work = vm.memory.read(gpa, PAGE), slot(vm).work
+    vm.resume()
+    run_until(vm, lambda status: status.work >= work + 1000)
+    vm.pause()
+    assert vm.memory.read(gpa, PAGE) != old
+    vm.memory.write(gpa, old)
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error != 0
+    assert slot(vm).state == STATE_ENDED
+
+
+def test_kv_stops_when_one_bit_of_a_value_is_wrong(start):
+    vm, info = start("kv", working_set_bytes=9 * PAGE)
+    run_until(vm, lambda status: status.values[0] >= 200)
+    vm.pause()
+    # Flip a bit in the value of every live entry of one page: an update may put one right, never all.
+    gpa = info.working_set_gpa + 5 * PAGE
+    for entry in range(gpa + 32, gpa + PAGE, 32):
+        if vm.memory.read_u64(entry):
+            vm.memory.write(entry + 16, bytes([vm.memory.read(entry + 16, 1)[0] ^ 1]))
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error == 1
+    assert slot(vm).detail[0] == 4  # the page's number: the directory is page 0
+
+
+def test_dma_stops_when_its_completion_count_is_wrong(start):
+    vm, info = start("dma", working_set_bytes=9 * PAGE)
+    run_until(vm, lambda status: status.checks >= 8)
+    vm.pause()
+    vm.memory.write(info.working_set_gpa, bytes(8))
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error == 2
+
+
+def test_a_guest_refuses_an_information_page_of_another_version(start):
+    vm, _ = start("idle", before=lambda vm: vm.memory.write(INFO_GPA + 8, b"\2"))
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == 255
+
+
+@pytest.mark.parametrize("seed", [1, 77])
+def test_two_runs_of_stamp_leave_the_same_memory(start, seed):
+    memories = []
+    for _ in range(2):
+        vm, info = start("stamp", before=lambda vm: vm.attach_sync(True), working_set_bytes=40 * PAGE, seed=seed)
+        for number in (1, 2, 9):
+            assert vm.wait(30) is VmStatus.PAUSED
+            vm.reply_sync(number)
+            vm.resume()
+        assert vm.wait(30) is VmStatus.PAUSED
+        memories.append(vm.memory.read(info.working_set_gpa, info.working_set_bytes))
+    assert memories[0] == memories[1]
+    assert any(memories[0])
+
+
+def test_a_fresh_build_behaves_as_its_image(start, tmp_path):
+    cc = build.compiler()
+    if cc is None:
+        pytest.skip("no C compiler on this machine")
+    build.build_all(tmp_path, cc)
+    vm, info = start(
+        load_elf(tmp_path / "stamp.elf"), before=lambda vm: vm.attach_sync(True), working_set_bytes=200 * PAGE
+    )
+    oracle = StampOracle(info)
+    for number in (1, 2, 3):
+        assert vm.wait(30) is VmStatus.PAUSED
+        vm.reply_sync(number)
+        vm.resume()
+        oracle.played(number)
+    assert vm.wait(30) is VmStatus.PAUSED
+    assert oracle.wrong_gfns(vm.memory).size == 0
+    for name in ("sweep", "random", "hotset", "kv", "dma", "idle"):
+        vm, _ = start(load_elf(tmp_path / f"{name}.elf"), working_set_bytes=16 * PAGE)
+        run_until(vm, lambda status: status.work >= 100)
+        vm.pause()
+        assert (vm.end, slot(vm).error) == (None, 0)

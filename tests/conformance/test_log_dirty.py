@@ -1,0 +1,61 @@
+"""The conformance kit over every tracker; one test per check, so that a failure names the law."""
+
+import pytest
+
+from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.testing import CHECKS, check_log_dirty, failures
+from pageferry.testing.lab import Lab
+
+SMALLEST = 4 << 20
+
+
+@pytest.mark.parametrize("check", [check.name for check in CHECKS])
+def test_the_tracker_keeps_its_promise(make_vm, check):
+    check_log_dirty(make_vm, checks=[check])
+
+
+@pytest.mark.parametrize("seed", [0, 2, (1 << 64) - 1])
+def test_whatever_the_seed_and_the_size(make_vm, seed):
+    sizes = [SMALLEST + pages * 4096 for pages in (0, 1, 63)]
+    check_log_dirty(make_vm, memory_bytes=sizes, seeds=[seed], checks=["rounds-are-exact", "free-running-random"])
+
+
+def test_names_are_distinct_and_each_check_says_what_it_promises():
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    assert all(check.summary.endswith(".") for check in CHECKS)
+    assert {check.law for check in CHECKS} == {None, 1, 2, 4, 5, 8}
+
+
+def test_an_unknown_check_is_refused_before_anything_runs():
+    def make_vm(config):
+        pytest.fail("a machine was made")
+
+    with pytest.raises(UsageError, match="no such check: nope"):
+        check_log_dirty(make_vm, checks=["off-at-first", "nope"])
+
+
+def test_a_machine_that_cannot_be_made_is_not_a_broken_promise():
+    def make_vm(config):
+        raise UnsupportedError("kvm", "not here")
+
+    with pytest.raises(UnsupportedError):
+        check_log_dirty(make_vm)
+
+
+def test_an_unexpected_error_is_a_broken_promise_and_not_the_end_of_the_report():
+    def make_vm(config):
+        raise OSError("no")
+
+    found = list(failures(make_vm, checks=["off-at-first", "two-cleaners"], memory_bytes=[SMALLEST]))
+    assert [(error.check, error.law) for error in found] == [("off-at-first", None), ("two-cleaners", 2)]
+    assert "unexpected OSError: no" in found[0].detail
+    assert "4194304 bytes, seed 1" in str(found[0])
+
+
+def test_the_lab_puts_the_working_set_at_the_very_end_of_ram(make_vm):
+    for memory_bytes in (SMALLEST + 3 * 4096, (3 << 30) + 5 * 4096):
+        lab = Lab(make_vm=make_vm, memory_bytes=memory_bytes, seed=1)
+        with lab.guest("stamp", pages=96) as guest:
+            assert guest.oracle.gfns.size == 96
+            assert int(guest.oracle.gfns[-1]) == guest.memory.gfn_limit - 1
+            assert guest.memory.are_ram(guest.oracle.gfns).all()

@@ -1,0 +1,493 @@
+"""The engine over real machines and real sockets: success, and every way to fail before and after the commit."""
+
+import contextlib
+import socket
+import struct
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pageferry import __version__
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, TransportError, UsageError, VmError
+from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
+from pageferry.core.policy import Action, Decision, DowntimePolicy, XenPolicy
+from pageferry.core.vm import VmStatus
+from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.destination import Destination
+from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel, Endpoint
+from pageferry.guests.abi import read_status
+from pageferry.stream.codec import Encoder
+from pageferry.stream.ferry import Side, SourceHello
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.records import StaticDataEnd
+
+
+def marker(frame_type):
+    return struct.pack("<I", frame_type)
+
+
+def work(vm):
+    return read_status(vm.memory, 1)[0].work
+
+
+def runs_on(vm):
+    """The guest does more work, and its own checks find nothing wrong."""
+    before = work(vm)
+    patience = threading.Event()
+    for _ in range(20_000):
+        assert vm.end is None, vm.end
+        if work(vm) > before:
+            return True
+        patience.wait(0.001)
+    return False
+
+
+class Inn:
+    """A destination that takes in one guest after another, each on a thread."""
+
+    def __init__(self, make_vm, accel):
+        self.make_vm = make_vm
+        self.accel = accel
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint(host="127.0.0.1", port=self.listener.getsockname()[1])
+        self.vm = None
+        self.error = None
+        self._made = []
+        self._thread = None
+
+    def _make(self, config):
+        self._made.append(self.make_vm(config))
+        return self._made[-1]
+
+    def open(self, **options):
+        def serve():
+            sock, _ = self.listener.accept()
+            try:
+                self.vm = Destination(Channel(sock, 10), self._make, accel=self.accel, **options).run()
+            except MigrationError as error:
+                self.error = error
+
+        self.vm = self.error = None
+        self._thread = threading.Thread(target=serve)
+        self._thread.start()
+        return self.endpoint
+
+    def outcome(self):
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        return self.vm or self.error
+
+    def close(self):
+        self.listener.close()
+        for vm in self._made:
+            vm.close()
+
+
+@pytest.fixture
+def inn(make_vm, accel):
+    made = Inn(make_vm, accel)
+    yield made
+    made.close()
+
+
+def attempt(vm, uri, policy=None, **options):
+    endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
+    return Source(vm, endpoint, policy or XenPolicy(), timeout_s=options.pop("timeout_s", 10), **options)
+
+
+def expect_as_before(vm, inn, source):
+    """Law 5: the source as it was, log-dirty off, nobody at the destination, and the next attempt works."""
+    assert source.report.status in ("failed", "cancelled")
+    assert source.report.guest_at is GuestAt.SOURCE
+    assert not vm.log_dirty.enabled
+    assert vm.status is VmStatus.RUNNING
+    assert runs_on(vm)
+    second = attempt(vm, inn.open())
+    assert second.run().status == "completed"
+    assert runs_on(inn.outcome())
+
+
+@pytest.mark.parametrize("workload", ["kv", "hotset", "sweep", "idle", "dma"])
+def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
+    vm = guests(workload)
+    events = []
+    vm.resume()
+    assert runs_on(vm)
+    source = attempt(vm, inn.open(), on_event=events.append)
+    report = source.run()
+    there = inn.outcome()
+    assert isinstance(there, type(vm)), there
+    assert there.status is VmStatus.RUNNING
+    assert work(there) >= work(vm)
+    assert runs_on(there)
+    assert not vm.log_dirty.enabled
+    frozen_work = work(vm)
+    vm.resume()  # a guest that has left does not come back by a mere resume
+    assert work(vm) == frozen_work
+
+    assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
+    assert (report.source_accel, report.destination_accel) == (accel, accel)
+    assert report.verified
+    assert report.verified_pages == expand_runs(*vm.memory.populated()).size
+    assert report.downtime_s == pytest.approx(sum(report.downtime_parts_s.values()))
+    assert set(report.downtime_parts_s) == {str(phase) for phase in DOWNTIME_PHASES}
+    assert [r.index for r in report.rounds] == list(range(len(report.rounds)))
+    assert [r.final for r in report.rounds] == [False] * (len(report.rounds) - 1) + [True]
+    assert all(r.sent_bytes > r.sent_pages * 4096 for r in report.rounds if r.sent_pages)
+    assert events[-1] == MigrationEnded(report=report)
+    assert [e.phase for e in events if isinstance(e, PhaseBegan)] == list(Phase)
+    assert [e.stats for e in events if isinstance(e, RoundEnded)] == list(report.rounds)
+    for stats in report.rounds:
+        sent = [e.sent_pages for e in events if isinstance(e, RoundProgress) and e.index == stats.index]
+        assert sent == sorted(sent)
+        assert not sent or sent[-1] == stats.sent_pages
+    if accel == "soft":
+        assert report.fault_count > 0
+
+
+def test_law_7_memory_is_equal_at_the_pause(guests, inn):
+    vm = guests("random", working_set_bytes=8 << 20)
+    vm.resume()
+    assert runs_on(vm)
+    taken = {}
+
+    def before_run(there, name):
+        populated = vm.memory.populated()
+        taken["equal"] = all(
+            bytes(a) == bytes(b)
+            for a, b in zip(vm.memory.views(*populated), there.memory.views(*populated), strict=True)
+        )
+        taken["name"] = name
+
+    attempt(vm, inn.open(before_run=before_run), name="rnd").run()
+    assert inn.outcome() is not None
+    assert taken == {"equal": True, "name": "rnd"}
+
+
+def test_a_paused_guest_stays_paused(guests, inn):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    vm.pause()
+    before = work(vm)
+    report = attempt(vm, inn.open(), DowntimePolicy()).run()
+    there = inn.outcome()
+    assert report.status == "completed"
+    assert there.status is VmStatus.PAUSED
+    assert work(there) == before
+    there.resume()
+    assert runs_on(there)
+
+
+def test_there_and_back_again(guests, make_vm, accel):
+    vm = guests("kv")
+    vm.resume()
+    for _ in range(3):
+        inn = Inn(make_vm, accel)
+        attempt(vm, inn.open()).run()
+        vm, old = inn.outcome(), vm
+        old.close()
+        assert runs_on(vm)
+        inn.listener.close()
+    vm.close()
+
+
+def corrupting(inn, change):
+    """The destination's machines change their memory by ``change(memory)`` after everything was received."""
+    plain = inn.make_vm
+
+    def make(config):
+        vm = plain(config)
+        load = vm.load_state
+
+        def load_state(state):
+            load(state)
+            change(vm.memory)
+
+        vm.load_state = load_state
+        return vm
+
+    inn.make_vm = make
+    return plain
+
+
+def test_a_mismatch_names_the_first_gfn_and_fails_closed(guests, inn):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+
+    def flip(memory):
+        for gfn in (0x10, 0x101, 0x102):
+            memory.write(gfn * 4096 + 77, bytes([memory.read(gfn * 4096 + 77, 1)[0] ^ 1]))
+
+    plain = corrupting(inn, flip)
+    source = attempt(vm, inn.open())
+    with pytest.raises(PeerError, match="first difference at gfn 0x10 "):
+        source.run()
+    assert isinstance(inn.outcome(), PeerError)
+    assert not source.report.verified
+    inn.make_vm = plain
+    expect_as_before(vm, inn, source)
+
+
+def test_a_page_that_only_the_destination_has_fails_closed(guests, inn):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    last_gfn = vm.memory.gfn_limit - 1
+    assert last_gfn not in expand_runs(*vm.memory.populated()).tolist()
+    plain = corrupting(inn, lambda memory: memory.write(last_gfn * 4096 + 4095, b"\1"))
+    source = attempt(vm, inn.open())
+    with pytest.raises(PeerError, match=f"not zero here that is zero at the source: gfn {last_gfn:#x}"):
+        source.run()
+    inn.outcome()
+    inn.make_vm = plain
+    expect_as_before(vm, inn, source)
+
+
+@pytest.mark.parametrize("cut_after_bytes", [0, 10, 16, 100, 300, 500, 5_000, 150_000])
+def test_a_cut_leaves_the_guest_here(guests, inn, wires, cut_after_bytes):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    wire = wires(inn.open(), cut_after_bytes=cut_after_bytes or 1)
+    source = attempt(vm, wire.uri)
+    with pytest.raises(MigrationError) as caught:
+        source.run()
+    assert caught.value.guest_at is GuestAt.SOURCE
+    assert isinstance(inn.outcome(), MigrationError)
+    expect_as_before(vm, inn, source)
+
+
+@pytest.mark.parametrize(
+    "frame", [FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=lambda f: f.name
+)
+def test_a_cut_before_the_commit_leaves_the_guest_here(guests, inn, wires, frame):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    wire = wires(inn.open(), hold_at=marker(frame))
+    source = attempt(vm, wire.uri)
+    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
+    cutter.start()
+    with pytest.raises(TransportError, match="cut"):
+        source.run()
+    cutter.join()
+    wire.release()
+    assert isinstance(inn.outcome(), MigrationError)
+    expect_as_before(vm, inn, source)
+
+
+def test_a_stall_is_noticed(guests, inn, wires):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    wire = wires(inn.open(), hold_at=marker(FrameType.READY))
+    source = attempt(vm, wire.uri, timeout_s=0.5)
+    with pytest.raises(TransportError, match=r"stood still for 0\.5 s"):
+        source.run()
+    wire.cut()
+    wire.release()
+    inn.outcome()
+    expect_as_before(vm, inn, source)
+
+
+def test_law_6_an_unanswered_commit_ends_unknown_and_paused(guests, inn, wires):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    wire = wires(inn.open(), hold_at=marker(FrameType.RUNNING))
+    source = attempt(vm, wire.uri)
+    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
+    cutter.start()
+    with pytest.raises(TransportError) as caught:
+        source.run()
+    cutter.join()
+    assert caught.value.guest_at is source.report.guest_at is GuestAt.UNKNOWN
+    there = inn.outcome()
+    assert runs_on(there)  # it did arrive; only the answer was lost
+    before = work(vm)
+    vm.resume()
+    assert work(vm) == before
+    assert not source.cancel()
+    there.close()
+    source.take_back()
+    assert runs_on(vm)
+    with pytest.raises(VmError, match="no guest to take back"):
+        source.take_back()
+
+
+def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(guests, inn, wires):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    wire = wires(inn.open(), hold_at=marker(FrameType.COMMIT))
+    source = attempt(vm, wire.uri)
+    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
+    cutter.start()
+    with pytest.raises(TransportError) as caught:
+        source.run()
+    cutter.join()
+    assert caught.value.guest_at is GuestAt.UNKNOWN
+    assert isinstance(inn.outcome(), MigrationError)
+    source.take_back()
+    assert not vm.log_dirty.enabled
+    assert runs_on(vm)
+    expect_as_before_next = attempt(vm, inn.open())
+    assert expect_as_before_next.run().status == "completed"
+    assert runs_on(inn.outcome())
+
+
+def test_a_destination_that_fails_after_the_commit_gives_the_guest_back(guests, inn):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+
+    def refuse(there, name):
+        raise VmError("no room at the inn after all")
+
+    source = attempt(vm, inn.open(before_run=refuse))
+    with pytest.raises(PeerError, match="no room at the inn after all"):
+        source.run()
+    inn.outcome()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_refusal_carries_its_reason_and_hint(guests, inn):
+    vm = guests()
+    vm.resume()
+    plain = inn.make_vm
+
+    def refuse(config):
+        raise UsageError("guests have one vCPU here", hint="ask elsewhere")
+
+    inn.make_vm = refuse
+    source = attempt(vm, inn.open())
+    with pytest.raises(PeerError, match="guests have one vCPU here") as caught:
+        source.run()
+    assert caught.value.hint == "ask elsewhere"
+    inn.outcome()
+    inn.make_vm = plain
+    expect_as_before(vm, inn, source)
+
+
+class Never:
+    """A policy that never stops: somebody else must."""
+
+    name = "never"
+
+    def __init__(self, after_round=lambda index: None):
+        self._after_round = after_round
+
+    def decide(self, progress):
+        self._after_round(progress.last.index)
+        return Decision(action=Action.NEXT_ROUND, reason="on and on")
+
+
+def test_a_cancel_leaves_the_guest_here(guests, inn):
+    vm = guests("hotset")
+    vm.resume()
+    assert runs_on(vm)
+    source = attempt(vm, inn.open(), Never(lambda index: source.cancel() if index == 2 else None))
+    with pytest.raises(PolicyAbort, match="cancelled"):
+        source.run()
+    inn.outcome()
+    assert source.report.status == "cancelled"
+    expect_as_before(vm, inn, source)
+
+
+def test_a_policy_that_gives_up_leaves_the_guest_here(guests, inn):
+    vm = guests("hotset")
+    vm.resume()
+    assert runs_on(vm)
+    source = attempt(vm, inn.open(), DowntimePolicy(limit_s=1e-9))
+    with pytest.raises(PolicyAbort, match="verification alone"):
+        source.run()
+    inn.outcome()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_guest_that_ends_during_the_migration_stays_ended(guests, inn):
+    vm = guests("stamp")
+    vm.resume()
+    assert runs_on(vm)
+
+    def crash(index):
+        vm.freeze()
+        state = vm.save_state()
+        vm.thaw()
+        vm.pause()
+        vm.load_state(replace(state, vcpus=(replace(state.vcpus[0], rip=0x7FFF_0000_0000),)))
+        vm.resume()
+        assert vm.wait(10) is VmStatus.CRASHED
+
+    with pytest.raises(PolicyAbort, match="the guest ended meanwhile"):
+        attempt(vm, inn.open(), Never(crash)).run()
+    inn.outcome()
+    assert vm.status is VmStatus.CRASHED
+
+
+@pytest.mark.parametrize(
+    ("says", "match"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not pageferry.*HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "not pageferry.*SSH"),
+        (b"", "cut|closed"),
+        (b"\x89PGFERRY" + struct.pack("<II", 99, 0), "version 99"),
+        (b"\x89PGFERRY" + struct.pack("<IIII", 1, 0, FrameType.READY, 0), "may not"),
+        (b"\x89PGFERRY" + struct.pack("<IIII", 1, 0, FrameType.DESTINATION_HELLO, 0xFFFF_FFFF), "longer than"),
+    ],
+    ids=["http", "ssh", "silent", "future", "order", "length"],
+)
+def test_a_listener_that_is_not_pageferry(guests, inn, says, match):
+    vm = guests()
+    vm.resume()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(ConnectionResetError):
+                sock.sendall(says)
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(65536):
+                    pass
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        source = attempt(vm, f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(MigrationError, match=match):
+            source.run()
+        thread.join()
+    expect_as_before(vm, inn, source)
+
+
+def test_nobody_listens(guests, inn):
+    vm = guests()
+    vm.resume()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    source = attempt(vm, f"tcp://127.0.0.1:{port}")
+    with pytest.raises(TransportError, match="cannot connect"):
+        source.run()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_source_that_lies_about_pages_is_refused(inn, make_vm):
+    """A record that names a gfn outside the guest, sent by a peer that is otherwise correct."""
+    channel = inn.open().connect(10)
+    peer = Peer(channel, Side.SOURCE)
+    peer.greet()
+    peer.send(SourceHello(version=__version__, memory_bytes=32 << 20, cpus=1, accel="soft", migration_id="x", name="x"))
+    peer.receive()
+    encoder = Encoder()
+    channel.send([encoder.header(), encoder.record(StaticDataEnd()), encoder.page_data(np.array([(32 << 20) >> 12]))])
+    with pytest.raises(PeerFailedError, match="gfn 0x2000"):
+        peer.receive()
+    channel.close()
+    error = inn.outcome()
+    assert isinstance(error, PeerError)
+    assert error.guest_at is GuestAt.SOURCE

@@ -1,0 +1,336 @@
+"""Two real processes, driven by the command line and the control socket; kills of either side in each phase."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from qemu.qmp import ExecuteError, QMPClient
+
+from pageferry.engine.transport import Endpoint
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.vmm.qmp import QmpClient, QmpError
+
+PAGEFERRY = [sys.executable, "-m", "pageferry"]
+GUEST = ("kv", "--memory", "32M", "--working-set", "4M")
+
+
+def wait_for(condition, what, patience_s=30):
+    """Wait for another process to make something true."""
+    pause = threading.Event()
+    deadline_s = time.monotonic() + patience_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline_s, f"no {what}"
+        pause.wait(0.01)
+    return result
+
+
+class Process:
+    """A pageferry process with a control socket."""
+
+    def __init__(self, folder, name, *arguments):
+        self.control = folder / f"{name}.sock"
+        self.log = folder / f"{name}.log"
+        with self.log.open("wb") as log:
+            command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
+            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        wait_for(lambda: self.control.is_socket() or self.popen.poll() is not None, "control socket")
+        assert self.popen.poll() is None, self.log.read_text()
+
+    def ask(self, command, **arguments):
+        with QmpClient(self.control) as client:
+            return client.execute(command, **arguments)
+
+    def status(self):
+        return self.ask("query-status")["status"]
+
+    def work(self):
+        return sum(self.ask("x-query-guest")["work"])
+
+    def runs_on(self):
+        before = self.work()
+        wait_for(lambda: self.work() > before, f"work in {self.log.read_text()}")
+        return self.status() == "running"
+
+    def endpoint(self):
+        return Endpoint.parse(self.ask("x-query-guest")["listening"])
+
+    def kill(self):
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+    def end(self):
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+@pytest.fixture
+def processes(tmp_path, accel):
+    made = []
+
+    def make(kind):
+        name = f"{kind}{len(made)}"
+        arguments = ("run", *GUEST) if kind == "source" else ("receive", "tcp://127.0.0.1:0")
+        made.append(Process(tmp_path, name, *arguments, "--accel", accel))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.end()
+
+
+def cli(*arguments, **options):
+    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options)
+
+
+def migrate(source, uri, *arguments):
+    return cli("migrate", "--control", source.control, uri, *arguments)
+
+
+def one_line(result):
+    """A failure says one line (and perhaps a hint), no traceback, nothing on stdout."""
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("hint:", "machine:", "round", "stop"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("pageferry: ")
+    return lines[0]
+
+
+def test_a_guest_moves_by_the_command_line(processes, accel):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    assert destination.status() == "inmigrate"
+    result = migrate(source, str(destination.endpoint()), "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["status"] == "completed"
+    assert report["guest_at"] == "destination"
+    assert report["source_accel"] == report["destination_accel"] == accel
+    assert report["memory_bytes"] == 32 << 20
+    assert report["verified"] is True
+    assert report["verified_pages"] > 0
+    assert {"tracker", "total_s", "downtime_s", "downtime_parts_s", "fault_count"} <= set(report)
+    for each in report["rounds"]:
+        assert {"index", "dirty_pages", "sent_pages", "sent_bytes", "duration_s"} <= set(each)
+    assert "round 0" in result.stderr
+    assert source.status() == "postmigrate"
+    assert destination.runs_on()
+    assert "postmigrate" in cli("status", "--control", source.control).stdout
+    assert json.loads(cli("status", "--control", destination.control, "--json").stdout)["status"] == "running"
+    again = migrate(source, "tcp://127.0.0.1:1")
+    assert again.returncode == 6
+    assert "has moved" in one_line(again)
+    assert cli("resume", "--control", source.control).returncode == 6
+    assert cli("quit", "--control", source.control).returncode == 0
+    assert source.popen.wait(20) == 0
+    assert not source.control.exists()
+
+
+def test_a_person_sees_rounds_and_a_summary(processes):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    result = migrate(source, str(destination.endpoint()), "--policy", "xen", "--max-rounds", "2")
+    assert result.returncode == 0, result.stderr
+    for word in ("migration completed", "verified", "downtime", "stop-and-copy", "handoff", "rounds over time"):
+        assert word in result.stdout
+    assert result.stderr.count("pages") >= 2
+
+
+def test_pause_and_resume(processes):
+    source = processes("source")
+    assert source.runs_on()
+    assert cli("pause", "--control", source.control).returncode == 0
+    assert source.status() == "paused"
+    before = source.work()
+    assert source.work() == before
+    assert cli("resume", "--control", source.control).returncode == 0
+    assert source.runs_on()
+    source.popen.terminate()
+    assert source.popen.wait(20) == 0
+
+
+def kill_during(frame, victim, source, destination, wires):
+    """Migrate, hold the wire at ``frame``, kill the victim there; return the outcome of the command line."""
+    wire = wires(destination.endpoint(), hold_at=int(frame).to_bytes(4, "little"))
+    results = []
+    thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri)))
+    thread.start()
+    assert wire.held.wait(30)
+    (source if victim == "source" else destination).kill()
+    wire.release()
+    wire.cut()
+    thread.join(60)
+    assert results, "the command line hangs"
+    return results[0]
+
+
+@pytest.mark.parametrize(
+    "frame", [FrameType.SOURCE_HELLO, FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=str
+)
+def test_a_killed_destination_leaves_the_guest_running(processes, wires, frame):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    result = kill_during(frame, "destination", source, destination, wires)
+    assert result.returncode == 3, result.stderr
+    assert "guest at source" in one_line(result)
+    assert source.runs_on()
+    second = migrate(source, str(processes("destination").endpoint()))
+    assert second.returncode == 0, second.stderr
+
+
+def test_a_destination_killed_with_the_commit_under_way_is_unknown(processes, wires):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    result = kill_during(FrameType.COMMIT, "destination", source, destination, wires)
+    assert result.returncode == 4, result.stderr
+    assert "guest at unknown" in one_line(result)
+    assert source.status() == "postmigrate"
+    refused = cli("resume", "--control", source.control)
+    assert refused.returncode == 6
+    assert "not known" in one_line(refused)
+    assert cli("resume", "--force", "--control", source.control).returncode == 0
+    assert source.runs_on()
+    second = migrate(source, str(processes("destination").endpoint()))
+    assert second.returncode == 0, second.stderr
+
+
+@pytest.mark.parametrize(
+    "frame", [FrameType.SOURCE_HELLO, FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=str
+)
+def test_a_killed_source_leaves_the_destination_waiting(processes, wires, frame):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    result = kill_during(frame, "source", source, destination, wires)
+    assert result.returncode == 6, result.stderr
+    wait_for(lambda: "no guest received" in destination.log.read_text(), "message")
+    assert destination.status() == "inmigrate"
+    other = processes("source")
+    assert other.runs_on()
+    assert migrate(other, str(destination.endpoint())).returncode == 0
+    assert destination.runs_on()
+
+
+def test_a_source_killed_after_the_commit_leaves_one_guest_at_the_destination(processes, wires):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    kill_during(FrameType.RUNNING, "source", source, destination, wires)
+    wait_for(lambda: destination.status() == "running", "guest at the destination")
+    assert destination.runs_on()
+
+
+def test_a_kill_in_mid_stream(processes, wires):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    wire = wires(destination.endpoint(), cut_after_bytes=100_000)
+    result = migrate(source, wire.uri)
+    assert result.returncode == 3, result.stderr
+    assert source.runs_on()
+    destination.kill()
+    assert migrate(source, str(processes("destination").endpoint())).returncode == 0
+
+
+def test_ctrl_c_cancels_and_the_guest_runs_on(processes, wires):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    wire = wires(destination.endpoint(), hold_at=int(FrameType.READY).to_bytes(4, "little"))
+    client = subprocess.Popen(
+        [*PAGEFERRY, "migrate", "--control", str(source.control), wire.uri],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert wire.held.wait(30)
+    assert source.status() == "finish-migrate"
+    client.send_signal(signal.SIGINT)
+    out, err = client.communicate(timeout=30)
+    assert client.returncode == 130, err
+    assert "the guest runs on at the source" in err
+    assert source.runs_on()
+    assert source.ask("query-migrate")["status"] == "cancelled"
+
+
+def test_an_existing_qmp_client_works(processes):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    uri = str(destination.endpoint())
+
+    async def talk():
+        client = QMPClient("tester")
+        await client.connect(str(source.control))
+        seen = []
+        with client.listener() as events:
+            assert (await client.execute("query-status"))["status"] == "running"
+            await client.execute("stop")
+            assert (await client.execute("query-status"))["running"] is False
+            await client.execute("cont")
+            with pytest.raises(ExecuteError, match="has not been found"):
+                await client.execute("eject")
+            with pytest.raises(ExecuteError, match="unexpected"):
+                await client.execute("stop", {"hard": True})
+            with pytest.raises(ExecuteError, match="missing"):
+                await client.execute("migrate")
+            assert await client.execute("query-migrate") == {}
+            await client.execute("migrate_cancel")
+            await client.execute("migrate", {"uri": uri.replace("tcp://", "tcp:")})
+            async for event in events:
+                seen.append(event["event"])
+                if event["event"] == "MIGRATION" and event["data"]["status"] in ("completed", "failed"):
+                    break
+        state = await client.execute("query-migrate")
+        await client.execute("quit")
+        await client.disconnect()
+        return seen, state
+
+    seen, state = asyncio.run(talk())
+    assert state["status"] == "completed"
+    assert state["ram"]["total"] == 32 << 20
+    assert state["ram"]["transferred"] > 0
+    assert state["downtime"] >= 0
+    assert state["x-pageferry-report"]["guest_at"] == "destination"
+    assert [name for name in seen if name in ("STOP", "RESUME", "MIGRATION")][:3] == ["STOP", "RESUME", "MIGRATION"]
+    assert "MIGRATION_PASS" in seen
+    assert source.popen.wait(20) == 0
+    assert destination.runs_on()
+
+
+def test_the_control_socket_survives_garbage(processes):
+    source = processes("source")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(source.control))
+        lines = sock.makefile("rwb")
+        assert "QMP" in json.loads(lines.readline())
+
+        def say(data):
+            lines.write(data + b"\n")
+            lines.flush()
+            return json.loads(lines.readline())
+
+        assert say(b'{"execute":"query-status"}')["error"]["class"] == "CommandNotFound"
+        assert say(b'{"execute":"qmp_capabilities","id":7}') == {"return": {}, "id": 7}
+        for garbage in (b"nonsense", b"[]", b'{"execute":5}', b'{"execute":"stop","arguments":[]}', b"\xff\xfe"):
+            assert "error" in say(garbage)
+        assert say(b'{"execute":"migrate","arguments":{"uri":"tcp:1.2.3.4:5","x-timeout-s":true}}')["error"]
+        assert say(b'{"execute":"query-status"}')["return"]["status"] == "running"
+    with pytest.raises(QmpError, match="not an address"):
+        source.ask("migrate", uri="file:/etc/passwd")
+    assert source.runs_on()
+
+
+def test_a_control_socket_left_behind_is_taken_over_and_a_living_one_is_not(tmp_path, processes):
+    source = processes("source")
+    taken = cli("run", *GUEST, "--control", source.control, "--accel", "soft")
+    assert taken.returncode == 2
+    assert "cannot listen on the control socket" in one_line(taken)
+    source.kill()
+    assert source.control.is_socket()
+    heir = Process(tmp_path, source.control.stem, "run", *GUEST)
+    assert heir.runs_on()
+    heir.end()
+    assert os.path.exists(heir.control)

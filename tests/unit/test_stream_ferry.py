@@ -1,0 +1,515 @@
+"""The conversation around the libxc stream: whole, out of order, malformed, and with the wrong peer."""
+
+import dataclasses
+import json
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from pageferry.core.errors import (
+    LocalStreamError,
+    OrderError,
+    RecordError,
+    RemoteStreamError,
+    TruncatedError,
+    VersionError,
+)
+from pageferry.stream.ferry import (
+    MAGIC,
+    NEED_DATA,
+    Commit,
+    Conversation,
+    DestinationHello,
+    Digests,
+    Failed,
+    FerryDecoder,
+    FerryEncoder,
+    Mismatch,
+    Phase,
+    Ready,
+    Refuse,
+    Running,
+    Side,
+    SourceHello,
+    what_it_looks_like,
+)
+from pageferry.stream.ferry_bodies import body_of, parse_body
+from pageferry.stream.ferry_frames import DIGEST_ENTRY, MAX_BODY_BYTES, MAX_DIGESTS, TYPE_OF, FrameType
+from pageferry.stream.format import RecordType
+from pageferry.stream.records import BodyError
+
+HELLO = SourceHello(
+    version="0.1.0",
+    memory_bytes=256 << 20,
+    cpus=2,
+    accel="kvm",
+    migration_id="6f1c",
+    features=("a", "b"),
+    machine="pageferry-1",
+    name="sweep",
+    populated=((0, 256), (1024, 1)),
+)
+ANSWER = DestinationHello(version="0.1.0", accel="soft", features=("a",))
+PREAMBLE = MAGIC + struct.pack("<II", 1, 0)
+
+
+def digests(*first_gfns, pages=16, last=False):
+    count = len(first_gfns)
+    return Digests(
+        first_gfns=np.array(first_gfns, np.uint64),
+        pages=np.full(count, pages, np.uint32),
+        digests=np.arange(16 * count, dtype=np.uint8).reshape(count, 16),
+        last=last,
+    )
+
+
+MISMATCH = Mismatch(first_gfn=16, page_digests=np.array([1, 1 << 63], np.uint64))
+
+
+class End:
+    """One end: its conversation, encoder and decoder."""
+
+    def __init__(self, side):
+        self.conversation = Conversation(side)
+        self.encoder = FerryEncoder(self.conversation)
+        self.decoder = FerryDecoder(self.conversation)
+
+    @property
+    def phase(self):
+        return self.conversation.phase
+
+    def tell(self, other, frame):
+        other.decoder.feed(self.encoder.frame(frame))
+        return other.decoder.next_event()
+
+
+@pytest.fixture
+def ends():
+    source, destination = End(Side.SOURCE), End(Side.DESTINATION)
+    source.decoder.feed(destination.encoder.preamble())
+    destination.decoder.feed(source.encoder.preamble())
+    return source, destination
+
+
+def advance(ends, phase):
+    """Bring both ends to ``phase`` by legal frames."""
+    source, destination = ends
+    steps = [
+        (Phase.ANSWERING, lambda: source.tell(destination, HELLO)),
+        (Phase.STREAMING, lambda: destination.tell(source, ANSWER)),
+        (Phase.DIGESTING, lambda: [end.conversation.stream_passed(1000) for end in ends]),
+        (Phase.COMPARING, lambda: source.tell(destination, digests(0, 16, last=True))),
+        (Phase.READY, lambda: destination.tell(source, Ready(verified_pages=32))),
+        (Phase.COMMITTED, lambda: source.tell(destination, Commit())),
+        (Phase.RUNNING, lambda: destination.tell(source, Running())),
+    ]
+    if phase is Phase.MISMATCHED:
+        advance(ends, Phase.COMPARING)
+        destination.tell(source, MISMATCH)
+    elif phase is Phase.CLOSED:
+        advance(ends, Phase.COMPARING)
+        destination.tell(source, Failed(reason="x"))
+    elif phase is not Phase.GREETING:
+        for reached, step in steps:
+            step()
+            if reached is phase:
+                break
+    assert [end.phase for end in ends] == [phase, phase]
+
+
+# -- the conversation --------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_conversation(ends):
+    source, destination = ends
+    assert source.tell(destination, HELLO) == HELLO
+    assert destination.tell(source, ANSWER) == ANSWER
+    for end in ends:
+        end.conversation.stream_passed(1000)
+    heard = source.tell(destination, digests(0, 16))
+    assert heard.first_gfns.tolist() == [0, 16]
+    assert heard.pages.tolist() == [16, 16]
+    assert heard.digests.tobytes() == bytes(range(32))
+    assert not heard.last
+    assert source.tell(destination, digests(32, last=True)).last
+    assert destination.tell(source, Ready(verified_pages=48)) == Ready(verified_pages=48)
+    assert source.tell(destination, Commit(paused=True)) == Commit(paused=True)
+    assert destination.tell(source, Running()) == Running()
+    for end in ends:
+        assert end.phase is Phase.RUNNING
+        assert end.decoder.next_event() is NEED_DATA
+        end.decoder.eof()
+
+
+def test_a_mismatch_ends_with_failed(ends):
+    source, destination = ends
+    advance(ends, Phase.DIGESTING)
+    source.tell(destination, digests(0, 16))
+    heard = destination.tell(source, MISMATCH)
+    assert heard.first_gfn == 16
+    assert heard.page_digests.tolist() == [1, 1 << 63]
+    source.tell(destination, digests(32, last=True))  # these were under way
+    failed = Failed(reason="memory differs", hint="report it", gfn=17)
+    assert source.tell(destination, failed) == failed
+    assert [end.phase for end in ends] == [Phase.CLOSED] * 2
+
+
+def test_a_refusal_may_come_before_the_hello_is_read(ends):
+    source, destination = ends
+    source.encoder.frame(HELLO)
+    refuse = Refuse(reason="busy", hint="try later")
+    assert destination.tell(source, refuse) == refuse
+    source.decoder.eof()
+
+
+EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
+EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f")]
+SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
+ALLOWED = {
+    (Phase.GREETING, SOURCE): {SourceHello},
+    (Phase.GREETING, DESTINATION): {Refuse, Failed},
+    (Phase.ANSWERING, SOURCE): set(),
+    (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
+    (Phase.STREAMING, SOURCE): set(),
+    (Phase.STREAMING, DESTINATION): {Failed},
+    (Phase.DIGESTING, SOURCE): {Digests, Failed},
+    (Phase.DIGESTING, DESTINATION): {Mismatch, Failed},
+    (Phase.COMPARING, SOURCE): {Failed},
+    (Phase.COMPARING, DESTINATION): {Mismatch, Ready, Failed},
+    (Phase.MISMATCHED, SOURCE): {Digests, Failed},
+    (Phase.MISMATCHED, DESTINATION): {Failed},
+    (Phase.READY, SOURCE): {Commit, Failed},
+    (Phase.READY, DESTINATION): {Failed},
+    (Phase.COMMITTED, SOURCE): set(),
+    (Phase.COMMITTED, DESTINATION): {Running, Failed},
+    (Phase.RUNNING, SOURCE): set(),
+    (Phase.RUNNING, DESTINATION): set(),
+    (Phase.CLOSED, SOURCE): set(),
+    (Phase.CLOSED, DESTINATION): set(),
+}
+
+
+@pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: type(frame).__name__)
+@pytest.mark.parametrize("side", Side)
+@pytest.mark.parametrize("phase", Phase)
+def test_each_side_sends_and_hears_exactly_what_its_turn_allows(ends, phase, side, frame):
+    advance(ends, phase)
+    sender, listener = ends if side is Side.SOURCE else reversed(ends)
+    body = body_of(frame)
+    whole = struct.pack("<II", TYPE_OF[type(frame)], len(body)) + body
+    if type(frame) in ALLOWED[phase, side]:
+        assert sender.encoder.frame(frame) == whole
+        listener.decoder.feed(whole)
+        assert type(listener.decoder.next_event()) is type(frame)
+        assert sender.phase == listener.phase
+        return
+    with pytest.raises(LocalStreamError, match=f"the {side} may not send it while {phase} in "):
+        sender.encoder.frame(frame)
+    listener.decoder.feed(whole[:8])  # refused by its header alone
+    with pytest.raises(OrderError, match=f"the {side} may not send it while {phase} in "):
+        listener.decoder.next_event()
+    assert [end.phase for end in ends] == [phase, phase]
+
+
+def test_ready_before_the_last_digests_were_sent_is_refused(ends):
+    source, _ = ends
+    advance(ends, Phase.DIGESTING)
+    source.encoder.frame(digests(0))
+    source.decoder.feed(struct.pack("<II", FrameType.READY, 20) + b'{"verified_pages":1}')
+    with pytest.raises(OrderError, match="may not send it while digesting in READY"):
+        source.decoder.next_event()
+
+
+def test_digests_ascend_from_frame_to_frame(ends):
+    source, destination = ends
+    advance(ends, Phase.DIGESTING)
+    source.tell(destination, digests(0, 16))
+    with pytest.raises(LocalStreamError, match="do not ascend from frame to frame in DIGESTS"):
+        source.encoder.frame(digests(31))
+    body = body_of(digests(31))
+    destination.decoder.feed(struct.pack("<II", FrameType.DIGESTS, len(body)) + body)
+    with pytest.raises(RecordError, match="do not ascend from frame to frame in DIGESTS"):
+        destination.decoder.next_event()
+
+
+def test_the_stream_has_its_turn():
+    with pytest.raises(LocalStreamError, match="cannot end while greeting"):
+        Conversation(Side.SOURCE).stream_passed(1)
+
+
+def test_offsets_count_the_stream_where_it_came_in(ends):
+    source, destination = ends
+    advance(ends, Phase.DIGESTING)
+    before = 16 + 8 + len(body_of(HELLO)) + 1000
+    assert destination.decoder.offset == before
+    assert source.decoder.offset == 16 + 8 + len(body_of(ANSWER))
+    destination.decoder.feed(struct.pack("<II", FrameType.COMMIT, 8))
+    with pytest.raises(OrderError, match=f"in COMMIT at byte {before}$"):
+        destination.decoder.next_event()
+
+
+def test_wanted_bytes_never_reaches_into_the_stream(ends):
+    _, destination = ends
+    hello = ends[0].encoder.frame(HELLO)
+    at = 0
+    while (event := destination.decoder.next_event()) is NEED_DATA:
+        wanted = destination.decoder.wanted_bytes
+        assert 0 < wanted <= len(hello) - at
+        destination.decoder.feed(hello[at : at + wanted])
+        at += wanted
+    assert event == HELLO
+    assert at == len(hello)
+    assert destination.decoder.trailing_data == b""
+    destination.decoder.feed(b"libxc")
+    assert destination.decoder.trailing_data == b"libxc"
+
+
+def test_the_preamble_comes_first_and_once():
+    encoder = FerryEncoder(Conversation(Side.SOURCE))
+    with pytest.raises(LocalStreamError, match="preamble comes first"):
+        encoder.frame(HELLO)
+    assert encoder.preamble() == b"\x89PGFERRY\1\0\0\0\0\0\0\0"
+    with pytest.raises(LocalStreamError, match="preamble comes once"):
+        encoder.preamble()
+
+
+# -- the wrong peer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "name"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "an HTTP server"),
+        (b"GET / HTTP/1.1\r\n", "an HTTP client"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "an SSH peer"),
+        (b'{"QMP": {"version": {}}}', "a QMP control socket"),
+        (b"QEVM\0\0\0\3", "a QEMU migration stream"),
+        (b"\xff" * 8 + b"XENF", "a bare libxc stream"),
+        (b"RFB 003.008\n", "a VNC server"),
+        (b"220 mail.example.org ESMTP\r\n", "an SMTP or FTP server"),
+        (b"\x15\x03\x01\x00\x02\x02\x46\x00", "a TLS peer"),
+        (b"\0\1\2\3\4\5\6\7", r"something that begins with b'\x00\x01\x02\x03\x04\x05\x06\x07'"),
+        (b"SSH", "an SSH peer"),
+    ],
+)
+def test_a_peer_that_is_not_pageferry_is_named(first, name):
+    assert what_it_looks_like(first) == name
+    decoder = FerryDecoder(Conversation(Side.SOURCE))
+    decoder.feed(first)
+
+    def hear():
+        assert decoder.next_event() is NEED_DATA
+        decoder.eof()
+
+    with pytest.raises(RemoteStreamError) as caught:
+        hear()
+    assert str(caught.value) == f"the peer is not pageferry; it looks like {name}"
+    assert type(caught.value) is RemoteStreamError
+    assert caught.value.hint
+
+
+def test_a_future_version_is_told_with_a_hint():
+    decoder = FerryDecoder(Conversation(Side.DESTINATION))
+    decoder.feed(MAGIC + struct.pack("<II", 2, 0))
+    with pytest.raises(VersionError, match="version 2 of the protocol and we speak 1 in preamble at byte 0") as caught:
+        decoder.next_event()
+    assert "same release" in caught.value.hint
+
+
+def test_the_rest_of_the_preamble_is_zero():
+    decoder = FerryDecoder(Conversation(Side.DESTINATION))
+    decoder.feed(MAGIC + struct.pack("<II", 1, 1))
+    with pytest.raises(RecordError, match="reserved"):
+        decoder.next_event()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 15, 16, 20, 24, 30])
+def test_a_peer_that_goes_away_is_truncated(cut):
+    body = body_of(HELLO)
+    data = PREAMBLE + struct.pack("<II", FrameType.SOURCE_HELLO, len(body)) + body
+    decoder = FerryDecoder(Conversation(Side.DESTINATION))
+    decoder.feed(data[:cut])
+    assert decoder.next_event() is NEED_DATA
+    with pytest.raises(TruncatedError, match="the peer closed the connection"):
+        decoder.eof()
+
+
+@pytest.mark.parametrize("phase", [p for p in Phase if p not in (Phase.RUNNING, Phase.CLOSED)])
+def test_a_peer_that_goes_away_between_frames_is_truncated(ends, phase):
+    advance(ends, phase)
+    for end in ends:
+        assert end.decoder.next_event() is NEED_DATA
+        with pytest.raises(TruncatedError, match=f"closed the connection while {phase}$"):
+            end.decoder.eof()
+
+
+# -- malformed frames --------------------------------------------------------------------------------------------------
+
+
+def test_no_frame_type_is_a_record_type():
+    assert not {int(each) for each in FrameType} & {int(each) for each in RecordType}
+    assert set(TYPE_OF.values()) == set(FrameType) == set(MAX_BODY_BYTES)
+    decoder = FerryDecoder(Conversation(Side.DESTINATION))
+    decoder.feed(PREAMBLE + struct.pack("<II", RecordType.END, 0))
+    with pytest.raises(RecordError, match="frame type 0x0 is not known in frame header at byte 16"):
+        decoder.next_event()
+
+
+@pytest.mark.parametrize("frame_type", FrameType)
+@pytest.mark.parametrize("excess", [1, None])
+def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
+    phases = {
+        FrameType.SOURCE_HELLO: Phase.GREETING,
+        FrameType.DESTINATION_HELLO: Phase.ANSWERING,
+        FrameType.REFUSE: Phase.ANSWERING,
+        FrameType.DIGESTS: Phase.DIGESTING,
+        FrameType.COMMIT: Phase.READY,
+        FrameType.RUNNING: Phase.COMMITTED,
+    }
+    advance(ends, phases.get(frame_type, Phase.COMPARING))
+    listener = ends[1 if frame_type in (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT) else 0]
+    length = 0xFFFF_FFFF if excess is None else MAX_BODY_BYTES[frame_type] + excess
+    tracemalloc.start()
+    listener.decoder.feed(struct.pack("<II", frame_type, length))
+    with pytest.raises(RecordError, match=f"body of {length} bytes is longer than .* in {frame_type.name} at byte"):
+        listener.decoder.next_event()
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert listener.decoder.wanted_bytes == 0
+
+
+def hello_with(**changes):
+    fields = json.loads(body_of(HELLO))
+    fields.update(changes)
+    return json.dumps({key: value for key, value in fields.items() if value is not ...}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (b"", "no JSON text"),
+        (b"\xff", "no JSON text"),
+        (b"[" * 60000, "no JSON"),
+        (b"1" * 60000, "no JSON text"),
+        (b"[]", "no JSON object"),
+        (b"{}", "memory_bytes is missing"),
+        (hello_with(version=...), "version is missing"),
+        (hello_with(version=1), "version is no printable text"),
+        (hello_with(version="x" * 65), "version is no printable text of at most 64"),
+        (hello_with(accel="a\nb"), "accel is no printable text"),
+        (hello_with(migration_id="\ud800"), "migration_id is no printable text"),
+        (hello_with(memory_bytes=0), "memory_bytes is no integer from 4096"),
+        (hello_with(memory_bytes=4097), "memory_bytes is no multiple of 4096"),
+        (hello_with(memory_bytes=1 << 60), "memory_bytes is no integer"),
+        (hello_with(memory_bytes=4096.0), "memory_bytes is no integer"),
+        (hello_with(memory_bytes="4096"), "memory_bytes is no integer"),
+        (hello_with(cpus=True), "cpus is no integer from 1 to 1024"),
+        (hello_with(cpus=0), "cpus is no integer"),
+        (hello_with(cpus=1025), "cpus is no integer"),
+        (hello_with(features="a"), "features is no list"),
+        (hello_with(features=["a"] * 65), "features is no list of at most 64"),
+        (hello_with(features=[1]), "features is no printable text"),
+        (hello_with(machine=None), "machine is no printable text"),
+        (hello_with(name=5), "name is no text"),
+        (hello_with(populated={}), "populated is no list"),
+        (hello_with(populated=[[0, 1]] * 1025), "populated is no list of at most 1024 runs"),
+        (hello_with(populated=[0]), r"no \[first gfn, pages\]"),
+        (hello_with(populated=[[0]]), r"no \[first gfn, pages\]"),
+        (hello_with(populated=[[0, True]]), r"no \[first gfn, pages\]"),
+        (hello_with(populated=[[0, 0]]), "empty"),
+        (hello_with(populated=[[-1, 1]]), "does not ascend"),
+        (hello_with(populated=[[0, 2], [1, 1]]), "does not ascend"),
+        (hello_with(populated=[[0, 1 << 52]]), "too long"),
+    ],
+)
+def test_a_malformed_hello_is_refused(body, match):
+    with pytest.raises(BodyError, match=match):
+        parse_body(FrameType.SOURCE_HELLO, body)
+    decoder = FerryDecoder(Conversation(Side.DESTINATION))
+    decoder.feed(PREAMBLE + struct.pack("<II", FrameType.SOURCE_HELLO, len(body)) + body)
+    with pytest.raises(RecordError, match=match + ".*in SOURCE_HELLO at byte 16"):
+        decoder.next_event()
+
+
+def test_keys_that_nobody_knows_are_ignored():
+    assert parse_body(FrameType.SOURCE_HELLO, hello_with(colour="blue")) == HELLO
+
+
+def digest_body(rows, *, count=None, flags=0, extra=b""):
+    entries = np.array([(first, pages, reserved, b"\0" * 16) for first, pages, reserved in rows], "<u8,<u4,<u4,V16")
+    return struct.pack("<II", len(rows) if count is None else count, flags) + entries.tobytes() + extra
+
+
+@pytest.mark.parametrize(
+    ("frame_type", "body", "match"),
+    [
+        (FrameType.DIGESTS, b"1234567", "too short"),
+        (FrameType.DIGESTS, digest_body([]), "flags 0x0 with 0 digests"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 0)], flags=2), "flags 0x2"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 0)], count=2), "does not hold 2 digests"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 0)], count=0xFFFF_FFFF), "does not hold 4294967295 digests"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 0)], extra=b"x"), "does not hold 1 digests"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 1)]), "reserved"),
+        (FrameType.DIGESTS, digest_body([(0, 0, 0)]), "not 1 to 65536 pages"),
+        (FrameType.DIGESTS, digest_body([(0, 65537, 0)]), "not 1 to 65536 pages"),
+        (FrameType.DIGESTS, digest_body([(1 << 52, 1, 0)]), "past the largest gfn"),
+        (FrameType.DIGESTS, digest_body([((1 << 64) - 1, 1, 0)]), "past the largest gfn"),
+        (FrameType.DIGESTS, digest_body([(0, 2, 0), (1, 1, 0)]), "do not ascend"),
+        (FrameType.MISMATCH, b"1234567", "too short"),
+        (FrameType.MISMATCH, struct.pack("<QII", 0, 0, 0), "does not hold 0 page digests"),
+        (FrameType.MISMATCH, struct.pack("<QIIQ", 0, 2, 0, 0), "does not hold 2 page digests"),
+        (FrameType.MISMATCH, struct.pack("<QIIQ", 0, 1, 1, 0), "reserved"),
+        (FrameType.MISMATCH, struct.pack("<QIIQ", 1 << 52, 1, 0, 0), "past the largest gfn"),
+        (FrameType.READY, b'{"verified_pages":-1}', "verified_pages is no integer"),
+        (FrameType.READY, b"{}", "verified_pages is missing"),
+        (FrameType.COMMIT, b"", "body of 0 bytes, not 8"),
+        (FrameType.COMMIT, struct.pack("<II", 2, 0), "flags 0x2"),
+        (FrameType.COMMIT, struct.pack("<II", 1, 1), "reserved 0x1"),
+        (FrameType.REFUSE, b'{"hint":"x"}', "reason is missing"),
+        (FrameType.FAILED, b'{"reason":null}', "reason is no text"),
+        (FrameType.FAILED, b'{"reason":"x","gfn":-1}', "gfn is no integer"),
+        (FrameType.FAILED, b'{"reason":"x","gfn":true}', "gfn is no integer"),
+        (FrameType.FAILED, b'{"reason":"x","hint":1}', "hint is no text"),
+    ],
+)
+def test_malformed_frames_are_refused(frame_type, body, match):
+    with pytest.raises(BodyError, match=match):
+        parse_body(frame_type, body)
+
+
+def test_layouts_have_the_sizes_of_the_specification():
+    assert DIGEST_ENTRY.itemsize == 32
+    assert [DIGEST_ENTRY.fields[name][1] for name in DIGEST_ENTRY.names] == [0, 8, 12, 16]
+    assert body_of(digests(7, last=True)) == struct.pack("<IIQII", 1, 1, 7, 16, 0) + bytes(range(16))
+    assert body_of(MISMATCH) == struct.pack("<QIIQQ", 16, 2, 0, 1, 1 << 63)
+    assert body_of(Commit(paused=True)) == struct.pack("<II", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("phase", "frame", "match"),
+    [
+        (Phase.GREETING, dataclasses.replace(HELLO, cpus=0), "cpus is no"),
+        (Phase.DIGESTING, digests(*range(0, 16 * (MAX_DIGESTS + 1), 16)), "is longer than"),
+        (Phase.DIGESTING, digests(), "flags 0x0 with 0 digests"),
+        (Phase.DIGESTING, digests(-1 & (1 << 64) - 1), "past the largest gfn"),
+        (Phase.DIGESTING, Failed(reason="x", gfn=1 << 60), "gfn is no integer"),
+        (
+            Phase.GREETING,
+            SourceHello(**{**{f: getattr(HELLO, f) for f in HELLO.__slots__}, "version": b"x"}),
+            "written",
+        ),
+    ],
+)
+def test_what_the_peer_would_refuse_is_not_sent(ends, phase, frame, match):
+    advance(ends, phase)
+    with pytest.raises(LocalStreamError, match=match):
+        ends[0].encoder.frame(frame)
+    assert ends[0].phase is phase
+
+
+def test_text_from_the_peer_is_safe_to_print():
+    frame = parse_body(FrameType.FAILED, json.dumps({"reason": "a\x1b[2Jb\nc\ud800" + "x" * 5000}).encode())
+    assert frame.reason == "a [2Jb c " + "x" * 1015
+    assert len(frame.reason) == 1024
