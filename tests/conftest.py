@@ -6,7 +6,8 @@ import socket
 import threading
 
 import pytest
-Domain=None
+
+Domain = None
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig

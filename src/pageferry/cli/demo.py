@@ -59,7 +59,9 @@ def _work(client: QmpClient, where: str, console: Console, duration_s: float) ->
         time.sleep(_POLL_S)
     last = _work_done(client)
     console.print(
-        f"the guest works {where}: {last:,} operations done, {(last - first) / elapsed_s:,.0f} a second", markup=False
+        f"the guest works {where}: {last:,} operations done, {(last - first) / elapsed_s:,.0f} a second",
+        markup=False,
+        soft_wrap=True,
     )
     return last
 

@@ -56,7 +56,7 @@ class ProgressView:
             if self._task is not None:
                 self._bar.remove_task(self._task)
                 self._task = None
-            self._console.print(round_line(event["stats"], event["decision"]), highlight=False)
+            self._console.print(round_line(event["stats"], event["decision"]), highlight=False, soft_wrap=True)
 
 
 def round_line(stats: Json, decision: Json | None) -> str:

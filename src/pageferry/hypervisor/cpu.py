@@ -5,7 +5,8 @@ calls :meth:`SoftVcpu._tlb_fill`: the two-dimensional walk of nested paging, gva
 gfn -> mfn through the P2M, with a nested page fault where the P2M denies. The answer stays in Unicorn's TLB until the
 vCPU flushes it, which it does on its own thread before it enters the guest again (law 2).
 
-Law 1 at this level: a page is filled writable only if its P2M type is ``ram_rw`` *now* and the guest's dirty bit is set.
+Law 1 at this level: a page is filled writable only if its P2M type is ``ram_rw`` *now* (and the guest's own dirty bit
+is set).
 
 A vCPU always stops at an exact instruction boundary: Unicorn stops between translated blocks when it is kicked, and at
 the very instruction for an intercept (:mod:`.intercept`). The guest runs in ring 3 (the guest ABI), has no handlers,
@@ -140,6 +141,8 @@ class SoftVcpu:
         engine.hook(const.UC_HOOK_INTR, api.INTERRUPT(self._on_exception))
         engine.hook(const.UC_HOOK_INSN, api.PORT_IN(self._on_in), 1, 0, x86.UC_X86_INS_IN)
         engine.hook(const.UC_HOOK_INSN, api.PORT_OUT(self._on_out), 1, 0, x86.UC_X86_INS_OUT)
+        for instruction in (x86.UC_X86_INS_SYSCALL, x86.UC_X86_INS_SYSENTER):
+            engine.hook(const.UC_HOOK_INSN, api.SYSTEM_CALL(self._on_system_call), 1, 0, instruction)
         self._code_hook = api.CODE(self._on_code)
         self._mmio.attach(engine)
         load_registers(engine, state)
@@ -315,6 +318,9 @@ class SoftVcpu:
 
     def _on_exception(self, _engine: int, vector: int, _data: int) -> None:
         self._on_failure(GuestCrash(_EXCEPTIONS.get(vector, f"exception {vector}")))
+
+    def _on_system_call(self, _engine: int, _data: int) -> None:
+        self._on_failure(GuestCrash("system call without a kernel"))  # Unicorn would go on as after a NOP
 
     def _raise_failure(self, code: int) -> None:
         error, self._failure = self._failure, None

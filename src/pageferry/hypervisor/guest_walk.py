@@ -21,30 +21,30 @@ _ACCESSED, _DIRTY, _PSE, _NX = 1 << 5, 1 << 6, 1 << 7, 1 << 63
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 
 #: Error code bits of #PF.
-PF_PRESENT, PF_WRITE, PF_USER, PF_RESERVED, PF_FETCH = 1, 2, 4, 8, 16
+PF_PRESENT, PF_WRITE, PF_USER, PF_FETCH = 1, 2, 4, 16
 
 _CANONICAL_LOW = 1 << 47
 _CANONICAL_HIGH = (1 << 64) - (1 << 47)
 
 
-class GuestPageFault(Exception):  # noqa: N818  (a #PF is an event of the guest, not our error)
+class GuestPageFault(Exception):
     """The guest's tables refuse an access: #PF, or #GP for a non-canonical address.
 
-    ``error_code`` is that of #PF, None for #GP.
+    ``gva`` is the first of the page (Unicorn tells no more); ``error_code`` is that of #PF, None for #GP.
     """
 
-    def __init__(self, gva: int, error_code: int | None) -> None:
+    def __init__(self, gva: int, access: str, error_code: int | None) -> None:
         super().__init__()
         self.gva = gva
+        self.access = access
         self.error_code = error_code
 
     def describe(self) -> str:
         """Return one line for the crash message."""
         if self.error_code is None:
-            return f"general protection fault (non-canonical address near {self.gva:#x})"
-        access = "fetch" if self.error_code & PF_FETCH else "write" if self.error_code & PF_WRITE else "read"
+            return f"general protection fault ({self.access}, non-canonical address near {self.gva:#x})"
         why = "not allowed" if self.error_code & PF_PRESENT else "not present"
-        return f"page fault ({access}, {why}, error code {self.error_code:#x}) cr2={self.gva:#x}"
+        return f"page fault ({self.access}, {why}, error code {self.error_code:#x}) cr2={self.gva:#x}"
 
 
 class GuestWalker:
@@ -86,7 +86,7 @@ class GuestWalker:
             at += gva >> PAGE_SHIFT & 511
         entry = self._words[at]
         if not entry & _PRESENT:
-            raise GuestPageFault(gva, self._error(write, fetch, present=False))
+            raise self._fault(gva, write, fetch, present=False)
         if base < 0:
             writable, user, nx = writable and bool(entry & _WRITE), user and bool(entry & _USER), nx or entry >= _NX
             gfn = (entry & _ADDRESS) >> PAGE_SHIFT
@@ -96,7 +96,7 @@ class GuestWalker:
             nx = False
         may_write = writable or not (self.user or self.write_protect)
         if (self.user and not user) or (write and not may_write) or (fetch and nx):
-            raise GuestPageFault(gva, self._error(write, fetch, present=True))
+            raise self._fault(gva, write, fetch, present=True)
         wanted = _ACCESSED | _DIRTY if write else _ACCESSED
         if entry & wanted != wanted:
             self._set(at, entry, wanted)
@@ -105,14 +105,14 @@ class GuestWalker:
 
     def _walk(self, gva: int, write: bool, fetch: bool) -> tuple[int, int, bool, bool, bool]:
         if _CANONICAL_LOW <= gva < _CANONICAL_HIGH:
-            raise GuestPageFault(gva, None)
+            raise GuestPageFault(gva, _access_name(write, fetch), None)
         table_gfn = (self.cr3 & _ADDRESS) >> PAGE_SHIFT
         writable, user, nx = True, True, False
         for shift in (39, 30, 21):
             at = (self._nested_write(table_gfn) << 9) + (gva >> shift & 511)
             entry = self._words[at]
             if not entry & _PRESENT:
-                raise GuestPageFault(gva, self._error(write, fetch, present=False))
+                raise self._fault(gva, write, fetch, present=False)
             writable, user, nx = writable and bool(entry & _WRITE), user and bool(entry & _USER), nx or entry >= _NX
             gfn = (entry & _ADDRESS) >> PAGE_SHIFT
             if entry & _PSE and shift != 39:
@@ -131,10 +131,13 @@ class GuestWalker:
         # One byte: the rest of the entry is the guest's, who may be changing it on another vCPU.
         self._bytes[at << 3] = (entry | bits) & 0xFF
 
-    def _error(self, write: bool, fetch: bool, *, present: bool) -> int:
-        return (
-            (PF_PRESENT if present else 0)
-            | (PF_WRITE if write else 0)
-            | (PF_USER if self.user else 0)
-            | (PF_FETCH if fetch and self.no_execute else 0)
-        )
+    def _fault(self, gva: int, write: bool, fetch: bool, *, present: bool) -> GuestPageFault:
+        error_code = PF_PRESENT if present else 0
+        error_code |= PF_WRITE if write else 0
+        error_code |= PF_USER if self.user else 0
+        error_code |= PF_FETCH if fetch and self.no_execute else 0
+        return GuestPageFault(gva, _access_name(write, fetch), error_code)
+
+
+def _access_name(write: bool, fetch: bool) -> str:
+    return "fetch" if fetch else "write" if write else "read"

@@ -231,7 +231,7 @@ class Paging:
             )
         return bitmap
 
-    def _new_cycle(self) -> array[int]:
+    def _new_cycle(self) -> "array[int]":
         """Start with an empty bitmap and journal; return the journal of the cycle that ends."""
         journal, self._journal = self._journal, array("Q")
         self._bitmap = _zeroed_bitmap(self._memory.gfn_limit)

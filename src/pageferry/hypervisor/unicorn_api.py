@@ -15,11 +15,14 @@ from unicorn.unicorn_py3.unicorn import uclib
 
 from pageferry.core.errors import VmError
 
+_binding: Any = unicorn  # the package's annotations are incomplete
+
 TLB_FILL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 )
 CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 INTERRUPT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+SYSTEM_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 PORT_IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 PORT_OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
 MMIO_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_void_p)
@@ -44,7 +47,7 @@ class Engine:
     """
 
     def __init__(self, hva: int, size_bytes: int) -> None:
-        self._uc = unicorn.Uc(const.UC_ARCH_X86, const.UC_MODE_64)
+        self._uc = _binding.Uc(const.UC_ARCH_X86, const.UC_MODE_64)
         self.handle = self._uc._uch
         # SAFETY: the emulator borrows the machine's host mapping; the vCPU holds it and outlives this object.
         self._uc.mem_map_ptr(0, size_bytes, const.UC_PROT_ALL, hva)
@@ -67,7 +70,7 @@ class Engine:
             *more,
         )
         if code:
-            raise VmError(f"the CPU emulator refused a callback: {unicorn.UcError(code)}")
+            raise VmError(f"the CPU emulator refused a callback: {_binding.UcError(code)}")
 
     def mmio_map(self, maddr: int, size_bytes: int, read: Any, write: Any) -> None:  # noqa: ANN401
         """Let accesses to a range of machine addresses call back, with the offset into it."""
@@ -82,7 +85,7 @@ class Engine:
             None,
         )
         if code:
-            raise VmError(f"the CPU emulator refused a device window: {unicorn.UcError(code)}")
+            raise VmError(f"the CPU emulator refused a device window: {_binding.UcError(code)}")
 
     def map_private(self, maddr: int, data: bytes) -> None:
         """Put a page of the emulator's own at a machine address."""
@@ -119,5 +122,5 @@ class Engine:
         self._uc.reg_write(register, value)
 
 
-__all__ = ["CODE", "INTERRUPT", "MMIO_READ", "MMIO_WRITE", "PORT_IN", "PORT_OUT", "TLB_FILL"]
+__all__ = ["CODE", "INTERRUPT", "MMIO_READ", "MMIO_WRITE", "PORT_IN", "PORT_OUT", "SYSTEM_CALL", "TLB_FILL"]
 __all__ += ["ACCESS_FETCH", "ACCESS_WRITE", "EXECUTE", "READ", "WRITE", "Engine", "TlbEntry", "const", "x86"]

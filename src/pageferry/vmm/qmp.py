@@ -1,7 +1,7 @@
 """The wire form of QMP, QEMU's machine protocol: JSON values, a greeting, commands with ids, events.
 
 A server per control socket and a small client. Any QMP client can talk to the server; the client talks to any QMP
-server. One line of JSON per message, at most 1 MiB.
+server. A message is at most 1 MiB long.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from typing import Any
 
 from pageferry import __version__
 from pageferry.core.errors import PageferryError, UsageError, VmError
+from pageferry.vmm.json_framer import JsonFramer
 
 _log = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 1 << 20
@@ -83,12 +84,12 @@ class _Client(threading.Thread):
         self._writer.start()
         self.post({"QMP": _greeting()})
         try:
-            with self._sock.makefile("rb") as lines:
-                while line := lines.readline(_MAX_LINE_BYTES):
-                    if line.strip():
-                        self._answer(line)
-        except OSError:
-            pass  # the client went away: nothing of ours depends on it
+            framer = JsonFramer()
+            while data := self._sock.recv(1 << 16):
+                for request in framer.feed(data):
+                    self._answer(request)
+        except (OSError, ValueError) as error:
+            _log.debug("a control client was dropped: %s", error)  # nothing of ours depends on it
         finally:
             self._server.forget(self)
             with contextlib.suppress(queue.Full):
@@ -96,11 +97,11 @@ class _Client(threading.Thread):
             self._writer.join(1)
             self._sock.close()
 
-    def _answer(self, line: bytes) -> None:
+    def _answer(self, text: bytes) -> None:
         reply: dict[str, Any]
         request: Any = None
         try:
-            request = json.loads(line)
+            request = json.loads(text)
             if not isinstance(request, dict) or not isinstance(request.get("execute"), str):
                 raise QmpError("a command is an object with a string 'execute'")
             arguments = request.get("arguments", {})
