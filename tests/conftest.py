@@ -7,12 +7,11 @@ import threading
 
 import pytest
 
-Domain = None
-
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm, probe
 
 MiB = 1 << 20

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from pageferry.core.errors import GuestCrash, VmError
+from pageferry.core.run import SyncPoint
 from pageferry.core.vm import GuestEnd, VmStatus
 from pageferry.kvm.kick import kick_signal
 
@@ -123,30 +124,49 @@ def test_string_instructions_move_every_element(kvm):
     assert vm.end == GuestEnd(exit_code=20)
 
 
+class Store:
+    """Device memory at the addresses of the program ``mmio``; its first write has an effect if one is given."""
+
+    name = "store"
+    ports = range(0)
+    mmio = range(0xFD00_0000, 0xFD00_2000)
+
+    def __init__(self, effect=None):
+        self.data = bytearray(0x2000)
+        self.effect = effect
+
+    def read(self, offset, size):
+        assert size in (1, 2, 4, 8)
+        return int.from_bytes(self.data[offset : offset + size], "little")
+
+    def write(self, offset, size, value):
+        assert size in (1, 2, 4, 8)
+        self.data[offset : offset + size] = value.to_bytes(size, "little")
+        effect, self.effect = self.effect, None
+        return effect
+
+    def save(self):
+        return b""
+
+    def load(self, data):
+        pass
+
+
 def test_mmio_of_every_size_and_over_a_page_end(kvm):
-    class Store:
-        name = "store"
-        ports = range(0)
-        mmio = range(0xFD00_0000, 0xFD00_2000)
-
-        def __init__(self):
-            self.data = bytearray(0x2000)
-
-        def read(self, offset, size):
-            assert size in (1, 2, 4, 8)
-            return int.from_bytes(self.data[offset : offset + size], "little")
-
-        def write(self, offset, size, value):
-            assert size in (1, 2, 4, 8)
-            self.data[offset : offset + size] = value.to_bytes(size, "little")
-
-        def save(self):
-            return b""
-
-        def load(self, data):
-            pass
-
     vm = kvm.guest("mmio", devices=[Store()])
+    vm.resume()
+    vm.wait(20)
+    assert vm.end == GuestEnd(exit_code=0)
+
+
+def test_an_effect_waits_for_the_rest_of_its_instruction(kvm):
+    """A store over the end of a page arrives in two exits; the effect of the first must not leave the second undone."""
+    store = Store(SyncPoint(3))
+    vm = kvm.guest("mmio", devices=[store])
+    vm.resume()
+    assert vm.wait(20) is VmStatus.PAUSED
+    assert vm.sync_value() == 3
+    assert store.data[0xFFD:0x1005] == (0x1122334455667788).to_bytes(8, "little")
     vm.resume()
     vm.wait(20)
     assert vm.end == GuestEnd(exit_code=0)
@@ -154,8 +174,17 @@ def test_mmio_of_every_size_and_over_a_page_end(kvm):
 
 def test_a_waiting_guest_can_be_paused_and_waits_no_longer(kvm):
     vm = kvm.guest("wait")
+    write, asked = vm.platform.clock.write, threading.Event()
+
+    def write_and_tell(*arguments):
+        asked.set()
+        return write(*arguments)
+
+    vm.platform.clock.write = write_and_tell
     vm.resume()
+    asked.wait(20)
     vm.pause()
+    assert vm.save_state().vcpus[0].rip == kvm.PROGRAM_GPA + 7  # after the OUT
     vm.resume()  # woken early: it may go on
     vm.wait(60)
     assert vm.end == GuestEnd(exit_code=9)

@@ -103,12 +103,17 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path):
             load_elf(path)
 
 
-def test_a_file_larger_than_any_program_is_refused_without_parsing(tmp_path):
+def test_a_file_larger_than_any_program_is_refused(tmp_path):
     huge = tmp_path / "huge"
-    huge.touch()
-    os.truncate(huge, (1 << 30) + 1)
-    with pytest.raises(UsageError):
+    huge.write_bytes(elf())
+    os.truncate(huge, 1 << 30)
+    with pytest.raises(UsageError, match="is larger than 256 MiB"):
         load_elf(huge)
+
+
+def test_a_file_without_end_is_refused():
+    with pytest.raises(UsageError, match="is not an ELF file"):
+        load_elf("/dev/zero")
 
 
 def test_an_unknown_workload_lists_the_known():

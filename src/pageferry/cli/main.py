@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -39,11 +38,12 @@ from pageferry.vmm.qmp import QmpClient
 app = typer.Typer(
     name="pageferry",
     help="Move running virtual machines between processes and hosts, and prove that nothing was lost.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# Which click this is, typer's own or the package, depends on typer's version; BadParameter -> UsageError -> this.
+_BadOption: Any = typer.BadParameter.__mro__[2]
 _err = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
 
@@ -77,15 +77,10 @@ def run() -> None:
     """Run the command and end the process with its exit code; errors are one line and a hint, never a traceback."""
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            error.show()
-        else:
-            _complain(error.format_message(), "pageferry --help tells more")
+    except _BadOption as error:
+        _complain(error.format_message(), "pageferry --help tells more")
         code = 2
-    except (KeyboardInterrupt, click.exceptions.Abort, Interrupted) as error:
+    except (KeyboardInterrupt, typer.Abort, Interrupted) as error:
         _complain("cancelled; the guest runs on at the source" if isinstance(error, Interrupted) else "interrupted")
         code = 130
     except BrokenPipeError:
@@ -108,12 +103,16 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _main(
-    debug: Annotated[bool, typer.Option(help="Show tracebacks and the log.")] = False,
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if context.invoked_subcommand is None:
+        _err.print(context.get_help(), markup=False, soft_wrap=True)
+        raise typer.Exit(2)
 
 
 def _json(value: Any) -> None:  # noqa: ANN401  # any JSON value

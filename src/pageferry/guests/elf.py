@@ -20,8 +20,9 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.guests.abi import PROGRAM_BASE
 
 _HOW_TO_LINK = "link it with: gcc -ffreestanding -nostdlib -static -no-pie -Wl,-Ttext-segment=0x100000"
+_MAGIC = b"\x7fELF"
 _MAX_SEGMENTS = 64
-_MAX_FILE_BYTES = 1 << 30
+_MAX_FILE_BYTES = 256 << 20
 _HEADER_BYTES = 64
 _SEGMENT_HEADER_BYTES = 56
 _PF_WRITE = 2
@@ -67,10 +68,12 @@ def load_elf(path: str | PathLike[str]) -> Program:
     """
     try:
         with Path(path).open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
+            data = file.read(_HEADER_BYTES)
+            if data[:4] == _MAGIC:  # else it may be anything, of any size
+                data += file.read(_MAX_FILE_BYTES)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > _MAX_FILE_BYTES:
+    if len(data) >= _MAX_FILE_BYTES:
         raise UsageError(f"{path} is larger than {_MAX_FILE_BYTES >> 20} MiB and is no guest program")
     return parse_elf(data, name=str(path))
 
@@ -89,7 +92,7 @@ def parse_elf(data: bytes, *, name: str) -> Program:
     def refuse(why: str, hint: str = _HOW_TO_LINK) -> Never:
         raise UsageError(f"{name} {why}", hint=hint)
 
-    if data[:4] != b"\x7fELF":
+    if data[:4] != _MAGIC:
         refuse("is not an ELF file", "give the name of a built-in workload or a static x86-64 executable")
     if len(data) < _HEADER_BYTES:
         refuse("is truncated: it ends inside the ELF header", "copy the file again")

@@ -35,6 +35,7 @@ from pageferry.hypervisor.registers import (
     check_supported,
     enter_ring_3,
     load_registers,
+    reset_state,
     save_registers,
 )
 from pageferry.hypervisor.unicorn_api import const, x86
@@ -74,7 +75,7 @@ class SoftVcpu:
         self._walker = GuestWalker(machine.words, self._walker_access)
         self._mmio = MmioWindow(bus, self._on_effect, self._on_failure)
         self._engine: api.Engine | None = None
-        self._loaded: VcpuState | None = None
+        self._loaded = reset_state()
         self._rip = 0
         self._entering = False
         self._kicked = False
@@ -159,13 +160,9 @@ class SoftVcpu:
         self._engine = engine
 
     def save(self) -> VcpuState:
-        """Return the state.
-
-        Raises:
-            VmError: none was ever loaded.
-        """
-        if self._engine is None or self._loaded is None:
-            raise VmError("this vCPU has no state yet", hint="load a state first")
+        """Return the state; before any was loaded, that after reset."""
+        if self._engine is None:
+            return self._loaded
         return save_registers(self._engine, self._loaded, rip=self._rip, tsc=self._tsc())
 
     def request_tlb_flush(self) -> None:
@@ -282,7 +279,7 @@ class SoftVcpu:
             tsc = self._tsc()
             engine.set(x86.UC_X86_REG_RAX, tsc & 0xFFFF_FFFF)
             engine.set(x86.UC_X86_REG_RDX, tsc >> 32)
-            if instruction.aux and self._loaded is not None:
+            if instruction.aux:
                 engine.set(x86.UC_X86_REG_RCX, self._loaded.tsc_aux)
         self._rip += instruction.length
 

@@ -12,7 +12,7 @@ import dataclasses
 import struct
 
 from pageferry.core.errors import UnsupportedError, VmError
-from pageferry.core.state import VcpuState
+from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, Segment, VcpuState
 from pageferry.hypervisor.unicorn_api import Engine, x86
 
 _GENERAL = (
@@ -51,6 +51,32 @@ _FRAME, _CODE, _LANDING = 0xA00, 0xB00, 0xC00
 _IRETQ = b"\x48\xcf"
 _CODE_DESCRIPTOR = 0x00AF_FB00_0000_FFFF
 _DATA_DESCRIPTOR = 0x00CF_F300_0000_FFFF
+
+
+def reset_state() -> VcpuState:
+    """Return a vCPU after reset: what there is to save before anything was loaded. It cannot run here (real mode)."""
+    data = Segment(selector=0, base=0, limit=0xFFFF, attributes=0x93)
+    system = dataclasses.replace(data, attributes=0x82)
+    table = DescriptorTable(base=0, limit=0xFFFF)
+    return VcpuState(
+        rip=0xFFF0,
+        rflags=2,
+        cr0=0x6000_0010,
+        cr3=0,
+        cr4=0,
+        cs=Segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, attributes=0x9B),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=dataclasses.replace(system, attributes=0x8B),
+        ldtr=system,
+        gdtr=table,
+        idtr=table,
+        efer=0,
+        fpu_regs=INITIAL_FPU_REGS,
+    )
 
 
 def check_supported(state: VcpuState) -> None:

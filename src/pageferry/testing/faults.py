@@ -1,66 +1,21 @@
 """Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
 
-Each wraps a sound tracker of any machine. ``mutated(make_vm, Fault)`` gives the kit a machine with that fault.
+Each wraps a sound tracker of any machine. ``mutated(make_vm, fault)`` gives the kit a machine with that fault.
 """
 
 import threading
-from typing import Any, cast
 
 import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
-from pageferry.core.vm import LogDirty, LogDirtyStats, Vm, VmConfig
-from pageferry.testing.lab import MakeVm
+from pageferry.core.vm import LogDirtyStats, Vm
+from pageferry.testing.mutant import Faithful, mutated
+
+__all__ = ["FAULTS", "Faithful", "mutated"]
 
 _WINDOW_S = 0.002
-
-
-class Faithful:
-    """A tracker that passes everything on, as it should be: the base of the faults."""
-
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
-        self._sound: LogDirty = vm.log_dirty
-
-    @property
-    def tracker(self) -> str:
-        """The name of the tracker behind, and of the fault."""
-        return f"{self._sound.tracker}, {type(self).__name__}"
-
-    @property
-    def enabled(self) -> bool:
-        """As the tracker behind says."""
-        return self._sound.enabled
-
-    def enable(self) -> None:
-        """ENABLE."""
-        self._sound.enable()
-
-    def peek(self) -> DirtyBitmap:
-        """PEEK."""
-        return self._sound.peek()
-
-    def clean(self) -> DirtyBitmap:
-        """CLEAN."""
-        return self._sound.clean()
-
-    def off(self) -> None:
-        """OFF."""
-        self._sound.off()
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Mark frames."""
-        self._sound.mark(gfns)
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Give bits back."""
-        self._sound.give_back(bitmap)
-
-    def stats(self) -> LogDirtyStats:
-        """Return the counters."""
-        return self._sound.stats()
 
 
 class DropsABit(Faithful):
@@ -364,26 +319,3 @@ FAULTS: tuple[type[Faithful], ...] = (
     FaultsTwice,
     BreaksUnderTwoCallers,
 )
-
-
-class _MutantVm:
-    """A machine whose tracker is another; everything else is the machine's own."""
-
-    def __init__(self, vm: Vm, log_dirty: LogDirty) -> None:
-        self._vm = vm
-        self.log_dirty = log_dirty
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (stands for every attribute of a Vm)
-        return getattr(self._vm, name)
-
-
-def mutated(make_vm: MakeVm, fault: type[Faithful]) -> MakeVm:
-    """Return a maker of the same machines with one fault in their trackers."""
-
-    def make(config: VmConfig) -> Vm:
-        vm = make_vm(config)
-        log_dirty = fault(vm)
-        vm.memory.on_write(log_dirty.mark)
-        return cast(Vm, _MutantVm(vm, log_dirty))
-
-    return make

@@ -1,0 +1,140 @@
+"""Bad input and plain questions at the command line: one clear line, the right exit code, never a traceback."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+PAGEFERRY = [sys.executable, "-m", "pageferry"]
+
+
+def cli(*arguments, **options):
+    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+def complaint(result, code):
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("pageferry: ")]
+    assert len(said) == 1, result.stderr
+    assert len(result.stderr.splitlines()) <= 3
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("demo", "--workload", "nonesuch"), "unknown workload 'nonesuch'"),
+        (("run", "nonesuch"), "unknown workload"),
+        (("run", "idle", "--memory", "1M"), "guest memory of 1048576 bytes"),
+        (("run", "idle", "--memory", "999T"), "guest memory of"),
+        (("run", "idle", "--memory", "3000001"), "multiple of 4096"),
+        (("run", "idle", "--memory", "much"), "not a size: 'much'"),
+        (("run", "idle", "--memory", "-5M"), "not a size"),
+        (("run", "sweep", "--memory", "8M", "--working-set", "64M", "--accel", "soft"), "memory too small"),
+        (("run", "idle", "--rate", "-1"), "--rate"),
+        (("run", "idle", "--accel", "warp"), "warp"),
+        (("run", "/nonexistent/mine.elf", "--accel", "soft"), "/nonexistent/mine.elf"),
+        (("demo", "--policy", "hope"), "unknown policy 'hope'"),
+        (("demo", "--policy", "xen", "--downtime-limit", "5"), "no downtime limit"),
+        (("demo", "--downtime-limit", "0"), "positive limit"),
+        (("demo", "--downtime-limit", "nan"), "positive limit"),
+        (("receive", "http://somewhere", "--control", "/tmp/x"), "not an address"),
+        (("receive", "tcp://127.0.0.1:99999", "--control", "/tmp/x"), "not an address"),
+        (("migrate", "tcp://127.0.0.1", "--control", "/tmp/x"), "not an address"),
+        (("migrate", "tcp://127.0.0.1:1"), "control"),
+        (
+            ("run", "idle", "--accel", "soft", "--control", "/nonexistent/folder/x"),
+            "cannot listen on the control socket",
+        ),
+        (("frobnicate",), "frobnicate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_usage(arguments, says):
+    assert says in complaint(cli(*arguments), 2)
+
+
+def test_a_file_that_is_no_program(tmp_path):
+    file = tmp_path / "mine.elf"
+    file.write_bytes(b"\x7fELF but not really")
+    complaint(cli("run", file, "--accel", "soft"), 2)
+    file.write_bytes(b"#!/bin/sh\n")
+    complaint(cli("run", file, "--accel", "soft"), 2)
+    complaint(cli("run", tmp_path, "--accel", "soft"), 2)
+    class_32 = b"\x7fELF\x01\x01\x01".ljust(64, b"\0")
+    file.write_bytes(class_32)
+    complaint(cli("run", file, "--accel", "soft"), 2)
+
+
+def test_nobody_at_the_control_socket(tmp_path):
+    for command in ("status", "pause", "resume", "quit"):
+        assert "no guest process answers" in complaint(cli(command, "--control", tmp_path / "x"), 6)
+    assert "no guest process answers" in complaint(cli("migrate", "--control", tmp_path / "x", "tcp://127.0.0.1:1"), 6)
+
+
+def test_a_port_in_use(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        result = cli("receive", f"tcp://127.0.0.1:{port}", "--control", tmp_path / "x", "--accel", "soft")
+    assert "cannot listen at" in complaint(result, 2)
+
+
+def test_kvm_that_is_missing_is_said_with_a_hint(tmp_path):
+    """Without /dev/kvm in sight (a mount namespace of its own hides it)."""
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/kvm && exec "$@"', "sh"]
+    tried = subprocess.run([*hidden, "true"], capture_output=True, check=False)
+    if tried.returncode or not os.path.exists("/dev/kvm"):
+        pytest.skip(f"cannot hide /dev/kvm here: {tried.stderr.decode()}")
+    command = [*hidden, *PAGEFERRY, "run", "idle", "--accel", "kvm"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert "kvm" in complaint(result, 5).lower()
+    assert "hint: " in result.stderr
+
+
+def test_exit_codes_of_guests(tmp_path):
+    idle = subprocess.Popen(
+        [*PAGEFERRY, "run", "idle", "--memory", "16M", "--accel", "soft"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert b"idle" in idle.stdout.readline()
+    idle.send_signal(2)
+    assert idle.wait(30) == 0
+    idle.communicate()
+
+
+def test_help_and_version_tell():
+    result = cli("--help")
+    assert result.returncode == 0
+    for command in ("demo", "run", "receive", "migrate", "status", "pause", "resume", "quit", "doctor"):
+        assert command in result.stdout
+        assert cli(command, "--help").returncode == 0
+    assert cli("--version").stdout.startswith("pageferry ")
+    assert cli().returncode == 2
+
+
+def test_doctor_tells_what_works():
+    result = cli("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    findings = json.loads(result.stdout)
+    assert findings["accel-soft"]["works"] is True
+    assert "dirty pages" in findings["accel-soft"]["detail"]
+    for finding in findings.values():
+        assert finding["works"] or finding["advice"]
+    assert "accel-kvm" in cli("doctor").stdout
+
+
+def test_demo_prints_one_json_object(accel):
+    result = cli("demo", "--accel", accel, "--memory", "64M", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["status"] == "completed"
+    assert report["verified"] is True
+    assert report["source_accel"] == accel
+    assert "the guest works at the destination" in result.stderr
+    assert "round 0" in result.stderr
