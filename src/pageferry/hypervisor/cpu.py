@@ -9,7 +9,7 @@ Law 1 at this level: a page is filled writable only if its P2M type is ``ram_rw`
 is set).
 
 A vCPU always stops at an exact instruction boundary: Unicorn stops between translated blocks when it is kicked, and at
-the very instruction for an intercept (:mod:`.intercept`). The guest runs in ring 3 (the guest ABI), has no handlers,
+the very instruction for a trap (:mod:`.traps`). The guest runs in ring 3 (the guest ABI), has no handlers,
 and so any exception is its end: a GuestCrash, as the triple fault would be on hardware.
 """
 
@@ -22,7 +22,6 @@ from pageferry.core.state import VcpuState
 from pageferry.devices.bus import DeviceBus
 from pageferry.hypervisor import unicorn_api as api
 from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
-from pageferry.hypervisor.intercept import Intercept, Out, candidates, decode
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.mmio import MMIO_WINDOW, MmioWindow
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
@@ -38,22 +37,19 @@ from pageferry.hypervisor.registers import (
     reset_state,
     save_registers,
 )
+from pageferry.hypervisor.traps import (
+    VECTOR_DEBUG,
+    VECTOR_DOUBLE_FAULT,
+    VECTOR_GENERAL_PROTECTION,
+    decode_rdtsc,
+    exception_name,
+    is_trapped,
+)
 from pageferry.hypervisor.unicorn_api import const, x86
 
 _RAM_RW = P2MType.RAM_RW.value
 _READ_WRITE = api.READ | api.WRITE
-_MAX_IDLE_STARTS = 1000
-
-_EXCEPTIONS = {
-    0: "divide error",
-    1: "debug trap",
-    3: "breakpoint",
-    4: "overflow",
-    5: "bound range",
-    6: "invalid opcode",
-}
-_EXCEPTIONS |= {7: "no FPU", 8: "double fault", 11: "segment not present", 12: "stack fault"}
-_EXCEPTIONS |= {13: "general protection fault", 14: "page fault", 16: "x87 error", 17: "alignment", 19: "SIMD error"}
+_STALE_STARTS = 8
 
 
 class SoftVcpu:
@@ -82,37 +78,37 @@ class SoftVcpu:
         self._flush_wanted = False
         self._effect: Effect | None = None
         self._failure: BaseException | None = None
-        self._intercept: Intercept | None = None
+        self._vector: int | None = None
+        self._io_trapped = False
+        self._renewed = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
-        self._code_pages: dict[int, tuple[int, bytes]] = {}  # gva of a page -> its maddr, the bytes scanned
-        self._hooked: set[int] = set()
+        self._code_pages: dict[int, bytes] = {}  # maddr of a page the emulator may have translated -> what it held
         self._tsc_zero = 0
 
     # --- what RunControl calls ---
 
     def run(self) -> Effect | None:
         """Run the guest until kicked or a device has an effect; see the protocol."""
-        engine = self._engine
-        if engine is None:
+        if self._engine is None:
             raise VmError("this vCPU has no state yet", hint="load a state first")
         self._kicked = False
+        self._before_entry(self._engine)
         idle_starts = 0
-        self._before_entry(engine)
         while not self._kicked:
-            code = engine.start(self._rip)
+            engine = self._engine
+            error = engine.start(self._rip)
             self._rip = engine.get(x86.UC_X86_REG_RIP)
-            if code or self._failure is not None:
-                self._raise_failure(code)
-            if self._intercept is not None:
-                self._perform(engine, self._intercept)
-                self._intercept = None
-                idle_starts = 0
+            if self._failure is not None:
+                self._crash()
             if self._effect is not None:
                 effect, self._effect = self._effect, None
                 return effect
-            idle_starts += 1  # a stale kick ends a start early; a dead emulator would do so for ever
-            if idle_starts > _MAX_IDLE_STARTS:
-                raise VmError(f"the CPU emulator makes no progress at rip {self._rip:#x}")
+            if self._vector is not None or error:
+                self._exception(engine, error)
+            elif self._emulate_rdtsc(engine):
+                idle_starts = 0
+            else:
+                idle_starts = self._stopped_for_nothing(idle_starts + 1)
         return None
 
     def kick(self) -> None:
@@ -144,17 +140,16 @@ class SoftVcpu:
         engine.hook(const.UC_HOOK_INSN, api.PORT_OUT(self._on_out), 1, 0, x86.UC_X86_INS_OUT)
         for instruction in (x86.UC_X86_INS_SYSCALL, x86.UC_X86_INS_SYSENTER):
             engine.hook(const.UC_HOOK_INSN, api.SYSTEM_CALL(self._on_system_call), 1, 0, instruction)
-        self._code_hook = api.CODE(self._on_code)
         self._mmio.attach(engine)
         load_registers(engine, state)
         self._walker.cr3 = state.cr3
         self._walker.write_protect = bool(state.cr0 & CR0_WP)
         self._walker.no_execute = bool(state.efer & EFER_NXE)
         self._code_pages.clear()
-        self._hooked.clear()
         self._rip = state.rip
         self._tsc_zero = time.monotonic_ns() - state.tsc
-        self._effect = self._failure = self._intercept = None
+        self._effect = self._failure = self._vector = None
+        self._io_trapped = self._renewed = False
         self._loaded = state
         self._flush_wanted = True
         self._engine = engine
@@ -181,7 +176,7 @@ class SoftVcpu:
             engine.flush_tlb()
             self._walker.flush()
         view = self._machine.mapping.view
-        for maddr, code in self._code_pages.values():
+        for maddr, code in self._code_pages.items():
             if view[maddr : maddr + PAGE_SIZE] != code:  # written behind our back: DMA, a debugger
                 self._code_pages.clear()
                 engine.flush_code()
@@ -222,7 +217,8 @@ class SoftVcpu:
                 return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
             mfn, p2m_type = self._p2m.lookup(gfn)
         if fetch:
-            self._scan(gva, mfn << PAGE_SHIFT)
+            at = mfn << PAGE_SHIFT
+            self._code_pages[at] = bytes(self._machine.mapping.view[at : at + PAGE_SIZE])
         permissions = api.READ
         if writable and p2m_type == _RAM_RW:
             permissions |= api.WRITE
@@ -241,50 +237,70 @@ class SoftVcpu:
 
     # --- instructions that need the hypervisor ---
 
-    def _scan(self, gva: int, maddr: int) -> None:
-        page = bytes(self._machine.mapping.view[maddr : maddr + PAGE_SIZE])
-        known = self._code_pages.get(gva)
-        if known is not None and known[1] == page:
-            return
-        self._code_pages[gva] = maddr, page
-        engine = self._engine
-        assert engine is not None
-        for offset in candidates(page):
-            at = gva + offset
-            if at not in self._hooked:
-                self._hooked.add(at)
-                engine.hook(const.UC_HOOK_CODE, self._code_hook, at, at)
-
-    def _on_code(self, _engine: int, gva: int, size: int, _data: int) -> None:
-        try:
-            gfn, _, _ = self._walker.translate(gva, write=False, fetch=True)
-            at = (self._p2m.lookup(gfn)[0] << PAGE_SHIFT) + (gva & PAGE_SIZE - 1)
-            code = bytes(self._machine.mapping.view[at : at + min(4, PAGE_SIZE - (gva & PAGE_SIZE - 1))])
-            if len(code) < 3:
-                gfn, _, _ = self._walker.translate((gva | PAGE_SIZE - 1) + 1, write=False, fetch=True)
-                at = self._p2m.lookup(gfn)[0] << PAGE_SHIFT
-                code += bytes(self._machine.mapping.view[at : at + 2])
-            self._intercept = decode(code)
-            if self._intercept is not None:
-                self._stop()
-        except BaseException as error:
-            self._on_failure(error)
-
-    def _perform(self, engine: api.Engine, instruction: Intercept) -> None:
-        if isinstance(instruction, Out):
-            port = instruction.port if instruction.port is not None else engine.get(x86.UC_X86_REG_DX)
-            value = engine.get(x86.UC_X86_REG_RAX) & (1 << 8 * instruction.size) - 1
-            self._effect = self._bus.port_write(port, instruction.size, value)
-        else:
-            tsc = self._tsc()
-            engine.set(x86.UC_X86_REG_RAX, tsc & 0xFFFF_FFFF)
-            engine.set(x86.UC_X86_REG_RDX, tsc >> 32)
-            if instruction.aux:
-                engine.set(x86.UC_X86_REG_RCX, self._loaded.tsc_aux)
+    def _emulate_rdtsc(self, engine: api.Engine) -> bool:
+        """Perform the instruction at RIP if it is RDTSC or RDTSCP; tell whether it was."""
+        code = self._fetch(self._rip, 3)
+        instruction = decode_rdtsc(code)
+        if instruction is None:
+            return False
+        tsc = self._tsc()
+        engine.set(x86.UC_X86_REG_RAX, tsc & 0xFFFF_FFFF)
+        engine.set(x86.UC_X86_REG_RDX, tsc >> 32)
+        if instruction.aux:
+            engine.set(x86.UC_X86_REG_RCX, self._loaded.tsc_aux)
         self._rip += instruction.length
+        return True
+
+    def _fetch(self, gva: int, size: int) -> bytes:
+        """Return the bytes of code at ``gva``, fewer where it cannot be read."""
+        code = b""
+        while size:
+            piece = min(size, PAGE_SIZE - (gva & PAGE_SIZE - 1))
+            try:
+                gfn, _, _ = self._walker.translate(gva, write=False, fetch=True)
+            except (GuestPageFault, GuestCrash):
+                break
+            mfn, p2m_type = self._p2m.lookup(gfn)
+            if p2m_type not in READABLE:
+                break
+            at = (mfn << PAGE_SHIFT) + (gva & PAGE_SIZE - 1)
+            code += bytes(self._machine.mapping.view[at : at + piece])
+            gva, size = gva + piece, size - piece
+        return code
+
+    def _exception(self, engine: api.Engine, error: int) -> None:
+        """The emulator stopped for an exception: one of our traps, or the guest's end."""
+        vector, self._vector = self._vector, None
+        if vector == VECTOR_DEBUG and self._io_trapped:
+            self._io_trapped = False
+            return
+        if vector in (VECTOR_GENERAL_PROTECTION, VECTOR_DOUBLE_FAULT):
+            if self._emulate_rdtsc(engine):
+                return
+            if vector == VECTOR_DOUBLE_FAULT and not self._renewed:  # a fault after an RDTSC: which one?
+                self._renew()
+                return
+        what = f"invalid instruction (emulator error {error})" if vector is None else exception_name(vector)
+        raise GuestCrash(f"{what} at rip {self._rip:#x}")
+
+    def _stopped_for_nothing(self, times: int) -> int:
+        """The emulator stopped without a reason: a stale kick, or a fault that it did not report."""
+        if times == _STALE_STARTS:
+            self._renew()
+        elif times > 2 * _STALE_STARTS:
+            raise VmError(f"the CPU emulator makes no progress at rip {self._rip:#x}")
+        return times
+
+    def _renew(self) -> None:
+        """Replace the emulator by a fresh one in the same state, which reports exceptions by their names."""
+        self.load(self.save())
+        self._renewed = True
+        if self._engine is not None:
+            self._before_entry(self._engine)
 
     def _on_in(self, _engine: int, port: int, size: int, _data: int) -> int:
         try:
+            self._io_trapped = is_trapped(port, size)
             return self._bus.port_read(port, size)
         except BaseException as error:
             self._on_failure(error)
@@ -293,6 +309,7 @@ class SoftVcpu:
     def _on_out(self, _engine: int, port: int, size: int, value: int, _data: int) -> None:
         try:
             effect = self._bus.port_write(port, size, value & (1 << 8 * size) - 1)
+            self._io_trapped = is_trapped(port, size)
             if effect is not None:
                 self._on_effect(effect)
         except BaseException as error:
@@ -314,18 +331,19 @@ class SoftVcpu:
         self._stop()
 
     def _on_exception(self, _engine: int, vector: int, _data: int) -> None:
-        self._on_failure(GuestCrash(_EXCEPTIONS.get(vector, f"exception {vector}")))
+        self._vector = vector
+        self._stop()
 
     def _on_system_call(self, _engine: int, _data: int) -> None:
         self._on_failure(GuestCrash("system call without a kernel"))  # Unicorn would go on as after a NOP
 
-    def _raise_failure(self, code: int) -> None:
+    def _crash(self) -> None:
+        """Raise what a callback could not: the guest's end, with where it was, or our own failure."""
         error, self._failure = self._failure, None
         where = f" at rip {self._rip:#x}"
         if isinstance(error, GuestPageFault):
             raise GuestCrash(error.describe() + where) from None
         if isinstance(error, GuestCrash):
             raise GuestCrash(str(error) + where) from None
-        if error is not None:
-            raise error
-        raise GuestCrash(f"invalid instruction{where} (emulator error {code})")
+        assert error is not None
+        raise error

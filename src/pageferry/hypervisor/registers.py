@@ -13,6 +13,7 @@ import struct
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, Segment, VcpuState
+from pageferry.hypervisor.traps import CR4_TSD, arm_io_breakpoints
 from pageferry.hypervisor.unicorn_api import Engine, x86
 
 _GENERAL = (
@@ -39,7 +40,7 @@ CR0_WP = 1 << 16
 EFER_LMA = 1 << 10
 EFER_NXE = 1 << 11
 _CR0 = 0x8005_0033  # PE MP ET NE WP AM PG
-_CR4 = 0x620  # PAE OSFXSR OSXMMEXCPT
+_CR4 = 0x620 | CR4_TSD  # PAE OSFXSR OSXMMEXCPT
 _EFER_MSR = 0xC000_0080
 _EFER = 0x500  # LME LMA: protection is our walker's business, not the engine's
 
@@ -99,7 +100,7 @@ def check_supported(state: VcpuState) -> None:
 
 
 def enter_ring_3(engine: Engine, state: VcpuState) -> None:
-    """Bring a fresh engine to CPL 3, with the state's CS and SS selectors.
+    """Bring a fresh engine to CPL 3, with the state's CS and SS selectors and our traps armed.
 
     Precondition: the engine's TLB callback maps every gva to PRIVATE_MADDR; the caller flushes the TLB afterwards.
     """
@@ -108,16 +109,17 @@ def enter_ring_3(engine: Engine, state: VcpuState) -> None:
     struct.pack_into("<Q", page, state.ss.selector & ~7, _DATA_DESCRIPTOR)
     frame = _PRIVATE_GVA + _LANDING, state.cs.selector, 0x3202, _PRIVATE_GVA + 0x1000, state.ss.selector
     struct.pack_into("<5Q", page, _FRAME, *frame)
-    page[_CODE : _CODE + len(_IRETQ)] = _IRETQ
+    code = arm_io_breakpoints() + _IRETQ
+    page[_CODE : _CODE + len(code)] = code
     engine.map_private(PRIVATE_MADDR, bytes(page))
     engine.set(x86.UC_X86_REG_CR0, _CR0)
     engine.set(x86.UC_X86_REG_CR4, _CR4)
     engine.set(x86.UC_X86_REG_MSR, (_EFER_MSR, _EFER))
     engine.set(x86.UC_X86_REG_GDTR, (0, _PRIVATE_GVA, _GDT_BYTES - 1, 0))
     engine.set(x86.UC_X86_REG_RSP, _PRIVATE_GVA + _FRAME)
-    code = engine.start(_PRIVATE_GVA + _CODE, _PRIVATE_GVA + _LANDING)
-    if code or engine.get(x86.UC_X86_REG_RIP) != _PRIVATE_GVA + _LANDING:
-        raise VmError(f"the CPU emulator did not enter ring 3 (error {code})")
+    error = engine.start(_PRIVATE_GVA + _CODE, _PRIVATE_GVA + _LANDING)
+    if error or engine.get(x86.UC_X86_REG_RIP) != _PRIVATE_GVA + _LANDING:
+        raise VmError(f"the CPU emulator did not enter ring 3 (error {error})")
     engine.ignore_until()
 
 

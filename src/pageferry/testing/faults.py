@@ -16,6 +16,7 @@ from pageferry.testing.mutant import Faithful, mutated
 __all__ = ["FAULTS", "Faithful", "mutated"]
 
 _WINDOW_S = 0.002
+_A_HANDFUL = 16
 
 
 class DropsABit(Faithful):
@@ -44,6 +45,15 @@ class DropsTheLastWord(Faithful):
         if bitmap.nbits % 64:
             bitmap.words[-1] = 0
         return bitmap
+
+
+class SkipsSmallRounds(Faithful):
+    """A handful of dirty pages counts as none, and CLEAN forgets them."""
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN, when it is worth it."""
+        bitmap = self._sound.clean()
+        return bitmap if bitmap.count() >= _A_HANDFUL else DirtyBitmap(bitmap.nbits)
 
 
 class DoesNotProtectAgain(Faithful):
@@ -296,6 +306,7 @@ class BreaksUnderTwoCallers(Faithful):
 FAULTS: tuple[type[Faithful], ...] = (
     DropsABit,
     DropsTheLastWord,
+    SkipsSmallRounds,
     DoesNotProtectAgain,
     ClearsAfterTheCopy,
     ReportsLate,

@@ -83,7 +83,7 @@ def peek_grows(lab: Lab) -> None:
 
 def peeking_thread(lab: Lab) -> None:
     """PEEK and stats from another thread disturb nothing."""
-    with lab.guest("stamp") as guest:
+    with lab.guest("random", pages=400, rate=_SLOW) as guest:
         copy = _start_copy(guest)
 
         def look() -> None:
@@ -139,7 +139,7 @@ def two_cleaners(lab: Lab) -> None:
 
 def failed_rounds(lab: Lab) -> None:
     """Rounds that take the bits and give them back, while the guest writes on, lose nothing."""
-    with lab.guest("random", pages=200) as guest:
+    with lab.guest("random", pages=400, rate=_SLOW) as guest:
         copy = _start_copy(guest)
         for number in range(_ROUNDS):
             reported = guest.log_dirty.clean()
