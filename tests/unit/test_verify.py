@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import xxhash
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import VmError
+from pageferry.core.memory import GuestMemory
+from pageferry.engine import verify
+
+MiB, GiB = 1 << 20, 1 << 30
+
+
+def u64(*values):
+    return np.array(values, np.uint64)
+
+
+@pytest.fixture
+def memory():
+    memory = GuestMemory.linear(16 * MiB)
+    memory.write(0x5000, b"five")
+    memory.write(5 * MiB, bytes(range(256)) * 4096 * 4)
+    return memory
+
+
+def test_what_is_digested_is_what_has_storage_in_runs_of_at_most_2_mib(memory):
+    starts, lengths = verify.populated_runs(memory)
+    assert expand_runs(starts, lengths).tolist() == [5, *range(5 * 256, 9 * 256)]
+    assert max(lengths.tolist()) <= 512
+
+
+def test_digests_are_xxh3_128_of_each_run(memory):
+    digests = verify.digest_runs(memory, u64(5, 1280), u64(1, 3))
+    assert bytes(digests[0]) == xxhash.xxh3_128_digest(b"five".ljust(4096, b"\0"))
+    assert bytes(digests[1]) == xxhash.xxh3_128_digest(bytes(range(256)) * 48)
+    assert verify.digest_runs(memory, u64(), u64()).shape == (0, 16)
+
+
+def test_the_first_difference_is_found(memory):
+    starts, lengths = verify.populated_runs(memory)
+    digests = verify.digest_runs(memory, starts, lengths)
+    assert verify.first_difference(digests, digests.copy()) is None
+    memory.write(6 * MiB + 5, b"!")
+    changed = verify.digest_runs(memory, starts, lengths)
+    index = verify.first_difference(changed, digests)
+    assert starts[index] <= 6 * 256 < starts[index] + lengths[index]
+
+
+def test_a_run_is_narrowed_to_its_first_page(memory):
+    theirs = verify.page_digests(memory, 1280, 1024)
+    assert verify.first_different_page(memory, 1280, theirs) is None
+    memory.write(7 * MiB - 1, b"xy")
+    assert verify.first_different_page(memory, 1280, theirs) == 7 * 256 - 1
+    with pytest.raises(VmError):
+        verify.first_different_page(memory, memory.gfn_limit - 1, theirs)
+
+
+def test_nonzero_pages_outside_the_runs_are_found(memory):
+    starts, lengths = verify.populated_runs(memory)
+    assert verify.first_nonzero_outside(memory, starts, lengths) is None
+    memory.populate(u64(3000), u64(100))
+    assert verify.first_nonzero_outside(memory, starts, lengths) is None
+    memory.write(3050 * 4096 + 4095, b"\1")
+    assert verify.first_nonzero_outside(memory, starts, lengths) == 3050
+    assert verify.first_nonzero_outside(memory, u64(), u64()) == 5
+
+
+def test_the_hint_covers_what_is_populated_and_never_the_pci_hole():
+    memory = GuestMemory.linear(4 * GiB)
+    gfns = [*range(0, 4000, 2), (3 * GiB >> 12) - 1, 4 * GiB >> 12, (4 * GiB >> 12) + 10]
+    for gfn in gfns:
+        memory.write(gfn << 12, b"x")
+    hint = verify.hint_runs(memory)
+    assert len(hint) <= 1024
+    covered = set(expand_runs(*(u64(*column) for column in zip(*hint, strict=True))).tolist())
+    assert covered >= set(gfns)
+    assert memory.are_ram(u64(*sorted(covered))).all()
+    assert verify.hint_runs(GuestMemory.linear(4 * MiB)) == ()
