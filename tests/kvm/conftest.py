@@ -50,8 +50,8 @@ PROGRAMS = {
         "bf000000fd48b88877665544332211488987fd0f0000488b9ffd0f00004839d875320fb68ffd0f000081f98800000075230fb78f"
         "ff0f000081f96655000075148b8f0010000081f955443322750631c0e6f4ebfeb001e6f4"
     ),
-    # wait ten seconds by the clock port, then exit with 9
-    "wait": "b880969800e7f0b009e6f4",
+    # wait 0.2 s by the clock port, then exit with 9
+    "wait": "b8400d0300e7f0b009e6f4",
 }
 
 

@@ -172,7 +172,7 @@ def test_an_effect_waits_for_the_rest_of_its_instruction(kvm):
     assert vm.end == GuestEnd(exit_code=0)
 
 
-def test_a_waiting_guest_can_be_paused_and_waits_no_longer(kvm):
+def test_a_waiting_guest_can_be_paused_and_goes_on(kvm):
     vm = kvm.guest("wait")
     write, asked = vm.platform.clock.write, threading.Event()
 
@@ -185,7 +185,7 @@ def test_a_waiting_guest_can_be_paused_and_waits_no_longer(kvm):
     asked.wait(20)
     vm.pause()
     assert vm.save_state().vcpus[0].rip == kvm.PROGRAM_GPA + 7  # after the OUT
-    vm.resume()  # woken early: it may go on
+    vm.resume()
     vm.wait(60)
     assert vm.end == GuestEnd(exit_code=9)
 

@@ -8,9 +8,10 @@ vCPU flushes it, which it does on its own thread before it enters the guest agai
 Law 1 at this level: a page is filled writable only if its P2M type is ``ram_rw`` *now* (and the guest's own dirty bit
 is set).
 
-A vCPU always stops at an exact instruction boundary: Unicorn stops between translated blocks when it is kicked, and at
-the very instruction for a trap (:mod:`.traps`). The guest runs in ring 3 (the guest ABI), has no handlers,
-and so any exception is its end: a GuestCrash, as the triple fault would be on hardware.
+A vCPU always stops at an exact instruction boundary: at the very instruction for a trap (:mod:`.traps`), and between
+slices of a fixed number of instructions when it is kicked. (``uc_emu_stop`` from another thread is not exact: between
+chained blocks it leaves RIP behind, and what was executed is executed again.) The guest runs in ring 3 (the guest ABI),
+has no handlers, and so any exception is its end: a GuestCrash, as the triple fault would be on hardware.
 """
 
 import time
@@ -50,6 +51,10 @@ from pageferry.hypervisor.unicorn_api import const, x86
 _RAM_RW = P2MType.RAM_RW.value
 _READ_WRITE = api.READ | api.WRITE
 _STALE_STARTS = 8
+#: Well under a millisecond: how long a kick may take.
+_SLICE_INSTRUCTIONS = 20_000
+#: A start that executes no instruction takes a few microseconds, a slice several hundred.
+_NOTHING_NS = 50_000
 
 
 class SoftVcpu:
@@ -95,9 +100,11 @@ class SoftVcpu:
         self._before_entry(self._engine)
         idle_starts = 0
         while not self._kicked:
-            engine = self._engine
-            error = engine.start(self._rip)
+            engine, before, began_ns = self._engine, self._rip, time.perf_counter_ns()
+            error = engine.start(before, _SLICE_INSTRUCTIONS)
             self._rip = engine.get(x86.UC_X86_REG_RIP)
+            if self._rip != before or time.perf_counter_ns() - began_ns > _NOTHING_NS:  # it may loop to where it was
+                idle_starts = 0
             if self._failure is not None:
                 self._crash()
             if self._effect is not None:
@@ -112,11 +119,8 @@ class SoftVcpu:
         return None
 
     def kick(self) -> None:
-        """Make ``run`` return soon; any thread."""
+        """Make ``run`` return after the slice that it is in; any thread."""
         self._kicked = True
-        engine = self._engine
-        if engine is not None:
-            engine.stop()
 
     # --- state; the vCPU is outside the guest ---
 
@@ -284,7 +288,7 @@ class SoftVcpu:
         raise GuestCrash(f"{what} at rip {self._rip:#x}")
 
     def _stopped_for_nothing(self, times: int) -> int:
-        """The emulator stopped without a reason: a stale kick, or a fault that it did not report."""
+        """The emulator stopped without a reason: a fault that it did not report."""
         if times == _STALE_STARTS:
             self._renew()
         elif times > 2 * _STALE_STARTS:

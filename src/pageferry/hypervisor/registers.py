@@ -117,7 +117,7 @@ def enter_ring_3(engine: Engine, state: VcpuState) -> None:
     engine.set(x86.UC_X86_REG_MSR, (_EFER_MSR, _EFER))
     engine.set(x86.UC_X86_REG_GDTR, (0, _PRIVATE_GVA, _GDT_BYTES - 1, 0))
     engine.set(x86.UC_X86_REG_RSP, _PRIVATE_GVA + _FRAME)
-    error = engine.start(_PRIVATE_GVA + _CODE, _PRIVATE_GVA + _LANDING)
+    error = engine.start(_PRIVATE_GVA + _CODE, until=_PRIVATE_GVA + _LANDING)
     if error or engine.get(x86.UC_X86_REG_RIP) != _PRIVATE_GVA + _LANDING:
         raise VmError(f"the CPU emulator did not enter ring 3 (error {error})")
     engine.ignore_until()

@@ -92,9 +92,15 @@ class Engine:
         self._uc.mem_map(maddr, 0x1000)
         self._uc.mem_write(maddr, data)
 
-    def start(self, rip: int, until: int = 0) -> int:
-        """Run from ``rip`` until stopped, without the interpreter lock; return Unicorn's error number, 0 for none."""
-        code: int = uclib.uc_emu_start(self.handle, rip, until, 0, 0)
+    def start(self, rip: int, count: int = 0, until: int = 0) -> int:
+        """Run from ``rip``, without the interpreter lock; return Unicorn's error number, 0 for none.
+
+        It ends after ``count`` instructions (0: never), at the address ``until``, or when a callback calls ``stop``.
+        """
+        no_timeout = ctypes.c_uint64(0)
+        code: int = uclib.uc_emu_start(
+            self.handle, ctypes.c_uint64(rip), ctypes.c_uint64(until), no_timeout, ctypes.c_size_t(count)
+        )
         return code
 
     def ignore_until(self) -> None:
@@ -102,7 +108,7 @@ class Engine:
         self._uc.ctl_exits_enabled(True)
 
     def stop(self) -> None:
-        """Have ``start`` return soon; any thread, or a callback."""
+        """Have ``start`` return at this instruction; from a callback only."""
         uclib.uc_emu_stop(self.handle)
 
     def flush_tlb(self) -> None:
