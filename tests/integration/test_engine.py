@@ -145,8 +145,8 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
         sent = [e.sent_pages for e in events if isinstance(e, RoundProgress) and e.index == stats.index]
         assert sent == sorted(sent)
         assert not sent or sent[-1] == stats.sent_pages
-    if accel == "soft":
-        assert report.fault_count > 0
+    if accel == "soft" and workload != "dma":  # one fault for each page that a vCPU made dirty, no more and no less
+        assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
 
 
 def test_law_7_memory_is_equal_at_the_pause(guests, inn):
@@ -450,7 +450,7 @@ def test_a_listener_that_is_not_pageferry(guests, inn, says, match):
 
         def answer():
             sock, _ = listener.accept()
-            with sock, contextlib.suppress(ConnectionResetError):
+            with sock, contextlib.suppress(OSError):
                 sock.sendall(says)
                 sock.shutdown(socket.SHUT_WR)
                 while sock.recv(65536):
