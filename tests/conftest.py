@@ -6,6 +6,7 @@ import socket
 import threading
 
 import pytest
+from hypothesis import settings
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig
@@ -15,6 +16,9 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm, probe
 
 MiB = 1 << 20
+
+settings.register_profile("pageferry", deadline=None, print_blob=True)
+settings.load_profile("pageferry")
 
 
 @pytest.fixture(scope="session")

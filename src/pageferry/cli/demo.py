@@ -1,5 +1,6 @@
 """The demonstration: two real processes, one guest, one migration."""
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,7 @@ class _Child:
         """
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while self._process.poll() is None and time.monotonic() < deadline_s:
-            if self._control.is_socket():
+            with contextlib.suppress(VmError):
                 return QmpClient(self._control)
             time.sleep(_POLL_S)
         output = self._log.read_text(errors="replace").strip().splitlines()
