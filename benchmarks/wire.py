@@ -5,11 +5,15 @@ with the same socket buffers. The plain copy is a loop of ``send`` and ``recv_in
 is everything that a user gets: hello, log-dirty, rounds, state, verification of every page, handoff; its time is the
 report's ``total_s``, from connect to the acknowledgement that the guest runs.
 
+Before each, another process touches twice as much memory and gives it back: on a virtual host the first touch of memory
+that the host had taken away costs five times as much as any other, and would be all that is measured.
+
 The ratio is the migration's throughput divided by the plain copy's (above 1: faster; populating ahead makes that
 possible). Target: at least 0.7.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import socket
@@ -41,6 +45,13 @@ def fill(memory: GuestMemory, first_byte: int) -> None:
     view[:] = np.arange(view.size, dtype=np.uint64) * np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
+def touch_receiver(pipe: Connection, size_bytes: int) -> None:
+    """Touch so much memory and give it back: what a virtual host has touched lately it hands out faster."""
+    memory = GuestMemory.linear(size_bytes)
+    memory.populate(np.array([0], np.uint64), np.array([size_bytes >> 12], np.uint64))
+    pipe.send(0)
+
+
 def plain_receiver(pipe: Connection, size_bytes: int) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname()[1])
@@ -57,6 +68,8 @@ def plain_copy(size_bytes: int) -> float:
     """Return the seconds that the plain copy took, from connect to the receiver's last word."""
     memory = GuestMemory.linear(size_bytes)
     fill(memory, 0)
+    with Child(touch_receiver, 2 * size_bytes):
+        pass
     with Child(plain_receiver, size_bytes) as port:
         began_s = time.perf_counter()
         channel = Endpoint(host="127.0.0.1", port=port).connect(30)
@@ -84,6 +97,8 @@ def migration(size_bytes: int, accel: str) -> tuple[float, dict[str, Any]]:
     vm = choose_machines(Accel(accel)).make_vm(VmConfig(memory_bytes=size_bytes))
     boot(vm, load_workload("idle"))
     fill(vm.memory, 2 << 20)
+    with Child(touch_receiver, 2 * size_bytes):
+        pass
     with Child(migration_receiver, accel) as port:
         vm.resume()
         source = Source(vm, Endpoint(host="127.0.0.1", port=port), XenPolicy())
@@ -105,7 +120,8 @@ class Child:
         return int(self._pipe.recv())
 
     def __exit__(self, *_: object) -> None:
-        self._pipe.send(None)
+        with contextlib.suppress(BrokenPipeError):  # it may have ended already
+            self._pipe.send(None)
         self._process.join()
 
 

@@ -41,8 +41,12 @@ class Process:
         with self.log.open("wb") as log:
             command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
             self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        wait_for(self._answers, "control socket")
-        assert self.popen.poll() is None, self.log.read_text()
+        try:
+            wait_for(self._answers, "control socket")
+            assert self.popen.poll() is None, self.log.read_text()
+        except BaseException:
+            self.end()
+            raise
 
     def _answers(self):
         try:

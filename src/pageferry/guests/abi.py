@@ -146,7 +146,7 @@ def entry_state(entry: int, index: int) -> VcpuState:
         gs=data,
         ss=data,
         tr=Segment(selector=0, base=0, limit=0xFFFF, attributes=0x8B),
-        ldtr=Segment(selector=0, base=0, limit=0xFFFF, attributes=0x82),
+        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
         gdtr=DescriptorTable(base=0, limit=0),
         idtr=DescriptorTable(base=0, limit=0),
         fpu_regs=INITIAL_FPU_REGS,

@@ -74,7 +74,7 @@ class SoftVcpu:
         self._p2m = p2m
         self._bus = bus
         self._walker = GuestWalker(machine.words, self._walker_access)
-        self._mmio = MmioWindow(bus, self._on_effect, self._on_failure)
+        self._mmio = MmioWindow(bus, self._on_failure)
         self._engine: api.Engine | None = None
         self._loaded = reset_state()
         self._rip = 0

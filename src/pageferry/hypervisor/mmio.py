@@ -4,15 +4,15 @@ A page whose P2M type is ``mmio_dm`` gets a TLB entry that points into the *MMIO
 ``MMIO_WINDOW + gpa`` where no memory is. Unicorn calls back for every load and store there, with the value: it is the
 instruction emulator that Xen's ``handle_mmio`` has to be by itself. From there the access goes to the device bus.
 
-An access of 8 bytes arrives as two of 4, low half first. An effect stops the vCPU at the end of its translation
-block: still an instruction boundary, but perhaps some instructions after the store.
+An access of 8 bytes arrives as two of 4, low half first. A store here must not have an effect: a stop asked for inside
+this callback leaves RIP at the store, which would run twice. Effects come from ports, where :mod:`.traps` is exact.
 
 Source: RFC, "If it is MMIO space, call handle_mmio()".
 """
 
 from collections.abc import Callable
 
-from pageferry.core.run import Effect
+from pageferry.core.errors import VmError
 from pageferry.devices.bus import DeviceBus
 from pageferry.hypervisor.unicorn_api import MMIO_READ, MMIO_WRITE, Engine
 
@@ -26,15 +26,11 @@ class MmioWindow:
 
     Args:
         bus: the devices.
-        effect: takes what a store asks of the machine.
         failed: takes an exception that must not travel through the emulator.
     """
 
-    def __init__(
-        self, bus: DeviceBus, effect: Callable[[Effect], None], failed: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, bus: DeviceBus, failed: Callable[[BaseException], None]) -> None:
         self._bus = bus
-        self._effect = effect
         self._failed = failed
         self._callbacks = (MMIO_READ(self._read), MMIO_WRITE(self._write))
 
@@ -51,8 +47,7 @@ class MmioWindow:
 
     def _write(self, _engine: int, gpa: int, size: int, value: int, _data: int) -> None:
         try:
-            effect = self._bus.mmio_write(gpa, size, value)
-            if effect is not None:
-                self._effect(effect)
+            if self._bus.mmio_write(gpa, size, value) is not None:
+                raise VmError(f"a store to device space at gpa {gpa:#x} had an effect", hint="effects need a port")
         except BaseException as error:
             self._failed(error)

@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, P2MError
@@ -212,6 +213,15 @@ class Paging:
                 dirty_count=self._on().count(),
                 failed_allocations=self._failed_allocations,
             )
+
+    def are_dirty(self, gfns: GfnArray) -> NDArray[np.bool_]:
+        """Tell for each of ``gfns`` whether its bit is set, as bool[n]; disturbs nothing, not even vCPUs.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        with self._locks.log_dirty:
+            return self._on().test_many(gfns)
 
     def journal(self) -> GfnArray:
         """Return a copy of the frames made writable in this cycle (for the audit)."""
