@@ -79,7 +79,7 @@ def test_what_was_touched_is_found_again_by_gfn(memory_bytes):
 
 def test_a_large_guest_needs_few_host_mappings_and_gfn_is_not_mfn():
     vm = Domain(VmConfig(memory_bytes=64 << 30))
-    assert vm.machine.extent_pages == 131072
+    assert vm.machine.extent_pages == 65536  # 256 MiB
     assert all(vm.p2m.lookup(gfn)[0] != gfn for gfn in range(0, vm.memory.gfn_limit, 100_003) if gfn < 3 << 18)
     with open("/proc/self/maps") as maps:
         assert sum("pageferry-machine" in line for line in maps) < 600

@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+
+from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
+
+P, W, U, A, D, PS, NX = 1, 2, 4, 0x20, 0x40, 0x80, 1 << 63
+PML4, PDPT, PD, PT = 1, 2, 3, 4  # gfns; here gfn == mfn
+
+
+class Tables:
+    """A PML4 entry -> PDPT -> PD -> PT at gva 0, and the frames that the walker wrote to at the nested level."""
+
+    def __init__(self):
+        self.words = np.zeros(8 * 512, np.uint64)
+        self.nested_writes = []
+        self.walker = GuestWalker(memoryview(self.words), self.nested_write)
+        self.walker.cr3 = PML4 << 12
+        self.put(PML4, 0, PDPT << 12 | P | W | U)
+        self.put(PDPT, 0, PD << 12 | P | W | U)
+        self.put(PD, 0, PT << 12 | P | W | U)
+
+    def nested_write(self, gfn):
+        self.nested_writes.append(gfn)
+        return gfn
+
+    def put(self, table, index, entry):
+        self.words[table * 512 + index] = entry
+
+    def get(self, table, index):
+        return int(self.words[table * 512 + index])
+
+    def read(self, gva):
+        return self.walker.translate(gva, write=False, fetch=False)
+
+    def write(self, gva):
+        return self.walker.translate(gva, write=True, fetch=False)
+
+    def fetch(self, gva):
+        return self.walker.translate(gva, write=False, fetch=True)
+
+
+@pytest.fixture
+def tables():
+    return Tables()
+
+
+def test_a_4_kib_page(tables):
+    tables.put(PT, 5, 0x123 << 12 | P | W | U)
+    assert tables.read(5 << 12) == (0x123, False, True)  # not writable yet: its dirty bit is clear
+    assert tables.write(5 << 12) == (0x123, True, True)
+    assert tables.read(5 << 12) == (0x123, True, True)
+
+
+def test_a_2_mib_page(tables):
+    tables.put(PD, 3, 0x4000 << 12 | P | W | U | PS)
+    assert tables.write(3 << 21 | 7 << 12) == (0x4007, True, True)
+    assert tables.read(3 << 21 | 511 << 12) == (0x41FF, True, True)
+
+
+def test_a_1_gib_page(tables):
+    tables.put(PDPT, 2, 0x80000 << 12 | P | W | U | PS)
+    assert tables.read(2 << 30)[0] == 0x80000
+    assert tables.read(2 << 30 | 9 << 21 | 4 << 12)[0] == 0x80000 + 9 * 512 + 4
+
+
+def test_accessed_and_dirty_bits_are_set_as_the_access_asks(tables):
+    tables.put(PT, 0, 0x50 << 12 | P | W | U)
+    tables.read(0)
+    assert [tables.get(table, 0) & (A | D) for table in (PML4, PDPT, PD, PT)] == [A, A, A, A]
+    tables.write(0)
+    assert [tables.get(table, 0) & (A | D) for table in (PML4, PDPT, PD, PT)] == [A, A, A, A | D]
+    assert tables.get(PT, 0) == 0x50 << 12 | P | W | U | A | D
+
+
+def test_each_table_is_written_once_per_tlb_flush_even_by_a_read(tables):
+    tables.put(PT, 0, 0x50 << 12 | P | U | A)
+    tables.put(PT, 1, 0x51 << 12 | P | U | A)
+    tables.read(0)
+    tables.read(0x1000)
+    assert tables.nested_writes == [PML4, PDPT, PD, PT]
+    tables.walker.flush()
+    tables.read(0x1000)
+    assert tables.nested_writes == [PML4, PDPT, PD, PT] * 2
+
+
+@pytest.mark.parametrize(
+    ("level", "taken", "access", "error_code"),
+    [
+        (PT, P, "read", 4),
+        (PT, P, "write", 6),
+        (PD, P, "read", 4),
+        (PDPT, P, "fetch", 4),
+        (PML4, P, "write", 6),
+        (PT, W, "write", 7),
+        (PD, W, "write", 7),
+        (PML4, W, "write", 7),
+        (PT, U, "read", 5),
+        (PDPT, U, "read", 5),
+    ],
+)
+def test_a_right_must_be_given_at_every_level(tables, level, taken, access, error_code):
+    tables.put(PT, 0, 0x50 << 12 | P | W | U)
+    tables.put(level, 0, tables.get(level, 0) & ~taken)
+    with pytest.raises(GuestPageFault) as refused:
+        getattr(tables, access)(0x0)
+    assert refused.value.error_code == error_code
+    assert access in refused.value.describe()
+    assert not tables.get(PT, 0) & D
+
+
+def test_a_read_only_page_reads_and_never_becomes_writable(tables):
+    tables.put(PT, 0, 0x50 << 12 | P | U | D)
+    assert tables.read(0) == (0x50, False, True)
+
+
+def test_the_supervisor_ignores_user_and_without_wp_also_read_only(tables):
+    tables.put(PT, 0, 0x50 << 12 | P)
+    tables.walker.user = False
+    assert tables.read(0)[0] == 0x50
+    with pytest.raises(GuestPageFault) as refused:
+        tables.write(0)
+    assert refused.value.error_code == 3
+    tables.walker.write_protect = False
+    assert tables.write(0) == (0x50, True, True)
+
+
+def test_no_execute_counts_only_when_enabled(tables):
+    tables.put(PT, 0, 0x50 << 12 | P | U | NX)
+    assert tables.fetch(0) == (0x50, False, True)
+    tables.walker.no_execute = True
+    assert tables.read(0) == (0x50, False, False)
+    with pytest.raises(GuestPageFault) as refused:
+        tables.fetch(0)
+    assert refused.value.error_code == 0x15
+
+
+@pytest.mark.parametrize("gva", [1 << 47, (1 << 64) - (1 << 47) - 4096, 1 << 63])
+def test_a_non_canonical_address_is_no_page_fault(tables, gva):
+    with pytest.raises(GuestPageFault) as refused:
+        tables.read(gva)
+    assert refused.value.error_code is None
+    assert tables.nested_writes == []
+
+
+def test_the_highest_canonical_address_is_walked(tables):
+    tables.put(PML4, 511, PDPT << 12 | P | W | U)
+    tables.put(PDPT, 511, PD << 12 | P | W | U)
+    tables.put(PD, 511, 0x4000 << 12 | P | W | U | PS)
+    assert tables.read((1 << 64) - 4096)[0] == 0x41FF

@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import GuestCrash, LogDirtyError, UnsupportedError
+from pageferry.core.vm import VmConfig
+from pageferry.hypervisor import audit
+from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.npf import Resolution, nested_page_fault
+from pageferry.hypervisor.p2m import P2MType
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def domain():
+    made = Domain(VmConfig(memory_bytes=6 * MiB + 4096))
+    yield made
+    audit.check(made)
+    made.close()
+
+
+def write(domain, *gfns):
+    for gfn in gfns:
+        nested_page_fault(domain.p2m, domain.paging, gfn, write=True)
+
+
+def marks(*gfns):
+    return np.array(gfns, np.uint64)
+
+
+def types(domain, *gfns):
+    return [P2MType(domain.p2m.lookup(gfn)[1]).name for gfn in gfns]
+
+
+def test_a_cycle(domain):
+    paging = domain.paging
+    paging.enable()
+    assert paging.stats().dirty_count == 0
+    assert types(domain, 0, 1536) == ["RAM_LOGDIRTY"] * 2
+    write(domain, 5, 700, 1536)
+    audit.check(domain)
+    assert types(domain, 5, 6, 700, 1536) == ["RAM_RW", "RAM_LOGDIRTY", "RAM_RW", "RAM_RW"]
+    assert paging.peek().gfns().tolist() == [5, 700, 1536]
+    assert paging.clean().gfns().tolist() == [5, 700, 1536]
+    audit.check(domain)
+    assert types(domain, 5, 6, 700, 1536) == ["RAM_LOGDIRTY"] * 4
+    assert paging.clean().gfns().tolist() == []
+    paging.off()
+    assert types(domain, 5, 6, 700, 1536) == ["RAM_RW"] * 4
+
+
+def test_one_fault_per_page_per_cycle(domain):
+    domain.paging.enable()
+    write(domain, 5, 5, 6, 5)
+    assert domain.paging.stats().fault_count == 2  # the second write to 5 is no write fault: the page is writable
+    domain.paging.clean()
+    write(domain, 5)
+    assert domain.paging.stats().fault_count == 3
+
+
+def test_reads_and_spurious_faults_change_nothing(domain):
+    assert nested_page_fault(domain.p2m, domain.paging, 5, write=True) is Resolution.RETRY
+    domain.paging.enable()
+    assert nested_page_fault(domain.p2m, domain.paging, 5, write=False) is Resolution.RETRY
+    assert domain.paging.stats().fault_count == 0
+    assert types(domain, 5) == ["RAM_LOGDIRTY"]
+
+
+def test_device_space_is_emulated_and_nothing_is_a_crash(domain):
+    assert nested_page_fault(domain.p2m, domain.paging, 0xFEB00, write=True) is Resolution.EMULATE
+    with domain.p2m.lock:
+        domain.p2m.change_type(5, P2MType.RAM_RW, P2MType.RAM_RO)
+    with pytest.raises(GuestCrash, match="write to gfn 0x5, which is ram_ro"):
+        nested_page_fault(domain.p2m, domain.paging, 5, write=True)
+    with domain.p2m.lock:
+        domain.p2m.change_type(5, P2MType.RAM_RO, P2MType.RAM_RW)
+
+
+def test_marks_set_bits_but_give_no_right(domain):
+    domain.paging.mark(marks(1))
+    domain.paging.enable()
+    domain.paging.mark(marks(9, 9, 10, 1537, 1 << 20, 1 << 40))
+    domain.memory.write(0x20FFF, b"ab")
+    assert domain.paging.peek().gfns().tolist() == [9, 10, 0x20, 0x21]
+    assert types(domain, 9, 0x20) == ["RAM_LOGDIRTY"] * 2
+    assert domain.paging.stats().fault_count == 0
+    write(domain, 9)
+    assert domain.paging.stats().fault_count == 1
+    assert domain.paging.clean().count() == 4
+
+
+def test_state_errors(domain):
+    paging = domain.paging
+    for operator in (paging.peek, paging.clean, paging.stats, lambda: paging.give_back(DirtyBitmap(1537))):
+        with pytest.raises(LogDirtyError, match="off"):
+            operator()
+    paging.off()
+    paging.enable()
+    write(domain, 3)
+    with pytest.raises(LogDirtyError, match="on already"):
+        paging.enable()
+    assert paging.peek().gfns().tolist() == [3]
+    paging.off()
+    paging.off()
+    assert not paging.enabled
+
+
+def test_bits_given_back_return_and_come_with_no_right(domain):
+    domain.paging.enable()
+    write(domain, 3, 4)
+    taken = domain.paging.clean()
+    write(domain, 5)
+    domain.paging.give_back(taken)
+    assert types(domain, 3, 4, 5) == ["RAM_LOGDIRTY", "RAM_LOGDIRTY", "RAM_RW"]
+    audit.check(domain)
+    assert domain.paging.clean().gfns().tolist() == [3, 4, 5]
+
+
+def test_bitmaps_are_the_callers_own(domain):
+    domain.paging.enable()
+    write(domain, 3)
+    domain.paging.peek().set(7)
+    domain.paging.clean().set(8)
+    assert domain.paging.peek().count() == 0
+
+
+def test_an_exhausted_pool_loses_nothing_silently(domain):
+    domain.paging.enable()
+    pool = domain.machine.pool
+    pool.allocation = pool.used
+    write(domain, 600)
+    assert types(domain, 512, 1023, 1024) == ["RAM_RW", "RAM_RW", "RAM_LOGDIRTY"]
+    assert bool(domain.paging.are_dirty(np.arange(512, 1024, dtype=np.uint64)).all())
+    assert domain.paging.stats().failed_allocations == 1
+    audit.check(domain)
+    for operator in (domain.paging.peek, domain.paging.clean):
+        with pytest.raises(LogDirtyError, match="incomplete"):
+            operator()
+    assert domain.paging.stats().dirty_count == 512
+    domain.paging.off()
+    pool.allocation = len(pool.tables)
+    domain.paging.enable()
+    write(domain, 600)
+    assert domain.paging.clean().gfns().tolist() == [600]
+
+
+@pytest.mark.parametrize("cycles", [1, 3])
+def test_log_dirty_on_a_table_that_was_split_before(domain, cycles):
+    for _ in range(cycles):
+        domain.paging.enable()
+        write(domain, 0, 511, 512)
+        assert domain.paging.clean().gfns().tolist() == [0, 511, 512]
+        write(domain, 1, 512)
+        audit.check(domain)
+        domain.paging.off()
+        audit.check(domain)
+    domain.paging.enable()
+    assert types(domain, 0, 1, 2, 512, 1100) == ["RAM_LOGDIRTY"] * 5
+
+
+def test_the_audit_finds_a_page_that_is_writable_and_clean(domain):
+    domain.paging.enable()
+    with domain.p2m.lock:
+        domain.p2m.change_type(7, P2MType.RAM_LOGDIRTY, P2MType.RAM_RW)
+    with pytest.raises(audit.AuditError, match="gfn 0x7: law 1"):
+        audit.check(domain)
+    domain.paging.mark(marks(7))
+    with pytest.raises(audit.AuditError, match="CLEAN would not protect"):
+        audit.check(domain)
+    domain.paging.off()
+
+
+def test_more_than_3_gib_has_a_hole_that_is_never_dirty():
+    domain = Domain(VmConfig(memory_bytes=(3 << 30) + 3 * 4096))
+    domain.paging.enable()
+    end = domain.memory.gfn_limit
+    assert end == (1 << 20) + 3
+    write(domain, (3 << 18) - 1, 1 << 20, end - 1)
+    domain.paging.mark(np.arange(3 << 18, 1 << 20, dtype=np.uint64))
+    assert nested_page_fault(domain.p2m, domain.paging, 3 << 18, write=True) is Resolution.EMULATE
+    audit.check(domain)
+    assert domain.paging.clean().gfns().tolist() == [(3 << 18) - 1, 1 << 20, end - 1]
+    domain.close()
+
+
+def test_there_is_no_other_paging_mode_yet():
+    with pytest.raises(UnsupportedError, match="'shadow'"):
+        Domain(VmConfig(memory_bytes=4 * MiB), paging_mode="shadow")
