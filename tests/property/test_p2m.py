@@ -49,9 +49,7 @@ class P2MAgainstADict(RuleBasedStateMachine):
         with self.p2m.lock:
             count = self.p2m.change_types(np.array(list(gfns), np.uint64), old, new)
         # Pages that were split off and whose recalculation is done: what CLEAN hands it is never anything else.
-        reached = {
-            gfn for gfn in gfns if gfn < PAGES and gfn >> 9 not in self.whole and self.types[gfn] == old
-        }
+        reached = {gfn for gfn in gfns if gfn < PAGES and gfn >> 9 not in self.whole and self.types[gfn] == old}
         done = {gfn for gfn in reached if self.p2m.lookup(gfn)[1] == new}
         assert len(done) == count
         assert {gfn for gfn in reached if gfn >> 9 in self.fresh} <= done

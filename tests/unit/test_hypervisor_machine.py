@@ -69,9 +69,7 @@ def test_what_was_touched_is_found_again_by_gfn(memory_bytes):
     for gfn in wanted:
         memory.write(gfn << 12, b"x")
     starts, lengths = memory.populated()
-    found = [
-        gfn for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) for gfn in range(start, start + n)
-    ]
+    found = [gfn for start, n in zip(starts.tolist(), lengths.tolist(), strict=True) for gfn in range(start, start + n)]
     assert found == wanted
     assert all(b > a for a, b in zip((starts + lengths).tolist(), starts.tolist()[1:], strict=False))  # merged
     vm.close()
