@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 
@@ -96,7 +97,41 @@ def test_kvm_that_is_missing_is_said_with_a_hint(tmp_path):
     assert "hint: " in result.stderr
 
 
-def test_exit_codes_of_guests(tmp_path):
+def elf(code):
+    """The smallest program: one segment at 1 MiB that begins with the code."""
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, 0x100078, 64, 0, 0, 64, 56, 1, 64, 0, 0)
+    size = 0x78 + len(code)
+    return header + struct.pack("<IIQQQQQQ", 1, 5, 0, 0x100000, 0x100000, size, size, 0x1000) + code
+
+
+@pytest.mark.parametrize(
+    ("code", "returncode", "says"),
+    [
+        ("31c0e6f4", 0, "exit code 0"),  # xor eax, eax; out 0xf4, al
+        ("b003e6f4", 8, "exit code 3"),  # mov al, 3; out 0xf4, al
+        ("0f0b", 9, "crashed"),  # ud2
+        ("f4", 9, "crashed"),  # hlt, in ring 3
+    ],
+)
+def test_a_program_of_ones_own(tmp_path, accel, code, returncode, says):
+    file = tmp_path / "mine.elf"
+    file.write_bytes(elf(bytes.fromhex("66baf803b068ee" + code)))  # 'h' to the console first
+    result = cli("run", file, "--memory", "8M", "--accel", accel)
+    assert result.returncode == returncode, result.stderr
+    assert result.stdout == "h"
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_failed_demo_still_reports(tmp_path):
+    result = cli("demo", "--accel", "soft", "--memory", "32M", "--downtime-limit", "0.001", "--json")
+    assert result.returncode == 3
+    report = json.loads(result.stdout)
+    assert (report["status"], report["guest_at"], report["verified"]) == ("failed", "source", False)
+    assert "verification alone" in result.stderr
+
+
+def test_a_running_guest_ends_by_ctrl_c(tmp_path):
     idle = subprocess.Popen(
         [*PAGEFERRY, "run", "idle", "--memory", "16M", "--accel", "soft"],
         stdout=subprocess.PIPE,

@@ -16,6 +16,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from pageferry.core.errors import VmError
 from pageferry.engine.transport import Endpoint
 from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.format import RecordType
 from pageferry.vmm.qmp import QmpClient, QmpError
 
 PAGEFERRY = [sys.executable, "-m", "pageferry"]
@@ -168,9 +169,24 @@ def test_pause_and_resume(processes):
     assert source.popen.wait(20) == 0
 
 
-def kill_during(frame, victim, source, destination, wires):
-    """Migrate, hold the wire at ``frame``, kill the victim there; return the outcome of the command line."""
-    wire = wires(destination.endpoint(), hold_at=int(frame).to_bytes(4, "little"))
+def u32(number):
+    return int(number).to_bytes(4, "little")
+
+
+#: What the wire shows first of each phase that comes before the commit.
+BEFORE_COMMIT = {
+    "hello": u32(FrameType.SOURCE_HELLO),
+    "hello-answered": u32(FrameType.DESTINATION_HELLO),
+    "pre-copy": u32(RecordType.STATIC_DATA_END) + u32(0),
+    "state": u32(RecordType.TSC_INFO) + u32(24),
+    "verify": u32(FrameType.DIGESTS),
+    "ready": u32(FrameType.READY),
+}
+
+
+def kill_during(marker, victim, source, destination, wires):
+    """Migrate, hold the wire at ``marker``, kill the victim there; return the outcome of the command line."""
+    wire = wires(destination.endpoint(), hold_at=marker)
     results = []
     thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri)))
     thread.start()
@@ -183,13 +199,11 @@ def kill_during(frame, victim, source, destination, wires):
     return results[0]
 
 
-@pytest.mark.parametrize(
-    "frame", [FrameType.SOURCE_HELLO, FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=str
-)
-def test_a_killed_destination_leaves_the_guest_running(processes, wires, frame):
+@pytest.mark.parametrize("phase", BEFORE_COMMIT)
+def test_a_killed_destination_leaves_the_guest_running(processes, wires, phase):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    result = kill_during(frame, "destination", source, destination, wires)
+    result = kill_during(BEFORE_COMMIT[phase], "destination", source, destination, wires)
     assert result.returncode == 3, result.stderr
     assert "guest at source" in one_line(result)
     assert source.runs_on()
@@ -200,7 +214,7 @@ def test_a_killed_destination_leaves_the_guest_running(processes, wires, frame):
 def test_a_destination_killed_with_the_commit_under_way_is_unknown(processes, wires):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    result = kill_during(FrameType.COMMIT, "destination", source, destination, wires)
+    result = kill_during(u32(FrameType.COMMIT), "destination", source, destination, wires)
     assert result.returncode == 4, result.stderr
     assert "guest at unknown" in one_line(result)
     assert source.status() == "postmigrate"
@@ -213,13 +227,11 @@ def test_a_destination_killed_with_the_commit_under_way_is_unknown(processes, wi
     assert second.returncode == 0, second.stderr
 
 
-@pytest.mark.parametrize(
-    "frame", [FrameType.SOURCE_HELLO, FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=str
-)
-def test_a_killed_source_leaves_the_destination_waiting(processes, wires, frame):
+@pytest.mark.parametrize("phase", BEFORE_COMMIT)
+def test_a_killed_source_leaves_the_destination_waiting(processes, wires, phase):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    result = kill_during(frame, "source", source, destination, wires)
+    result = kill_during(BEFORE_COMMIT[phase], "source", source, destination, wires)
     assert result.returncode == 6, result.stderr
     wait_for(lambda: "no guest received" in destination.log.read_text(), "message")
     assert destination.status() == "inmigrate"
@@ -232,7 +244,7 @@ def test_a_killed_source_leaves_the_destination_waiting(processes, wires, frame)
 def test_a_source_killed_after_the_commit_leaves_one_guest_at_the_destination(processes, wires):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    kill_during(FrameType.RUNNING, "source", source, destination, wires)
+    kill_during(u32(FrameType.RUNNING), "source", source, destination, wires)
     wait_for(lambda: destination.status() == "running", "guest at the destination")
     assert destination.runs_on()
 
@@ -251,7 +263,7 @@ def test_a_kill_in_mid_stream(processes, wires):
 def test_ctrl_c_cancels_and_the_guest_runs_on(processes, wires):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    wire = wires(destination.endpoint(), hold_at=int(FrameType.READY).to_bytes(4, "little"))
+    wire = wires(destination.endpoint(), hold_at=u32(FrameType.READY))
     client = subprocess.Popen(
         [*PAGEFERRY, "migrate", "--control", str(source.control), wire.uri],
         stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ Every program starts at ``PROGRAM_GPA`` in ring 3 and may scribble on the page a
 """
 
 import dataclasses
-import os
 import struct
 import threading
 from types import SimpleNamespace
@@ -12,11 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, MachineState, Segment, VcpuState
 from pageferry.core.vm import VmConfig
-from pageferry.kvm import KvmVm, probe
+from pageferry.kvm import KvmVm
 
 TABLES_GPA, PROGRAM_GPA, DATA_GPA, STACK_GPA = 0x1_0000, 0x10_0000, 0x18_0000, 0xF_F000
 GATE_PORT = 0x500
@@ -138,16 +136,6 @@ def wait_for(vm, condition):
         assert vm.end is None, vm.end
         pause.wait(0.0005)
     raise AssertionError("the guest does not get there")
-
-
-@pytest.fixture(scope="session")
-def kvm_support():
-    try:
-        return probe()
-    except (UnsupportedError, VmError) as error:
-        if os.environ.get("PAGEFERRY_REQUIRE_KVM") == "1":
-            pytest.fail(f"PAGEFERRY_REQUIRE_KVM=1, but {error} ({error.hint})")
-        pytest.skip(f"no usable KVM: {error} ({error.hint})")
 
 
 @pytest.fixture

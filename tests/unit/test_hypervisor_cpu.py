@@ -118,6 +118,16 @@ def test_an_out_with_an_effect_is_complete_and_nothing_after_it_has_run(machines
     assert (state.rcx, state.rdx & 0xFF) == (1, 1)  # SETC saw the carry, which INC keeps
 
 
+@pytest.mark.parametrize("before", range(505, 516))
+def test_an_effect_is_exact_wherever_the_emulator_ends_a_block(machines, before):
+    # It ends a block after 512 instructions at the latest. nop...; out sync; inc ecx; jmp self
+    vm = machines("90" * before + SYNC + "ffc1" + "ebfe", rcx=0)
+    vm.attach_sync(True)
+    assert vm.vcpus[0].run() == SyncPoint(0)
+    state = vm.vcpus[0].save()
+    assert (state.rip, state.rcx) == (PROGRAM_BASE + before + 2, 0)
+
+
 def test_every_effect_is_returned_by_run_at_its_instruction(machines):
     # out clock, eax; out sync, al; out exit, ax: one block of code
     vm = machines("e7f0" + "e6ec" + "66e7f4", rax=0x1234)
@@ -224,6 +234,17 @@ def test_one_nested_fault_per_page_per_cycle_and_the_page_tables_are_among_them(
         assert vm.paging.clean().gfns().tolist() == expected
 
 
+def test_a_page_that_was_read_first_is_logged_when_it_is_written(machines):
+    # l: mov rax, [rbx]; inc rax; mov [rbx], rax; out sync; jmp l
+    vm = machines("488b03" + "48ffc0" + "488903" + SYNC + "ebf3", rbx=DATA)
+    vm.attach_sync(True)
+    vm.paging.enable()
+    for _ in range(3):
+        assert finish(vm) is None
+        assert vm.paging.clean().gfns().tolist() == [*TABLES, DATA >> 12]
+    assert vm.memory.read_u64(DATA) == 3
+
+
 def test_reading_dirties_only_what_the_walker_touches(machines):
     # l: mov rax, [rbx]; out sync; jmp l
     vm = machines("488b03" + SYNC + "ebf9", rbx=DATA)
@@ -319,12 +340,12 @@ def test_a_state_of_another_machine_comes_out_as_it_went_in(machines):
     assert 0 <= saved.tsc - state.tsc < 1 << 36
 
 
-def test_the_guest_reads_its_own_time_stamp_counter(machines):
-    # rdtsc; mov rbx, rdx; rdtscp; rdtsc; mov rsi, rdx; a divide error, which is still called by its name
-    vm = machines("0f31" + "4889d3" + "0f01f9" + "0f31" + "4889d6" + "31c9f7f1", tsc=5 << 40, tsc_aux=77)
-    assert "divide error at rip 0x10000f" in finish(vm).crash
-    state = state_of(vm)
-    assert state.rbx == state.rsi == 5 << 8
+@pytest.mark.parametrize("times", range(5))
+def test_the_guest_reads_its_own_time_stamp_counter(machines, times):
+    # rdtsc; mov rbx, rdx, so many times; then a divide error, which is still called by its name
+    vm = machines("0f314889d3" * times + "31c9f7f1", tsc=5 << 40, rbx=5 << 8)
+    assert f"divide error at rip {PROGRAM_BASE + 5 * times + 2:#x}" in finish(vm).crash
+    assert state_of(vm).rbx == 5 << 8
 
 
 def test_rdtscp_gives_the_processor_id(machines):

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,6 +119,20 @@ def _json(value: Any) -> None:  # noqa: ANN401  # any JSON value
     print(json.dumps(value, indent=2))
 
 
+def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
+    """Make a migration and print its report; as JSON also when it failed, before the error goes its way."""
+    try:
+        report = attempt()
+    except MigrationFailedError as error:
+        if as_json:
+            _json(error.report)
+        raise
+    if as_json:
+        _json(report)
+    else:
+        _out.print(summary(report))
+
+
 def _policy_options(policy: str, downtime_limit: float | None, max_rounds: int | None) -> dict[str, Any]:
     limit_s = None if downtime_limit is None else downtime_limit / 1e3
     make_policy(policy, downtime_limit_s=limit_s, max_rounds=max_rounds)
@@ -147,11 +161,8 @@ def demo(
     config = _config(memory)
     options = _policy_options(policy, downtime_limit, max_rounds)
     machines = choose_machines(accel)
-    report = demo_room.run_demo(machines, workload, config, options, _err)
-    if as_json:
-        _json(report)
-    else:
-        _out.print(summary(report))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its two processes end with it
+    _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
 
 
 @contextmanager
@@ -233,17 +244,13 @@ def migrate_guest(
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds) | {"x-timeout-s": timeout}
-    with QmpClient(control) as client, ProgressView(_err) as view:
-        try:
-            report = migrate(client, uri, options, view.show)
-        except MigrationFailedError as error:
-            if as_json:
-                _json(error.report)
-            raise
-    if as_json:
-        _json(report)
-    else:
-        _out.print(summary(report))
+    with QmpClient(control) as client:
+
+        def follow() -> dict[str, Any]:
+            with ProgressView(_err) as view:
+                return migrate(client, uri, options, view.show)
+
+        _report(follow, as_json)
 
 
 @app.command()

@@ -184,10 +184,7 @@ class MachineMemory:
 
     def populated(self) -> tuple[GfnArray, GfnArray]:
         """Return the runs of gfns whose frames have storage, ``(starts, lengths)``, ascending and merged."""
-        starts, lengths = self.memfd.populated()
-        ends = np.minimum(starts + lengths, np.uint64(self.ram_frames))  # the pool is not the guest's
-        inside = starts < ends
-        gfns, pages = self.m2p.run_gfns(starts[inside], (ends - starts)[inside])
+        gfns, pages = self.m2p.run_gfns(*self.memfd.populated())  # the pool's frames have no gfn and drop out
         order = np.argsort(gfns, kind="stable")
         gfns, pages = gfns[order], pages[order]
         if gfns.size < 2:
