@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pageferry.core.frames import SIZE_2M
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, MachineState, Segment, VcpuState
+from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm
 
@@ -80,29 +80,7 @@ class Gate:
 
 
 def start_state(**changes):
-    data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
-    none = DescriptorTable(base=0, limit=0)
-    state = VcpuState(
-        rip=PROGRAM_GPA,
-        rsp=STACK_GPA,
-        rflags=0x3202,
-        cr0=0x8005_0033,
-        cr3=TABLES_GPA,
-        cr4=0x620,
-        efer=0x500,
-        cs=Segment(selector=0x33, base=0, limit=0xFFFF_FFFF, attributes=0xAFB),
-        ds=data,
-        es=data,
-        fs=data,
-        gs=data,
-        ss=data,
-        tr=Segment(selector=0, base=0, limit=0x67, attributes=0x8B),
-        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
-        gdtr=none,
-        idtr=none,
-        fpu_regs=INITIAL_FPU_REGS,
-    )
-    return dataclasses.replace(state, **changes)
+    return dataclasses.replace(ring_3_state(rip=PROGRAM_GPA, rsp=STACK_GPA, cr3=TABLES_GPA), **changes)
 
 
 def write_identity_map(memory):

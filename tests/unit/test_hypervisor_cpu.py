@@ -118,14 +118,19 @@ def test_an_out_with_an_effect_is_complete_and_nothing_after_it_has_run(machines
     assert (state.rcx, state.rdx & 0xFF) == (1, 1)  # SETC saw the carry, which INC keeps
 
 
-@pytest.mark.parametrize("before", range(505, 516))
+@pytest.mark.parametrize("before", range(506, 516))
 def test_an_effect_is_exact_wherever_the_emulator_ends_a_block(machines, before):
-    # It ends a block after 512 instructions at the latest. nop...; out sync; inc ecx; jmp self
-    vm = machines("90" * before + SYNC + "ffc1" + "ebfe", rcx=0)
+    # It ends a block after 512 instructions at the latest, and chains blocks that have run after each other.
+    # l: inc edx; nop...; out sync; inc ecx; jmp l
+    code = "ffc2" + "90" * before + SYNC + "ffc1"
+    vm = machines(code + "e9" + struct.pack("<i", -len(code) // 2 - 5).hex(), rcx=0, rdx=0)
+    vm.resume()
+    vm.wait(0.002)  # it runs: nobody is attached yet
     vm.attach_sync(True)
-    assert vm.vcpus[0].run() == SyncPoint(0)
-    state = vm.vcpus[0].save()
-    assert (state.rip, state.rcx) == (PROGRAM_BASE + before + 2, 0)
+    assert vm.wait(30) is VmStatus.PAUSED
+    state = state_of(vm)
+    assert (state.rip, state.rdx - state.rcx) == (PROGRAM_BASE + 2 + before + 2, 1)
+    assert state.rdx > 1
 
 
 def test_every_effect_is_returned_by_run_at_its_instruction(machines):

@@ -110,3 +110,34 @@ class MachineState:
 
 #: FXSAVE image after FNINIT with all vector registers zero: FCW 0x37F, MXCSR 0x1F80, MXCSR mask 0xFFFF.
 INITIAL_FPU_REGS = (0x37F).to_bytes(24, "little") + (0x1F80).to_bytes(4, "little") + (0xFFFF).to_bytes(484, "little")
+
+
+def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) -> VcpuState:
+    """Return a vCPU in 64-bit ring 3 with IOPL 3, paging on, flat segments, no descriptor tables and no handlers.
+
+    It is how every guest of this project starts (docs/guest-abi.md); general registers not named are 0.
+    """
+    data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
+    nothing = DescriptorTable(base=0, limit=0)
+    return VcpuState(
+        rip=rip,
+        rsp=rsp,
+        rdi=rdi,
+        rsi=rsi,
+        rflags=0x3202,
+        cr0=0x8005_0033,
+        cr3=cr3,
+        cr4=0x620,
+        efer=0x500,
+        cs=Segment(selector=0x33, base=0, limit=0xFFFF_FFFF, attributes=0xAFB),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=Segment(selector=0, base=0, limit=0xFFFF, attributes=0x8B),
+        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
+        gdtr=nothing,
+        idtr=nothing,
+        fpu_regs=INITIAL_FPU_REGS,
+    )

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.bitmap import expand_runs, runs_of
+from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -47,9 +47,7 @@ from pageferry.core.events import (
     MigrationEnded,
     MigrationReport,
     Phase,
-    RoundBegan,
     RoundEnded,
-    RoundProgress,
 )
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.policy import Action, Policy, Progress, RoundStats
@@ -57,6 +55,7 @@ from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import verify
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.phases import PhaseClock
+from pageferry.engine.rounds import PageSender
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
@@ -71,7 +70,6 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
-from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
@@ -117,8 +115,7 @@ class Source:
         self._armed = False
         self._channel: Channel | None = None
         self._encoder = Encoder()
-        self._rounds: list[RoundStats] = []
-        self._remaining_pages = 0
+        self._sender = PageSender(vm.memory, self._encoder, on_event, self._clock.now_s)
         self._fixed_s = 0.0
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
@@ -143,19 +140,19 @@ class Source:
 
     def ram(self) -> dict[str, Any]:
         """Return progress in the words of QMP's query-migrate."""
-        sent_pages = sum(stats.sent_pages for stats in self._rounds)
+        sent_pages = sum(stats.sent_pages for stats in self._sender.rounds)
         sent_bytes = 0 if self._channel is None else self._channel.sent_bytes
         elapsed_s = self.elapsed_s
         return {
             "ram": {
                 "total": self._vm.memory.size_bytes,
-                "remaining": self._remaining_pages * PAGE_SIZE,
+                "remaining": self._sender.remaining_pages * PAGE_SIZE,
                 "transferred": sent_bytes,
                 "normal": sent_pages,
                 "normal-bytes": sent_pages * PAGE_SIZE,
                 "duplicate": 0,
                 "skipped": 0,
-                "dirty-sync-count": len(self._rounds),
+                "dirty-sync-count": len(self._sender.rounds),
                 "page-size": PAGE_SIZE,
                 "mbps": sent_bytes * 8 / 1e6 / elapsed_s if elapsed_s else 0.0,
             }
@@ -302,7 +299,7 @@ class Source:
             tracker=self._vm.log_dirty.tracker,
             policy=self._policy.name,
             memory_bytes=self._vm.memory.size_bytes,
-            rounds=tuple(self._rounds),
+            rounds=tuple(self._sender.rounds),
             total_s=self.elapsed_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,
@@ -366,9 +363,11 @@ class Source:
         # Law 3: the snapshot of what has storage comes after ENABLE. A page touched later is dirty by then.
         gfns = expand_runs(*self._vm.memory.populated())
         while True:
-            stats = self._send_round(peer, gfns, final=False)
+            stats = self._send_round(peer, gfns)
             self._expect_alive()
-            progress = Progress(memory_pages=self._vm.memory.pages, rounds=tuple(self._rounds), fixed_s=self._fixed_s)
+            progress = Progress(
+                memory_pages=self._vm.memory.pages, rounds=tuple(self._sender.rounds), fixed_s=self._fixed_s
+            )
             decision = self._policy.decide(progress)
             self._on_event(RoundEnded(stats=stats, decision=decision))
             if decision.action is Action.ABORT:
@@ -399,35 +398,17 @@ class Source:
         sample_pages = int(sample[1].sum())
         return 2 * state_s + ((now_s() - began_s) * int(lengths.sum()) / sample_pages if sample_pages else 0.0)
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool) -> RoundStats:
-        """Send the pages; they were reported by a CLEAN (or frozen) before this reads them."""
-        index = len(self._rounds)
-        self._on_event(RoundBegan(index=index, dirty_pages=gfns.size, final=final))
-        channel = peer.channel
-        began_s, sent_before = self._clock.now_s(), channel.sent_bytes
-        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-            if channel.readable():
+    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
+        def check() -> None:
+            if peer.channel.readable():
                 raise self._unexpected(peer.receive())
             if self._cancelled:
                 raise self._abort("cancelled")
-            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
-            channel.send([self._encoder.page_data(batch), *self._vm.memory.views(*runs_of(batch))])
-            self._remaining_pages = gfns.size - at - batch.size
-            sent_bytes = channel.sent_bytes - sent_before
-            self._on_event(RoundProgress(index=index, sent_pages=at + batch.size, sent_bytes=sent_bytes))
-        remaining = 0 if final else self._vm.log_dirty.peek().count()
-        stats = RoundStats(
-            index=index,
-            dirty_pages=gfns.size,
-            sent_pages=gfns.size,
-            sent_bytes=channel.sent_bytes - sent_before,
-            duration_s=self._clock.now_s() - began_s,
-            remaining_pages=remaining,
-            final=final,
-        )
-        self._rounds.append(stats)
-        self._remaining_pages = remaining
-        return stats
+
+        def count_dirty() -> int:
+            return 0 if final else self._vm.log_dirty.peek().count()
+
+        return self._sender.send(peer.channel, gfns, final=final, check=check, count_dirty=count_dirty)
 
     def _pause(self) -> None:
         self._vm.freeze()

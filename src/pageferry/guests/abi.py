@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pageferry.core.frames import PAGE_SIZE, SIZE_1G, SIZE_2M
 from pageferry.core.memory import GuestMemory
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, Segment, VcpuState
+from pageferry.core.state import VcpuState, ring_3_state
 
 ABI_VERSION = 1
 INFO_MAGIC = int.from_bytes(b"PFGUEST1", "little")
@@ -128,26 +128,6 @@ def page_tables(end_of_ram: int) -> bytes:
 
 def entry_state(entry: int, index: int) -> VcpuState:
     """Return the state in which vCPU ``index`` enters a program at gpa ``entry``."""
-    data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
-    return VcpuState(
-        rip=entry,
-        rsp=STACKS_TOP - index * STACK_BYTES - 8,
-        rdi=INFO_GPA,
-        rsi=index,
-        rflags=0x3202,
-        cr0=0x8005_0033,
-        cr3=PAGE_TABLES_GPA,
-        cr4=0x620,
-        efer=0x500,
-        cs=Segment(selector=0x33, base=0, limit=0xFFFF_FFFF, attributes=0xAFB),
-        ds=data,
-        es=data,
-        fs=data,
-        gs=data,
-        ss=data,
-        tr=Segment(selector=0, base=0, limit=0xFFFF, attributes=0x8B),
-        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
-        gdtr=DescriptorTable(base=0, limit=0),
-        idtr=DescriptorTable(base=0, limit=0),
-        fpu_regs=INITIAL_FPU_REGS,
+    return ring_3_state(
+        rip=entry, rsp=STACKS_TOP - index * STACK_BYTES - 8, cr3=PAGE_TABLES_GPA, rdi=INFO_GPA, rsi=index
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.core.memory import MIN_MEMORY_BYTES
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, MachineState, Segment, VcpuState
+from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi
@@ -82,7 +82,11 @@ def _run_guest() -> None:
             vm.memory.write(_TABLES_GPA + (level << PAGE_SHIFT), struct.pack("<Q", _TABLES_GPA + (level + 1 << 12) | 7))
         vm.memory.write(_TABLES_GPA + (2 << PAGE_SHIFT), struct.pack("<Q", 0x87))  # the first 2 MiB, as one page
         vm.memory.write(_PROGRAM_GPA, _PROGRAM)
-        vm.load_state(MachineState(vcpus=(_start_state(),), devices=vm.platform.bus.save()))
+        vm.load_state(
+            MachineState(
+                vcpus=(ring_3_state(rip=_PROGRAM_GPA, rsp=_DATA_GPA, cr3=_TABLES_GPA),), devices=vm.platform.bus.save()
+            )
+        )
         vm.log_dirty.enable()
         vm.resume()
         if vm.wait(_TIMEOUT_S) is VmStatus.RUNNING:
@@ -93,27 +97,3 @@ def _run_guest() -> None:
             raise VmError("its write was not seen by the dirty log")
     finally:
         vm.close()
-
-
-def _start_state() -> VcpuState:
-    data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
-    none = DescriptorTable(base=0, limit=0)
-    return VcpuState(
-        rip=_PROGRAM_GPA,
-        rflags=0x3202,
-        cr0=0x8005_0033,
-        cr3=_TABLES_GPA,
-        cr4=0x620,
-        efer=0x500,
-        cs=Segment(selector=0x33, base=0, limit=0xFFFF_FFFF, attributes=0xAFB),
-        ds=data,
-        es=data,
-        fs=data,
-        gs=data,
-        ss=data,
-        tr=Segment(selector=0, base=0, limit=0x67, attributes=0x8B),
-        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
-        gdtr=none,
-        idtr=none,
-        fpu_regs=INITIAL_FPU_REGS,
-    )

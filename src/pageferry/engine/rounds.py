@@ -1,0 +1,78 @@
+"""Rounds: pages from guest memory to the wire, gathered, and what each round cost."""
+
+from collections.abc import Callable
+
+from pageferry.core.bitmap import runs_of
+from pageferry.core.events import Event, RoundBegan, RoundProgress
+from pageferry.core.frames import GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.policy import RoundStats
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Encoder
+from pageferry.stream.format import MAX_PAGES_PER_RECORD
+
+
+class PageSender:
+    """Sends rounds of pages as PAGE_DATA records, straight from guest memory.
+
+    Args:
+        memory: the guest's.
+        encoder: of the stream that the records belong to.
+        on_event: sees rounds begin and go on.
+        now_s: a monotonic clock in seconds.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, encoder: Encoder, on_event: Callable[[Event], None], now_s: Callable[[], float]
+    ) -> None:
+        self._memory = memory
+        self._encoder = encoder
+        self._on_event = on_event
+        self._now_s = now_s
+        self.rounds: list[RoundStats] = []
+        self.remaining_pages = 0
+        """Pages of the round under way that are still to be sent; between rounds, what was dirty at the last look."""
+
+    def send(
+        self,
+        channel: Channel,
+        gfns: GfnArray,
+        *,
+        final: bool,
+        check: Callable[[], None],
+        count_dirty: Callable[[], int],
+    ) -> RoundStats:
+        """Send one round.
+
+        Args:
+            channel: where to.
+            gfns: uint64[n], strictly ascending. Law 3: the CLEAN that reported them has returned.
+            final: whether this is the stop-and-copy.
+            check: called before each record; raises to end the round.
+            count_dirty: called at the end: how many pages are dirty now.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        index = len(self.rounds)
+        self._on_event(RoundBegan(index=index, dirty_pages=gfns.size, final=final))
+        began_s, sent_before = self._now_s(), channel.sent_bytes
+        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+            check()
+            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
+            channel.send([self._encoder.page_data(batch), *self._memory.views(*runs_of(batch))])
+            self.remaining_pages = gfns.size - at - batch.size
+            sent_bytes = channel.sent_bytes - sent_before
+            self._on_event(RoundProgress(index=index, sent_pages=at + batch.size, sent_bytes=sent_bytes))
+        self.remaining_pages = count_dirty()
+        stats = RoundStats(
+            index=index,
+            dirty_pages=gfns.size,
+            sent_pages=gfns.size,
+            sent_bytes=channel.sent_bytes - sent_before,
+            duration_s=self._now_s() - began_s,
+            remaining_pages=self.remaining_pages,
+            final=final,
+        )
+        self.rounds.append(stats)
+        return stats
