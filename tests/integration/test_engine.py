@@ -375,6 +375,20 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
     expect_as_before(vm, inn, source)
 
 
+def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypatch):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    monkeypatch.setattr("pageferry.engine.destination.available_bytes", lambda: 40_000)
+    source = attempt(vm, inn.open())
+    with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
+        source.run()
+    assert caught.value.phase == "hello"
+    inn.outcome()
+    monkeypatch.undo()
+    expect_as_before(vm, inn, source)
+
+
 class Never:
     """A policy that never stops: somebody else must."""
 

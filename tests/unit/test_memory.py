@@ -6,6 +6,7 @@ import pytest
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UsageError, VmError
 from pageferry.core.frames import PAGE_SIZE, gfns_touched
+from pageferry.core.hostmem import available_bytes
 from pageferry.core.memory import GuestMemory, ram_layout
 
 MiB = 1 << 20
@@ -87,3 +88,7 @@ def test_frames_touched():
     assert gfns_touched(0, 0).size == 0
     assert gfns_touched(0xFFF, 1).tolist() == [0]
     assert gfns_touched(0xFFF, 2).tolist() == [0, 1]
+
+
+def test_the_host_tells_what_it_can_give():
+    assert 0 < available_bytes() < 1 << 50

@@ -38,6 +38,19 @@ def _raise(call: str) -> None:
     raise VmError(f"{call}: {os.strerror(code)}", hint=hint)
 
 
+def available_bytes() -> int | None:
+    """Return how much memory the host could give without swapping, or None where it does not tell.
+
+    Source: Linux ``/proc/meminfo``, ``MemAvailable``.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+
+
 class MemFd:
     """An anonymous, sparse, page-granular file: the storage of guest RAM.
 

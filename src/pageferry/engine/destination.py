@@ -28,9 +28,11 @@ from pageferry.core.errors import (
     VmError,
 )
 from pageferry.core.events import Event, Phase
-from pageferry.core.frames import PAGES_PER_2M
+from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
+from pageferry.core.hostmem import available_bytes
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
+from pageferry.core.units import format_size
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine import verify
 from pageferry.engine.conversation import Peer, PeerFailedError
@@ -166,6 +168,7 @@ class Destination:
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
+            _expect_room(hello)
             vm = self._make_vm(VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus))
         except (UsageError, VmError) as error:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
@@ -253,6 +256,16 @@ class Destination:
             vm.resume()
         with contextlib.suppress(OSError):  # the guest is ours from here on, whether or not the source hears of it
             self._peer.send(Running())
+
+
+def _expect_room(hello: SourceHello) -> None:
+    needed_bytes = sum(pages for _, pages in hello.populated) * PAGE_SIZE
+    available = available_bytes()
+    if available is not None and needed_bytes > available:
+        raise UsageError(
+            f"the guest holds {format_size(needed_bytes)}, this host has {format_size(available)} available",
+            hint="free memory here, or choose another destination",
+        )
 
 
 class _Populator:
