@@ -242,7 +242,9 @@ def test_a_page_that_only_the_destination_has_fails_closed(guests, inn):
     assert last_gfn not in expand_runs(*vm.memory.populated()).tolist()
     plain = corrupting(inn, lambda memory: memory.write(last_gfn * 4096 + 4095, b"\1"))
     source = attempt(vm, inn.open())
-    with pytest.raises(PeerError, match=f"not zero here that is zero at the source: gfn {last_gfn:#x}"):
+    with pytest.raises(
+        PeerError, match=f"not zero here that is zero at the source: first difference at gfn {last_gfn:#x}"
+    ):
         source.run()
     inn.outcome()
     inn.make_vm = plain
@@ -386,6 +388,114 @@ def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypa
     assert caught.value.phase == "hello"
     inn.outcome()
     monkeypatch.undo()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(guests, inn, monkeypatch):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    tracker = type(vm.log_dirty)
+    broken = {"peek": tracker.peek, "stats": tracker.stats}
+
+    def fail(self):
+        raise VmError("the log cannot be read")
+
+    source = attempt(vm, inn.open(), XenPolicy(max_rounds=1))
+    freeze = vm.freeze
+
+    def freeze_and_break():
+        freeze()
+        if vm.log_dirty.enabled:
+            for name in broken:
+                monkeypatch.setattr(tracker, name, fail)
+
+    monkeypatch.setattr(vm, "freeze", freeze_and_break)
+    with pytest.raises(MigrationError, match="cannot be read"):
+        source.run()
+    monkeypatch.undo()
+    inn.outcome()
+    expect_as_before(vm, inn, source)
+
+
+def test_observers_cannot_end_a_migration(guests, inn):
+    def look(event):
+        raise RuntimeError("I saw nothing")
+
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+    report = attempt(vm, inn.open(on_event=look), on_event=look).run()
+    assert report.status == "completed"
+    assert runs_on(inn.outcome())
+
+
+def test_a_guest_that_runs_there_is_there_whatever_fails_here(guests, inn, monkeypatch):
+    vm = guests()
+    vm.resume()
+    assert runs_on(vm)
+
+    def fail(self):
+        raise VmError("cannot be turned off")
+
+    monkeypatch.setattr(type(vm.log_dirty), "off", fail)
+    source = attempt(vm, inn.open())
+    assert source.run().guest_at is GuestAt.DESTINATION
+    monkeypatch.undo()
+    with pytest.raises(VmError, match="no guest to take back"):
+        source.take_back()
+    assert runs_on(inn.outcome())
+
+
+def test_a_peer_that_trickles_is_a_stalled_one(guests, inn):
+    vm = guests()
+    vm.resume()
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle():
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError):
+                sock.sendall(b"\x89PGFERRY" + struct.pack("<IIII", 1, 0, FrameType.DESTINATION_HELLO, 30_000))
+                while not stop.wait(0.05):
+                    sock.sendall(b" ")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        source = attempt(vm, f"tcp://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.5)
+        with pytest.raises(TransportError, match="stood still"):
+            source.run()
+        stop.set()
+        thread.join()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_cancel_ends_a_connect_that_nobody_answers(guests, inn):
+    vm = guests()
+    vm.resume()
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(0)
+        full = [socket.socket() for _ in range(3)]
+        for sock in full:
+            sock.setblocking(False)
+            sock.connect_ex(silent.getsockname())
+        source = attempt(vm, f"tcp://127.0.0.1:{silent.getsockname()[1]}", timeout_s=600)
+        failures = []
+
+        def run():
+            try:
+                source.run()
+            except PolicyAbort as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert source.cancel()
+        thread.join(30)
+        assert "cancelled" in str(failures[0])
+        for sock in full:
+            sock.close()
     expect_as_before(vm, inn, source)
 
 

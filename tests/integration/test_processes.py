@@ -280,6 +280,40 @@ def test_ctrl_c_cancels_and_the_guest_runs_on(processes, wires):
     assert source.ask("query-migrate")["status"] == "cancelled"
 
 
+def test_nobody_pauses_a_guest_that_is_being_handed_over(processes, wires):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    wire = wires(destination.endpoint(), hold_at=u32(FrameType.RUNNING))
+    thread = threading.Thread(target=migrate, args=(source, wire.uri))
+    thread.start()
+    assert wire.held.wait(30)
+    for command in ("pause", "resume"):
+        assert "being handed over" in one_line(cli(command, "--control", source.control))
+    wire.release()
+    thread.join(60)
+    assert destination.runs_on()
+
+
+def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_path, accel):
+    control = tmp_path / "x.sock"
+    command = [*PAGEFERRY, "run", *GUEST, "--control", str(control), "--accel", accel]
+    for leaves in (False, True):
+        popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        try:
+            if leaves:
+                popen.stdout.close()
+            wait_for(control.is_socket, "control socket")
+            wait_for(lambda: json.loads(cli("status", "--control", control, "--json").stdout)["work"][0] > 0, "work")
+            assert cli("pause", "--control", control).returncode == 0
+            assert cli("resume", "--control", control).returncode == 0
+            assert cli("quit", "--control", control).returncode == 0
+            assert popen.wait(20) == 0
+        finally:
+            popen.kill()
+            popen.wait()
+            popen.stdout.close()
+
+
 def test_an_existing_qmp_client_works(processes):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()

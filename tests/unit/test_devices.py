@@ -11,7 +11,7 @@ from pageferry.devices.platform import CLOCK_PORT, CONSOLE_PORT, EXIT_PORT, SYNC
 
 @pytest.fixture
 def memory():
-    return GuestMemory.linear(4 << 20)
+    return GuestMemory.linear(32 << 20)
 
 
 @pytest.fixture
@@ -88,8 +88,9 @@ def test_dma_fills_copies_and_marks(platform, memory):
     "registers",
     [
         {"command": 9},
-        {"command": COMMAND_FILL, "target": (4 << 20) - 4, "length": 8},
+        {"command": COMMAND_FILL, "target": (32 << 20) - 4, "length": 8},
         {"command": COMMAND_FILL, "target": 0, "length": 2**63},
+        {"command": COMMAND_FILL, "target": 0, "length": (16 << 20) + 1},
         {"command": COMMAND_COPY, "source": 2**63, "target": 0, "length": 8},
     ],
 )

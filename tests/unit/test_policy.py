@@ -58,8 +58,11 @@ def test_downtime_gives_up_with_the_reason_when_it_cannot_converge():
     assert DowntimePolicy().decide(progress(*rounds[:29])).action is Action.NEXT_ROUND
 
 
-def test_downtime_gives_up_at_once_when_the_fixed_part_alone_is_too_long():
-    decision = DowntimePolicy(limit_s=0.3).decide(progress(stats(0, sent=100, remaining=1), fixed_s=0.4))
+def test_downtime_gives_up_soon_when_the_fixed_part_alone_is_too_long():
+    rounds = [stats(i, sent=100, remaining=1) for i in range(3)]
+    policy = DowntimePolicy(limit_s=0.3)
+    assert policy.decide(progress(*rounds[:2], fixed_s=0.4)).action is Action.NEXT_ROUND
+    decision = policy.decide(progress(*rounds, fixed_s=0.4))
     assert decision.action is Action.ABORT
     assert "verification alone" in decision.reason
 

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import VmError
@@ -64,14 +66,35 @@ def test_nonzero_pages_outside_the_runs_are_found(memory):
     assert verify.first_nonzero_outside(memory, u64(), u64()) == 5
 
 
-def test_the_hint_covers_what_is_populated_and_never_the_pci_hole():
+def test_the_hint_is_of_the_longest_runs_and_never_more_than_there_is():
     memory = GuestMemory.linear(4 * GiB)
-    gfns = [*range(0, 4000, 2), (3 * GiB >> 12) - 1, 4 * GiB >> 12, (4 * GiB >> 12) + 10]
-    for gfn in gfns:
+    for gfn in [*range(0, 4000, 2), (3 * GiB >> 12) - 1]:
         memory.write(gfn << 12, b"x")
-    hint = verify.hint_runs(memory)
-    assert len(hint) <= 1024
-    covered = set(expand_runs(*(u64(*column) for column in zip(*hint, strict=True))).tolist())
-    assert covered >= set(gfns)
-    assert memory.are_ram(u64(*sorted(covered))).all()
-    assert verify.hint_runs(GuestMemory.linear(4 * MiB)) == ()
+    memory.write(4 * GiB, bytes(3 * 4096))
+    starts, lengths = memory.populated()
+    hint = verify.hint_runs(starts, lengths)
+    assert len(hint) == 1024
+    assert hint[-1] == (4 * GiB >> 12, 3)
+    covered = expand_runs(*(u64(*column) for column in zip(*hint, strict=True)))
+    assert set(covered.tolist()) <= set(expand_runs(starts, lengths).tolist())
+    assert sorted(hint) == list(hint)
+    assert verify.hint_runs(*GuestMemory.linear(4 * MiB).populated()) == ()
+
+
+@given(st.lists(st.integers(1, 512), max_size=300), st.integers(1, 2000), st.integers(1, 50))
+def test_batches_cover_every_run_in_order(lengths, max_pages, max_runs):
+    slices = list(verify.batches(u64(*lengths), max_pages, max_runs))
+    assert [i for piece in slices for i in range(piece.start, piece.stop)] == list(range(len(lengths)))
+    for piece in slices:
+        assert 1 <= piece.stop - piece.start <= max_runs
+        assert sum(lengths[piece.start : piece.stop - 1]) < max_pages
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=60))
+def test_digests_do_not_depend_on_how_the_work_is_divided(lengths):
+    memory = GuestMemory.linear(4 * MiB)
+    memory.write(0, bytes(range(251)) * 10_000)
+    starts = np.concatenate(([0], np.cumsum(lengths)[:-1])).astype(np.uint64)
+    digests = verify.digest_runs(memory, starts, u64(*lengths))
+    wanted = [xxhash.xxh3_128_digest(view) for view in memory.views(starts, u64(*lengths))]
+    assert [bytes(each) for each in digests] == wanted

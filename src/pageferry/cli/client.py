@@ -1,5 +1,6 @@
 """The client's side of the control socket: start a migration, follow it to its end, whatever that is."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,10 @@ Json = dict[str, Any]
 class Interrupted(Exception):  # not an error: the user's wish, after it was fulfilled
     """The user pressed Ctrl-C and the migration was cancelled; the guest runs on at the source."""
 
+    def __init__(self, report: Json) -> None:
+        super().__init__("cancelled")
+        self.report = report
+
 
 def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], None]) -> Json:
     """Migrate and return the report; ``options`` are the extra arguments of the ``migrate`` command.
@@ -25,24 +30,19 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
         Interrupted: it was cancelled by Ctrl-C.
         VmError: the guest process went away.
     """
-    client.execute("migrate", uri=uri, **options)
-    interrupted = False
-    while True:
-        try:
+    try:
+        client.execute("migrate", uri=uri, **options)
+        _follow(client, show)
+    except KeyboardInterrupt:
+        with contextlib.suppress(QmpError):  # too late: it ends by itself
+            client.execute("migrate_cancel")
             _follow(client, show)
-            break
-        except KeyboardInterrupt:
-            interrupted = True
-            try:
-                client.execute("migrate_cancel")
-            except QmpError:
-                interrupted = False  # too late: it ends by itself
     state = client.execute("query-migrate")
     report = state.get("x-pageferry-report")
     if report is None:
         raise VmError("the migration ended by a defect in the guest process; its log says more")
-    if interrupted and report["status"] == "cancelled":
-        raise Interrupted
+    if report["status"] == "cancelled":
+        raise Interrupted(report)
     if report["status"] != "completed":
         error = state["x-pageferry-error"]
         raise MigrationFailedError(report, error)

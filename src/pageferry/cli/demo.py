@@ -1,6 +1,8 @@
 """The demonstration: two real processes, one guest, one migration."""
 
 import contextlib
+import ctypes
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from pageferry.vmm.accel import Machines
 from pageferry.vmm.qmp import QmpClient
 
 _START_TIMEOUT_S = 30.0
+_PR_SET_PDEATHSIG = 1
 _WARM_UP_S = 1.0
 _POLL_S = 0.05
 
@@ -48,7 +51,7 @@ def run_demo(
             with ProgressView(console) as view:
                 report = migrate(guest, uri, options, view.show)
             after = _work(receiver, "at the destination", console, _WARM_UP_S)
-            if report["downtime_s"] is not None and after <= before:
+            if before and after <= before:  # a program of one's own need not count its work
                 raise VmError("the guest does not go on at the destination")
     return report
 
@@ -74,6 +77,10 @@ def _work_done(client: QmpClient) -> int:
     return int(sum(state["work"]))
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 class _Child:
     """A pageferry process of ours; ended, and waited for, when the ``with`` block ends."""
 
@@ -86,7 +93,12 @@ class _Child:
     def __enter__(self) -> "_Child":
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                self._arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # however the demo ends
             )
         return self
 

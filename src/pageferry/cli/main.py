@@ -1,8 +1,9 @@
 """The ``pageferry`` command.
 
-Exit codes: 0 done; 1 a defect; 2 wrong usage; 3 the migration did not happen and the guest is at the source; 4 nobody
-knows whether the guest moved; 5 this machine lacks what was asked for; 6 a guest process or its socket failed;
-8 the guest ended with a code other than 0; 9 the guest crashed; 130 interrupted.
+Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration did not happen
+and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for; 6 a
+guest process or its socket failed; 8 the guest ended with a code other than 0; 9 the guest crashed; 130 a demo or
+migration was interrupted, and the guest is at the source.
 """
 
 import json
@@ -11,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +28,11 @@ from pageferry.core.memory import ram_layout
 from pageferry.core.policy import make_policy
 from pageferry.core.units import format_size, parse_size
 from pageferry.core.vm import VmConfig
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Endpoint
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.vmm.accel import Accel, choose_machines
+from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.doctor import examine
 from pageferry.vmm.process import GuestProcess
 from pageferry.vmm.qmp import QmpClient
@@ -123,7 +125,7 @@ def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
     """Make a migration and print its report; as JSON also when it failed, before the error goes its way."""
     try:
         report = attempt()
-    except MigrationFailedError as error:
+    except (MigrationFailedError, Interrupted) as error:
         if as_json:
             _json(error.report)
         raise
@@ -161,8 +163,14 @@ def demo(
     config = _config(memory)
     options = _policy_options(policy, downtime_limit, max_rounds)
     machines = choose_machines(accel)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its two processes end with it
+    _end_as_by_ctrl_c()
     _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
+
+
+def _end_as_by_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does: cancel, and end whatever was started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
@@ -170,13 +178,11 @@ def _guest_process(accel: Accel, control: Path | None) -> Iterator[GuestProcess]
     machines = choose_machines(accel)
     _err.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
 
-    def console(data: bytes) -> None:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-
     def say(message: str) -> None:
-        _err.print(f"pageferry: {message}", markup=False, soft_wrap=True)
+        with suppress(OSError):  # nobody reads any more; the guest does not care
+            _err.print(f"pageferry: {message}", markup=False, soft_wrap=True)
 
+    console = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
     process = GuestProcess(machines, control, on_console=console, on_message=say)
 
     def stop(*_: object) -> None:
@@ -188,6 +194,7 @@ def _guest_process(accel: Accel, control: Path | None) -> Iterator[GuestProcess]
         yield process
     finally:
         process.close()
+        console.close()
 
 
 @app.command(name="run")
@@ -237,13 +244,14 @@ def migrate_guest(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds the connection may stand still.")
+        float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds) | {"x-timeout-s": timeout}
+    _end_as_by_ctrl_c()
     with QmpClient(control) as client:
 
         def follow() -> dict[str, Any]:

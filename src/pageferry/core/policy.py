@@ -13,6 +13,8 @@ from pageferry.core.frames import PAGE_SIZE
 
 #: Rounds that moved less than this say more about latency than about the wire.
 _RATE_SAMPLE_BYTES = 4 << 20
+#: So often the fixed costs must have been measured before they alone are a reason to give up.
+_PATIENCE_ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +168,7 @@ class DowntimePolicy:
         if progress.expected_downtime_s <= self.limit_s:
             why = f"an expected downtime of {expected_ms:.0f} ms fits the limit of {limit_ms:.0f} ms"
             return Decision(action=Action.STOP_AND_COPY, reason=why)
-        if progress.fixed_s > self.limit_s:
+        if progress.fixed_s > self.limit_s and len(progress.rounds) >= _PATIENCE_ROUNDS:
             why = f"state and verification alone take {progress.fixed_s * 1e3:.0f} ms of the {limit_ms:.0f} ms allowed"
             return Decision(action=Action.ABORT, reason=why)
         if len(progress.rounds) >= self.max_rounds:

@@ -7,11 +7,11 @@ offset  size  name       meaning
 ======  ====  =========  =====================================================================
 0x00    8     source     gpa to copy from (COPY)
 0x08    8     target     gpa to write to
-0x10    8     length     bytes
+0x10    8     length     bytes, at most 16 MiB
 0x18    8     flag       gpa of a u64 that is incremented on completion; 0: none
 0x20    8     pattern    the u64 that FILL repeats
 0x28    4     command    write 1: FILL, 2: COPY; the transfer is done when the store completes
-0x2C    4     status     0: idle, 1: done, 2: error (a range is not RAM, or the command unknown)
+0x2C    4     status     0: idle, 1: done, 2: error (a range is not RAM, too long, command unknown)
 0x30    8     completed  transfers completed so far (read only)
 ======  ====  =========  =====================================================================
 """
@@ -28,6 +28,7 @@ COMMAND_FILL = 1
 COMMAND_COPY = 2
 STATUS_DONE = 1
 STATUS_ERROR = 2
+MAX_LENGTH_BYTES = 16 << 20
 
 _REGISTERS = struct.Struct("<QQQQQIIQ")
 _SOURCE, _TARGET, _LENGTH, _FLAG, _PATTERN = 0x00, 0x08, 0x10, 0x18, 0x20
@@ -71,6 +72,8 @@ class DmaDevice:
 
     def _perform(self, command: int) -> None:
         try:
+            if self._get(_LENGTH) > MAX_LENGTH_BYTES:  # a transfer is one instruction: a pause waits for it
+                raise VmError("a DMA transfer is too long")
             if command == COMMAND_FILL:
                 self._fill()
             elif command == COMMAND_COPY:

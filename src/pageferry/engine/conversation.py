@@ -62,11 +62,12 @@ class Peer:
             RemoteStreamError: it is not a legal frame, or the peer closed in the middle.
             OSError: cut or stalled.
         """
+        deadline_s = self.channel.deadline_s()
         while True:
             frame = self._decoder.next_event()
             if not isinstance(frame, Need):
                 break
-            data = self.channel.receive_some(self._decoder.wanted_bytes)
+            data = self.channel.receive_some(self._decoder.wanted_bytes, deadline_s)
             if not data:
                 self._decoder.eof()
                 raise ConnectionResetError("the peer closed the connection")

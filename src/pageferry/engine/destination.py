@@ -25,6 +25,7 @@ from pageferry.core.errors import (
     TransportError,
     TruncatedError,
     UsageError,
+    VerifyError,
     VmError,
 )
 from pageferry.core.events import Event, Phase
@@ -36,7 +37,7 @@ from pageferry.core.units import format_size
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine import verify
 from pageferry.engine.conversation import Peer, PeerFailedError
-from pageferry.engine.phases import PhaseClock
+from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import (
@@ -56,6 +57,9 @@ from pageferry.stream.format import carries_data
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.intake import Need
 from pageferry.stream.records import HvmContext, PageDataHeader
+
+#: While one source says hello no other can.
+_HELLO_TIMEOUT_S = 5.0
 
 
 def _ignore_event(_: Event) -> None:
@@ -90,7 +94,7 @@ class Destination:
         self._make_vm = make_vm
         self._accel = accel
         self._before_run = before_run
-        self._clock = PhaseClock(on_event)
+        self._clock = PhaseClock(guarded(on_event))
         self._peer = Peer(channel, Side.DESTINATION)
         self._ours = False
 
@@ -119,7 +123,7 @@ class Destination:
                     self._handoff(vm, hello)
             return vm
         except BaseException:
-            if vm is not None:
+            if vm is not None and not self._ours:
                 vm.close()
             raise
         finally:
@@ -133,13 +137,13 @@ class Destination:
         except PeerFailedError as error:
             raise PeerError(error.reason, phase=self._phase, guest_at=GuestAt.SOURCE, hint=error.hint) from error
         except MigrationError as error:
-            self._tell(error.reason)
+            self._tell(error.reason, error.hint)
             raise
         except TruncatedError as error:
             reason = f"the connection was cut: {error}"
             raise TransportError(reason, phase=self._phase, guest_at=GuestAt.SOURCE) from error
         except PageferryError as error:
-            self._tell(str(error), error.hint)
+            self._tell(str(error), error.hint, error.gfn if isinstance(error, VerifyError) else None)
             kind = PeerError if isinstance(error, RemoteStreamError) else MigrationError
             raise kind(str(error), phase=self._phase, guest_at=GuestAt.SOURCE, hint=error.hint) from error
         except OSError as error:
@@ -153,9 +157,9 @@ class Destination:
     def _phase(self) -> str:
         return str(self._clock.current)
 
-    def _tell(self, reason: str, hint: str = "") -> None:
+    def _tell(self, reason: str, hint: str = "", gfn: int | None = None) -> None:
         with contextlib.suppress(OSError, PageferryError):  # the source may be gone, or it may not be our turn
-            self._peer.send(Failed(reason=reason, hint=hint))
+            self._peer.send(Failed(reason=reason, hint=hint, gfn=gfn))
         self._channel.finish()
 
     def _unexpected(self, frame: Frame) -> PeerError:
@@ -163,8 +167,10 @@ class Destination:
         return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 
     def _hello(self) -> tuple[Vm, SourceHello]:
+        patience_s, self._channel.timeout_s = self._channel.timeout_s, min(self._channel.timeout_s, _HELLO_TIMEOUT_S)
         self._peer.greet()
         hello = self._peer.receive()
+        self._channel.timeout_s = patience_s
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
@@ -244,8 +250,7 @@ class Destination:
     ) -> None:
         gfn = verify.first_nonzero_outside(memory, starts, lengths)
         if gfn is not None:
-            reason = f"a page is not zero here that is zero at the source: gfn {gfn:#x}"
-            raise PeerError(reason, phase=self._phase, guest_at=GuestAt.SOURCE)
+            raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
 
     def _handoff(self, vm: Vm, hello: SourceHello) -> None:
         commit = self._peer.receive()
@@ -254,12 +259,13 @@ class Destination:
         self._before_run(vm, hello.name)
         if not commit.paused:
             vm.resume()
-        with contextlib.suppress(OSError):  # the guest is ours from here on, whether or not the source hears of it
+        self._ours = True  # whether or not the source hears of it
+        with contextlib.suppress(OSError):
             self._peer.send(Running())
 
 
 def _expect_room(hello: SourceHello) -> None:
-    needed_bytes = sum(pages for _, pages in hello.populated) * PAGE_SIZE
+    needed_bytes = hello.populated_pages * PAGE_SIZE
     available = available_bytes()
     if available is not None and needed_bytes > available:
         raise UsageError(

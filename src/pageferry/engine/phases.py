@@ -1,10 +1,25 @@
 """Phases as data: one begin and one end event each, timed on one clock, for source and destination alike."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from pageferry.core.events import Event, Phase, PhaseBegan, PhaseEnded
+
+_log = logging.getLogger(__name__)
+
+
+def guarded(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Return the observer with its own failures logged: nobody who looks on may end a migration."""
+
+    def observe(event: Event) -> None:
+        try:
+            on_event(event)
+        except Exception:
+            _log.exception("an observer of the migration failed")
+
+    return observe
 
 
 class PhaseClock:

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from pageferry.core.bitmap import runs_of
+from pageferry.core.errors import VmError
 from pageferry.core.events import Event, RoundBegan, RoundProgress
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import RoundStats
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Encoder
-from pageferry.stream.format import MAX_PAGES_PER_RECORD
+from pageferry.stream.format import MAX_PAGES_PER_RECORD, PageType
 
 
 class PageSender:
@@ -57,18 +60,21 @@ class PageSender:
         index = len(self.rounds)
         self._on_event(RoundBegan(index=index, dirty_pages=gfns.size, final=final))
         began_s, sent_before = self._now_s(), channel.sent_bytes
+        sent_pages = 0
         for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
             check()
-            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
-            channel.send([self._encoder.page_data(batch), *self._memory.views(*runs_of(batch))])
-            self.remaining_pages = gfns.size - at - batch.size
+            batch, views = self._present(gfns[at : at + MAX_PAGES_PER_RECORD])
+            if batch.size:
+                channel.send([self._encoder.page_data(batch), *views])
+            sent_pages += batch.size
+            self.remaining_pages = max(0, gfns.size - at - MAX_PAGES_PER_RECORD)
             sent_bytes = channel.sent_bytes - sent_before
-            self._on_event(RoundProgress(index=index, sent_pages=at + batch.size, sent_bytes=sent_bytes))
+            self._on_event(RoundProgress(index=index, sent_pages=sent_pages, sent_bytes=sent_bytes))
         self.remaining_pages = count_dirty()
         stats = RoundStats(
             index=index,
             dirty_pages=gfns.size,
-            sent_pages=gfns.size,
+            sent_pages=sent_pages,
             sent_bytes=channel.sent_bytes - sent_before,
             duration_s=self._now_s() - began_s,
             remaining_pages=self.remaining_pages,
@@ -76,3 +82,26 @@ class PageSender:
         )
         self.rounds.append(stats)
         return stats
+
+    def send_removed(self, channel: Channel, gfns: GfnArray) -> None:
+        """Tell that frames are no RAM of the guest any more (PAGE_DATA of type XTAB, without data).
+
+        Args:
+            channel: where to.
+            gfns: uint64[n], strictly ascending; the guest is frozen.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
+            channel.send([self._encoder.page_data(batch, np.full(batch.size, PageType.XTAB, np.uint8))])
+
+    def _present(self, gfns: GfnArray) -> tuple[GfnArray, list[memoryview]]:
+        """Return those of the frames that are RAM, with their views: the guest may have given some back meanwhile."""
+        while True:
+            present = gfns[self._memory.are_ram(gfns)]
+            try:
+                return present, self._memory.views(*runs_of(present))
+            except VmError:
+                continue  # one more was given back between the two lines

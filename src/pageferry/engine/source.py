@@ -21,6 +21,7 @@ attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at``
 """
 
 import contextlib
+import logging
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ from pageferry.core.policy import Action, Policy, Progress, RoundStats
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import verify
 from pageferry.engine.conversation import Peer, PeerFailedError
-from pageferry.engine.phases import PhaseClock
+from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.stream.codec import Encoder
@@ -70,10 +71,12 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
+from pageferry.stream.ferry_frames import MAX_DIGESTS
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
-_DIGEST_RUNS_PER_FRAME = 64
+_log = logging.getLogger(__name__)
+_SAMPLES = 3
 
 
 def _ignore(_: Event) -> None:
@@ -107,15 +110,15 @@ class Source:
         self._policy = policy
         self._name = name
         self._timeout_s = timeout_s
-        self._on_event = on_event
-        self._clock = PhaseClock(on_event)
+        self._on_event = guarded(on_event)
+        self._clock = PhaseClock(self._on_event)
         self._commit_lock = threading.Lock()
         self._cancelled = False
         self._committed = False
         self._armed = False
         self._channel: Channel | None = None
         self._encoder = Encoder()
-        self._sender = PageSender(vm.memory, self._encoder, on_event, self._clock.now_s)
+        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
         self._fixed_s = 0.0
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
@@ -158,6 +161,11 @@ class Source:
             }
         }
 
+    @property
+    def handing_over(self) -> bool:
+        """Whether COMMIT was sent, so that the guest is not ours to pause or resume."""
+        return self._committed
+
     def cancel(self) -> bool:
         """Ask for an end of the attempt, from any thread; the guest stays here.
 
@@ -180,7 +188,7 @@ class Source:
         Raises:
             VmError: the attempt did not end UNKNOWN.
         """
-        if self.guest_at is not GuestAt.UNKNOWN or self.report is None:
+        if self.guest_at is not GuestAt.UNKNOWN or self.report is None or self._running_at_s is not None:
             raise VmError("there is no guest to take back")
         self.guest_at = GuestAt.SOURCE
         self._disarm()
@@ -208,7 +216,6 @@ class Source:
             self._fall_back()
             self._finish("failed", "interrupted")
             raise
-        self.guest_at = GuestAt.DESTINATION
         return self._finish("completed", self._stop_reason)
 
     def _go(self) -> None:
@@ -262,29 +269,35 @@ class Source:
         return f"the connection to {self._endpoint} was cut: {why}"
 
     def _fall_back(self) -> None:
-        """After a failure: everything as it was, unless the commit is out."""
-        self._fault_count = self._faults()
+        """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
         if self._channel is not None:
             self._channel.close()
         if self._committed:
             self.guest_at = GuestAt.UNKNOWN
             return
-        self._disarm()
-        self._thaw()
+        try:
+            self._disarm()
+        finally:
+            self._thaw()
 
     def _disarm(self) -> None:
-        if self._armed:
-            with contextlib.suppress(VmError):  # the failure may be the tracker's own; the guest runs on all the same
-                self._vm.log_dirty.off()
+        """Turn log-dirty off, as far as the tracker can; its failure may be why we are here."""
+        if not self._armed:
+            return
+        try:
+            self._fault_count = self._vm.log_dirty.stats().fault_count
+        except Exception:
+            _log.warning("the tracker's counters are lost", exc_info=True)
+        try:
+            self._vm.log_dirty.off()
+            self._armed = False
+        except Exception:
+            _log.exception("log-dirty could not be turned off")
 
     def _thaw(self) -> None:
         if self.frozen:
             self._vm.thaw()
             self.frozen = False
-
-    def _faults(self) -> int | None:
-        log_dirty = self._vm.log_dirty
-        return log_dirty.stats().fault_count if self._armed and log_dirty.enabled else self._fault_count
 
     def _finish(self, status: str, reason: str) -> MigrationReport:
         downtime_s, parts = None, None
@@ -325,10 +338,11 @@ class Source:
 
     def _unexpected(self, frame: Frame) -> PeerError:
         what = f"the destination answered {type(frame).__name__} out of turn"
-        return PeerError(what, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
+        at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
+        return PeerError(what, phase=str(self._clock.current), guest_at=at)
 
     def _connect(self) -> Peer:
-        channel = self._endpoint.connect(self._timeout_s)
+        channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)
         with self._commit_lock:
             self._channel = channel
             if self._cancelled:
@@ -337,6 +351,7 @@ class Source:
 
     def _hello(self, peer: Peer) -> None:
         peer.greet()
+        starts, lengths = self._vm.memory.populated()
         peer.send(
             SourceHello(
                 version=__version__,
@@ -345,7 +360,8 @@ class Source:
                 accel=self._vm.accel,
                 migration_id=str(uuid.uuid4()),
                 name=self._name,
-                populated=verify.hint_runs(self._vm.memory),
+                populated=verify.hint_runs(starts, lengths),
+                populated_pages=int(lengths.sum()),
             )
         )
         hello = peer.receive()
@@ -357,7 +373,7 @@ class Source:
         log_dirty = self._vm.log_dirty
         self._expect_alive()
         peer.channel.send([self._encoder.header(), self._encoder.record(StaticDataEnd())])
-        self._fixed_s = self._measure_fixed()
+        state_s = self._measure_state()
         log_dirty.enable()
         self._armed = True
         # Law 3: the snapshot of what has storage comes after ENABLE. A page touched later is dirty by then.
@@ -365,6 +381,7 @@ class Source:
         while True:
             stats = self._send_round(peer, gfns)
             self._expect_alive()
+            self._fixed_s = state_s + self._measure_verify()
             progress = Progress(
                 memory_pages=self._vm.memory.pages, rounds=tuple(self._sender.rounds), fixed_s=self._fixed_s
             )
@@ -377,26 +394,33 @@ class Source:
                 return
             gfns = log_dirty.clean().gfns()
 
-    def _measure_fixed(self) -> float:
-        """Return what a pause will cost besides pages.
-
-        Saving the state, counted twice since the destination loads it, and digesting what has storage, at the speed
-        of a sample. The guest stands still for the first part of it.
-        """
-        now_s = self._clock.now_s
-        began_s = now_s()
+    def _measure_state(self) -> float:
+        """Return what the state will cost at the pause: saving it here, and as long again for loading it there."""
+        began_s = self._clock.now_s()
         self._vm.freeze()
         try:
             self._vm.save_state()
         finally:
             self._vm.thaw()
-        state_s = now_s() - began_s
-        starts, lengths = verify.populated_runs(self._vm.memory)
-        sample = verify.sample_runs(starts, lengths)
+        return 2 * (self._clock.now_s() - began_s)
+
+    def _measure_verify(self) -> float:
+        """Return what verification will cost at the pause: finding what has storage, and digesting it.
+
+        The digests are estimated from the best of a few samples: the guest, which runs now, only disturbs them.
+        """
+        now_s = self._clock.now_s
         began_s = now_s()
-        verify.digest_runs(self._vm.memory, *sample)
+        starts, lengths = verify.populated_runs(self._vm.memory)
+        found_s = now_s() - began_s
+        sample = verify.sample_runs(starts, lengths)
+        times_s = []
+        for _ in range(_SAMPLES):
+            began_s = now_s()
+            verify.digest_runs(self._vm.memory, *sample)
+            times_s.append(now_s() - began_s)
         sample_pages = int(sample[1].sum())
-        return 2 * state_s + ((now_s() - began_s) * int(lengths.sum()) / sample_pages if sample_pages else 0.0)
+        return found_s + (min(times_s) * int(lengths.sum()) / sample_pages if sample_pages else 0.0)
 
     def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
         def check() -> None:
@@ -429,11 +453,12 @@ class Source:
     def _verify(self, peer: Peer) -> None:
         memory = self._vm.memory
         starts, lengths = verify.populated_runs(memory)
-        for at in range(0, max(starts.size, 1), _DIGEST_RUNS_PER_FRAME):
-            piece = slice(at, at + _DIGEST_RUNS_PER_FRAME)
+        if not starts.size:
+            peer.send(Digests(first_gfns=starts, pages=lengths.astype(np.uint32), digests=verify.NO_DIGESTS, last=True))
+        for piece in verify.batches(lengths, verify.FRAME_PAGES, MAX_DIGESTS):
             digests = verify.digest_runs(memory, starts[piece], lengths[piece])
-            last = at + _DIGEST_RUNS_PER_FRAME >= starts.size
             pages = lengths[piece].astype(np.uint32)
+            last = piece.stop == starts.size
             peer.send(Digests(first_gfns=starts[piece], pages=pages, digests=digests, last=last))
         answer = peer.receive()
         if isinstance(answer, Mismatch):
@@ -452,10 +477,10 @@ class Source:
         return error
 
     def _handoff(self, peer: Peer) -> None:
-        paused = self._vm.status is VmStatus.PAUSED
         with self._commit_lock:
             if self._cancelled:
                 raise self._abort("cancelled")
+            paused = self._vm.status is VmStatus.PAUSED
             self._committed = True
         peer.send(Commit(paused=paused))
         try:
@@ -466,9 +491,9 @@ class Source:
         if not isinstance(answer, Running):
             raise self._unexpected(answer)
         self._running_at_s = self._clock.now_s()
+        self.guest_at = GuestAt.DESTINATION
 
     def _leave(self, peer: Peer) -> None:
         """The guest is gone: free what served its migration; it stays frozen here."""
-        self._fault_count = self._faults()
-        self._vm.log_dirty.off()
+        self._disarm()
         peer.channel.close()

@@ -5,9 +5,12 @@ kinds); the engine's phases turn them into a ``TransportError`` that says where 
 """
 
 import contextlib
+import errno
+import os
 import select
 import socket
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,7 +21,14 @@ _SOCKET_BUFFER_BYTES = 8 << 20
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _MAX_BUFFERS = 1024  # IOV_MAX
+_CONNECT_POLL_MS = 100
 DEFAULT_TIMEOUT_S = 30.0
+MAX_TIMEOUT_S = 86_400.0
+
+
+def _never() -> bool:
+    """Do not give up."""
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,38 +63,40 @@ class Endpoint:
             return f"unix:{self.path}"
         return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
 
-    def connect(self, timeout_s: float) -> "Channel":
+    def connect(self, timeout_s: float, given_up: Callable[[], bool] = _never) -> "Channel":
         """Connect.
 
+        Args:
+            timeout_s: how long to try; later, how long the channel may stand still.
+            given_up: asked ten times a second.
+
         Raises:
-            OSError: nobody listens, the name is unknown, or the time is over.
+            OSError: nobody listens, the name is unknown, the time is over, or ``given_up`` said so.
         """
-        if not self.path:
-            return Channel(socket.create_connection((self.host, self.port), timeout_s), timeout_s)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(timeout_s)
-            sock.connect(self.path)
-        except BaseException:
-            sock.close()
-            raise
-        return Channel(sock, timeout_s)
+        if self.path:
+            addresses: list[tuple[int, object]] = [(socket.AF_UNIX, self.path)]
+        else:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            addresses = [(family, address) for family, _, _, _, address in found]
+        failure: OSError = OSError("no address")
+        for family, address in addresses:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                _connect(sock, address, time.monotonic() + timeout_s, given_up)
+                return Channel(sock, timeout_s)
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
 
     def listen(self) -> socket.socket:
-        """Return a listening socket; port 0 takes a free one. A Unix socket's path must not exist.
+        """Return a listening socket; port 0 takes a free one.
 
         Raises:
             OSError: the address is in use or not ours.
         """
         if self.path:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.bind(self.path)
-                sock.listen(1)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
+            return listen_unix(Path(self.path))
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         return socket.create_server((self.host, self.port), family=family, backlog=1)
 
@@ -98,18 +110,55 @@ class Endpoint:
             Path(self.path).unlink(missing_ok=True)
 
 
+def _connect(sock: socket.socket, address: object, deadline_s: float, given_up: Callable[[], bool]) -> None:
+    sock.setblocking(False)
+    code = sock.connect_ex(address)  # type: ignore[arg-type]  # the family's own form
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    while code in (errno.EINPROGRESS, errno.EAGAIN):
+        if given_up() or time.monotonic() > deadline_s:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if poll.poll(_CONNECT_POLL_MS):
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if code == errno.EINPROGRESS else code
+            if code == errno.EAGAIN:  # a Unix socket with a full backlog
+                code = sock.connect_ex(address)  # type: ignore[arg-type]
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def listen_unix(path: Path, backlog: int = 1) -> socket.socket:
+    """Listen on a Unix socket; a path left behind by a process that was killed is taken over.
+
+    Raises:
+        OSError: the path cannot be used, or a living process serves it.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                if probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+        sock.bind(os.fspath(path))
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class Channel:
     """One connection.
 
     Args:
         sock: connected; the channel owns it.
-        timeout_s: how long a single send or receive may stand still before it counts as stalled.
+        timeout_s: how long a single call may take before it counts as stalled. A peer that trickles is a stalled one.
     """
 
     def __init__(self, sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._sock = sock
+        self.timeout_s = timeout_s
         self.sent_bytes = 0
-        sock.settimeout(timeout_s)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
@@ -126,7 +175,9 @@ class Channel:
         """
         queue = [memoryview(buffer) for buffer in buffers if len(buffer)]
         at = 0
+        deadline_s = self.deadline_s()
         while at < len(queue):
+            self._until(deadline_s)
             sent = self._sock.sendmsg(queue[at : at + _MAX_BUFFERS])
             self.sent_bytes += sent
             while at < len(queue) and sent >= len(queue[at]):
@@ -144,7 +195,9 @@ class Channel:
         """
         queue = [view for view in views if len(view)]
         at = 0
+        deadline_s = self.deadline_s()
         while at < len(queue):
+            self._until(deadline_s)
             received = self._sock.recvmsg_into(queue[at : at + _MAX_BUFFERS])[0]
             if not received:
                 raise ConnectionResetError("the peer closed the connection")
@@ -154,17 +207,34 @@ class Channel:
             if received:
                 queue[at] = queue[at][received:]
 
-    def receive_some(self, at_most_bytes: int) -> bytes:
+    def deadline_s(self) -> float:
+        """Return when a call that begins now counts as stalled, on the monotonic clock."""
+        return time.monotonic() + self.timeout_s
+
+    def receive_some(self, at_most_bytes: int, deadline_s: float | None = None) -> bytes:
         """Return some bytes, at least one and at most so many; none when the peer has closed.
+
+        Args:
+            at_most_bytes: at least 1.
+            deadline_s: of the call that this is a part of; None: a call of its own.
 
         Raises:
             OSError: cut or stalled.
         """
+        self._until(self.deadline_s() if deadline_s is None else deadline_s)
         return self._sock.recv(at_most_bytes)
+
+    def _until(self, deadline_s: float) -> None:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("stalled")
+        self._sock.settimeout(left_s)
 
     def readable(self) -> bool:
         """Tell whether the peer has said something, or has closed, without waiting."""
-        return bool(select.select([self._sock], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def finish(self, drain_s: float = 2.0) -> None:
         """Say that nothing more will be sent, and read what the peer still sends until it closes; then close.
@@ -173,10 +243,11 @@ class Channel:
         """
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
-            self._sock.settimeout(drain_s)
             scratch = bytearray(1 << 20)
+            deadline_s = time.monotonic() + drain_s
+            self._until(deadline_s)
             while self._sock.recv_into(scratch):
-                pass
+                self._until(deadline_s)
         self.close()
 
     def abort(self) -> None:

@@ -6,7 +6,10 @@ pages name the first frame.
 """
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import xxhash
@@ -19,9 +22,14 @@ from pageferry.stream.ferry_frames import MAX_POPULATED_RUNS
 
 DIGEST_BYTES = 16
 _SAMPLE_PAGES = 8 * PAGES_PER_2M
+#: How much one DIGESTS frame covers: enough to keep all cores busy, little enough that both sides work at once.
+FRAME_PAGES = 64 * PAGES_PER_2M
 
 Digests = NDArray[np.uint8]
 """uint8[n, 16]: one xxh3-128 digest (canonical, big-endian) per run."""
+
+
+NO_DIGESTS: Digests = np.empty((0, DIGEST_BYTES), np.uint8)
 
 
 def populated_runs(memory: GuestMemory) -> tuple[GfnArray, GfnArray]:
@@ -30,14 +38,37 @@ def populated_runs(memory: GuestMemory) -> tuple[GfnArray, GfnArray]:
     return split_runs(starts, lengths, PAGES_PER_2M)
 
 
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="digest")
+
+
 def digest_runs(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> Digests:
     """Return the digest of each run, on all cores and mostly without the interpreter lock."""
     views = memory.views(starts, lengths)
     if not views:
-        return np.empty((0, DIGEST_BYTES), np.uint8)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        digests = b"".join(pool.map(xxhash.xxh3_128_digest, views, chunksize=16))
+        return NO_DIGESTS
+    # Tasks of about 2 MiB each, however short the runs are.
+    edges = np.flatnonzero(np.diff(np.cumsum(lengths) // np.uint64(PAGES_PER_2M), append=np.uint64(1 << 62))) + 1
+    tasks = [views[begin:end] for begin, end in pairwise([0, *edges.tolist()])]
+    digests = b"".join(_pool().map(_digest_all, tasks))
     return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _digest_all(views: list[memoryview]) -> bytes:
+    return b"".join(map(xxhash.xxh3_128_digest, views))
+
+
+def batches(lengths: GfnArray, max_pages: int, max_runs: int) -> Iterator[slice]:
+    """Cut a list of runs into consecutive slices of about ``max_pages`` pages and at most ``max_runs`` runs each."""
+    ends = np.cumsum(lengths)
+    at = 0
+    while at < lengths.size:
+        done = int(ends[at - 1]) if at else 0
+        end = int(np.searchsorted(ends, done + max_pages)) + 1
+        end = min(end, at + max_runs, lengths.size)
+        yield slice(at, end)
+        at = end
 
 
 def first_difference(ours: Digests, theirs: Digests) -> int | None:
@@ -84,19 +115,10 @@ def sample_runs(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray
     return starts[:enough], lengths[:enough]
 
 
-def hint_runs(memory: GuestMemory) -> tuple[tuple[int, int], ...]:
-    """Return roughly what has storage, as at most ``MAX_POPULATED_RUNS`` (first gfn, pages): for whoever prepares.
+def hint_runs(starts: GfnArray, lengths: GfnArray) -> tuple[tuple[int, int], ...]:
+    """Return the longest of the runs, at most ``MAX_POPULATED_RUNS``, as (first gfn, pages), ascending.
 
-    The smallest gaps are closed first; a gap across the PCI hole is never closed.
+    For a destination that prepares: all of it will be sent, but not only that.
     """
-    starts, lengths = memory.populated()
-    if starts.size > MAX_POPULATED_RUNS:
-        ends = starts + lengths
-        gaps = (starts[1:] - ends[:-1]).astype(np.int64)
-        gaps[np.searchsorted(ends, [r.first_gfn for r in memory.regions[1:]], side="right") - 1] = np.iinfo(
-            np.int64
-        ).max
-        kept = np.sort(np.argsort(gaps, kind="stable")[gaps.size - (MAX_POPULATED_RUNS - 1) :])
-        starts = np.concatenate((starts[:1], starts[kept + 1]))
-        lengths = np.concatenate((ends[kept], ends[-1:])) - starts
-    return tuple(zip(starts.tolist(), lengths.tolist(), strict=True))
+    longest = np.sort(np.argsort(lengths, kind="stable")[-MAX_POPULATED_RUNS:])
+    return tuple(zip(starts[longest].tolist(), lengths[longest].tolist(), strict=True))

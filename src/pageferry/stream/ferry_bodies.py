@@ -138,8 +138,8 @@ class _Fields:
             raise BodyError("the body is no JSON object")
         self._values: dict[str, Any] = value
 
-    def integer(self, key: str, low: int, high: int) -> int:
-        value = self._required(key)
+    def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
+        value = self._required(key) if default is None else self._values.get(key, default)
         if type(value) is not int or not low <= value <= high:
             raise BodyError(f"{key} is no integer from {low} to {high}")
         return value
@@ -209,6 +209,7 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         machine=fields.name("machine", ""),
         name=fields.text("name", ""),
         populated=fields.runs("populated"),
+        populated_pages=fields.integer("populated_pages", 0, PFN_MASK, default=0),
     )
 
 

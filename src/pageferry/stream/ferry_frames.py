@@ -51,9 +51,9 @@ class FrameType(IntEnum):
 class SourceHello:
     """What the source wants to move.
 
-    ``populated`` is a hint: ascending, disjoint (first gfn, pages) runs that probably hold memory, at most 1,024
-    (the caller merges). ``name`` is the guest's, for people; ``machine`` names the machine model and ``features`` what
-    the source offers.
+    ``populated_pages`` is how many pages hold memory when this is sent. ``populated`` is a hint: the longest runs of
+    them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
+    names the machine model and ``features`` what the source offers.
     """
 
     version: str
@@ -65,6 +65,7 @@ class SourceHello:
     machine: str = ""
     name: str = ""
     populated: tuple[tuple[int, int], ...] = ()
+    populated_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

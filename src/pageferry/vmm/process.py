@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
-from pageferry.core.events import DOWNTIME_PHASES, Event, PhaseBegan, RoundEnded, RoundProgress
+from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policy import make_policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
@@ -31,6 +31,7 @@ from pageferry.vmm.qmp import QmpError, QmpServer
 _log = logging.getLogger(__name__)
 _CONSOLE_TAIL_BYTES = 4096
 _PROGRESS_INTERVAL_S = 0.05
+_POLL_S = 0.05
 
 #: The event that carries the engine's own events, for progress; ``type`` is the event's class name.
 ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
@@ -68,7 +69,8 @@ class GuestProcess:
         self._incoming: Destination | None = None
         self._endpoint: Endpoint | None = None
         self._listener: socket.socket | None = None
-        self._done = threading.Event()
+        self._booted = False
+        self._quit = False
         self._server = None if control is None else QmpServer(control, self._commands())
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -86,12 +88,13 @@ class GuestProcess:
             vm.close()
             raise
         self._adopt(vm, program.name)
+        self._booted = True
 
     def start(self) -> None:
         """Serve the control socket and let the guest run, if there is one."""
         if self._server is not None:
             self._server.start()
-        if self._vm is not None:
+        if self._booted and self._vm is not None:
             self._vm.resume()
 
     def listen(self, endpoint: Endpoint) -> Endpoint:
@@ -115,7 +118,8 @@ class GuestProcess:
 
         0: quit, or the guest ended with code 0; 8: it ended with another code; 9: it crashed.
         """
-        while not self._done.wait(0.05):
+        while not self._quit:
+            time.sleep(_POLL_S)
             vm = self._vm
             if vm is not None and vm.end is not None and not self._is_migrating():
                 return self._guest_ended(vm)
@@ -123,7 +127,7 @@ class GuestProcess:
 
     def quit(self) -> None:
         """End the process's work; from any thread, also a signal handler's."""
-        self._done.set()
+        self._quit = True  # a plain store: a signal handler may not take a lock that its own thread holds
 
     def close(self) -> None:
         """End a migration, free the machine, remove the sockets."""
@@ -169,12 +173,18 @@ class GuestProcess:
 
     def _receive_main(self) -> None:
         listener = self._listener
-        while listener is not None and not self._done.is_set():
+        while listener is not None and not self._quit:
             try:
                 sock, _ = listener.accept()
             except OSError:
-                return  # stopped listening
-            self._receive(sock)
+                if self._listener is None:
+                    return  # stopped listening
+                time.sleep(_POLL_S)  # out of descriptors, or a source that left at once
+                continue
+            try:
+                self._receive(sock)
+            except Exception:
+                _log.exception("an attempt to receive a guest ended by a defect")
             if self._vm is not None:
                 self._stop_listening()
                 return
@@ -190,7 +200,7 @@ class GuestProcess:
         )
         self._event("MIGRATION", {"status": "active"})
         try:
-            self._incoming.run()
+            vm = self._incoming.run()
         except PageferryError as error:
             self._vm = None
             self._event("MIGRATION", {"status": "failed"})
@@ -199,7 +209,8 @@ class GuestProcess:
         finally:
             self._incoming = None
         self._event("MIGRATION", {"status": "completed"})
-        self._event("RESUME")
+        if vm.status is VmStatus.RUNNING:
+            self._event("RESUME")
         self._say("a guest has arrived and is ours")
 
     def _arrived(self, vm: Vm, name: str) -> None:
@@ -223,7 +234,8 @@ class GuestProcess:
     # -- migrating -------------------------------------------------------------------------------------------------
 
     def _is_migrating(self) -> bool:
-        return self._migration is not None and self._migration.is_alive()
+        thread_lives = self._migration is not None and self._migration.is_alive()
+        return thread_lives and self._source is not None and self._source.report is None
 
     def _migrate(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)
@@ -233,7 +245,7 @@ class GuestProcess:
             downtime_limit_s=args.number("x-downtime-limit-s"),
             max_rounds=args.integer("x-max-rounds"),
         )
-        timeout_s = args.number("x-timeout-s") or DEFAULT_TIMEOUT_S
+        timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
         args.done()
         with self._lock:
             vm = self._guest()
@@ -255,7 +267,7 @@ class GuestProcess:
         except MigrationError as error:
             status = source.report.status if source.report is not None else "failed"
             self._event("MIGRATION", {"status": status})
-            if self._announced_stop and error.guest_at is GuestAt.SOURCE:
+            if self._announced_stop and error.guest_at is GuestAt.SOURCE and self._is_running():
                 self._event("RESUME")
             self._say(f"migration {status}: {error}")
             return
@@ -267,7 +279,9 @@ class GuestProcess:
         self._say(f"the guest has moved: {report.total_s:.2f} s in total, {(report.downtime_s or 0) * 1e3:.1f} ms down")
 
     def _on_engine_event(self, event: Event) -> None:
-        if isinstance(event, PhaseBegan) and event.phase is DOWNTIME_PHASES[0]:
+        if isinstance(event, PhaseBegan) and event.phase is Phase.HELLO:
+            self._event("MIGRATION", {"status": "active"})
+        if isinstance(event, PhaseBegan) and event.phase is Phase.PAUSE and self._is_running():
             self._announced_stop = True
             self._event("STOP")
         if isinstance(event, RoundEnded):
@@ -318,12 +332,17 @@ class GuestProcess:
             raise QmpError("no guest is here yet", hint="it waits for one to be migrated in")
         return self._vm
 
+    def _is_running(self) -> bool:
+        return self._vm is not None and self._vm.status is VmStatus.RUNNING
+
     def _guest_at(self) -> GuestAt:
         source = self._source
         return GuestAt.SOURCE if source is None else source.guest_at
 
     def _check_here(self) -> None:
         at = self._guest_at()
+        if self._is_migrating() and self._source is not None and self._source.handing_over:
+            raise QmpError("the guest is being handed over")
         if at is GuestAt.DESTINATION:
             raise QmpError("the guest has moved to another process")
         if at is GuestAt.UNKNOWN:

@@ -18,11 +18,13 @@ from typing import Any
 
 from pageferry import __version__
 from pageferry.core.errors import PageferryError, UsageError, VmError
+from pageferry.engine.transport import listen_unix
 from pageferry.vmm.json_framer import JsonFramer
 
 _log = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 1 << 20
 _UNSENT_EVENTS = 10_000
+_ACCEPT_RETRY_S = 0.1
 
 Handler = Callable[[dict[str, Any]], Any]
 
@@ -119,6 +121,8 @@ class _Client(threading.Thread):
         if isinstance(request, dict) and "id" in request:
             reply["id"] = request["id"]
         self.post(reply)
+        if "return" in reply:
+            self.negotiated = True  # events follow the answer to qmp_capabilities, they never come before it
 
     def _execute(self, command: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401  # any JSON value
         if not self.negotiated:
@@ -126,7 +130,6 @@ class _Client(threading.Thread):
                 raise QmpError(
                     "expecting capabilities negotiation with 'qmp_capabilities'", error_class="CommandNotFound"
                 )
-            self.negotiated = True
             return {}
         return self._server.execute(command, arguments)
 
@@ -152,18 +155,12 @@ class QmpServer:
         Raises:
             UsageError: the path cannot be used, or a living process serves it.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            if self._path.is_socket() and not _is_served(self._path):
-                self._path.unlink()  # left behind by a process that was killed
-            listener.bind(os.fspath(self._path))
-            listener.listen(8)
+            listener = listen_unix(self._path, backlog=8)
         except OSError as error:
-            listener.close()
             hint = "another process serves it; choose another path" if self._path.exists() else "does the folder exist?"
-            raise UsageError(
-                f"cannot listen on the control socket {self._path}: {error.strerror}", hint=hint
-            ) from error
+            why = error.strerror or error
+            raise UsageError(f"cannot listen on the control socket {self._path}: {why}", hint=hint) from error
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), name="qmp-accept", daemon=True).start()
 
@@ -172,7 +169,10 @@ class QmpServer:
             try:
                 sock, _ = listener.accept()
             except OSError:
-                return  # closed
+                if self._listener is None:
+                    return  # closed
+                time.sleep(_ACCEPT_RETRY_S)  # out of descriptors, or a client that left at once
+                continue
             client = _Client(self, sock)
             with self._lock:
                 self._clients.add(client)
@@ -217,27 +217,15 @@ class QmpServer:
         """Stop listening, remove the socket, let queued answers out, drop the clients."""
         if self._listener is None:
             return
+        listener, self._listener = self._listener, None
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._listener = None
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
         self._path.unlink(missing_ok=True)
         with self._lock:
             clients = list(self._clients)
         for client in clients:
             client.finish()
-
-
-def _is_served(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            return True
-    return True
 
 
 class QmpClient:
