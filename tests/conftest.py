@@ -1,9 +1,11 @@
 """What the tests share: machines of both kinds, and a wire that can be cut, held and listened to."""
 
 import contextlib
+import functools
 import os
 import socket
 import threading
+import weakref
 
 import pytest
 from hypothesis import settings
@@ -12,13 +14,53 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.paging import Paging
 from pageferry.kvm import KvmVm, probe
 
 MiB = 1 << 20
 
 settings.register_profile("pageferry", deadline=None, print_blob=True)
 settings.load_profile("pageferry")
+
+
+@pytest.fixture(autouse=True)
+def audited_domains(request, monkeypatch):
+    """In the tests of the software hypervisor every Domain is audited after each operator and when it is closed."""
+    name = request.node.path.name
+    ours = name.startswith("test_hypervisor") or request.node.path.parent.name == "property"
+    if ours and request.node.get_closest_marker("spoils_the_table") is None:
+        audit_domains(monkeypatch)
+
+
+def audit_domains(monkeypatch):
+    domains = weakref.WeakKeyDictionary()  # by their Paging, which knows of no domain
+
+    def made(init, domain, *args, **options):
+        init(domain, *args, **options)
+        domains[domain.paging] = domain
+
+    def operated(operator, paging):
+        result = operator(paging)
+        audit.check(domains[paging])
+        return result
+
+    def closed(close, domain):
+        if not domain._closed:
+            audit.check(domain)
+        close(domain)
+
+    for owner, name, wrapper in (
+        (Domain, "__init__", made),
+        (Domain, "close", closed),
+        *((Paging, name, operated) for name in ("enable", "peek", "clean", "off")),
+    ):
+        monkeypatch.setattr(owner, name, functools.partialmethod(_call, wrapper, getattr(owner, name)))
+
+
+def _call(self, wrapper, method, *args, **options):
+    return wrapper(method, self, *args, **options)
 
 
 @pytest.fixture(scope="session")

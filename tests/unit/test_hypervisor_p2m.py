@@ -31,6 +31,7 @@ def test_ram_is_mapped_by_superpages_and_an_odd_tail_by_pages(domain):
     assert bytes(domain.machine.mapping.view[mfn << 12 : (mfn << 12) + 4]) == b"here"
 
 
+@pytest.mark.spoils_the_table
 def test_one_page_of_a_superpage_changes_alone_and_splits_it(domain):
     before = [domain.p2m.lookup(gfn)[0] for gfn in range(512, 1024)]
     with domain.p2m.lock:
@@ -55,6 +56,7 @@ def test_a_change_of_the_whole_table_is_seen_at_once_and_undone(domain):
     audit.check(domain)
 
 
+@pytest.mark.spoils_the_table
 def test_many_pages_change_in_one_walk_and_others_are_left_alone(domain):
     with domain.p2m.lock:
         domain.p2m.change_entry_type_global(logdirty=True)
@@ -85,6 +87,7 @@ def test_extents_are_aligned(domain):
         domain.p2m.map_extent(1, 512, 512, RW)
 
 
+@pytest.mark.spoils_the_table
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -6,9 +6,9 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever wr
 """
 
 from pageferry.core.errors import UnsupportedError
-from pageferry.core.frames import PAGE_SHIFT, PAGES_PER_2M
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M
 from pageferry.core.hostmem import HostMapping
-from pageferry.core.memory import GuestMemory, ram_layout
+from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
 from pageferry.devices.machine import Machine
@@ -18,9 +18,10 @@ from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M, P2MType
 from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.physmap import PhysMap
 
-_PAGES_PER_L2 = 512 * PAGES_PER_2M
 _SPARE_POOL_FRAMES = 8
+_GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
 class Domain(Machine):
@@ -41,46 +42,61 @@ class Domain(Machine):
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
         gfn_limit = regions[-1].first_gfn + regions[-1].pages
-        # Enough tables to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB.
-        pool_frames = 2 + -(-gfn_limit // _PAGES_PER_L2) + extents_2m + _SPARE_POOL_FRAMES
+        # Enough to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB; and the log-dirty bitmap.
+        pool_frames = 2 + -(-gfn_limit // PAGES_PER_1G) + extents_2m + -(-gfn_limit // (8 * PAGE_SIZE))
+        pool_frames += _SPARE_POOL_FRAMES
+        if regions[0].pages >= PAGES_PER_1G:
+            extents_2m += _GAP_2M
         self.locks = DomainLocks()
         self.machine = MachineMemory(extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging)
         self.p2m = P2M(self.machine, self.locks.p2m)
         mapping = HostMapping(gfn_limit << PAGE_SHIFT)
-        for region in regions:
-            self._populate(mapping, region.first_gfn, region.pages)
-        super().__init__(config, GuestMemory(regions, mapping, self.machine.populated))
+        self._populate(mapping, regions)
+        self.physmap = PhysMap(self)
+        super().__init__(config, GuestMemory(regions, mapping, self.physmap.populated))
         self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus) for _ in range(config.cpus))
         self.paging = Paging(
             tracker=paging_mode,
             ops=hap_log_dirty_ops(self.p2m),
             p2m=self.p2m,
+            pool=self.machine.pool,
             memory=self.memory,
             locks=self.locks,
             hold=lambda: self.run_control.stopped(),
-            flush_tlbs=self._flush_tlbs,
+            flush_tlbs=self.flush_tlbs,
         )
         for vcpu in self.vcpus:
             vcpu.paging = self.paging
         self._attach(self.vcpus, self.paging)
 
-    def _populate(self, mapping: HostMapping, first_gfn: int, pages: int) -> None:
-        """Give a region its frames, extent by extent, in the P2M, the reverse map and the guest's face."""
-        step = self.machine.extent_pages
+    def _populate(self, mapping: HostMapping, regions: tuple[RamRegion, ...]) -> None:
+        """Give RAM its frames, extent by extent, in the P2M, the reverse map and the guest's face.
+
+        Whole GiBs get one 1 GiB frame each. From the last gfn down and with 2 GiB of machine memory left unused at the
+        bottom, none of them can be the identity, hole or no hole.
+        """
         with self.locks.p2m:
-            for gfn in range(first_gfn, first_gfn + pages, step):
-                count = min(step, first_gfn + pages - gfn)
-                mfn = self.machine.allocate_extent(count)
-                self.p2m.map_extent(gfn, mfn, count, P2MType.RAM_RW)
-                self.machine.m2p.set_extent(mfn, gfn, count)
-                mapping.map_fd(self.machine.memfd, mfn << PAGE_SHIFT, gfn << PAGE_SHIFT, count << PAGE_SHIFT)
+            for region in reversed(regions):
+                whole = region.first_gfn + (region.pages & -PAGES_PER_1G)
+                end, step = region.first_gfn + region.pages, self.machine.extent_pages
+                for gfn in range(whole, end, step):
+                    self._enter(mapping, gfn, min(step, end - gfn))
+                for gfn in range(whole - PAGES_PER_1G, region.first_gfn - 1, -PAGES_PER_1G):
+                    self._enter(mapping, gfn, PAGES_PER_1G)
+
+    def _enter(self, mapping: HostMapping, gfn: int, pages: int) -> None:
+        mfn = self.machine.allocate_extent(pages)
+        self.p2m.map_extent(gfn, mfn, pages, P2MType.RAM_RW)
+        self.machine.m2p.set_extent(mfn, gfn, pages)
+        mapping.map_fd(self.machine.memfd, mfn << PAGE_SHIFT, gfn << PAGE_SHIFT, pages << PAGE_SHIFT)
 
     @property
     def accel(self) -> str:
         """``soft``."""
         return "soft"
 
-    def _flush_tlbs(self) -> None:
+    def flush_tlbs(self) -> None:
+        """Have every vCPU flush its TLB before it enters the guest again; they are outside now."""
         for vcpu in self.vcpus:
             vcpu.request_tlb_flush()
 
