@@ -158,7 +158,7 @@ def _check_law_1(domain: Domain, leaves: list[Leaves]) -> None:
             _require_none(found.types == _U(P2MType.RAM_LOGDIRTY), found.gfns, "log-dirty is off, the type remains")
             continue
         granted: GfnArray = found.gfns[np.isin(found.types, _WRITABLE)]
-        pages: GfnArray = (granted[:, None] + np.arange(found.pages, dtype=np.uint64)).reshape(-1)
+        pages: GfnArray = np.add.outer(granted, np.arange(found.pages, dtype=np.uint64)).reshape(-1)
         _require_none(~paging.are_dirty(pages), pages, "law 1: writable and clean")
         if found.pages == 1:
             protected = np.concatenate((paging.journal(), paging.held_writable()))

@@ -13,6 +13,7 @@ from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.hypervisor.cpu import SoftVcpu
+from pageferry.hypervisor.domctl import ShadowOpArguments, shadow_op
 from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
@@ -94,6 +95,27 @@ class Domain(Machine):
     def accel(self) -> str:
         """``soft``."""
         return "soft"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the domain was destroyed."""
+        return self._closed
+
+    def set_allocation(self, frames: int) -> None:
+        """Decide how many frames of tables and bitmap the domain may use; see :meth:`PagingPool.set_allocation`.
+
+        Raises:
+            VmError: fewer than are in use, or more than the machine has; nothing changed.
+        """
+        self.machine.pool.set_allocation(frames)
+
+    def get_allocation(self) -> int:
+        """Return how many frames of tables and bitmap the domain may use."""
+        return self.machine.pool.allocation
+
+    def shadow_op(self, op: int, arguments: ShadowOpArguments | None = None) -> int:
+        """Perform XEN_DOMCTL_shadow_op; see :mod:`.domctl`."""
+        return shadow_op(self, op, arguments)
 
     def flush_tlbs(self) -> None:
         """Have every vCPU flush its TLB before it enters the guest again; they are outside now."""
