@@ -160,7 +160,7 @@ def _check_law_1(domain: Domain, leaves: list[Leaves]) -> None:
         granted: GfnArray = found.gfns[np.isin(found.types, _WRITABLE)]
         pages: GfnArray = np.add.outer(granted, np.arange(found.pages, dtype=np.uint64)).reshape(-1)
         _require_none(~paging.are_dirty(pages), pages, "law 1: writable and clean")
-        if found.pages == 1:
+        if not paging.stats().failed_allocations:  # else CLEAN refuses anyway
             protected = np.concatenate((paging.journal(), paging.held_writable()))
             _require_none(~np.isin(pages, protected), pages, "writable, but CLEAN would not protect it")
 

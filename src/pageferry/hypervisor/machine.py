@@ -11,8 +11,9 @@ RAM is handed out in extents of whole 2 MiB frames from the top down, so gfn != 
 once. An extent is 2 MiB in a small guest and grows with it, as on a real host where a large guest gets large pieces:
 the number of extents, and with it the number of host mappings, stays below about 512 whatever the size.
 
-Frames that the domain gives back (ballooning) are free, without storage, and handed out again lowest first, so that
-what left in one piece comes back in one. The last 2 MiB belong to *other owners*: pages that they may grant.
+Frames that the domain gives back (ballooning) are free, without storage. What was given back last is handed out first,
+in its order, so that what left in one piece comes back in one. The last 2 MiB belong to *other
+owners*: pages that they may grant.
 """
 
 from enum import IntEnum
@@ -235,19 +236,19 @@ class MachineMemory:
     def free_frames(self, mfns: GfnArray) -> None:
         """Take single frames back from the domain; their content is gone, and nothing maps them any more."""
         self.owner[mfns] = FrameOwner.FREE
-        self._free = np.union1d(self._free, mfns)
+        self._free = np.concatenate((self._free, mfns))
         for start, count in zip(*(part.tolist() for part in runs_of(np.sort(mfns))), strict=True):
             self.memfd.punch(start << PAGE_SHIFT, count << PAGE_SHIFT)
 
     def allocate_frames(self, count: int) -> GfnArray:
-        """Hand out single zeroed frames, uint64[count] ascending, of those that were given back.
+        """Hand out single zeroed frames, uint64[count], of those that were given back last, in that order.
 
         Raises:
             VmError: there are not so many.
         """
         if count > self._free.size:
             raise VmError(f"the machine has {self._free.size} free frames, not {count}")
-        mfns, self._free = self._free[:count], self._free[count:]
+        self._free, mfns = np.split(self._free, [self._free.size - count])
         self.owner[mfns] = FrameOwner.DOMAIN
         return mfns
 
