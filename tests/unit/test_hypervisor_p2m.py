@@ -144,9 +144,30 @@ def test_off_makes_whole_again_what_log_dirty_had_split(large):
         large.paging.fix_and_mark(gfn)
     assert shapes(large) == (0, 2 * 512 - 3 + 2, 4 * 512 + 1)
     large.paging.clean()
+    for gfn in (1, GiB_PAGES):  # OFF finds tables of both types
+        large.paging.fix_and_mark(gfn)
     large.paging.off()
     assert shapes(large) == (2, 3, 1)
     assert large.machine.pool.used == used
+
+
+@pytest.mark.spoils_the_table
+@pytest.mark.parametrize("shift_by", [1, 511])
+def test_frames_in_a_row_that_begin_in_the_middle_of_a_large_frame_do_not_join(large, shift_by):
+    gfns = np.arange(512, dtype=np.uint64)
+    mfns = gfns + np.uint64(large.p2m.lookup(0)[0] + shift_by)
+    with large.p2m.lock:
+        large.p2m.set_pages(gfns, mfns, RW)
+        assert large.p2m.join() == 0
+    assert [large.p2m.lookup(gfn)[0] for gfn in range(512)] == mfns.tolist()
+
+
+@pytest.mark.spoils_the_table
+def test_granted_frames_in_a_row_do_not_join(large):
+    gfns = np.arange(512, dtype=np.uint64)
+    with large.p2m.lock:
+        large.p2m.set_pages(gfns, gfns + np.uint64(large.machine.foreign_start), P2MType.GRANT_MAP_RW)
+        assert large.p2m.join() == 0
 
 
 def test_only_pages_of_one_type_join_and_only_where_their_frames_do(large):

@@ -131,6 +131,7 @@ def test_what_left_in_one_piece_comes_back_as_one_superpage(domain):
     domain.paging.enable()
     domain.paging.off()
     assert domain.machine.pool.used == before
+    assert not (domain.machine.m2p._large == np.uint64((1 << 64) - 1))[1:4].any()  # nor is the reverse map in pieces
 
 
 def test_what_cannot_be_removed_added_or_moved_changes_nothing(domain):
