@@ -6,6 +6,6 @@ Not part of the published kit, which knows no implementation. To add a fault: on
 """
 
 from pageferry.testing.mutation.fault import Fault, Room
-from pageferry.testing.mutation.suite import FAULTS, WRAPPED, checks_of, lab_of, sound_benches
+from pageferry.testing.mutation.suite import DECLARED, FAULTS, WRAPPED, checks_of, lab_of, sound_benches
 
-__all__ = ["FAULTS", "WRAPPED", "Fault", "Room", "checks_of", "lab_of", "sound_benches"]
+__all__ = ["DECLARED", "FAULTS", "WRAPPED", "Fault", "Room", "checks_of", "lab_of", "sound_benches"]

@@ -1,12 +1,19 @@
 """Checks that know the software hypervisor: its audit, and what only its own levers can bring about."""
 
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from pageferry.core.errors import LogDirtyError
+from pageferry.core.frames import gpa_of
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Guest, Lab, Violation, require
+
+#: RAM that no guest of the kit touches: ballooned out and in again.
+_BALLOONED = np.array([0x130, 0x131, 0x155], np.uint64)
 
 
 def _audit(guest: Guest) -> None:
@@ -66,6 +73,25 @@ def exhausted_pool(lab: Lab) -> None:
         guest.require_exact(guest.log_dirty.clean())
 
 
+def added_pages_are_dirty(lab: Lab) -> None:
+    """A page taken from the guest and given back while log-dirty is on is dirty at once, and protected afterwards."""
+    with lab.tracked() as guest:
+        physmap: Any = getattr(guest.vm, "physmap", None)
+        if physmap is None:  # a hypervisor whose guests keep the memory they begin with
+            return
+        guest.log_dirty.clean()
+        physmap.decrease_reservation(_BALLOONED)
+        _audit(guest)
+        require(not guest.log_dirty.peek().test_many(_BALLOONED).any(), "a page that was taken away is dirty")
+        physmap.populate_physmap(_BALLOONED)
+        _audit(guest)
+        guest.require_exact(guest.log_dirty.clean(), also=_BALLOONED.tolist())
+        guest.memory.write(gpa_of(int(_BALLOONED[0])), b"new")
+        guest.play(3)
+        guest.require_exact(guest.log_dirty.clean(), also=_BALLOONED[:1].tolist())
+        _audit(guest)
+
+
 def _check(law: int, function: Callable[[Lab], None]) -> Check:
     return Check(
         name=function.__name__.replace("_", "-"),
@@ -79,4 +105,5 @@ CHECKS: tuple[Check, ...] = (
     _check(1, audit_each_round),
     _check(1, audit_while_running),
     _check(2, exhausted_pool),
+    _check(4, added_pages_are_dirty),
 )

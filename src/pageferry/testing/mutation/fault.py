@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from pageferry.core.vm import VmConfig
@@ -43,6 +44,12 @@ class Fault:
     found_by: tuple[str, ...]
     inject: Callable[..., Any]
     memory_bytes: int
+    needs: str = ""
+
+    @property
+    def possible(self) -> bool:
+        """Whether the implementation has what the fault breaks (``needs``, a module's name)."""
+        return not self.needs or find_spec(self.needs) is not None
 
 
 class Faults:
@@ -57,7 +64,7 @@ class Faults:
         self._faults: list[Fault] = []
 
     def __call__(
-        self, stands_for: str, *, law: int | None, found_by: tuple[str, ...], memory_bytes: int = ODD
+        self, stands_for: str, *, law: int | None, found_by: tuple[str, ...], memory_bytes: int = ODD, needs: str = ""
     ) -> Callable[[_Inject], _Inject]:
         """Register the decorated function or class; its name is the fault's, its docstring the summary."""
 
@@ -72,6 +79,7 @@ class Faults:
                 found_by=found_by,
                 inject=inject,
                 memory_bytes=memory_bytes,
+                needs=needs,
             )
             self._faults.append(fault)
             return inject

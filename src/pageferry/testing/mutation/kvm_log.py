@@ -83,7 +83,7 @@ def kvm_clear_forgotten(vm: KvmVm) -> None:
 @fault(
     "Firecracker: in a guest of more than 3 GiB the pages of the second slot were at wrong offsets",
     law=2,
-    found_by=("rounds-are-exact", "free-running-stamp"),
+    found_by=("rounds-are-exact", "stamped-copy"),
     memory_bytes=BEHIND_THE_HOLE,
 )
 def kvm_second_slot_shifted(vm: KvmVm) -> None:
@@ -107,7 +107,7 @@ def kvm_second_slot_shifted(vm: KvmVm) -> None:
 @fault(
     "KVM dirty ring: writes with no running vCPU (the save of device state) missed the ring",
     law=4,
-    found_by=("host-writes-are-marked", "marked-after-the-write", "writing-thread"),
+    found_by=("host-writes-are-marked", "marked-after-the-write"),
 )
 def kvm_only_the_kernels_bits(vm: KvmVm) -> None:
     """CLEAN returns what KVM logged, and drops what others marked."""

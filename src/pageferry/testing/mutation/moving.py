@@ -57,7 +57,7 @@ class ReadBeforeClean(Source):
         machine: Any = _Instead(vm, log_dirty=self._late)
         super().__init__(machine, *args, **options)
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool) -> RoundStats:
+    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
         stats = super()._send_round(peer, gfns, final=final)
         if stats.index:
             self._late.really_clean()
@@ -72,7 +72,7 @@ class ReadBeforeClean(Source):
 class ZeroPagesSkipped(Source):
     """Pages of zeros are not sent in any round: the destination's memory starts as zeros."""
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool) -> RoundStats:
+    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
         views = self._vm.memory.page_views(gfns)
         not_zero = np.array([np.frombuffer(view, np.uint64).any() for view in views], np.bool_)
         return super()._send_round(peer, gfns[not_zero], final=final)
@@ -87,7 +87,7 @@ class FinalRoundSkipped(Source):
     """When the last round left nothing dirty, the pause has nothing to copy."""
 
     def _stop_and_copy(self, peer: Peer) -> None:
-        if self._rounds[-1].remaining_pages:
+        if self._sender.rounds[-1].remaining_pages:
             super()._stop_and_copy(peer)
 
 
@@ -101,8 +101,8 @@ class StalePageCache(Source):
 
     _cache: dict[int, bytes] | None = None
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool) -> RoundStats:
-        machine, memory = self._vm, self._vm.memory
+    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
+        memory = self._vm.memory
         cache = self._cache = {} if self._cache is None else self._cache
 
         def views(starts: GfnArray, lengths: GfnArray) -> list[bytes]:
@@ -111,12 +111,9 @@ class StalePageCache(Source):
                 cache.setdefault(gfn, bytes(view))
             return [cache[gfn] for gfn in pages.tolist()]
 
-        stale: Any = _Instead(machine, memory=_Instead(memory, views=views))
-        self._vm = stale
-        try:
-            return super()._send_round(peer, gfns, final=final)
-        finally:
-            self._vm = machine
+        stale: Any = _Instead(memory, views=views)
+        self._sender._memory = stale
+        return super()._send_round(peer, gfns, final=final)
 
 
 @fault(

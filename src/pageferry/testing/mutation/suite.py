@@ -27,7 +27,10 @@ def _wrapped_trackers() -> tuple[Fault, ...]:
 WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 """The faults of :mod:`pageferry.testing.faults`, which need no implementation to break."""
 
-FAULTS: tuple[Fault, ...] = (*tracking.fault.all(), *writers.fault.all(), *moving.fault.all(), *kvm_log.fault.all())
+DECLARED: tuple[Fault, ...] = (*tracking.fault.all(), *writers.fault.all(), *moving.fault.all(), *kvm_log.fault.all())
+"""All faults in the implementation, whatever it has of them."""
+
+FAULTS: tuple[Fault, ...] = tuple(fault for fault in DECLARED if fault.possible)
 
 
 def checks_of(fault: Fault) -> tuple[Check, ...]:

@@ -1,4 +1,4 @@
-"""Faults of the writers that are not a guest's own stores: devices, the VMM, the page walker, balloon and restore."""
+"""Faults of the writers that are not a guest's own stores: devices, the VMM, the page walker, the balloon driver."""
 
 from typing import Any
 
@@ -164,3 +164,28 @@ def populated_misses_pages(domain: Domain) -> None:
         return populated
 
     replace(domain.memory, "_populated", wrap)
+
+
+@fault(
+    "Xen: pages added to the P2M during migration were never marked",
+    law=4,
+    found_by=("added-pages-are-dirty",),
+    needs="pageferry.hypervisor.physmap",
+)
+def added_pages_unmarked(domain: Domain) -> None:
+    """A page that the balloon driver gets back while log-dirty is on is protected as all RAM is, and not marked."""
+    paging = domain.paging
+    physmap: Any = domain.physmap  # type: ignore[attr-defined,unused-ignore]
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def populate(gfns: Any) -> None:  # noqa: ANN401
+            mark = paging.mark
+            replace(paging, "mark", lambda _: lambda gfns: None)
+            try:
+                sound(gfns)
+            finally:
+                replace(paging, "mark", lambda _: mark)
+
+        return populate
+
+    replace(physmap, "populate_physmap", wrap)
