@@ -10,12 +10,12 @@ ODD, BEHIND_THE_HOLE = DEFAULT_MEMORY_BYTES
 
 #: Which checks must find a fault. Others may find it too.
 CAUGHT_BY = {
-    faults.DropsABit: ("clean-protects-again", "rounds-are-exact", "stamped-copy", "free-running-sweep"),
+    faults.DropsABit: ("clean-protects-again", "rounds-are-exact", "free-running-sweep"),
     faults.DropsTheLastWord: ("rounds-are-exact", "free-running-kv"),
     faults.SkipsSmallRounds: ("free-running-idle", "host-writes-are-marked"),
     faults.DoesNotProtectAgain: ("clean-protects-again", "changed-between-cleans", "state-restore-keeps-tracking"),
     faults.ClearsAfterTheCopy: ("free-running-random", "free-running-hotset", "changed-between-cleans"),
-    faults.ReportsLate: ("rounds-are-exact", "rounds-add-up", "clean-clears"),
+    faults.ReportsLate: ("rounds-are-exact", "rounds-add-up", "clean-clears", "stamped-copy"),
     faults.NeverClears: ("clean-clears", "rounds-are-exact"),
     faults.PeekClears: ("peek-changes-nothing", "peek-grows", "pausing-is-no-write", "peeking-thread"),
     faults.MarksNothing: (

@@ -145,7 +145,8 @@ def walker_writes_unmarked(domain: Domain) -> None:
         return domain.p2m.lookup(gfn)[0]
 
     for vcpu in domain.vcpus:
-        replace(vcpu._walker, "_nested_write", lambda _: access)
+        name = "nested_access" if hasattr(vcpu._walker, "nested_access") else "_nested_write"
+        replace(vcpu._walker, name, lambda _: access)
 
 
 @fault(
