@@ -1,8 +1,8 @@
 """The mutation suite: faults in the implementation itself, and the proof that each of them is found.
 
 Not part of the published kit, which knows no implementation. To add a fault: one function, decorated, in
-:mod:`.tracking` (log-dirty and P2M of the software hypervisor), :mod:`.writers` (its writers that are no vCPU's own),
-:mod:`.kvm_log` or :mod:`.moving` (the engine).
+:mod:`.tracking` or :mod:`.tables` (the software hypervisor's log-dirty, and its P2M), :mod:`.writers` (its writers that
+are no vCPU's own), :mod:`.kvm_log` or :mod:`.moving` (the engine).
 """
 
 from pageferry.testing.mutation.fault import Fault, Room

@@ -9,7 +9,7 @@ from pageferry.testing import conformance, faults
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm
 from pageferry.testing.mutant import mutated
-from pageferry.testing.mutation import checks, kvm_log, moving, tracking, writers
+from pageferry.testing.mutation import checks, kvm_log, moving, tables, tracking, writers
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
 from pageferry.testing.mutation.migrations import Engine, migration_checks
 
@@ -27,7 +27,9 @@ def _wrapped_trackers() -> tuple[Fault, ...]:
 WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 """The faults of :mod:`pageferry.testing.faults`, which need no implementation to break."""
 
-DECLARED: tuple[Fault, ...] = (*tracking.fault.all(), *writers.fault.all(), *moving.fault.all(), *kvm_log.fault.all())
+DECLARED: tuple[Fault, ...] = tuple(
+    fault for room in (tracking, tables, writers, moving, kvm_log) for fault in room.fault.all()
+)
 """All faults in the implementation, whatever it has of them."""
 
 FAULTS: tuple[Fault, ...] = tuple(fault for fault in DECLARED if fault.possible)
