@@ -14,12 +14,17 @@ from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, TransportError, UsageError, VmError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policy import Action, Decision, DowntimePolicy, XenPolicy
-from pageferry.core.vm import VmStatus
+from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
 from pageferry.guests.abi import read_status
+from pageferry.guests.boot import boot
+from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor import audit
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import KvmVm
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
@@ -553,6 +558,54 @@ def test_a_guest_that_ends_during_the_migration_stays_ended(guests, inn):
         attempt(vm, inn.open(), Never(crash)).run()
     inn.outcome()
     assert vm.status is VmStatus.CRASHED
+
+
+@pytest.mark.parametrize("accel", ["soft"], indirect=True)
+def test_pages_that_come_and_go_during_the_migration(guests, inn):
+    """A balloon: pages removed before and between rounds, some of them given back; the destination is the same."""
+    vm = guests("hotset")
+    free = np.arange(6000, 6100, dtype=np.uint64)
+    for gfn in free.tolist():
+        vm.memory.write(gfn << 12, bytes([gfn & 0xFF]) * 4096)
+    vm.physmap.decrease_reservation(free[:10])
+    vm.resume()
+    assert runs_on(vm)
+
+    def breathe(index):
+        if index == 0:
+            vm.physmap.decrease_reservation(free[10:60])
+        if index == 1:
+            vm.physmap.populate_physmap(free[30:50])
+            vm.memory.write(6040 << 12, b"again")
+
+    policy = Never(breathe)
+    policy.decide = lambda progress: (
+        Never.decide(policy, progress) if progress.last.index < 3 else XenPolicy(max_rounds=1).decide(progress)
+    )
+    report = attempt(vm, inn.open(), policy).run()
+    there = inn.outcome()
+    gone = [*range(6000, 6030), *range(6050, 6060)]
+    assert vm.memory.removed().tolist() == there.memory.removed().tolist() == gone
+    assert there.memory.read(6040 << 12, 6) == b"again\0"
+    assert there.memory.read(6030 << 12, 4096) == bytes(4096)
+    assert there.memory.read(6099 << 12, 4096) == bytes([6099 & 0xFF]) * 4096
+    assert report.verified
+    assert runs_on(there)
+    audit.check(there)
+
+
+def test_a_machine_without_a_balloon_refuses_what_it_cannot_hold(make_vm, inn, kvm_support):
+    source = Domain(VmConfig(memory_bytes=32 << 20))
+    boot(source, load_workload("idle"))
+    source.physmap.decrease_reservation(np.arange(6000, 6100, dtype=np.uint64))
+    source.resume()
+    inn.make_vm = KvmVm
+    with pytest.raises(PeerError, match="gave 100 pages back cannot live on kvm") as caught:
+        attempt(source, inn.open()).run()
+    assert caught.value.hint == "receive it with --accel soft"
+    inn.outcome()
+    assert runs_on(source)
+    source.close()
 
 
 @pytest.mark.parametrize(

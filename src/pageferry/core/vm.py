@@ -187,5 +187,12 @@ class Vm(Protocol):
             VmError: this machine cannot hold that state (wrong number of vCPUs, a device it lacks, ...).
         """
 
+    def remove_pages(self, gfns: GfnArray) -> None:
+        """Take frames away from the guest: they are no RAM afterwards (``memory.removed``). The guest is paused.
+
+        Raises:
+            VmError: this machine cannot, or a frame is not RAM; nothing was removed.
+        """
+
     def close(self) -> None:
         """Stop the guest and free the machine; the object is dead afterwards. May be called twice."""

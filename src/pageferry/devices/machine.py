@@ -6,7 +6,8 @@ A machine of its own kind (``kvm``, ``soft``) makes its vCPUs and its tracker an
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-from pageferry.core.errors import VmError
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import RunControl, Vcpu
 from pageferry.core.state import MachineState, VcpuState
@@ -117,6 +118,14 @@ class Machine(ABC):
         with self.run_control.stopped():
             self._load_vcpus(state.vcpus)
             self.platform.bus.load(state.devices)
+
+    def remove_pages(self, gfns: GfnArray) -> None:
+        """Take frames away from the guest; a machine that can says so by its own method."""
+        raise UnsupportedError(
+            "ballooning",
+            f"a guest that gave {gfns.size} pages back cannot live on {self.accel}",
+            hint="receive it with --accel soft",
+        )
 
     def close(self) -> None:
         """Stop the guest and free the machine."""

@@ -53,7 +53,7 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
-from pageferry.stream.format import carries_data
+from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.intake import Need
 from pageferry.stream.records import HvmContext, PageDataHeader
@@ -114,7 +114,7 @@ class Destination:
                 with self._clock.phase(Phase.HELLO):
                     vm, hello = self._hello()
                 with _Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
-                    state = self._receive_stream(vm.memory)
+                    state = self._receive_stream(vm)
                 with self._clock.phase(Phase.STATE):
                     vm.load_state(state)
                 with self._clock.phase(Phase.VERIFY):
@@ -183,8 +183,10 @@ class Destination:
         self._peer.send(DestinationHello(version=__version__, accel=self._accel))
         return vm, hello
 
-    def _receive_stream(self, memory: GuestMemory) -> MachineState:
+    def _receive_stream(self, vm: Vm) -> MachineState:
+        memory = vm.memory
         decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit)
+        removed = DirtyBitmap(memory.gfn_limit)
         context = b""
         while not decoder.ended:
             event = decoder.next_event()
@@ -195,14 +197,18 @@ class Destination:
                     raise TruncatedError("the stream stops before END")
                 decoder.feed(data)
             elif isinstance(event, PageDataHeader):
-                self._receive_pages(memory, event)
+                self._receive_pages(memory, event, removed)
                 decoder.payload_received()
             elif isinstance(event, HvmContext):
                 context = event.data
+        if removed.any():
+            vm.remove_pages(removed.gfns())
         self._peer.stream_passed(decoder.offset)
         return decode_machine_state(context)
 
-    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader) -> None:
+    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader, removed: DirtyBitmap) -> None:
+        gone = header.pfns[header.types == PageType.XTAB]
+        removed.set(gone[memory.are_ram(gone)])  # what was never RAM here is not worth a word
         gfns = header.pfns[carries_data(header.types)]
         inside = memory.are_ram(gfns)
         if not inside.all():
@@ -212,6 +218,7 @@ class Destination:
         views = memory.views(*runs_of(gfns)) if ascending else memory.page_views(gfns)
         self._channel.receive_into(views)
         memory.wrote(gfns)
+        removed.clear(gfns)
 
     def _verify(self, memory: GuestMemory) -> None:
         starts: list[np.typing.NDArray[np.uint64]] = []

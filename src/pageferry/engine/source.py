@@ -442,6 +442,7 @@ class Source:
     def _stop_and_copy(self, peer: Peer) -> None:
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
         stats = self._send_round(peer, self._vm.log_dirty.peek().gfns(), final=True)
+        self._sender.send_removed(peer.channel, self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
 
     def _state(self, peer: Peer) -> None:

@@ -6,7 +6,7 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever wr
 """
 
 from pageferry.core.errors import UnsupportedError
-from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M, GfnArray
 from pageferry.core.hostmem import HostMapping
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
@@ -116,6 +116,10 @@ class Domain(Machine):
     def shadow_op(self, op: int, arguments: ShadowOpArguments | None = None) -> int:
         """Perform XEN_DOMCTL_shadow_op; see :mod:`.domctl`."""
         return shadow_op(self, op, arguments)
+
+    def remove_pages(self, gfns: GfnArray) -> None:
+        """Take frames away from the guest, as its balloon would."""
+        self.physmap.decrease_reservation(gfns)
 
     def flush_tlbs(self) -> None:
         """Have every vCPU flush its TLB before it enters the guest again; they are outside now."""

@@ -8,12 +8,12 @@ from pageferry.core.bitmap import DirtyBitmap, expand_runs
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import RoundStats
-from pageferry.core.state import MachineState
 from pageferry.core.vm import Vm
 from pageferry.engine.conversation import Peer
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.stream.ferry import Digests
+from pageferry.stream.records import PageDataHeader
 from pageferry.testing.mutant import Faithful
 from pageferry.testing.mutation.fault import Faults, Room
 
@@ -124,7 +124,7 @@ class StalePageCache(Source):
 class SnapshotBeforeEnable(Source):
     """The first round sends what had storage before ENABLE."""
 
-    def _measure_fixed(self) -> float:
+    def _measure_state(self) -> float:
         memory = self._vm.memory
         early, sound = memory.populated(), memory._populated
 
@@ -132,9 +132,9 @@ class SnapshotBeforeEnable(Source):
             memory._populated = sound
             return early
 
-        fixed_s = super()._measure_fixed()
+        state_s = super()._measure_state()
         memory._populated = once
-        return fixed_s
+        return state_s
 
 
 @fault(
@@ -174,8 +174,8 @@ def _without_marks(memory: GuestMemory) -> Any:  # noqa: ANN401 (a GuestMemory i
 class RestoreNotMarked(Destination):
     """Pages that arrive are written and not marked."""
 
-    def _receive_stream(self, memory: GuestMemory) -> MachineState:
-        return super()._receive_stream(_without_marks(memory))
+    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader, removed: DirtyBitmap) -> None:
+        super()._receive_pages(_without_marks(memory), header, removed)
 
 
 @fault(
