@@ -17,10 +17,12 @@ from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M, P2MType
-from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.paging import LogDirtyOps, Paging
+from pageferry.hypervisor.shadow import ShadowPaging
 
 _PAGES_PER_L2 = 512 * PAGES_PER_2M
 _SPARE_POOL_FRAMES = 8
+_SPARE_SHADOW_FRAMES = 64
 
 
 class Domain(Machine):
@@ -28,7 +30,7 @@ class Domain(Machine):
 
     Args:
         config: memory and vCPUs.
-        paging_mode: ``hap``.
+        paging_mode: ``hap`` or ``shadow``.
 
     Raises:
         UsageError: the memory size is impossible.
@@ -36,13 +38,15 @@ class Domain(Machine):
     """
 
     def __init__(self, config: VmConfig, *, paging_mode: str = "hap") -> None:
-        if paging_mode != "hap":
-            raise UnsupportedError("paging-mode", f"there is no paging mode {paging_mode!r}", hint="use hap")
+        _check_mode(paging_mode)
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
         gfn_limit = regions[-1].first_gfn + regions[-1].pages
         # Enough tables to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB.
         pool_frames = 2 + -(-gfn_limit // _PAGES_PER_L2) + extents_2m + _SPARE_POOL_FRAMES
+        # And shadows of it all, at 4 KiB, by tables of which each maps half of what it could.
+        shadow_frames = _SPARE_SHADOW_FRAMES + 2 * extents_2m
+        pool_frames += shadow_frames
         self.locks = DomainLocks()
         self.machine = MachineMemory(extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging)
         self.p2m = P2M(self.machine, self.locks.p2m)
@@ -50,10 +54,12 @@ class Domain(Machine):
         for region in regions:
             self._populate(mapping, region.first_gfn, region.pages)
         super().__init__(config, GuestMemory(regions, mapping, self.machine.populated))
-        self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus) for _ in range(config.cpus))
+        self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
+        self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus, self.shadow) for _ in range(config.cpus))
+        self.shadow.mmus = tuple(vcpu.shadow_mmu for vcpu in self.vcpus)
         self.paging = Paging(
             tracker=paging_mode,
-            ops=hap_log_dirty_ops(self.p2m),
+            ops=self._ops(paging_mode),
             p2m=self.p2m,
             memory=self.memory,
             locks=self.locks,
@@ -61,8 +67,31 @@ class Domain(Machine):
             flush_tlbs=self._flush_tlbs,
         )
         for vcpu in self.vcpus:
-            vcpu.paging = self.paging
+            vcpu.paging = vcpu.shadow_mmu.paging = self.paging
+            vcpu.use_shadow(paging_mode == "shadow")
         self._attach(self.vcpus, self.paging)
+
+    def _ops(self, mode: str) -> LogDirtyOps:
+        return self.shadow.log_dirty_ops() if mode == "shadow" else hap_log_dirty_ops(self.p2m)
+
+    @property
+    def paging_mode(self) -> str:
+        """``hap`` or ``shadow``."""
+        return self.paging.tracker
+
+    def set_paging_mode(self, mode: str) -> None:
+        """Switch between ``hap`` and ``shadow``, while log-dirty is off; the guest runs on and notices nothing.
+
+        Raises:
+            UnsupportedError: there is no such mode.
+            LogDirtyError: log-dirty is on; nothing changed.
+        """
+        _check_mode(mode)
+        with self.locks.domain, self.run_control.stopped(), self.locks.p2m:
+            self.paging.set_mode(mode, self._ops(mode))
+            self.shadow.blow()
+            for vcpu in self.vcpus:
+                vcpu.use_shadow(mode == "shadow")
 
     def _populate(self, mapping: HostMapping, first_gfn: int, pages: int) -> None:
         """Give a region its frames, extent by extent, in the P2M, the reverse map and the guest's face."""
@@ -88,6 +117,7 @@ class Domain(Machine):
         return tuple(vcpu.save() for vcpu in self.vcpus)
 
     def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
+        self.shadow.blow()  # the guest's tables may be others now
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state)
 
@@ -95,3 +125,8 @@ class Domain(Machine):
         for vcpu in self.vcpus:
             vcpu.close()
         self.machine.close()
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("hap", "shadow"):
+        raise UnsupportedError("paging-mode", f"there is no paging mode {mode!r}", hint="use hap or shadow")

@@ -1,0 +1,223 @@
+"""Shadow page tables: gva -> mfn in one walk, in machine frames of the paging pool.
+
+The hardware of 2005 had one set of page tables. A hypervisor that wanted to hide machine frames gave the processor
+tables of its own, the *shadows*, made from the guest's tables (gva -> gfn) and the P2M (gfn -> mfn)::
+
+    guest     CR3 -> PML4 ------> PDPT ------> PD ------> PT ----> gfn
+                      :            :           :          :          | P2M
+    shadow    root -> L4 --------> L3 -------> L2 ------> L1 ----> mfn
+
+Each guest table has one shadow per level it is used at, entry for entry, filled in as the guest touches what they map
+and shared by all who point to it. A large guest page has no tables below it to shadow: it is *splintered* into tables
+of 4 KiB entries that belong to no guest page (Xen's FL1 shadows), so log-dirty sees 4 KiB always.
+
+An entry carries what both sides allow::
+
+    P   the guest's P and A: so that the first access comes to us and A can be set
+    W   the guest's W and D (so that we set D), the P2M's type, and the page is no guest table with a shadow
+    U, NX   the guest's
+
+**Keeping in step.** A guest page that has a shadow is never mapped writable: its writes are performed by the
+hypervisor, which then drops the shadow entries made from the words written. A translation that some TLB has held since
+before the page got its shadow may still write it unseen. Until every vCPU has flushed its TLB, such a page is *out of
+sync*: each flush that the guest asks for throws its shadow entries away. That suffices, because only after a flush may
+a guest rely on what it wrote; and an entry that was not present is in no shadow.
+
+Everything here needs the SHADOW lock, lookups included: tables are freed when their last reference goes.
+
+Source: Xen ``arch/x86/mm/shadow/`` (``common.c``, ``multi.c``) for the method; AMD APM volume 2,
+"Page-Translation-Table Entry Fields".
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pageferry.core.frames import PAGE_SHIFT
+from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.p2m import ADDRESS, PRESENT, USER, WRITE
+
+NX = 1 << 63
+_RIGHTS = PRESENT | WRITE | USER
+
+
+class Key(NamedTuple):
+    """What a shadow table stands for: a guest table at a level, or (splinter) 512 parts of a large page at ``gfn``."""
+
+    gfn: int
+    level: int
+    splinter: bool = False
+
+
+class NoFrame(Exception):
+    """The budget is used up: blow the shadows and start again."""
+
+
+class ShadowTables:
+    """The shadow tables of one domain.
+
+    ``protected`` maps each guest page that has a shadow to the levels it is shadowed at. ``changes`` counts what may
+    have outdated a walk of the guest's tables that is under way.
+
+    Args:
+        machine: where the tables live, and the guest's.
+        budget: how many frames they may take; at least 16. What the P2M needs is no part of it.
+    """
+
+    def __init__(self, machine: MachineMemory, budget: int) -> None:
+        self._words = machine.words
+        self._pool = machine.pool
+        self._budget = budget
+        self.frames: dict[Key, int] = {}
+        self.protected: dict[int, list[int]] = {}
+        self.changes = 0
+        self.newly_protected: list[int] = []
+        """Guest pages that got their first shadow since somebody last emptied this list."""
+        self._keys: dict[int, Key] = {}  # mfn of a shadow -> what it stands for
+        self._references: dict[int, int] = {}
+        self._writable: dict[int, set[int]] = {}  # gfn -> where (index into words) a leaf maps it writable
+        self._writable_gfn: dict[int, int] = {}  # the reverse of that
+
+    def root(self, gfn: int) -> int:
+        """Return the shadow of the PML4 at ``gfn``, made if need be.
+
+        Raises:
+            NoFrame: no frame for it.
+        """
+        mfn = self.frames.get(Key(gfn, 4))
+        if mfn is None:
+            mfn = self._make(Key(gfn, 4))
+            self._references[mfn] = 1  # the vCPUs': it stays until the shadows are blown
+        return mfn
+
+    def lookup(self, root: int, gva: int) -> tuple[int, int] | None:
+        """Walk the shadows, as the processor does; return ``(mfn, rights)``, or None where an entry is not present.
+
+        ``rights`` has WRITE and USER where all levels give them, and NX where any sets it.
+        """
+        words, table, rights, no_execute = self._words, root << 9, _RIGHTS, 0
+        for shift in (39, 30, 21, 12):
+            entry = words[table + (gva >> shift & 511)]
+            if not entry & PRESENT:
+                return None
+            rights &= entry
+            no_execute |= entry & NX
+            table = (entry & ADDRESS) >> 3
+        return table >> 9, rights | no_execute
+
+    def child(self, slot: int, key: Key, rights: int) -> int:
+        """Make a table's entry point to the shadow of ``key``, made if need be; return that shadow.
+
+        Raises:
+            NoFrame: no frame for it.
+        """
+        entry, mfn = self._words[slot], self.frames.get(key)
+        if mfn is None:
+            mfn = self._make(key)
+        if not entry & PRESENT or (entry & ADDRESS) >> PAGE_SHIFT != mfn:
+            self._references[mfn] += 1  # first, or dropping might free it
+            self.drop(slot)
+        self._words[slot] = mfn << PAGE_SHIFT | rights
+        return mfn
+
+    def leaf(self, slot: int, gfn: int, mfn: int, rights: int) -> None:
+        """Enter a 4 KiB page."""
+        self.drop(slot)
+        self._words[slot] = mfn << PAGE_SHIFT | rights
+        if rights & WRITE:
+            self._writable.setdefault(gfn, set()).add(slot)
+            self._writable_gfn[slot] = gfn
+
+    def drop(self, slot: int) -> None:
+        """Clear an entry; a table that loses its last reference goes with all below it."""
+        entry = self._words[slot]
+        if not entry & PRESENT:
+            return
+        self._words[slot] = 0
+        if self._keys[slot >> 9].level == 1:
+            self._forget_writable(slot)
+            return
+        mfn = (entry & ADDRESS) >> PAGE_SHIFT
+        self._references[mfn] -= 1
+        if not self._references[mfn]:
+            self._free(mfn)
+
+    def drop_words(self, gfn: int, first: int, last: int) -> None:
+        """Drop what was made from words ``first`` to ``last`` of a guest page."""
+        self.changes += 1
+        for level in tuple(self.protected.get(gfn, ())):
+            mfn = self.frames.get(Key(gfn, level))  # gone, if a drop before this one freed it
+            if mfn is not None:
+                for index in range(first, last + 1):
+                    self.drop((mfn << 9) + index)
+
+    def drop_page(self, gfn: int) -> None:
+        """Drop everything that was made from a guest page."""
+        self.drop_words(gfn, 0, 511)
+
+    def write_protect(self, gfn: int) -> None:
+        """Take the right to write a page from every entry that maps it. TLBs are the caller's business."""
+        for slot in self._writable.pop(gfn, ()):
+            self._words[slot] &= ~WRITE
+            del self._writable_gfn[slot]
+
+    def blow(self) -> None:
+        """Throw every shadow away (Xen's ``shadow_blow_tables``)."""
+        self.changes += 1
+        for mfn in self.frames.values():
+            self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn
+        for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._writable_gfn):
+            book.clear()
+
+    def leaves(self) -> list[tuple[int, int, int]]:
+        """Return every present 4 KiB entry as (slot, mfn, rights); for the audit."""
+        found = []
+        for key, mfn in self.frames.items():
+            if key.level == 1:
+                row = self._row(mfn)
+                for index in np.flatnonzero(row).tolist():
+                    entry = int(row[index])
+                    found.append(((mfn << 9) + index, (entry & ADDRESS) >> PAGE_SHIFT, entry & (_RIGHTS | NX)))
+        return found
+
+    def writable_slots(self, gfn: int) -> frozenset[int]:
+        """Return where a page is mapped writable; for the audit."""
+        return frozenset(self._writable.get(gfn, ()))
+
+    def _make(self, key: Key) -> int:
+        mfn = self._pool.allocate() if len(self.frames) < self._budget else None
+        if mfn is None:
+            raise NoFrame
+        self._row(mfn)[:] = 0
+        self.frames[key] = mfn
+        self._keys[mfn] = key
+        self._references[mfn] = 0
+        if not key.splinter:
+            if key.gfn not in self.protected:
+                self.newly_protected.append(key.gfn)
+            self.protected.setdefault(key.gfn, []).append(key.level)
+            self.write_protect(key.gfn)
+        return mfn
+
+    def _free(self, mfn: int) -> None:
+        key = self._keys[mfn]
+        for index in np.flatnonzero(self._row(mfn)).tolist():
+            self.drop((mfn << 9) + index)
+        del self._keys[mfn], self._references[mfn], self.frames[key]
+        if not key.splinter:
+            self.protected[key.gfn].remove(key.level)
+            if not self.protected[key.gfn]:
+                del self.protected[key.gfn]
+        self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn
+
+    def _row(self, mfn: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+        row: np.ndarray[tuple[int], np.dtype[np.uint64]] = self._pool.tables[mfn - self._pool.first_mfn]
+        return row
+
+    def _forget_writable(self, slot: int) -> None:
+        gfn = self._writable_gfn.pop(slot, None)
+        if gfn is not None:
+            slots = self._writable[gfn]
+            slots.discard(slot)
+            if not slots:
+                del self._writable[gfn]
