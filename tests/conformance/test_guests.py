@@ -5,6 +5,7 @@ import time
 import pytest
 
 from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.devices.platform import InvalidatePort
 from pageferry.guests import build
 from pageferry.guests.abi import INFO_GPA, STATE_ENDED, STATE_RUNNING, read_status
 from pageferry.guests.boot import GuestParams, boot
@@ -58,7 +59,7 @@ def test_a_workload_says_hello_and_works(start, name):
     assert (slot(vm).state, slot(vm).error) == (STATE_RUNNING, 0)
 
 
-@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "dma"])
+@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "dma", "pagetables"])
 def test_a_workload_reaches_its_working_set_and_nothing_beside_it(start, name):
     at = (3 << 30) - 4 * PAGE
     vm, info = start(name, memory_bytes=(3 << 30) + 64 * PAGE, working_set_gpa=at, working_set_bytes=20 * PAGE)
@@ -192,8 +193,34 @@ def test_a_fresh_build_behaves_as_its_image(start, tmp_path):
         oracle.played(number)
     assert vm.wait(30) is VmStatus.PAUSED
     assert oracle.wrong_gfns(vm.memory).size == 0
-    for name in ("sweep", "random", "hotset", "kv", "dma", "idle"):
+    for name in ("sweep", "random", "hotset", "kv", "dma", "idle", "pagetables"):
         vm, _ = start(load_elf(tmp_path / f"{name}.elf"), working_set_bytes=16 * PAGE)
         run_until(vm, lambda status: status.work >= 100)
         vm.pause()
         assert (vm.end, slot(vm).error) == (None, 0)
+
+
+def test_pagetables_checks_itself_after_each_flush(start):
+    vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
+    run_until(vm, lambda status: status.checks >= 2000)
+    vm.pause()
+    assert (vm.end, slot(vm).error) == (None, 0)
+    assert slot(vm).work == slot(vm).checks
+    assert abs(slot(vm).values[0] - 2 * slot(vm).work / 16) <= 2
+
+
+def test_pagetables_stops_when_a_page_of_its_window_is_wrong(start):
+    vm, info = start("pagetables", working_set_bytes=8 * PAGE)
+    run_until(vm, lambda status: status.checks >= 500)
+    vm.pause()
+    vm.memory.write(info.working_set_gpa, bytes(info.working_set_bytes))
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error in (1, 3, 4)
+
+
+def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
+    monkeypatch.setattr(InvalidatePort, "write", lambda self, offset, size, value: None)
+    vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error != 0

@@ -41,7 +41,7 @@ from pageferry.hypervisor.mmio import MMIO_WINDOW
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
 from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, READABLE, USER, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
-from pageferry.hypervisor.shadow_tables import NX, Key, NoFrame, ShadowTables
+from pageferry.hypervisor.shadow_tables import DIRTY, NX, Key, NoFrame, ShadowTables
 
 #: Where guest pages that have a shadow appear among machine addresses when they are written.
 TABLE_WINDOW = 1 << 49
@@ -49,7 +49,6 @@ _WINDOW_BYTES = 1 << 48
 
 _RAM_RW = P2MType.RAM_RW.value
 _READ_WRITE = api.READ | api.WRITE
-_DIRTY = 1 << 6
 _ALL = PRESENT | WRITE | USER
 
 
@@ -74,6 +73,7 @@ class ShadowPaging:
         """One per vCPU; set by the domain before anything runs."""
         self._machine = machine
         self._p2m = p2m
+        self._pages = np.frombuffer(machine.words, np.uint64).reshape(-1, 512)
         self._bytes = machine.words.cast("B")
         self._out_of_sync: dict[int, list[int]] = {}  # gfn -> each vCPU's count of TLB flushes when it got its shadow
 
@@ -115,10 +115,11 @@ class ShadowPaging:
                 self.tables.drop_page(gfn)
 
     def resync(self) -> None:
-        """Do a flush that the guest asked for, after its vCPU's TLB: drop what was made from pages out of sync."""
+        """Do a flush that the guest asked for, after its vCPU's TLB: drop what disagrees with pages out of sync."""
         with self.lock:
             for gfn, flushes in tuple(self._out_of_sync.items()):
-                self.tables.drop_page(gfn)
+                mfn = self._p2m.lookup(gfn)[0]
+                self.tables.resync_page(gfn, self._pages[mfn])
                 if all(mmu.flushes > then for mmu, then in zip(self.mmus, flushes, strict=True)):
                     self._out_of_sync.pop(gfn, None)
 
@@ -156,7 +157,7 @@ class ShadowPaging:
                 entry = words[path[depth][1]]
                 own = entry & (_ALL | NX)
                 if depth == len(path) - 1:  # a large page, splintered from here on: D decides about all of it
-                    own &= ~(0 if entry & _DIRTY else WRITE)
+                    own &= ~(0 if entry & DIRTY else WRITE)
                     key = Key(gfn >> 9 * (level - 1) << 9 * (level - 1), level - 1, splinter=True)
                     outdated = not entry & PSE or (entry & ADDRESS) >> PAGE_SHIFT & -(1 << 9 * (level - 1)) != key.gfn
                 else:
@@ -179,7 +180,7 @@ class ShadowPaging:
             if (entry & ADDRESS) >> PAGE_SHIFT != gfn or not entry & PRESENT:
                 return None
             own = entry & (_ALL | NX)
-            own &= ~(0 if entry & _DIRTY else WRITE)
+            own &= ~(0 if entry & DIRTY else WRITE)
         mfn, p2m_type = self._p2m.lookup(gfn)
         if p2m_type != _RAM_RW or gfn in self.tables.protected:
             own &= ~WRITE

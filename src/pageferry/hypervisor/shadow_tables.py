@@ -18,10 +18,10 @@ An entry carries what both sides allow::
     U, NX   the guest's
 
 **Keeping in step.** A guest page that has a shadow is never mapped writable: its writes are performed by the
-hypervisor, which then drops the shadow entries made from the words written. A translation that some TLB has held since
-before the page got its shadow may still write it unseen. Until every vCPU has flushed its TLB, such a page is *out of
-sync*: each flush that the guest asks for throws its shadow entries away. That suffices, because only after a flush may
-a guest rely on what it wrote; and an entry that was not present is in no shadow.
+hypervisor, which then drops the shadow entries made from the words written. A translation that some TLB has held
+since before the page got its shadow may still write it unseen. Until every vCPU has flushed its TLB, such a page is
+*out of sync*: each flush that the guest asks for compares its shadow entries with it. That suffices, because only
+after a flush may a guest rely on what it wrote; and an entry that was not present is in no shadow.
 
 Everything here needs the SHADOW lock, lookups included: tables are freed when their last reference goes.
 
@@ -32,12 +32,14 @@ Source: Xen ``arch/x86/mm/shadow/`` (``common.c``, ``multi.c``) for the method; 
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.hypervisor.machine import MachineMemory
-from pageferry.hypervisor.p2m import ADDRESS, PRESENT, USER, WRITE
+from pageferry.hypervisor.machine import INVALID_GFN, MachineMemory
+from pageferry.hypervisor.p2m import ADDRESS, PRESENT, PSE, USER, WRITE
 
-NX = 1 << 63
+ACCESSED, DIRTY, NX = 1 << 5, 1 << 6, 1 << 63
+_U = np.uint64
 _RIGHTS = PRESENT | WRITE | USER
 
 
@@ -65,6 +67,7 @@ class ShadowTables:
     """
 
     def __init__(self, machine: MachineMemory, budget: int) -> None:
+        self._machine = machine
         self._words = machine.words
         self._pool = machine.pool
         self._budget = budget
@@ -155,6 +158,36 @@ class ShadowTables:
         """Drop everything that was made from a guest page."""
         self.drop_words(gfn, 0, 511)
 
+    def resync_page(self, gfn: int, guest: NDArray[np.uint64]) -> None:
+        """Drop what disagrees with the guest page it was made from, whose content is ``guest`` (uint64[512])."""
+        self.changes += 1
+        for level in tuple(self.protected.get(gfn, ())):
+            mfn = self.frames.get(Key(gfn, level))
+            if mfn is not None:
+                row = self._row(mfn)
+                present = np.flatnonzero(row)
+                for index in present[~self._agree(level, row[present], guest[present])].tolist():
+                    self.drop((mfn << 9) + index)
+
+    def _agree(self, level: int, shadows: NDArray[np.uint64], guest: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        mfns = (shadows & _U(ADDRESS)) >> _U(PAGE_SHIFT)
+        frames = (guest & _U(ADDRESS)) >> _U(PAGE_SHIFT)
+        is_leaf = np.full(guest.shape, level == 1)
+        if level == 1:
+            expected = self._machine.m2p.gfns(mfns)
+        else:
+            keys = [self._keys[mfn] for mfn in mfns.tolist()]
+            expected = np.array([key.gfn for key in keys], np.uint64)
+            is_leaf = guest & _U(PSE) != 0
+            frames = np.where(is_leaf, frames & ~_U((1 << 9 * (level - 1)) - 1), frames)
+            is_leaf_here = np.array([key.splinter for key in keys], np.bool_)
+            expected = np.where(is_leaf == is_leaf_here, expected, INVALID_GFN)
+        rights = np.where(is_leaf & (guest & _U(DIRTY) == 0), guest & ~_U(WRITE), guest)
+        allowed = shadows & _U(WRITE | USER) & ~rights == 0
+        walked = guest & _U(PRESENT | ACCESSED) == _U(PRESENT | ACCESSED)
+        agree: NDArray[np.bool_] = (frames == expected) & allowed & walked & ((guest ^ shadows) & _U(NX) == 0)
+        return agree
+
     def write_protect(self, gfn: int) -> None:
         """Take the right to write a page from every entry that maps it. TLBs are the caller's business."""
         for slot in self._writable.pop(gfn, ()):
@@ -210,8 +243,8 @@ class ShadowTables:
                 del self.protected[key.gfn]
         self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn
 
-    def _row(self, mfn: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
-        row: np.ndarray[tuple[int], np.dtype[np.uint64]] = self._pool.tables[mfn - self._pool.first_mfn]
+    def _row(self, mfn: int) -> NDArray[np.uint64]:
+        row: NDArray[np.uint64] = self._pool.tables[mfn - self._pool.first_mfn]
         return row
 
     def _forget_writable(self, slot: int) -> None:
