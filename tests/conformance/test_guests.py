@@ -1,9 +1,11 @@
 """The built-in guests do what docs/guest-abi.md says, on every machine."""
 
 import time
+from functools import partial
 
 import pytest
 
+from pageferry.core.bitmap import expand_runs
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import InvalidatePort
 from pageferry.guests import build
@@ -11,6 +13,7 @@ from pageferry.guests.abi import INFO_GPA, STATE_ENDED, STATE_RUNNING, read_stat
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import load_elf
 from pageferry.guests.workloads import WORKLOADS, load_workload
+from pageferry.hypervisor.domain import Domain
 from pageferry.testing.oracle import StampOracle, working_set_gfns
 
 MIB = 1 << 20
@@ -224,3 +227,24 @@ def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
     vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
     assert vm.wait(30) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error != 0
+
+
+@pytest.mark.parametrize("program", ["pagetables", "kv"])
+def test_a_guest_moves_from_any_machine_to_any_other(start, make_vm, program):
+    vm, info = start(program, working_set_bytes=50 * PAGE)
+    others = [partial(Domain, paging_mode="shadow"), Domain, make_vm, partial(Domain, paging_mode="shadow")]
+    for make in others:
+        work = slot(vm).work
+        run_until(vm, lambda status, work=work: status.work >= work + 300)
+        vm.pause()
+        other = make(vm.config)
+        for gfn in expand_runs(*vm.memory.populated()).tolist():
+            other.memory.write(gfn * PAGE, vm.memory.read(gfn * PAGE, PAGE))
+        other.load_state(vm.save_state())
+        vm.close()
+        vm = other
+        vm.resume()
+    work = slot(vm).work
+    run_until(vm, lambda status: status.work >= work + 300)
+    assert slot(vm).error == 0
+    vm.close()

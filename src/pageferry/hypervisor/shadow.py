@@ -41,7 +41,7 @@ from pageferry.hypervisor.mmio import MMIO_WINDOW
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
 from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, READABLE, USER, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
-from pageferry.hypervisor.shadow_tables import DIRTY, NX, Key, NoFrame, ShadowTables
+from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, NX, Key, NoFrame, ShadowTables
 
 #: Where guest pages that have a shadow appear among machine addresses when they are written.
 TABLE_WINDOW = 1 << 49
@@ -132,15 +132,14 @@ class ShadowPaging:
             return None
         return found
 
-    def enter(self, path: list[tuple[int, int]], gva: int, gfn: int, *, seen: int) -> int | None:
+    def enter(self, path: list[tuple[int, int]], gva: int, gfn: int) -> int | None:
         """Enter a page that the guest's walk has found into the shadows; return the leaf's rights.
 
-        None: the guest's tables have changed since ``changes`` was ``seen``, or the shadows had to be blown to make
-        room: walk again. The P2M type of ``gfn`` can only have become more permissive since it was looked at.
+        None: the guest's tables have changed since that walk, or the shadows had to be blown to make room: walk again.
+        What is entered is read anew, under the lock that a write to a guest table takes. The P2M type of ``gfn`` can
+        only have become more permissive since it was looked at.
         """
         with self.lock:
-            if self.tables.changes != seen:
-                return None
             try:
                 return self._enter(path, gva, gfn)
             except NoFrame:
@@ -163,7 +162,7 @@ class ShadowPaging:
                 else:
                     key = Key(path[depth + 1][0], level - 1)
                     outdated = bool(entry & PSE) or (entry & ADDRESS) >> PAGE_SHIFT != key.gfn
-                if outdated or not entry & PRESENT:  # written through a TLB entry that we cannot see
+                if outdated or not _is_walked(entry):
                     return None
             else:
                 own, key = _ALL, Key(gfn >> 9 * (level - 1) << 9 * (level - 1), level - 1, splinter=True)
@@ -177,7 +176,7 @@ class ShadowPaging:
         own = _ALL
         if len(path) == 4:
             entry = self._machine.words[path[3][1]]
-            if (entry & ADDRESS) >> PAGE_SHIFT != gfn or not entry & PRESENT:
+            if (entry & ADDRESS) >> PAGE_SHIFT != gfn or not _is_walked(entry):
                 return None
             own = entry & (_ALL | NX)
             own &= ~(0 if entry & DIRTY else WRITE)
@@ -267,7 +266,6 @@ class ShadowMmu:
         shadow, p2m = self.shadow, self._p2m
         shadow.fault_count += 1
         while True:
-            seen = shadow.tables.changes
             self._walker.flush()  # the path must be whole
             gfn, writable, _ = self._walker.translate(gva, write=write, fetch=fetch)
             mfn, p2m_type = p2m.lookup(gfn)
@@ -277,7 +275,7 @@ class ShadowMmu:
                         raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
                     return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
                 mfn, p2m_type = p2m.lookup(gfn)
-            rights = shadow.enter(self._walker.path, gva, gfn, seen=seen)
+            rights = shadow.enter(self._walker.path, gva, gfn)
             if rights is None:
                 continue
             if write and gfn in shadow.tables.protected:
@@ -308,6 +306,10 @@ class ShadowMmu:
             self.shadow.write_table(gpa, size, value)
         except BaseException as error:
             self._failed(error)
+
+
+def _is_walked(entry: int) -> bool:
+    return entry & (PRESENT | ACCESSED) == PRESENT | ACCESSED
 
 
 def _combine(above: int, own: int) -> int:

@@ -58,8 +58,7 @@ class NoFrame(Exception):
 class ShadowTables:
     """The shadow tables of one domain.
 
-    ``protected`` maps each guest page that has a shadow to the levels it is shadowed at. ``changes`` counts what may
-    have outdated a walk of the guest's tables that is under way.
+    ``protected`` maps each guest page that has a shadow to the levels it is shadowed at.
 
     Args:
         machine: where the tables live, and the guest's.
@@ -73,7 +72,6 @@ class ShadowTables:
         self._budget = budget
         self.frames: dict[Key, int] = {}
         self.protected: dict[int, list[int]] = {}
-        self.changes = 0
         self.newly_protected: list[int] = []
         """Guest pages that got their first shadow since somebody last emptied this list."""
         self._keys: dict[int, Key] = {}  # mfn of a shadow -> what it stands for
@@ -147,7 +145,6 @@ class ShadowTables:
 
     def drop_words(self, gfn: int, first: int, last: int) -> None:
         """Drop what was made from words ``first`` to ``last`` of a guest page."""
-        self.changes += 1
         for level in tuple(self.protected.get(gfn, ())):
             mfn = self.frames.get(Key(gfn, level))  # gone, if a drop before this one freed it
             if mfn is not None:
@@ -160,7 +157,6 @@ class ShadowTables:
 
     def resync_page(self, gfn: int, guest: NDArray[np.uint64]) -> None:
         """Drop what disagrees with the guest page it was made from, whose content is ``guest`` (uint64[512])."""
-        self.changes += 1
         for level in tuple(self.protected.get(gfn, ())):
             mfn = self.frames.get(Key(gfn, level))
             if mfn is not None:
@@ -196,7 +192,6 @@ class ShadowTables:
 
     def blow(self) -> None:
         """Throw every shadow away (Xen's ``shadow_blow_tables``)."""
-        self.changes += 1
         for mfn in self.frames.values():
             self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn
         for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._writable_gfn):
