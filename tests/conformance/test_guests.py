@@ -231,7 +231,7 @@ def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
 
 @pytest.mark.parametrize("program", ["pagetables", "kv"])
 def test_a_guest_moves_from_any_machine_to_any_other(start, make_vm, program):
-    vm, info = start(program, working_set_bytes=50 * PAGE)
+    vm, _ = start(program, working_set_bytes=50 * PAGE)
     others = [partial(Domain, paging_mode="shadow"), Domain, make_vm, partial(Domain, paging_mode="shadow")]
     for make in others:
         work = slot(vm).work

@@ -276,6 +276,20 @@ def test_setting_accessed_or_dirty_is_a_write_to_the_table(machines):
     assert domain.paging.clean().gfns().tolist() == [DATA + 1]
 
 
+@pytest.mark.parametrize("gva", [WINDOW, 0x800000])
+def test_a_write_fault_of_log_dirty_alone_needs_no_walk_of_the_guests_tables(machines, monkeypatch, gva):
+    domain = machines()
+    expected = touch(domain, gva, "write")
+    domain.paging.enable()
+    touch(domain, gva)
+    monkeypatch.setattr(domain.vcpus[0]._walker, "translate", None)
+    for _ in range(2):
+        assert touch(domain, gva, "write") == expected
+        audit.check(domain)
+        assert gfn_of(domain, expected[0]) in domain.paging.clean().gfns()
+        assert not touch(domain, gva)[1] & WRITES
+
+
 def test_two_tables_worth_of_room_is_enough_but_not_less(machines):
     domain = machines()
     tables = domain.shadow.tables

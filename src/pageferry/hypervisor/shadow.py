@@ -41,13 +41,14 @@ from pageferry.hypervisor.mmio import MMIO_WINDOW
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
 from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, READABLE, USER, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
-from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, NX, Key, NoFrame, ShadowTables
+from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
 
 #: Where guest pages that have a shadow appear among machine addresses when they are written.
 TABLE_WINDOW = 1 << 49
 _WINDOW_BYTES = 1 << 48
 
 _RAM_RW = P2MType.RAM_RW.value
+_RAM = (P2MType.RAM_RW.value, P2MType.RAM_LOGDIRTY.value)
 _READ_WRITE = api.READ | api.WRITE
 _ALL = PRESENT | WRITE | USER
 
@@ -123,14 +124,12 @@ class ShadowPaging:
                 if all(mmu.flushes > then for mmu, then in zip(self.mmus, flushes, strict=True)):
                     self._out_of_sync.pop(gfn, None)
 
-    def fill(self, walker: GuestWalker, gva: int, *, write: bool) -> tuple[int, int] | None:
-        """Walk the shadows for a TLB; return ``(mfn, rights)`` if they allow the access (execution apart)."""
+    def fill(self, walker: GuestWalker, gva: int) -> tuple[int, int, int] | None:
+        """Walk the shadows for a TLB; return ``(slot, mfn, rights)`` if there is something for this privilege."""
         with self.lock:
-            root = self.tables.frames.get(Key((walker.cr3 & ADDRESS) >> PAGE_SHIFT, 4))
-            found = None if root is None else self.tables.lookup(root, gva)
-        if found is None or (write and not found[1] & WRITE) or (walker.user and not found[1] & USER):
-            return None
-        return found
+            root = self.tables.frames.get((walker.cr3 >> PAGE_SHIFT, 4, False))  # type: ignore[call-overload]
+            found: tuple[int, int, int] | None = None if root is None else self.tables.lookup(root, gva)
+        return None if found is None or (walker.user and not found[2] & USER) else found
 
     def enter(self, path: list[tuple[int, int]], gva: int, gfn: int) -> int | None:
         """Enter a page that the guest's walk has found into the shadows; return the leaf's rights.
@@ -181,9 +180,10 @@ class ShadowPaging:
             own = entry & (_ALL | NX)
             own &= ~(0 if entry & DIRTY else WRITE)
         mfn, p2m_type = self._p2m.lookup(gfn)
+        may_write = MAY_WRITE if own & WRITE else 0
         if p2m_type != _RAM_RW or gfn in self.tables.protected:
             own &= ~WRITE
-        self.tables.leaf(slot, gfn, mfn, own)
+        self.tables.leaf(slot, gfn, mfn, own | may_write)
         return own
 
     def _note_newly_protected(self) -> None:
@@ -257,10 +257,24 @@ class ShadowMmu:
             GuestPageFault: the guest's tables refuse.
             GuestCrash: the P2M does.
         """
-        found = self.shadow.fill(self._walker, gva, write=write)
-        if found is None or (fetch and found[1] & NX):
-            return self._fault(gva, write, fetch)
-        return _tlb_entry(*found)
+        found = self.shadow.fill(self._walker, gva)
+        if found is not None and not (fetch and found[2] & NX):
+            slot, mfn, rights = found
+            if not write or rights & WRITE or (rights & MAY_WRITE and self._grant(slot, mfn)):
+                return _tlb_entry(mfn, rights | WRITE if write else rights)
+        return self._fault(gva, write, fetch)
+
+    def _grant(self, slot: int, mfn: int) -> bool:
+        """Take a write fault on an entry that only log-dirty keeps NOT WRITABLE; False: it is not so simple."""
+        tables, lock = self.shadow.tables, self.shadow.lock
+        with lock:
+            gfn = tables.gfn_to_grant(slot, mfn)
+        if gfn is None or self._p2m.lookup(gfn)[1] not in _RAM:
+            return False
+        self.shadow.fault_count += 1
+        nested_page_fault(self._p2m, self.paging, gfn, write=True)
+        with lock:
+            return self._p2m.lookup(gfn)[1] == _RAM_RW and tables.grant(slot, mfn, gfn)
 
     def _fault(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
         shadow, p2m = self.shadow, self._p2m

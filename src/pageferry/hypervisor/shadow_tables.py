@@ -39,6 +39,8 @@ from pageferry.hypervisor.machine import INVALID_GFN, MachineMemory
 from pageferry.hypervisor.p2m import ADDRESS, PRESENT, PSE, USER, WRITE
 
 ACCESSED, DIRTY, NX = 1 << 5, 1 << 6, 1 << 63
+#: Software's own bit of a 4 KiB entry: the guest lets it be written and D is set, so W may come without a walk.
+MAY_WRITE = 1 << 9
 _U = np.uint64
 _RIGHTS = PRESENT | WRITE | USER
 
@@ -77,7 +79,7 @@ class ShadowTables:
         self._keys: dict[int, Key] = {}  # mfn of a shadow -> what it stands for
         self._references: dict[int, int] = {}
         self._writable: dict[int, set[int]] = {}  # gfn -> where (index into words) a leaf maps it writable
-        self._writable_gfn: dict[int, int] = {}  # the reverse of that
+        self._gfns: dict[int, int] = {}  # what each leaf maps
 
     def root(self, gfn: int) -> int:
         """Return the shadow of the PML4 at ``gfn``, made if need be.
@@ -91,20 +93,26 @@ class ShadowTables:
             self._references[mfn] = 1  # the vCPUs': it stays until the shadows are blown
         return mfn
 
-    def lookup(self, root: int, gva: int) -> tuple[int, int] | None:
-        """Walk the shadows, as the processor does; return ``(mfn, rights)``, or None where an entry is not present.
+    def lookup(self, root: int, gva: int) -> tuple[int, int, int] | None:
+        """Walk the shadows, as the processor does; None where an entry is not present.
 
-        ``rights`` has WRITE and USER where all levels give them, and NX where any sets it.
+        Return where the last entry is (index into words), its mfn, and the rights: WRITE and USER where all levels
+        give them, NX where any sets it; MAY_WRITE where only the last entry's W is in the way, or not even that.
         """
         words, table, rights, no_execute = self._words, root << 9, _RIGHTS, 0
-        for shift in (39, 30, 21, 12):
+        for shift in (39, 30, 21):
             entry = words[table + (gva >> shift & 511)]
             if not entry & PRESENT:
                 return None
             rights &= entry
-            no_execute |= entry & NX
+            no_execute |= entry
             table = (entry & ADDRESS) >> 3
-        return table >> 9, rights | no_execute
+        slot = table + (gva >> PAGE_SHIFT & 511)
+        entry = words[slot]
+        if not entry & PRESENT:
+            return None
+        may_write = entry & MAY_WRITE if rights & WRITE else 0
+        return slot, (entry & ADDRESS) >> PAGE_SHIFT, rights & entry | (no_execute | entry) & NX | may_write
 
     def child(self, slot: int, key: Key, rights: int) -> int:
         """Make a table's entry point to the shadow of ``key``, made if need be; return that shadow.
@@ -125,9 +133,25 @@ class ShadowTables:
         """Enter a 4 KiB page."""
         self.drop(slot)
         self._words[slot] = mfn << PAGE_SHIFT | rights
+        self._gfns[slot] = gfn
         if rights & WRITE:
             self._writable.setdefault(gfn, set()).add(slot)
-            self._writable_gfn[slot] = gfn
+
+    def gfn_to_grant(self, slot: int, mfn: int) -> int | None:
+        """Return the page of a 4 KiB entry for ``mfn`` if W may be set in it, as far as the guest is concerned."""
+        entry = self._words[slot]
+        if not entry & MAY_WRITE or (entry & ADDRESS) >> PAGE_SHIFT != mfn:
+            return None
+        gfn = self._gfns.get(slot)
+        return None if gfn in self.protected else gfn
+
+    def grant(self, slot: int, mfn: int, gfn: int) -> bool:
+        """Set W in a 4 KiB entry, if it still maps that page and may have it."""
+        if self.gfn_to_grant(slot, mfn) != gfn:
+            return False
+        self._words[slot] |= WRITE
+        self._writable.setdefault(gfn, set()).add(slot)
+        return True
 
     def drop(self, slot: int) -> None:
         """Clear an entry; a table that loses its last reference goes with all below it."""
@@ -136,7 +160,7 @@ class ShadowTables:
             return
         self._words[slot] = 0
         if self._keys[slot >> 9].level == 1:
-            self._forget_writable(slot)
+            self._forget_leaf(slot)
             return
         mfn = (entry & ADDRESS) >> PAGE_SHIFT
         self._references[mfn] -= 1
@@ -179,7 +203,8 @@ class ShadowTables:
             is_leaf_here = np.array([key.splinter for key in keys], np.bool_)
             expected = np.where(is_leaf == is_leaf_here, expected, INVALID_GFN)
         rights = np.where(is_leaf & (guest & _U(DIRTY) == 0), guest & ~_U(WRITE), guest)
-        allowed = shadows & _U(WRITE | USER) & ~rights == 0
+        given = np.where(shadows & _U(MAY_WRITE) != 0, shadows | _U(WRITE), shadows)
+        allowed = given & _U(WRITE | USER) & ~rights == 0
         walked = guest & _U(PRESENT | ACCESSED) == _U(PRESENT | ACCESSED)
         agree: NDArray[np.bool_] = (frames == expected) & allowed & walked & ((guest ^ shadows) & _U(NX) == 0)
         return agree
@@ -188,13 +213,12 @@ class ShadowTables:
         """Take the right to write a page from every entry that maps it. TLBs are the caller's business."""
         for slot in self._writable.pop(gfn, ()):
             self._words[slot] &= ~WRITE
-            del self._writable_gfn[slot]
 
     def blow(self) -> None:
         """Throw every shadow away (Xen's ``shadow_blow_tables``)."""
         for mfn in self.frames.values():
             self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn
-        for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._writable_gfn):
+        for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._gfns):
             book.clear()
 
     def leaves(self) -> list[tuple[int, int, int]]:
@@ -242,10 +266,10 @@ class ShadowTables:
         row: NDArray[np.uint64] = self._pool.tables[mfn - self._pool.first_mfn]
         return row
 
-    def _forget_writable(self, slot: int) -> None:
-        gfn = self._writable_gfn.pop(slot, None)
-        if gfn is not None:
-            slots = self._writable[gfn]
+    def _forget_leaf(self, slot: int) -> None:
+        gfn = self._gfns.pop(slot)
+        slots = self._writable.get(gfn)
+        if slots is not None:
             slots.discard(slot)
             if not slots:
                 del self._writable[gfn]
