@@ -94,7 +94,7 @@ def _check_pool(domain: Domain, tables: set[int]) -> None:
 
 
 def _check_shadow(domain: Domain) -> None:
-    """Each shadow entry agrees with the P2M; one that is WRITABLE is of ram_rw, no guest table, and on record."""
+    """Each shadow entry agrees with the P2M; one that is WRITABLE is so there, is no guest table, and on record."""
     tables = domain.shadow.tables
     with domain.locks.shadow:
         _require(domain.paging_mode == "shadow" or not tables.frames, "shadow tables in another paging mode")
@@ -103,7 +103,7 @@ def _check_shadow(domain: Domain) -> None:
             found, p2m_type = domain.p2m.lookup(gfn)
             _require(found == mfn, f"gfn {gfn:#x} is mfn {found:#x}, in the shadows mfn {mfn:#x}")
             writable = bool(rights & WRITE)
-            _require(not writable or p2m_type == P2MType.RAM_RW, f"gfn {gfn:#x}: writable in the shadows only")
+            _require(not writable or p2m_type in _WRITABLE, f"gfn {gfn:#x}: writable in the shadows only")
             _require(not writable or gfn not in tables.protected, f"gfn {gfn:#x}: a guest table, writable")
             _require(writable == (slot in tables.writable_slots(gfn)), f"gfn {gfn:#x}: CLEAN would not protect it")
 

@@ -9,7 +9,7 @@ A TLB miss walks the shadows once (:mod:`.shadow_tables`). What is not there, or
     otherwise enter it in the shadows, retry
 
 The P2M type carries the permission here as under HAP, so laws 1 and 8 are the same statements in both modes, and a
-shadow entry is writable only while its page is ``ram_rw``. (Xen's shadow code asks the dirty bitmap instead.)
+shadow entry is writable only while its page's type is. (Xen's shadow code asks the dirty bitmap instead.)
 
 =========  ==========================================  ===========================================================
 operator   HAP                                         shadow
@@ -39,7 +39,7 @@ from pageferry.hypervisor.locks import OrderedLock
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.mmio import MMIO_WINDOW
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, READABLE, USER, WRITE, P2MType
+from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, READABLE, USER, WRITE, P2MType, leaf_bits
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
 
@@ -47,8 +47,8 @@ from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, K
 TABLE_WINDOW = 1 << 49
 _WINDOW_BYTES = 1 << 48
 
-_RAM_RW = P2MType.RAM_RW.value
 _RAM = (P2MType.RAM_RW.value, P2MType.RAM_LOGDIRTY.value)
+_WRITABLE = frozenset(p2m_type.value for p2m_type in P2MType if leaf_bits(p2m_type) & WRITE)
 _READ_WRITE = api.READ | api.WRITE
 _ALL = PRESENT | WRITE | USER
 
@@ -181,7 +181,7 @@ class ShadowPaging:
             own &= ~(0 if entry & DIRTY else WRITE)
         mfn, p2m_type = self._p2m.lookup(gfn)
         may_write = MAY_WRITE if own & WRITE else 0
-        if p2m_type != _RAM_RW or gfn in self.tables.protected:
+        if p2m_type not in _WRITABLE or gfn in self.tables.protected:
             own &= ~WRITE
         self.tables.leaf(slot, gfn, mfn, own | may_write)
         return own
@@ -274,7 +274,7 @@ class ShadowMmu:
         self.shadow.fault_count += 1
         nested_page_fault(self._p2m, self.paging, gfn, write=True)
         with lock:
-            return self._p2m.lookup(gfn)[1] == _RAM_RW and tables.grant(slot, mfn, gfn)
+            return self._p2m.lookup(gfn)[1] in _WRITABLE and tables.grant(slot, mfn, gfn)
 
     def _fault(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
         shadow, p2m = self.shadow, self._p2m
@@ -283,10 +283,12 @@ class ShadowMmu:
             self._walker.flush()  # the path must be whole
             gfn, writable, _ = self._walker.translate(gva, write=write, fetch=fetch)
             mfn, p2m_type = p2m.lookup(gfn)
-            while p2m_type != _RAM_RW and (write or p2m_type not in READABLE):
-                if nested_page_fault(p2m, self.paging, gfn, write=write) is Resolution.EMULATE:
+            while p2m_type not in (_WRITABLE if write else READABLE):
+                if nested_page_fault(p2m, self.paging, gfn, write=write) is not Resolution.RETRY:
                     if fetch:
                         raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
+                    if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
+                        return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
                     return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
                 mfn, p2m_type = p2m.lookup(gfn)
             rights = shadow.enter(self._walker.path, gva, gfn)
@@ -305,8 +307,9 @@ class ShadowMmu:
 
     def table_write(self, gfn: int) -> None:
         """Log that an entry of a guest table changes: A or D is about to be set."""
-        while self._p2m.lookup(gfn)[1] != _RAM_RW:
-            nested_page_fault(self._p2m, self.paging, gfn, write=True)
+        while self._p2m.lookup(gfn)[1] not in _WRITABLE:
+            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is not Resolution.RETRY:
+                raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which cannot be written")
 
     def _read(self, _engine: int, gpa: int, size: int, _data: int) -> int:
         try:
