@@ -305,7 +305,7 @@ def test_the_audit_finds_a_shadow_entry_that_the_p2m_does_not_allow(machines):
     domain = machines()
     domain.paging.enable()
     touch(domain, WINDOW)
-    (slot,) = (slot for slot, _, _ in domain.shadow.tables.leaves())
+    (slot,) = (slot for slot, *_ in domain.shadow.tables.leaves())
     domain.machine.words[slot] |= WRITE
     with pytest.raises(audit.AuditError, match="writable in the shadows only"):
         audit.check(domain)

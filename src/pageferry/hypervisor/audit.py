@@ -98,8 +98,7 @@ def _check_shadow(domain: Domain) -> None:
     tables = domain.shadow.tables
     with domain.locks.shadow:
         _require(domain.paging_mode == "shadow" or not tables.frames, "shadow tables in another paging mode")
-        for slot, mfn, rights in tables.leaves():
-            gfn = int(domain.machine.m2p.gfns(np.array([mfn], np.uint64))[0])
+        for slot, gfn, mfn, rights in tables.leaves():
             found, p2m_type = domain.p2m.lookup(gfn)
             _require(found == mfn, f"gfn {gfn:#x} is mfn {found:#x}, in the shadows mfn {mfn:#x}")
             writable = bool(rights & WRITE)

@@ -68,7 +68,6 @@ class ShadowTables:
     """
 
     def __init__(self, machine: MachineMemory, budget: int) -> None:
-        self._machine = machine
         self._words = machine.words
         self._pool = machine.pool
         self._budget = budget
@@ -186,15 +185,17 @@ class ShadowTables:
             if mfn is not None:
                 row = self._row(mfn)
                 present = np.flatnonzero(row)
-                for index in present[~self._agree(level, row[present], guest[present])].tolist():
+                for index in present[~self._agree(level, mfn, present, row[present], guest[present])].tolist():
                     self.drop((mfn << 9) + index)
 
-    def _agree(self, level: int, shadows: NDArray[np.uint64], guest: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    def _agree(
+        self, level: int, table: int, indices: NDArray[np.int64], shadows: NDArray[np.uint64], guest: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
         mfns = (shadows & _U(ADDRESS)) >> _U(PAGE_SHIFT)
         frames = (guest & _U(ADDRESS)) >> _U(PAGE_SHIFT)
         is_leaf = np.full(guest.shape, level == 1)
         if level == 1:
-            expected = self._machine.m2p.gfns(mfns)
+            expected = np.array([self._gfns[(table << 9) + index] for index in indices.tolist()], np.uint64)
         else:
             keys = [self._keys[mfn] for mfn in mfns.tolist()]
             expected = np.array([key.gfn for key in keys], np.uint64)
@@ -221,15 +222,16 @@ class ShadowTables:
         for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._gfns):
             book.clear()
 
-    def leaves(self) -> list[tuple[int, int, int]]:
-        """Return every present 4 KiB entry as (slot, mfn, rights); for the audit."""
+    def leaves(self) -> list[tuple[int, int, int, int]]:
+        """Return every present 4 KiB entry as (slot, gfn, mfn, rights); for the audit."""
         found = []
         for key, mfn in self.frames.items():
             if key.level == 1:
                 row = self._row(mfn)
                 for index in np.flatnonzero(row).tolist():
                     entry = int(row[index])
-                    found.append(((mfn << 9) + index, (entry & ADDRESS) >> PAGE_SHIFT, entry & (_RIGHTS | NX)))
+                    slot = (mfn << 9) + index
+                    found.append((slot, self._gfns[slot], (entry & ADDRESS) >> PAGE_SHIFT, entry & (_RIGHTS | NX)))
         return found
 
     def writable_slots(self, gfn: int) -> frozenset[int]:
