@@ -14,7 +14,7 @@ from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.guest_walk import GuestPageFault
 from pageferry.hypervisor.p2m import WRITE
-from pageferry.hypervisor.shadow import TABLE_WINDOW
+from pageferry.hypervisor.shadow_mmu import TABLE_WINDOW
 from pageferry.hypervisor.shadow_tables import Key
 
 MiB = 1 << 20

@@ -41,7 +41,8 @@ from pageferry.hypervisor.registers import (
     reset_state,
     save_registers,
 )
-from pageferry.hypervisor.shadow import ShadowMmu, ShadowPaging
+from pageferry.hypervisor.shadow import ShadowPaging
+from pageferry.hypervisor.shadow_mmu import ShadowMmu
 from pageferry.hypervisor.traps import (
     VECTOR_DEBUG,
     VECTOR_DOUBLE_FAULT,

@@ -8,8 +8,9 @@ A TLB miss walks the shadows once (:mod:`.shadow_tables`). What is not there, or
     the page is a guest table with a shadow?       a write goes through the *table window*: performed by us
     otherwise enter it in the shadows, retry
 
-The P2M type carries the permission here as under HAP, so laws 1 and 8 are the same statements in both modes, and a
-shadow entry is writable only while its page's type is. (Xen's shadow code asks the dirty bitmap instead.)
+The vCPU's side of it is :mod:`.shadow_mmu`. The P2M type carries the permission here as under HAP, so laws 1 and 8
+are the same statements in both modes, and a shadow entry is writable only while its page's type is. (Xen's shadow
+code asks the dirty bitmap instead.)
 
 =========  ==========================================  ===========================================================
 operator   HAP                                         shadow
@@ -27,30 +28,26 @@ Source: RFC, "paging_mark_dirty() dispatches to sh_mark_dirty() or hap_mark_dirt
 (``sh_page_fault``), ``shadow/common.c`` (``sh_enable_log_dirty``, ``sh_clean_dirty_bitmap``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pageferry.core.errors import GuestCrash
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
-from pageferry.hypervisor import unicorn_api as api
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.locks import OrderedLock
 from pageferry.hypervisor.machine import MachineMemory
-from pageferry.hypervisor.mmio import MMIO_WINDOW
-from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, READABLE, USER, WRITE, P2MType, leaf_bits
-from pageferry.hypervisor.paging import LogDirtyOps, Paging
+from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, USER, WRITE, P2MType, leaf_bits
+from pageferry.hypervisor.paging import LogDirtyOps
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
 
-#: Where guest pages that have a shadow appear among machine addresses when they are written.
-TABLE_WINDOW = 1 << 49
-_WINDOW_BYTES = 1 << 48
+if TYPE_CHECKING:
+    from pageferry.hypervisor.shadow_mmu import ShadowMmu
 
-_RAM = (P2MType.RAM_RW.value, P2MType.RAM_LOGDIRTY.value)
-_WRITABLE = frozenset(p2m_type.value for p2m_type in P2MType if leaf_bits(p2m_type) & WRITE)
-_READ_WRITE = api.READ | api.WRITE
 _ALL = PRESENT | WRITE | USER
+
+#: P2M types that may be writable in the shadows.
+WRITABLE_TYPES = frozenset(p2m_type.value for p2m_type in P2MType if leaf_bits(p2m_type) & WRITE)
 
 
 class ShadowPaging:
@@ -181,7 +178,7 @@ class ShadowPaging:
             own &= ~(0 if entry & DIRTY else WRITE)
         mfn, p2m_type = self._p2m.lookup(gfn)
         may_write = MAY_WRITE if own & WRITE else 0
-        if p2m_type not in _WRITABLE or gfn in self.tables.protected:
+        if p2m_type not in WRITABLE_TYPES or gfn in self.tables.protected:
             own &= ~WRITE
         self.tables.leaf(slot, gfn, mfn, own | may_write)
         return own
@@ -213,130 +210,9 @@ class ShadowPaging:
         return (self._p2m.lookup(gpa >> PAGE_SHIFT)[0] << PAGE_SHIFT) + (gpa & PAGE_SIZE - 1)
 
 
-class ShadowMmu:
-    """One vCPU's way through the shadows.
-
-    Args:
-        shadow: the domain's.
-        p2m: the domain's.
-        walker: the vCPU's walker of the guest's tables; its own accesses go through :meth:`table_read` and
-            :meth:`table_write` in this mode.
-        request_flush: has the vCPU flush its TLB soon; any thread.
-        failed: takes an exception that must not travel through the emulator.
-    """
-
-    paging: Paging
-    """The domain's paging; set by the domain before anything runs."""
-
-    def __init__(
-        self,
-        shadow: ShadowPaging,
-        p2m: P2M,
-        walker: GuestWalker,
-        *,
-        request_flush: Callable[[], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        self.shadow = shadow
-        self.request_flush = request_flush
-        self.flushes = 0
-        """How often the vCPU has flushed its TLB; counted after the flush."""
-        self._p2m = p2m
-        self._walker = walker
-        self._failed = failed
-        self._callbacks = (api.MMIO_READ(self._read), api.MMIO_WRITE(self._write))
-
-    def attach(self, engine: api.Engine) -> None:
-        """Open the table window in one emulator instance; this object must outlive it."""
-        engine.mmio_map(TABLE_WINDOW, _WINDOW_BYTES, *self._callbacks)
-
-    def translate(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
-        """Return ``(maddr, permissions)`` for the TLB, once the access is allowed.
-
-        Raises:
-            GuestPageFault: the guest's tables refuse.
-            GuestCrash: the P2M does.
-        """
-        found = self.shadow.fill(self._walker, gva)
-        if found is not None and not (fetch and found[2] & NX):
-            slot, mfn, rights = found
-            if not write or rights & WRITE or (rights & MAY_WRITE and self._grant(slot, mfn)):
-                return _tlb_entry(mfn, rights | WRITE if write else rights)
-        return self._fault(gva, write, fetch)
-
-    def _grant(self, slot: int, mfn: int) -> bool:
-        """Take a write fault on an entry that only log-dirty keeps NOT WRITABLE; False: it is not so simple."""
-        tables, lock = self.shadow.tables, self.shadow.lock
-        with lock:
-            gfn = tables.gfn_to_grant(slot, mfn)
-        if gfn is None or self._p2m.lookup(gfn)[1] not in _RAM:
-            return False
-        self.shadow.fault_count += 1
-        nested_page_fault(self._p2m, self.paging, gfn, write=True)
-        with lock:
-            return self._p2m.lookup(gfn)[1] in _WRITABLE and tables.grant(slot, mfn, gfn)
-
-    def _fault(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
-        shadow, p2m = self.shadow, self._p2m
-        shadow.fault_count += 1
-        while True:
-            self._walker.flush()  # the path must be whole
-            gfn, writable, _ = self._walker.translate(gva, write=write, fetch=fetch)
-            mfn, p2m_type = p2m.lookup(gfn)
-            while p2m_type not in (_WRITABLE if write else READABLE):
-                if nested_page_fault(p2m, self.paging, gfn, write=write) is not Resolution.RETRY:
-                    if fetch:
-                        raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
-                    if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
-                        return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
-                    return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
-                mfn, p2m_type = p2m.lookup(gfn)
-            rights = shadow.enter(self._walker.path, gva, gfn)
-            if rights is None:
-                continue
-            if write and gfn in shadow.tables.protected:
-                return TABLE_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE
-            return _tlb_entry(mfn, rights | WRITE if write else rights)
-
-    def table_read(self, gfn: int) -> int:
-        """Return the mfn of a guest table: here the walker is ours, and reading is no write."""
-        mfn, p2m_type = self._p2m.lookup(gfn)
-        if p2m_type not in READABLE:
-            raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which is no memory")
-        return mfn
-
-    def table_write(self, gfn: int) -> None:
-        """Log that an entry of a guest table changes: A or D is about to be set."""
-        while self._p2m.lookup(gfn)[1] not in _WRITABLE:
-            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is not Resolution.RETRY:
-                raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which cannot be written")
-
-    def _read(self, _engine: int, gpa: int, size: int, _data: int) -> int:
-        try:
-            return self.shadow.read_table(gpa, size)
-        except BaseException as error:
-            self._failed(error)
-            return 0
-
-    def _write(self, _engine: int, gpa: int, size: int, value: int, _data: int) -> None:
-        try:
-            self.shadow.write_table(gpa, size, value)
-        except BaseException as error:
-            self._failed(error)
-
-
 def _is_walked(entry: int) -> bool:
     return entry & (PRESENT | ACCESSED) == PRESENT | ACCESSED
 
 
 def _combine(above: int, own: int) -> int:
     return above & own & _ALL | (above | own) & NX
-
-
-def _tlb_entry(mfn: int, rights: int) -> tuple[int, int]:
-    permissions = api.READ
-    if rights & WRITE:
-        permissions |= api.WRITE
-    if not rights & NX:
-        permissions |= api.EXECUTE
-    return mfn << PAGE_SHIFT, permissions
