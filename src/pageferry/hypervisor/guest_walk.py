@@ -13,8 +13,8 @@ are a page fault of their own. Accessed bits are set on the way down, the dirty 
 
 Under nested paging every access of the walker to a guest table counts as a *write* at the nested level: a guest whose
 tables are log-dirty takes a nested fault for each table it uses, and those pages are dirty again in every cycle.
-Measured on AMD: the same guest reports its PML4, PDPT and PD each round. Under shadow paging it is the hypervisor that walks, and
-only an entry that really changes is a write: the two modes differ in what the walker is given, not in how it walks.
+Measured on AMD: the same guest reports its PML4, PDPT and PD each round. Under shadow paging it is the hypervisor that
+walks, and only an entry that really changes is a write: the two modes differ in what the walker is given, not in how.
 
 A page-walk cache keeps what a walk found for each 2 MiB of virtual address space, as hardware does. It lives and dies
 with the TLB: it is flushed whenever the P2M took rights away, so the first walk after CLEAN touches, and so dirties,
