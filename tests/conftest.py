@@ -1,9 +1,11 @@
 """What the tests share: machines of both kinds, and a wire that can be cut, held and listened to."""
 
 import contextlib
+import functools
 import os
 import socket
 import threading
+import weakref
 
 import pytest
 from hypothesis import settings
@@ -12,13 +14,53 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.paging import Paging
 from pageferry.kvm import KvmVm, probe
 
 MiB = 1 << 20
 
 settings.register_profile("pageferry", deadline=None, print_blob=True)
 settings.load_profile("pageferry")
+
+
+@pytest.fixture(autouse=True)
+def audited_domains(request, monkeypatch):
+    """Audit every Domain when it is closed; in the tests of the software hypervisor after each operator too."""
+    path = request.node.path
+    ours = path.name.startswith("test_hypervisor") or path.parent.name == "property"
+    if (ours or path.name == "test_log_dirty.py") and request.node.get_closest_marker("spoils_the_table") is None:
+        audit_domains(monkeypatch, operators=("enable", "peek", "clean", "off") if ours else ())
+
+
+def audit_domains(monkeypatch, operators):
+    domains = weakref.WeakKeyDictionary()  # by their Paging, which knows of no domain
+
+    def made(init, domain, *args, **options):
+        init(domain, *args, **options)
+        domains[domain.paging] = domain
+
+    def operated(operator, paging):
+        result = operator(paging)
+        audit.check(domains[paging])
+        return result
+
+    def closed(close, domain):
+        if not domain._closed:
+            audit.check(domain)
+        close(domain)
+
+    for owner, name, wrapper in (
+        (Domain, "__init__", made),
+        (Domain, "close", closed),
+        *((Paging, name, operated) for name in operators),
+    ):
+        monkeypatch.setattr(owner, name, functools.partialmethod(_call, wrapper, getattr(owner, name)))
+
+
+def _call(self, wrapper, method, *args, **options):
+    return wrapper(method, self, *args, **options)
 
 
 @pytest.fixture(scope="session")

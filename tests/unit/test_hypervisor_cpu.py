@@ -12,6 +12,7 @@ from pageferry.devices.dma import DMA_MMIO
 from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.p2m import P2MType
 
 MiB = 1 << 20
 DATA = 0x300000
@@ -400,3 +401,52 @@ def test_a_guest_rewrites_its_own_code(machines):
     at = struct.pack("<I", PROGRAM_BASE + 1).hex()
     vm = machines("b801000000" + "803c25" + at + "01" + "750a" + "c60425" + at + "09" + "ebe7" + EXIT)
     assert finish(vm).exit_code == 9
+
+
+def test_a_write_to_read_only_ram_is_discarded_and_the_guest_goes_on(machines):
+    # mov [rbx], rax; mov rdi, [rbx]; add [rbx], rax; mov rsi, [rbx]; mov eax, 7; out exit
+    vm = machines("488903" + "488b3b" + "480103" + "488b33" + "b807000000" + EXIT, rbx=DATA, rax=9)
+    vm.memory.write(DATA, b"\x05")
+    with vm.p2m.lock:
+        vm.p2m.change_type(DATA >> 12, P2MType.RAM_RW, P2MType.RAM_RO)
+    vm.paging.enable()
+    assert finish(vm).exit_code == 7
+    assert (state_of(vm).rdi, state_of(vm).rsi, vm.memory.read_u64(DATA)) == (5, 5, 5)
+    assert not vm.paging.clean().test(DATA >> 12)
+
+
+def test_a_guest_writes_a_granted_page_and_crashes_on_one_that_is_read_only(machines):
+    for writable in (True, False):
+        # mov rdi, [rbx]; mov [rbx], rax; mov eax, 7; out exit
+        vm = machines("488b3b" + "488903" + "b807000000" + EXIT, rbx=DATA, rax=9)
+        theirs = vm.machine.allocate_foreign()
+        vm.machine.frame(theirs)[0] = 5
+        vm.physmap.decrease_reservation(DATA >> 12)
+        vm.physmap.map_grant(DATA >> 12, theirs, writable=writable)
+        vm.paging.enable()
+        end = finish(vm)
+        assert state_of(vm).rdi == 5
+        assert vm.machine.frame(theirs)[0] == (9 if writable else 5)
+        if writable:
+            assert end.exit_code == 7
+            assert vm.paging.clean().test(DATA >> 12)
+        else:
+            assert end.crash.startswith("write to gfn 0x300, which is grant_map_ro")
+
+
+def test_a_running_guest_sees_its_page_move_and_crashes_when_it_is_taken(machines):
+    # l: inc [rbx]; inc rcx; jmp l
+    vm = machines("48ff03" + "48ffc1" + "ebf8", rbx=DATA, rcx=0)
+    gfn, other = DATA >> 12, (DATA >> 12) + 600
+    vm.paging.enable()
+    vm.resume()
+    for _ in range(20):  # there and back, under its feet
+        vm.freeze()
+        vm.physmap.add_to_physmap(gfn, other)
+        vm.physmap.add_to_physmap(other, gfn)
+        vm.thaw()
+        vm.wait(0.001)
+    vm.pause()
+    assert vm.memory.read_u64(DATA) - state_of(vm).rcx in (0, 1)
+    vm.physmap.decrease_reservation(gfn)
+    assert "access to gfn 0x300, which is invalid" in finish(vm).crash

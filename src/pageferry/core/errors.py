@@ -46,6 +46,10 @@ class LogDirtyError(VmError):
     """A log-dirty operator was called in a state that does not allow it, or could not keep its promise."""
 
 
+class LogDirtyMemoryError(LogDirtyError):
+    """The domain's paging pool has no room for what log-dirty needs."""
+
+
 class P2MError(VmError):
     """The physical-to-machine table refused an operation on one frame."""
 

@@ -147,6 +147,15 @@ class HostMapping:
         if _libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
             _raise("mmap")
 
+    def map_nothing(self, at: int, size_bytes: int) -> None:
+        """Put memory that belongs to nobody into a range: whoever comes late reads zeros there and harms nothing."""
+        self._check(at, size_bytes)
+        prot = mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        # SAFETY: MAP_FIXED lands inside our own reservation (checked above).
+        if _libc.mmap(self.hva + at, size_bytes, prot, flags, -1, 0) == _MAP_FAILED:
+            _raise("mmap")
+
     def unmap(self, at: int, size_bytes: int) -> None:
         """Make a range inaccessible again; the reservation stays."""
         self._check(at, size_bytes)

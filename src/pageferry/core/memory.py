@@ -3,7 +3,7 @@
 Guest-physical address ``gpa`` is host address ``hva + gpa``: one linear range of host addresses per guest. RAM is a
 list of regions; a guest of more than 3 GiB has the PCI hole between two of them, and the hole is not mapped. Where
 the bytes lie inside the memfd is the machine's business: on ``kvm`` at offset ``gpa``, on ``soft`` wherever the P2M
-says.
+says. Frames of a region may be *removed* for a time (ballooning): they are not RAM then.
 
 Law 4: whoever writes here is not a vCPU, so nested paging does not see it; every writing method marks the frames
 dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
@@ -90,6 +90,7 @@ class GuestMemory:
         self.mapping = mapping
         self._populated = populated
         self._on_write: Callable[[GfnArray], None] | None = None
+        self._removed: DirtyBitmap | None = None  # made at the first removal
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
         """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
         self.size_bytes = sum(region.size_bytes for region in self.regions)
@@ -111,7 +112,7 @@ class GuestMemory:
 
     @property
     def pages(self) -> int:
-        """How many frames of RAM there are (the hole not counted)."""
+        """How many frames the regions have (the hole not counted, removed frames counted)."""
         return self.size_bytes >> PAGE_SHIFT
 
     def on_write(self, mark: Callable[[GfnArray], None] | None) -> None:
@@ -120,13 +121,16 @@ class GuestMemory:
 
     def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
         """Tell whether every byte of a range is RAM of one region."""
-        return any(r.gpa <= gpa and gpa + size_bytes <= r.gpa + r.size_bytes for r in self.regions)
+        inside = any(r.gpa <= gpa and gpa + size_bytes <= r.gpa + r.size_bytes for r in self.regions)
+        return inside and (self._removed is None or not self._removed.test_many(gfns_touched(gpa, size_bytes)).any())
 
     def are_ram(self, gfns: GfnArray) -> np.typing.NDArray[np.bool_]:
         """Tell for each frame whether it is RAM, as bool[n]."""
         result = np.zeros(gfns.shape, np.bool_)
         for region in self.regions:
             result |= (gfns >= region.first_gfn) & (gfns < region.first_gfn + region.pages)
+        if self._removed is not None:
+            result[result] = ~self._removed.test_many(gfns[result])
         return result
 
     def all_ram(self) -> DirtyBitmap:
@@ -134,7 +138,24 @@ class GuestMemory:
         bitmap = DirtyBitmap(self.gfn_limit)
         for region in self.regions:
             bitmap.set_range(region.first_gfn, region.pages)
+        if self._removed is not None:
+            bitmap -= self._removed
         return bitmap
+
+    def removed(self) -> GfnArray:
+        """Return the frames of the regions that are no RAM now, ascending: a destination must remove them as well."""
+        return np.empty(0, np.uint64) if self._removed is None else self._removed.gfns()
+
+    def remove(self, gfns: GfnArray) -> None:
+        """Make frames of the regions be no RAM any more; for the machine, which has taken them away."""
+        if self._removed is None:
+            self._removed = DirtyBitmap(self.gfn_limit)
+        self._removed.set(gfns)
+
+    def restore(self, gfns: GfnArray) -> None:
+        """Make removed frames be RAM again; for the machine, which has put frames there."""
+        if self._removed is not None:
+            self._removed.clear(gfns)
 
     def populated(self) -> tuple[GfnArray, GfnArray]:
         """Return the page runs with storage as ``(starts, lengths)``, ascending; all else was never touched and is 0.
@@ -191,15 +212,7 @@ class GuestMemory:
         Raises:
             VmError: a frame is not RAM.
         """
-        if starts.size and not bool(
-            np.any(
-                [
-                    (starts >= r.first_gfn) & (starts + lengths <= r.first_gfn + r.pages) & (lengths <= r.pages)
-                    for r in self.regions
-                ],
-                axis=0,
-            ).all()
-        ):
+        if starts.size and not (self._inside(starts, lengths) and self._none_removed(starts, lengths)):
             raise VmError("a run of frames is not inside guest memory")
         view = self.mapping.view
         begins = (starts << np.uint64(PAGE_SHIFT)).tolist()
@@ -220,6 +233,16 @@ class GuestMemory:
             raise VmError("a run of frames is not inside guest memory")
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
+
+    def _inside(self, starts: GfnArray, lengths: GfnArray) -> bool:
+        fits = [
+            (starts >= r.first_gfn) & (starts + lengths <= r.first_gfn + r.pages) & (lengths <= r.pages)
+            for r in self.regions
+        ]
+        return bool(np.any(fits, axis=0).all())
+
+    def _none_removed(self, starts: GfnArray, lengths: GfnArray) -> bool:
+        return self._removed is None or not self._removed.test_many(expand_runs(starts, lengths)).any()
 
     def _check(self, gpa: int, size_bytes: int) -> None:
         if gpa < 0 or size_bytes < 0 or not self.is_ram(gpa, size_bytes):

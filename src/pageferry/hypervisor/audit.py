@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pageferry.core.frames import PAGES_PER_2M, GfnArray
+from pageferry.core.frames import GfnArray
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.machine import FrameOwner
-from pageferry.hypervisor.p2m import ADDRESS, PRESENT, PSE, TYPE_MASK, TYPE_SHIFT, USER, WRITE, P2MType
+from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner
+from pageferry.hypervisor.p2m import ADDRESS, PRESENT, PSE, TYPE_MASK, TYPE_SHIFT, USER, WRITABLE, WRITE, P2MType
+from pageferry.hypervisor.p2m_types import GRANT_TYPES, READABLE
 
 _U = np.uint64
-_WRITABLE = (P2MType.RAM_RW, P2MType.MMIO_DIRECT, P2MType.GRANT_MAP_RW)
+_WRITABLE = np.array(sorted(WRITABLE), np.uint64)
+_READABLE = np.array(sorted(READABLE), np.uint64)
+_GRANTS = np.array(sorted(GRANT_TYPES), np.uint64)
 
 
 class AuditError(AssertionError):
@@ -27,7 +30,7 @@ class AuditError(AssertionError):
 class Leaves:
     """PRESENT leaf entries of one table: ``gfns``, ``entries`` and ``types`` (recalculated), uint64[n] each.
 
-    ``pages`` is what each maps: 1 or 512.
+    ``pages`` is what each maps: 1, 512 or 262,144.
     """
 
     gfns: GfnArray
@@ -39,6 +42,11 @@ class Leaves:
     def mfns(self) -> GfnArray:
         """The first machine frame of each."""
         return (self.entries & _U(ADDRESS)) >> _U(12)
+
+    @property
+    def grants(self) -> NDArray[np.bool_]:
+        """Whether each maps another owner's page."""
+        return np.isin(self.types, _GRANTS)
 
 
 def check(domain: Domain) -> None:
@@ -55,8 +63,11 @@ def check(domain: Domain) -> None:
         for found in leaves:
             _check_permissions(found)
             _check_reverse_map(domain, found)
+            _check_grants(domain, found)
+            _check_inside_ram(domain, found)
         _check_accounting(domain, leaves)
         _check_law_1(domain, leaves)
+        _check_bitmap(domain)
 
 
 def _leaves(domain: Domain, mfn: int, shift: int, gfn: int, stale: bool, tables: set[int]) -> Iterator[Leaves]:
@@ -69,7 +80,7 @@ def _leaves(domain: Domain, mfn: int, shift: int, gfn: int, stale: bool, tables:
     at = np.flatnonzero(entries & _U(PRESENT))
     is_leaf = (entries[at] & _U(PSE) != 0) | (shift == 0)
     if at[is_leaf].size:
-        _require(shift in (0, 9), f"a leaf at level {shift // 9 + 1}, gfn {gfn:#x}")
+        _require(shift <= 18, f"a leaf at level {shift // 9 + 1}, gfn {gfn:#x}")
         found = entries[at[is_leaf]]
         types = found >> _U(TYPE_SHIFT) & _U(TYPE_MASK)
         changeable = (types == _U(P2MType.RAM_RW)) | (types == _U(P2MType.RAM_LOGDIRTY))
@@ -85,12 +96,16 @@ def _leaves(domain: Domain, mfn: int, shift: int, gfn: int, stale: bool, tables:
 
 
 def _check_pool(domain: Domain, tables: set[int]) -> None:
-    used = domain.machine.pool.used
+    pool = domain.machine.pool
+    used = pool.used - pool.reserved
     shadows = len(domain.shadow.tables.frames)
     _require(
         len(tables) + shadows == used,
         f"the P2M has {len(tables)} tables, the shadows {shadows}, the pool has {used} frames in use",
     )
+    _require(pool.used <= pool.allocation, f"{pool.used} frames in use, the allocation is {pool.allocation}")
+    bitmap = -(-domain.memory.gfn_limit // (8 << 12)) if domain.paging.enabled else 0
+    _require(pool.reserved == bitmap, f"{pool.reserved} frames are accounted to a bitmap of {bitmap}")
 
 
 def _check_shadow(domain: Domain) -> None:
@@ -109,28 +124,49 @@ def _check_shadow(domain: Domain) -> None:
 
 def _check_permissions(found: Leaves) -> None:
     stored = found.entries >> _U(TYPE_SHIFT) & _U(TYPE_MASK)
-    writable = np.isin(stored, np.array(_WRITABLE, np.uint64))
+    _require_none(~np.isin(stored, _READABLE), found.gfns, "PRESENT, with a type that has no frame")
+    writable = np.isin(stored, _WRITABLE)
     wrong = writable != (found.entries & _U(WRITE) != 0)
     _require_none(wrong, found.gfns, "the WRITE bit contradicts the type")
 
 
 def _check_reverse_map(domain: Domain, found: Leaves) -> None:
-    mfns = found.mfns
-    _require_none(mfns % _U(found.pages) != 0, found.gfns, "a superpage is not aligned")
-    for nth in (0, found.pages - 1):  # a superpage is contiguous in both maps, so its ends decide
-        wrong = domain.machine.m2p.gfns(mfns + _U(nth)) != found.gfns + _U(nth)
-        _require_none(wrong, found.gfns, "the reverse map disagrees")
-        owner = domain.machine.owner[mfns + _U(nth)]
-        _require_none(owner != FrameOwner.DOMAIN, found.gfns, "the frame is not the domain's")
-    outside = ~domain.memory.are_ram(found.gfns) | ~domain.memory.are_ram(found.gfns + _U(found.pages - 1))
-    _require_none(outside, found.gfns, "a RAM entry outside RAM")
+    """RAM is the domain's own and known by its frame. Each 2 MiB is contiguous in both maps: its ends decide."""
+    own = ~found.grants
+    gfns, mfns = found.gfns[own], found.mfns[own]
+    _require_none(mfns % _U(found.pages) != 0, gfns, "a superpage is not aligned")
+    for nth in sorted({*range(0, found.pages, 512), *range(511, found.pages, 512)}):
+        wrong = domain.machine.m2p.gfns(mfns + _U(nth)) != gfns + _U(nth)
+        _require_none(wrong, gfns, "the reverse map disagrees")
+        _require_none(domain.machine.owner[mfns + _U(nth)] != FrameOwner.DOMAIN, gfns, "the frame is not the domain's")
+
+
+def _check_grants(domain: Domain, found: Leaves) -> None:
+    gfns, mfns = found.gfns[found.grants], found.mfns[found.grants]
+    known = domain.physmap.grants()
+    granted = np.array([known.get(gfn, 0) for gfn in gfns.tolist()], np.uint64)
+    _require_none(granted != mfns, gfns, "not the page that was granted")
+    _require_none(domain.machine.owner[mfns] != FrameOwner.FOREIGN, gfns, "a grant of a page that is nobody else's")
+    _require_none(domain.machine.m2p.gfns(mfns) != INVALID_GFN, gfns, "a granted page is in the reverse map")
+
+
+def _check_inside_ram(domain: Domain, found: Leaves) -> None:
+    """What is mapped is RAM to everybody else too, from end to end, with nothing removed between."""
+    last = found.gfns + _U(found.pages - 1)
+    _require_none(~domain.memory.are_ram(found.gfns) | ~domain.memory.are_ram(last), found.gfns, "an entry outside RAM")
+    removed = domain.memory.removed()
+    inside = np.searchsorted(removed, found.gfns) != np.searchsorted(removed, last)
+    _require_none(inside, found.gfns, "a removed frame is mapped")
 
 
 def _check_accounting(domain: Domain, leaves: list[Leaves]) -> None:
-    mapped = sum(found.gfns.size * found.pages for found in leaves)
+    mapped = sum(int(np.count_nonzero(~found.grants)) * found.pages for found in leaves)
+    grants = sum(int(np.count_nonzero(found.grants)) for found in leaves)
     owned = int(np.count_nonzero(domain.machine.owner == FrameOwner.DOMAIN))
-    ram = domain.memory.pages
+    ram = domain.memory.pages - domain.memory.removed().size - grants
     _require(mapped == owned == ram, f"{mapped} pages are mapped, {owned} frames owned, RAM has {ram}")
+    known = len(domain.physmap.grants())
+    _require(grants == known, f"{grants} grants are mapped, not {known}")
 
 
 def _check_law_1(domain: Domain, leaves: list[Leaves]) -> None:
@@ -140,11 +176,19 @@ def _check_law_1(domain: Domain, leaves: list[Leaves]) -> None:
         if not paging.enabled:
             _require_none(found.types == _U(P2MType.RAM_LOGDIRTY), found.gfns, "log-dirty is off, the type remains")
             continue
-        granted = found.gfns[found.types == _U(P2MType.RAM_RW)]
-        pages = (granted[:, None] + np.arange(found.pages, dtype=np.uint64)).reshape(-1)
+        granted: GfnArray = found.gfns[np.isin(found.types, _WRITABLE)]
+        pages: GfnArray = np.add.outer(granted, np.arange(found.pages, dtype=np.uint64)).reshape(-1)
         _require_none(~paging.are_dirty(pages), pages, "law 1: writable and clean")
-        if found.pages < PAGES_PER_2M:
-            _require_none(~np.isin(pages, paging.journal()), pages, "writable, but CLEAN would not protect it")
+        if not paging.stats().failed_allocations:  # else CLEAN refuses anyway
+            protected = np.concatenate((paging.journal(), paging.held_writable()))
+            _require_none(~np.isin(pages, protected), pages, "writable, but CLEAN would not protect it")
+
+
+def _check_bitmap(domain: Domain) -> None:
+    if domain.paging.enabled:
+        held, removed = domain.paging.held_writable(), domain.memory.removed()
+        _require_none(~domain.paging.are_dirty(held), held, "law 1: mapped writable by others, and clean")
+        _require_none(domain.paging.are_dirty(removed), removed, "dirty, but removed")
 
 
 def _require(holds: bool, message: str) -> None:

@@ -27,7 +27,7 @@ from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.mmio import MMIO_WINDOW, MmioWindow
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import P2M, READABLE, P2MType
+from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE
 from pageferry.hypervisor.paging import Paging
 from pageferry.hypervisor.registers import (
     CR0_WP,
@@ -53,7 +53,6 @@ from pageferry.hypervisor.traps import (
 )
 from pageferry.hypervisor.unicorn_api import const, x86
 
-_RAM_RW = P2MType.RAM_RW.value
 _READ_WRITE = api.READ | api.WRITE
 _STALE_STARTS = 8
 #: Well under a millisecond: how long a kick may take.
@@ -249,14 +248,17 @@ class SoftVcpu:
         """Return ``(maddr, permissions)`` for an access, once it is allowed."""
         gfn, writable, executable = self._walker.translate(gva, write=write, fetch=fetch)
         mfn, p2m_type = self._p2m.lookup(gfn)
-        while p2m_type != _RAM_RW and (write or p2m_type not in READABLE):
-            if nested_page_fault(self._p2m, self.paging, gfn, write=write) is Resolution.EMULATE:
+        while p2m_type not in (WRITABLE if write else READABLE):
+            resolution = nested_page_fault(self._p2m, self.paging, gfn, write=write)
+            if resolution is Resolution.DISCARD:  # no device has this gpa, so the bus ignores it; reads fill again
+                return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
+            if resolution is Resolution.EMULATE:
                 if fetch:
                     raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
                 return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
             mfn, p2m_type = self._p2m.lookup(gfn)
         permissions = api.READ
-        if writable and p2m_type == _RAM_RW:
+        if writable and p2m_type in WRITABLE:
             permissions |= api.WRITE
         if executable:
             permissions |= api.EXECUTE
@@ -265,9 +267,9 @@ class SoftVcpu:
     def _walker_access(self, gfn: int) -> int:
         """Return the mfn of a guest page table, writable: AMD-V's walker writes (see guest_walk)."""
         mfn, p2m_type = self._p2m.lookup(gfn)
-        while p2m_type != _RAM_RW:
-            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is Resolution.EMULATE:
-                raise GuestCrash(f"page table in device space, gpa {gfn << PAGE_SHIFT:#x}")
+        while p2m_type not in WRITABLE:
+            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is not Resolution.RETRY:
+                raise GuestCrash(f"page table in device space or read-only RAM, gpa {gfn << PAGE_SHIFT:#x}")
             mfn, p2m_type = self._p2m.lookup(gfn)
         return mfn
 

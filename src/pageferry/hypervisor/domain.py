@@ -6,23 +6,25 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever wr
 """
 
 from pageferry.core.errors import UnsupportedError
-from pageferry.core.frames import PAGE_SHIFT, PAGES_PER_2M
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M
 from pageferry.core.hostmem import HostMapping
-from pageferry.core.memory import GuestMemory, ram_layout
+from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.hypervisor.cpu import SoftVcpu
+from pageferry.hypervisor.domctl import ShadowOpArguments, shadow_op
 from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
+from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
 
-_PAGES_PER_L2 = 512 * PAGES_PER_2M
 _SPARE_POOL_FRAMES = 8
 _SPARE_SHADOW_FRAMES = 64
+_GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
 class Domain(Machine):
@@ -42,18 +44,21 @@ class Domain(Machine):
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
         gfn_limit = regions[-1].first_gfn + regions[-1].pages
-        # Enough tables to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB.
-        pool_frames = 2 + -(-gfn_limit // _PAGES_PER_L2) + extents_2m + _SPARE_POOL_FRAMES
+        # Enough to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB; and the log-dirty bitmap.
+        pool_frames = 2 + -(-gfn_limit // PAGES_PER_1G) + extents_2m + -(-gfn_limit // (8 * PAGE_SIZE))
+        pool_frames += _SPARE_POOL_FRAMES
         # And shadows of it all, at 4 KiB, by tables of which each maps half of what it could.
         shadow_frames = _SPARE_SHADOW_FRAMES + 2 * extents_2m
         pool_frames += shadow_frames
+        if regions[0].pages >= PAGES_PER_1G:
+            extents_2m += _GAP_2M
         self.locks = DomainLocks()
         self.machine = MachineMemory(extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging)
         self.p2m = P2M(self.machine, self.locks.p2m)
         mapping = HostMapping(gfn_limit << PAGE_SHIFT)
-        for region in regions:
-            self._populate(mapping, region.first_gfn, region.pages)
-        super().__init__(config, GuestMemory(regions, mapping, self.machine.populated))
+        self._populate(mapping, regions)
+        self.physmap = PhysMap(self)
+        super().__init__(config, GuestMemory(regions, mapping, self.physmap.populated))
         self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
         self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus, self.shadow) for _ in range(config.cpus))
         self.shadow.mmus = tuple(vcpu.shadow_mmu for vcpu in self.vcpus)
@@ -61,6 +66,7 @@ class Domain(Machine):
             tracker=paging_mode,
             ops=self._ops(paging_mode),
             p2m=self.p2m,
+            pool=self.machine.pool,
             memory=self.memory,
             locks=self.locks,
             hold=lambda: self.run_control.stopped(),
@@ -93,21 +99,57 @@ class Domain(Machine):
             for vcpu in self.vcpus:
                 vcpu.use_shadow(mode == "shadow")
 
-    def _populate(self, mapping: HostMapping, first_gfn: int, pages: int) -> None:
-        """Give a region its frames, extent by extent, in the P2M, the reverse map and the guest's face."""
-        step = self.machine.extent_pages
+    def _populate(self, mapping: HostMapping, regions: tuple[RamRegion, ...]) -> None:
+        """Give RAM its frames, extent by extent, in the P2M, the reverse map and the guest's face.
+
+        Whole GiBs get one 1 GiB frame each. From the last gfn down and with 2 GiB of machine memory left unused at the
+        bottom, none of them can be the identity, hole or no hole.
+        """
         with self.locks.p2m:
-            for gfn in range(first_gfn, first_gfn + pages, step):
-                count = min(step, first_gfn + pages - gfn)
-                mfn = self.machine.allocate_extent(count)
-                self.p2m.map_extent(gfn, mfn, count, P2MType.RAM_RW)
-                self.machine.m2p.set_extent(mfn, gfn, count)
-                mapping.map_fd(self.machine.memfd, mfn << PAGE_SHIFT, gfn << PAGE_SHIFT, count << PAGE_SHIFT)
+            for region in reversed(regions):
+                whole = region.first_gfn + (region.pages & -PAGES_PER_1G)
+                end, step = region.first_gfn + region.pages, self.machine.extent_pages
+                for gfn in range(whole, end, step):
+                    self._enter(mapping, gfn, min(step, end - gfn))
+                for gfn in range(whole - PAGES_PER_1G, region.first_gfn - 1, -PAGES_PER_1G):
+                    self._enter(mapping, gfn, PAGES_PER_1G)
+
+    def _enter(self, mapping: HostMapping, gfn: int, pages: int) -> None:
+        mfn = self.machine.allocate_extent(pages)
+        self.p2m.map_extent(gfn, mfn, pages, P2MType.RAM_RW)
+        self.machine.m2p.set_extent(mfn, gfn, pages)
+        mapping.map_fd(self.machine.memfd, mfn << PAGE_SHIFT, gfn << PAGE_SHIFT, pages << PAGE_SHIFT)
 
     @property
     def accel(self) -> str:
         """``soft``."""
         return "soft"
+
+    @property
+    def closed(self) -> bool:
+        """Whether the domain was destroyed."""
+        return self._closed
+
+    def set_allocation(self, frames: int) -> None:
+        """Decide how many frames of tables and bitmap the domain may use; see :meth:`PagingPool.set_allocation`.
+
+        Raises:
+            VmError: fewer than are in use, or more than the machine has; nothing changed.
+        """
+        self.machine.pool.set_allocation(frames)
+
+    def get_allocation(self) -> int:
+        """Return how many frames of tables and bitmap the domain may use."""
+        return self.machine.pool.allocation
+
+    def shadow_op(self, op: int, arguments: ShadowOpArguments | None = None) -> int:
+        """Perform XEN_DOMCTL_shadow_op; see :mod:`.domctl`."""
+        return shadow_op(self, op, arguments)
+
+    def flush_tlbs(self) -> None:
+        """Forget every translation, for the P2M has changed; the vCPUs are outside now."""
+        self.shadow.blow()
+        self._flush_tlbs()
 
     def _flush_tlbs(self) -> None:
         for vcpu in self.vcpus:

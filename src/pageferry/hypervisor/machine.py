@@ -3,13 +3,17 @@
 One sparse memfd is all the memory of the machine that a domain runs on, mapped once in machine order. Frames
 ``0 .. ram_frames-1`` are for guest RAM; the paging pool with the P2M's table frames lies above them::
 
-    mfn 0                                ram_frames            frames
-     |  guest RAM, handed out top-down   |   paging pool         |
-     |  <- second extent <- first extent |  root, tables ->      |
+    mfn 0                                ram_frames                         frames
+     |  guest RAM, handed out top-down   |   paging pool      | other owners' |
+     |  <- second extent <- first extent |  root, tables ->   |               |
 
-RAM is handed out in extents of whole 2 MiB frames from the top down, so gfn != mfn everywhere and code that mixes the
-two fails at once. An extent is 2 MiB in a small guest and grows with it, as on a real host where a large guest gets
-large pieces: the number of extents, and with it the number of host mappings, stays below about 256 whatever the size.
+RAM is handed out in extents of whole 2 MiB frames from the top down, so gfn != mfn and code that mixes the two fails at
+once. An extent is 2 MiB in a small guest and grows with it, as on a real host where a large guest gets large pieces:
+the number of extents, and with it the number of host mappings, stays below about 512 whatever the size.
+
+Frames that the domain gives back (ballooning) are free, without storage. What was given back last is handed out first,
+in its order, so that what left in one piece comes back in one. The last 2 MiB belong to *other
+owners*: pages that they may grant.
 """
 
 from enum import IntEnum
@@ -17,6 +21,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_2M, GfnArray, Mfn
 from pageferry.core.hostmem import HostMapping, MemFd
@@ -27,6 +32,8 @@ _SHATTERED = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _LOW_9 = np.uint64(PAGES_PER_2M - 1)
 _SHIFT_2M = np.uint64(9)
 _ONE = np.uint64(1)
+_STEPS = np.arange(PAGES_PER_2M, dtype=np.uint64)
+_FOREIGN_FRAMES = PAGES_PER_2M
 
 #: What the reverse map gives for a frame that no gfn maps.
 INVALID_GFN = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -38,6 +45,8 @@ class FrameOwner(IntEnum):
     FREE = 0
     DOMAIN = 1
     POOL = 2
+    FOREIGN = 3
+    """Another domain, which may grant it to ours."""
 
 
 class ReverseMap:
@@ -64,6 +73,15 @@ class ReverseMap:
             self._large[(mfn >> 9) + whole] = _SHATTERED
             at = mfn + (whole << 9)
             self._small[at : at + tail] = first + np.arange(whole << 9, pages, dtype=np.uint64)
+
+    def set_pages(self, mfns: GfnArray, gfns: GfnArray) -> None:
+        """Record, frame by frame, that ``mfns`` (distinct) hold ``gfns``; INVALID_GFN: nothing."""
+        for block in np.unique(mfns >> _SHIFT_2M).tolist():
+            large = self._large[block]
+            if large != _SHATTERED:
+                self._small[block << 9 : (block + 1) << 9] = (large + _STEPS) if large else 0
+                self._large[block] = _SHATTERED
+        self._small[mfns] = gfns + _ONE  # INVALID_GFN + 1 wraps to 0
 
     def gfns(self, mfns: GfnArray) -> GfnArray:
         """Return the gfn of each of ``mfns`` (uint64[n]); INVALID_GFN where nothing is mapped."""
@@ -112,6 +130,8 @@ class PagingPool:
         self.first_mfn = first_mfn
         self.allocation = len(tables)
         """How many frames the domain may use; at most the pool's size."""
+        self.reserved = 0
+        """Frames' worth of memory that is accounted here but lies elsewhere: the log-dirty bitmap."""
         self._lock = lock
         self._free: list[Mfn] = []
         self._fresh = 0
@@ -119,7 +139,34 @@ class PagingPool:
     @property
     def used(self) -> int:
         """How many frames are in use."""
-        return self._fresh - len(self._free)
+        return self._fresh - len(self._free) + self.reserved
+
+    def set_allocation(self, frames: int) -> None:
+        """Decide how many frames the domain may use (Xen's SET_ALLOCATION).
+
+        Raises:
+            VmError: fewer than are in use, or more than the machine has; nothing changed.
+        """
+        with self._lock:
+            if not self.used <= frames <= len(self.tables):
+                raise VmError(
+                    f"the paging pool cannot have {frames} frames: "
+                    f"{self.used} are in use, the machine has {len(self.tables)}"
+                )
+            self.allocation = frames
+
+    def reserve(self, frames: int) -> bool:
+        """Account for ``frames`` more, or tell that they are not there."""
+        with self._lock:
+            if self.used + frames > self.allocation:
+                return False
+            self.reserved += frames
+            return True
+
+    def unreserve(self, frames: int) -> None:
+        """Undo a reservation."""
+        with self._lock:
+            self.reserved -= frames
 
     def allocate(self) -> Mfn | None:
         """Return a zeroed frame, or None when the allocation is exhausted."""
@@ -151,7 +198,8 @@ class MachineMemory:
 
     def __init__(self, *, extents_2m: int, pool_frames: int, paging_lock: OrderedLock) -> None:
         self.ram_frames = extents_2m * PAGES_PER_2M
-        self.frames = self.ram_frames + -(-pool_frames // PAGES_PER_2M) * PAGES_PER_2M
+        self.foreign_start = self.ram_frames + -(-pool_frames // PAGES_PER_2M) * PAGES_PER_2M
+        self.frames = self.foreign_start + _FOREIGN_FRAMES
         self.size_bytes = self.frames << PAGE_SHIFT
         self.memfd = MemFd("pageferry-machine", self.size_bytes)
         self.mapping = HostMapping(self.size_bytes)
@@ -159,13 +207,16 @@ class MachineMemory:
         self.words = self.mapping.view.cast("Q")
         """Machine memory as u64s: word ``maddr >> 3``."""
         self.owner = np.zeros(self.frames, np.uint8)
-        self.owner[self.ram_frames :] = FrameOwner.POOL
+        self.owner[self.ram_frames : self.foreign_start] = FrameOwner.POOL
+        self.owner[self.foreign_start :] = FrameOwner.FOREIGN
         self.m2p = ReverseMap(self.frames)
         whole = np.frombuffer(self.mapping.view, np.uint64)
         tables = whole[self.ram_frames * 512 : (self.ram_frames + pool_frames) * 512].reshape(pool_frames, 512)
         self.pool = PagingPool(tables, Mfn(self.ram_frames), paging_lock)
         self.extent_pages = _extent_pages(extents_2m)
         self._top = self.ram_frames
+        self._foreign_next = self.foreign_start
+        self._free: GfnArray = np.empty(0, np.uint64)
 
     def allocate_extent(self, pages: int) -> Mfn:
         """Hand out ``pages`` contiguous frames, 2 MiB-aligned, from the top down; owned by the domain.
@@ -181,6 +232,40 @@ class MachineMemory:
         self._top = top
         self.owner[top : top + pages] = FrameOwner.DOMAIN
         return Mfn(top)
+
+    def free_frames(self, mfns: GfnArray) -> None:
+        """Take single frames back from the domain; their content is gone, and nothing maps them any more."""
+        self.owner[mfns] = FrameOwner.FREE
+        self._free = np.concatenate((self._free, mfns))
+        for start, count in zip(*(part.tolist() for part in runs_of(np.sort(mfns))), strict=True):
+            self.memfd.punch(start << PAGE_SHIFT, count << PAGE_SHIFT)
+
+    def allocate_frames(self, count: int) -> GfnArray:
+        """Hand out single zeroed frames, uint64[count], of those that were given back last, in that order.
+
+        Raises:
+            VmError: there are not so many.
+        """
+        if count > self._free.size:
+            raise VmError(f"the machine has {self._free.size} free frames, not {count}")
+        self._free, mfns = np.split(self._free, [self._free.size - count])
+        self.owner[mfns] = FrameOwner.DOMAIN
+        return mfns
+
+    def allocate_foreign(self) -> Mfn:
+        """Return a zeroed frame of another owner, for that owner to grant.
+
+        Raises:
+            VmError: the other owners have no more.
+        """
+        if self._foreign_next == self.frames:
+            raise VmError("the other domains have no frames left")
+        self._foreign_next += 1
+        return Mfn(self._foreign_next - 1)
+
+    def frame(self, mfn: int) -> memoryview:
+        """Return a writable view of one frame, as its owner sees it."""
+        return self.mapping.view[mfn << PAGE_SHIFT : (mfn + 1) << PAGE_SHIFT]
 
     def populated(self) -> tuple[GfnArray, GfnArray]:
         """Return the runs of gfns whose frames have storage, ``(starts, lengths)``, ascending and merged."""

@@ -16,11 +16,11 @@ Source: RFC, "Nested Paging Fault"; Xen ``hvm_hap_nested_page_fault`` for the or
 from enum import Enum, auto
 
 from pageferry.core.errors import GuestCrash
-from pageferry.hypervisor.p2m import P2M, P2MType
+from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE, P2MType
 from pageferry.hypervisor.paging import Paging
 
 _MMIO_DM = P2MType.MMIO_DM.value
-_RAM_RW = P2MType.RAM_RW.value
+_RAM_RO = P2MType.RAM_RO.value
 _RAM_LOGDIRTY = P2MType.RAM_LOGDIRTY.value
 
 
@@ -31,13 +31,15 @@ class Resolution(Enum):
     """The table allows the access now."""
     EMULATE = auto()
     """Device space: ``handle_mmio`` performs the access."""
+    DISCARD = auto()
+    """A write to read-only RAM: the instruction completes and nothing is written."""
 
 
 def nested_page_fault(p2m: P2M, paging: Paging, gfn: int, *, write: bool) -> Resolution:
     """Resolve a fault of the nested table on ``gfn``.
 
     Raises:
-        GuestCrash: there is nothing there, or nothing that may be written.
+        GuestCrash: there is nothing there, or the type refuses writes.
     """
     _, p2m_type = p2m.lookup(gfn)
     if p2m_type == _MMIO_DM:
@@ -45,7 +47,9 @@ def nested_page_fault(p2m: P2M, paging: Paging, gfn: int, *, write: bool) -> Res
     if p2m_type == _RAM_LOGDIRTY and write:
         paging.fix_and_mark(gfn)
         return Resolution.RETRY
-    if p2m_type in (_RAM_RW, _RAM_LOGDIRTY):
+    if p2m_type in (WRITABLE if write else READABLE):  # spurious: another vCPU was first
         return Resolution.RETRY
+    if p2m_type == _RAM_RO:
+        return Resolution.DISCARD
     access = "write to" if write else "access to"
     raise GuestCrash(f"{access} gfn {gfn:#x}, which is {P2MType(p2m_type).name.lower()}")

@@ -3,21 +3,18 @@
 The table has four levels of 512 entries. It lives in machine frames of the paging pool, as on hardware::
 
     L4 [gfn 35..27] -> L3 [26..18] -> L2 [17..9] -> L1 [8..0] -> mfn
-                                       `- PSE: 2 MiB        `- 4 KiB
+                        `- PSE: 1 GiB  `- PSE: 2 MiB   `- 4 KiB
 
-An entry is a nested-page-table entry of the AMD manual; the type is in bits the hardware leaves to software::
-
-    63..58 0 | 57..52 type | 51..12 mfn | 7 PSE | 2 USER | 1 WRITE | 0 PRESENT
-
-*Type carries permission.* ``ram_rw`` is writable; ``ram_logdirty`` is RAM that is NOT WRITABLE until its first write
-in this cycle has been logged. An all-zero entry reads as ``mmio_dm``: what is not RAM belongs to the device model.
+*Type carries permission* (:mod:`.p2m_types`). ``ram_rw`` is writable; ``ram_logdirty`` is RAM that is NOT WRITABLE
+until its first write in this cycle has been logged. An all-zero entry reads as ``mmio_dm``: what is not RAM belongs to
+the device model. An entry that is not PRESENT, at any level, gives its type to all that it covers.
 
 *Whole-table changes are lazy* (Xen's recalculation). ``change_entry_type_global`` does not touch the RAM entries: it
 clears USER in the root's entries, which says "everything below must be recalculated". A lookup that passes such an
 entry computes the type it would get; the first change below it pushes the mark one level down at a time. So ENABLE and
 OFF cost the same for 256 MiB and for 64 GiB.
 
-*Superpages split at the first logged write* into 512 entries of 4 KiB.
+*Superpages split at the first logged write*, one level at a time, and :meth:`P2M.join` makes them whole again.
 
 Reading (``lookup``) takes no lock, as a hardware walker takes none: entries are single u64s, a new table is filled
 before it is linked, and a table frame is released only while the domain is stopped. Changes need the P2M lock.
@@ -25,68 +22,52 @@ before it is linked, and a table frame is released only while the domain is stop
 Source: RFC design 1 and "p2m_set_l1e_flags"; AMD APM volume 2, nested paging; Xen ``p2m-pt.c`` for the recalculation.
 """
 
-from enum import IntEnum
-
 import numpy as np
+from numpy.typing import NDArray
 
 from pageferry.core.errors import P2MError
-from pageferry.core.frames import PAGES_PER_2M, GfnArray
+from pageferry.core.frames import PAGES_PER_1G, PAGES_PER_2M, GfnArray
 from pageferry.hypervisor.locks import OrderedLock
 from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.p2m_join import join_tables
+from pageferry.hypervisor.p2m_types import (
+    ADDRESS,
+    BITS,
+    MAX_GFN,
+    PRESENT,
+    PSE,
+    READABLE,
+    TABLE,
+    TYPE_MASK,
+    TYPE_SHIFT,
+    USER,
+    WRITABLE,
+    WRITE,
+    P2MType,
+    leaf_bits,
+)
 
-PRESENT = 1 << 0
-WRITE = 1 << 1
-USER = 1 << 2  # clear in a present entry: recalculate what is below
-PSE = 1 << 7
-ADDRESS = 0x000F_FFFF_FFFF_F000
-TYPE_SHIFT = 52
-TYPE_MASK = 0x3F
+__all__ = [
+    "ADDRESS",
+    "MAX_GFN",
+    "P2M",
+    "PRESENT",
+    "PSE",
+    "READABLE",
+    "TYPE_MASK",
+    "TYPE_SHIFT",
+    "USER",
+    "WRITABLE",
+    "WRITE",
+    "P2MType",
+    "leaf_bits",
+]
 
-#: gfns are 36 bits: four levels of nine.
-MAX_GFN = 1 << 36
-
-
-class P2MType(IntEnum):
-    """What a guest frame is (Xen's ``p2m_type_t``); the values are ours."""
-
-    MMIO_DM = 0
-    """Not RAM: the device model (ours: the bus) emulates accesses."""
-    RAM_RW = 1
-    RAM_LOGDIRTY = 2
-    """RAM under log-dirty that was not written in this cycle: NOT WRITABLE."""
-    RAM_RO = 3
-    MMIO_DIRECT = 4
-    GRANT_MAP_RW = 5
-    GRANT_MAP_RO = 6
-    INVALID = 7
-    """Nothing at all: an access is the guest's end."""
-
-
-_FLAGS_OF = {
-    P2MType.MMIO_DM: 0,
-    P2MType.RAM_RW: PRESENT | WRITE | USER,
-    P2MType.RAM_LOGDIRTY: PRESENT | USER,
-    P2MType.RAM_RO: PRESENT | USER,
-    P2MType.MMIO_DIRECT: PRESENT | WRITE | USER,
-    P2MType.GRANT_MAP_RW: PRESENT | WRITE | USER,
-    P2MType.GRANT_MAP_RO: PRESENT | USER,
-    P2MType.INVALID: 0,
-}
 _RW = P2MType.RAM_RW.value
 _LOGDIRTY = P2MType.RAM_LOGDIRTY.value
-_TABLE = PRESENT | WRITE | USER
-
-#: Types whose frames may be read.
-READABLE = frozenset(t.value for t, flags in _FLAGS_OF.items() if flags & PRESENT)
-
-
-def leaf_bits(p2m_type: P2MType) -> int:
-    """Return an entry's bits for a type: everything but the mfn and PSE."""
-    return p2m_type << TYPE_SHIFT | _FLAGS_OF[p2m_type]
-
-
-_BITS = tuple(leaf_bits(t) for t in P2MType)
+_NOT_USER = ~USER & 0xFFFF_FFFF_FFFF_FFFF
 _U = np.uint64
+_STEPS = np.arange(512, dtype=np.uint64)
 
 
 class P2M:
@@ -99,6 +80,7 @@ class P2M:
 
     def __init__(self, machine: MachineMemory, lock: OrderedLock) -> None:
         self.lock = lock
+        self._m2p = machine.m2p
         self._pool = machine.pool
         self._tables = machine.pool.tables
         self._words = machine.words
@@ -126,63 +108,98 @@ class P2M:
         seen &= entry
         if not entry & PRESENT:
             return 0, entry >> TYPE_SHIFT & TYPE_MASK
-        entry = words[((entry & ADDRESS) >> 3) + (gfn >> 9 & 511)]
-        if not entry & PRESENT:
-            return 0, entry >> TYPE_SHIFT & TYPE_MASK
-        seen &= entry
-        mfn = (entry & ADDRESS) >> 12
         if entry & PSE:
-            mfn += gfn & 511
+            mfn = ((entry & ADDRESS) >> 12) + (gfn & PAGES_PER_1G - 1)
         else:
-            entry = words[(mfn << 9) + (gfn & 511)]
+            entry = words[((entry & ADDRESS) >> 3) + (gfn >> 9 & 511)]
             if not entry & PRESENT:
                 return 0, entry >> TYPE_SHIFT & TYPE_MASK
             seen &= entry
             mfn = (entry & ADDRESS) >> 12
+            if entry & PSE:
+                mfn += gfn & 511
+            else:
+                entry = words[(mfn << 9) + (gfn & 511)]
+                if not entry & PRESENT:
+                    return 0, entry >> TYPE_SHIFT & TYPE_MASK
+                seen &= entry
+                mfn = (entry & ADDRESS) >> 12
         p2m_type = entry >> TYPE_SHIFT & TYPE_MASK
         if not seen & USER and p2m_type in (_RW, _LOGDIRTY):
             p2m_type = _LOGDIRTY if self.global_logdirty else _RW
         return mfn, p2m_type
 
+    # --- entering and leaving ---
+
     def map_extent(self, gfn: int, mfn: int, pages: int, p2m_type: P2MType) -> None:
-        """Enter ``pages`` frames, with 2 MiB entries where whole ones fit; both addresses 2 MiB-aligned.
+        """Enter ``pages`` frames where nothing was, by the largest entries that fit; both addresses 2 MiB-aligned.
 
         Raises:
             P2MError: the pool has no frame for a table.
         """
         if gfn % PAGES_PER_2M or mfn % PAGES_PER_2M:
             raise P2MError("an extent must be aligned to 2 MiB", gfn=gfn)
-        end, bits = gfn + pages, _U(leaf_bits(p2m_type))
-        while gfn < end:
-            l2 = self._row(self._descend(gfn, levels=2))
-            index = gfn >> 9 & 511
-            count = min((end - gfn) >> 9, 512 - index)
-            if count:
-                mfns = mfn + PAGES_PER_2M * np.arange(count, dtype=np.uint64)
-                self._tables[l2, index : index + count] = mfns << _U(12) | bits | _U(PSE)
-            else:
-                count, tail = 1, end - gfn
-                l1 = self._row(self._descend(gfn, levels=3))
-                self._tables[l1, :tail] = (mfn + np.arange(tail, dtype=np.uint64)) << _U(12) | bits
-            gfn += count * PAGES_PER_2M
-            mfn += count * PAGES_PER_2M
+        bits = _U(leaf_bits(p2m_type))
+        while pages:
+            shift = 0 if pages < PAGES_PER_2M else 9
+            if pages >= PAGES_PER_1G and not (gfn | mfn) % PAGES_PER_1G:
+                shift = 18
+            row = self._row(self._descend(gfn, levels=3 - shift // 9))
+            index = gfn >> shift & 511
+            count = min(pages >> shift, 512 - index)
+            mfns = _U(mfn) + (_STEPS[:count] << _U(shift))
+            self._tables[row, index : index + count] = mfns << _U(12) | bits | _U(PSE if shift else 0)
+            gfn, mfn, pages = gfn + (count << shift), mfn + (count << shift), pages - (count << shift)
+
+    def prepare(self, gfns: GfnArray) -> None:
+        """Have an entry of 4 KiB for each of ``gfns``, so that :meth:`set_pages` cannot fail; nothing seems to change.
+
+        Raises:
+            P2MError: the pool has no frame for a table.
+        """
+        assert self.lock.mine
+        for block in np.unique(gfns >> _U(9)).tolist():
+            self._descend(block << 9, levels=3)
+
+    def set_pages(self, gfns: GfnArray, mfns: GfnArray | int, p2m_type: P2MType) -> None:
+        """Let each of ``gfns`` be its frame of ``mfns`` with a type, whatever it was before; one by one (4 KiB).
+
+        Args:
+            gfns: uint64[n], distinct, any order.
+            mfns: uint64[n], or 0 for a type that has no frame.
+            p2m_type: the type of all.
+
+        Raises:
+            P2MError: the pool has no frame for a table; nothing changed.
+
+        Source: Xen ``guest_physmap_add_page`` and ``guest_physmap_remove_page``.
+        """
+        self.prepare(gfns)
+        blocks, which = np.unique(gfns >> _U(9), return_inverse=True)
+        rows = np.array([self._row(self._descend(block << 9, levels=3)) for block in blocks.tolist()], np.int64)
+        self._tables[rows[which], gfns & _U(511)] = _U(BITS[p2m_type]) | (np.asarray(mfns, np.uint64) << _U(12))
 
     def _row(self, table_mfn: int) -> int:
         return table_mfn - self._pool.first_mfn
 
     def _descend(self, gfn: int, *, levels: int) -> int:
-        """Return the mfn of the table ``levels`` below the root on ``gfn``'s path, making missing ones."""
+        """Return the mfn of the table ``levels`` below the root on ``gfn``'s path, recalculated, making missing ones.
+
+        A larger entry in the way is split: a superpage, or a hole with a type.
+        """
         table: int = self.root_mfn
         for shift in (27, 18, 9)[:levels]:
             at = (table << 9) + (gfn >> shift & 511)
             entry = self._words[at]
-            if not entry & PRESENT:
-                new = self._pool.allocate()
-                if new is None:
-                    raise P2MError("the paging pool has no frame for a P2M table", gfn=gfn)
-                entry = self._words[at] = new << 12 | _TABLE
+            if entry & PRESENT and not entry & USER:
+                entry = self._recalculate(at, entry, below_is_l1=shift == 9)
+            if not entry & PRESENT or entry & PSE:
+                self._split(gfn, at, shift)
+                entry = self._words[at]
             table = (entry & ADDRESS) >> 12
         return table
+
+    # --- changing types ---
 
     def change_entry_type_global(self, *, logdirty: bool) -> None:
         """Make all RAM ``ram_logdirty`` (True) or ``ram_rw`` (False): the whole table, lazily.
@@ -193,33 +210,65 @@ class P2M:
         """
         assert self.lock.mine
         self.global_logdirty = logdirty
-        self._tables[self._row(self.root_mfn)] &= _U(~USER & 0xFFFF_FFFF_FFFF_FFFF)
+        self._tables[self._row(self.root_mfn)] &= _U(_NOT_USER)
 
     def change_type(self, gfn: int, old: P2MType, new: P2MType) -> bool:
         """Change one 4 KiB page from ``old`` to ``new``; tell whether it was ``old``. A superpage is split first.
 
         Raises:
-            P2MError: a split was needed and the pool is exhausted; nothing changed.
+            P2MError: a split was needed and the pool is exhausted; no type changed.
 
         Source: RFC ``p2m_fix_table()``; Xen ``p2m_change_type_one``.
         """
         assert self.lock.mine
-        at = self._leaf(gfn)
-        entry = self._words[at]
-        if entry >> TYPE_SHIFT & TYPE_MASK != old:
+        at, shift = self._find(gfn)
+        if self._words[at] >> TYPE_SHIFT & TYPE_MASK != old:
             return False
-        if entry & PSE:
-            at = self._split(gfn, at)
-            entry = self._words[at]
-        self._words[at] = entry & ADDRESS | _BITS[new]
+        if BITS[new] & PRESENT & ~BITS[old]:
+            raise P2MError("there is no frame to map", gfn=gfn, p2m_type=old.name.lower())
+        while shift:
+            at, shift = self._split(gfn, at, shift)
+        self._words[at] = self._words[at] & (ADDRESS if BITS[new] & PRESENT else 0) | BITS[new]
         return True
 
-    def change_superpage_type(self, gfn: int, new: P2MType) -> None:
-        """Change the whole 2 MiB entry that maps ``gfn``, without splitting it (when there is no frame to split)."""
+    def change_superpage_type(self, gfn: int, new: P2MType) -> tuple[int, int]:
+        """Change the whole superpage that maps ``gfn``, without splitting it (when there is no frame to split).
+
+        Returns:
+            ``(first gfn, pages)`` of what was changed.
+        """
         assert self.lock.mine
-        at = self._leaf(gfn)
+        at, shift = self._find(gfn)
         assert self._words[at] & PSE
-        self._words[at] = self._words[at] & ADDRESS | PSE | _BITS[new]
+        self._words[at] = self._words[at] & ADDRESS | PSE | BITS[new]
+        return gfn & -(1 << shift), 1 << shift
+
+    def change_type_range(self, first: int, pages: int, old: P2MType, new: P2MType) -> int:
+        """Change every page of type ``old`` in a range to ``new``; return how many there were.
+
+        Superpages inside the range change whole; only those across its ends are split. Both types have frames.
+
+        Raises:
+            P2MError: a split was needed and the pool is exhausted, or a type has no frame; no type changed.
+
+        Source: Xen ``p2m_change_type_range``.
+        """
+        assert self.lock.mine
+        if not (BITS[old] & PRESENT and BITS[new] & PRESENT):
+            raise P2MError("only frames change their type", gfn=first, p2m_type=f"{old.name} to {new.name}".lower())
+        end, changed = first + pages, 0
+        for edge in (first, end):
+            self._split_at(edge)
+        gfn = first
+        while gfn < end:
+            at, shift = self._find(gfn)
+            count = 1 if shift else min(end - gfn, 512 - (gfn & 511))
+            entries = self._tables.reshape(-1)[at - (self._pool.first_mfn << 9) :][:count]
+            chosen = entries >> _U(TYPE_SHIFT) & _U(TYPE_MASK) == _U(old)
+            np.copyto(entries, entries & _U(ADDRESS | (PSE if shift else 0)) | _U(BITS[new]), where=chosen)
+            changed += int(np.count_nonzero(chosen)) << shift
+            gfn = gfn + count if not shift else ((gfn >> shift) + 1) << shift
+        return changed
 
     def change_types(self, gfns: GfnArray, old: P2MType, new: P2MType) -> int:
         """Change every one of ``gfns`` that is a 4 KiB page of type ``old`` to ``new``; return how many there were.
@@ -246,13 +295,27 @@ class P2M:
         columns = gfns & _U(511)
         leaves = tables[rows, columns]
         chosen = (leaves >> _U(TYPE_SHIFT)) & _U(TYPE_MASK) == _U(old)
-        tables[rows[chosen], columns[chosen]] = leaves[chosen] & _U(ADDRESS) | _U(_BITS[new])
+        tables[rows[chosen], columns[chosen]] = leaves[chosen] & _U(ADDRESS) | _U(BITS[new])
         return int(np.count_nonzero(chosen))
 
-    def _leaf(self, gfn: int) -> int:
-        """Return where (an index into words) the entry that decides ``gfn`` is, recalculated.
+    def join(self) -> int:
+        """Make superpages of what can be one (after OFF); return how many table frames went back to the pool.
 
-        It is in an L1 table, or has PSE, or is not PRESENT at some level.
+        The domain is stopped. Cost grows with the number of tables, not with memory.
+        """
+        assert self.lock.mine
+        becomes = P2MType.RAM_LOGDIRTY if self.global_logdirty else P2MType.RAM_RW
+        return join_tables(self._pool, self._m2p, self.root_mfn, becomes)
+
+    # --- walking ---
+
+    def _leaf(self, gfn: int) -> int:
+        return self._find(gfn)[0]
+
+    def _find(self, gfn: int) -> tuple[int, int]:
+        """Return where (an index into words) the entry that decides ``gfn`` is, recalculated, and its shift.
+
+        It maps ``1 << shift`` frames: it is in an L1 table, or has PSE, or is not PRESENT at some level.
         """
         words = self._words
         at = self._root + (gfn >> 27)
@@ -261,36 +324,46 @@ class P2M:
             if not entry & USER and entry & PRESENT:
                 entry = self._recalculate(at, entry, below_is_l1=shift == 0)
             if not entry & PRESENT or entry & PSE:
-                return at
+                return at, shift + 9
             at = ((entry & ADDRESS) >> 3) + (gfn >> shift & 511)
-        return at
+        return at, 0
 
     def _recalculate(self, at: int, entry: int, *, below_is_l1: bool) -> int:
         """Do a pending recalculation of one entry: a leaf takes its type, a table passes the mark to its entries."""
         if entry & PSE:
             if entry >> TYPE_SHIFT & TYPE_MASK in (_RW, _LOGDIRTY):
-                entry = entry & ADDRESS | PSE | _BITS[_LOGDIRTY if self.global_logdirty else _RW]
+                entry = entry & ADDRESS | PSE | BITS[_LOGDIRTY if self.global_logdirty else _RW]
             else:
                 entry |= USER
         else:
             row = self._tables[self._row((entry & ADDRESS) >> 12)]
             if below_is_l1:  # the last table: its 512 leaves take their types at once
                 types = row >> _U(TYPE_SHIFT) & _U(TYPE_MASK)
-                bits = _U(_BITS[_LOGDIRTY if self.global_logdirty else _RW])
+                bits = _U(BITS[_LOGDIRTY if self.global_logdirty else _RW])
                 np.copyto(row, row & _U(ADDRESS) | bits, where=(types == _U(_RW)) | (types == _U(_LOGDIRTY)))
             else:  # an entry that is not PRESENT has no USER to lose
-                row &= _U(~USER & 0xFFFF_FFFF_FFFF_FFFF)
+                row &= _U(_NOT_USER)
             entry |= USER
         self._words[at] = entry
         return entry
 
-    def _split(self, gfn: int, at: int) -> int:
-        """Replace a 2 MiB entry by a table of 512 entries that say the same; return where ``gfn``'s is."""
+    def _split_at(self, gfn: int) -> None:
+        """Split the superpages that ``gfn`` lies inside of, until it is the first frame of an entry."""
+        if gfn < MAX_GFN:
+            at, shift = self._find(gfn)
+            while self._words[at] & PRESENT and gfn & (1 << shift) - 1:
+                at, shift = self._split(gfn, at, shift)
+
+    def _split(self, gfn: int, at: int, shift: int) -> tuple[int, int]:
+        """Replace an entry of ``1 << shift`` pages by a table of 512 alike; return ``gfn``'s and its shift."""
         table = self._pool.allocate()
         if table is None:
-            raise P2MError("the paging pool has no frame to split a superpage", gfn=gfn)
-        entry = self._words[at]
-        frames = np.arange(PAGES_PER_2M, dtype=np.uint64) << _U(12)
-        self._tables[self._row(table)] = frames + _U(entry & ~PSE)
-        self._words[at] = table << 12 | _TABLE  # linked only now that it is filled
-        return (table << 9) + (gfn & 511)
+            raise P2MError("the paging pool has no frame for a P2M table", gfn=gfn)
+        entry, below = self._words[at], shift - 9
+        row: NDArray[np.uint64] = self._tables[self._row(table)]
+        if not entry & PRESENT:
+            row[:] = entry
+        else:
+            row[:] = (_STEPS << _U(12 + below)) + _U(entry if below else entry & ~PSE)
+        self._words[at] = table << 12 | TABLE  # linked only now that it is filled
+        return (table << 9) + (gfn >> below & 511), below

@@ -19,11 +19,19 @@ Marking and granting are one step with respect to ``clean()`` (law 1), because b
 lists the frames that became writable in this cycle: exactly those CLEAN must take the right from again, so CLEAN
 costs what is dirty, never what is configured. (The RFC goes through the whole table each time.)
 
+Frames that somebody else has mapped writable (:meth:`Paging.hold_writable`) cannot fault: their bits are set in every
+cycle from its beginning, so a CLEAN always reports them, the last one too.
+
+The bitmap is accounted to the domain's paging pool, whole, at ENABLE. Table frames are taken as pages are told apart;
+when there is none, the whole superpage becomes dirty and writable, the failure is counted, and PEEK and CLEAN refuse:
+pages can no longer be told apart, but no write is lost silently.
+
 Source: RFC design 1 and "paging_mark_dirty()"; Xen ``paging.c``, ``struct log_dirty_ops``.
 """
 
 import mmap
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,11 +40,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import LogDirtyError, P2MError
-from pageferry.core.frames import PAGES_PER_2M, GfnArray
+from pageferry.core.errors import LogDirtyError, LogDirtyMemoryError, P2MError
+from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.hypervisor.locks import DomainLocks
+from pageferry.hypervisor.machine import PagingPool
 from pageferry.hypervisor.p2m import P2M, P2MType
 
 
@@ -64,6 +73,7 @@ class Paging:
         tracker: the name of the paging mode.
         ops: that mode's operations.
         p2m: the domain's P2M.
+        pool: the domain's paging pool.
         memory: tells which frames are RAM.
         locks: the domain's.
         hold: a context in which every vCPU is outside the guest.
@@ -76,6 +86,7 @@ class Paging:
         tracker: str,
         ops: LogDirtyOps,
         p2m: P2M,
+        pool: PagingPool,
         memory: GuestMemory,
         locks: DomainLocks,
         hold: Callable[[], AbstractContextManager[None]],
@@ -84,6 +95,7 @@ class Paging:
         self._tracker = tracker
         self._ops = ops
         self._p2m = p2m
+        self._pool = pool
         self._memory = memory
         self._locks = locks
         self._hold = hold
@@ -93,6 +105,8 @@ class Paging:
         self._journal = array("Q")
         self._fault_count = 0
         self._failed_allocations = 0
+        self._held_writable: Counter[int] = Counter()
+        self._bitmap_frames = -(-memory.gfn_limit // (8 * PAGE_SIZE))
 
     @property
     def tracker(self) -> str:
@@ -120,10 +134,16 @@ class Paging:
 
         Raises:
             LogDirtyError: log-dirty is on already; nothing changed.
+            LogDirtyMemoryError: the paging pool has no room for the bitmap; nothing changed.
         """
         with self._locks.domain, self._hold(), self._locks.p2m:
             if self._bitmap is not None:
                 raise LogDirtyError("log-dirty is on already", hint="turn it off first")
+            if not self._pool.reserve(self._bitmap_frames):
+                raise LogDirtyMemoryError(
+                    f"the paging pool has no {self._bitmap_frames} frames for the dirty bitmap",
+                    hint="give the domain a larger paging pool",
+                )
             with self._locks.log_dirty:
                 self._fault_count = 0
                 self._failed_allocations = 0
@@ -135,7 +155,8 @@ class Paging:
         """PEEK: return a copy of the bitmap; nothing else changes.
 
         Raises:
-            LogDirtyError: log-dirty is off, or the bitmap is incomplete.
+            LogDirtyError: log-dirty is off.
+            LogDirtyMemoryError: pages could not be told apart for want of table memory; until OFF.
         """
         with self._locks.domain, self._hold(), self._locks.log_dirty:
             return self._complete().copy()
@@ -160,6 +181,8 @@ class Paging:
             if self._bitmap is None:
                 return
             self._ops.disable()
+            self._p2m.join()
+            self._pool.unreserve(self._bitmap_frames)
             with self._locks.log_dirty:
                 self._bitmap = None
                 self._words = memoryview(b"")
@@ -175,10 +198,41 @@ class Paging:
         self._ops.written(gfns)
         if self._bitmap is None:  # a mark that races with ENABLE came before it: everything is sent first then
             return
-        ram = gfns[self._memory.are_ram(gfns)]
         with self._locks.log_dirty:
             if self._bitmap is not None:
-                self._bitmap.set(ram)
+                self._bitmap.set(gfns[self._memory.are_ram(gfns)])
+
+    def frames_removed(self, gfns: GfnArray) -> None:
+        """Take note that frames are no RAM any more: they are never dirty; ``memory.removed()`` tells of them.
+
+        Called with the domain stopped and the P2M lock held, after the P2M was changed.
+        """
+        with self._locks.log_dirty:
+            self._memory.remove(gfns)
+            if self._bitmap is not None:
+                self._bitmap.clear(gfns)
+
+    def hold_writable(self, gfns: GfnArray) -> None:
+        """Have frames reported by every CLEAN and PEEK from now on: somebody else can write them without a fault.
+
+        May be said several times of a frame; each is undone by one :meth:`let_go`.
+
+        Source: Xen ``XEN_DOMCTL_SHADOW_LOGDIRTY_FINAL``, which reports them in the last round only.
+        """
+        with self._locks.log_dirty:
+            self._held_writable.update(gfns.tolist())
+            if self._bitmap is not None:
+                self._bitmap.set(gfns)
+
+    def let_go(self, gfns: GfnArray) -> None:
+        """Undo one :meth:`hold_writable`; the frames stay dirty in this cycle."""
+        with self._locks.log_dirty:
+            self._held_writable -= Counter(gfns.tolist())
+
+    def held_writable(self) -> GfnArray:
+        """Return the frames that others can write without a fault, ascending."""
+        with self._locks.log_dirty:
+            return np.array(sorted(self._held_writable), np.uint64)
 
     def fix_and_mark(self, gfn: int) -> None:
         """Handle a write fault on a log-dirty page: set its bit and make it WRITABLE, as one step.
@@ -201,12 +255,12 @@ class Paging:
 
     def _fix_whole_superpage(self, gfn: int) -> None:
         # No frame to split with: all 512 pages become dirty and writable, so nothing is lost; but they can no longer
-        # be told apart, and PEEK and CLEAN refuse until OFF.
+        # be told apart, and PEEK and CLEAN refuse until OFF. Between the two steps no CLEAN can come: P2M lock.
+        first, pages = self._p2m.change_superpage_type(gfn, P2MType.RAM_RW)
         with self._locks.log_dirty:
             self._failed_allocations += 1
             if self._bitmap is not None:
-                self._bitmap.set_range(gfn & -PAGES_PER_2M, PAGES_PER_2M)
-        self._p2m.change_superpage_type(gfn, P2MType.RAM_RW)
+                self._bitmap.set_range(first, pages)
 
     def give_back(self, bitmap: DirtyBitmap) -> None:
         """Set again the bits that a failed round had taken with ``clean()`` (law 5).
@@ -215,7 +269,10 @@ class Paging:
             LogDirtyError: log-dirty is off.
         """
         with self._locks.log_dirty:
-            self._on().__ior__(bitmap)
+            ours = self._on()
+            ours |= bitmap
+            if (removed := self._memory.removed()).size:
+                ours.clear(removed)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters since ``enable()``.
@@ -251,7 +308,7 @@ class Paging:
     def _complete(self) -> DirtyBitmap:
         bitmap = self._on()
         if self._failed_allocations:
-            raise LogDirtyError(
+            raise LogDirtyMemoryError(
                 f"the dirty bitmap is incomplete: {self._failed_allocations} allocations failed",
                 hint="give the domain a larger paging pool",
             )
@@ -261,6 +318,8 @@ class Paging:
         """Start with an empty bitmap and journal; return the journal of the cycle that ends."""
         journal, self._journal = self._journal, array("Q")
         self._bitmap = _zeroed_bitmap(self._memory.gfn_limit)
+        if self._held_writable:
+            self._bitmap.set(np.array(list(self._held_writable), np.uint64))
         self._words = memoryview(self._bitmap.words)  # type: ignore[arg-type]  # a numpy array is a buffer
         return journal
 

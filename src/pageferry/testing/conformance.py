@@ -16,7 +16,7 @@ from functools import partial
 from traceback import clear_frames
 
 from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
-from pageferry.testing import operators, races
+from pageferry.testing import copies, operators, races
 from pageferry.testing.lab import Lab, MakeVm, Violation
 
 #: Neither a multiple of 64 pages nor of 2 MiB; and one that goes on behind the PCI hole.
@@ -84,7 +84,11 @@ CHECKS: tuple[Check, ...] = (
     _check(4, operators.marks_and_writes_mix),
     _check(4, operators.marks_outside_ram),
     _check(4, operators.state_restore_keeps_tracking),
+    _check(4, copies.marked_after_the_write),
+    _check(4, copies.device_marks_after_the_write),
+    _check(4, copies.marks_are_seen_at_once),
     _check(5, operators.given_back_bits_return),
+    _check(2, copies.stamped_copy),
     _check(2, races.changed_between_cleans),
     _check(2, races.peek_grows),
     *(_free(2, workload) for workload in ("stamp", "sweep", "random", "hotset", "kv", "idle", "pagetables")),

@@ -160,7 +160,7 @@ def off_and_on_again(lab: Lab) -> None:
 
 def stats_count_the_bits(lab: Lab) -> None:
     """``dirty_count`` is the number of bits set, and looking does not disturb them."""
-    with lab.tracked() as guest:
+    with lab.tracked(pages=300) as guest:  # more bits than a byte counts
         for number in (5, 3, 6):
             guest.play(number)
             counts = {guest.log_dirty.stats().dirty_count, guest.log_dirty.peek().count()}

@@ -69,7 +69,7 @@ def changed_between_cleans(lab: Lab) -> None:
 
 def peek_grows(lab: Lab) -> None:
     """While the guest runs, a bit that PEEK has shown stays until CLEAN, which returns it."""
-    with lab.guest("random", pages=120) as guest:
+    with lab.guest("random", pages=400, rate=_SLOW) as guest:  # slow: a bit that is gone does not come back at once
         guest.vm.resume()
         guest.log_dirty.enable()
         shown = guest.log_dirty.peek()

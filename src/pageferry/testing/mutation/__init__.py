@@ -1,0 +1,11 @@
+"""The mutation suite: faults in the implementation itself, and the proof that each of them is found.
+
+Not part of the published kit, which knows no implementation. To add a fault: one function, decorated, in
+:mod:`.tracking` or :mod:`.tables` (the software hypervisor's log-dirty, and its P2M), :mod:`.writers` (its writers that
+are no vCPU's own), :mod:`.kvm_log` or :mod:`.moving` (the engine).
+"""
+
+from pageferry.testing.mutation.fault import Fault, Room
+from pageferry.testing.mutation.suite import DECLARED, FAULTS, WRAPPED, checks_of, lab_of, sound_benches
+
+__all__ = ["DECLARED", "FAULTS", "WRAPPED", "Fault", "Room", "checks_of", "lab_of", "sound_benches"]

@@ -1,0 +1,158 @@
+"""Faults of the tracker over KVM's bitmap: kvm/bitmap_log.py and kvm/slots.py; the kernel's own steps stay."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.frames import PCI_HOLE_START, gfn_of
+from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm.bitmap_log import KvmBitmapLog
+from pageferry.kvm.slots import MemorySlot
+from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+
+fault = Faults(Room.KVM)
+
+
+def _log(vm: KvmVm) -> KvmBitmapLog:
+    log = vm.log_dirty
+    assert isinstance(log, KvmBitmapLog)
+    return log
+
+
+@fault(
+    "QEMU: a memory slot was destroyed before its bitmap was read",
+    law=2,
+    found_by=("rounds-are-exact", "stamped-copy"),
+)
+def kvm_slot_remade_before_read(vm: KvmVm) -> None:
+    """Reading the bitmap first turns logging off and on again for each slot, which frees the bitmap."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def get() -> DirtyBitmap:
+            for slot in log._slots:
+                slot.set(log._vm)
+                slot.set(log._vm, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+            bitmap: DirtyBitmap = sound()
+            return bitmap
+
+        return get
+
+    replace(log, "_get", wrap)
+
+
+@fault(
+    "QEMU: cleared bits that it had not read",
+    law=2,
+    found_by=("rounds-are-exact", "clean-protects-again"),
+)
+def kvm_cleared_unread(vm: KvmVm) -> None:
+    """The bitmap is read in pieces of whole words; KVM_CLEAR_DIRTY_LOG is asked to clear everything."""
+    log = _log(vm)
+
+    def wrap_get(sound: Any) -> Any:  # noqa: ANN401
+        def get() -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound()
+            bitmap.words[-1] = 0
+            return bitmap
+
+        return get
+
+    def wrap_clear(sound: Any) -> Any:  # noqa: ANN401
+        def clear(slot: MemorySlot, words: NDArray[np.uint64]) -> None:
+            sound(slot, np.full_like(words, 0xFFFF_FFFF_FFFF_FFFF))
+
+        return clear
+
+    replace(log, "_get", wrap_get)
+    replace(log, "_clear", wrap_clear)
+
+
+@fault(
+    "no bug on record: under manual protect to read the log is not to clear it",
+    law=None,
+    found_by=("clean-clears", "rounds-are-exact"),
+)
+def kvm_clear_forgotten(vm: KvmVm) -> None:
+    """CLEAN reads the bitmap and does not call KVM_CLEAR_DIRTY_LOG."""
+    replace(_log(vm), "_clear", lambda _: lambda slot, words: None)
+
+
+@fault(
+    "Firecracker: in a guest of more than 3 GiB the pages of the second slot were at wrong offsets",
+    law=2,
+    found_by=("rounds-are-exact", "stamped-copy"),
+    memory_bytes=BEHIND_THE_HOLE,
+)
+def kvm_second_slot_shifted(vm: KvmVm) -> None:
+    """The second slot's bits are put right behind the first's, as if there were no hole."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean() -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound()
+            second = log._slots[1].words
+            words = bitmap.words[second].copy()
+            bitmap.words[second] = 0
+            bitmap.words[gfn_of(PCI_HOLE_START) // 64 :][: words.size] |= words
+            return bitmap
+
+        return clean
+
+    replace(log, "clean", wrap)
+
+
+@fault(
+    "KVM dirty ring: writes with no running vCPU (the save of device state) missed the ring",
+    law=4,
+    found_by=("host-writes-are-marked", "marked-after-the-write"),
+)
+def kvm_only_the_kernels_bits(vm: KvmVm) -> None:
+    """CLEAN returns what KVM logged, and drops what others marked."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean() -> DirtyBitmap:
+            with log._held_lock:
+                if log._held is not None:
+                    log._held.words[:] = 0
+            bitmap: DirtyBitmap = sound()
+            return bitmap
+
+        return clean
+
+    replace(log, "clean", wrap)
+
+
+@fault(
+    "no bug on record: without manual protect to read the log is to clear it",
+    law=None,
+    found_by=("peek-changes-nothing", "pausing-is-no-write"),
+)
+def kvm_peek_takes(vm: KvmVm) -> None:
+    """PEEK clears in KVM what it returns, and keeps no copy."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def peek() -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound()
+            for slot in log._slots:
+                log._clear(slot, bitmap.words[slot.words])
+            return bitmap
+
+        return peek
+
+    replace(log, "_peek", wrap)
+
+
+@fault(
+    "Propolis, Firecracker: the dirty bits of a failed attempt were lost",
+    law=5,
+    found_by=("given-back-bits-return",),
+)
+def kvm_bits_not_given_back(vm: KvmVm) -> None:
+    """``give_back`` drops the bits of the failed round."""
+    log = _log(vm)
+    replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())

@@ -1,0 +1,68 @@
+"""All faults, and for each what has to find it."""
+
+from collections.abc import Iterator
+
+from pageferry.engine.destination import Destination
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import KvmVm
+from pageferry.testing import conformance, faults
+from pageferry.testing.conformance import Check
+from pageferry.testing.lab import Lab, MakeVm
+from pageferry.testing.mutant import mutated
+from pageferry.testing.mutation import checks, kvm_log, moving, tables, tracking, writers
+from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
+from pageferry.testing.mutation.migrations import Engine, migration_checks
+
+_SEED = 1
+
+
+def _wrapped_trackers() -> tuple[Fault, ...]:
+    register = Faults(Room.TRACKER)
+    for wrapper in faults.FAULTS:
+        size = BEHIND_THE_HOLE if wrapper is faults.IgnoresTheHole else ODD
+        register("", law=None, found_by=(), memory_bytes=size)(wrapper)
+    return register.all()
+
+
+WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
+"""The faults of :mod:`pageferry.testing.faults`, which need no implementation to break."""
+
+DECLARED: tuple[Fault, ...] = tuple(
+    fault for room in (tracking, tables, writers, moving, kvm_log) for fault in room.fault.all()
+)
+"""All faults in the implementation, whatever it has of them."""
+
+FAULTS: tuple[Fault, ...] = tuple(fault for fault in DECLARED if fault.possible)
+
+
+def checks_of(fault: Fault) -> tuple[Check, ...]:
+    """Return the checks that a fault must fall to, in the order to try them: those of the law that it breaks first."""
+    if fault.room is Room.TRACKER:
+        return conformance.CHECKS
+    if fault.room is not Room.ENGINE:
+        known = conformance.CHECKS if fault.room is Room.KVM else (*conformance.CHECKS, *checks.CHECKS)
+        return tuple(sorted(known, key=lambda check: check.law != fault.law))
+    broken = fault.inject
+    return migration_checks(
+        Engine(destination=broken) if issubclass(broken, Destination) else Engine(source=broken)  # type: ignore[arg-type]
+    )
+
+
+def lab_of(fault: Fault) -> Lab:
+    """Return the lab whose machines have the fault (the engine's faults are in the checks instead)."""
+    make_vm: MakeVm = KvmVm if fault.room is Room.KVM else Domain
+    if fault.room is Room.TRACKER:
+        make_vm = mutated(make_vm, fault.inject)  # type: ignore[arg-type]  # the fault is the wrapper's class
+    elif fault.room is not Room.ENGINE:
+        make_vm = injected(make_vm, fault.inject)
+    return Lab(make_vm=make_vm, memory_bytes=fault.memory_bytes, seed=_SEED)
+
+
+def sound_benches(*, kvm: bool) -> Iterator[tuple[Room, Lab, tuple[Check, ...]]]:
+    """Yield every lab without a fault, and the checks that must pass there."""
+    for memory_bytes in (ODD, BEHIND_THE_HOLE):
+        soft = Lab(make_vm=Domain, memory_bytes=memory_bytes, seed=_SEED)
+        yield Room.HYPERVISOR, soft, (*conformance.CHECKS, *checks.CHECKS)
+        if kvm:
+            yield Room.KVM, Lab(make_vm=KvmVm, memory_bytes=memory_bytes, seed=_SEED), conformance.CHECKS
+    yield Room.ENGINE, Lab(make_vm=Domain, memory_bytes=ODD, seed=_SEED), migration_checks(Engine())
