@@ -1,15 +1,19 @@
 """The built-in guests do what docs/guest-abi.md says, on every machine."""
 
 import time
+from functools import partial
 
 import pytest
 
+from pageferry.core.bitmap import expand_runs
 from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.devices.platform import InvalidatePort
 from pageferry.guests import build
 from pageferry.guests.abi import INFO_GPA, STATE_ENDED, STATE_RUNNING, read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import load_elf
 from pageferry.guests.workloads import WORKLOADS, load_workload
+from pageferry.hypervisor.domain import Domain
 from pageferry.testing.oracle import StampOracle, working_set_gfns
 
 MIB = 1 << 20
@@ -58,7 +62,7 @@ def test_a_workload_says_hello_and_works(start, name):
     assert (slot(vm).state, slot(vm).error) == (STATE_RUNNING, 0)
 
 
-@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "dma"])
+@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "dma", "pagetables"])
 def test_a_workload_reaches_its_working_set_and_nothing_beside_it(start, name):
     at = (3 << 30) - 4 * PAGE
     vm, info = start(name, memory_bytes=(3 << 30) + 64 * PAGE, working_set_gpa=at, working_set_bytes=20 * PAGE)
@@ -192,8 +196,55 @@ def test_a_fresh_build_behaves_as_its_image(start, tmp_path):
         oracle.played(number)
     assert vm.wait(30) is VmStatus.PAUSED
     assert oracle.wrong_gfns(vm.memory).size == 0
-    for name in ("sweep", "random", "hotset", "kv", "dma", "idle"):
+    for name in ("sweep", "random", "hotset", "kv", "dma", "idle", "pagetables"):
         vm, _ = start(load_elf(tmp_path / f"{name}.elf"), working_set_bytes=16 * PAGE)
         run_until(vm, lambda status: status.work >= 100)
         vm.pause()
         assert (vm.end, slot(vm).error) == (None, 0)
+
+
+def test_pagetables_checks_itself_after_each_flush(start):
+    vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
+    run_until(vm, lambda status: status.checks >= 2000)
+    vm.pause()
+    assert (vm.end, slot(vm).error) == (None, 0)
+    assert slot(vm).work == slot(vm).checks
+    assert abs(slot(vm).values[0] - 2 * slot(vm).work / 16) <= 2
+
+
+def test_pagetables_stops_when_a_page_of_its_window_is_wrong(start):
+    vm, info = start("pagetables", working_set_bytes=8 * PAGE)
+    run_until(vm, lambda status: status.checks >= 500)
+    vm.pause()
+    vm.memory.write(info.working_set_gpa, bytes(info.working_set_bytes))
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error in (1, 3, 4)
+
+
+def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
+    monkeypatch.setattr(InvalidatePort, "write", lambda self, offset, size, value: None)
+    vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error != 0
+
+
+@pytest.mark.parametrize("program", ["pagetables", "kv"])
+def test_a_guest_moves_from_any_machine_to_any_other(start, make_vm, program):
+    vm, _ = start(program, working_set_bytes=50 * PAGE)
+    others = [partial(Domain, paging_mode="shadow"), Domain, make_vm, partial(Domain, paging_mode="shadow")]
+    for make in others:
+        work = slot(vm).work
+        run_until(vm, lambda status, work=work: status.work >= work + 300)
+        vm.pause()
+        other = make(vm.config)
+        for gfn in expand_runs(*vm.memory.populated()).tolist():
+            other.memory.write(gfn * PAGE, vm.memory.read(gfn * PAGE, PAGE))
+        other.load_state(vm.save_state())
+        vm.close()
+        vm = other
+        vm.resume()
+    work = slot(vm).work
+    run_until(vm, lambda status: status.work >= work + 300)
+    assert slot(vm).error == 0
+    vm.close()

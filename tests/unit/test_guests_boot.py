@@ -201,6 +201,7 @@ def test_the_c_header_says_what_python_says():
         "EXIT_PORT": platform.EXIT_PORT,
         "CLOCK_PORT": platform.CLOCK_PORT,
         "SYNC_PORT": platform.SYNC_PORT,
+        "INVALIDATE_PORT": platform.INVALIDATE_PORT,
         "DMA_MMIO": dma.DMA_MMIO,
         "STATE_RUNNING": abi.STATE_RUNNING,
         "STATE_ENDED": abi.STATE_ENDED,

@@ -103,6 +103,16 @@ def test_what_no_machine_survives_is_one_clear_line(machines, code, crash):
         assert re.search(crash, end.crash), end.crash
 
 
+def test_a_crash_carries_the_registers(machines):
+    # mov rcx, imm64 (not mapped); mov [rcx], rax
+    vm = machines("48b90000000008000000488901", rax=0x77, rsp=0x9FF8)
+    crash = finish(vm).crash
+    assert "error code 0x6" in crash
+    for register in ("rip 0x10000a", "rsp=0x9ff8", "rax=0x77", "cr2=0x800000000", f"cr3={PAGE_TABLES_GPA:#x}"):
+        assert register in crash
+    assert state_of(vm).cr2 == 0x800000000
+
+
 def test_an_out_with_an_effect_is_complete_and_nothing_after_it_has_run(machines):
     # cmp eax, 6 (borrows); out sync; inc ecx; setc dl; in eax, sync; out exit
     vm = machines("83f806" + SYNC + "ffc1" + "0f92c2" + "e5ec" + EXIT, rax=5, rcx=0, rdx=0)

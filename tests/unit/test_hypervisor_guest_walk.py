@@ -124,14 +124,85 @@ def test_the_supervisor_ignores_user_and_without_wp_also_read_only(tables):
     assert tables.write(0) == (0x50, True, True)
 
 
-def test_no_execute_counts_only_when_enabled(tables):
+def test_no_execute_is_a_right_when_enabled_and_a_reserved_bit_otherwise(tables):
     tables.put(PT, 0, 0x50 << 12 | P | U | NX)
-    assert tables.fetch(0) == (0x50, False, True)
+    for access, error_code in ((tables.read, 0xD), (tables.fetch, 0xD)):
+        with pytest.raises(GuestPageFault) as refused:
+            access(0)
+        assert refused.value.error_code == error_code
+        assert "reserved bit" in refused.value.describe()
     tables.walker.no_execute = True
     assert tables.read(0) == (0x50, False, False)
     with pytest.raises(GuestPageFault) as refused:
         tables.fetch(0)
     assert refused.value.error_code == 0x15
+
+
+@pytest.mark.parametrize(
+    ("level", "bits"),
+    [
+        (PML4, PS),
+        (PML4, 1 << 48),
+        (PDPT, 1 << 51),
+        (PD, NX),
+        (PDPT, PS | 1 << 13),
+        (PDPT, PS | 1 << 29),
+        (PD, PS | 1 << 13),
+        (PD, PS | 1 << 20),
+        (PT, 1 << 50),
+    ],
+)
+def test_a_reserved_bit_is_a_fault_of_its_own(tables, level, bits):
+    tables.put(PT, 0, 0x50 << 12 | P | W | U)
+    entry = tables.get(level, 0)
+    tables.put(level, 0, (entry & 0xFFF if bits & PS else entry) | bits)
+    with pytest.raises(GuestPageFault) as refused:
+        tables.write(0)
+    assert refused.value.error_code == 0xF
+
+
+def test_pat_in_a_large_page_is_not_reserved_and_no_part_of_the_frame(tables):
+    tables.put(PD, 3, 0x4000 << 12 | P | W | U | PS | 1 << 12)
+    assert tables.read(3 << 21 | 7 << 12)[0] == 0x4007
+
+
+def test_smep_and_smap_keep_the_supervisor_off_user_pages(tables):
+    tables.put(PT, 0, 0x50 << 12 | P | W | U)
+    tables.walker.user = False
+    assert tables.fetch(0) == (0x50, False, True)
+    tables.walker.smep = True
+    assert tables.read(0) == (0x50, False, False)
+    with pytest.raises(GuestPageFault) as refused:
+        tables.fetch(0)
+    assert refused.value.error_code == 0x11
+    tables.walker.smap = True
+    with pytest.raises(GuestPageFault) as refused:
+        tables.read(0)
+    assert refused.value.error_code == 1
+    tables.walker.alignment_check = True
+    assert tables.write(0) == (0x50, True, False)
+
+
+def test_the_path_is_that_of_the_last_whole_walk(tables):
+    tables.put(PT, 5, 0x50 << 12 | P | W | U)
+    tables.put(PD, 3, 0x4000 << 12 | P | W | U | PS)
+    tables.read(5 << 12)
+    assert tables.walker.path == [(PML4, PML4 * 512), (PDPT, PDPT * 512), (PD, PD * 512), (PT, PT * 512 + 5)]
+    tables.read(3 << 21)
+    assert tables.walker.path == [(PML4, PML4 * 512), (PDPT, PDPT * 512), (PD, PD * 512 + 3)]
+
+
+def test_an_update_is_announced_only_when_an_entry_changes(tables):
+    tables.put(PT, 0, 0x50 << 12 | P | W | U)
+    updates = []
+    tables.walker.nested_update = updates.append
+    tables.read(0)
+    assert updates == [PML4, PDPT, PD, PT]
+    tables.walker.flush()
+    tables.read(0)
+    assert updates == [PML4, PDPT, PD, PT]
+    tables.write(0)
+    assert updates == [PML4, PDPT, PD, PT, PT]
 
 
 @pytest.mark.parametrize("gva", [1 << 47, (1 << 64) - (1 << 47) - 4096, 1 << 63])

@@ -6,10 +6,10 @@ from pageferry.hypervisor.locks import DomainLocks, LockOrderError
 
 
 def in_order(locks):
-    return (locks.domain, locks.p2m, locks.paging, locks.log_dirty)
+    return (locks.domain, locks.p2m, locks.shadow, locks.paging, locks.log_dirty)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(4), repeat=2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(5), repeat=2)))
 def test_a_lock_is_taken_only_after_those_before_it(first, second):
     locks = in_order(DomainLocks())
     with locks[first]:

@@ -205,6 +205,8 @@ def test_more_than_3_gib_has_a_hole_that_is_never_dirty():
     domain.close()
 
 
-def test_there_is_no_other_paging_mode_yet():
-    with pytest.raises(UnsupportedError, match="'shadow'"):
-        Domain(VmConfig(memory_bytes=4 * MiB), paging_mode="shadow")
+def test_there_is_no_third_paging_mode(domain):
+    with pytest.raises(UnsupportedError, match="'pv'"):
+        Domain(VmConfig(memory_bytes=4 * MiB), paging_mode="pv")
+    with pytest.raises(UnsupportedError, match="'pv'"):
+        domain.set_paging_mode("pv")

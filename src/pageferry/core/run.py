@@ -44,7 +44,12 @@ class Wait:
     duration_s: float
 
 
-Effect = GuestExit | SyncPoint | Wait
+@dataclass(frozen=True, slots=True)
+class InvalidateTlb:
+    """The guest changed its page tables: the vCPU forgets its translations. Its ``run()`` does that by itself."""
+
+
+Effect = GuestExit | SyncPoint | Wait | InvalidateTlb
 """What a device asks of the machine, acted on after the instruction that caused it has completed."""
 
 

@@ -1,4 +1,4 @@
-"""The small devices of the guest ABI: console, exit port, clock, sync port; and the standard set of them all."""
+"""The small devices of the guest ABI: console, exit, clock, sync and invalidate ports; and all of them."""
 
 import struct
 import threading
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from pageferry.core.memory import GuestMemory
-from pageferry.core.run import Effect, GuestExit, SyncPoint, Wait
+from pageferry.core.run import Effect, GuestExit, InvalidateTlb, SyncPoint, Wait
 from pageferry.devices.bus import DeviceBus, expect_size
 from pageferry.devices.dma import DmaDevice
 
@@ -14,6 +14,7 @@ CONSOLE_PORT = 0x3F8
 EXIT_PORT = 0xF4
 CLOCK_PORT = 0xF0
 SYNC_PORT = 0xEC
+INVALIDATE_PORT = 0xE8
 
 _NO_MMIO = range(0)
 _CONSOLE_LINE_STATUS = 5
@@ -165,6 +166,30 @@ class SyncPort:
         (self._reply,) = struct.unpack("<I", data)
 
 
+class InvalidatePort:
+    """A write has the vCPU forget its translations, as a load of CR3 would: ring 3 has no INVLPG."""
+
+    name = "invalidate"
+    ports = range(INVALIDATE_PORT, INVALIDATE_PORT + 4)
+    mmio = _NO_MMIO
+
+    def read(self, offset: int, size: int) -> int:
+        """Nothing to read."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> Effect | None:
+        """Flush, whatever the value."""
+        return InvalidateTlb()
+
+    def save(self) -> bytes:
+        """No state."""
+        return b""
+
+    def load(self, data: bytes) -> None:
+        """Accept the empty state."""
+        expect_size(self.name, data, 0)
+
+
 class Platform:
     """The standard devices of a guest, by name, and the bus they hang on.
 
@@ -177,4 +202,4 @@ class Platform:
         self.clock = Clock()
         self.sync = SyncPort()
         self.dma = DmaDevice(memory)
-        self.bus = DeviceBus((self.console, ExitPort(), self.clock, self.sync, self.dma))
+        self.bus = DeviceBus((self.console, ExitPort(), self.clock, self.sync, InvalidatePort(), self.dma))

@@ -3,5 +3,6 @@
 Read along with the RFC in this order: :mod:`.p2m` (the table whose entries turn NOT WRITABLE), :mod:`.npf` (the nested
 page fault), :mod:`.paging` (the four operators and ``mark_dirty``), :mod:`.hap` (what they do under nested paging),
 :mod:`.locks` (the order that the RFC asks for). Around them: :mod:`.machine` (machine frames), :mod:`.guest_walk` (the
-guest's own page tables), :mod:`.mmio`, :mod:`.cpu`, :mod:`.domain` and :mod:`.audit`.
+guest's own page tables), :mod:`.mmio`, :mod:`.cpu`, :mod:`.domain` and :mod:`.audit`. The same log-dirty without nested
+paging, by other operations behind the same dispatch: :mod:`.shadow` and :mod:`.shadow_mmu`, over :mod:`.shadow_tables`.
 """

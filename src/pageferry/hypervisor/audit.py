@@ -59,6 +59,7 @@ def check(domain: Domain) -> None:
         tables: set[int] = set()
         leaves = list(_leaves(domain, domain.p2m.root_mfn, 27, 0, False, tables))
         _check_pool(domain, tables)
+        _check_shadow(domain)
         for found in leaves:
             _check_permissions(found)
             _check_reverse_map(domain, found)
@@ -97,10 +98,28 @@ def _leaves(domain: Domain, mfn: int, shift: int, gfn: int, stale: bool, tables:
 def _check_pool(domain: Domain, tables: set[int]) -> None:
     pool = domain.machine.pool
     used = pool.used - pool.reserved
-    _require(len(tables) == used, f"the P2M has {len(tables)} tables, the pool has {used} frames in use")
+    shadows = len(domain.shadow.tables.frames)
+    _require(
+        len(tables) + shadows == used,
+        f"the P2M has {len(tables)} tables, the shadows {shadows}, the pool has {used} frames in use",
+    )
     _require(pool.used <= pool.allocation, f"{pool.used} frames in use, the allocation is {pool.allocation}")
     bitmap = -(-domain.memory.gfn_limit // (8 << 12)) if domain.paging.enabled else 0
     _require(pool.reserved == bitmap, f"{pool.reserved} frames are accounted to a bitmap of {bitmap}")
+
+
+def _check_shadow(domain: Domain) -> None:
+    """Each shadow entry agrees with the P2M; one that is WRITABLE is so there, is no guest table, and on record."""
+    tables = domain.shadow.tables
+    with domain.locks.shadow:
+        _require(domain.paging_mode == "shadow" or not tables.frames, "shadow tables in another paging mode")
+        for slot, gfn, mfn, rights in tables.leaves():
+            found, p2m_type = domain.p2m.lookup(gfn)
+            _require(found == mfn, f"gfn {gfn:#x} is mfn {found:#x}, in the shadows mfn {mfn:#x}")
+            writable = bool(rights & WRITE)
+            _require(not writable or p2m_type in _WRITABLE, f"gfn {gfn:#x}: writable in the shadows only")
+            _require(not writable or gfn not in tables.protected, f"gfn {gfn:#x}: a guest table, writable")
+            _require(writable == (slot in tables.writable_slots(gfn)), f"gfn {gfn:#x}: CLEAN would not protect it")
 
 
 def _check_permissions(found: Leaves) -> None:

@@ -15,10 +15,11 @@ has no handlers, and so any exception is its end: a GuestCrash, as the triple fa
 """
 
 import time
+from dataclasses import replace
 
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
-from pageferry.core.run import Effect
+from pageferry.core.run import Effect, InvalidateTlb
 from pageferry.core.state import VcpuState
 from pageferry.devices.bus import DeviceBus
 from pageferry.hypervisor import unicorn_api as api
@@ -30,6 +31,8 @@ from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE
 from pageferry.hypervisor.paging import Paging
 from pageferry.hypervisor.registers import (
     CR0_WP,
+    CR4_SMAP,
+    CR4_SMEP,
     EFER_NXE,
     PRIVATE_MADDR,
     check_supported,
@@ -38,6 +41,8 @@ from pageferry.hypervisor.registers import (
     reset_state,
     save_registers,
 )
+from pageferry.hypervisor.shadow import ShadowPaging
+from pageferry.hypervisor.shadow_mmu import ShadowMmu
 from pageferry.hypervisor.traps import (
     VECTOR_DEBUG,
     VECTOR_DOUBLE_FAULT,
@@ -63,16 +68,21 @@ class SoftVcpu:
         machine: machine memory.
         p2m: the domain's P2M.
         bus: the devices.
+        shadow: the domain's shadow paging; used after :meth:`use_shadow`.
     """
 
     paging: Paging
     """The domain's paging; set by the domain before anything runs."""
 
-    def __init__(self, machine: MachineMemory, p2m: P2M, bus: DeviceBus) -> None:
+    def __init__(self, machine: MachineMemory, p2m: P2M, bus: DeviceBus, shadow: ShadowPaging) -> None:
         self._machine = machine
         self._p2m = p2m
         self._bus = bus
         self._walker = GuestWalker(machine.words, self._walker_access)
+        self.shadow_mmu = ShadowMmu(
+            shadow, p2m, self._walker, request_flush=self.request_tlb_flush, failed=self._on_failure
+        )
+        self._translate = self._nested_walk
         self._mmio = MmioWindow(bus, self._on_failure)
         self._engine: api.Engine | None = None
         self._loaded = reset_state()
@@ -106,8 +116,13 @@ class SoftVcpu:
                 idle_starts = 0
             if self._failure is not None:
                 self._crash()
+            if self._flush_wanted:
+                self._flush_tlb(engine)
             if self._effect is not None:
                 effect, self._effect = self._effect, None
+                if isinstance(effect, InvalidateTlb):
+                    self._invalidate(engine)
+                    continue
                 return effect
             if self._vector is not None or error:
                 self._exception(engine, error)
@@ -144,10 +159,13 @@ class SoftVcpu:
         for instruction in (x86.UC_X86_INS_SYSCALL, x86.UC_X86_INS_SYSENTER):
             engine.hook(const.UC_HOOK_INSN, api.SYSTEM_CALL(self._on_system_call), 1, 0, instruction)
         self._mmio.attach(engine)
+        self.shadow_mmu.attach(engine)
         load_registers(engine, state)
         self._walker.cr3 = state.cr3
         self._walker.write_protect = bool(state.cr0 & CR0_WP)
         self._walker.no_execute = bool(state.efer & EFER_NXE)
+        self._walker.smep = bool(state.cr4 & CR4_SMEP)
+        self._walker.smap = bool(state.cr4 & CR4_SMAP)
         self._code_pages.clear()
         self._rip = state.rip
         self._tsc_zero = time.monotonic_ns() - state.tsc
@@ -164,7 +182,15 @@ class SoftVcpu:
         return save_registers(self._engine, self._loaded, rip=self._rip, tsc=self._tsc())
 
     def request_tlb_flush(self) -> None:
-        """Have the TLB flushed on the vCPU's own thread before it enters the guest; it is outside now."""
+        """Have the TLB flushed on the vCPU's own thread before it enters the guest, or its next slice."""
+        self._flush_wanted = True
+
+    def use_shadow(self, shadowed: bool) -> None:
+        """Translate through the shadow tables (True), or by the nested walk; the vCPU is outside the guest."""
+        mmu, walker = self.shadow_mmu, self._walker
+        self._translate = mmu.translate if shadowed else self._nested_walk
+        walker.nested_access = mmu.table_read if shadowed else self._walker_access
+        walker.nested_update = mmu.table_write if shadowed else None
         self._flush_wanted = True
 
     def close(self) -> None:
@@ -175,17 +201,25 @@ class SoftVcpu:
 
     def _before_entry(self, engine: api.Engine) -> None:
         if self._flush_wanted:
-            self._flush_wanted = False
-            engine.flush_tlb()
-            self._walker.flush()
+            self._flush_tlb(engine)
         view = self._machine.mapping.view
         for maddr, code in self._code_pages.items():
             if view[maddr : maddr + PAGE_SIZE] != code:  # written behind our back: DMA, a debugger
                 self._code_pages.clear()
                 engine.flush_code()
-                engine.flush_tlb()
-                self._walker.flush()
+                self._flush_tlb(engine)
                 return
+
+    def _flush_tlb(self, engine: api.Engine) -> None:
+        self._flush_wanted = False
+        engine.flush_tlb()
+        self._walker.flush()
+        self.shadow_mmu.flushes += 1
+
+    def _invalidate(self, engine: api.Engine) -> None:
+        """The guest has changed its page tables and says so."""
+        self._flush_tlb(engine)
+        self.shadow_mmu.shadow.resync()
 
     def _tsc(self) -> int:
         return (time.monotonic_ns() - self._tsc_zero) & 0xFFFF_FFFF_FFFF_FFFF  # one tick per nanosecond
@@ -201,9 +235,10 @@ class SoftVcpu:
             if self._entering:
                 entry.paddr, entry.perms = PRIVATE_MADDR, _READ_WRITE | api.EXECUTE
             else:
-                entry.paddr, entry.perms = self._nested_walk(
-                    gva, access == api.ACCESS_WRITE, access == api.ACCESS_FETCH
-                )
+                maddr, entry.perms = self._translate(gva, access == api.ACCESS_WRITE, access == api.ACCESS_FETCH)
+                entry.paddr = maddr
+                if access == api.ACCESS_FETCH:
+                    self._code_pages[maddr] = bytes(self._machine.mapping.view[maddr : maddr + PAGE_SIZE])
         except BaseException as error:
             self._on_failure(error)
             return 0
@@ -222,9 +257,6 @@ class SoftVcpu:
                     raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
                 return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
             mfn, p2m_type = self._p2m.lookup(gfn)
-        if fetch:
-            at = mfn << PAGE_SHIFT
-            self._code_pages[at] = bytes(self._machine.mapping.view[at : at + PAGE_SIZE])
         permissions = api.READ
         if writable and p2m_type in WRITABLE:
             permissions |= api.WRITE
@@ -287,7 +319,7 @@ class SoftVcpu:
                 self._renew()
                 return
         what = f"invalid instruction (emulator error {error})" if vector is None else exception_name(vector)
-        raise GuestCrash(f"{what} at rip {self._rip:#x}")
+        raise GuestCrash(what + self._where())
 
     def _stopped_for_nothing(self, times: int) -> int:
         """The emulator stopped without a reason: a fault that it did not report."""
@@ -346,10 +378,19 @@ class SoftVcpu:
     def _crash(self) -> None:
         """Raise what a callback could not: the guest's end, with where it was, or our own failure."""
         error, self._failure = self._failure, None
-        where = f" at rip {self._rip:#x}"
         if isinstance(error, GuestPageFault):
-            raise GuestCrash(error.describe() + where) from None
+            if error.error_code is not None:
+                self._loaded = replace(self._loaded, cr2=error.gva)
+            raise GuestCrash(error.describe() + self._where()) from None
         if isinstance(error, GuestCrash):
-            raise GuestCrash(str(error) + where) from None
+            raise GuestCrash(str(error) + self._where()) from None
         assert error is not None
         raise error
+
+    def _where(self) -> str:
+        """Return the registers that tell where the guest ended, for the crash message."""
+        state = self.save()
+        return (
+            f" at rip {self._rip:#x} (rsp={state.rsp:#x} rflags={state.rflags:#x} "
+            f"rax={state.rax:#x} cr2={state.cr2:#x} cr3={state.cr3:#x})"
+        )

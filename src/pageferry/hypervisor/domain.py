@@ -18,10 +18,12 @@ from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M, P2MType
-from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.paging import LogDirtyOps, Paging
 from pageferry.hypervisor.physmap import PhysMap
+from pageferry.hypervisor.shadow import ShadowPaging
 
 _SPARE_POOL_FRAMES = 8
+_SPARE_SHADOW_FRAMES = 64
 _GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
@@ -30,7 +32,7 @@ class Domain(Machine):
 
     Args:
         config: memory and vCPUs.
-        paging_mode: ``hap``.
+        paging_mode: ``hap`` or ``shadow``.
 
     Raises:
         UsageError: the memory size is impossible.
@@ -38,14 +40,16 @@ class Domain(Machine):
     """
 
     def __init__(self, config: VmConfig, *, paging_mode: str = "hap") -> None:
-        if paging_mode != "hap":
-            raise UnsupportedError("paging-mode", f"there is no paging mode {paging_mode!r}", hint="use hap")
+        _check_mode(paging_mode)
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
         gfn_limit = regions[-1].first_gfn + regions[-1].pages
         # Enough to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB; and the log-dirty bitmap.
         pool_frames = 2 + -(-gfn_limit // PAGES_PER_1G) + extents_2m + -(-gfn_limit // (8 * PAGE_SIZE))
         pool_frames += _SPARE_POOL_FRAMES
+        # And shadows of it all, at 4 KiB, by tables of which each maps half of what it could.
+        shadow_frames = _SPARE_SHADOW_FRAMES + 2 * extents_2m
+        pool_frames += shadow_frames
         if regions[0].pages >= PAGES_PER_1G:
             extents_2m += _GAP_2M
         self.locks = DomainLocks()
@@ -55,20 +59,45 @@ class Domain(Machine):
         self._populate(mapping, regions)
         self.physmap = PhysMap(self)
         super().__init__(config, GuestMemory(regions, mapping, self.physmap.populated))
-        self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus) for _ in range(config.cpus))
+        self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
+        self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus, self.shadow) for _ in range(config.cpus))
+        self.shadow.mmus = tuple(vcpu.shadow_mmu for vcpu in self.vcpus)
         self.paging = Paging(
             tracker=paging_mode,
-            ops=hap_log_dirty_ops(self.p2m),
+            ops=self._ops(paging_mode),
             p2m=self.p2m,
             pool=self.machine.pool,
             memory=self.memory,
             locks=self.locks,
             hold=lambda: self.run_control.stopped(),
-            flush_tlbs=self.flush_tlbs,
+            flush_tlbs=self._flush_tlbs,
         )
         for vcpu in self.vcpus:
-            vcpu.paging = self.paging
+            vcpu.paging = vcpu.shadow_mmu.paging = self.paging
+            vcpu.use_shadow(paging_mode == "shadow")
         self._attach(self.vcpus, self.paging)
+
+    def _ops(self, mode: str) -> LogDirtyOps:
+        return self.shadow.log_dirty_ops() if mode == "shadow" else hap_log_dirty_ops(self.p2m)
+
+    @property
+    def paging_mode(self) -> str:
+        """``hap`` or ``shadow``."""
+        return self.paging.tracker
+
+    def set_paging_mode(self, mode: str) -> None:
+        """Switch between ``hap`` and ``shadow``, while log-dirty is off; the guest runs on and notices nothing.
+
+        Raises:
+            UnsupportedError: there is no such mode.
+            LogDirtyError: log-dirty is on; nothing changed.
+        """
+        _check_mode(mode)
+        with self.locks.domain, self.run_control.stopped(), self.locks.p2m:
+            self.paging.set_mode(mode, self._ops(mode))
+            self.shadow.blow()
+            for vcpu in self.vcpus:
+                vcpu.use_shadow(mode == "shadow")
 
     def _populate(self, mapping: HostMapping, regions: tuple[RamRegion, ...]) -> None:
         """Give RAM its frames, extent by extent, in the P2M, the reverse map and the guest's face.
@@ -122,7 +151,11 @@ class Domain(Machine):
         self.physmap.decrease_reservation(gfns)
 
     def flush_tlbs(self) -> None:
-        """Have every vCPU flush its TLB before it enters the guest again; they are outside now."""
+        """Forget every translation, for the P2M has changed; the vCPUs are outside now."""
+        self.shadow.blow()
+        self._flush_tlbs()
+
+    def _flush_tlbs(self) -> None:
         for vcpu in self.vcpus:
             vcpu.request_tlb_flush()
 
@@ -130,6 +163,7 @@ class Domain(Machine):
         return tuple(vcpu.save() for vcpu in self.vcpus)
 
     def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
+        self.shadow.blow()  # the guest's tables may be others now
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state)
 
@@ -137,3 +171,8 @@ class Domain(Machine):
         for vcpu in self.vcpus:
             vcpu.close()
         self.machine.close()
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("hap", "shadow"):
+        raise UnsupportedError("paging-mode", f"there is no paging mode {mode!r}", hint="use hap or shadow")

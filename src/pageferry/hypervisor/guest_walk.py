@@ -1,15 +1,30 @@
 """The guest's own page tables: gva -> gfn, with the rights that the guest grants.
 
-Long mode, four levels, pages of 4 KiB, 2 MiB and 1 GiB. Accessed bits are set on the way, the dirty bit at the first
-write. Under nested paging every access of the walker to a guest table counts as a *write* at the nested level (AMD
-APM volume 2, nested paging): a guest whose tables are log-dirty takes a nested fault for each table it uses, and
-those pages are dirty again in every cycle. FACTS: the same guest reports its PML4, PDPT and PD each round.
+Long mode, four levels, pages of 4 KiB, 2 MiB and 1 GiB::
+
+    gva 63..48 sign | 47..39 PML4 | 38..30 PDPT | 29..21 PD | 20..12 PT | 11..0 offset
+                                     PS: 1 GiB    PS: 2 MiB    4 KiB
+
+    entry 63 NX | 51..12 frame | 7 PS | 6 D | 5 A | 2 U | 1 W | 0 P
+
+A right must be given at every level: W, U, and the absence of NX. What they mean depends on who asks (user or
+supervisor) and on CR0.WP, CR4.SMEP, CR4.SMAP, RFLAGS.AC and EFER.NXE. Reserved bits that are set in a present entry
+are a page fault of their own. Accessed bits are set on the way down, the dirty bit at the first write.
+
+Under nested paging every access of the walker to a guest table counts as a *write* at the nested level: a guest whose
+tables are log-dirty takes a nested fault for each table it uses, and those pages are dirty again in every cycle.
+Measured on AMD: the same guest reports its PML4, PDPT and PD each round. Under shadow paging it is the hypervisor that
+walks, and only an entry that really changes is a write: the two modes differ in what the walker is given, not in how.
 
 A page-walk cache keeps what a walk found for each 2 MiB of virtual address space, as hardware does. It lives and dies
 with the TLB: it is flushed whenever the P2M took rights away, so the first walk after CLEAN touches, and so dirties,
-the tables anew.
+the tables anew. Shadow paging does without (its shadow tables are that cache) and asks for the path instead.
 
-Simplified against hardware: CPL is that of the loaded state (3 by the guest ABI), so SMEP and SMAP never decide.
+Simplified against hardware: CPL is that of the loaded state (3 by the guest ABI), so SMEP and SMAP never decide on a
+machine, only in tests; bit 8 of a table's entry is ignored, as Intel does (AMD reserves it in the PML4).
+
+Source: AMD APM volume 2, "Long-Mode Page Translation", "Page-Translation-Table Entry Fields", "Page-Protection
+Checks", "Page-Fault Exception" and "Nested Paging".
 """
 
 from collections.abc import Callable
@@ -20,8 +35,13 @@ _PRESENT, _WRITE, _USER = 1 << 0, 1 << 1, 1 << 2
 _ACCESSED, _DIRTY, _PSE, _NX = 1 << 5, 1 << 6, 1 << 7, 1 << 63
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 
+#: Physical addresses have 48 bits: as many as the P2M's four levels cover.
+_BEYOND_PHYSICAL = 0x000F_0000_0000_0000
+# What must be zero in an entry with PS, by the shift of its level. Bit 12 of a large page is PAT.
+_RESERVED_IN_LARGE = {39: _PSE, 30: 0x3FFF_E000, 21: 0x001F_E000}
+
 #: Error code bits of #PF.
-PF_PRESENT, PF_WRITE, PF_USER, PF_FETCH = 1, 2, 4, 16
+PF_PRESENT, PF_WRITE, PF_USER, PF_RESERVED, PF_FETCH = 1, 2, 4, 8, 16
 
 _CANONICAL_LOW = 1 << 47
 _CANONICAL_HIGH = (1 << 64) - (1 << 47)
@@ -44,30 +64,49 @@ class GuestPageFault(Exception):
         if self.error_code is None:
             return f"general protection fault ({self.access}, non-canonical address near {self.gva:#x})"
         why = "not allowed" if self.error_code & PF_PRESENT else "not present"
+        if self.error_code & PF_RESERVED:
+            why = "reserved bit set"
         return f"page fault ({self.access}, {why}, error code {self.error_code:#x}) cr2={self.gva:#x}"
 
 
 class GuestWalker:
     """Walks one vCPU's page tables.
 
+    ``path`` is what the last whole walk went through: for each level from the PML4 on, the gfn of the table and the
+    word index of the entry used; two of them for a 1 GiB page, three for 2 MiB, four for 4 KiB.
+
     Args:
         words: machine memory as u64s.
-        nested_write: gfn -> mfn for the walker's own accesses; resolves nested faults (raises when it cannot).
+        nested_access: gfn -> mfn for the walker's own accesses; resolves nested faults (raises when it cannot).
+            Under nested paging it makes the page writable: the walker writes.
+        nested_update: told the gfn of a table before the walker changes an entry; None where ``nested_access`` has
+            made it writable already.
     """
 
-    def __init__(self, words: memoryview, nested_write: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        words: memoryview,
+        nested_access: Callable[[int], int],
+        nested_update: Callable[[int], None] | None = None,
+    ) -> None:
         self._words = words
         self._bytes = words.cast("B")
-        self._nested_write = nested_write
+        self.nested_access = nested_access
+        self.nested_update = nested_update
         self.cr3 = 0
         self.user = True
         self.write_protect = True
         self.no_execute = False
-        # gva >> 21 -> (word index of the leaf's level, base gfn or -1, writable, user, nx)
-        self._cache: dict[int, tuple[int, int, bool, bool, bool]] = {}
+        self.smep = False
+        self.smap = False
+        self.alignment_check = False
+        """RFLAGS.AC, which lifts SMAP."""
+        self.path: list[tuple[int, int]] = []
+        # gva >> 21 -> (word index of the leaf's level, base gfn or -1, writable, user, nx, gfn of the leaf's table)
+        self._cache: dict[int, tuple[int, int, bool, bool, bool, int]] = {}
 
     def flush(self) -> None:
-        """Forget the page-walk cache; with every TLB flush."""
+        """Forget the page-walk cache; with every TLB flush, or before a walk whose path matters."""
         self._cache.clear()
 
     def translate(self, gva: int, *, write: bool, fetch: bool) -> tuple[int, bool, bool]:
@@ -81,61 +120,84 @@ class GuestWalker:
         cached = self._cache.get(gva >> 21)
         if cached is None:
             cached = self._walk(gva, write, fetch)
-        at, base, writable, user, nx = cached
+        at, base, writable, user, nx, table_gfn = cached
         if base < 0:  # the walk ends in a table of 4 KiB pages
             at += gva >> PAGE_SHIFT & 511
         entry = self._words[at]
         if not entry & _PRESENT:
-            raise self._fault(gva, write, fetch, present=False)
+            raise self._fault(gva, write, fetch, 0)
         if base < 0:
+            if entry & _BEYOND_PHYSICAL or (entry >= _NX and not self.no_execute):
+                raise self._fault(gva, write, fetch, PF_PRESENT | PF_RESERVED)
             writable, user, nx = writable and bool(entry & _WRITE), user and bool(entry & _USER), nx or entry >= _NX
             gfn = (entry & _ADDRESS) >> PAGE_SHIFT
         else:
             gfn = base + (gva >> PAGE_SHIFT & 511)
-        if not self.no_execute:
-            nx = False
         may_write = writable or not (self.user or self.write_protect)
-        if (self.user and not user) or (write and not may_write) or (fetch and nx):
-            raise self._fault(gva, write, fetch, present=True)
+        if not self.user and user and self.smep:
+            nx = True
+        if self._refuses(user, write and not may_write, fetch, nx):
+            raise self._fault(gva, write, fetch, PF_PRESENT)
         wanted = _ACCESSED | _DIRTY if write else _ACCESSED
         if entry & wanted != wanted:
-            self._set(at, entry, wanted)
+            self._set(table_gfn, at, entry, wanted)
             entry |= wanted
         return gfn, may_write and bool(entry & _DIRTY), not nx
 
-    def _walk(self, gva: int, write: bool, fetch: bool) -> tuple[int, int, bool, bool, bool]:
+    def _refuses(self, user: bool, unwritable: bool, fetch: bool, nx: bool) -> bool:
+        """Apply the page-protection checks to the combined rights of all levels."""
+        if unwritable or (fetch and nx):
+            return True
+        if self.user:
+            return not user
+        return user and self.smap and not fetch and not self.alignment_check
+
+    def _walk(self, gva: int, write: bool, fetch: bool) -> tuple[int, int, bool, bool, bool, int]:
         if _CANONICAL_LOW <= gva < _CANONICAL_HIGH:
             raise GuestPageFault(gva, _access_name(write, fetch), None)
         table_gfn = (self.cr3 & _ADDRESS) >> PAGE_SHIFT
         writable, user, nx = True, True, False
+        path: list[tuple[int, int]] = []
         for shift in (39, 30, 21):
-            at = (self._nested_write(table_gfn) << 9) + (gva >> shift & 511)
+            at = (self.nested_access(table_gfn) << 9) + (gva >> shift & 511)
+            path.append((table_gfn, at))
             entry = self._words[at]
             if not entry & _PRESENT:
-                raise self._fault(gva, write, fetch, present=False)
+                raise self._fault(gva, write, fetch, 0)
+            if self._has_reserved_bits(entry, shift):
+                raise self._fault(gva, write, fetch, PF_PRESENT | PF_RESERVED)
             writable, user, nx = writable and bool(entry & _WRITE), user and bool(entry & _USER), nx or entry >= _NX
             gfn = (entry & _ADDRESS) >> PAGE_SHIFT
-            if entry & _PSE and shift != 39:
+            if entry & _PSE:
                 in_page = gva >> PAGE_SHIFT & ((1 << (shift - PAGE_SHIFT)) - 512)  # which 2 MiB of a 1 GiB page
-                found = at, (gfn & -(1 << (shift - PAGE_SHIFT))) + in_page, writable, user, nx
+                found = at, (gfn & -(1 << (shift - PAGE_SHIFT))) + in_page, writable, user, nx, table_gfn
                 break
             if not entry & _ACCESSED:
-                self._set(at, entry, _ACCESSED)
+                self._set(table_gfn, at, entry, _ACCESSED)
             table_gfn = gfn
         else:
-            found = self._nested_write(table_gfn) << 9, -1, writable, user, nx
+            at = self.nested_access(table_gfn) << 9
+            path.append((table_gfn, at + (gva >> PAGE_SHIFT & 511)))
+            found = at, -1, writable, user, nx, table_gfn
+        self.path = path
         self._cache[gva >> 21] = found
         return found
 
-    def _set(self, at: int, entry: int, bits: int) -> None:
+    def _has_reserved_bits(self, entry: int, shift: int) -> bool:
+        if entry & _BEYOND_PHYSICAL or (entry >= _NX and not self.no_execute):
+            return True
+        return bool(entry & _PSE and entry & _RESERVED_IN_LARGE[shift])
+
+    def _set(self, table_gfn: int, at: int, entry: int, bits: int) -> None:
+        if self.nested_update is not None:
+            self.nested_update(table_gfn)
         # One byte: the rest of the entry is the guest's, who may be changing it on another vCPU.
         self._bytes[at << 3] = (entry | bits) & 0xFF
 
-    def _fault(self, gva: int, write: bool, fetch: bool, *, present: bool) -> GuestPageFault:
-        error_code = PF_PRESENT if present else 0
+    def _fault(self, gva: int, write: bool, fetch: bool, error_code: int) -> GuestPageFault:
         error_code |= PF_WRITE if write else 0
         error_code |= PF_USER if self.user else 0
-        error_code |= PF_FETCH if fetch and self.no_execute else 0
+        error_code |= PF_FETCH if fetch and (self.no_execute or self.smep) else 0
         return GuestPageFault(gva, _access_name(write, fetch), error_code)
 
 

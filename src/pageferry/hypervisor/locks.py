@@ -7,11 +7,12 @@ same lock twice, the RFC's very case, breaks that rule and is an error at once, 
 
 The order::
 
-    DOMAIN  >  P2M  >  PAGING  >  LOG_DIRTY
+    DOMAIN  >  P2M  >  SHADOW  >  PAGING  >  LOG_DIRTY
 
 - DOMAIN serialises the operators (ENABLE, PEEK, CLEAN, OFF) of one domain. Its holder may wait for vCPUs to stop, so a
   vCPU's thread never takes it.
 - P2M guards the table: an entry's type and the bit that goes with it change under this one lock (law 1).
+- SHADOW guards the shadow tables, which are made from the guest's tables and the P2M.
 - PAGING guards the pool that table frames come from (Xen's ``paging_lock``, once ``hap_lock``).
 - LOG_DIRTY guards the bitmap. It is the innermost, so that ``mark_dirty`` may be called from anywhere.
 
@@ -28,8 +29,9 @@ class LockRank(IntEnum):
 
     DOMAIN = 1
     P2M = 2
-    PAGING = 3
-    LOG_DIRTY = 4
+    SHADOW = 3
+    PAGING = 4
+    LOG_DIRTY = 5
 
 
 class LockOrderError(AssertionError):
@@ -81,10 +83,11 @@ class OrderedLock:
 class DomainLocks:
     """One domain's locks."""
 
-    __slots__ = ("domain", "log_dirty", "p2m", "paging")
+    __slots__ = ("domain", "log_dirty", "p2m", "paging", "shadow")
 
     def __init__(self) -> None:
         self.domain = OrderedLock(LockRank.DOMAIN)
         self.p2m = OrderedLock(LockRank.P2M)
+        self.shadow = OrderedLock(LockRank.SHADOW)
         self.paging = OrderedLock(LockRank.PAGING)
         self.log_dirty = OrderedLock(LockRank.LOG_DIRTY)

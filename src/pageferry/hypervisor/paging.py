@@ -55,11 +55,15 @@ class LogDirtyOps:
 
     ``enable``: make all RAM NOT WRITABLE. ``disable``: make all RAM WRITABLE. ``clean``: make NOT WRITABLE again the
     frames (uint64[n]) that became writable in the cycle that ends. The caller flushes the TLBs afterwards.
+
+    ``written`` is for a mode that keeps copies of guest memory: somebody other than a vCPU has written these frames.
+    Called whether log-dirty is on or not, by any thread that may take the SHADOW lock.
     """
 
     enable: Callable[[], None]
     disable: Callable[[], None]
     clean: Callable[[GfnArray], None]
+    written: Callable[[GfnArray], None] = lambda _gfns: None
 
 
 class Paging:
@@ -106,8 +110,19 @@ class Paging:
 
     @property
     def tracker(self) -> str:
-        """The name of the paging mode: ``hap``."""
+        """The name of the paging mode: ``hap`` or ``shadow``."""
         return self._tracker
+
+    def set_mode(self, tracker: str, ops: LogDirtyOps) -> None:
+        """Dispatch to another mode's operations; the domain is stopped and the P2M lock held.
+
+        Raises:
+            LogDirtyError: log-dirty is on; nothing changed.
+        """
+        assert self._locks.p2m.mine
+        if self._bitmap is not None:
+            raise LogDirtyError("the paging mode cannot change while log-dirty is on", hint="turn it off first")
+        self._tracker, self._ops = tracker, ops
 
     @property
     def enabled(self) -> bool:
@@ -180,6 +195,7 @@ class Paging:
         Frames that are not RAM are ignored; nothing happens while log-dirty is off. The frames stay NOT WRITABLE for
         vCPUs: their first write faults as ever.
         """
+        self._ops.written(gfns)
         if self._bitmap is None:  # a mark that races with ENABLE came before it: everything is sent first then
             return
         with self._locks.log_dirty:

@@ -37,6 +37,8 @@ _GENERAL = (
 )
 
 CR0_WP = 1 << 16
+CR4_SMEP = 1 << 20
+CR4_SMAP = 1 << 21
 EFER_LMA = 1 << 10
 EFER_NXE = 1 << 11
 _CR0 = 0x8005_0033  # PE MP ET NE WP AM PG

@@ -2,10 +2,10 @@
 
 Unicorn translates blocks of code and looks at stop requests between them only. Two kinds of instruction cannot wait:
 
-- *I/O to a port that may have an effect* (exit, wait, sync): the guest must not run on. Unicorn has no I/O intercepts,
-  but the x86 has I/O *breakpoints*: a debug register that names a port traps (#DB) right after the access, with RIP
-  behind it. DR0 to DR3 hold our ports; ring 3 can neither see nor change them, and the guest's own debug registers
-  stay in its saved state.
+- *I/O to a port that may have an effect* (exit, wait, sync, invalidate): the guest must not run on. Unicorn has no
+  I/O intercepts, but the x86 has I/O *breakpoints*: a debug register that names a port traps (#DB) right after the
+  access, with RIP behind it. DR0 to DR3 hold our ports; ring 3 can neither see nor change them, and the guest's own
+  debug registers stay in its saved state.
 - *RDTSC*: the emulator would give the host's counter. CR4.TSD makes it fault in ring 3, and we give the guest's.
 
 A faulting RDTSC leaves the emulator believing that it is still delivering that fault: the next fault is reported as a
@@ -15,7 +15,7 @@ instruction at RIP, and renews the emulator when it must know which exception it
 
 from dataclasses import dataclass
 
-from pageferry.devices.platform import CLOCK_PORT, EXIT_PORT, SYNC_PORT
+from pageferry.devices.platform import CLOCK_PORT, EXIT_PORT, INVALIDATE_PORT, SYNC_PORT
 
 CR4_TSD = 1 << 2
 
@@ -42,7 +42,7 @@ _NAMES = {
 }
 
 #: Ports whose accesses stop the vCPU, in fours as a debug register takes them.
-TRAPPED_PORTS = (EXIT_PORT, CLOCK_PORT, SYNC_PORT)
+TRAPPED_PORTS = (EXIT_PORT, CLOCK_PORT, SYNC_PORT, INVALIDATE_PORT)
 
 
 def exception_name(vector: int) -> str:

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pageferry.core.errors import GuestCrash, KvmError, VmError
-from pageferry.core.run import Effect, GuestExit, SyncPoint
+from pageferry.core.run import Effect, GuestExit, InvalidateTlb, SyncPoint
 from pageferry.core.state import VcpuState
 from pageferry.devices.bus import DeviceBus
 from pageferry.kvm import uapi, vcpu_state
@@ -40,6 +40,7 @@ from pageferry.kvm.kick import kick_signal
 ExitHandler = Callable[[], Effect | None]
 
 _CR0_PG = 1 << 31
+_CR3_PWT = 1 << 3
 _BUS_SIZES = (1, 2, 4, 8)
 _SUBERRORS = {
     uapi.KVM_INTERNAL_ERROR_EMULATION: "an instruction that KVM cannot emulate",
@@ -114,6 +115,9 @@ class KvmVcpu:
         while True:
             code = fd.try_run()
             if code == errno.EINTR:
+                if isinstance(pending, InvalidateTlb):
+                    self._invalidate_tlb()
+                    return None  # and RunControl enters again
                 return pending
             if code == errno.EAGAIN:
                 continue
@@ -126,6 +130,14 @@ class KvmVcpu:
             if effect is not None:
                 pending = _stronger(pending, effect)
                 run.immediate_exit = 1  # finish the instruction, go no further
+
+    def _invalidate_tlb(self) -> None:
+        """Load CR3 anew. KVM does nothing for the same value, so its PWT bit (a cache hint) changes to and fro."""
+        sregs = uapi.KvmSregs()
+        self.fd.ioctl(uapi.KVM_GET_SREGS, sregs)
+        for _ in range(2):
+            sregs.cr3 ^= _CR3_PWT
+            self.fd.ioctl(uapi.KVM_SET_SREGS, sregs)
 
     def kick(self) -> None:
         """Make ``run()`` return soon; from any thread, any number of times. Lost if ``run()`` is not under way."""

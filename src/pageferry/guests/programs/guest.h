@@ -16,6 +16,7 @@ typedef unsigned long u64;
 #define EXIT_PORT 0xf4
 #define CLOCK_PORT 0xf0
 #define SYNC_PORT 0xec
+#define INVALIDATE_PORT 0xe8
 #define DMA_MMIO 0xfeb00000
 
 #define STATE_RUNNING 1

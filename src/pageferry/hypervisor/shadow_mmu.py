@@ -1,0 +1,149 @@
+"""One vCPU under shadow paging: its TLB misses, its shadow faults, and the table window.
+
+The *table window* is where a guest page that has a shadow appears when the guest writes it: machine addresses where
+no memory is, as for device space (:mod:`.mmio`). Unicorn calls back with the value, which makes it the instruction
+emulator that Xen's shadow code has to bring along. An 8-byte store arrives in two halves, the low one first.
+
+Source: Xen ``shadow/multi.c`` (``sh_page_fault`` and the emulation of writes to guest tables).
+"""
+
+from collections.abc import Callable
+
+from pageferry.core.errors import GuestCrash
+from pageferry.core.frames import PAGE_SHIFT
+from pageferry.hypervisor import unicorn_api as api
+from pageferry.hypervisor.guest_walk import GuestWalker
+from pageferry.hypervisor.mmio import MMIO_WINDOW
+from pageferry.hypervisor.npf import Resolution, nested_page_fault
+from pageferry.hypervisor.p2m import P2M, READABLE, WRITE, P2MType
+from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.shadow import WRITABLE_TYPES, ShadowPaging
+from pageferry.hypervisor.shadow_tables import MAY_WRITE, NX
+
+#: Where guest pages that have a shadow appear among machine addresses when they are written.
+TABLE_WINDOW = 1 << 49
+_WINDOW_BYTES = 1 << 48
+
+_RAM = (P2MType.RAM_RW.value, P2MType.RAM_LOGDIRTY.value)
+_READ_WRITE = api.READ | api.WRITE
+
+
+class ShadowMmu:
+    """One vCPU's way through the shadows.
+
+    Args:
+        shadow: the domain's.
+        p2m: the domain's.
+        walker: the vCPU's walker of the guest's tables; its own accesses go through :meth:`table_read` and
+            :meth:`table_write` in this mode.
+        request_flush: has the vCPU flush its TLB soon; any thread.
+        failed: takes an exception that must not travel through the emulator.
+    """
+
+    paging: Paging
+    """The domain's paging; set by the domain before anything runs."""
+
+    def __init__(
+        self,
+        shadow: ShadowPaging,
+        p2m: P2M,
+        walker: GuestWalker,
+        *,
+        request_flush: Callable[[], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.shadow = shadow
+        self.request_flush = request_flush
+        self.flushes = 0
+        """How often the vCPU has flushed its TLB; counted after the flush."""
+        self._p2m = p2m
+        self._walker = walker
+        self._failed = failed
+        self._callbacks = (api.MMIO_READ(self._read), api.MMIO_WRITE(self._write))
+
+    def attach(self, engine: api.Engine) -> None:
+        """Open the table window in one emulator instance; this object must outlive it."""
+        engine.mmio_map(TABLE_WINDOW, _WINDOW_BYTES, *self._callbacks)
+
+    def translate(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
+        """Return ``(maddr, permissions)`` for the TLB, once the access is allowed.
+
+        Raises:
+            GuestPageFault: the guest's tables refuse.
+            GuestCrash: the P2M does.
+        """
+        found = self.shadow.fill(self._walker, gva)
+        if found is not None and not (fetch and found[2] & NX):
+            slot, mfn, rights = found
+            if not write or rights & WRITE or (rights & MAY_WRITE and self._grant(slot, mfn)):
+                return _tlb_entry(mfn, rights | WRITE if write else rights)
+        return self._fault(gva, write, fetch)
+
+    def _grant(self, slot: int, mfn: int) -> bool:
+        """Take a write fault on an entry that only log-dirty keeps NOT WRITABLE; False: it is not so simple."""
+        tables, lock = self.shadow.tables, self.shadow.lock
+        with lock:
+            gfn = tables.gfn_to_grant(slot, mfn)
+        if gfn is None or self._p2m.lookup(gfn)[1] not in _RAM:
+            return False
+        self.shadow.fault_count += 1
+        nested_page_fault(self._p2m, self.paging, gfn, write=True)
+        with lock:
+            return self._p2m.lookup(gfn)[1] in WRITABLE_TYPES and tables.grant(slot, mfn, gfn)
+
+    def _fault(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
+        shadow, p2m = self.shadow, self._p2m
+        shadow.fault_count += 1
+        while True:
+            self._walker.flush()  # the path must be whole
+            gfn, writable, _ = self._walker.translate(gva, write=write, fetch=fetch)
+            mfn, p2m_type = p2m.lookup(gfn)
+            while p2m_type not in (WRITABLE_TYPES if write else READABLE):
+                if nested_page_fault(p2m, self.paging, gfn, write=write) is not Resolution.RETRY:
+                    if fetch:
+                        raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
+                    if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
+                        return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
+                    return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
+                mfn, p2m_type = p2m.lookup(gfn)
+            rights = shadow.enter(self._walker.path, gva, gfn)
+            if rights is None:
+                continue
+            if write and gfn in shadow.tables.protected:
+                return TABLE_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE
+            return _tlb_entry(mfn, rights | WRITE if write else rights)
+
+    def table_read(self, gfn: int) -> int:
+        """Return the mfn of a guest table: here the walker is ours, and reading is no write."""
+        mfn, p2m_type = self._p2m.lookup(gfn)
+        if p2m_type not in READABLE:
+            raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which is no memory")
+        return mfn
+
+    def table_write(self, gfn: int) -> None:
+        """Log that an entry of a guest table changes: A or D is about to be set."""
+        while self._p2m.lookup(gfn)[1] not in WRITABLE_TYPES:
+            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is not Resolution.RETRY:
+                raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which cannot be written")
+
+    def _read(self, _engine: int, gpa: int, size: int, _data: int) -> int:
+        try:
+            return self.shadow.read_table(gpa, size)
+        except BaseException as error:
+            self._failed(error)
+            return 0
+
+    def _write(self, _engine: int, gpa: int, size: int, value: int, _data: int) -> None:
+        try:
+            self.shadow.write_table(gpa, size, value)
+        except BaseException as error:
+            self._failed(error)
+
+
+def _tlb_entry(mfn: int, rights: int) -> tuple[int, int]:
+    permissions = api.READ
+    if rights & WRITE:
+        permissions |= api.WRITE
+    if not rights & NX:
+        permissions |= api.EXECUTE
+    return mfn << PAGE_SHIFT, permissions
