@@ -6,10 +6,10 @@ from pageferry.hypervisor.locks import DomainLocks, LockOrderError
 
 
 def in_order(locks):
-    return (locks.domain, locks.p2m, locks.paging, locks.log_dirty)
+    return tuple(locks)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(4), repeat=2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(5), repeat=2)))
 def test_a_lock_is_taken_only_after_those_before_it(first, second):
     locks = in_order(DomainLocks())
     with locks[first]:
@@ -34,3 +34,14 @@ def test_the_order_binds_two_domains_in_one_thread():
     one, other = DomainLocks(), DomainLocks()
     with one.p2m, pytest.raises(LockOrderError, match="P2M lock taken while holding P2M"), other.p2m:
         pytest.fail("taken twice")
+
+
+def test_a_lock_of_another_domain_is_not_mine():
+    one, other = DomainLocks(), DomainLocks()
+    with one.p2m:
+        assert one.p2m.mine
+        assert not other.p2m.mine
+
+
+def test_the_order_is_the_one_that_is_written_down():
+    assert [lock.rank.name for lock in DomainLocks()] == ["DOMAIN", "DEVICES", "P2M", "PAGING", "LOG_DIRTY"]

@@ -14,7 +14,10 @@ Simplified against hardware: CPL is that of the loaded state (3 by the guest ABI
 
 from collections.abc import Callable
 
+import numpy as np
+
 from pageferry.core.frames import PAGE_SHIFT
+from pageferry.core.hostmem import atomic_or_u32
 
 _PRESENT, _WRITE, _USER = 1 << 0, 1 << 1, 1 << 2
 _ACCESSED, _DIRTY, _PSE, _NX = 1 << 5, 1 << 6, 1 << 7, 1 << 63
@@ -57,7 +60,7 @@ class GuestWalker:
 
     def __init__(self, words: memoryview, nested_write: Callable[[int], int]) -> None:
         self._words = words
-        self._bytes = words.cast("B")
+        self._hva = np.frombuffer(words, np.uint64).ctypes.data  # of word 0; words keeps it mapped
         self._nested_write = nested_write
         self.cr3 = 0
         self.user = True
@@ -99,7 +102,7 @@ class GuestWalker:
             raise self._fault(gva, write, fetch, present=True)
         wanted = _ACCESSED | _DIRTY if write else _ACCESSED
         if entry & wanted != wanted:
-            self._set(at, entry, wanted)
+            self._set(at, wanted)
             entry |= wanted
         return gfn, may_write and bool(entry & _DIRTY), not nx
 
@@ -120,16 +123,16 @@ class GuestWalker:
                 found = at, (gfn & -(1 << (shift - PAGE_SHIFT))) + in_page, writable, user, nx
                 break
             if not entry & _ACCESSED:
-                self._set(at, entry, _ACCESSED)
+                self._set(at, _ACCESSED)
             table_gfn = gfn
         else:
             found = self._nested_write(table_gfn) << 9, -1, writable, user, nx
         self._cache[gva >> 21] = found
         return found
 
-    def _set(self, at: int, entry: int, bits: int) -> None:
-        # One byte: the rest of the entry is the guest's, who may be changing it on another vCPU.
-        self._bytes[at << 3] = (entry | bits) & 0xFF
+    def _set(self, at: int, bits: int) -> None:
+        # As one step: another vCPU's walker may be setting the other bit, and the guest changing the entry, right now.
+        atomic_or_u32(self._hva + (at << 3), bits)
 
     def _fault(self, gva: int, write: bool, fetch: bool, *, present: bool) -> GuestPageFault:
         error_code = PF_PRESENT if present else 0
