@@ -42,6 +42,7 @@ WORKLOADS: dict[str, Workload] = {
         _workload("hotset", "90 % of its writes go to 10 % of the working set", "page written", 64, 1),
         _workload("kv", "a hash table under inserts, updates and deletes that checks itself", "table operation", 64, 4),
         _workload("stamp", "writes the round number it is told, for the test oracle", "round", 16, 1),
+        _workload("smp", "vCPUs that send each other items through rings, and check them", "item received", 16, 4),
         _workload("dma", "fills and copies through the DMA engine and checks the result", "transfer", 8, 4),
     )
 }
