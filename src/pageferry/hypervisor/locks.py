@@ -121,4 +121,5 @@ class DomainLocks:
 
     def __iter__(self) -> Iterator[OrderedLock]:
         """In the order of acquisition."""
-        return iter((self.domain, self.devices, self.p2m, self.paging, self.log_dirty))
+        locks: list[OrderedLock] = [getattr(self, name) for name in self.__slots__]
+        return iter(sorted(locks, key=lambda lock: lock.rank))
