@@ -13,7 +13,7 @@ from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
-from pageferry.hypervisor.domain import MAX_VCPUS, Domain
+from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.locks import LockOrderError
 from pageferry.hypervisor.npf import nested_page_fault
 
@@ -221,7 +221,7 @@ def test_every_tlb_is_flushed_before_its_vcpu_runs_again(domains):
         domain.thaw()
 
 
-@pytest.mark.parametrize("cpus", [0, MAX_VCPUS + 1])
+@pytest.mark.parametrize("cpus", [0, Domain.MAX_VCPUS + 1])
 def test_so_many_vcpus_are_refused(cpus):
     with pytest.raises(UnsupportedError, match="1 to 8 vCPUs"):
         Domain(VmConfig(memory_bytes=8 * MiB, cpus=cpus))
