@@ -91,8 +91,8 @@ def guests(make_vm):
     """Makes booted, paused guests of the accel under test, and closes them."""
     made = []
 
-    def make(workload="kv", *, memory_bytes=32 * MiB, working_set_bytes=4 * MiB, **params):
-        vm = make_vm(VmConfig(memory_bytes=memory_bytes))
+    def make(workload="kv", *, memory_bytes=32 * MiB, cpus=1, working_set_bytes=4 * MiB, **params):
+        vm = make_vm(VmConfig(memory_bytes=memory_bytes, cpus=cpus))
         made.append(vm)
         boot(vm, load_workload(workload), params=GuestParams(working_set_bytes=working_set_bytes, **params))
         return vm

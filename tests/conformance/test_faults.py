@@ -12,7 +12,7 @@ ODD, BEHIND_THE_HOLE = DEFAULT_MEMORY_BYTES
 
 #: Which checks must find a fault. Others may find it too.
 CAUGHT_BY = {
-    faults.DropsABit: ("clean-protects-again", "rounds-are-exact", "free-running-sweep"),
+    faults.DropsABit: ("clean-protects-again", "rounds-are-exact", "free-running-sweep", "free-running-smp"),
     faults.DropsTheLastWord: ("rounds-are-exact", "free-running-kv", "free-running-pagetables"),
     faults.SkipsSmallRounds: ("free-running-idle", "host-writes-are-marked"),
     faults.DoesNotProtectAgain: ("clean-protects-again", "changed-between-cleans", "state-restore-keeps-tracking"),

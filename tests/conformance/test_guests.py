@@ -25,8 +25,8 @@ def start(make_vm):
     """Makes a running guest; returns its machine and what it was told."""
     made = []
 
-    def start(program, *, memory_bytes=8 * MIB, sink=None, before=lambda vm: None, **params):
-        vm = make_vm(VmConfig(memory_bytes=memory_bytes))
+    def start(program, *, memory_bytes=8 * MIB, cpus=1, sink=None, before=lambda vm: None, **params):
+        vm = make_vm(VmConfig(memory_bytes=memory_bytes, cpus=cpus))
         made.append(vm)
         info = boot(vm, load_workload(program) if isinstance(program, str) else program, params=GuestParams(**params))
         vm.on_console(sink)
@@ -62,7 +62,7 @@ def test_a_workload_says_hello_and_works(start, name):
     assert (slot(vm).state, slot(vm).error) == (STATE_RUNNING, 0)
 
 
-@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "dma", "pagetables"])
+@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "smp", "dma", "pagetables"])
 def test_a_workload_reaches_its_working_set_and_nothing_beside_it(start, name):
     at = (3 << 30) - 4 * PAGE
     vm, info = start(name, memory_bytes=(3 << 30) + 64 * PAGE, working_set_gpa=at, working_set_bytes=20 * PAGE)
@@ -147,6 +147,47 @@ def test_kv_stops_when_one_bit_of_a_value_is_wrong(start):
     assert vm.wait(30) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error == 1
     assert slot(vm).detail[0] == 4  # the page's number: the directory is page 0
+
+
+def slots(vm):
+    return read_status(vm.memory, vm.config.cpus)
+
+
+@pytest.mark.parametrize(("cpus", "pages"), [(1, 4), (1, 20), (2, 8), (2, 64), (3, 37)])
+def test_smp_vcpus_send_each_other_what_they_expect(start, cpus, pages):
+    vm, _ = start("smp", cpus=cpus, working_set_bytes=pages * PAGE, seed=9)
+    enough = 5 * 32 * pages  # several times round each ring
+    run_until(vm, lambda _: all(status.values[1] >= enough for status in slots(vm)))
+    vm.pause()
+    assert [(status.state, status.error) for status in slots(vm)] == [(STATE_RUNNING, 0)] * cpus
+    sent, received = (sum(status.values[i] for status in slots(vm)) for i in (0, 1))
+    assert 0 <= sent - received <= 32 * pages + 2 * cpus
+
+
+def test_smp_rests_where_the_rings_have_no_room(start):
+    vm, _ = start("smp", cpus=2, working_set_bytes=7 * PAGE, rate=0)
+    run_until(vm, lambda _: all(status.state == STATE_RUNNING for status in slots(vm)))
+    vm.pause()
+    assert [status.values[0] for status in slots(vm)] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("page", "word", "error"), [(0, 0, 4), (0, 64, 4), (1, 0, 1), (2, 15, 2), (3, 5, 3)], ids=lambda value: str(value)
+)
+def test_smp_stops_when_one_page_of_a_ring_is_wrong(start, page, word, error):
+    vm, info = start("smp", cpus=2, working_set_bytes=16 * PAGE)
+    run_until(vm, lambda _: all(status.values[1] >= 1000 for status in slots(vm)))
+    gpa = info.working_set_gpa + page * PAGE
+    for _ in range(20):  # what was under way at the pause is written anew: try again then
+        vm.pause()
+        for at in [gpa + 8 * word] if page == 0 else range(gpa + 8 * word, gpa + PAGE, 128):
+            vm.memory.write(at + 5, bytes([vm.memory.read(at + 5, 1)[0] ^ 1]))
+        vm.resume()
+        if vm.wait(1) is not VmStatus.RUNNING:
+            break
+    assert vm.status is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == error
+    assert error in {status.error for status in slots(vm)}
 
 
 def test_dma_stops_when_its_completion_count_is_wrong(start):

@@ -20,6 +20,22 @@ def test_whatever_the_seed_and_the_size(make_vm, seed):
     check_log_dirty(make_vm, memory_bytes=sizes, seeds=[seed], checks=["rounds-are-exact", "free-running-random"])
 
 
+# Those that vCPUs in parallel can break; sizes that are a multiple of nothing, the second behind the PCI hole.
+SMP_CHECKS = [
+    *("rounds-are-exact", "one-fault-per-page", "state-restore-keeps-tracking", "changed-between-cleans"),
+    *("free-running-smp", "free-running-kv", "free-running-random", "peeking-thread", "writing-thread"),
+    *("two-cleaners", "failed-rounds", "on-and-off-while-running"),
+]
+
+
+@pytest.mark.parametrize("check", SMP_CHECKS)
+@pytest.mark.parametrize(
+    ("cpus", "memory_bytes"), [(2, SMALLEST + 7 * 4096), (3, (3 << 30) + 61 * 4096), (4, SMALLEST + 513 * 4096)]
+)
+def test_it_keeps_it_with_several_vcpus(make_vm, cpus, memory_bytes, check):
+    check_log_dirty(make_vm, memory_bytes=[memory_bytes], cpus=cpus, checks=[check])
+
+
 def test_names_are_distinct_and_each_check_says_what_it_promises():
     assert len({check.name for check in CHECKS}) == len(CHECKS)
     assert all(check.summary.endswith(".") for check in CHECKS)

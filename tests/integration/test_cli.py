@@ -38,6 +38,9 @@ def complaint(result, code):
         (("run", "idle", "--memory", "-5M"), "not a size"),
         (("run", "sweep", "--memory", "8M", "--working-set", "64M", "--accel", "soft"), "memory too small"),
         (("run", "idle", "--rate", "-1"), "--rate"),
+        (("run", "idle", "--cpus", "0"), "--cpus"),
+        (("run", "idle", "--cpus", "9"), "--cpus"),
+        (("demo", "--cpus", "9"), "--cpus"),
         (("run", "idle", "--accel", "warp"), "warp"),
         (("run", "/nonexistent/mine.elf", "--accel", "soft"), "/nonexistent/mine.elf"),
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
@@ -173,3 +176,10 @@ def test_demo_prints_one_json_object(accel):
     assert report["source_accel"] == accel
     assert "the guest works at the destination" in result.stderr
     assert "round 0" in result.stderr
+
+
+def test_demo_of_a_guest_with_two_vcpus(accel):
+    result = cli("demo", "--accel", accel, "--memory", "64M", "--cpus", "2", "--workload", "smp", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["status"] == "completed"
+    assert "and 2 vCPUs" in result.stderr

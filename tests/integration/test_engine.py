@@ -51,6 +51,22 @@ def runs_on(vm):
     return False
 
 
+def slots(vm):
+    return read_status(vm.memory, vm.config.cpus)
+
+
+def all_run_on(vm):
+    """Every vCPU does more work, and none finds anything wrong."""
+    before = slots(vm)
+    patience = threading.Event()
+    for _ in range(20_000):
+        assert vm.end is None, (vm.end, slots(vm))
+        if all(now.work > then.work for now, then in zip(slots(vm), before, strict=True)):
+            return True
+        patience.wait(0.001)
+    return False
+
+
 class Inn:
     """A destination that takes in one guest after another, each on a thread."""
 
@@ -151,6 +167,23 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
         assert sent == sorted(sent)
         assert not sent or sent[-1] == stats.sent_pages
     if accel == "soft" and workload != "dma":  # one fault for each page that a vCPU made dirty, no more and no less
+        assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
+
+
+@pytest.mark.parametrize(("cpus", "workload"), [(2, "smp"), (4, "smp"), (8, "kv"), (3, "hotset")])
+def test_a_guest_with_several_vcpus_moves_and_each_runs_on(guests, inn, accel, cpus, workload):
+    vm = guests(workload, cpus=cpus)
+    vm.resume()
+    assert all_run_on(vm)
+    source = attempt(vm, inn.open())
+    report = source.run()
+    there = inn.outcome()
+    assert isinstance(there, type(vm)), there
+    assert (report.status, report.verified) == ("completed", True)
+    assert there.config.cpus == cpus
+    assert [new.work >= old.work for new, old in zip(slots(there), slots(vm), strict=True)] == [True] * cpus
+    assert all_run_on(there)
+    if accel == "soft":  # one counted fault for each page that vCPUs made dirty, however many of them at a time
         assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
 
 

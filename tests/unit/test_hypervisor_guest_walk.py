@@ -218,3 +218,35 @@ def test_the_highest_canonical_address_is_walked(tables):
     tables.put(PDPT, 511, PD << 12 | P | W | U)
     tables.put(PD, 511, 0x4000 << 12 | P | W | U | PS)
     assert tables.read((1 << 64) - 4096)[0] == 0x41FF
+
+
+def test_two_walkers_on_one_entry_lose_no_accessed_or_dirty_bit(tables):
+    """Another vCPU sets the dirty bit between this walker's look at the entry and its update of the accessed bit."""
+
+    class Interrupted(GuestWalker):
+        def _set(self, table_gfn, at, bits):
+            if at == PT * 512 + 5:
+                tables.write(5 << 12)
+            super()._set(table_gfn, at, bits)
+
+    walker = Interrupted(memoryview(tables.words), tables.nested_write)
+    walker.cr3 = PML4 << 12
+    tables.put(PT, 5, 0x123 << 12 | P | W | U)
+    walker.translate(5 << 12, write=False, fetch=False)
+    assert tables.get(PT, 5) == 0x123 << 12 | P | W | U | A | D
+
+
+def test_an_entry_that_the_guest_changes_meanwhile_keeps_the_change(tables):
+    new = 0x456 << 12 | P | NX
+
+    class Interrupted(GuestWalker):
+        def _set(self, table_gfn, at, bits):
+            if at == PT * 512 + 5:
+                tables.put(PT, 5, new)
+            super()._set(table_gfn, at, bits)
+
+    walker = Interrupted(memoryview(tables.words), tables.nested_write)
+    walker.cr3 = PML4 << 12
+    tables.put(PT, 5, 0x123 << 12 | P | W | U)
+    walker.translate(5 << 12, write=True, fetch=False)
+    assert tables.get(PT, 5) == new | A | D

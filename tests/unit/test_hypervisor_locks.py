@@ -2,14 +2,15 @@ import itertools
 
 import pytest
 
-from pageferry.hypervisor.locks import DomainLocks, LockOrderError
+from pageferry.hypervisor import locks as locks_module
+from pageferry.hypervisor.locks import DomainLocks, LockOrderError, LockRank
 
 
 def in_order(locks):
-    return (locks.domain, locks.p2m, locks.shadow, locks.paging, locks.log_dirty)
+    return tuple(locks)
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(5), repeat=2)))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(range(len(LockRank)), repeat=2)))
 def test_a_lock_is_taken_only_after_those_before_it(first, second):
     locks = in_order(DomainLocks())
     with locks[first]:
@@ -34,3 +35,15 @@ def test_the_order_binds_two_domains_in_one_thread():
     one, other = DomainLocks(), DomainLocks()
     with one.p2m, pytest.raises(LockOrderError, match="P2M lock taken while holding P2M"), other.p2m:
         pytest.fail("taken twice")
+
+
+def test_a_lock_of_another_domain_is_not_mine():
+    one, other = DomainLocks(), DomainLocks()
+    with one.p2m:
+        assert one.p2m.mine
+        assert not other.p2m.mine
+
+
+def test_the_order_is_the_one_that_is_written_down():
+    assert "  >  ".join(lock.rank.name for lock in DomainLocks()) in locks_module.__doc__
+    assert [lock.rank for lock in DomainLocks()] == list(LockRank)

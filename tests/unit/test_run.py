@@ -15,10 +15,13 @@ class FakeVcpu:
         self.inside = False
         self.entries = 0
         self._kicked = threading.Event()
+        self.entered = threading.Event()
+        self.left = threading.Event()
 
     def run(self):
         self._kicked.clear()
         self.inside = True
+        self.entered.set()
         self.entries += 1
         try:
             if self.effects:
@@ -30,6 +33,7 @@ class FakeVcpu:
             return None
         finally:
             self.inside = False
+            self.left.set()
 
     def kick(self):
         self._kicked.set()
@@ -147,3 +151,73 @@ def test_a_frozen_guest_stays_where_it_is_whatever_the_user_does(control):
     assert not run.held
     with pytest.raises(VmError, match="not frozen"):
         run.thaw()
+
+
+class Meddler(FakeVcpu):
+    """While somebody waits for it to stop, somebody else resumes the guest, before the kick has its effect."""
+
+    run_control = None
+
+    def kick(self):
+        if self.run_control is not None:
+            control, self.run_control = self.run_control, None
+            control.resume()
+        super().kick()
+
+
+def test_a_pause_that_is_resumed_meanwhile_does_not_hunt_the_vcpus_for_ever(control):
+    vcpu = Meddler()
+    run = control(vcpu)
+    run.resume()
+    while not vcpu.inside:
+        run.wait(0.001)
+    vcpu.run_control = run
+    run.pause()
+    assert vcpu.run_control is None
+    assert run.status is VmStatus.RUNNING
+    run.pause()
+    assert run.status is VmStatus.PAUSED
+    assert not vcpu.inside
+
+
+@pytest.mark.parametrize("effect", [GuestExit(0), SyncPoint(1), GuestCrash("triple fault")])
+def test_what_stops_one_vcpu_stops_all_without_anybody_waiting(control, effect):
+    other = FakeVcpu()
+
+    class First(FakeVcpu):
+        def run(self):
+            assert other.entered.wait(10)
+            return super().run()
+
+    run = control(First(effect), other)
+    run.resume()
+    assert other.left.wait(10)
+
+
+class Caller(FakeVcpu):
+    """A device or a console sink that asks the run control for something, on the vCPU's own thread."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+        self.error = None
+        self.asked = threading.Event()
+
+    def run(self):
+        if not self.asked.is_set():
+            try:
+                self.ask(self.run_control)
+            except VmError as error:
+                self.error = error
+            self.asked.set()
+        return super().run()
+
+
+@pytest.mark.parametrize("ask", ["pause", "freeze", "wait", "close"])
+def test_a_vcpus_own_thread_may_not_wait_for_vcpus_to_stop(control, ask):
+    vcpu = Caller(lambda run: getattr(run, ask)())
+    vcpu.run_control = run = control(vcpu)
+    run.resume()
+    assert vcpu.asked.wait(10)
+    assert "cannot wait for itself" in str(vcpu.error)
+    run.pause()

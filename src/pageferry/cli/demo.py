@@ -37,12 +37,14 @@ def run_demo(
     console.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     accel = ["--accel", machines.accel]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
-        source = _Child("source", Path(folder), "run", workload, "--memory", str(config.memory_bytes), *accel)
+        size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus)]
+        source = _Child("source", Path(folder), "run", workload, *size, *accel)
         destination = _Child("destination", Path(folder), "receive", "tcp://127.0.0.1:0", *accel)
         with source, destination, source.connect() as guest, destination.connect() as receiver:
             uri = str(receiver.execute("x-query-guest")["listening"])
             console.print(
-                f"source: process {source.pid} runs {workload!r} with {format_size(config.memory_bytes)}; "
+                f"source: process {source.pid} runs {workload!r} with {format_size(config.memory_bytes)}"
+                f"{f' and {config.cpus} vCPUs' if config.cpus > 1 else ''}; "
                 f"destination: process {destination.pid} waits at {uri}",
                 markup=False,
                 soft_wrap=True,

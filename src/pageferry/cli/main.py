@@ -54,6 +54,8 @@ ControlOption = Annotated[Path, typer.Option(help="The guest process's control s
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")
 ]
+MAX_CPUS = 8
+CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help="When to stop and copy: downtime or xen.")]
 LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (policy downtime; default 300).")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds at the most (default: downtime 30, xen 5).")]
@@ -142,10 +144,10 @@ def _policy_options(policy: str, downtime_limit: float | None, max_rounds: int |
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _config(memory: str) -> VmConfig:
+def _config(memory: str, cpus: int) -> VmConfig:
     memory_bytes = parse_size(memory)
     ram_layout(memory_bytes)
-    return VmConfig(memory_bytes=memory_bytes)
+    return VmConfig(memory_bytes=memory_bytes, cpus=cpus)
 
 
 @app.command()
@@ -153,6 +155,7 @@ def demo(
     accel: AccelOption = Accel.AUTO,
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
+    cpus: CpusOption = 1,
     policy: PolicyOption = "downtime",
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
@@ -160,7 +163,7 @@ def demo(
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
     load_guest(workload)
-    config = _config(memory)
+    config = _config(memory, cpus)
     options = _policy_options(policy, downtime_limit, max_rounds)
     machines = choose_machines(accel)
     _end_as_by_ctrl_c()
@@ -201,6 +204,7 @@ def _guest_process(accel: Accel, control: Path | None) -> Iterator[GuestProcess]
 def run_guest(
     guest: Annotated[str, typer.Argument(help=f"A built-in workload ({', '.join(WORKLOADS)}) or an ELF file.")],
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
+    cpus: CpusOption = 1,
     accel: AccelOption = Accel.AUTO,
     control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
@@ -209,7 +213,7 @@ def run_guest(
 ) -> None:
     """Run a guest; its console is standard output. Ctrl-C ends it."""
     program = load_guest(guest)
-    config = _config(memory)
+    config = _config(memory, cpus)
     params = GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
     )

@@ -5,12 +5,16 @@ without knowing of each other: the *user's* (``pause``/``resume``: one flag) and
 ``thaw``: a count, held for the length of one operator such as CLEAN, or by a migration from the pause to its end). A
 vCPU runs when neither holds it.
 
+Whoever waits for vCPUs to stop may hold the DOMAIN lock of the software hypervisor, never another that a vCPU may take
+on its way out; and a vCPU's own thread (a device, a console sink) may not wait for that at all: it is refused.
+
 Stopping is asked for with ``kick()``. A kick may come just before the vCPU enters the guest and be lost there, so
 whoever waits repeats it until every vCPU has said that it stopped.
 """
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,7 +138,14 @@ class RunControl:
             self._changed.notify_all()
 
     def pause(self) -> None:
-        """Set the user's pause; returns when every vCPU has stopped. Does nothing to a guest that has ended."""
+        """Set the user's pause; returns when every vCPU has stopped, or when somebody has resumed the guest meanwhile.
+
+        Does nothing to a guest that has ended.
+
+        Raises:
+            VmError: a vCPU's own thread called.
+        """
+        self._refuse_vcpus()
         with self._changed:
             self._user_paused = True
             self._changed.notify_all()
@@ -143,8 +154,12 @@ class RunControl:
     def freeze(self) -> None:
         """Hold every vCPU outside the guest until :meth:`thaw`, whatever the user pauses or resumes; nests.
 
-        Any thread but a vCPU's. The user's own pause is neither read nor changed.
+        The user's own pause is neither read nor changed.
+
+        Raises:
+            VmError: a vCPU's own thread called.
         """
+        self._refuse_vcpus()
         with self._changed:
             self._stops += 1
             self._changed.notify_all()
@@ -179,14 +194,20 @@ class RunControl:
 
     def wait(self, timeout_s: float | None = None) -> VmStatus:
         """Wait until the user's pause holds or the guest has ended, and every vCPU is outside; return the status."""
+        self._refuse_vcpus()
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            self._changed.wait_for(lambda: self._status() is not VmStatus.RUNNING, timeout_s)
-            if self._status() is not VmStatus.RUNNING:
+            while True:
+                left_s = None if deadline_s is None else deadline_s - time.monotonic()
+                if not self._changed.wait_for(lambda: self._status() is not VmStatus.RUNNING, left_s):
+                    return self._status()
                 self._until_outside()
-            return self._status()
+                if not any(self._inside):  # or somebody has resumed it meanwhile
+                    return self._status()
 
     def close(self) -> None:
         """Stop every vCPU for good and join the threads."""
+        self._refuse_vcpus()
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -197,8 +218,12 @@ class RunControl:
     def _held(self) -> bool:
         return self._user_paused or self._stops > 0 or self._closing or self._end is not None
 
+    def _refuse_vcpus(self) -> None:
+        if threading.current_thread() in self._threads:
+            raise VmError("a vCPU cannot wait for itself to stop", hint="ask from another thread")
+
     def _until_outside(self) -> None:
-        while any(self._inside):
+        while self._held() and any(self._inside):
             for index, inside in enumerate(self._inside):
                 if inside:
                     self._vcpus[index].kick()
@@ -228,6 +253,8 @@ class RunControl:
                 self._inside[index] = False
                 self._act(effect, end)
                 self._changed.notify_all()
+                if self._end is not None or isinstance(effect, SyncPoint):
+                    self._until_outside()  # one vCPU ended or stopped the guest: the others may not run on
                 if isinstance(effect, Wait):
                     self._changed.wait_for(self._held, effect.duration_s)
 

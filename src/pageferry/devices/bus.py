@@ -1,11 +1,14 @@
 """DeviceBus: dispatches port I/O and MMIO to devices, saves and restores them all.
 
-One lock serialises device accesses of several vCPUs. An access that no device claims reads all ones and ignores
+One lock serialises device accesses of several vCPUs; the software hypervisor gives it a place in its order of locks.
+A device may write guest memory under it, and its marks take the log-dirty lock: so nobody who holds that waits for a
+vCPU, and no device waits for vCPUs to stop. An access that no device claims reads all ones and ignores
 writes, as on a PC.
 """
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pageferry.core.errors import VmError
@@ -49,7 +52,11 @@ class DeviceBus:
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self.devices = tuple(devices)
-        self._lock = threading.Lock()
+        self._lock: AbstractContextManager[object] = threading.Lock()
+
+    def use_lock(self, lock: AbstractContextManager[object]) -> None:
+        """Serialise accesses by another lock, before anything runs."""
+        self._lock = lock
 
     def port_read(self, port: int, size: int) -> int:
         """Return what IN reads."""

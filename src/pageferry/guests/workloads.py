@@ -43,6 +43,7 @@ WORKLOADS: dict[str, Workload] = {
         _workload("kv", "a hash table under inserts, updates and deletes that checks itself", "table operation", 64, 4),
         _workload("stamp", "writes the round number it is told, for the test oracle", "round", 16, 1),
         _workload("pagetables", "remaps pages in its own page tables, writes through them, checks", "remap", 8, 1),
+        _workload("smp", "vCPUs that send each other items through rings, and check them", "item received", 16, 4),
         _workload("dma", "fills and copies through the DMA engine and checks the result", "transfer", 8, 4),
     )
 }

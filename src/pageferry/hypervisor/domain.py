@@ -31,16 +31,21 @@ class Domain(Machine):
     """One guest on the software hypervisor; implements :class:`pageferry.core.vm.Vm`.
 
     Args:
-        config: memory and vCPUs.
+        config: memory and 1 to 8 vCPUs.
         paging_mode: ``hap`` or ``shadow``.
 
     Raises:
         UsageError: the memory size is impossible.
-        UnsupportedError: no such paging mode.
+        UnsupportedError: no such paging mode, or too many vCPUs.
     """
+
+    MAX_VCPUS = 8
+    """More would only wait for each other."""
 
     def __init__(self, config: VmConfig, *, paging_mode: str = "hap") -> None:
         _check_mode(paging_mode)
+        if not 1 <= config.cpus <= self.MAX_VCPUS:
+            raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
         gfn_limit = regions[-1].first_gfn + regions[-1].pages
@@ -75,6 +80,7 @@ class Domain(Machine):
         for vcpu in self.vcpus:
             vcpu.paging = vcpu.shadow_mmu.paging = self.paging
             vcpu.use_shadow(paging_mode == "shadow")
+        self.platform.bus.use_lock(self.locks.devices)
         self._attach(self.vcpus, self.paging)
 
     def _ops(self, mode: str) -> LogDirtyOps:

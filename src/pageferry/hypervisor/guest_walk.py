@@ -29,7 +29,10 @@ Checks", "Page-Fault Exception" and "Nested Paging".
 
 from collections.abc import Callable
 
+import numpy as np
+
 from pageferry.core.frames import PAGE_SHIFT
+from pageferry.core.hostmem import atomic_or_u32
 
 _PRESENT, _WRITE, _USER = 1 << 0, 1 << 1, 1 << 2
 _ACCESSED, _DIRTY, _PSE, _NX = 1 << 5, 1 << 6, 1 << 7, 1 << 63
@@ -90,7 +93,7 @@ class GuestWalker:
         nested_update: Callable[[int], None] | None = None,
     ) -> None:
         self._words = words
-        self._bytes = words.cast("B")
+        self._hva = np.frombuffer(words, np.uint64).ctypes.data  # of word 0; words keeps it mapped
         self.nested_access = nested_access
         self.nested_update = nested_update
         self.cr3 = 0
@@ -140,7 +143,7 @@ class GuestWalker:
             raise self._fault(gva, write, fetch, PF_PRESENT)
         wanted = _ACCESSED | _DIRTY if write else _ACCESSED
         if entry & wanted != wanted:
-            self._set(table_gfn, at, entry, wanted)
+            self._set(table_gfn, at, wanted)
             entry |= wanted
         return gfn, may_write and bool(entry & _DIRTY), not nx
 
@@ -173,7 +176,7 @@ class GuestWalker:
                 found = at, (gfn & -(1 << (shift - PAGE_SHIFT))) + in_page, writable, user, nx, table_gfn
                 break
             if not entry & _ACCESSED:
-                self._set(table_gfn, at, entry, _ACCESSED)
+                self._set(table_gfn, at, _ACCESSED)
             table_gfn = gfn
         else:
             at = self.nested_access(table_gfn) << 9
@@ -188,11 +191,11 @@ class GuestWalker:
             return True
         return bool(entry & _PSE and entry & _RESERVED_IN_LARGE[shift])
 
-    def _set(self, table_gfn: int, at: int, entry: int, bits: int) -> None:
+    def _set(self, table_gfn: int, at: int, bits: int) -> None:
         if self.nested_update is not None:
             self.nested_update(table_gfn)
-        # One byte: the rest of the entry is the guest's, who may be changing it on another vCPU.
-        self._bytes[at << 3] = (entry | bits) & 0xFF
+        # As one step: another vCPU's walker may be setting the other bit, and the guest changing the entry, right now.
+        atomic_or_u32(self._hva + (at << 3), bits)
 
     def _fault(self, gva: int, write: bool, fetch: bool, error_code: int) -> GuestPageFault:
         error_code |= PF_WRITE if write else 0

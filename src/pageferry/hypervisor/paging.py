@@ -237,11 +237,14 @@ class Paging:
     def fix_and_mark(self, gfn: int) -> None:
         """Handle a write fault on a log-dirty page: set its bit and make it WRITABLE, as one step.
 
-        Does nothing when the page is not log-dirty any more (another vCPU was first). Counts the fault.
+        Does nothing when the page is not log-dirty any more (another vCPU was first, and its fault counted): between
+        two CLEANs a page is counted once, however many vCPUs write it at a time (law 8).
 
         Source: RFC, ``p2m_fix_table()`` and ``paging_mark_dirty()``.
         """
         with self._locks.p2m:
+            if self._p2m.lookup(gfn)[1] != P2MType.RAM_LOGDIRTY:
+                return
             with self._locks.log_dirty:
                 if self._bitmap is None:
                     return

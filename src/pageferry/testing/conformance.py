@@ -91,7 +91,7 @@ CHECKS: tuple[Check, ...] = (
     _check(2, copies.stamped_copy),
     _check(2, races.changed_between_cleans),
     _check(2, races.peek_grows),
-    *(_free(2, workload) for workload in ("stamp", "sweep", "random", "hotset", "kv", "idle", "pagetables")),
+    *(_free(2, workload) for workload in ("stamp", "sweep", "random", "hotset", "kv", "smp", "idle", "pagetables")),
     _free(4, "dma"),
     _check(2, races.peeking_thread),
     _check(4, races.writing_thread),

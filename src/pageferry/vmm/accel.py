@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.core.errors import UnsupportedError
 from pageferry.core.vm import Vm, VmConfig
 
 
@@ -45,20 +45,13 @@ def choose_machines(accel: Accel) -> Machines:
     return Machines(accel="kvm", reason=reason, make_vm=_make_kvm)
 
 
-def _one_cpu(config: VmConfig) -> None:
-    if config.cpus != 1:
-        raise UsageError(f"guests have one vCPU, not {config.cpus}")
-
-
 def _make_soft(config: VmConfig) -> Vm:
     from pageferry.hypervisor.domain import Domain
 
-    _one_cpu(config)
     return Domain(config)
 
 
 def _make_kvm(config: VmConfig) -> Vm:
     from pageferry.kvm.vm import KvmVm
 
-    _one_cpu(config)
     return KvmVm(config)

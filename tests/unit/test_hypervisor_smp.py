@@ -1,0 +1,227 @@
+"""Several vCPUs on the software hypervisor; and marks from every place that needs them, whatever locks are held."""
+
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.devices import dma
+from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor import audit
+from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.locks import LockOrderError
+from pageferry.hypervisor.npf import nested_page_fault
+
+MiB = 1 << 20
+PAGE = 4096
+PATIENCE_S = 20
+
+
+@pytest.fixture
+def domains():
+    made = []
+
+    def make(cpus=1, workload=None, **params):
+        domain = Domain(VmConfig(memory_bytes=8 * MiB, cpus=cpus))
+        made.append(domain)
+        if workload is not None:
+            boot(domain, load_workload(workload), params=GuestParams(**params))
+            domain.resume()
+        return domain
+
+    yield make
+    for domain in made:
+        domain.pause()
+        audit.check(domain)
+        domain.close()
+
+
+def in_thread(action):
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return thread
+
+
+def joined(thread):
+    thread.join(PATIENCE_S)
+    return not thread.is_alive()
+
+
+def works(domain):
+    """Wait until every vCPU has done more work."""
+    before = read_status(domain.memory, domain.config.cpus)
+    for _ in range(60_000):
+        assert domain.wait(0.001) is VmStatus.RUNNING, (domain.end, read_status(domain.memory, domain.config.cpus))
+        now = read_status(domain.memory, domain.config.cpus)
+        if all(new.work > old.work for new, old in zip(now, before, strict=True)):
+            return True
+    return False
+
+
+def pages(domain):
+    return np.frombuffer(domain.memory.read(0, 8 * MiB), np.uint64).reshape(-1, 512)
+
+
+@contextmanager
+def clean_under_way(domain):
+    """A thread is in CLEAN and waits for vCPUs that do not stop, until the block ends; yields a list for its bitmap."""
+    waiting, go, bitmaps = threading.Event(), threading.Event(), []
+
+    @contextmanager
+    def slow_hold():
+        waiting.set()
+        assert go.wait(PATIENCE_S)
+        yield
+
+    hold, domain.paging._hold = domain.paging._hold, slow_hold
+    thread = in_thread(lambda: bitmaps.append(domain.paging.clean()))
+    assert waiting.wait(PATIENCE_S)
+    yield bitmaps
+    go.set()
+    assert joined(thread)
+    domain.paging._hold = hold
+
+
+def gfns(*numbers):
+    return np.array(numbers, np.uint64)
+
+
+def test_a_device_marks_while_clean_waits_for_vcpus(domains):
+    """The order that would deadlock if CLEAN held the bitmap's lock, or the P2M's, while it waits."""
+    domain = domains()
+    domain.paging.enable()
+    bus = domain.platform.bus
+    with clean_under_way(domain) as bitmaps:
+        bus.mmio_write(dma.DMA_MMIO + 0x08, 8, 5 * PAGE)
+        bus.mmio_write(dma.DMA_MMIO + 0x10, 8, 2 * PAGE)
+        writer = in_thread(lambda: bus.mmio_write(dma.DMA_MMIO + 0x28, 4, dma.COMMAND_FILL))
+        assert joined(writer)
+        assert bus.mmio_read(dma.DMA_MMIO + 0x2C, 4) == dma.STATUS_DONE
+    assert bitmaps[0].gfns().tolist() == [5, 6]
+
+
+def test_a_vcpu_faults_while_clean_waits_for_it(domains):
+    domain = domains()
+    domain.paging.enable()
+    with clean_under_way(domain) as bitmaps:
+        fault = in_thread(lambda: nested_page_fault(domain.p2m, domain.paging, 9, write=True))
+        assert joined(fault)
+    assert bitmaps[0].gfns().tolist() == [9]
+
+
+def test_the_engine_marks_and_looks_while_clean_waits(domains):
+    domain = domains()
+    domain.paging.enable()
+    with clean_under_way(domain) as bitmaps:
+        assert joined(in_thread(lambda: domain.memory.write(7 * PAGE, b"x")))
+        counts = []
+        assert joined(in_thread(lambda: counts.append(domain.paging.stats().dirty_count)))
+        assert counts == [1]
+    assert bitmaps[0].gfns().tolist() == [7]
+
+
+@pytest.mark.parametrize("outer", ["domain", "devices", "p2m", "paging"])
+def test_a_mark_may_be_made_under_every_lock_but_its_own(domains, outer):
+    domain = domains()
+    domain.paging.enable()
+    with getattr(domain.locks, outer):
+        domain.paging.mark(gfns(3))
+    assert domain.paging.peek().gfns().tolist() == [3]
+    with domain.locks.log_dirty, pytest.raises(LockOrderError):
+        domain.paging.mark(gfns(4))
+
+
+@pytest.mark.parametrize("operator", ["enable", "peek", "clean", "off"])
+def test_a_device_may_not_call_an_operator(domains, operator):
+    """It would wait for the vCPU that is executing the access."""
+    domain = domains()
+
+    class Rude(dma.DmaDevice):
+        def write(self, offset, size, value):
+            getattr(domain.paging, operator)()
+
+    bus = domain.platform.bus
+    bus.devices = (Rude(domain.memory),)
+    with pytest.raises(LockOrderError, match="DOMAIN lock taken while holding DEVICES"):
+        bus.mmio_write(dma.DMA_MMIO, 8, 0)
+    assert not domain.locks.devices.mine
+
+
+def test_a_device_may_not_pause_the_guest_from_a_vcpus_thread(domains):
+    domain = Domain(VmConfig(memory_bytes=8 * MiB))
+    errors, asked = [], threading.Event()
+
+    def sink(data):
+        try:
+            domain.pause()
+        except VmError as error:
+            errors.append(str(error))
+        asked.set()
+
+    domain.on_console(sink)
+    boot(domain, load_workload("idle"))
+    domain.resume()
+    assert asked.wait(PATIENCE_S)
+    domain.pause()
+    domain.close()
+    assert "cannot wait for itself" in errors[0]
+
+
+@pytest.mark.parametrize("cpus", [2, 4, 8])
+def test_a_pause_stops_every_vcpu_and_the_memory_with_it(domains, cpus):
+    domain = domains(cpus, "sweep", working_set_bytes=64 * PAGE)
+    for _ in range(5):
+        assert works(domain)
+        domain.pause()
+        before = domain.memory.read(0, 8 * MiB)
+        domain.save_state()
+        assert domain.memory.read(0, 8 * MiB) == before
+        domain.resume()
+
+
+@pytest.mark.parametrize("cpus", [2, 4])
+def test_vcpus_fault_on_the_same_pages_and_are_counted_once(domains, cpus):
+    """All vCPUs write the status page and share the program's: each such page is one fault in a cycle."""
+    domain = domains(cpus, "smp", working_set_bytes=64 * PAGE)
+    assert works(domain)
+    domain.paging.enable()
+    for _ in range(20):
+        assert works(domain)
+        domain.freeze()
+        before, dirty = domain.paging.stats().fault_count, domain.paging.peek()
+        assert before - getattr(domain, "counted", 0) == dirty.count()
+        domain.counted = before
+        audit.check(domain)
+        domain.paging.clean()
+        domain.thaw()
+    assert read_status(domain.memory, cpus)[0].error == 0
+
+
+def test_every_tlb_is_flushed_before_its_vcpu_runs_again(domains):
+    domain = domains(4, "sweep", working_set_bytes=64 * PAGE)
+    assert works(domain)
+    domain.paging.enable()
+    for _ in range(10):
+        assert works(domain)
+        domain.freeze()
+        domain.paging.clean()
+        before = pages(domain)
+        domain.thaw()
+        assert works(domain)
+        domain.freeze()
+        changed = np.flatnonzero((pages(domain) != before).any(axis=1)).tolist()
+        reported = domain.paging.peek()
+        assert set(changed) <= set(reported.gfns().tolist())
+        assert changed
+        domain.thaw()
+
+
+@pytest.mark.parametrize("cpus", [0, Domain.MAX_VCPUS + 1])
+def test_so_many_vcpus_are_refused(cpus):
+    with pytest.raises(UnsupportedError, match="1 to 8 vCPUs"):
+        Domain(VmConfig(memory_bytes=8 * MiB, cpus=cpus))
