@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pageferry.core.errors import LogDirtyError
+from pageferry.core.errors import LogDirtyError, VmError
 from pageferry.core.state import MachineState
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables
@@ -310,3 +310,53 @@ def test_the_audit_finds_a_shadow_entry_that_the_p2m_does_not_allow(machines):
     with pytest.raises(audit.AuditError, match="writable in the shadows only"):
         audit.check(domain)
     domain.shadow.blow()
+
+
+def test_shadows_keep_a_walk_to_themselves_when_the_pool_is_exhausted(machines):
+    """A guest that dirties page after page of splintered memory, with no frame for the P2M to split with."""
+    # for ever: for each 2 MiB from 6 MiB to 14 MiB: store; then meet the host
+    code = "bf00006000" + "8907" + "81c700002000" + "81ff0000e000" + "72f0" + SYNC + "ebe7"
+    domain = machines(code)
+    domain.resume()
+    assert domain.wait(10) is VmStatus.PAUSED
+    assert domain.sync_value() is not None
+    domain.log_dirty.enable()
+    pool = domain.machine.pool
+    pool.set_allocation(pool.needed)
+    for _ in range(3):
+        domain.resume()
+        assert domain.wait(10) is VmStatus.PAUSED
+        assert domain.sync_value() is not None, domain.end
+    audit.check(domain)
+    with pytest.raises(LogDirtyError, match="allocations failed"):
+        domain.log_dirty.clean()
+    assert domain.log_dirty.stats().dirty_count >= 4
+    domain.log_dirty.off()
+    pool.set_allocation(len(pool.tables))
+    domain.log_dirty.enable()
+    domain.log_dirty.clean()
+    domain.resume()
+    assert domain.wait(10) is VmStatus.PAUSED
+    assert set(range(0x600, 0xE00, 0x200)) <= set(domain.log_dirty.clean().gfns().tolist())
+
+
+def test_a_pool_without_room_for_one_walk_ends_the_guest_and_hangs_nobody(machines):
+    domain = machines()
+    domain.machine.pool.allocation = domain.machine.pool.used
+    domain.resume()
+    assert domain.wait(10) is VmStatus.CRASHED
+    assert "no room for the shadows of one walk" in domain.end.crash
+
+
+def test_shadow_mode_needs_its_promise(machines):
+    domain = machines()
+    domain.set_paging_mode("hap")
+    pool = domain.machine.pool
+    pool.set_allocation(pool.used + 15)
+    with pytest.raises(VmError, match="no room for shadow tables"):
+        domain.set_paging_mode("shadow")
+    assert domain.paging_mode == "hap"
+    pool.set_allocation(pool.used + 16)
+    domain.set_paging_mode("shadow")
+    with pytest.raises(VmError, match="are in use"):
+        pool.set_allocation(pool.used + 15)

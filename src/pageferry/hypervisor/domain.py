@@ -24,6 +24,8 @@ from pageferry.hypervisor.shadow import ShadowPaging
 
 _SPARE_POOL_FRAMES = 8
 _SPARE_SHADOW_FRAMES = 64
+#: One walk's shadows are four; the rest makes it rarer that they are blown.
+_PROMISED_SHADOW_FRAMES = 16
 _GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
@@ -80,6 +82,7 @@ class Domain(Machine):
         for vcpu in self.vcpus:
             vcpu.paging = vcpu.shadow_mmu.paging = self.paging
             vcpu.use_shadow(paging_mode == "shadow")
+        self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
         self.platform.bus.use_lock(self.locks.devices)
         self._attach(self.vcpus, self.paging)
 
@@ -97,9 +100,12 @@ class Domain(Machine):
         Raises:
             UnsupportedError: there is no such mode.
             LogDirtyError: log-dirty is on; nothing changed.
+            VmError: the paging pool has no room for shadow tables; nothing changed.
         """
         _check_mode(mode)
         with self.locks.domain, self.run_control.stopped(), self.locks.p2m:
+            if not self.paging.enabled:
+                self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if mode == "shadow" else 0)
             self.paging.set_mode(mode, self._ops(mode))
             self.shadow.blow()
             for vcpu in self.vcpus:

@@ -115,7 +115,10 @@ class ReverseMap:
 
 
 class PagingPool:
-    """Frames for the P2M's tables (Xen's HAP pool).
+    """Frames for the P2M's tables, and in shadow mode for shadows (Xen's HAP and shadow pools in one).
+
+    Shadows can be made anew at any time and the P2M's tables cannot, so nothing but the *promise* keeps the P2M from
+    taking the last frame: a few are kept for shadows, without which no instruction of the guest could complete.
 
     ``tables`` is uint64[frames, 512] over the pool's machine memory: row r is the frame ``first_mfn + r``.
 
@@ -132,6 +135,8 @@ class PagingPool:
         """How many frames the domain may use; at most the pool's size."""
         self.reserved = 0
         """Frames' worth of memory that is accounted here but lies elsewhere: the log-dirty bitmap."""
+        self._promised = 0
+        self._shadows = 0
         self._lock = lock
         self._free: list[Mfn] = []
         self._fresh = 0
@@ -141,6 +146,11 @@ class PagingPool:
         """How many frames are in use."""
         return self._fresh - len(self._free) + self.reserved
 
+    @property
+    def needed(self) -> int:
+        """The smallest allocation that would do now: what is in use, and what is kept for shadows."""
+        return self.used + self._kept()
+
     def set_allocation(self, frames: int) -> None:
         """Decide how many frames the domain may use (Xen's SET_ALLOCATION).
 
@@ -148,17 +158,35 @@ class PagingPool:
             VmError: fewer than are in use, or more than the machine has; nothing changed.
         """
         with self._lock:
-            if not self.used <= frames <= len(self.tables):
+            needed = self.needed
+            if not needed <= frames <= len(self.tables):
                 raise VmError(
                     f"the paging pool cannot have {frames} frames: "
-                    f"{self.used} are in use, the machine has {len(self.tables)}"
+                    f"{needed} are in use, the machine has {len(self.tables)}"
                 )
             self.allocation = frames
+
+    def promise(self, frames: int) -> None:
+        """Keep so many frames for shadows, those in use by shadows included; 0 in HAP mode.
+
+        Raises:
+            VmError: they are not there; nothing changed.
+        """
+        with self._lock:
+            if self.used + max(0, frames - self._shadows) > self.allocation:
+                raise VmError(
+                    f"the paging pool has no room for shadow tables: {self.used} of {self.allocation} are in use",
+                    hint="give the domain a larger paging pool",
+                )
+            self._promised = frames
+
+    def _kept(self) -> int:
+        return max(0, self._promised - self._shadows)
 
     def reserve(self, frames: int) -> bool:
         """Account for ``frames`` more, or tell that they are not there."""
         with self._lock:
-            if self.used + frames > self.allocation:
+            if self.used + self._kept() + frames > self.allocation:
                 return False
             self.reserved += frames
             return True
@@ -168,11 +196,12 @@ class PagingPool:
         with self._lock:
             self.reserved -= frames
 
-    def allocate(self) -> Mfn | None:
-        """Return a zeroed frame, or None when the allocation is exhausted."""
+    def allocate(self, *, shadow: bool = False) -> Mfn | None:
+        """Return a zeroed frame, for a table of the P2M or a shadow, or None when the allocation is exhausted."""
         with self._lock:
-            if self.used >= self.allocation:
+            if self.used + (0 if shadow else self._kept()) >= self.allocation:
                 return None
+            self._shadows += shadow
             if self._free:
                 mfn = self._free.pop()
                 self.tables[mfn - self.first_mfn] = 0
@@ -181,9 +210,10 @@ class PagingPool:
             self._fresh += 1
             return mfn
 
-    def release(self, mfn: Mfn) -> None:
+    def release(self, mfn: Mfn, *, shadow: bool = False) -> None:
         """Take a frame back; nothing refers to it any more."""
         with self._lock:
+            self._shadows -= shadow
             self._free.append(mfn)
 
 

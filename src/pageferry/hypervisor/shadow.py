@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.locks import OrderedLock
@@ -136,10 +137,13 @@ class ShadowPaging:
         only have become more permissive since it was looked at.
         """
         with self.lock:
+            blown = not self.tables.frames
             try:
                 return self._enter(path, gva, gfn)
             except NoFrame:
                 self._blow()
+                if blown:  # not even one walk fits: to walk again would be to walk for ever
+                    raise VmError("the paging pool has no room for the shadows of one walk") from None
                 return None
 
     def _enter(self, path: list[tuple[int, int]], gva: int, gfn: int) -> int | None:

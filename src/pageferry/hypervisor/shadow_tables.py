@@ -218,7 +218,7 @@ class ShadowTables:
     def blow(self) -> None:
         """Throw every shadow away (Xen's ``shadow_blow_tables``)."""
         for mfn in self.frames.values():
-            self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn
+            self._pool.release(mfn, shadow=True)  # type: ignore[arg-type]  # it is an Mfn
         for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._gfns):
             book.clear()
 
@@ -239,7 +239,7 @@ class ShadowTables:
         return frozenset(self._writable.get(gfn, ()))
 
     def _make(self, key: Key) -> int:
-        mfn = self._pool.allocate() if len(self.frames) < self._budget else None
+        mfn = self._pool.allocate(shadow=True) if len(self.frames) < self._budget else None
         if mfn is None:
             raise NoFrame
         self._row(mfn)[:] = 0

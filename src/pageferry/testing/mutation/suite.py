@@ -1,6 +1,7 @@
 """All faults, and for each what has to find it."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from pageferry.engine.destination import Destination
 from pageferry.hypervisor.domain import Domain
@@ -63,6 +64,8 @@ def sound_benches(*, kvm: bool) -> Iterator[tuple[Room, Lab, tuple[Check, ...]]]
     for memory_bytes in (ODD, BEHIND_THE_HOLE):
         soft = Lab(make_vm=Domain, memory_bytes=memory_bytes, seed=_SEED)
         yield Room.HYPERVISOR, soft, (*conformance.CHECKS, *checks.CHECKS)
+        shadow = Lab(make_vm=partial(Domain, paging_mode="shadow"), memory_bytes=memory_bytes, seed=_SEED)
+        yield Room.HYPERVISOR, shadow, (*conformance.CHECKS, *checks.CHECKS)
         if kvm:
             yield Room.KVM, Lab(make_vm=KvmVm, memory_bytes=memory_bytes, seed=_SEED), conformance.CHECKS
     yield Room.ENGINE, Lab(make_vm=Domain, memory_bytes=ODD, seed=_SEED), migration_checks(Engine())

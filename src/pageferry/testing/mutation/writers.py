@@ -145,8 +145,7 @@ def walker_writes_unmarked(domain: Domain) -> None:
         return domain.p2m.lookup(gfn)[0]
 
     for vcpu in domain.vcpus:
-        name = "nested_access" if hasattr(vcpu._walker, "nested_access") else "_nested_write"
-        replace(vcpu._walker, name, lambda _: access)
+        replace(vcpu._walker, "nested_access", lambda _: access)
 
 
 @fault(
