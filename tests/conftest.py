@@ -99,6 +99,8 @@ def guests(make_vm):
 
     yield make
     for vm in made:
+        if isinstance(vm, Domain):
+            audit.check(vm)
         vm.close()
 
 

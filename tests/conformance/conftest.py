@@ -1,4 +1,4 @@
-"""Every tracker: KVM's, and the software hypervisor's in each paging mode and in hybrid order."""
+"""Every tracker: KVM's, and the software hypervisor's in each paging mode, in hybrid order, and without superpages."""
 
 from functools import partial
 
@@ -22,7 +22,22 @@ def hybrid(config):
     return domain
 
 
-MACHINES = {"kvm": KvmVm, "hap": Domain, "shadow": partial(Domain, paging_mode="shadow"), "hybrid": hybrid}
+def small_pages(config):
+    """Make a Domain whose P2M has no superpages, and makes none."""
+    domain = Domain(config)
+    with domain.locks.p2m:
+        domain.p2m.prepare(domain.memory.all_ram().gfns())
+    domain.p2m.join = lambda: None
+    return domain
+
+
+MACHINES = {
+    "kvm": KvmVm,
+    "hap": Domain,
+    "small-pages": small_pages,
+    "shadow": partial(Domain, paging_mode="shadow"),
+    "hybrid": hybrid,
+}
 
 
 @pytest.fixture(params=MACHINES)

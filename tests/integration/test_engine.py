@@ -105,6 +105,8 @@ class Inn:
     def close(self):
         self.listener.close()
         for vm in self._made:
+            if isinstance(vm, Domain) and vm is self.vm:
+                audit.check(vm)
             vm.close()
 
 

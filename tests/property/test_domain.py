@@ -74,7 +74,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             self.paging.enable()
         except LogDirtyMemoryError:
             pool = self.domain.machine.pool
-            assert pool.used + -(-self.pages // 32768) > pool.allocation
+            assert pool.needed + -(-self.pages // 32768) > pool.allocation
             return
         self.dirty, self.taken, self.failed = self.held(), set(), False
 
@@ -101,6 +101,21 @@ class DomainAgainstDicts(RuleBasedStateMachine):
     def off(self):
         self.paging.off()
         self.dirty, self.failed = None, False
+
+    @rule(mode=st.sampled_from(["hap", "shadow"]))
+    def switch_the_paging_mode(self, mode):
+        if self.dirty is not None:
+            with pytest.raises(LogDirtyError, match="while log-dirty is on"):
+                self.domain.set_paging_mode(mode)
+            return
+        try:
+            self.domain.set_paging_mode(mode)
+        except VmError:
+            pool = self.domain.machine.pool
+            assert mode == "shadow"
+            assert pool.used + 16 > pool.allocation
+            return
+        assert self.paging.tracker == mode
 
     # --- writers ---
 
@@ -190,7 +205,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             operation()
         except P2MError:
             pool = self.domain.machine.pool
-            assert pool.used == pool.allocation
+            assert pool.needed == pool.allocation
             return False
         return True
 
@@ -254,7 +269,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
     @rule(spare=st.sampled_from([0, 1, 2, 3, None]))
     def set_allocation(self, spare):
         pool = self.domain.machine.pool
-        self.domain.set_allocation(len(pool.tables) if spare is None else min(pool.used + spare, len(pool.tables)))
+        self.domain.set_allocation(len(pool.tables) if spare is None else min(pool.needed + spare, len(pool.tables)))
 
     @rule()
     def join(self):

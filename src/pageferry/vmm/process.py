@@ -148,7 +148,7 @@ class GuestProcess:
         if end is None:
             raise VmError("the guest has not ended")
         if end.crash is not None:
-            self._event("GUEST_PANICKED", {"action": "shutdown"})
+            self._event("GUEST_PANICKED", {"action": "shutdown", "x-reason": end.crash})
             self._say(f"the guest crashed: {end.crash}")
             return 9
         self._event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
