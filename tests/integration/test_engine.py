@@ -1,6 +1,7 @@
 """The engine over real machines and real sockets: success, and every way to fail before and after the commit."""
 
 import contextlib
+import functools
 import socket
 import struct
 import threading
@@ -231,6 +232,24 @@ def test_there_and_back_again(guests, make_vm, accel):
         attempt(vm, inn.open()).run()
         vm, old = inn.outcome(), vm
         old.close()
+        assert runs_on(vm)
+        inn.listener.close()
+    vm.close()
+
+
+def test_from_machine_to_machine_and_from_mode_to_mode(guests, kvm_support, accel):
+    """The same running guest on real hardware, on nested paging in software and on shadow paging, one after another."""
+    vm = guests("kv")
+    vm.resume()
+    assert runs_on(vm)
+    shadow = functools.partial(Domain, paging_mode="shadow")
+    for make_there, name in ((KvmVm, "kvm"), (shadow, "soft"), (Domain, "soft"), (shadow, "soft"), (KvmVm, "kvm")):
+        inn = Inn(make_there, name)
+        report = attempt(vm, inn.open()).run()
+        vm, old = inn.outcome(), vm
+        old.close()
+        assert (report.source_accel, report.destination_accel) == (old.accel, name)
+        assert report.verified
         assert runs_on(vm)
         inn.listener.close()
     vm.close()

@@ -53,7 +53,7 @@ from pageferry.core.events import (
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.policy import Action, Policy, Progress, RoundStats
 from pageferry.core.vm import Vm, VmStatus
-from pageferry.engine import verify
+from pageferry.engine import estimates, verify
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
@@ -76,7 +76,6 @@ from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 _log = logging.getLogger(__name__)
-_SAMPLES = 3
 
 
 def _ignore(_: Event) -> None:
@@ -381,7 +380,7 @@ class Source:
         while True:
             stats = self._send_round(peer, gfns)
             self._expect_alive()
-            self._fixed_s = state_s + self._measure_verify()
+            self._fixed_s = state_s + estimates.verify_s(self._vm.memory, self._clock.now_s)
             progress = Progress(
                 memory_pages=self._vm.memory.pages, rounds=tuple(self._sender.rounds), fixed_s=self._fixed_s
             )
@@ -395,32 +394,7 @@ class Source:
             gfns = log_dirty.clean().gfns()
 
     def _measure_state(self) -> float:
-        """Return what the state will cost at the pause: saving it here, and as long again for loading it there."""
-        began_s = self._clock.now_s()
-        self._vm.freeze()
-        try:
-            self._vm.save_state()
-        finally:
-            self._vm.thaw()
-        return 2 * (self._clock.now_s() - began_s)
-
-    def _measure_verify(self) -> float:
-        """Return what verification will cost at the pause: finding what has storage, and digesting it.
-
-        The digests are estimated from the best of a few samples: the guest, which runs now, only disturbs them.
-        """
-        now_s = self._clock.now_s
-        began_s = now_s()
-        starts, lengths = verify.populated_runs(self._vm.memory)
-        found_s = now_s() - began_s
-        sample = verify.sample_runs(starts, lengths)
-        times_s = []
-        for _ in range(_SAMPLES):
-            began_s = now_s()
-            verify.digest_runs(self._vm.memory, *sample)
-            times_s.append(now_s() - began_s)
-        sample_pages = int(sample[1].sum())
-        return found_s + (min(times_s) * int(lengths.sum()) / sample_pages if sample_pages else 0.0)
+        return estimates.state_s(self._vm, self._clock.now_s)
 
     def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
         def check() -> None:
