@@ -68,6 +68,23 @@ def all_run_on(vm):
     return False
 
 
+def running(guests, *arguments, **options):
+    """Return a guest that runs and has done some work."""
+    vm = guests(*arguments, **options)
+    vm.resume()
+    assert runs_on(vm)
+    return vm
+
+
+@contextlib.contextmanager
+def cut_when_held(wire):
+    """Cut the wire as soon as it holds what it was told to hold; what is held is lost."""
+    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
+    cutter.start()
+    yield
+    cutter.join()
+
+
 class Inn:
     """A destination that takes in one guest after another, each on a thread."""
 
@@ -191,9 +208,7 @@ def test_a_guest_with_several_vcpus_moves_and_each_runs_on(guests, inn, accel, c
 
 
 def test_law_7_memory_is_equal_at_the_pause(guests, inn):
-    vm = guests("random", working_set_bytes=8 << 20)
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests, "random", working_set_bytes=8 << 20)
     taken = {}
 
     def before_run(there, name):
@@ -210,9 +225,7 @@ def test_law_7_memory_is_equal_at_the_pause(guests, inn):
 
 
 def test_a_paused_guest_stays_paused(guests, inn):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     vm.pause()
     before = work(vm)
     report = attempt(vm, inn.open(), DowntimePolicy()).run()
@@ -239,9 +252,7 @@ def test_there_and_back_again(guests, make_vm, accel):
 
 def test_from_machine_to_machine_and_from_mode_to_mode(guests, kvm_support, accel):
     """The same running guest on real hardware, on nested paging in software and on shadow paging, one after another."""
-    vm = guests("kv")
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests, "kv")
     shadow = functools.partial(Domain, paging_mode="shadow")
     for make_there, name in ((KvmVm, "kvm"), (shadow, "soft"), (Domain, "soft"), (shadow, "soft"), (KvmVm, "kvm")):
         inn = Inn(make_there, name)
@@ -275,9 +286,7 @@ def corrupting(inn, change):
 
 
 def test_a_mismatch_names_the_first_gfn_and_fails_closed(guests, inn):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
 
     def flip(memory):
         for gfn in (0x10, 0x101, 0x102):
@@ -294,9 +303,7 @@ def test_a_mismatch_names_the_first_gfn_and_fails_closed(guests, inn):
 
 
 def test_a_page_that_only_the_destination_has_fails_closed(guests, inn):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     last_gfn = vm.memory.gfn_limit - 1
     assert last_gfn not in expand_runs(*vm.memory.populated()).tolist()
     plain = corrupting(inn, lambda memory: memory.write(last_gfn * 4096 + 4095, b"\1"))
@@ -312,9 +319,7 @@ def test_a_page_that_only_the_destination_has_fails_closed(guests, inn):
 
 @pytest.mark.parametrize("cut_after_bytes", [0, 10, 16, 100, 300, 500, 5_000, 150_000])
 def test_a_cut_leaves_the_guest_here(guests, inn, wires, cut_after_bytes):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     wire = wires(inn.open(), cut_after_bytes=cut_after_bytes or 1)
     source = attempt(vm, wire.uri)
     with pytest.raises(MigrationError) as caught:
@@ -328,25 +333,18 @@ def test_a_cut_leaves_the_guest_here(guests, inn, wires, cut_after_bytes):
     "frame", [FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=lambda f: f.name
 )
 def test_a_cut_before_the_commit_leaves_the_guest_here(guests, inn, wires, frame):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     wire = wires(inn.open(), hold_at=marker(frame))
     source = attempt(vm, wire.uri)
-    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
-    cutter.start()
-    with pytest.raises(TransportError, match="cut"):
+    with cut_when_held(wire), pytest.raises(TransportError, match="cut"):
         source.run()
-    cutter.join()
     wire.release()
     assert isinstance(inn.outcome(), MigrationError)
     expect_as_before(vm, inn, source)
 
 
 def test_a_stall_is_noticed(guests, inn, wires):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     wire = wires(inn.open(), hold_at=marker(FrameType.READY))
     source = attempt(vm, wire.uri, timeout_s=0.5)
     with pytest.raises(TransportError, match=r"stood still for 0\.5 s"):
@@ -358,16 +356,11 @@ def test_a_stall_is_noticed(guests, inn, wires):
 
 
 def test_law_6_an_unanswered_commit_ends_unknown_and_paused(guests, inn, wires):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     wire = wires(inn.open(), hold_at=marker(FrameType.RUNNING))
     source = attempt(vm, wire.uri)
-    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
-    cutter.start()
-    with pytest.raises(TransportError) as caught:
+    with cut_when_held(wire), pytest.raises(TransportError) as caught:
         source.run()
-    cutter.join()
     assert caught.value.guest_at is source.report.guest_at is GuestAt.UNKNOWN
     there = inn.outcome()
     assert runs_on(there)  # it did arrive; only the answer was lost
@@ -383,16 +376,11 @@ def test_law_6_an_unanswered_commit_ends_unknown_and_paused(guests, inn, wires):
 
 
 def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(guests, inn, wires):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     wire = wires(inn.open(), hold_at=marker(FrameType.COMMIT))
     source = attempt(vm, wire.uri)
-    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
-    cutter.start()
-    with pytest.raises(TransportError) as caught:
+    with cut_when_held(wire), pytest.raises(TransportError) as caught:
         source.run()
-    cutter.join()
     assert caught.value.guest_at is GuestAt.UNKNOWN
     assert isinstance(inn.outcome(), MigrationError)
     source.take_back()
@@ -404,9 +392,7 @@ def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(guests,
 
 
 def test_a_destination_that_fails_after_the_commit_gives_the_guest_back(guests, inn):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
 
     def refuse(there, name):
         raise VmError("no room at the inn after all")
@@ -437,9 +423,7 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
 
 
 def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypatch):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     monkeypatch.setattr("pageferry.engine.destination.available_bytes", lambda: 40_000)
     source = attempt(vm, inn.open())
     with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
@@ -451,9 +435,7 @@ def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypa
 
 
 def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(guests, inn, monkeypatch):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     tracker = type(vm.log_dirty)
     broken = {"peek": tracker.peek, "stats": tracker.stats}
 
@@ -481,18 +463,14 @@ def test_observers_cannot_end_a_migration(guests, inn):
     def look(event):
         raise RuntimeError("I saw nothing")
 
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
     report = attempt(vm, inn.open(on_event=look), on_event=look).run()
     assert report.status == "completed"
     assert runs_on(inn.outcome())
 
 
 def test_a_guest_that_runs_there_is_there_whatever_fails_here(guests, inn, monkeypatch):
-    vm = guests()
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests)
 
     def fail(self):
         raise VmError("cannot be turned off")
@@ -572,9 +550,7 @@ class Never:
 
 
 def test_a_cancel_leaves_the_guest_here(guests, inn):
-    vm = guests("hotset")
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests, "hotset")
     source = attempt(vm, inn.open(), Never(lambda index: source.cancel() if index == 2 else None))
     with pytest.raises(PolicyAbort, match="cancelled"):
         source.run()
@@ -584,9 +560,7 @@ def test_a_cancel_leaves_the_guest_here(guests, inn):
 
 
 def test_a_policy_that_gives_up_leaves_the_guest_here(guests, inn):
-    vm = guests("hotset")
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests, "hotset")
     source = attempt(vm, inn.open(), DowntimePolicy(limit_s=1e-9))
     with pytest.raises(PolicyAbort, match="verification alone"):
         source.run()
@@ -595,9 +569,7 @@ def test_a_policy_that_gives_up_leaves_the_guest_here(guests, inn):
 
 
 def test_a_guest_that_ends_during_the_migration_stays_ended(guests, inn):
-    vm = guests("stamp")
-    vm.resume()
-    assert runs_on(vm)
+    vm = running(guests, "stamp")
 
     def crash(index):
         vm.freeze()

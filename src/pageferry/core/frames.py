@@ -41,11 +41,6 @@ def gpa_of(gfn: int) -> Gpa:
     return Gpa(gfn << PAGE_SHIFT)
 
 
-def pages_for(size_bytes: int) -> int:
-    """Return how many pages hold ``size_bytes``, rounded up."""
-    return (size_bytes + PAGE_SIZE - 1) >> PAGE_SHIFT
-
-
 def gfns_touched(gpa: int, size_bytes: int) -> GfnArray:
     """Return every frame that the ``size_bytes`` bytes at ``gpa`` lie in, ascending; none when the size is 0."""
     if size_bytes <= 0:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import VmError
-from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_2M, GfnArray, Mfn
+from pageferry.core.frames import PAGE_SHIFT, PAGES_PER_2M, GfnArray, Mfn
 from pageferry.core.hostmem import HostMapping, MemFd
 from pageferry.hypervisor.locks import OrderedLock
 
@@ -315,8 +315,3 @@ class MachineMemory:
 def _extent_pages(extents_2m: int) -> int:
     wanted = -(-extents_2m // _MAX_EXTENTS)
     return PAGES_PER_2M << max(0, (wanted - 1).bit_length())
-
-
-def page_of(maddr: int) -> int:
-    """Return ``maddr`` rounded down to its page."""
-    return maddr & -PAGE_SIZE
