@@ -36,9 +36,6 @@ from pageferry.core.errors import (
     MigrationError,
     PeerError,
     PolicyAbort,
-    RemoteStreamError,
-    TransportError,
-    TruncatedError,
     VerifyError,
     VmError,
 )
@@ -55,6 +52,7 @@ from pageferry.core.policy import Action, Policy, Progress, RoundStats
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import estimates, verify
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.failures import as_migration_error
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
@@ -245,27 +243,12 @@ class Source:
         except MigrationError:
             raise
         except Exception as error:
-            phase = str(self._clock.current)
             at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
             if self._cancelled:
-                raise PolicyAbort("cancelled", phase=phase, guest_at=at) from error
-            if isinstance(error, PeerFailedError):
-                raise PeerError(error.reason, phase=phase, guest_at=at, hint=error.hint) from error
-            if isinstance(error, TruncatedError) or (isinstance(error, OSError) and not isinstance(error, VmError)):
-                raise TransportError(self._broken(error), phase=phase, guest_at=at) from error
-            if isinstance(error, RemoteStreamError):
-                raise PeerError(str(error), phase=phase, guest_at=at) from error
-            if isinstance(error, VmError):
-                raise MigrationError(str(error), phase=phase, guest_at=at, hint=error.hint) from error
-            raise MigrationError(f"internal error: {error!r}", phase=phase, guest_at=at) from error
-
-    def _broken(self, error: OSError | TruncatedError) -> str:
-        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        if self._clock.current is Phase.CONNECT:
-            return f"cannot connect to {self._endpoint}: {why}"
-        if isinstance(error, TimeoutError):
-            return f"the connection to {self._endpoint} stood still for {self._timeout_s:g} s"
-        return f"the connection to {self._endpoint} was cut: {why}"
+                raise PolicyAbort("cancelled", phase=str(self._clock.current), guest_at=at) from error
+            raise as_migration_error(
+                error, phase=self._clock.current, guest_at=at, peer=str(self._endpoint), timeout_s=self._timeout_s
+            ) from error
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""

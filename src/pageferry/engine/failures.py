@@ -1,0 +1,45 @@
+"""What went wrong, in the words of a migration: the phase, where the guest is, and one line for a person."""
+
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PeerError,
+    RemoteStreamError,
+    TransportError,
+    TruncatedError,
+    VmError,
+)
+from pageferry.core.events import Phase
+from pageferry.engine.conversation import PeerFailedError
+
+
+def as_migration_error(
+    error: Exception, *, phase: Phase, guest_at: GuestAt, peer: str, timeout_s: float
+) -> MigrationError:
+    """Return the MigrationError that the caller raises from ``error``.
+
+    Args:
+        error: anything that a phase may raise, a MigrationError excepted.
+        phase: in which it was raised.
+        guest_at: where the guest is now.
+        peer: the address of the other side.
+        timeout_s: how long it was allowed to stand still.
+    """
+    if isinstance(error, PeerFailedError):
+        return PeerError(error.reason, phase=str(phase), guest_at=guest_at, hint=error.hint)
+    if isinstance(error, VmError):  # before OSError: a KvmError is both, and no fault of the connection
+        return MigrationError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
+    if isinstance(error, TruncatedError | OSError):
+        return TransportError(_broken(error, phase, peer, timeout_s), phase=str(phase), guest_at=guest_at)
+    if isinstance(error, RemoteStreamError):
+        return PeerError(str(error), phase=str(phase), guest_at=guest_at)
+    return MigrationError(f"internal error: {error!r}", phase=str(phase), guest_at=guest_at)
+
+
+def _broken(error: OSError | TruncatedError, phase: Phase, peer: str, timeout_s: float) -> str:
+    why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if phase is Phase.CONNECT:
+        return f"cannot connect to {peer}: {why}"
+    if isinstance(error, TimeoutError):
+        return f"the connection to {peer} stood still for {timeout_s:g} s"
+    return f"the connection to {peer} was cut: {why}"
