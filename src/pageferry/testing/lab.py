@@ -85,12 +85,12 @@ class Guest:
         found = self.vm.sync_value() if status is VmStatus.PAUSED else None
         require(found == value, f"the guest did not reach sync point {value}: {status}, {self.vm.end}, value {found}")
 
-    def progress(self) -> None:
-        """Wait until the running guest has done some more work."""
-        before = self.work()
+    def progress(self, work: int = 1) -> None:
+        """Wait until the running guest has done ``work`` more of its work."""
+        wanted = self.work() + work
         for _ in range(int(_GIVE_UP_S / _POLL_S)):
             self.require_running()
-            if self.work() != before:
+            if self.work() >= wanted:
                 return
             self.vm.wait(_POLL_S)
         raise Violation("the guest makes no progress")

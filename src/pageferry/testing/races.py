@@ -15,6 +15,8 @@ from pageferry.core.frames import gpa_of
 from pageferry.testing.lab import STATUS_GFN, Copy, Guest, Lab, Violation, listed, require
 
 _ROUNDS = 12
+#: What a free-running guest does in each round at least: enough to come by every part of a small working set.
+_ROUND_WORK = 100
 _CHANGES = 16
 _MAX_CLEANS = 10_000
 #: Operations per second of a guest that takes about 10 ms to come by a page again.
@@ -31,7 +33,7 @@ def free_running(lab: Lab, workload: str) -> None:
         copy = _start_copy(guest)
         for _ in range(_ROUNDS):
             copy.take(guest.log_dirty.clean())
-            guest.progress()
+            guest.progress(1 if workload == "idle" else _ROUND_WORK)
         _finish_copy(guest, copy)
 
 
