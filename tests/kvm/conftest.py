@@ -15,6 +15,7 @@ from pageferry.core.frames import SIZE_2M
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm
+from pageferry.kvm.trackers import AUTOMATIC_BITMAP, DEFAULT_TRACKER
 
 TABLES_GPA, PROGRAM_GPA, DATA_GPA, STACK_GPA = 0x1_0000, 0x10_0000, 0x18_0000, 0xF_F000
 GATE_PORT = 0x500
@@ -96,7 +97,10 @@ def write_identity_map(memory):
 def make_guest(program=None, *, memory_bytes=4 << 20, manual_protect=None, vcpus=(), devices=(), **registers):
     """Return a paused machine; with ``program`` (a name) it is ready to run it with those registers."""
     states = vcpus or (start_state(**registers),)
-    vm = KvmVm(VmConfig(memory_bytes=memory_bytes, cpus=len(states)), manual_protect=manual_protect)
+    vm = KvmVm(
+        VmConfig(memory_bytes=memory_bytes, cpus=len(states)),
+        tracker=AUTOMATIC_BITMAP if manual_protect is False else DEFAULT_TRACKER,
+    )
     vm.platform.bus.devices += tuple(devices)
     if program is not None:
         write_identity_map(vm.memory)

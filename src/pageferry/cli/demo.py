@@ -35,7 +35,7 @@ def run_demo(
         PageferryError: something of it failed; both processes are gone.
     """
     console.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
-    accel = ["--accel", machines.accel]
+    accel = ["--accel", machines.accel, *(["--tracker", machines.tracker] if machines.tracker else [])]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
         size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus)]
         source = _Child("source", Path(folder), "run", workload, *size, *accel)

@@ -50,6 +50,10 @@ _err = Console(stderr=True, highlight=False)
 _out = Console(highlight=False)
 
 AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
+TrackerOption = Annotated[
+    str | None,
+    typer.Option(help="How dirty pages are found: hap or shadow (soft), kvm-bitmap (kvm)."),
+]
 ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")
@@ -153,6 +157,7 @@ def _config(memory: str, cpus: int) -> VmConfig:
 @app.command()
 def demo(
     accel: AccelOption = Accel.AUTO,
+    tracker: TrackerOption = None,
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     cpus: CpusOption = 1,
@@ -165,7 +170,7 @@ def demo(
     load_guest(workload)
     config = _config(memory, cpus)
     options = _policy_options(policy, downtime_limit, max_rounds)
-    machines = choose_machines(accel)
+    machines = choose_machines(accel, tracker)
     _end_as_by_ctrl_c()
     _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
 
@@ -177,8 +182,8 @@ def _end_as_by_ctrl_c() -> None:
 
 
 @contextmanager
-def _guest_process(accel: Accel, control: Path | None) -> Iterator[GuestProcess]:
-    machines = choose_machines(accel)
+def _guest_process(accel: Accel, tracker: str | None, control: Path | None) -> Iterator[GuestProcess]:
+    machines = choose_machines(accel, tracker)
     _err.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
 
     def say(message: str) -> None:
@@ -206,6 +211,7 @@ def run_guest(
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     cpus: CpusOption = 1,
     accel: AccelOption = Accel.AUTO,
+    tracker: TrackerOption = None,
     control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
     rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
@@ -217,7 +223,7 @@ def run_guest(
     params = GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
     )
-    with _guest_process(accel, control) as process:
+    with _guest_process(accel, tracker, control) as process:
         process.boot(program, config, params)
         process.start()
         code = process.wait()
@@ -229,10 +235,11 @@ def receive(
     uri: Annotated[str, typer.Argument(help="Where to wait: tcp://HOST:PORT (port 0: any) or unix:PATH.")],
     control: ControlOption,
     accel: AccelOption = Accel.AUTO,
+    tracker: TrackerOption = None,
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
-    with _guest_process(accel, control) as process:
+    with _guest_process(accel, tracker, control) as process:
         bound = process.listen(endpoint)
         _err.print(f"waiting for a guest at {bound}", markup=False)
         process.start()

@@ -12,10 +12,10 @@ from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.kvm import uapi, vcpu_state
-from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.cpuid import baseline, set_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.slots import slots_of
+from pageferry.kvm.trackers import DEFAULT_TRACKER, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
 
 #: Four pages below 4 GiB, in the PCI hole and away from every device: scratch that VMX needs on some hosts.
@@ -38,8 +38,7 @@ class KvmVm(Machine):
 
     Args:
         config: what the guest needs.
-        manual_protect: whether the dirty bitmap is cleared by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2); None: where
-            the kernel offers it.
+        tracker: how dirty pages are found: a name out of :data:`pageferry.kvm.trackers.TRACKERS`, or one of one's own.
 
     Raises:
         UnsupportedError: there is no usable KVM here, it lacks something, or cannot hold such a guest.
@@ -47,7 +46,8 @@ class KvmVm(Machine):
         KvmError: the kernel refused.
     """
 
-    def __init__(self, config: VmConfig, *, manual_protect: bool | None = None) -> None:
+    def __init__(self, config: VmConfig, *, tracker: str | Tracker = DEFAULT_TRACKER) -> None:
+        kind = find_tracker(tracker) if isinstance(tracker, str) else tracker
         with ExitStack() as undo:  # what was opened is closed again, the last first, if a later step fails
             system = undo.enter_context(SystemFd())
             for name, capability in _REQUIRED.items():
@@ -58,6 +58,7 @@ class KvmVm(Machine):
                 raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
             super().__init__(config, GuestMemory.linear(config.memory_bytes))
             self.vm_fd = undo.enter_context(system.create_vm())
+            kind.prepare(self.vm_fd)
             self._set_up_vm()
             self.slots = slots_of(self.memory)
             for slot in self.slots:
@@ -68,7 +69,7 @@ class KvmVm(Machine):
                 fd = undo.enter_context(self.vm_fd.create_vcpu(index))
                 set_cpuid(fd, baseline(supported, index=index, cpus=config.cpus))
                 self.vcpus += (KvmVcpu(fd, self.platform.bus, index=index),)
-            self._attach(self.vcpus, self._make_log(manual_protect))
+            self._attach(self.vcpus, kind.make(self))
             self._owned = undo.pop_all()
 
     def _set_up_vm(self) -> None:
@@ -77,18 +78,6 @@ class KvmVm(Machine):
             self.vm_fd.ioctl(uapi.KVM_SET_IDENTITY_MAP_ADDR, (ctypes.c_uint64 * 1)(_IDENTITY_MAP_GPA))
         if self.vm_fd.check_extension(uapi.KVM_CAP_SET_TSS_ADDR):
             self.vm_fd.ioctl(uapi.KVM_SET_TSS_ADDR, _TSS_GPA)
-
-    def _make_log(self, manual_protect: bool | None) -> KvmBitmapLog:
-        offered = self.vm_fd.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
-        offered &= uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-        if manual_protect and not offered:
-            raise UnsupportedError(
-                "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "this KVM does not clear its dirty bitmap by hand"
-            )
-        manual = bool(offered) if manual_protect is None else manual_protect
-        if manual:
-            self.vm_fd.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
-        return KvmBitmapLog(self.vm_fd, self.memory, self.slots, manual_protect=manual)
 
     @property
     def accel(self) -> str:

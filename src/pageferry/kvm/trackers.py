@@ -1,0 +1,69 @@
+"""The dirty trackers of a KVM machine, by name, and what each needs of the kernel.
+
+A tracker is chosen before the machine is made, because some must be set up while the VM has no vCPU yet. Whatever the
+kernel does not offer is an UnsupportedError that says what is missing, from ``prepare`` or from ``make``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pageferry.core.errors import UnsupportedError
+from pageferry.core.vm import LogDirty
+from pageferry.kvm import uapi
+from pageferry.kvm.bitmap_log import KvmBitmapLog
+from pageferry.kvm.fds import VmFd
+
+if TYPE_CHECKING:
+    from pageferry.kvm.vm import KvmVm
+
+DEFAULT_TRACKER = "kvm-bitmap"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracker:
+    """One kind of tracker.
+
+    ``prepare``: called with the new VM, before it has memory or vCPUs.
+    ``make``: called once memory, slots and vCPUs are there and nothing has run.
+    """
+
+    prepare: Callable[[VmFd], None]
+    make: Callable[["KvmVm"], LogDirty]
+
+
+def find_tracker(name: str) -> Tracker:
+    """Return the tracker of that name.
+
+    Raises:
+        UnsupportedError: KVM machines have no such tracker.
+    """
+    if name not in TRACKERS:
+        raise UnsupportedError("tracker", f"no tracker {name} on kvm", hint=f"one of {', '.join(TRACKERS)}")
+    return TRACKERS[name]
+
+
+def offers_manual_protect(vm: VmFd) -> bool:
+    """Tell whether the dirty bitmap can be cleared by hand."""
+    offered = vm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    return bool(offered & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+
+
+def _prepare_bitmap(vm: VmFd) -> None:
+    if offers_manual_protect(vm):
+        vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+
+
+def _make_bitmap(vm: "KvmVm") -> LogDirty:
+    return KvmBitmapLog(vm.vm_fd, vm.memory, vm.slots, manual_protect=offers_manual_protect(vm.vm_fd))
+
+
+def _make_automatic_bitmap(vm: "KvmVm") -> LogDirty:
+    return KvmBitmapLog(vm.vm_fd, vm.memory, vm.slots, manual_protect=False)
+
+
+TRACKERS: dict[str, Tracker] = {
+    DEFAULT_TRACKER: Tracker(prepare=_prepare_bitmap, make=_make_bitmap),
+}
+#: How ``kvm-bitmap`` works where the kernel has no manual protect; for tests on one that has.
+AUTOMATIC_BITMAP = Tracker(prepare=lambda _: None, make=_make_automatic_bitmap)
