@@ -243,6 +243,42 @@ def test_above_the_pci_hole(kvm, manual_protect):
     assert gfns(vm.log_dirty.clean()) == {6 << 18}
 
 
+def test_a_range_is_cleaned_and_asked_of_its_own_slots_only(kvm, manual_protect, monkeypatch):
+    at = (0x20_0000, 0x24_0000, (4 << 30) + PAGE_SIZE)
+    vm = kvm.guest("touch", memory_bytes=4 << 30, manual_protect=manual_protect, rdi=at[0], rsi=at[1], rbp=at[2])
+    vm.log_dirty.enable()
+    run_to_end(vm)
+    vm.log_dirty.mark(np.array([3, 0x243], np.uint64))
+    asked, real = [], vm.vm_fd.ioctl
+
+    def ioctl(number, argument=0):
+        asked.append((uapi.IOCTL_NAMES[number], argument.slot))
+        return real(number, argument)
+
+    monkeypatch.setattr(vm.vm_fd, "ioctl", ioctl)
+    assert gfns(vm.log_dirty.clean_range(range(0x240, 0x280))) == {0x240, 0x243}
+    taken = ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"][: 2 if manual_protect else 1]
+    assert asked == [(name, 0) for name in taken]
+    assert gfns(vm.log_dirty.peek()) == {3, 0x200, (4 << 18) + 1}
+    asked.clear()
+    assert gfns(vm.log_dirty.clean_range(range(4 << 18, 1 << 40))) == {(4 << 18) + 1}
+    assert asked == [(name, 1) for name in taken]
+    asked.clear()
+    assert not vm.log_dirty.clean_range(range(3 << 18, 4 << 18)).any()  # nothing but the hole
+    assert asked == []
+    assert gfns(vm.log_dirty.clean()) == {3, 0x200}
+
+
+def test_a_range_of_no_whole_words_is_refused_and_takes_nothing(kvm, manual_protect):
+    vm = kvm.guest("touch", manual_protect=manual_protect, rdi=0x20_0000, rsi=0x21_0000, rbp=0x22_0000)
+    vm.log_dirty.enable()
+    run_to_end(vm)
+    for wrong in (range(0x200, 0x210), range(0x201, 0x240), range(-64, 0x400)):
+        with pytest.raises(ValueError, match="whole words"):
+            vm.log_dirty.clean_range(wrong)
+    assert gfns(vm.log_dirty.clean()) == {0x200, 0x210, 0x220}
+
+
 def refuse(vm, monkeypatch, request, *, after):
     """Make the kernel refuse ``request`` once ``after`` of them have passed."""
     real, seen = vm.vm_fd.ioctl, []

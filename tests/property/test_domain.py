@@ -90,6 +90,19 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             self.taken |= self.dirty
             self.dirty = self.held()
 
+    @rule(low=st.integers(0, 24), words=st.integers(0, 24))
+    def clean_a_range(self, low, words):
+        first = self.at(64 * low) & -64
+        gfns = range(first, first + 64 * words)
+        if self.dirty is None or self.failed:
+            with pytest.raises(LogDirtyError if self.dirty is None else LogDirtyMemoryError):
+                self.paging.clean_range(gfns)
+            return
+        inside = {gfn for gfn in self.dirty if gfn in gfns}
+        assert set(self.paging.clean_range(gfns).gfns().tolist()) == inside
+        self.taken |= inside
+        self.dirty = self.dirty - inside | {gfn for gfn in self.held() if gfn in gfns}
+
     @rule()
     def give_back(self):
         if self.dirty is not None:

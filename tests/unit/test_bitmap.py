@@ -88,6 +88,30 @@ def test_ranges_agree_with_a_set(data, draw):
     assert set(bitmap.gfns().tolist()) == frames - set(range(first, first + count))
 
 
+@given(sets(), st.integers(0, 6), st.integers(0, 6), st.booleans())
+def test_take_moves_the_bits_of_a_range(data, low, high, odd):
+    nbits, frames = data
+    gfns = range(64 * low, max(nbits, 64 * high) + 1 if odd else 64 * high)
+    bitmap = DirtyBitmap.of(nbits, sorted(frames))
+    taken = bitmap.take(gfns)
+    assert taken.nbits == nbits
+    assert set(taken.gfns().tolist()) == frames & set(gfns)
+    assert set(bitmap.gfns().tolist()) == frames - set(gfns)
+    taken.words[:] = 0
+    assert set(bitmap.gfns().tolist()) == frames - set(gfns)
+
+
+@pytest.mark.parametrize(
+    "gfns",
+    [range(1, 64), range(32, 96), range(65), range(129), range(-64, 64), range(0, 192, 2), range(191, -1, -1)],
+)
+def test_a_range_that_shares_a_word_is_refused_and_nothing_is_taken(gfns):
+    bitmap = DirtyBitmap.of(130, range(130))
+    with pytest.raises(ValueError, match="whole words"):
+        bitmap.take(gfns)
+    assert bitmap.count() == 130
+
+
 @given(sets(), st.integers(1, 70))
 def test_runs_cover_the_frames_in_order(data, max_pages):
     nbits, frames = data

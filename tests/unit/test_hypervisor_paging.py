@@ -49,6 +49,45 @@ def test_a_cycle(domain):
     assert types(domain, 5, 6, 700, 1536) == ["RAM_RW"] * 4
 
 
+def test_the_cycle_of_a_range_ends_and_that_of_the_others_goes_on(domain):
+    paging = domain.paging
+    paging.enable()
+    write(domain, 5, 63, 64, 700, 1536)
+    paging.mark(marks(6, 65))
+    assert paging.clean_range(range(64, 704)).gfns().tolist() == [64, 65, 700]
+    audit.check(domain)
+    assert types(domain, 5, 63, 64, 700, 1536) == ["RAM_RW", "RAM_RW", "RAM_LOGDIRTY", "RAM_LOGDIRTY", "RAM_RW"]
+    assert paging.journal().tolist() == [5, 63, 1536]
+    write(domain, 64)
+    assert paging.clean_range(range(64)).gfns().tolist() == [5, 6, 63]
+    assert paging.clean_range(range(1536, 1 << 40)).gfns().tolist() == [1536]
+    assert paging.clean().gfns().tolist() == [64]
+    assert paging.journal().size == 0
+    audit.check(domain)
+
+
+def test_frames_that_others_write_are_set_again_only_in_the_range(domain):
+    paging = domain.paging
+    paging.enable()
+    paging.hold_writable(marks(3, 70))
+    assert paging.clean_range(range(64)).gfns().tolist() == [3]
+    assert paging.peek().gfns().tolist() == [3, 70]
+    paging.let_go(marks(3, 70))
+    assert paging.clean_range(range(64, 128)).gfns().tolist() == [70]
+    assert paging.clean_range(range(64, 128)).gfns().tolist() == []
+    assert paging.clean().gfns().tolist() == [3]
+
+
+def test_a_range_of_no_whole_words_is_refused_and_takes_nothing(domain):
+    domain.paging.enable()
+    write(domain, 5, 70)
+    for gfns in (range(1, 128), range(100), range(0, 128, 2)):
+        with pytest.raises(ValueError, match="whole words"):
+            domain.paging.clean_range(gfns)
+    audit.check(domain)
+    assert domain.paging.clean().gfns().tolist() == [5, 70]
+
+
 def test_one_fault_per_page_per_cycle(domain):
     domain.paging.enable()
     write(domain, 5, 5, 6, 5)

@@ -60,7 +60,7 @@ def clears_after_it_protects(domain):
                 dirty = paging._complete().copy()
             paging._ops.clean(np.array(paging._journal, np.uint64))
             with locks.log_dirty:
-                paging._new_cycle()
+                paging._end_cycle(range(domain.memory.gfn_limit))
             paging._flush_tlbs()
             return dirty
 

@@ -167,6 +167,33 @@ class DirtyBitmap:
         where, mask = self._range_mask(first, count)
         self.words[where] &= ~mask
 
+    def words_of(self, gfns: range) -> slice:
+        """Return where the words of a range of frames lie, which no frame beside the range may share.
+
+        What lies past the end of the bitmap is left out; an empty range has no words.
+
+        Raises:
+            ValueError: its start is negative or no multiple of 64, its stop is inside the bitmap and no multiple of
+                64, or it has a step.
+        """
+        first, stop = gfns.start, gfns.stop
+        if gfns.step != 1 or first < 0 or first % _WORD_BITS or (stop % _WORD_BITS and stop < self.nbits):
+            raise ValueError(f"frames {first:#x}..{stop:#x} of {self.nbits:#x} are not whole words of a bitmap")
+        low = min(first // _WORD_BITS, self.words.size)
+        return slice(low, max(low, min(-(-stop // _WORD_BITS), self.words.size)))
+
+    def take(self, gfns: range) -> "DirtyBitmap":
+        """Move the bits of a range out: return them in a bitmap of the same size, and clear them here.
+
+        Raises:
+            ValueError: as :meth:`words_of`; no bit was moved.
+        """
+        where = self.words_of(gfns)
+        taken = DirtyBitmap(self.nbits)
+        taken.words[where] = self.words[where]
+        self.words[where] = 0
+        return taken
+
     def test(self, gfn: int) -> bool:
         """Tell whether frame ``gfn`` is set."""
         return bool(self.test_many(gfn)[0])

@@ -86,6 +86,24 @@ class LogDirty(Protocol):
             LogDirtyError: as :meth:`peek`; then no bit was cleared.
         """
 
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN of these frames only; bits and protection of all others stay as they are.
+
+        A large guest is cleaned this way, each part just before it is read: what turns dirty again before its part
+        comes is sent once.
+
+        Args:
+            gfns: its start is a multiple of 64, its stop one too or not below ``memory.gfn_limit``. Frames that are
+                not RAM may be in it.
+
+        Returns:
+            A bitmap of ``memory.gfn_limit`` bits, of which only those of the range may be set.
+
+        Raises:
+            LogDirtyError: as :meth:`peek`; then no bit was cleared.
+            ValueError: the range is not as it must be; no bit was cleared.
+        """
+
     def off(self) -> None:
         """OFF: make all RAM WRITABLE, clear the mode bit, free the bitmap. Does nothing when it is off already."""
 

@@ -147,7 +147,9 @@ class Paging:
             with self._locks.log_dirty:
                 self._fault_count = 0
                 self._failed_allocations = 0
-                self._new_cycle()
+                self._bitmap = _zeroed_bitmap(self._memory.gfn_limit)
+                self._bitmap.set(list(self._held_writable))
+                self._words = memoryview(self._bitmap.words)  # type: ignore[arg-type]  # a numpy array is a buffer
             self._ops.enable()
             self._flush_tlbs()
 
@@ -167,11 +169,19 @@ class Paging:
         Raises:
             LogDirtyError: as :meth:`peek`; then no bit was cleared.
         """
+        return self.clean_range(range(self._memory.gfn_limit))
+
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN of these frames only: the cycle of all others goes on.
+
+        Raises:
+            LogDirtyError: as :meth:`peek`; then no bit was cleared.
+            ValueError: the range does not consist of whole words of the bitmap; no bit was cleared.
+        """
         with self._locks.domain, self._hold(), self._locks.p2m:
             with self._locks.log_dirty:
-                dirty = self._complete()
-                journal = self._new_cycle()
-            self._ops.clean(np.frombuffer(journal, np.uint64) if journal else np.empty(0, np.uint64))
+                dirty, written = self._end_cycle(gfns)
+            self._ops.clean(written)
             self._flush_tlbs()
             return dirty
 
@@ -317,14 +327,15 @@ class Paging:
             )
         return bitmap
 
-    def _new_cycle(self) -> "array[int]":
-        """Start with an empty bitmap and journal; return the journal of the cycle that ends."""
-        journal, self._journal = self._journal, array("Q")
-        self._bitmap = _zeroed_bitmap(self._memory.gfn_limit)
-        if self._held_writable:
-            self._bitmap.set(np.array(list(self._held_writable), np.uint64))
-        self._words = memoryview(self._bitmap.words)  # type: ignore[arg-type]  # a numpy array is a buffer
-        return journal
+    def _end_cycle(self, gfns: range) -> tuple[DirtyBitmap, GfnArray]:
+        """Take the bits of a range, and the frames there that became writable; a new cycle begins for it."""
+        bitmap = self._complete()
+        dirty = bitmap.take(gfns)
+        journal = np.frombuffer(self._journal, np.uint64) if self._journal else np.empty(0, np.uint64)
+        ended = (journal >= gfns.start) & (journal < gfns.stop)
+        self._journal = array("Q", journal[~ended].tobytes())
+        bitmap.set([gfn for gfn in self._held_writable if gfn in gfns])
+        return dirty, journal[ended]
 
 
 def _zeroed_bitmap(nbits: int) -> DirtyBitmap:

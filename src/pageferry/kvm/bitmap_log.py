@@ -46,6 +46,7 @@ KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.
 """
 
 import threading
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,7 +152,7 @@ class KvmBitmapLog:
 
     def _peek(self) -> DirtyBitmap:
         self._expect_on()
-        bitmap = self._get()
+        bitmap = self._get(self._slots)
         with self._held_lock:
             held = self._expect_on()
             if not self.manual_protect:
@@ -166,21 +167,30 @@ class KvmBitmapLog:
             LogDirtyError: log-dirty is off.
             KvmError: the kernel refused; no bit is lost, the next CLEAN has them.
         """
+        return self.clean_range(range(self._memory.gfn_limit))
+
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN of these frames only. Slots that have none of them are not asked.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+            ValueError: the range does not consist of whole words of the bitmap; no bit was cleared.
+            KvmError: the kernel refused; no bit is lost, the next CLEAN has them.
+        """
         with self._operator:
-            self._expect_on()
-            bitmap = self._get()
+            where = self._expect_on().words_of(gfns)
+            slots = [slot for slot in self._slots if slot.words.start < where.stop and where.start < slot.words.stop]
+            bitmap = self._get(slots)
             if self.manual_protect:
-                try:
-                    for slot in self._slots:
+                bitmap = bitmap.take(gfns)
+            try:
+                if self.manual_protect:
+                    for slot in slots:
                         self._clear(slot, bitmap.words[slot.words])
-                except KvmError:
-                    self._keep(bitmap)  # KVM has forgotten some of them
-                    raise
-            fresh = DirtyBitmap(self._memory.gfn_limit)
+            finally:  # what KVM has forgotten is ours now: of the range, or (automatic) of whole slots
+                self._keep(bitmap)
             with self._held_lock:
-                held, self._held = self._expect_on(), fresh
-            bitmap |= held
-            return bitmap
+                return self._expect_on().take(gfns)
 
     def mark(self, gfns: GfnArray) -> None:
         """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
@@ -221,14 +231,14 @@ class KvmBitmapLog:
             held = self._expect_on()
             held |= bitmap
 
-    def _get(self) -> DirtyBitmap:
-        """Return KVM's bits of all slots; without manual protect this clears and protects.
+    def _get(self, slots: Iterable[MemorySlot]) -> DirtyBitmap:
+        """Return KVM's bits of these slots; without manual protect this clears and protects.
 
         On failure no bit is lost.
         """
         bitmap = DirtyBitmap(self._memory.gfn_limit)
         try:
-            for slot in self._slots:
+            for slot in slots:
                 words = bitmap.words[slot.words]
                 # SAFETY: KVM writes ceil(pages/64) words during the call: exactly `words`, which this frame holds.
                 self._vm.ioctl(uapi.KVM_GET_DIRTY_LOG, uapi.KvmDirtyLog(slot=slot.index, dirty_bitmap=_hva(words)))

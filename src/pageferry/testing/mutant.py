@@ -37,6 +37,10 @@ class Faithful:
         """CLEAN."""
         return self._sound.clean()
 
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN of a range."""
+        return self._sound.clean_range(gfns)
+
     def off(self) -> None:
         """OFF."""
         self._sound.off()

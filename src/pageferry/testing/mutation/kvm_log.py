@@ -1,5 +1,6 @@
 """Faults of the tracker over KVM's bitmap: kvm/bitmap_log.py and kvm/slots.py; the kernel's own steps stay."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,11 @@ def kvm_slot_remade_before_read(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def get() -> DirtyBitmap:
-            for slot in log._slots:
+        def get(slots: Iterable[MemorySlot]) -> DirtyBitmap:
+            for slot in slots:
                 slot.set(log._vm)
                 slot.set(log._vm, uapi.KVM_MEM_LOG_DIRTY_PAGES)
-            bitmap: DirtyBitmap = sound()
+            bitmap: DirtyBitmap = sound(slots)
             return bitmap
 
         return get
@@ -53,8 +54,8 @@ def kvm_cleared_unread(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap_get(sound: Any) -> Any:  # noqa: ANN401
-        def get() -> DirtyBitmap:
-            bitmap: DirtyBitmap = sound()
+        def get(slots: Iterable[MemorySlot]) -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound(slots)
             bitmap.words[-1] = 0
             return bitmap
 

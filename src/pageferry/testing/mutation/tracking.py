@@ -50,9 +50,7 @@ def protect_before_swap(domain: Domain) -> None:
                 paging._flush_tlbs()
             store_from_a_vcpu(domain)
             with domain.run_control.stopped(), locks.p2m, locks.log_dirty:
-                dirty = paging._complete()
-                paging._new_cycle()
-                return dirty
+                return paging._end_cycle(range(domain.memory.gfn_limit))[0]
 
     replace(paging, "clean", lambda _: clean)
 
@@ -173,16 +171,15 @@ def shared_word_never_cleared(domain: Domain) -> None:
     paging = domain.paging
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def new_cycle() -> Any:  # noqa: ANN401
-            last = None if paging._bitmap is None else paging._bitmap.words[-1]
-            journal = sound()
-            if last is not None:
-                paging._bitmap.words[-1] = last  # type: ignore[union-attr]  # made by the line before
-            return journal
+        def end_cycle(gfns: range) -> Any:  # noqa: ANN401
+            last = paging._on().words[-1]
+            ended = sound(gfns)
+            paging._on().words[-1] = last
+            return ended
 
-        return new_cycle
+        return end_cycle
 
-    replace(paging, "_new_cycle", wrap)
+    replace(paging, "_end_cycle", wrap)
 
 
 @fault(
