@@ -6,7 +6,7 @@ kernel does not offer is an UnsupportedError that says what is missing, from ``p
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.vm import LogDirty
@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 DEFAULT_TRACKER = "kvm-bitmap"
 
 
+@runtime_checkable
+class Closeable(Protocol):
+    """What a tracker is besides when it owns something, as a thread or a mapping, that must end with the machine."""
+
+    def close(self) -> None:
+        """Free it; no vCPU will run again, and every descriptor of the machine is still open. Called once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracker:
     """One kind of tracker.
 
     ``prepare``: called with the new VM, before it has memory or vCPUs.
-    ``make``: called once memory, slots and vCPUs are there and nothing has run.
+    ``make``: called once memory, slots and vCPUs are there and nothing has run. What it returns is closed with the
+    machine if it is :class:`Closeable`.
     """
 
     prepare: Callable[[VmFd], None]

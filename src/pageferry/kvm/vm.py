@@ -15,7 +15,7 @@ from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.cpuid import baseline, set_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.slots import slots_of
-from pageferry.kvm.trackers import DEFAULT_TRACKER, Tracker, find_tracker
+from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
 
 #: Four pages below 4 GiB, in the PCI hole and away from every device: scratch that VMX needs on some hosts.
@@ -69,7 +69,10 @@ class KvmVm(Machine):
                 fd = undo.enter_context(self.vm_fd.create_vcpu(index))
                 set_cpuid(fd, baseline(supported, index=index, cpus=config.cpus))
                 self.vcpus += (KvmVcpu(fd, self.platform.bus, index=index),)
-            self._attach(self.vcpus, kind.make(self))
+            log_dirty = kind.make(self)
+            if isinstance(log_dirty, Closeable):
+                undo.callback(log_dirty.close)
+            self._attach(self.vcpus, log_dirty)
             self._owned = undo.pop_all()
 
     def _set_up_vm(self) -> None:
