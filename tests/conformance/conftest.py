@@ -4,8 +4,10 @@ from functools import partial
 
 import pytest
 
+from pageferry.core.errors import UnsupportedError
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
+from pageferry.uffd import check_pagemap_scan
 
 
 def hybrid(config):
@@ -31,8 +33,14 @@ def small_pages(config):
     return domain
 
 
-MACHINES = {
+ON_KVM = {
     "kvm": KvmVm,
+    "pagemap-scan": partial(KvmVm, tracker="pagemap-scan"),
+}
+#: What KVM machines with these trackers need besides KVM.
+CHECKED = {"pagemap-scan": check_pagemap_scan}
+MACHINES = {
+    **ON_KVM,
     "hap": Domain,
     "small-pages": small_pages,
     "shadow": partial(Domain, paging_mode="shadow"),
@@ -43,6 +51,10 @@ MACHINES = {
 @pytest.fixture(params=MACHINES)
 def make_vm(request):
     """Makes a machine with the tracker under test from a VmConfig."""
-    if request.param == "kvm":
+    if request.param in ON_KVM:
         request.getfixturevalue("kvm_support")
+        try:
+            CHECKED.get(request.param, lambda: None)()
+        except UnsupportedError as error:
+            pytest.skip(f"{error} ({error.hint})")
     return MACHINES[request.param]

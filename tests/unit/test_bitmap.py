@@ -132,3 +132,25 @@ def test_subtract_runs_is_set_difference(data):
     nbits, first, second = data
     a, b = DirtyBitmap.of(nbits, sorted(first)), DirtyBitmap.of(nbits, sorted(second))
     assert expand_runs(*subtract_runs(*a.runs(max_pages=3), *b.runs())).tolist() == sorted(first - second)
+
+
+@given(
+    st.integers(1, 700),
+    st.lists(st.tuples(st.integers(0, 699), st.integers(1, 300)), max_size=12),
+    st.sets(st.integers(0, 699), max_size=5),
+)
+def test_many_runs_are_set_at_once(nbits, runs, before):
+    runs = [(start, min(length, nbits - start)) for start, length in runs if start < nbits]
+    bitmap = DirtyBitmap.of(nbits, np.array([gfn for gfn in before if gfn < nbits], np.uint64))
+    expected = {gfn for gfn in before if gfn < nbits} | {g for start, n in runs for g in range(start, start + n)}
+    bitmap.set_runs(u64(*(start for start, _ in runs)), u64(*(length for _, length in runs)))
+    assert set(bitmap.gfns().tolist()) == expected
+    assert bitmap == DirtyBitmap.of(nbits, np.array(sorted(expected), np.uint64))
+
+
+@pytest.mark.parametrize("run", [(60, 6), (65, 1), (0, 66), (2**64 - 1, 3)])
+def test_runs_outside_are_refused_and_nothing_is_set(run):
+    bitmap = DirtyBitmap(65)
+    with pytest.raises(IndexError):
+        bitmap.set_runs(u64(3, run[0]), u64(2, run[1]))
+    assert not bitmap.any()

@@ -6,7 +6,7 @@ import pytest
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UsageError, VmError
 from pageferry.core.frames import PAGE_SIZE, gfns_touched
-from pageferry.core.hostmem import available_bytes
+from pageferry.core.hostmem import HostMapping, available_bytes
 from pageferry.core.memory import GuestMemory, ram_layout
 
 MiB = 1 << 20
@@ -92,3 +92,24 @@ def test_frames_touched():
 
 def test_the_host_tells_what_it_can_give():
     assert 0 < available_bytes() < 1 << 50
+
+
+def test_a_second_mapping_shows_the_same_bytes_at_the_same_places_and_outlives_the_first():
+    memory = GuestMemory.linear(3 * GiB + 2 * PAGE_SIZE)
+    again = memory.map_again()
+    assert again.hva != memory.mapping.hva
+    for gpa in (0, 3 * GiB - 8, 4 * GiB + 2 * PAGE_SIZE - 8):
+        memory.write(gpa, b"by host ")
+        assert again.view[gpa : gpa + 8] == b"by host "
+        again.view[gpa : gpa + 8] = b"by guest"
+        assert memory.read(gpa, 8) == b"by guest"
+    assert expand_runs(*memory.populated()).tolist() == [0, (3 * GiB >> 12) - 1, (4 * GiB >> 12) + 1]
+    del memory
+    gc.collect()
+    assert again.view[4 * GiB + 2 * PAGE_SIZE - 8 : 4 * GiB + 2 * PAGE_SIZE] == b"by guest"
+
+
+def test_a_second_mapping_outside_the_first_is_refused():
+    memory = GuestMemory.linear(2 * MiB)
+    with pytest.raises(IndexError):
+        HostMapping(4 * MiB).map_same(memory.mapping, 2 * MiB, PAGE_SIZE)

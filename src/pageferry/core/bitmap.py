@@ -162,6 +162,31 @@ class DirtyBitmap:
         where, mask = self._range_mask(first, count)
         self.words[where] |= mask
 
+    def set_runs(self, starts: GfnArray, lengths: GfnArray) -> None:
+        """Set the frames of many runs; the inverse of :meth:`runs`. Cost grows with the runs and the words they span.
+
+        Args:
+            starts: uint64[m], first frames; order and overlap do not matter.
+            lengths: uint64[m], pages in each run, each at least 1.
+
+        Raises:
+            IndexError: a frame is outside the bitmap; nothing was set.
+        """
+        if not starts.size:
+            return
+        starts, last = self._checked(starts), self._checked(starts + lengths - np.uint64(1))
+        begins, ends = (starts >> np.uint64(6)).astype(np.int64), (last >> np.uint64(6)).astype(np.int64)
+        heads = _ONES << (starts & np.uint64(63))
+        tails = _ONES >> (np.uint64(63) - (last & np.uint64(63)))
+        one_word = begins == ends
+        np.bitwise_or.at(self.words, begins, np.where(one_word, heads & tails, heads))
+        np.bitwise_or.at(self.words, ends[~one_word], tails[~one_word])
+        low = int(begins.min())
+        depth = np.zeros(int(ends.max()) - low + 1, np.int64)  # how many runs cover a whole word: +1 ... -1, summed
+        np.add.at(depth, begins[~one_word] + (1 - low), 1)
+        np.subtract.at(depth, ends[~one_word] - low, 1)
+        self.words[low : low + depth.size][np.cumsum(depth) > 0] = _ONES
+
     def clear_range(self, first: int, count: int) -> None:
         """Clear frames ``first .. first+count-1``; as :meth:`set_range` otherwise."""
         where, mask = self._range_mask(first, count)

@@ -20,6 +20,8 @@ from pageferry.core.frames import PAGE_SHIFT, GfnArray, Hva
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
+_libc.mremap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
@@ -28,6 +30,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
+_MREMAP_MAYMOVE_FIXED = 1 | 2
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 MADV_POPULATE_WRITE = 23
@@ -172,6 +175,20 @@ class HostMapping:
         # SAFETY: MAP_FIXED lands inside our own reservation (checked above).
         if _libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
             _raise("mmap")
+
+    def map_same(self, other: "HostMapping", at: int, size_bytes: int) -> None:
+        """Map at byte ``at`` the very memory that ``other`` has there, shared and writable.
+
+        Both are multiples of the page size, and ``other`` has one piece of one memfd there.
+
+        Source: mremap(2): an old size of 0 on a shared mapping makes a second mapping of the same pages.
+        """
+        self._check(at, size_bytes)
+        other._check(at, size_bytes)
+        # SAFETY: the target lies inside our own reservation (checked above), which MREMAP_FIXED replaces; the source
+        # is only looked at.
+        if _libc.mremap(other.hva + at, 0, size_bytes, _MREMAP_MAYMOVE_FIXED, self.hva + at) == _MAP_FAILED:
+            _raise("mremap")
 
     def map_nothing(self, at: int, size_bytes: int) -> None:
         """Put memory that belongs to nobody into a range: whoever comes late reads zeros there and harms nothing."""

@@ -110,6 +110,19 @@ class GuestMemory:
             mapping.map_fd(memfd, region.gpa, region.gpa, region.size_bytes)
         return cls(regions, mapping, memfd.populated)
 
+    def map_again(self) -> HostMapping:
+        """Return a second mapping of all of RAM, laid out as :attr:`mapping`, for a memory made by :meth:`linear`.
+
+        It can be protected without anybody noticing who uses the first.
+
+        Raises:
+            VmError: the host has no room.
+        """
+        again = HostMapping(self.mapping.size_bytes)
+        for region in self.regions:
+            again.map_same(self.mapping, region.gpa, region.size_bytes)
+        return again
+
     @property
     def pages(self) -> int:
         """How many frames the regions have (the hole not counted, removed frames counted)."""

@@ -3,10 +3,12 @@
 Source: kernel ``api.rst``, KVM_SET_USER_MEMORY_REGION.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.core.memory import GuestMemory, RamRegion
+from pageferry.core.hostmem import HostMapping
+from pageferry.core.memory import RamRegion
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
 
@@ -35,7 +37,7 @@ class MemorySlot:
         Raises:
             KvmError: the kernel refused.
         """
-        # SAFETY: the addresses belong to the GuestMemory that KvmVm holds from before the slot is made until after the
+        # SAFETY: the addresses belong to the mapping that KvmVm holds from before the slot is made until after the
         # VM is closed; if they went away earlier, KVM would only see unmapped memory (it follows the host's tables).
         region = uapi.KvmUserspaceMemoryRegion(
             slot=self.index,
@@ -47,9 +49,9 @@ class MemorySlot:
         vm.ioctl(uapi.KVM_SET_USER_MEMORY_REGION, region)
 
 
-def slots_of(memory: GuestMemory) -> tuple[MemorySlot, ...]:
-    """Return the slots for a guest's RAM."""
+def slots_of(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[MemorySlot, ...]:
+    """Return the slots for a guest's RAM, which ``mapping`` has at offset gpa."""
     return tuple(
-        MemorySlot(index=index, region=region, userspace_addr=memory.mapping.hva + region.gpa)
-        for index, region in enumerate(memory.regions)
+        MemorySlot(index=index, region=region, userspace_addr=mapping.hva + region.gpa)
+        for index, region in enumerate(regions)
     )

@@ -13,6 +13,7 @@ from pageferry.core.vm import LogDirty
 from pageferry.kvm import uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.fds import VmFd
+from pageferry.uffd import PagemapScanLog, VcpuView, check_pagemap_scan
 
 if TYPE_CHECKING:
     from pageferry.kvm.vm import KvmVm
@@ -35,10 +36,12 @@ class Tracker:
     ``prepare``: called with the new VM, before it has memory or vCPUs.
     ``make``: called once memory, slots and vCPUs are there and nothing has run. What it returns is closed with the
     machine if it is :class:`Closeable`.
+    ``own_mapping``: the vCPUs have a host mapping of RAM to themselves, which the tracker may protect.
     """
 
     prepare: Callable[[VmFd], None]
     make: Callable[["KvmVm"], LogDirty]
+    own_mapping: bool = False
 
 
 def find_tracker(name: str) -> Tracker:
@@ -71,8 +74,15 @@ def _make_automatic_bitmap(vm: "KvmVm") -> LogDirty:
     return KvmBitmapLog(vm.vm_fd, vm.memory, vm.slots, manual_protect=False)
 
 
+def _view(vm: "KvmVm") -> VcpuView:
+    return VcpuView(memory=vm.memory, mapping=vm.vcpu_mapping)
+
+
 TRACKERS: dict[str, Tracker] = {
     DEFAULT_TRACKER: Tracker(prepare=_prepare_bitmap, make=_make_bitmap),
+    "pagemap-scan": Tracker(
+        prepare=lambda _: check_pagemap_scan(), make=lambda vm: PagemapScanLog(_view(vm)), own_mapping=True
+    ),
 }
 #: How ``kvm-bitmap`` works where the kernel has no manual protect; for tests on one that has.
 AUTOMATIC_BITMAP = Tracker(prepare=lambda _: None, make=_make_automatic_bitmap)

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from pageferry.vmm.accel import Accel, choose_machines
 
 _TRIAL_MEMORY_BYTES = 32 << 20
 _TRIAL_PATIENCE_S = 10.0
+#: Trackers of KVM that need more of the kernel than KVM does.
+_OTHER_TRACKERS = ("pagemap-scan",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ def examine() -> list[Finding]:
         _try("populate-ahead", _populate, "slower receiving without it; Linux 5.14 has it"),
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
+        *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in _OTHER_TRACKERS),
         _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
     ]
 
@@ -71,9 +75,9 @@ def _populate() -> str:
     return "MADV_POPULATE_WRITE works"
 
 
-def _trial(accel: Accel) -> str:
+def _trial(accel: Accel, tracker: str | None = None) -> str:
     """Run a real guest under log-dirty and see its write in the bitmap."""
-    vm = choose_machines(accel).make_vm(VmConfig(memory_bytes=_TRIAL_MEMORY_BYTES))
+    vm = choose_machines(accel, tracker).make_vm(VmConfig(memory_bytes=_TRIAL_MEMORY_BYTES))
     try:
         return _observe(vm)
     finally:

@@ -1,0 +1,13 @@
+"""Log-dirty by the host's page tables: userfaultfd write protection and PAGEMAP_SCAN, for guests whose vCPUs are KVM's.
+
+KVM follows the host's page tables: a vCPU writes a page only while the host's entry for it is writable. So protecting
+the *host's* mapping is log-dirty without KVM's help. What is protected is a mapping of RAM that only the vCPUs use;
+everybody else (devices, the engine, boot) writes through :class:`~pageferry.core.memory.GuestMemory`'s own, never
+faults, and marks as ever.
+"""
+
+from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
+from pageferry.uffd.pagemap_log import PagemapScanLog
+from pageferry.uffd.view import VcpuView
+
+__all__ = ["PagemapScanLog", "VcpuView", "check_pagemap_scan", "check_userfaultfd"]

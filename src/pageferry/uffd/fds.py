@@ -1,0 +1,281 @@
+"""Owners of the ``userfaultfd`` and pagemap descriptors, and the one ``ioctl``.
+
+Each owner closes its descriptor when collected, if nobody did before. No descriptor survives ``exec``.
+
+Source: userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN(2const); kernel ``admin-guide/mm/userfaultfd.rst``.
+"""
+
+import ctypes
+import errno
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.errors import UffdError, UnsupportedError
+from pageferry.uffd import uapi
+
+DEV_USERFAULTFD = Path("/dev/userfaultfd")
+PAGEMAP = Path("/proc/self/pagemap")
+
+#: Messages taken by one read: every vCPU waits for one fault at the most.
+_BATCH = 256
+#: Regions returned by one PAGEMAP_SCAN (384 KiB); a scan that finds more goes on where it stopped.
+_REGIONS = 1 << 14
+_WP_FEATURES = uapi.UFFD_FEATURE_PAGEFAULT_FLAG_WP | uapi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+
+_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: the interpreter lock is released during the call
+_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+_libc.syscall.restype = ctypes.c_long
+
+
+class _Fd:
+    """One open descriptor; closed when collected at the latest.
+
+    Args:
+        fd: taken over.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
+
+    def fileno(self) -> int:
+        """Return the descriptor, -1 when closed."""
+        return self._fd
+
+    def ioctl(self, request: int, argument: ctypes.Structure) -> int:
+        """Perform one ioctl without the interpreter lock; return its value (not negative).
+
+        Raises:
+            UffdError: it failed; ``call`` is the ioctl's name.
+        """
+        # SAFETY: the structure is the caller's and is referenced by this frame until the call returns.
+        result: int = _libc.ioctl(self._fd, request, ctypes.addressof(argument))
+        if result < 0:
+            raise UffdError(uapi.IOCTL_NAMES[request], ctypes.get_errno())
+        return result
+
+    def close(self) -> None:
+        """Close the descriptor; later calls fail with EBADF. May be called twice."""
+        self._fd = -1
+        self._close()
+
+
+class UffdFd(_Fd):
+    """A ``userfaultfd`` that sees faults of the kernel too (KVM's are), non-blocking.
+
+    Args:
+        features: what it must offer (``UFFD_FEATURE_*``); write protection of shared memory is always asked for.
+
+    Raises:
+        UnsupportedError: there is none, it is forbidden, or it lacks a feature; says which.
+    """
+
+    def __init__(self, features: int = 0) -> None:
+        super().__init__(_open_userfaultfd())
+        wanted = _WP_FEATURES | features
+        try:
+            self.ioctl(uapi.UFFDIO_API, uapi.UffdioApi(api=uapi.UFFD_API, features=wanted))
+        except UffdError as error:
+            self.close()
+            missing = wanted & ~_offered_features()
+            names = [name for bit, name in uapi.FEATURE_NAMES.items() if bit & missing]
+            if not names:
+                raise
+            raise UnsupportedError(
+                names[0],
+                f"this kernel's userfaultfd lacks {', '.join(names)}",
+                hint="Linux 6.7 has all of them; or use --tracker kvm-bitmap",
+            ) from error
+        self._messages = bytearray(_BATCH * uapi.UFFD_MSG.itemsize)
+
+    def register(self, hva: int, size_bytes: int) -> None:
+        """Let write protection of a range be ours; nothing is protected yet.
+
+        Raises:
+            UffdError: the kernel refused.
+        """
+        where = uapi.UffdioRange(start=hva, len=size_bytes)
+        self.ioctl(uapi.UFFDIO_REGISTER, uapi.UffdioRegister(range=where, mode=uapi.UFFDIO_REGISTER_MODE_WP))
+
+    def unregister(self, hva: int, size_bytes: int) -> None:
+        """Make a range writable again and wake whoever waits for a page of it; ours or not.
+
+        To close the descriptor is not enough: a child that was forked may hold it as well.
+
+        Raises:
+            UffdError: the kernel refused.
+        """
+        where = uapi.UffdioRange(start=hva, len=size_bytes)
+        self.ioctl(uapi.UFFDIO_UNREGISTER, where)
+        self.ioctl(uapi.UFFDIO_WAKE, where)  # UNREGISTER itself wakes only those that wait for a missing page
+
+    def protect(self, hva: int, size_bytes: int) -> None:
+        """Write-protect a range, pages without storage included; what is protected stays so.
+
+        When it returns no CPU holds a stale writable translation, and KVM none either: the kernel has flushed the
+        host's TLBs and told KVM (its MMU notifier) to drop what it derived from them.
+
+        Raises:
+            UffdError: the kernel refused; some of it may be protected.
+        """
+        self._write_protect(hva, size_bytes, uapi.UFFDIO_WRITEPROTECT_MODE_WP)
+
+    def unprotect(self, hva: int, size_bytes: int) -> None:
+        """Make a range writable and wake whoever waits for a page of it.
+
+        Raises:
+            UffdError: the kernel refused.
+        """
+        self._write_protect(hva, size_bytes, 0)
+
+    def _write_protect(self, hva: int, size_bytes: int, mode: int) -> None:
+        where = uapi.UffdioRange(start=hva, len=size_bytes)
+        while True:
+            try:
+                self.ioctl(uapi.UFFDIO_WRITEPROTECT, uapi.UffdioWriteprotect(range=where, mode=mode))
+            except UffdError as error:
+                if error.errno != errno.EAGAIN:  # somebody is changing the address space (fork, mremap): soon over
+                    raise
+            else:
+                return
+
+    def read_faults(self) -> NDArray[np.void]:
+        """Return the faults that wait, at once: ``UFFD_MSG[n]``, n possibly 0; the caller's own.
+
+        Raises:
+            UffdError: the kernel refused.
+        """
+        try:
+            # SAFETY: the kernel writes whole messages into a buffer of ours during the call.
+            size_bytes = os.readv(self._fd, [self._messages])
+        except BlockingIOError:
+            size_bytes = 0
+        except OSError as error:
+            raise UffdError("read of userfaultfd", error.errno or errno.EIO) from error
+        return np.frombuffer(self._messages, uapi.UFFD_MSG, size_bytes // uapi.UFFD_MSG.itemsize).copy()
+
+
+class PagemapFd(_Fd):
+    """This process's pagemap, for PAGEMAP_SCAN.
+
+    Raises:
+        UnsupportedError: the kernel has no PAGEMAP_SCAN, or ``/proc`` does not show the pagemap.
+    """
+
+    def __init__(self) -> None:
+        try:
+            super().__init__(os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            raise UnsupportedError(
+                "pagemap",
+                f"{PAGEMAP} cannot be opened: {os.strerror(error.errno or errno.EIO)}",
+                hint="mount /proc, or use --tracker kvm-bitmap",
+            ) from error
+        self._regions = np.zeros(_REGIONS, uapi.PAGE_REGION)
+        try:
+            self._scan(0, 0, 0)
+        except UffdError as error:
+            self.close()
+            raise UnsupportedError(
+                "PAGEMAP_SCAN", "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 has it; or use --tracker kvm-bitmap"
+            ) from error
+
+    def written(self, hva: int, size_bytes: int, *, protect: bool) -> Iterator[NDArray[np.void]]:
+        """Yield the parts of a range that were written since they were protected: ``PAGE_REGION[n]``, ascending.
+
+        Each array is valid until the next is asked for.
+
+        Args:
+            hva: first byte, registered with a ``userfaultfd`` that has WP_ASYNC.
+            size_bytes: multiple of the page size.
+            protect: protect each page again in the moment in which it is found written, and flush as
+                :meth:`UffdFd.protect` does.
+
+        Raises:
+            UffdError: the kernel refused. With ``protect``, pages may be protected that were not yielded.
+        """
+        flags = uapi.PM_SCAN_CHECK_WPASYNC | (uapi.PM_SCAN_WP_MATCHING if protect else 0)
+        at, end = hva, hva + size_bytes
+        while at < end:
+            found, at = self._scan(at, end, flags)
+            if found:
+                yield self._regions[:found]
+
+    def _scan(self, start: int, end: int, flags: int) -> tuple[int, int]:
+        # Asking for nothing but PAGE_IS_WRITTEN is a promise of its own: with another category in the masks, a page
+        # that was written and whose entry was then reclaimed counts as not written in some kernels.
+        request = uapi.PmScanArg(
+            size=ctypes.sizeof(uapi.PmScanArg),
+            flags=flags,
+            start=start,
+            end=end,
+            vec=self._regions.ctypes.data,
+            vec_len=self._regions.size,
+            category_mask=uapi.PAGE_IS_WRITTEN,
+            return_mask=uapi.PAGE_IS_WRITTEN,
+        )
+        # SAFETY: the kernel writes at most vec_len regions into our array during the call.
+        return self.ioctl(uapi.PAGEMAP_SCAN, request), request.walk_end
+
+
+def check_userfaultfd(features: int = 0) -> None:
+    """Check that this process may have a userfaultfd with these features.
+
+    Raises:
+        UnsupportedError: as :class:`UffdFd`.
+    """
+    UffdFd(features).close()
+
+
+def check_pagemap_scan() -> None:
+    """Check that this kernel has PAGEMAP_SCAN and the write protection that it needs.
+
+    Raises:
+        UnsupportedError: as :class:`UffdFd` and :class:`PagemapFd`.
+    """
+    check_userfaultfd(uapi.UFFD_FEATURE_WP_ASYNC)
+    PagemapFd().close()
+
+
+def _offered_features() -> int:
+    """Return the features of this kernel's userfaultfd: told only by one that asks for none."""
+    asked = _Fd(_open_userfaultfd())
+    answer = uapi.UffdioApi(api=uapi.UFFD_API)
+    try:
+        asked.ioctl(uapi.UFFDIO_API, answer)
+    finally:
+        asked.close()
+    return int(answer.features)
+
+
+def _open_userfaultfd() -> int:
+    """Return a new descriptor: from the system call, or else from the device, which has permissions of its own."""
+    fd: int = _libc.syscall(ctypes.c_long(uapi.NR_USERFAULTFD), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK))
+    if fd >= 0:
+        return fd
+    code = ctypes.get_errno()
+    if code == errno.ENOSYS:
+        raise UnsupportedError(
+            "userfaultfd", "this kernel has no userfaultfd", hint="CONFIG_USERFAULTFD; or use --tracker kvm-bitmap"
+        )
+    try:
+        device = os.open(DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise UnsupportedError(
+            "userfaultfd-permission",
+            f"userfaultfd for the kernel's own faults is refused to this user: {os.strerror(code)}",
+            hint=f"sysctl vm.unprivileged_userfaultfd=1, access to {DEV_USERFAULTFD}, or CAP_SYS_PTRACE; "
+            "a container may block the call",
+        ) from error
+    try:
+        fd = _libc.ioctl(device, uapi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        if fd < 0:
+            raise UffdError("USERFAULTFD_IOC_NEW", ctypes.get_errno())
+    finally:
+        os.close(device)
+    return fd

@@ -1,0 +1,230 @@
+"""UffdLog: what log-dirty by the host's page tables has in common, whoever resolves the faults.
+
+While log-dirty is on, all RAM in the vCPUs' view is registered with a userfaultfd and write-protected, pages without
+storage included (the kernel then keeps a marker for each: 2 MiB of page tables per GiB of RAM, touched or not; huge
+page mappings are split). A subclass says which pages are writable again, and protects those again on CLEAN. Bits of
+writers that are no vCPU (``mark``) and bits given back are in ``_held``, which has a lock of its own, held for moments
+only: a device that marks does so on a vCPU's thread and must not wait for a long CLEAN.
+
+**Why nobody deadlocks.** The protected mapping is written through by vCPUs alone, inside an ioctl that has released
+the interpreter lock. So whoever resolves a fault may take that lock, and no thread of Python ever waits for a page.
+
+**Why no mark is lost** (laws 2 and 4)::
+
+    device                        CLEAN
+    writes p (other mapping)      protects the vCPUs' pages, collects their bits
+    .                             takes _held     p is not in this bitmap; whether this round reads the old or the new
+    mark(p)                       .               bytes, p is in the next one.
+
+    device                        ENABLE
+    writes p                      .
+    mark(p): off, ignored         .               what ENABLE promises begins when it returns, and the caller reads
+    .                             _held is made   every page after that: the write is in them.
+
+Source: RFC, "Log-dirty operations"; kernel ``admin-guide/mm/userfaultfd.rst``, "Write Protect Notifications".
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import LogDirtyError, UffdError
+from pageferry.core.frames import GfnArray
+from pageferry.core.vm import LogDirtyStats
+from pageferry.uffd.fds import UffdFd
+from pageferry.uffd.view import VcpuView
+
+
+class UffdLog(ABC):
+    """Base of the trackers here; implements :class:`pageferry.core.vm.LogDirty`.
+
+    Args:
+        view: RAM as the vCPUs see it; KVM's slots point there, and nobody else writes through it.
+    """
+
+    features: ClassVar[int] = 0
+    """What the userfaultfd must offer besides write protection of shared memory."""
+
+    def __init__(self, view: VcpuView) -> None:
+        self._view = view
+        self._operator = threading.Lock()  # one operator at a time; taken before every other lock here
+        self._held_lock = threading.Lock()
+        self._held: DirtyBitmap | None = None  # None: log-dirty is off
+        self._uffd: UffdFd | None = None  # changes with the operator lock held; open while log-dirty is on
+
+    @property
+    @abstractmethod
+    def tracker(self) -> str:
+        """The tracker's name."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether log-dirty is on."""
+        return self._held is not None
+
+    def enable(self) -> None:
+        """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on. What it writes meanwhile is dirty.
+
+        Raises:
+            LogDirtyError: log-dirty is on already.
+            UnsupportedError: userfaultfd was taken away from this process meanwhile; log-dirty is off.
+            UffdError: the kernel refused; log-dirty is off.
+        """
+        with self._operator:
+            if self.enabled:
+                raise LogDirtyError("log-dirty is on already")
+            self._uffd = UffdFd(self.features)
+            try:
+                for hva, size_bytes in self._view.regions():
+                    self._uffd.register(hva, size_bytes)
+                self._begin(self._uffd)
+                for hva, size_bytes in self._view.regions():
+                    self._uffd.protect(hva, size_bytes)
+            except BaseException:
+                self._release()
+                raise
+            with self._held_lock:
+                self._held = DirtyBitmap(self._view.memory.gfn_limit)
+
+    def off(self) -> None:
+        """OFF: all RAM WRITABLE, whoever waits for a page goes on, the bitmap is freed. May be called twice.
+
+        Raises:
+            UffdError: the kernel refused for a region; log-dirty is off, that region may go on being slow.
+        """
+        with self._operator:
+            if not self.enabled:
+                return
+            with self._held_lock:
+                self._held = None
+            failure = self._release()
+            if failure is not None:
+                raise failure
+
+    def close(self) -> None:
+        """Free everything, with the machine; no vCPU will run again."""
+        with self._operator, self._held_lock:
+            self._held = None
+            self._release()
+
+    def peek(self) -> DirtyBitmap:
+        """PEEK: return a copy of the bitmap; nothing else changes.
+
+        Raises:
+            LogDirtyError: log-dirty is off, or the bitmap is incomplete.
+            UffdError: the kernel refused; no bit was cleared.
+        """
+        with self._operator:
+            return self._peek()
+
+    def _peek(self) -> DirtyBitmap:
+        self._expect_on()
+        bitmap = self._look()
+        with self._held_lock:
+            bitmap |= self._expect_on()
+        return bitmap
+
+    def clean(self) -> DirtyBitmap:
+        """CLEAN: return the bitmap, clear it, make RAM NOT WRITABLE again; the guest runs on.
+
+        Raises:
+            LogDirtyError: log-dirty is off, or the bitmap is incomplete.
+            UffdError: the kernel refused; no bit is lost, the next CLEAN has them.
+        """
+        return self.clean_range(range(self._view.memory.gfn_limit))
+
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN of these frames only.
+
+        Raises:
+            LogDirtyError: as :meth:`clean`.
+            ValueError: the range does not consist of whole words of the bitmap; no bit was cleared.
+            UffdError: as :meth:`clean`.
+        """
+        with self._operator:
+            self._expect_on().words_of(gfns)
+            taken = DirtyBitmap(self._view.memory.gfn_limit)
+            try:
+                for part in self._view.parts(gfns):
+                    self._take(part, taken)
+            finally:  # what is protected again is in `taken` alone
+                self._keep(taken)
+            with self._held_lock:
+                return self._expect_on().take(gfns)
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
+
+        Frames that are not RAM are ignored.
+        """
+        if self._held is None:
+            return
+        ram = gfns[self._view.memory.are_ram(gfns)]
+        with self._held_lock:
+            if self._held is not None:
+                self._held.set(ram)
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Set again the bits that a failed round had taken with ``clean()``.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        self._keep(bitmap)
+
+    def stats(self) -> LogDirtyStats:
+        """Return the counters.
+
+        Raises:
+            LogDirtyError: log-dirty is off, or the bitmap is incomplete.
+        """
+        with self._operator:
+            return LogDirtyStats(dirty_count=self._peek().count(), fault_count=self._fault_count())
+
+    @abstractmethod
+    def _begin(self, uffd: UffdFd) -> None:
+        """Get ready for faults: all is registered, nothing protected. On failure ``_end`` is called."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """Undo ``_begin``, or what it came to; all is writable again, or about to be."""
+
+    @abstractmethod
+    def _look(self) -> DirtyBitmap:
+        """Return a new bitmap of the pages that vCPUs have written, and may write."""
+
+    @abstractmethod
+    def _take(self, part: range, taken: DirtyBitmap) -> None:
+        """Protect again what vCPUs have written in one region's ``part``, and set its bits in ``taken``.
+
+        On failure ``taken`` has every bit that would be lost otherwise.
+        """
+
+    @abstractmethod
+    def _fault_count(self) -> int | None:
+        """Return the write faults since ENABLE, None when nobody counts them."""
+
+    def _expect_on(self) -> DirtyBitmap:
+        if self._held is None:
+            raise LogDirtyError("log-dirty is off")
+        return self._held
+
+    def _keep(self, bitmap: DirtyBitmap) -> None:
+        with self._held_lock:
+            held = self._expect_on()
+            held |= bitmap
+
+    def _release(self) -> UffdError | None:
+        """Make all writable, wake whoever waits, close the userfaultfd; return what the kernel refused first."""
+        failure: UffdError | None = None
+        if self._uffd is not None:
+            self._end()
+            for hva, size_bytes in self._view.regions():
+                try:
+                    self._uffd.unregister(hva, size_bytes)
+                except UffdError as error:
+                    failure = failure or error
+            self._uffd.close()
+            self._uffd = None
+        return failure

@@ -1,0 +1,106 @@
+"""The kernel's interface as it is: ioctl numbers, constants and structures. Transcription only; names are the kernel's.
+
+Source: ``include/uapi/linux/userfaultfd.h``; ``include/uapi/linux/fs.h`` (PAGEMAP_SCAN).
+"""
+
+import ctypes
+import platform
+from ctypes import c_uint64 as u64
+
+import numpy as np
+
+NR_USERFAULTFD = 323 if platform.machine() == "x86_64" else 282  # asm-generic
+
+UFFD_API = 0xAA
+UFFD_EVENT_PAGEFAULT = 0x12
+UFFD_PAGEFAULT_FLAG_WP = 1 << 1
+
+# features
+UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
+UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
+UFFD_FEATURE_WP_ASYNC = 1 << 15
+
+UFFDIO_REGISTER_MODE_WP = 1 << 1
+UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
+
+PAGE_IS_WRITTEN = 1 << 1
+PM_SCAN_WP_MATCHING = 1 << 0
+PM_SCAN_CHECK_WPASYNC = 1 << 1
+
+
+class UffdioApi(ctypes.Structure):
+    """``struct uffdio_api``."""
+
+    _fields_ = (("api", u64), ("features", u64), ("ioctls", u64))
+
+
+class UffdioRange(ctypes.Structure):
+    """``struct uffdio_range``."""
+
+    _fields_ = (("start", u64), ("len", u64))
+
+
+class UffdioRegister(ctypes.Structure):
+    """``struct uffdio_register``."""
+
+    _fields_ = (("range", UffdioRange), ("mode", u64), ("ioctls", u64))
+
+
+class UffdioWriteprotect(ctypes.Structure):
+    """``struct uffdio_writeprotect``."""
+
+    _fields_ = (("range", UffdioRange), ("mode", u64))
+
+
+class PmScanArg(ctypes.Structure):
+    """``struct pm_scan_arg``; ``start``, ``end``, ``walk_end`` and ``vec`` are user addresses."""
+
+    _fields_ = (
+        ("size", u64),
+        ("flags", u64),
+        ("start", u64),
+        ("end", u64),
+        ("walk_end", u64),
+        ("vec", u64),
+        ("vec_len", u64),
+        ("max_pages", u64),
+        ("category_inverted", u64),
+        ("category_mask", u64),
+        ("category_anyof_mask", u64),
+        ("return_mask", u64),
+    )
+
+
+#: ``struct page_region``, for arrays.
+PAGE_REGION = np.dtype([("start", "u8"), ("end", "u8"), ("categories", "u8")])
+#: ``struct uffd_msg`` of a page fault, for arrays.
+UFFD_MSG = np.dtype(
+    {
+        "names": ["event", "flags", "address", "ptid"],
+        "formats": ["u1", "u8", "u8", "u4"],
+        "offsets": [0, 8, 16, 24],
+        "itemsize": 32,
+    }
+)
+
+
+def _ioc(direction: int, kind: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | kind << 8 | number
+
+
+_WRITE, _READ = 1, 2
+UFFDIO_API = _ioc(_READ | _WRITE, UFFD_API, 0x3F, ctypes.sizeof(UffdioApi))
+UFFDIO_REGISTER = _ioc(_READ | _WRITE, UFFD_API, 0x00, ctypes.sizeof(UffdioRegister))
+UFFDIO_UNREGISTER = _ioc(_READ, UFFD_API, 0x01, ctypes.sizeof(UffdioRange))
+UFFDIO_WAKE = _ioc(_READ, UFFD_API, 0x02, ctypes.sizeof(UffdioRange))
+UFFDIO_WRITEPROTECT = _ioc(_READ | _WRITE, UFFD_API, 0x06, ctypes.sizeof(UffdioWriteprotect))
+USERFAULTFD_IOC_NEW = _ioc(0, UFFD_API, 0x00, 0)
+PAGEMAP_SCAN = _ioc(_READ | _WRITE, ord("f"), 16, ctypes.sizeof(PmScanArg))
+
+IOCTL_NAMES = {
+    value: name
+    for name, value in list(globals().items())
+    if name.startswith(("UFFDIO_", "USERFAULTFD_IOC", "PAGEMAP_")) and "_MODE_" not in name
+}
+FEATURE_NAMES = {value: name for name, value in list(globals().items()) if name.startswith("UFFD_FEATURE_")}
