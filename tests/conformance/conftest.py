@@ -7,7 +7,7 @@ import pytest
 from pageferry.core.errors import UnsupportedError
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
-from pageferry.uffd import check_pagemap_scan
+from pageferry.uffd import check_pagemap_scan, check_userfaultfd
 
 
 def hybrid(config):
@@ -35,10 +35,11 @@ def small_pages(config):
 
 ON_KVM = {
     "kvm": KvmVm,
+    "uffd-wp": partial(KvmVm, tracker="uffd-wp"),
     "pagemap-scan": partial(KvmVm, tracker="pagemap-scan"),
 }
 #: What KVM machines with these trackers need besides KVM.
-CHECKED = {"pagemap-scan": check_pagemap_scan}
+CHECKED = {"uffd-wp": check_userfaultfd, "pagemap-scan": check_pagemap_scan}
 MACHINES = {
     **ON_KVM,
     "hap": Domain,

@@ -3,7 +3,10 @@
 Every program starts at ``PROGRAM_GPA`` in ring 3 and may scribble on the page at ``DATA_GPA``.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import os
 import struct
 import threading
 from types import SimpleNamespace
@@ -11,11 +14,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import SIZE_2M
+from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import AUTOMATIC_BITMAP, DEFAULT_TRACKER
+from pageferry.uffd import VcpuView, check_userfaultfd
+
+libc = ctypes.CDLL(None)  # releases the interpreter lock during a call
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 TABLES_GPA, PROGRAM_GPA, DATA_GPA, STACK_GPA = 0x1_0000, 0x10_0000, 0x18_0000, 0xF_F000
 GATE_PORT = 0x500
@@ -94,12 +103,14 @@ def write_identity_map(memory):
     memory.write(TABLES_GPA + 0x1000, pointers.tobytes())
 
 
-def make_guest(program=None, *, memory_bytes=4 << 20, manual_protect=None, vcpus=(), devices=(), **registers):
+def make_guest(
+    program=None, *, memory_bytes=4 << 20, manual_protect=None, tracker=None, vcpus=(), devices=(), **registers
+):
     """Return a paused machine; with ``program`` (a name) it is ready to run it with those registers."""
     states = vcpus or (start_state(**registers),)
     vm = KvmVm(
         VmConfig(memory_bytes=memory_bytes, cpus=len(states)),
-        tracker=AUTOMATIC_BITMAP if manual_protect is False else DEFAULT_TRACKER,
+        tracker=tracker or (AUTOMATIC_BITMAP if manual_protect is False else DEFAULT_TRACKER),
     )
     vm.platform.bus.devices += tuple(devices)
     if program is not None:
@@ -147,3 +158,53 @@ def manual_protect(request, kvm_support):
     if request.param and not kvm_support.manual_protect:
         pytest.skip("this KVM has no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
     return request.param
+
+
+@pytest.fixture
+def make_uffd_log(kvm_support):
+    """Makes logs of ``uffd`` over memory without a machine, and closes them; skips where the kernel lacks something.
+
+    The test's writes to the vCPUs' mapping, ``by_vcpu(log, gfn, ...)``, stand for a vCPU's.
+    """
+    logs = []
+
+    def make(kind, memory_bytes=8 << 20):
+        memory = GuestMemory.linear(memory_bytes)
+        try:
+            check_userfaultfd(kind.features)
+            log = kind(VcpuView(memory=memory, mapping=memory.map_again()))
+        except UnsupportedError as error:
+            pytest.skip(f"{error} ({error.hint})")
+        memory.on_write(log.mark)
+        logs.append(log)
+        return log
+
+    yield make
+    for log in logs:
+        log.close()
+
+
+@pytest.fixture
+def by_vcpu():
+    """Writes pages of a log's view as a vCPU does: without the interpreter lock, which its fault handler needs."""
+
+    def write(log, *gfns):
+        for gfn in gfns:
+            libc.memset(log._view.hva(gfn), 1, 8)
+
+    return write
+
+
+@pytest.fixture
+def open_descriptors():
+    """Returns what is open of userfaultfd, pagemap, eventfd and KVM: ``(name, inheritable)``, sorted."""
+
+    def listed():
+        found = []
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # the listing's own
+                found.append((os.readlink(f"/proc/self/fd/{fd}"), os.get_inheritable(int(fd))))
+        kinds = ("userfaultfd", "pagemap", "eventfd", "kvm")
+        return sorted(each for each in found if any(kind in each[0] for kind in kinds))
+
+    return listed

@@ -13,7 +13,7 @@ from pageferry.core.vm import LogDirty
 from pageferry.kvm import uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.fds import VmFd
-from pageferry.uffd import PagemapScanLog, VcpuView, check_pagemap_scan
+from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, check_pagemap_scan, check_userfaultfd
 
 if TYPE_CHECKING:
     from pageferry.kvm.vm import KvmVm
@@ -80,6 +80,9 @@ def _view(vm: "KvmVm") -> VcpuView:
 
 TRACKERS: dict[str, Tracker] = {
     DEFAULT_TRACKER: Tracker(prepare=_prepare_bitmap, make=_make_bitmap),
+    "uffd-wp": Tracker(
+        prepare=lambda _: check_userfaultfd(), make=lambda vm: WriteProtectLog(_view(vm)), own_mapping=True
+    ),
     "pagemap-scan": Tracker(
         prepare=lambda _: check_pagemap_scan(), make=lambda vm: PagemapScanLog(_view(vm)), own_mapping=True
     ),

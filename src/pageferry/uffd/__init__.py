@@ -9,5 +9,6 @@ faults, and marks as ever.
 from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
 from pageferry.uffd.pagemap_log import PagemapScanLog
 from pageferry.uffd.view import VcpuView
+from pageferry.uffd.write_protect_log import WriteProtectLog
 
-__all__ = ["PagemapScanLog", "VcpuView", "check_pagemap_scan", "check_userfaultfd"]
+__all__ = ["PagemapScanLog", "VcpuView", "WriteProtectLog", "check_pagemap_scan", "check_userfaultfd"]

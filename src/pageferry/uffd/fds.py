@@ -73,6 +73,7 @@ class UffdFd(_Fd):
 
     Raises:
         UnsupportedError: there is none, it is forbidden, or it lacks a feature; says which.
+        UffdError: the kernel refused for another reason.
     """
 
     def __init__(self, features: int = 0) -> None:
@@ -263,12 +264,14 @@ def _open_userfaultfd() -> int:
         raise UnsupportedError(
             "userfaultfd", "this kernel has no userfaultfd", hint="CONFIG_USERFAULTFD; or use --tracker kvm-bitmap"
         )
+    if code != errno.EPERM:
+        raise UffdError("userfaultfd", code)
     try:
         device = os.open(DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise UnsupportedError(
             "userfaultfd-permission",
-            f"userfaultfd for the kernel's own faults is refused to this user: {os.strerror(code)}",
+            "userfaultfd for the kernel's own faults is refused to this user",
             hint=f"sysctl vm.unprivileged_userfaultfd=1, access to {DEV_USERFAULTFD}, or CAP_SYS_PTRACE; "
             "a container may block the call",
         ) from error

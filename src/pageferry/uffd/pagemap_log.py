@@ -34,9 +34,9 @@ from pageferry.uffd.fds import PagemapFd, UffdFd
 from pageferry.uffd.log import UffdLog
 from pageferry.uffd.view import VcpuView, spans_of
 
-#: Written pages nearer than this are protected by one call. A call costs about as much as the guest's faults on so many
-#: pages that it finds unmapped.
-_SCAN_GAP_PAGES = 64
+#: Words of the bitmap no farther apart than this are protected by one call. A call costs about as much as the guest's
+#: faults on so many pages that it finds unmapped.
+_SCAN_GAP_WORDS = 2
 
 
 class PagemapScanLog(UffdLog):
@@ -77,11 +77,11 @@ class PagemapScanLog(UffdLog):
     def _take(self, part: range, taken: DirtyBitmap) -> None:
         seen = DirtyBitmap(taken.nbits)
         self._scan(part, seen, protect=False)
-        for gfn, pages in spans_of(seen, part, max_gap=_SCAN_GAP_PAGES):
+        for span in spans_of(seen, part, max_gap_words=_SCAN_GAP_WORDS):
             try:
-                self._scan(range(gfn, gfn + pages), taken, protect=True)
+                self._scan(span, taken, protect=True)
             except UffdError:
-                taken.set_range(gfn, pages)  # any of them may have been protected, unreported
+                taken.set_range(span.start, len(span))  # any of them may have been protected, unreported
                 raise
 
     def _fault_count(self) -> None:

@@ -44,19 +44,20 @@ class VcpuView:
         return frames
 
 
-def spans_of(bitmap: DirtyBitmap, within: range, *, max_gap: int) -> Iterator[tuple[int, int]]:
-    """Yield spans ``(gfn, pages)`` inside ``within`` that cover every bit set there.
+def spans_of(bitmap: DirtyBitmap, part: range, *, max_gap_words: int) -> Iterator[range]:
+    """Yield the frames to protect again: spans of whole words, inside ``part``, that cover every bit set there.
 
     Args:
         bitmap: the bits.
-        within: frames, inside the bitmap.
-        max_gap: bits that are nearer than this many pages share a span.
+        part: frames inside the bitmap; whole words of it, as those of :meth:`VcpuView.parts` are of a range that is.
+        max_gap_words: words that are set and no farther apart than this share a span.
     """
-    gfns = bitmap.gfns()
-    gfns = gfns[np.searchsorted(gfns, within.start) : np.searchsorted(gfns, within.stop)]
-    if not gfns.size:
+    where = bitmap.words_of(part)
+    dirty = np.flatnonzero(bitmap.words[where])
+    if not dirty.size:
         return
-    breaks = np.flatnonzero(np.diff(gfns) > max_gap)
-    firsts = gfns[np.concatenate(([0], breaks + 1))]
-    lasts = gfns[np.concatenate((breaks, [gfns.size - 1]))]
-    yield from zip(firsts.tolist(), (lasts - firsts + np.uint64(1)).tolist(), strict=True)
+    breaks = np.flatnonzero(np.diff(dirty) > max_gap_words)
+    firsts = dirty[np.concatenate(([0], breaks + 1))] * 64 + part.start
+    stops = dirty[np.concatenate((breaks, [dirty.size - 1]))] * 64 + part.start + 64
+    for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True):
+        yield range(first, min(stop, part.stop))

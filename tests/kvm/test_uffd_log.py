@@ -1,0 +1,146 @@
+"""What the trackers by the host's page tables have in common; the promises are the conformance kit's."""
+
+import errno
+import gc
+
+import pytest
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import UffdError
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.vm import VmConfig
+from pageferry.kvm import KvmVm
+from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, fds
+from pageferry.uffd.view import spans_of
+
+GiB = 1 << 30
+FIRST_ABOVE = 4 * GiB >> 12
+
+pytestmark = pytest.mark.kvm
+
+
+@pytest.fixture(params=[WriteProtectLog, PagemapScanLog])
+def log(request, make_uffd_log):
+    return make_uffd_log(request.param, 3 * GiB + 3 * PAGE_SIZE)
+
+
+def test_the_hosts_writes_are_marked_and_never_fault(log, by_vcpu):
+    log.enable()
+    log._view.memory.write(5 * PAGE_SIZE, b"host")  # with the interpreter lock: a fault would stop everything
+    log._view.memory.copy_within(5 * PAGE_SIZE, 7 * PAGE_SIZE, PAGE_SIZE)
+    assert not log._look().any()
+    assert log.clean().gfns().tolist() == [5, 7]
+    by_vcpu(log, 5)
+    assert log._look().gfns().tolist() == [5]
+    log._view.memory.write(5 * PAGE_SIZE, b"host")
+    assert log.clean().gfns().tolist() == [5]
+    assert not log.clean().any()
+
+
+def test_regions_on_both_sides_of_the_pci_hole(log, by_vcpu):
+    log.enable()
+    gfns = [0, (3 * GiB >> 12) - 1, FIRST_ABOVE, FIRST_ABOVE + 2]
+    by_vcpu(log, *gfns)
+    assert log.clean_range(range(64, FIRST_ABOVE)).gfns().tolist() == gfns[1:2]
+    assert log.peek().gfns().tolist() == [gfns[0], *gfns[2:]]
+    assert log.clean().gfns().tolist() == [gfns[0], *gfns[2:]]
+    by_vcpu(log, *gfns)
+    assert log.clean().gfns().tolist() == gfns
+
+
+def test_a_page_that_is_read_first_stays_protected(log, by_vcpu):
+    log._view.memory.write(9 * PAGE_SIZE, b"x")
+    log.enable()
+    assert log._view.mapping.view[9 * PAGE_SIZE] == ord("x")
+    assert log._view.mapping.view[10 * PAGE_SIZE] == 0  # without storage until now
+    assert not log.peek().any()
+    by_vcpu(log, 9, 10)
+    assert log.clean().gfns().tolist() == [9, 10]
+
+
+def test_an_enable_that_fails_half_way_is_off_and_leaves_nothing_behind(log, by_vcpu, open_descriptors, monkeypatch):
+    before = open_descriptors()
+    for step in ("register", "protect"):
+        real = getattr(fds.UffdFd, step)
+
+        def refuse(uffd, hva, size_bytes, real=real):
+            if hva != log._view.mapping.hva:  # the second region
+                raise UffdError("UFFDIO", errno.ENOMEM)
+            real(uffd, hva, size_bytes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fds.UffdFd, step, refuse)
+            with pytest.raises(UffdError, match="ENOMEM"):
+                log.enable()
+        assert not log.enabled
+        assert open_descriptors() == before
+        by_vcpu(log, 1, FIRST_ABOVE)
+    log.enable()
+    assert not log.peek().any()
+
+
+def test_an_off_that_the_kernel_refuses_is_off_all_the_same(log, by_vcpu, monkeypatch):
+    log.enable()
+    real, asked = fds.UffdFd.unregister, []
+
+    def refuse(uffd, hva, size_bytes):
+        asked.append(hva)
+        real(uffd, hva, size_bytes)
+        if len(asked) == 1:
+            raise UffdError("UFFDIO_UNREGISTER", errno.ENOMEM)
+
+    monkeypatch.setattr(fds.UffdFd, "unregister", refuse)
+    with pytest.raises(UffdError, match="UFFDIO_UNREGISTER"):
+        log.off()
+    assert len(asked) == 2
+    assert not log.enabled
+    log.off()
+    by_vcpu(log, 1, FIRST_ABOVE)
+    log.enable()
+    assert not log.peek().any()
+
+
+def test_descriptors_are_closed_on_exec(log, open_descriptors):
+    before = open_descriptors()
+    log.enable()
+    after = open_descriptors()
+    assert len(after) > len(before)
+    assert not any(inheritable for _, inheritable in after)
+
+
+@pytest.mark.parametrize("tracker", ["uffd-wp", "pagemap-scan"])
+def test_close_gives_every_descriptor_and_mapping_back(log, tracker, open_descriptors):
+    def maps():
+        with open("/proc/self/maps") as file:
+            return file.read().count("pageferry-ram")
+
+    gc.collect()
+    before, mapped = open_descriptors(), maps()
+    vm = KvmVm(VmConfig(memory_bytes=4 << 20), tracker=tracker)
+    vm.log_dirty.enable()
+    assert maps() == mapped + 2
+    assert vm.slots[0].userspace_addr == vm.vcpu_mapping.hva != vm.memory.mapping.hva
+    vm.close()
+    assert open_descriptors() == before
+    del vm
+    gc.collect()
+    assert maps() == mapped
+
+
+def test_spans_are_whole_words_inside_the_part():
+    bitmap = DirtyBitmap.of(1000, [3, 63, 64, 400, 700, 999])
+    spans = [(span.start, span.stop) for span in spans_of(bitmap, range(1000), max_gap_words=1)]
+    assert spans == [(0, 128), (384, 448), (640, 704), (960, 1000)]
+    assert list(spans_of(bitmap, range(1000), max_gap_words=5)) == [range(1000)]
+    assert list(spans_of(bitmap, range(128, 384), max_gap_words=5)) == []
+    assert list(spans_of(bitmap, range(64, 448), max_gap_words=5)) == [range(64, 448)]
+
+
+def test_parts_are_what_of_a_range_is_ram(log):
+    view = log._view
+    assert isinstance(view, VcpuView)
+    low, limit = 3 * GiB >> 12, view.memory.gfn_limit
+    assert list(view.parts(range(limit))) == [range(low), range(FIRST_ABOVE, limit)]
+    assert list(view.parts(range(64, 128))) == [range(64, 128)]
+    assert list(view.parts(range(low, FIRST_ABOVE))) == []
+    assert list(view.parts(range(low - 64, limit + 64))) == [range(low - 64, low), range(FIRST_ABOVE, limit)]
