@@ -23,7 +23,7 @@ CASES = [(fault, check) for fault in FAULTS for check in fault.found_by]
 
 @pytest.mark.parametrize(("fault", "name"), CASES, ids=[f"{fault.name}-{name}" for fault, name in CASES])
 def test_the_fault_is_found_by_the_check(request, fault, name):
-    if fault.room is Room.KVM:
+    if fault.on_kvm:
         request.getfixturevalue("kvm_support")
     (check,) = [check for check in checks_of(fault) if check.name == name]
     error = run_check(check, lab_of(fault))
@@ -76,7 +76,7 @@ def test_the_document_lists_the_faults_that_there_are():
     rows = re.findall(r"^\| `([a-z-]+)` \|(.*)$", DOC.read_text(), re.MULTILINE)
     assert [name for name, _ in rows] == [
         fault.name
-        for room in (Room.HYPERVISOR, Room.KVM, Room.ENGINE, Room.TRACKER)
+        for room in (Room.HYPERVISOR, Room.KVM, Room.UFFD, Room.ENGINE, Room.TRACKER)
         for fault in (*DECLARED, *WRAPPED)
         if fault.room is room
     ]

@@ -41,6 +41,7 @@ front of a sound one and need no implementation to break: they prove the publish
 _TITLES = {
     Room.HYPERVISOR: "In the software hypervisor",
     Room.KVM: "In the tracker over KVM's bitmap",
+    Room.UFFD: "In the trackers by the host's page tables",
     Room.ENGINE: "In the engine",
     Room.TRACKER: "In front of any tracker",
 }
@@ -207,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faults = [
         fault
         for fault in (*mutation.FAULTS, *mutation.WRAPPED)
-        if (kvm or fault.room is not Room.KVM) and (not options.faults or fault.name in options.faults)
+        if (kvm or not fault.on_kvm) and (not options.faults or fault.name in options.faults)
     ]
     failed = [] if options.faults else list(sound_failures(kvm=kvm))
     verdicts = []

@@ -24,6 +24,7 @@ class Room(StrEnum):
     TRACKER = "tracker"
     HYPERVISOR = "hypervisor"
     KVM = "kvm"
+    UFFD = "uffd"
     ENGINE = "engine"
 
 
@@ -33,7 +34,8 @@ class Fault:
 
     ``stands_for`` is the real bug, as ``project: what went wrong``; ``law`` the law of docs/design.md that it breaks,
     None for the plain meaning of an operator; ``found_by`` the checks that must find it, on the first try. ``inject``
-    breaks a machine that was just made, or is a broken class (see :mod:`.moving`).
+    breaks a machine that was just made, or is a broken class (see :mod:`.moving`). ``tracker`` names that machine's,
+    where it is not KVM's own.
     """
 
     name: str
@@ -45,6 +47,12 @@ class Fault:
     inject: Callable[..., Any]
     memory_bytes: int
     needs: str = ""
+    tracker: str = ""
+
+    @property
+    def on_kvm(self) -> bool:
+        """Whether its machines are KVM's."""
+        return self.room in (Room.KVM, Room.UFFD)
 
     @property
     def possible(self) -> bool:
@@ -64,7 +72,14 @@ class Faults:
         self._faults: list[Fault] = []
 
     def __call__(
-        self, stands_for: str, *, law: int | None, found_by: tuple[str, ...], memory_bytes: int = ODD, needs: str = ""
+        self,
+        stands_for: str,
+        *,
+        law: int | None,
+        found_by: tuple[str, ...],
+        memory_bytes: int = ODD,
+        needs: str = "",
+        tracker: str = "",
     ) -> Callable[[_Inject], _Inject]:
         """Register the decorated function or class; its name is the fault's, its docstring the summary."""
 
@@ -80,6 +95,7 @@ class Faults:
                 inject=inject,
                 memory_bytes=memory_bytes,
                 needs=needs,
+                tracker=tracker,
             )
             self._faults.append(fault)
             return inject

@@ -6,15 +6,17 @@ from functools import partial
 from pageferry.engine.destination import Destination
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
+from pageferry.kvm.trackers import DEFAULT_TRACKER
 from pageferry.testing import conformance, faults
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm
 from pageferry.testing.mutant import mutated
-from pageferry.testing.mutation import checks, kvm_log, moving, tables, tracking, writers
+from pageferry.testing.mutation import checks, kvm_log, moving, tables, tracking, uffd, writers
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
 from pageferry.testing.mutation.migrations import Engine, migration_checks
 
 _SEED = 1
+_UFFD_TRACKERS = ("uffd-wp", "pagemap-scan")
 
 
 def _wrapped_trackers() -> tuple[Fault, ...]:
@@ -29,7 +31,7 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 """The faults of :mod:`pageferry.testing.faults`, which need no implementation to break."""
 
 DECLARED: tuple[Fault, ...] = tuple(
-    fault for room in (tracking, tables, writers, moving, kvm_log) for fault in room.fault.all()
+    fault for room in (tracking, tables, writers, moving, kvm_log, uffd) for fault in room.fault.all()
 )
 """All faults in the implementation, whatever it has of them."""
 
@@ -41,7 +43,7 @@ def checks_of(fault: Fault) -> tuple[Check, ...]:
     if fault.room is Room.TRACKER:
         return conformance.CHECKS
     if fault.room is not Room.ENGINE:
-        known = conformance.CHECKS if fault.room is Room.KVM else (*conformance.CHECKS, *checks.CHECKS)
+        known = conformance.CHECKS if fault.on_kvm else (*conformance.CHECKS, *checks.CHECKS)
         return tuple(sorted(known, key=lambda check: check.law != fault.law))
     broken = fault.inject
     return migration_checks(
@@ -51,7 +53,7 @@ def checks_of(fault: Fault) -> tuple[Check, ...]:
 
 def lab_of(fault: Fault) -> Lab:
     """Return the lab whose machines have the fault (the engine's faults are in the checks instead)."""
-    make_vm: MakeVm = KvmVm if fault.room is Room.KVM else Domain
+    make_vm: MakeVm = partial(KvmVm, tracker=fault.tracker or DEFAULT_TRACKER) if fault.on_kvm else Domain
     if fault.room is Room.TRACKER:
         make_vm = mutated(make_vm, fault.inject)  # type: ignore[arg-type]  # the fault is the wrapper's class
     elif fault.room is not Room.ENGINE:
@@ -67,5 +69,7 @@ def sound_benches(*, kvm: bool) -> Iterator[tuple[Room, Lab, tuple[Check, ...]]]
         shadow = Lab(make_vm=partial(Domain, paging_mode="shadow"), memory_bytes=memory_bytes, seed=_SEED)
         yield Room.HYPERVISOR, shadow, (*conformance.CHECKS, *checks.CHECKS)
         if kvm:
-            yield Room.KVM, Lab(make_vm=KvmVm, memory_bytes=memory_bytes, seed=_SEED), conformance.CHECKS
+            for tracker in (DEFAULT_TRACKER, *_UFFD_TRACKERS):
+                on_kvm = Lab(make_vm=partial(KvmVm, tracker=tracker), memory_bytes=memory_bytes, seed=_SEED)
+                yield Room.UFFD if tracker in _UFFD_TRACKERS else Room.KVM, on_kvm, conformance.CHECKS
     yield Room.ENGINE, Lab(make_vm=Domain, memory_bytes=ODD, seed=_SEED), migration_checks(Engine())
