@@ -11,7 +11,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm
 from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, fds
-from pageferry.uffd.view import spans_of
+from pageferry.uffd.view import SPAN_GAP_WORDS, spans_of
 
 GiB = 1 << 30
 FIRST_ABOVE = 4 * GiB >> 12
@@ -128,12 +128,18 @@ def test_close_gives_every_descriptor_and_mapping_back(log, tracker, open_descri
 
 
 def test_spans_are_whole_words_inside_the_part():
-    bitmap = DirtyBitmap.of(1000, [3, 63, 64, 400, 700, 999])
-    spans = [(span.start, span.stop) for span in spans_of(bitmap, range(1000), max_gap_words=1)]
-    assert spans == [(0, 128), (384, 448), (640, 704), (960, 1000)]
-    assert list(spans_of(bitmap, range(1000), max_gap_words=5)) == [range(1000)]
-    assert list(spans_of(bitmap, range(128, 384), max_gap_words=5)) == []
-    assert list(spans_of(bitmap, range(64, 448), max_gap_words=5)) == [range(64, 448)]
+    gap = 64 * SPAN_GAP_WORDS
+    bitmap = DirtyBitmap.of(4000, [3, 63, 64, 64 + gap, 2000, 2000 + gap + 64, 3999])
+    assert list(spans_of(bitmap, range(4000))) == [
+        range(128 + gap),
+        range(1984, 2048),
+        range(1984 + gap + 64, 2048 + gap + 64),
+        range(3968, 4000),
+    ]
+    assert list(spans_of(bitmap, range(64, 128))) == [range(64, 128)]
+    assert list(spans_of(bitmap, range(128, 256))) == []
+    assert list(spans_of(bitmap, range(64, 4000)))[-1] == range(3968, 4000)
+    assert list(spans_of(DirtyBitmap.of(4000, [700]), range(640, 704))) == [range(640, 704)]
 
 
 def test_parts_are_what_of_a_range_is_ram(log):

@@ -9,7 +9,8 @@ from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm
-from pageferry.uffd import PagemapScanLog, fds, pagemap_log, uapi
+from pageferry.uffd import PagemapScanLog, fds, uapi
+from pageferry.uffd.view import SPAN_GAP_WORDS
 
 GiB = 1 << 30
 FIRST_ABOVE = 4 * GiB >> 12
@@ -36,8 +37,8 @@ def test_more_regions_than_fit_into_one_scan(made, by_vcpu, monkeypatch):
 def test_only_spans_around_what_was_written_are_protected_again(made, by_vcpu, monkeypatch):
     log = made()
     log.enable()
-    near = pagemap_log._SCAN_GAP_WORDS * 64
-    by_vcpu(log, 100, 100 + near, 1000)
+    near = SPAN_GAP_WORDS * 64
+    by_vcpu(log, 100, 100 + near, 2000)
     scans, scan = [], log._scan
 
     def noted(part, bitmap, *, protect):
@@ -45,8 +46,8 @@ def test_only_spans_around_what_was_written_are_protected_again(made, by_vcpu, m
         scan(part, bitmap, protect=protect)
 
     monkeypatch.setattr(log, "_scan", noted)
-    assert log.clean().gfns().tolist() == [100, 100 + near, 1000]
-    assert scans == [(range(2048), False), (range(64, 128 + near), True), (range(960, 1024), True)]
+    assert log.clean().gfns().tolist() == [100, 100 + near, 2000]
+    assert scans == [(range(2048), False), (range(64, 128 + near), True), (range(1984, 2048), True)]
 
 
 def test_a_page_written_between_the_look_and_the_protection_is_in_this_bitmap_or_the_next(made, by_vcpu, monkeypatch):
@@ -69,7 +70,7 @@ def test_a_page_written_between_the_look_and_the_protection_is_in_this_bitmap_or
 def test_a_clean_that_fails_half_way_loses_no_bit(made, by_vcpu, monkeypatch):
     log = made(3 * GiB + 3 * PAGE_SIZE)
     log.enable()
-    gfns = {3, 9, 1000, FIRST_ABOVE}
+    gfns = {3, 9, 2000, FIRST_ABOVE}
     by_vcpu(log, *gfns)
     ioctl = log._pagemap.ioctl
     for passed in range(5):
@@ -90,7 +91,7 @@ def test_a_clean_that_fails_half_way_loses_no_bit(made, by_vcpu, monkeypatch):
         assert (
             gfns
             <= set(found.gfns().tolist())
-            <= set(range(64)) | set(range(960, 1024)) | {FIRST_ABOVE, FIRST_ABOVE + 1, FIRST_ABOVE + 2}
+            <= set(range(64)) | set(range(1984, 2048)) | {FIRST_ABOVE, FIRST_ABOVE + 1, FIRST_ABOVE + 2}
         )
         log.give_back(found)
         by_vcpu(log, *gfns)

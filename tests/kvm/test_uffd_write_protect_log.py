@@ -133,7 +133,7 @@ def test_a_fault_that_meets_a_clean_is_resolved_after_it_and_reported_by_the_nex
 
 def test_the_handler_gets_its_turn_between_two_spans_of_a_clean(log, by_vcpu, writers, monkeypatch):
     log.enable()
-    by_vcpu(log, 10, 1000)
+    by_vcpu(log, 10, 1500)
     protect, seen = log._uffd.protect, []
 
     def protect_and_note(hva, size_bytes):
@@ -151,7 +151,7 @@ def test_the_handler_gets_its_turn_between_two_spans_of_a_clean(log, by_vcpu, wr
     monkeypatch.setattr(type(log._granted), "words_of", between_spans)
     cleaned = log.clean()
     monkeypatch.undo()
-    assert (cleaned | log.clean()).gfns().tolist() == [10, 500, 1000]
+    assert (cleaned | log.clean()).gfns().tolist() == [10, 500, 1500]
 
 
 def test_a_clean_that_fails_half_way_loses_no_bit(log, by_vcpu, monkeypatch):
@@ -164,16 +164,16 @@ def test_a_clean_that_fails_half_way_loses_no_bit(log, by_vcpu, monkeypatch):
         if len(calls) == 2:
             raise UffdError("UFFDIO_WRITEPROTECT", 12)
 
-    by_vcpu(log, 10, 700, 1400)
+    by_vcpu(log, 10, 800, 1600)
     with monkeypatch.context() as patch:
         patch.setattr(log._uffd, "protect", refuse)
         with pytest.raises(UffdError, match="ENOMEM"):
             log.clean()
-    assert log.peek().gfns().tolist() == [10, 700, 1400]
-    by_vcpu(log, 10, 700, 1400)
-    assert log.clean().gfns().tolist() == [10, 700, 1400]
-    by_vcpu(log, 10, 700, 1400)
-    assert log.clean().gfns().tolist() == [10, 700, 1400]
+    assert log.peek().gfns().tolist() == [10, 800, 1600]
+    by_vcpu(log, 10, 800, 1600)
+    assert log.clean().gfns().tolist() == [10, 800, 1600]
+    by_vcpu(log, 10, 800, 1600)
+    assert log.clean().gfns().tolist() == [10, 800, 1600]
 
 
 def test_off_wakes_whoever_waits_even_while_somebody_else_holds_the_descriptor(log, writers, monkeypatch):

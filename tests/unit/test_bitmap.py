@@ -154,3 +154,16 @@ def test_runs_outside_are_refused_and_nothing_is_set(run):
     with pytest.raises(IndexError):
         bitmap.set_runs(u64(3, run[0]), u64(2, run[1]))
     assert not bitmap.any()
+
+
+@given(st.integers(1, 300), st.lists(st.integers(0, 299)))
+def test_test_and_set_is_that_of_a_set(nbits, gfns):
+    bitmap, model = DirtyBitmap(nbits), set()
+    for gfn in [*gfns, nbits - 1]:
+        if gfn < nbits:
+            assert bitmap.test_and_set(gfn) == (gfn in model)
+            model.add(gfn)
+    assert set(bitmap.gfns().tolist()) == model
+    for outside in (nbits, -1):
+        with pytest.raises(IndexError):
+            bitmap.test_and_set(outside)

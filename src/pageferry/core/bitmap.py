@@ -138,6 +138,18 @@ class DirtyBitmap:
         array = self._checked(gfns)
         np.bitwise_or.at(self.words, array >> np.uint64(6), np.uint64(1) << (array & np.uint64(63)))
 
+    def test_and_set(self, gfn: int) -> bool:
+        """Set one bit and tell whether it was set before: for a few frames, where an array costs more than the work.
+
+        Raises:
+            IndexError: the frame is outside the bitmap.
+        """
+        if not 0 <= gfn < self.nbits:
+            raise IndexError(f"frame {gfn:#x} is outside a bitmap of {self.nbits:#x}")
+        word, bit = int(self.words[gfn >> 6]), 1 << (gfn & 63)
+        self.words[gfn >> 6] = word | bit
+        return bool(word & bit)
+
     def clear(self, gfns: ArrayLike) -> None:
         """Clear the bits of ``gfns``; as :meth:`set` otherwise."""
         array = self._checked(gfns)

@@ -34,10 +34,6 @@ from pageferry.uffd.fds import PagemapFd, UffdFd
 from pageferry.uffd.log import UffdLog
 from pageferry.uffd.view import VcpuView, spans_of
 
-#: Words of the bitmap no farther apart than this are protected by one call. A call costs about as much as the guest's
-#: faults on so many pages that it finds unmapped.
-_SCAN_GAP_WORDS = 2
-
 
 class PagemapScanLog(UffdLog):
     """Log-dirty by asynchronous write protection; implements :class:`pageferry.core.vm.LogDirty`.
@@ -77,7 +73,7 @@ class PagemapScanLog(UffdLog):
     def _take(self, part: range, taken: DirtyBitmap) -> None:
         seen = DirtyBitmap(taken.nbits)
         self._scan(part, seen, protect=False)
-        for span in spans_of(seen, part, max_gap_words=_SCAN_GAP_WORDS):
+        for span in spans_of(seen, part):
             try:
                 self._scan(span, taken, protect=True)
             except UffdError:

@@ -10,6 +10,10 @@ from pageferry.core.frames import PAGE_SHIFT, GfnArray
 from pageferry.core.hostmem import HostMapping
 from pageferry.core.memory import GuestMemory
 
+#: Words of a bitmap no farther apart than this are protected by one call: 2 MiB of RAM, one page table of the host's.
+#: A call costs tens of microseconds, most of it for the flush of every CPU's TLB; more than to pass over the table.
+SPAN_GAP_WORDS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VcpuView:
@@ -44,19 +48,20 @@ class VcpuView:
         return frames
 
 
-def spans_of(bitmap: DirtyBitmap, part: range, *, max_gap_words: int) -> Iterator[range]:
+def spans_of(bitmap: DirtyBitmap, part: range) -> Iterator[range]:
     """Yield the frames to protect again: spans of whole words, inside ``part``, that cover every bit set there.
+
+    What lies between is protected already. Each span costs a call, and KVM all that it has mapped there.
 
     Args:
         bitmap: the bits.
         part: frames inside the bitmap; whole words of it, as those of :meth:`VcpuView.parts` are of a range that is.
-        max_gap_words: words that are set and no farther apart than this share a span.
     """
     where = bitmap.words_of(part)
     dirty = np.flatnonzero(bitmap.words[where])
     if not dirty.size:
         return
-    breaks = np.flatnonzero(np.diff(dirty) > max_gap_words)
+    breaks = np.flatnonzero(np.diff(dirty) > SPAN_GAP_WORDS)
     firsts = dirty[np.concatenate(([0], breaks + 1))] * 64 + part.start
     stops = dirty[np.concatenate((breaks, [dirty.size - 1]))] * 64 + part.start + 64
     for first, stop in zip(firsts.tolist(), stops.tolist(), strict=True):

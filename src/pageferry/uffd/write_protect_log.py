@@ -37,7 +37,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from pageferry.core.bitmap import DirtyBitmap, runs_of
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, UffdError
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.uffd.fds import UffdFd
@@ -46,10 +46,6 @@ from pageferry.uffd.log import UffdLog
 from pageferry.uffd.view import VcpuView, spans_of
 
 _log = logging.getLogger(__name__)
-
-#: Words of the bitmap no farther apart than this are protected by one call. What lies between is protected already; KVM
-#: drops its mappings of it, and the guest has a fault for each that it reads or writes next.
-_PROTECT_GAP_WORDS = 2
 
 
 class WriteProtectLog(UffdLog):
@@ -89,13 +85,16 @@ class WriteProtectLog(UffdLog):
 
     def _resolve(self, uffd: UffdFd, faults: NDArray[np.void]) -> None:
         """Mark the pages of some faults and make them writable; on the handler's thread."""
-        gfns = np.unique(self._view.gfns(faults["address"]))
-        starts, lengths = runs_of(gfns)
+        runs: list[range] = []  # at most one fault per vCPU waits: a loop over them is cheaper than arrays
         with self._step:
-            self._faults += int(gfns.size - self._granted.test_many(gfns).sum())
-            self._granted.set(gfns)
-            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-                uffd.unprotect(self._view.hva(start), length << PAGE_SHIFT)
+            for gfn in sorted(set(self._view.gfns(faults["address"]).tolist())):
+                self._faults += not self._granted.test_and_set(gfn)
+                if runs and runs[-1].stop == gfn:
+                    runs[-1] = range(runs[-1].start, gfn + 1)
+                else:
+                    runs.append(range(gfn, gfn + 1))
+            for run in runs:
+                uffd.unprotect(self._view.hva(run.start), len(run) << PAGE_SHIFT)
 
     def _look(self) -> DirtyBitmap:
         with self._step:
@@ -105,7 +104,7 @@ class WriteProtectLog(UffdLog):
     def _take(self, part: range, taken: DirtyBitmap) -> None:
         assert self._uffd is not None
         with self._step:
-            spans = list(spans_of(self._granted, part, max_gap_words=_PROTECT_GAP_WORDS))
+            spans = list(spans_of(self._granted, part))
         for span in spans:
             where = taken.words_of(span)
             with self._step:

@@ -76,7 +76,7 @@ def uffd_protected_before_taken(vm: KvmVm) -> None:
     log = _log(vm)
 
     def take(part: range, taken: DirtyBitmap) -> None:
-        for span in list(spans_of(log._granted, part, max_gap_words=0)):
+        for span in list(spans_of(log._granted, part)):
             where = taken.words_of(span)
             gfns = log._granted.gfns()
             log._uffd.protect(log._view.hva(span.start), len(span) << PAGE_SHIFT)
@@ -229,7 +229,7 @@ def pagemap_looked_then_protected(vm: KvmVm) -> None:
     def take(part: range, taken: DirtyBitmap) -> None:
         seen = DirtyBitmap(taken.nbits)
         log._scan(part, seen, protect=False)
-        for span in list(spans_of(seen, part, max_gap_words=0)):
+        for span in list(spans_of(seen, part)):
             unseen = [gfn for gfn in span if gfn >= ours and not seen.test(gfn)]
             if unseen:
                 store_from_a_vcpu(log, unseen[0], change=1)
