@@ -1,19 +1,23 @@
 """What the trackers by the host's page tables have in common; the promises are the conformance kit's."""
 
+import contextlib
 import errno
 import gc
+import re
 
+import numpy as np
 import pytest
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import UffdError
-from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.errors import UffdError, VmError
+from pageferry.core.frames import PAGE_SIZE, SIZE_2M
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm
 from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, fds
 from pageferry.uffd.view import SPAN_GAP_WORDS, spans_of
 
 GiB = 1 << 30
+MADV_COLLAPSE = 25
 FIRST_ABOVE = 4 * GiB >> 12
 
 pytestmark = pytest.mark.kvm
@@ -150,3 +154,45 @@ def test_parts_are_what_of_a_range_is_ram(log):
     assert list(view.parts(range(64, 128))) == [range(64, 128)]
     assert list(view.parts(range(low, FIRST_ABOVE))) == []
     assert list(view.parts(range(low - 64, limit + 64))) == [range(low - 64, low), range(FIRST_ABOVE, limit)]
+
+
+def huge_kib(mapping):
+    """Return how much of a mapping the host maps by huge pages."""
+    total, ours = 0, False
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if found := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
+                ours = mapping.hva <= int(found[1], 16) < mapping.hva + mapping.size_bytes
+            elif ours and line.startswith("ShmemPmdMapped:"):
+                total += int(line.split()[1])
+    return total
+
+
+@pytest.mark.parametrize("kind", [WriteProtectLog, PagemapScanLog])
+def test_huge_pages_of_the_host_are_split_while_log_dirty_is_on_and_may_come_back(make_uffd_log, by_vcpu, kind):
+    log = make_uffd_log(kind, 16 << 20)
+    view = log._view
+    log._view.memory.populate(np.array([0], np.uint64), np.array([4096], np.uint64))
+    first = -view.mapping.hva % SIZE_2M >> 12  # of 3 huge pages in a row
+
+    def collapse():
+        view.mapping.advise(first << 12, 3 * SIZE_2M, MADV_COLLAPSE)
+
+    try:
+        collapse()
+    except VmError as error:
+        pytest.skip(f"no huge pages under memfds here: {error}")
+    assert huge_kib(view.mapping) == 3 * SIZE_2M >> 10
+    log.enable()
+    assert huge_kib(view.mapping) == 0
+    gfns = [first + gfn for gfn in (5, 513, 514, 1500)]
+    for _ in range(2):
+        by_vcpu(log, *gfns)
+        assert log.clean().gfns().tolist() == gfns
+    by_vcpu(log, *gfns)
+    with contextlib.suppress(VmError):  # this kernel does not while pages are watched one by one
+        collapse()
+    assert log.clean().gfns().tolist() == gfns
+    log.off()
+    collapse()
+    assert huge_kib(view.mapping) == 3 * SIZE_2M >> 10

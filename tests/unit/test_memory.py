@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import UsageError, VmError
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SIZE, gfns_touched
 from pageferry.core.hostmem import HostMapping, available_bytes
 from pageferry.core.memory import GuestMemory, ram_layout
@@ -113,3 +113,8 @@ def test_a_second_mapping_outside_the_first_is_refused():
     memory = GuestMemory.linear(2 * MiB)
     with pytest.raises(IndexError):
         HostMapping(4 * MiB).map_same(memory.mapping, 2 * MiB, PAGE_SIZE)
+
+
+def test_what_is_no_shared_memory_cannot_be_mapped_twice():
+    with pytest.raises(UnsupportedError, match="mapped a second time"):
+        HostMapping(2 * MiB).map_same(HostMapping(2 * MiB), 0, PAGE_SIZE)

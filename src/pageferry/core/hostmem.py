@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pageferry.core.errors import UsageError, VmError
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, GfnArray, Hva
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -181,6 +181,10 @@ class HostMapping:
 
         Both are multiples of the page size, and ``other`` has one piece of one memfd there.
 
+        Raises:
+            UnsupportedError: memory of that kind cannot be mapped twice (hugetlb cannot).
+            VmError: the host refused for another reason.
+
         Source: mremap(2): an old size of 0 on a shared mapping makes a second mapping of the same pages.
         """
         self._check(at, size_bytes)
@@ -188,6 +192,12 @@ class HostMapping:
         # SAFETY: the target lies inside our own reservation (checked above), which MREMAP_FIXED replaces; the source
         # is only looked at.
         if _libc.mremap(other.hva + at, 0, size_bytes, _MREMAP_MAYMOVE_FIXED, self.hva + at) == _MAP_FAILED:
+            if ctypes.get_errno() == errno.EINVAL:
+                raise UnsupportedError(
+                    "mremap",
+                    "this guest's memory cannot be mapped a second time for its vCPUs",
+                    hint="no hugetlb pages under it, or another tracker",
+                )
             _raise("mremap")
 
     def map_nothing(self, at: int, size_bytes: int) -> None:

@@ -116,6 +116,7 @@ class GuestMemory:
         It can be protected without anybody noticing who uses the first.
 
         Raises:
+            UnsupportedError: memory of this kind cannot be mapped twice.
             VmError: the host has no room.
         """
         again = HostMapping(self.mapping.size_bytes)
