@@ -47,14 +47,22 @@ def test_a_user_who_may_not(monkeypatch, tmp_path):
     assert "CAP_SYS_PTRACE" in missing.value.hint
 
 
-def test_the_device_serves_who_may_open_it(kvm_support, monkeypatch):
+def test_the_device_serves_who_may_open_it(kvm_support, monkeypatch, open_descriptors):
     try:
         with open(fds.DEV_USERFAULTFD, "rb"):
             pass
     except OSError as error:
         pytest.skip(f"{fds.DEV_USERFAULTFD}: {error}")
     refuse_syscall(monkeypatch, errno.EPERM)
-    fds.check_userfaultfd(uapi.UFFD_FEATURE_WP_ASYNC)
+    before = open_descriptors()
+    fds.check_userfaultfd()
+    assert open_descriptors() == before
+
+
+def test_any_other_refusal_is_told_as_it_is(monkeypatch):
+    refuse_syscall(monkeypatch, errno.EMFILE)
+    with pytest.raises(UffdError, match="userfaultfd: EMFILE"):
+        fds.check_userfaultfd()
 
 
 def test_a_protection_that_meets_a_change_of_the_address_space_is_repeated(monkeypatch):

@@ -52,6 +52,12 @@ def test_regions_on_both_sides_of_the_pci_hole(log, by_vcpu):
     assert log.clean().gfns().tolist() == gfns
 
 
+def test_marks_of_frames_in_the_pci_hole_are_ignored(log):
+    log.enable()
+    log.mark(np.array([3 * GiB >> 12, FIRST_ABOVE - 1, FIRST_ABOVE, 1 << 40], np.uint64))
+    assert log.clean().gfns().tolist() == [FIRST_ABOVE]
+
+
 def test_a_page_that_is_read_first_stays_protected(log, by_vcpu):
     log._view.memory.write(9 * PAGE_SIZE, b"x")
     log.enable()

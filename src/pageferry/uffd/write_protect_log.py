@@ -25,6 +25,10 @@ Two vCPUs on one page send two messages: read together they count as one fault. 
 being resolved is woken by its grant and drops out of the kernel's queue. A vCPU that is kicked (paused) while it waits
 may leave a message behind: its page is granted and reported without having been written, which costs one page sent.
 
+What a fault costs is two context switches and our thread's turn with the interpreter lock. A thread that computes in
+Python without a pause may keep that from it for ``sys.getswitchinterval()``; the engine's threads let go of it in every
+call that sends, reads or digests memory.
+
 **When the handler fails** nobody must wait for ever: all RAM becomes writable at once, and PEEK and CLEAN refuse until
 OFF. A migration fails then; a write is not lost, and the guest runs on.
 
