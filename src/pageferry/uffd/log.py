@@ -104,8 +104,9 @@ class UffdLog(ABC):
 
     def close(self) -> None:
         """Free everything, with the machine; no vCPU will run again."""
-        with self._operator, self._held_lock:
-            self._held = None
+        with self._operator:
+            with self._held_lock:
+                self._held = None
             self._release()
 
     def peek(self) -> DirtyBitmap:
