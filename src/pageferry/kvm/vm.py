@@ -60,8 +60,11 @@ class KvmVm(Machine):
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
-            #: RAM as the vCPUs' slots have it: everybody's mapping, or their own where the tracker protects it.
-            self.vcpu_mapping = self.memory.map_again() if kind.own_mapping else self.memory.mapping
+            self.vcpu_mapping = self.memory.mapping
+            """RAM as the vCPUs' slots have it: everybody's mapping, or their own where the tracker protects it."""
+            if kind.own_mapping:
+                self.vcpu_mapping = self.memory.map_again()
+                undo.callback(self.vcpu_mapping.map_nothing, 0, self.vcpu_mapping.size_bytes)
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)
