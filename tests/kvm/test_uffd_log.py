@@ -118,8 +118,10 @@ def test_descriptors_are_closed_on_exec(log, open_descriptors):
     assert not any(inheritable for _, inheritable in after)
 
 
-@pytest.mark.parametrize("tracker", ["uffd-wp", "pagemap-scan"])
-def test_close_gives_every_descriptor_and_mapping_back(log, tracker, open_descriptors):
+@pytest.mark.parametrize(("tracker", "kind"), [("uffd-wp", WriteProtectLog), ("pagemap-scan", PagemapScanLog)])
+def test_close_gives_every_descriptor_and_mapping_back(make_uffd_log, tracker, kind, open_descriptors):
+    make_uffd_log(kind)  # or it is skipped
+
     def maps():
         with open("/proc/self/maps") as file:
             return file.read().count("pageferry-ram")
@@ -132,7 +134,7 @@ def test_close_gives_every_descriptor_and_mapping_back(log, tracker, open_descri
     assert vm.slots[0].userspace_addr == vm.vcpu_mapping.hva != vm.memory.mapping.hva
     vm.close()
     assert open_descriptors() == before
-    assert maps() == mapped + 1  # only everybody's: views of it may live on
+    assert maps() <= mapped + 1  # at the most everybody's: views of it may live on
     del vm
     gc.collect()
     assert maps() == mapped
