@@ -11,7 +11,7 @@ from pageferry.testing import conformance, faults
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm
 from pageferry.testing.mutant import mutated
-from pageferry.testing.mutation import checks, kvm_log, moving, tables, tracking, uffd, writers
+from pageferry.testing.mutation import checks, kvm_log, moving, pagemap, tables, tracking, uffd, writers
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
 from pageferry.testing.mutation.migrations import Engine, migration_checks
 
@@ -31,7 +31,7 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 """The faults of :mod:`pageferry.testing.faults`, which need no implementation to break."""
 
 DECLARED: tuple[Fault, ...] = tuple(
-    fault for room in (tracking, tables, writers, moving, kvm_log, uffd) for fault in room.fault.all()
+    fault for room in (tracking, tables, writers, moving, kvm_log, uffd, pagemap) for fault in room.fault.all()
 )
 """All faults in the implementation, whatever it has of them."""
 

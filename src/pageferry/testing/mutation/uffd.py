@@ -1,6 +1,8 @@
-"""Faults of the trackers by the host's page tables: ``uffd/``; the kernel's own steps stay."""
+"""Faults of the tracker with our own fault handler: uffd/write_protect_log.py; the kernel's own steps stay."""
 
 import ctypes
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -8,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.frames import PAGE_SHIFT, PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
+from pageferry.core.frames import PAGE_SHIFT
 from pageferry.kvm import KvmVm
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
-from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, uapi
+from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.log import UffdLog
 from pageferry.uffd.view import spans_of
 
 fault = Faults(Room.UFFD)
-_WP, _SCAN = "uffd-wp", "pagemap-scan"
+_WP = "uffd-wp"
 
 _libc = ctypes.CDLL(None)  # releases the interpreter lock: the handler may need it while we wait for a page
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -29,7 +31,48 @@ def store_from_a_vcpu(log: UffdLog, gfn: int, *, change: int = 0) -> None:
     _libc.memset(hva, ctypes.c_uint8.from_address(hva).value + change, 1)
 
 
-def _log(vm: KvmVm) -> Any:  # noqa: ANN401 (one of two classes, whose private steps are replaced)
+def store_beside_the_first_fault(vm: KvmVm) -> None:
+    """While the first fault is being resolved, let two more vCPUs write a page each: they are read as one batch.
+
+    The next CLEAN waits until they have written.
+    """
+    log = log_of(vm)
+    pages = (vm.memory.gfn_limit - 1, vm.memory.gfn_limit - 3)  # of the working set, in every guest of the kit
+    vcpus = [threading.Thread(target=store_from_a_vcpu, args=(log, gfn), kwargs={"change": 1}) for gfn in pages]
+
+    def wrap_resolve(sound: Any) -> Any:  # noqa: ANN401
+        def resolve(uffd: UffdFd, faults: NDArray[np.void]) -> None:
+            if vcpus[0].ident is None:
+                for vcpu in vcpus:
+                    vcpu.start()
+                while _waiting(uffd) < len(faults) + len(vcpus):
+                    os.sched_yield()
+            sound(uffd, faults)
+
+        return resolve
+
+    def wrap_take(sound: Any) -> Any:  # noqa: ANN401
+        def take(part: range, taken: DirtyBitmap) -> None:
+            for vcpu in vcpus:
+                if vcpu.ident is not None:
+                    vcpu.join()
+            sound(part, taken)
+
+        return take
+
+    replace(log, "_resolve", wrap_resolve)
+    replace(log, "_take", wrap_take)
+
+
+def _waiting(uffd: UffdFd) -> int:
+    """Return how many faults wait to be resolved, read or not."""
+    with open(f"/proc/self/fdinfo/{uffd.fileno()}", encoding="ascii") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["total"])
+
+
+def log_of(vm: KvmVm) -> Any:  # noqa: ANN401 (one of two classes, whose private steps are replaced)
+    """Return the machine's tracker, one by the host's page tables."""
     log = vm.log_dirty
     assert isinstance(log, WriteProtectLog | PagemapScanLog)
     return log
@@ -43,7 +86,7 @@ def _log(vm: KvmVm) -> Any:  # noqa: ANN401 (one of two classes, whose private s
 )
 def uffd_granted_before_marked(vm: KvmVm) -> None:
     """The handler makes a page writable, and marks it when the next operator has been by."""
-    log = _log(vm)
+    log = log_of(vm)
     late: list[NDArray[np.void]] = []
 
     def resolve(uffd: UffdFd, faults: NDArray[np.void]) -> None:
@@ -73,7 +116,7 @@ def uffd_granted_before_marked(vm: KvmVm) -> None:
 )
 def uffd_protected_before_taken(vm: KvmVm) -> None:
     """CLEAN protects a span and takes its bits in two steps; a vCPU writes a page of it in between."""
-    log = _log(vm)
+    log = log_of(vm)
 
     def take(part: range, taken: DirtyBitmap) -> None:
         for span in list(spans_of(log._granted, part)):
@@ -88,6 +131,28 @@ def uffd_protected_before_taken(vm: KvmVm) -> None:
 
 
 @fault(
+    "no bug on record: what becomes of a handler of one message when it reads many",
+    law=1,
+    found_by=("stamped-copy",),
+    tracker=_WP,
+)
+def uffd_first_of_a_batch_marked(vm: KvmVm) -> None:
+    """Of the faults that are read together only the first is marked; all are granted."""
+    log = log_of(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def resolve(uffd: UffdFd, faults: NDArray[np.void]) -> None:
+            sound(uffd, faults[:1])
+            for gfn in log._view.gfns(faults["address"][1:]).tolist():
+                uffd.unprotect(log._view.hva(gfn), 1 << PAGE_SHIFT)
+
+        return resolve
+
+    replace(log, "_resolve", wrap)
+    store_beside_the_first_fault(vm)
+
+
+@fault(
     "no bug on record: to read the bitmap is not to protect again",
     law=1,
     found_by=("clean-protects-again", "rounds-are-exact"),
@@ -95,7 +160,7 @@ def uffd_protected_before_taken(vm: KvmVm) -> None:
 )
 def uffd_not_protected_again(vm: KvmVm) -> None:
     """CLEAN takes the bits and leaves the pages writable."""
-    log = _log(vm)
+    log = log_of(vm)
 
     def take(part: range, taken: DirtyBitmap) -> None:
         taken |= log._granted.take(part)
@@ -111,7 +176,7 @@ def uffd_not_protected_again(vm: KvmVm) -> None:
 )
 def uffd_untouched_not_protected(vm: KvmVm) -> None:
     """ENABLE protects only pages that have storage: the first write to any other goes unseen."""
-    log = _log(vm)
+    log = log_of(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def begin(uffd: UffdFd) -> None:
@@ -145,7 +210,7 @@ class _OneRegion(VcpuView):
 )
 def uffd_second_region_not_registered(vm: KvmVm) -> None:
     """ENABLE registers and protects the RAM below the PCI hole only."""
-    log = _log(vm)
+    log = log_of(vm)
     log._view = _OneRegion(memory=log._view.memory, mapping=log._view.mapping)
 
 
@@ -157,7 +222,7 @@ def uffd_second_region_not_registered(vm: KvmVm) -> None:
 )
 def uffd_only_the_vcpus_bits(vm: KvmVm) -> None:
     """Marks are taken for writes of vCPUs, which have had their fault, and dropped."""
-    log = _log(vm)
+    log = log_of(vm)
     replace(log, "mark", lambda _: lambda gfns: None)
     vm.memory.on_write(log.mark)
 
@@ -170,90 +235,5 @@ def uffd_only_the_vcpus_bits(vm: KvmVm) -> None:
 )
 def uffd_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    log = _log(vm)
+    log = log_of(vm)
     replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())
-
-
-@fault(
-    "no bug on record: one flag between the scan that looks and the scan that protects",
-    law=None,
-    found_by=("peek-changes-nothing", "pausing-is-no-write"),
-    tracker=_SCAN,
-)
-def pagemap_peek_protects(vm: KvmVm) -> None:
-    """PEEK scans with PM_SCAN_WP_MATCHING."""
-    log = _log(vm)
-
-    def look() -> DirtyBitmap:
-        bitmap = DirtyBitmap(vm.memory.gfn_limit)
-        for part in log._view.parts(range(bitmap.nbits)):
-            log._scan(part, bitmap, protect=True)
-        return bitmap
-
-    replace(log, "_look", lambda _: look)
-
-
-@fault(
-    "no bug on record: a scan ends where its buffer is full, and says so in walk_end",
-    law=2,
-    found_by=("rounds-are-exact", "stamped-copy"),
-    tracker=_SCAN,
-)
-def pagemap_first_buffer_only(vm: KvmVm) -> None:
-    """A scan does not go on where the first full buffer ended; the buffer has room for four regions."""
-    pagemap = _log(vm)._pagemap
-    pagemap._regions = np.zeros(4, uapi.PAGE_REGION)
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def written(hva: int, size_bytes: int, *, protect: bool) -> Iterator[NDArray[np.void]]:
-            for found in sound(hva, size_bytes, protect=protect):
-                yield found
-                return
-
-        return written
-
-    replace(pagemap, "written", wrap)
-
-
-@fault(
-    "KVM: dirty state was lost while a page was being synchronised",
-    law=2,
-    found_by=("stamped-copy",),
-    tracker=_SCAN,
-)
-def pagemap_looked_then_protected(vm: KvmVm) -> None:
-    """CLEAN returns what it saw before it protected; a vCPU writes a page in between."""
-    log = _log(vm)
-    ours = vm.memory.gfn_limit - 64  # of the working set, in every guest of the kit
-
-    def take(part: range, taken: DirtyBitmap) -> None:
-        seen = DirtyBitmap(taken.nbits)
-        log._scan(part, seen, protect=False)
-        for span in list(spans_of(seen, part)):
-            unseen = [gfn for gfn in span if gfn >= ours and not seen.test(gfn)]
-            if unseen:
-                store_from_a_vcpu(log, unseen[0], change=1)
-            log._scan(span, DirtyBitmap(taken.nbits), protect=True)
-        taken |= seen
-
-    replace(log, "_take", lambda _: take)
-
-
-class _NoHole(VcpuView):
-    def gfns(self, hvas: GfnArray) -> GfnArray:
-        gfns = super().gfns(hvas)
-        above = (gfns >= np.uint64(gfn_of(PCI_HOLE_END))).astype(np.uint64)
-        return gfns - above * np.uint64(gfn_of(PCI_HOLE_END) - gfn_of(PCI_HOLE_START))
-
-
-@fault(
-    "Firecracker: in a guest of more than 3 GiB the pages of the second slot were at wrong offsets",
-    law=2,
-    found_by=("rounds-are-exact", "stamped-copy"),
-    memory_bytes=BEHIND_THE_HOLE,
-    tracker=_SCAN,
-)
-def pagemap_addresses_of_the_wrong_slot(vm: KvmVm) -> None:
-    """Addresses behind the PCI hole are turned into frames as if there were none."""
-    log = _log(vm)
-    log._view = _NoHole(memory=log._view.memory, mapping=log._view.mapping)
