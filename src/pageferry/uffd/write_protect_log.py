@@ -18,8 +18,9 @@ taking its bits, on CLEAN's. CLEAN lets go of it after every span, so that a vCP
     writes q: fault   waits for _step             lets go
     sleeps            marks q, grants             q is in the next CLEAN
 
-Were the page granted before it is marked, or outside ``_step``, a CLEAN in between would not see q and would leave it
-writable: dirty, and neither in this bitmap nor, without a fault, in a later one.
+Were q granted before it is marked, the vCPU could write it and be paused, and the last CLEAN of a migration come and go
+before the mark. Were ``_step`` not held, CLEAN could protect q, see it granted again, and then take its bit: q would be
+writable and clean, and the next write to it unseen.
 
 Two vCPUs on one page send two messages: read together they count as one fault. The one that comes while the first is
 being resolved is woken by its grant and drops out of the kernel's queue. A vCPU that is kicked (paused) while it waits
