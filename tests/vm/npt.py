@@ -1,0 +1,138 @@
+"""``make test-npt``: run KVM tests in an emulated machine whose processor has AMD-V with nested paging.
+
+KVM on an ordinary developer's machine may use any kind of paging; here it is nested paging for certain, whatever the
+processor underneath, because QEMU emulates all of it (TCG). The machine runs Debian's kernel. Its user space is this
+very one: the host's files, read-only over 9p, under an overlay in the machine's own memory, so that tests find the same
+interpreter and packages, may write where they like, and change nothing. It has no network.
+
+The tests' output goes to standard output; the exit code is pytest's, or 2 when the tests could not be run.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from npt_image import ImageError, build_image
+
+PROJECT = Path(__file__).resolve().parents[2]
+CACHE = PROJECT / "build" / "npt"
+QEMU = "qemu-system-x86_64"
+#: What must be installed, and the Debian package that has it.
+TOOLS = {QEMU: "qemu-system-x86", "dpkg-deb": "dpkg", "apt-get": "apt"}
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "ccp", "kvm_amd")
+#: Every KVM test, and the conformance kit over each tracker of a KVM machine, 1 and 2 vCPUs (3 and 4 take too long).
+SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4-)"
+TESTS = ("tests/kvm", "tests/conformance/test_log_dirty.py", "-k", SELECTION)
+MEMORY_BYTES = 3 << 30
+GIVE_UP_S = 1200
+NOT_RUN = 2
+#: When the machine writes n to the debug exit device, QEMU ends with 2n + 1; the base tells that from its own errors.
+#: A process ends with one byte, so there is room for codes up to the one that stands for any signal.
+_EXIT_PORT = 0xF4
+_EXIT_BASE = 0x40
+_EXIT_BY_SIGNAL = 0x3F
+
+_INIT = """
+export PATH=/bin
+for applet in $(busybox --list); do busybox ln -s busybox /bin/$applet 2>/dev/null; done
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+for module in /modules/*; do insmod $module; done
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=1048576 host /host
+mount -t tmpfs ram /ram
+mkdir /ram/upper /ram/work
+mount -t overlay -o lowerdir=/host,upperdir=/ram/upper,workdir=/ram/work root /root
+mount -t proc proc /root/proc
+mount -t sysfs sys /root/sys
+mount -t devtmpfs dev /root/dev
+mkdir -p /root/dev/shm /root/dev/pts
+mount -t tmpfs shm /root/dev/shm
+mount -t devpts pts /root/dev/pts
+ifconfig lo up
+dmesg | grep 'kvm:' >/dev/ttyS1
+chroot /root /bin/sh -c {command} >/dev/ttyS1 2>&1 </dev/null
+code=$?
+if [ $code -gt {most} ]; then echo "ended by signal $((code - 128))" >/dev/ttyS1; code={most}; fi
+printf "\\\\$(printf %o $(({base} + code)))" | dd of=/dev/port bs=1 seek={port} 2>/dev/null
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the tests; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", help=f"arguments for pytest (after --) instead of: {shlex.join(TESTS)}")
+    tests = parser.parse_args(arguments).tests or TESTS
+    if missing := [package for tool, package in TOOLS.items() if shutil.which(tool) is None]:
+        print(f"test-npt: {', '.join(missing)} not installed: sudo apt-get install {' '.join(missing)}")
+        return NOT_RUN
+    try:
+        kernel, initramfs = build_image(CACHE, modules=MODULES, init=init_script(tests))
+    except ImageError as error:
+        print(f"test-npt: {error}\n  hint: {error.hint}")
+        return NOT_RUN
+    began = time.monotonic()
+    code = run_machine(kernel, initramfs)
+    print(f"test-npt: exit code {code} after {time.monotonic() - began:.0f} s")
+    return code
+
+
+def init_script(tests: Sequence[str]) -> str:
+    """Return what the machine's first process does: mount the host's files, run pytest, end the machine."""
+    settings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT / "src"), "PAGEFERRY_REQUIRE_KVM": "1"}
+    environment = [f"{name}={value}" for name, value in settings.items()]
+    steps = (
+        f"cd {shlex.quote(str(PROJECT))}",
+        "{ grep -q Y /sys/module/kvm_amd/parameters/npt || { echo 'no nested paging in this machine'; exit 2; }; }",
+        f"exec {shlex.join(['/usr/bin/env', *environment, sys.executable, '-m', 'pytest', *tests])}",
+    )
+    command = shlex.quote(" && ".join(steps))
+    return _INIT.format(command=command, base=_EXIT_BASE, port=_EXIT_PORT, most=_EXIT_BY_SIGNAL)
+
+
+def run_machine(kernel: Path, initramfs: Path) -> int:
+    """Boot the image, show what the tests print, and return pytest's exit code; NOT_RUN when the machine gave none."""
+    log = CACHE / "kernel.log"
+    machine = subprocess.Popen(qemu_command(kernel, initramfs, log), stdin=subprocess.DEVNULL)
+    try:
+        ended = machine.wait(GIVE_UP_S)
+    except subprocess.TimeoutExpired:
+        print(f"test-npt: no result after {GIVE_UP_S} s; given up")
+        return NOT_RUN
+    finally:
+        machine.kill()
+        machine.wait()
+    code = (ended >> 1) - _EXIT_BASE
+    if ended & 1 and code >= 0:
+        return code
+    print(f"test-npt: the machine ended without a result ({QEMU}: {ended}); its kernel said:")
+    print(*log.read_text(errors="replace").splitlines()[-20:], sep="\n")
+    return NOT_RUN
+
+
+def qemu_command(kernel: Path, initramfs: Path, log: Path) -> list[str]:
+    """Return the emulator's command line: two processors with SVM, a serial port for the kernel, one for the tests.
+
+    Both run on one thread: on two, the machine was seen to hang under QEMU 7.2, it seems while the kernel patched its
+    own code (KVM has the scheduler patched for the first guest). One thread is no slower. ``tsc=reliable`` spares the
+    kernel's test of the TSCs, which an emulator fails: KVM would then stop each guest's TSC with its vCPU.
+    """
+    return [
+        *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        *("-accel", "tcg,thread=single", "-cpu", "max,-smap", "-smp", "2", "-m", f"{MEMORY_BYTES >> 20}M"),
+        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", "console=ttyS0 panic=-1 tsc=reliable"),
+        *("-serial", f"file:{log}", "-serial", "stdio"),
+        *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),
+        *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
+    ]
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(NOT_RUN))  # or the emulator would outlive this process
+    sys.exit(main(sys.argv[1:]))
