@@ -88,7 +88,7 @@ def test_what_does_not_work_here_is_left_out_and_that_is_said(monkeypatch):
     assert said == ["soft/dream is left out: this kernel has no dreams"]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_a_running_guest_goes_to_every_kind_of_machine_and_back(kind, cpus):
     """From soft to each, to itself, and to soft again: live, verified, the guest checking itself all the way."""

@@ -29,6 +29,9 @@ class Kind:
         """``accel/tracker``."""
         return f"{self.accel}/{self.tracker}"
 
+    def __str__(self) -> str:
+        return self.name
+
 
 KINDS: tuple[Kind, ...] = (
     *(Kind(accel="kvm", tracker=name, make_vm=partial(KvmVm, tracker=name)) for name in TRACKERS),
