@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-npt lint bench mutants guests clean
+.PHONY: demo test test-npt soak lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -20,6 +20,10 @@ test: $(READY)
 
 test-npt: $(READY)
 	$(BIN)/python tests/vm/npt.py
+
+# COUNT=20: fewer round trips than 200. SEED=1: the trips of that seed.
+soak: $(READY)
+	$(BIN)/python -m pageferry.testing.soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,16 +1,19 @@
 """What the tests share: machines of both kinds, and a wire that can be cut, held and listened to."""
 
 import contextlib
+import fcntl
 import functools
 import os
 import socket
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
@@ -99,9 +102,64 @@ def guests(make_vm):
 
     yield make
     for vm in made:
-        if isinstance(vm, Domain):
+        if isinstance(vm, Domain) and not vm.closed:
             audit.check(vm)
         vm.close()
+
+
+@contextlib.contextmanager
+def kernel_setting(path, read, change):
+    """Change a setting of the host for the length of a block, one process at a time; skip where that is forbidden.
+
+    ``read()`` tells what to write to restore it, ``change(that)`` what to write now.
+    """
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            old = read()
+            path.write_text(change(old))
+            try:
+                yield
+            finally:
+                path.write_text(old)
+    except OSError as error:
+        pytest.skip(f"{path} cannot be changed here: {error}")
+
+
+@pytest.fixture
+def thp():
+    """The kernel takes advice on huge pages for memfds."""
+    path = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    with kernel_setting(path, lambda: path.read_text().partition("[")[2].partition("]")[0], lambda old: "advise"):
+        try:
+            expect_offered(HugePages.THP)
+        except UnsupportedError as error:
+            pytest.skip(f"no 2 MiB page to be had: {error} ({error.hint})")
+        yield
+
+
+POOL_PAGES = 12
+
+
+@pytest.fixture
+def hugetlb_pool():
+    """A pool with at least ``POOL_PAGES`` 2 MiB pages left; tells how many. Name it before whatever uses pages."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+    def number(name):
+        return int((pool / f"{name}_hugepages").read_text())
+
+    def left():
+        return number("free") - number("resv")
+
+    with kernel_setting(
+        pool / "nr_hugepages",
+        lambda: str(number("nr") - number("surplus")),  # surplus: in use by somebody, though set aside no more
+        lambda old: str(int(old) + POOL_PAGES),
+    ):
+        if left() < POOL_PAGES:
+            pytest.skip(f"the host could set aside only {left()} pages of 2 MiB")
+        yield left
 
 
 class Wire:

@@ -43,6 +43,7 @@ def complaint(result, code):
         (("demo", "--cpus", "9"), "--cpus"),
         (("run", "idle", "--accel", "warp"), "warp"),
         (("run", "/nonexistent/mine.elf", "--accel", "soft"), "/nonexistent/mine.elf"),
+        (("run", "idle", "--hugepages", "giant"), "giant"),
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
         (("demo", "--policy", "xen", "--downtime-limit", "5"), "no downtime limit"),
         (("demo", "--downtime-limit", "0"), "positive limit"),
@@ -98,6 +99,13 @@ def test_kvm_that_is_missing_is_said_with_a_hint(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "kvm" in complaint(result, 5).lower()
     assert "hint: " in result.stderr
+
+
+def test_huge_pages_that_the_host_has_not_are_said_with_a_hint(hugetlb_pool):
+    result = cli("run", "idle", "--memory", "1G", "--accel", "kvm", "--hugepages", "hugetlb")
+    assert "pool of 2 MiB pages cannot give 512" in complaint(result, 5)
+    assert "hint: as root: sysctl vm.nr_hugepages=" in result.stderr
+    assert "single 4 KiB frames" in complaint(cli("run", "idle", "--accel", "soft", "--hugepages", "hugetlb"), 5)
 
 
 def elf(code):

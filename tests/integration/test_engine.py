@@ -123,7 +123,7 @@ class Inn:
     def close(self):
         self.listener.close()
         for vm in self._made:
-            if isinstance(vm, Domain) and vm is self.vm:
+            if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
                 audit.check(vm)
             vm.close()
 

@@ -146,6 +146,69 @@ def test_a_guest_moves_by_the_command_line(processes, accel):
     assert not source.control.exists()
 
 
+def tour(folder, made, *stops):
+    """Run a guest at the first stop (options) and move it from each to the next; yield each process that has it."""
+    first, *others = stops
+    made.append(Process(folder, "stop0", "run", "kv", "--memory", "8M", "--working-set", "1M", *first))
+    assert made[-1].runs_on()
+    yield made[-1]
+    for number, options in enumerate(others, 1):
+        there = Process(folder, f"stop{number}", "receive", "tcp://127.0.0.1:0", *options)
+        made.append(there)
+        result = migrate(made[-2], str(there.endpoint()), "--json")
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)["verified"] is True
+        assert there.runs_on()
+        made[-2].end()
+        yield there
+
+
+@pytest.fixture
+def made():
+    processes = []
+    yield processes
+    for process in processes:
+        process.end()
+
+
+def test_a_guest_crosses_accels_and_paging_modes(tmp_path, made, kvm_support):
+    kvm, soft = ("--accel", "kvm"), ("--accel", "soft", "--tracker")
+    seen = []
+    for process in tour(tmp_path, made, kvm, (*soft, "hap"), (*soft, "shadow"), (*soft, "hap"), kvm):
+        state = process.ask("x-query-guest")
+        seen.append((state["accel"], state["tracker"]))
+    assert seen == [("kvm", "kvm-bitmap"), ("soft", "hap"), ("soft", "shadow"), ("soft", "hap"), ("kvm", "kvm-bitmap")]
+
+
+def test_huge_pages_at_each_end_are_its_own_affair(tmp_path, thp, hugetlb_pool, made, kvm_support):
+    kvm = ("--accel", "kvm", "--hugepages")
+    stops = ((*kvm, "hugetlb"), ("--accel", "soft", "--hugepages", "thp"), kvm[:2], (*kvm, "hugetlb"))
+    for process, expected in zip(tour(tmp_path, made, *stops), ("hugetlb", "thp", "off", "hugetlb"), strict=True):
+        state = process.ask("x-query-guest")
+        text = cli("status", "--control", process.control).stdout
+        assert state["huge_pages"] == expected
+        if expected == "off":
+            assert state["huge_bytes"] is None
+            assert "huge" not in text
+        else:
+            assert state["huge_bytes"] % (2 << 20) == 0
+            assert state["huge_bytes"] > 0
+            assert f"in huge pages, {expected})" in text
+
+
+def test_a_destination_without_huge_pages_left_refuses_and_waits_on(tmp_path, hugetlb_pool, made, kvm_support):
+    made.append(Process(tmp_path, "a", "run", "kv", "--memory", "64M", "--working-set", "1M"))
+    made.append(Process(tmp_path, "b", "receive", "tcp://127.0.0.1:0", "--accel", "kvm", "--hugepages", "hugetlb"))
+    source, destination = made
+    for _ in range(2):
+        refused = migrate(source, str(destination.endpoint()))
+        assert refused.returncode == 3, refused.stderr
+        assert "pool of 2 MiB pages cannot give 32" in one_line(refused)
+        assert "vm.nr_hugepages=" in refused.stderr
+        assert destination.status() == "inmigrate"
+        assert source.runs_on()
+
+
 def test_a_person_sees_rounds_and_a_summary(processes):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()

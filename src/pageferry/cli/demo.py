@@ -36,6 +36,7 @@ def run_demo(
     """
     console.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     accel = ["--accel", machines.accel, *(["--tracker", machines.tracker] if machines.tracker else [])]
+    accel += ["--hugepages", machines.huge_pages]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
         size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus)]
         source = _Child("source", Path(folder), "run", workload, *size, *accel)

@@ -24,6 +24,7 @@ from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.view import ProgressView, summary
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
+from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policy import make_policy
 from pageferry.core.units import format_size, parse_size
@@ -31,7 +32,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.workloads import WORKLOADS, load_guest
-from pageferry.vmm.accel import Accel, choose_machines
+from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.doctor import examine
 from pageferry.vmm.process import GuestProcess
@@ -53,6 +54,10 @@ AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, s
 TrackerOption = Annotated[
     str | None,
     typer.Option(help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, uffd-wp or pagemap-scan (kvm)."),
+]
+HugePagesOption = Annotated[
+    HugePages,
+    typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
 ]
 ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
 JsonOption = Annotated[
@@ -158,6 +163,7 @@ def _config(memory: str, cpus: int) -> VmConfig:
 def demo(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
+    huge_pages: HugePagesOption = HugePages.OFF,
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     cpus: CpusOption = 1,
@@ -170,7 +176,7 @@ def demo(
     load_guest(workload)
     config = _config(memory, cpus)
     options = _policy_options(policy, downtime_limit, max_rounds)
-    machines = choose_machines(accel, tracker)
+    machines = choose_machines(accel, tracker, huge_pages)
     _end_as_by_ctrl_c()
     _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
 
@@ -182,8 +188,7 @@ def _end_as_by_ctrl_c() -> None:
 
 
 @contextmanager
-def _guest_process(accel: Accel, tracker: str | None, control: Path | None) -> Iterator[GuestProcess]:
-    machines = choose_machines(accel, tracker)
+def _guest_process(machines: Machines, control: Path | None) -> Iterator[GuestProcess]:
     _err.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
 
     def say(message: str) -> None:
@@ -212,6 +217,7 @@ def run_guest(
     cpus: CpusOption = 1,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
+    huge_pages: HugePagesOption = HugePages.OFF,
     control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
     rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
@@ -223,7 +229,7 @@ def run_guest(
     params = GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
     )
-    with _guest_process(accel, tracker, control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages), control) as process:
         process.boot(program, config, params)
         process.start()
         code = process.wait()
@@ -236,10 +242,11 @@ def receive(
     control: ControlOption,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
+    huge_pages: HugePagesOption = HugePages.OFF,
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
-    with _guest_process(accel, tracker, control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages), control) as process:
         bound = process.listen(endpoint)
         _err.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
@@ -286,7 +293,10 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         _out.print(f"waiting for a guest at {state['listening']}", markup=False)
     if "memory_bytes" in state:
         work = ", ".join(f"{each:,}" for each in state["work"])
-        _out.print(f"memory {format_size(state['memory_bytes'])}, tracker {state['tracker']}, work done {work}")
+        memory = format_size(state["memory_bytes"])
+        if state["huge_bytes"] is not None:
+            memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
+        _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
 
 
 def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value

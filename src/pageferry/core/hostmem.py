@@ -1,5 +1,8 @@
 """Host address space for guest memory: one reservation into which pieces of a memfd are mapped.
 
+Reservations begin at a multiple of 2 MiB, so that wherever gpa and file offset agree modulo 2 MiB the host may use huge
+pages, if it is asked to (:mod:`.hugepages`).
+
 This is the only module that calls ``mmap``/``madvise`` by address. Views are ordinary buffers that keep the mapping
 alive: memory is unmapped when the last of them is gone, never under a reader's feet.
 """
@@ -14,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
-from pageferry.core.frames import PAGE_SHIFT, GfnArray, Hva
+from pageferry.core.frames import PAGE_SHIFT, SIZE_2M, GfnArray, Hva
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -24,6 +28,7 @@ _libc.mremap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -33,7 +38,10 @@ _PROT_NONE = 0
 _MREMAP_MAYMOVE_FIXED = 1 | 2
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+_MFD_HUGE_2MB = 21 << 26
+MADV_HUGEPAGE = 14
 MADV_POPULATE_WRITE = 23
+_HUGE_FIELDS = ("ShmemPmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
 
 _SYS_FUTEX = 202 if platform.machine() == "x86_64" else 98  # asm-generic
 _FUTEX_WAKE_OP_PRIVATE = 5 | 128
@@ -86,14 +94,28 @@ class MemFd:
     Args:
         name: shown in ``/proc/PID/maps``.
         size_bytes: a multiple of the page size; costs nothing until touched.
+        hugetlb: whether its pages come from the host's pool of 2 MiB pages. It ends with a whole one, and every mapping
+            of it reserves what it needs.
+
+    Raises:
+        UsageError: the host refuses the size.
+        UnsupportedError: the kernel has no pool of 2 MiB pages.
     """
 
-    def __init__(self, name: str, size_bytes: int) -> None:
+    def __init__(self, name: str, size_bytes: int, *, hugetlb: bool = False) -> None:
         self.size_bytes = size_bytes
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        flags = os.MFD_HUGETLB | _MFD_HUGE_2MB if hugetlb else 0
+        try:
+            self.fd = os.memfd_create(name, os.MFD_CLOEXEC | flags)
+        except OSError as error:
+            if not hugetlb:
+                raise
+            raise UnsupportedError(
+                "hugetlb", "this kernel has no pool of 2 MiB pages", hint="use --hugepages thp, or off"
+            ) from error
         self._close = weakref.finalize(self, os.close, self.fd)
         try:
-            os.ftruncate(self.fd, size_bytes)
+            os.ftruncate(self.fd, -(-size_bytes // SIZE_2M) * SIZE_2M if hugetlb else size_bytes)
         except (OSError, OverflowError) as error:
             self._close()
             raise UsageError(f"the host cannot hold {size_bytes} bytes of guest memory") from error
@@ -101,7 +123,8 @@ class MemFd:
     def populated(self) -> tuple[GfnArray, GfnArray]:
         """Return the page runs that have storage, ``(starts, lengths)`` in pages of the file, ascending.
 
-        Everything else reads as zero and was never touched. Cost grows with the number of extents.
+        Everything else reads as zero and was never touched. Cost grows with the number of extents. Not for hugetlb: the
+        kernel says that such a file is full from the beginning.
         """
         starts: list[int] = []
         ends: list[int] = []
@@ -130,15 +153,21 @@ class MemFd:
 
 
 class _Reservation:
-    """Owns a range of host addresses; unmapped when collected."""
+    """Owns a range of host addresses that begins and ends at a multiple of 2 MiB; unmapped when collected."""
 
     def __init__(self, size_bytes: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        address = _libc.mmap(None, size_bytes, _PROT_NONE, flags, -1, 0)
-        if address == _MAP_FAILED:
+        size_bytes = -(-size_bytes // SIZE_2M) * SIZE_2M
+        found = _libc.mmap(None, size_bytes + SIZE_2M, _PROT_NONE, flags, -1, 0)
+        if found == _MAP_FAILED:
             _raise("mmap")
-        self.hva = Hva(address)
-        weakref.finalize(self, _libc.munmap, address, size_bytes)
+        self.hva = Hva(-(-found // SIZE_2M) * SIZE_2M)
+        end, found_end = self.hva + size_bytes, found + size_bytes + SIZE_2M
+        # SAFETY: both are the unused ends of what was just mapped.
+        for begin, stop in ((found, self.hva), (end, found_end)):
+            if begin < stop:
+                _libc.munmap(begin, stop - begin)
+        weakref.finalize(self, _libc.munmap, self.hva, size_bytes)
 
 
 class HostMapping:
@@ -168,11 +197,15 @@ class HostMapping:
     def map_fd(self, memfd: MemFd, offset: int, at: int, size_bytes: int) -> None:
         """Map ``size_bytes`` of ``memfd`` from ``offset`` at byte ``at``, shared and writable.
 
-        All three are multiples of the page size.
+        All three are multiples of the page size. With a hugetlb file ``offset`` and ``at`` are multiples of 2 MiB, and
+        the last 2 MiB page is mapped whole.
+
+        Raises:
+            VmError: the host refused: out of memory, or too few pages left to reserve.
         """
         self._check(at, size_bytes)
         prot = mmap.PROT_READ | mmap.PROT_WRITE
-        # SAFETY: MAP_FIXED lands inside our own reservation (checked above).
+        # SAFETY: MAP_FIXED lands inside our own reservation (checked above), which ends with a whole 2 MiB.
         if _libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
             _raise("mmap")
 
@@ -203,9 +236,16 @@ class HostMapping:
     def map_nothing(self, at: int, size_bytes: int) -> None:
         """Put memory that belongs to nobody into a range: whoever comes late reads zeros there and harms nothing."""
         self._check(at, size_bytes)
+        self._map_nothing(at, size_bytes)
+
+    def clear(self) -> None:
+        """Give back all that is mapped, though views may live on: there is memory that belongs to nobody now."""
+        self._map_nothing(0, -(-self.size_bytes // SIZE_2M) * SIZE_2M)  # a huge page goes only as a whole
+
+    def _map_nothing(self, at: int, size_bytes: int) -> None:
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-        # SAFETY: MAP_FIXED lands inside our own reservation (checked above).
+        # SAFETY: MAP_FIXED lands inside our own reservation, which ends with a whole 2 MiB.
         if _libc.mmap(self.hva + at, size_bytes, prot, flags, -1, 0) == _MAP_FAILED:
             _raise("mmap")
 
@@ -221,3 +261,39 @@ class HostMapping:
         self._check(at, size_bytes)
         if _libc.madvise(self.hva + at, size_bytes, advice):
             _raise("madvise")
+
+    def resident(self, at: int, size_bytes: int) -> tuple[GfnArray, GfnArray]:
+        """Return the runs of pages of a range that were ever touched through it: ``(starts, lengths)``, ascending.
+
+        Args:
+            at: of the range, a multiple of the page size.
+            size_bytes: a multiple of the page size, at least one page.
+
+        Returns:
+            uint64[n] each, in pages from the beginning of the mapping. Only hugetlb pages, which the host cannot take
+            away, are surely still there.
+
+        Source: mincore(2).
+        """
+        self._check(at, size_bytes)
+        present = np.zeros(size_bytes >> PAGE_SHIFT, np.uint8)
+        # SAFETY: the kernel writes one byte per page, exactly the array, during the call; this frame holds it.
+        if _libc.mincore(self.hva + at, size_bytes, present.ctypes.data):
+            _raise("mincore")
+        pages = np.flatnonzero(present & np.uint8(1)).astype(np.uint64)
+        return runs_of(pages + np.uint64(at >> PAGE_SHIFT))
+
+    def huge_bytes(self) -> int:
+        """Return how many bytes are mapped by huge pages of the host now. Cost grows with all that is mapped.
+
+        Source: proc_pid_smaps(5).
+        """
+        total_kib, ours = 0, False
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, rest = line.partition(":")
+                if key in _HUGE_FIELDS:
+                    total_kib += ours * int(rest.split()[0])
+                elif "-" in key:
+                    ours = self.hva <= int(key.partition("-")[0], 16) < self.hva + self.size_bytes
+        return total_kib << 10

@@ -11,6 +11,7 @@ dirty *after* the write. Marking first would let a ``clean()`` in between take t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -21,12 +22,14 @@ from pageferry.core.frames import (
     PAGE_SIZE,
     PCI_HOLE_END,
     PCI_HOLE_START,
+    SIZE_2M,
     Gfn,
     GfnArray,
     Gpa,
     gfns_touched,
 )
-from pageferry.core.hostmem import MADV_POPULATE_WRITE, HostMapping, MemFd
+from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_POPULATE_WRITE, HostMapping, MemFd
+from pageferry.core.hugepages import HugePages, pool_too_small
 
 #: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
 MIN_MEMORY_BYTES = 2 << 20
@@ -71,6 +74,16 @@ def ram_layout(memory_bytes: int) -> tuple[RamRegion, ...]:
     return (low, RamRegion(gpa=PCI_HOLE_END, size_bytes=memory_bytes - PCI_HOLE_START))
 
 
+def _touched(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[GfnArray, GfnArray]:
+    # A hugetlb file does not tell what has storage. Nobody touches guest memory but through this mapping.
+    runs = [mapping.resident(region.gpa, region.size_bytes) for region in regions]
+    return np.concatenate([starts for starts, _ in runs]), np.concatenate([lengths for _, lengths in runs])
+
+
+def _nothing() -> tuple[GfnArray, GfnArray]:
+    return np.empty(0, np.uint64), np.empty(0, np.uint64)
+
+
 class GuestMemory:
     """One guest's RAM.
 
@@ -78,6 +91,8 @@ class GuestMemory:
         regions: RAM, ascending and disjoint.
         mapping: host addresses with all of RAM mapped at offset gpa; at least ``gfn_limit`` pages.
         populated: returns the page runs (gfns) that have storage; the rest reads as zero.
+        huge_pages: what was asked of the host.
+        vcpu_mapping: where vCPUs touch this memory; None: in ``mapping`` too.
     """
 
     def __init__(
@@ -85,10 +100,15 @@ class GuestMemory:
         regions: Sequence[RamRegion],
         mapping: HostMapping,
         populated: Callable[[], tuple[GfnArray, GfnArray]],
+        *,
+        huge_pages: HugePages = HugePages.OFF,
+        vcpu_mapping: HostMapping | None = None,
     ) -> None:
         self.regions = tuple(regions)
         self.mapping = mapping
+        self.huge_pages = huge_pages
         self._populated = populated
+        self._vcpu_mapping = vcpu_mapping or mapping
         self._on_write: Callable[[GfnArray], None] | None = None
         self._removed: DirtyBitmap | None = None  # made at the first removal
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
@@ -96,19 +116,29 @@ class GuestMemory:
         self.size_bytes = sum(region.size_bytes for region in self.regions)
 
     @classmethod
-    def linear(cls, memory_bytes: int) -> "GuestMemory":
+    def linear(cls, memory_bytes: int, *, huge_pages: HugePages = HugePages.OFF) -> "GuestMemory":
         """Make RAM over one memfd whose offset is the gpa (the hole costs nothing: the file is sparse).
 
         Raises:
             UsageError: see :func:`ram_layout`, or the host refuses the size.
+            UnsupportedError: the host's pool of huge pages is too small.
         """
         regions = ram_layout(memory_bytes)
         end = regions[-1].gpa + regions[-1].size_bytes
-        memfd = MemFd("pageferry-ram", end)
+        hugetlb = huge_pages is HugePages.HUGETLB
+        memfd = MemFd("pageferry-ram", end, hugetlb=hugetlb)
         mapping = HostMapping(end)
         for region in regions:
-            mapping.map_fd(memfd, region.gpa, region.gpa, region.size_bytes)
-        return cls(regions, mapping, memfd.populated)
+            try:
+                mapping.map_fd(memfd, region.gpa, region.gpa, region.size_bytes)
+            except VmError as error:
+                if not hugetlb:
+                    raise
+                raise pool_too_small(sum(-(-region.size_bytes // SIZE_2M) for region in regions)) from error
+            if huge_pages is HugePages.THP:
+                mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
+        populated = partial(_touched, regions, mapping) if hugetlb else memfd.populated
+        return cls(regions, mapping, populated, huge_pages=huge_pages)
 
     def map_again(self) -> HostMapping:
         """Return a second mapping of all of RAM, laid out as :attr:`mapping`, for a memory made by :meth:`linear`.
@@ -128,6 +158,15 @@ class GuestMemory:
     def pages(self) -> int:
         """How many frames the regions have (the hole not counted, removed frames counted)."""
         return self.size_bytes >> PAGE_SHIFT
+
+    @property
+    def reserved(self) -> bool:
+        """Whether the host has set all of this memory aside already."""
+        return self.huge_pages is HugePages.HUGETLB
+
+    def huge_bytes(self) -> int | None:
+        """Return how many bytes the host maps by huge pages now, or None where it was not asked for any."""
+        return None if self.huge_pages is HugePages.OFF else self._vcpu_mapping.huge_bytes()
 
     def on_write(self, mark: Callable[[GfnArray], None] | None) -> None:
         """Set who is told of frames written through this object (a LogDirty's ``mark``), or nobody."""
@@ -247,6 +286,12 @@ class GuestMemory:
             raise VmError("a run of frames is not inside guest memory")
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
+
+    def close(self) -> None:
+        """Give all storage back to the host at once, whoever still holds a view: it reads as zero now."""
+        self._on_write = None
+        self._populated = _nothing
+        self.mapping.clear()
 
     def _inside(self, starts: GfnArray, lengths: GfnArray) -> bool:
         fits = [

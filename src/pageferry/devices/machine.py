@@ -132,8 +132,8 @@ class Machine(ABC):
         if not self._closed:
             self._closed = True
             self.run_control.close()
-            self.memory.on_write(None)
             self._free()
+            self.memory.close()
 
     def _expect_paused(self, what: str) -> None:
         if not self.run_control.held:

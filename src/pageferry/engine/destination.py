@@ -174,8 +174,12 @@ class Destination:
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
-            _expect_room(hello)
             vm = self._make_vm(VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus))
+            try:
+                _expect_room(vm.memory, hello)
+            except UsageError:
+                vm.close()
+                raise
         except (UsageError, VmError) as error:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
@@ -271,7 +275,9 @@ class Destination:
             self._peer.send(Running())
 
 
-def _expect_room(hello: SourceHello) -> None:
+def _expect_room(memory: GuestMemory, hello: SourceHello) -> None:
+    if memory.reserved:
+        return
     needed_bytes = hello.populated_pages * PAGE_SIZE
     available = available_bytes()
     if available is not None and needed_bytes > available:

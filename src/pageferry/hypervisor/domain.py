@@ -7,7 +7,8 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever wr
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M, GfnArray
-from pageferry.core.hostmem import HostMapping
+from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
+from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
@@ -35,6 +36,8 @@ class Domain(Machine):
     Args:
         config: memory and 1 to 8 vCPUs.
         paging_mode: ``hap`` or ``shadow``.
+        thp: whether to ask the host for transparent huge pages. (Pages of a hugetlb pool are no choice: single frames
+            of 4 KiB come and go in a domain.)
 
     Raises:
         UsageError: the memory size is impossible.
@@ -44,7 +47,7 @@ class Domain(Machine):
     MAX_VCPUS = 8
     """More would only wait for each other."""
 
-    def __init__(self, config: VmConfig, *, paging_mode: str = "hap") -> None:
+    def __init__(self, config: VmConfig, *, paging_mode: str = "hap", thp: bool = False) -> None:
         _check_mode(paging_mode)
         if not 1 <= config.cpus <= self.MAX_VCPUS:
             raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
@@ -60,12 +63,14 @@ class Domain(Machine):
         if regions[0].pages >= PAGES_PER_1G:
             extents_2m += _GAP_2M
         self.locks = DomainLocks()
-        self.machine = MachineMemory(extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging)
+        self.machine = MachineMemory(
+            extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging, thp=thp
+        )
         self.p2m = P2M(self.machine, self.locks.p2m)
         mapping = HostMapping(gfn_limit << PAGE_SHIFT)
         self._populate(mapping, regions)
         self.physmap = PhysMap(self)
-        super().__init__(config, GuestMemory(regions, mapping, self.physmap.populated))
+        super().__init__(config, self._guest_memory(regions, mapping, thp=thp))
         self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
         self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus, self.shadow) for _ in range(config.cpus))
         self.shadow.mmus = tuple(vcpu.shadow_mmu for vcpu in self.vcpus)
@@ -125,6 +130,19 @@ class Domain(Machine):
                     self._enter(mapping, gfn, min(step, end - gfn))
                 for gfn in range(whole - PAGES_PER_1G, region.first_gfn - 1, -PAGES_PER_1G):
                     self._enter(mapping, gfn, PAGES_PER_1G)
+
+    def _guest_memory(self, regions: tuple[RamRegion, ...], mapping: HostMapping, *, thp: bool) -> GuestMemory:
+        if not thp:
+            return GuestMemory(regions, mapping, self.physmap.populated)
+        for region in regions:
+            mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
+        return GuestMemory(
+            regions,
+            mapping,
+            self.physmap.populated,
+            huge_pages=HugePages.THP,
+            vcpu_mapping=self.machine.mapping,
+        )
 
     def _enter(self, mapping: HostMapping, gfn: int, pages: int) -> None:
         mfn = self.machine.allocate_extent(pages)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGES_PER_2M, GfnArray, Mfn
-from pageferry.core.hostmem import HostMapping, MemFd
+from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping, MemFd
 from pageferry.hypervisor.locks import OrderedLock
 
 _MAX_EXTENTS = 256
@@ -224,9 +224,10 @@ class MachineMemory:
         extents_2m: guest RAM to make room for, in 2 MiB frames.
         pool_frames: the size of the paging pool.
         paging_lock: guards the pool.
+        thp: whether to ask the host for transparent huge pages under guest RAM.
     """
 
-    def __init__(self, *, extents_2m: int, pool_frames: int, paging_lock: OrderedLock) -> None:
+    def __init__(self, *, extents_2m: int, pool_frames: int, paging_lock: OrderedLock, thp: bool = False) -> None:
         self.ram_frames = extents_2m * PAGES_PER_2M
         self.foreign_start = self.ram_frames + -(-pool_frames // PAGES_PER_2M) * PAGES_PER_2M
         self.frames = self.foreign_start + _FOREIGN_FRAMES
@@ -234,6 +235,8 @@ class MachineMemory:
         self.memfd = MemFd("pageferry-machine", self.size_bytes)
         self.mapping = HostMapping(self.size_bytes)
         self.mapping.map_fd(self.memfd, 0, 0, self.size_bytes)
+        if thp:
+            self.mapping.advise(0, self.ram_frames << PAGE_SHIFT, MADV_HUGEPAGE)
         self.words = self.mapping.view.cast("Q")
         """Machine memory as u64s: word ``maddr >> 3``."""
         self.owner = np.zeros(self.frames, np.uint8)
@@ -308,7 +311,8 @@ class MachineMemory:
         return gfns[new], np.add.reduceat(pages, np.flatnonzero(new))
 
     def close(self) -> None:
-        """Give the file back; mappings live as long as someone holds them."""
+        """Give the memory back; whoever still holds a view reads zeros."""
+        self.mapping.clear()
         self.memfd.close()
 
 

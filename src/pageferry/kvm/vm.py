@@ -7,6 +7,7 @@ import ctypes
 from contextlib import ExitStack
 
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
@@ -39,14 +40,22 @@ class KvmVm(Machine):
     Args:
         config: what the guest needs.
         tracker: how dirty pages are found: a name out of :data:`pageferry.kvm.trackers.TRACKERS`, or one of one's own.
+        huge_pages: what to ask of the host for the guest's RAM.
 
     Raises:
-        UnsupportedError: there is no usable KVM here, it lacks something, or cannot hold such a guest.
+        UnsupportedError: there is no usable KVM here, it lacks something, or cannot hold such a guest, or the host has
+            too few huge pages.
         UsageError: the memory size is not possible.
         KvmError: the kernel refused.
     """
 
-    def __init__(self, config: VmConfig, *, tracker: str | Tracker = DEFAULT_TRACKER) -> None:
+    def __init__(
+        self,
+        config: VmConfig,
+        *,
+        tracker: str | Tracker = DEFAULT_TRACKER,
+        huge_pages: HugePages = HugePages.OFF,
+    ) -> None:
         kind = find_tracker(tracker) if isinstance(tracker, str) else tracker
         with ExitStack() as undo:  # what was opened is closed again, the last first, if a later step fails
             system = undo.enter_context(SystemFd())
@@ -56,7 +65,7 @@ class KvmVm(Machine):
             limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
             if not 1 <= config.cpus <= limit:
                 raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
-            super().__init__(config, GuestMemory.linear(config.memory_bytes))
+            super().__init__(config, GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages))
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()

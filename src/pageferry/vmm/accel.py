@@ -6,6 +6,7 @@ from enum import StrEnum
 from functools import partial
 
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import Vm, VmConfig
 
 #: The paging modes of the software machine; the first is its own.
@@ -28,22 +29,33 @@ class Machines:
     reason: str
     make_vm: Callable[[VmConfig], Vm]
     tracker: str | None = None
+    huge_pages: HugePages = HugePages.OFF
 
 
-def choose_machines(accel: Accel, tracker: str | None = None) -> Machines:
+def choose_machines(accel: Accel, tracker: str | None = None, huge_pages: HugePages = HugePages.OFF) -> Machines:
     """Return the kind of machine to use.
 
     Args:
         accel: what was asked for.
         tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
+        huge_pages: what to ask of the host for guest memory.
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
     """
+    expect_offered(huge_pages)
+    name, reason = _choose(accel, tracker)
+    make = _make_kvm if name == "kvm" else _make_soft
+    return Machines(
+        accel=name, reason=reason, make_vm=make(tracker, huge_pages), tracker=tracker, huge_pages=huge_pages
+    )
+
+
+def _choose(accel: Accel, tracker: str | None) -> tuple[str, str]:
     if tracker in _SOFT_TRACKERS and accel is Accel.AUTO:
-        return Machines(accel="soft", reason=f"of tracker {tracker}", make_vm=_make_soft(tracker), tracker=tracker)
+        return "soft", f"of tracker {tracker}"
     if accel is Accel.SOFT:
-        return Machines(accel="soft", reason="asked for", make_vm=_make_soft(tracker), tracker=tracker)
+        return "soft", "asked for"
     from pageferry.kvm.probe import probe
 
     try:
@@ -51,21 +63,24 @@ def choose_machines(accel: Accel, tracker: str | None = None) -> Machines:
     except UnsupportedError as error:
         if accel is Accel.KVM or tracker is not None:
             raise
-        return Machines(accel="soft", reason=f"KVM does not work here: {error}", make_vm=_make_soft(None))
-    reason = "asked for" if accel is Accel.KVM else "/dev/kvm works"
-    return Machines(accel="kvm", reason=reason, make_vm=_make_kvm(tracker), tracker=tracker)
+        return "soft", f"KVM does not work here: {error}"
+    return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works"
 
 
-def _make_soft(tracker: str | None) -> Callable[[VmConfig], Vm]:
+def _make_soft(tracker: str | None, huge_pages: HugePages) -> Callable[[VmConfig], Vm]:
     from pageferry.hypervisor.domain import Domain
 
     if tracker not in (None, *_SOFT_TRACKERS):
         raise UnsupportedError("tracker", f"no tracker {tracker} on soft", hint=f"one of {', '.join(_SOFT_TRACKERS)}")
-    return partial(Domain, paging_mode=tracker or _SOFT_TRACKERS[0])
+    if huge_pages is HugePages.HUGETLB:
+        raise UnsupportedError(
+            "hugetlb", "the soft machine gives memory back by single 4 KiB frames", hint="use --hugepages thp"
+        )
+    return partial(Domain, paging_mode=tracker or _SOFT_TRACKERS[0], thp=huge_pages is HugePages.THP)
 
 
-def _make_kvm(tracker: str | None) -> Callable[[VmConfig], Vm]:
+def _make_kvm(tracker: str | None, huge_pages: HugePages) -> Callable[[VmConfig], Vm]:
     from pageferry.kvm.trackers import DEFAULT_TRACKER, find_tracker
     from pageferry.kvm.vm import KvmVm
 
-    return partial(KvmVm, tracker=find_tracker(tracker or DEFAULT_TRACKER))
+    return partial(KvmVm, tracker=find_tracker(tracker or DEFAULT_TRACKER), huge_pages=huge_pages)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pageferry.core.errors import PageferryError, UnsupportedError, VmError
+from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.memory import GuestMemory
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm, VmConfig, VmStatus
@@ -43,6 +44,8 @@ def examine() -> list[Finding]:
     return [
         _try("memfd", _memfd, "pageferry needs Linux with memfd_create"),
         _try("populate-ahead", _populate, "slower receiving without it; Linux 5.14 has it"),
+        _try("hugepages-thp", lambda: _huge_pages(HugePages.THP), ""),
+        _try("hugepages-hugetlb", lambda: _huge_pages(HugePages.HUGETLB), ""),
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in _OTHER_TRACKERS),
@@ -73,6 +76,11 @@ def _populate() -> str:
     if int(memory.populated()[1].sum()) < 16:
         raise UnsupportedError("populate-ahead", "MADV_POPULATE_WRITE did nothing")
     return "MADV_POPULATE_WRITE works"
+
+
+def _huge_pages(kind: HugePages) -> str:
+    expect_offered(kind)
+    return f"--hugepages {kind} works"
 
 
 def _trial(accel: Accel, tracker: str | None = None) -> str:

@@ -415,6 +415,8 @@ class GuestProcess:
                 "memory_bytes": vm.config.memory_bytes,
                 "cpus": vm.config.cpus,
                 "tracker": vm.log_dirty.tracker,
+                "huge_pages": str(vm.memory.huge_pages),
+                "huge_bytes": vm.memory.huge_bytes(),
                 "work": [status.work for status in read_status(vm.memory, vm.config.cpus)],
                 "exit_code": None if vm.end is None else vm.end.exit_code,
                 "crash": None if vm.end is None else vm.end.crash,

@@ -1,0 +1,78 @@
+"""Guests of every size and shape move between all kinds of machines, at the cost of what they have touched."""
+
+import pytest
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.memory import GuestMemory
+from pageferry.core.policy import XenPolicy
+from pageferry.hypervisor.domain import Domain
+from pageferry.testing import check_log_dirty, machines, soak
+from pageferry.testing.lab import Lab
+from pageferry.testing.machines import KINDS, Kind
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+SIZES = {
+    "4M+4K": 4 * MiB + 4 * KiB,
+    "3G-4K": 3 * GiB - 4 * KiB,
+    "3G": 3 * GiB,
+    "3G+4K": 3 * GiB + 4 * KiB,
+    "5G+12K": 5 * GiB + 12 * KiB,
+    "16G": 16 * GiB,
+}
+PAGES = 120
+SOFT = Kind(accel="soft", tracker="hap", make_vm=Domain)
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request):
+    try:
+        machines.expect_works(request.param)
+    except (UnsupportedError, VmError) as error:
+        pytest.skip(f"{request.param.name}: {error}")
+    return request.param
+
+
+@pytest.fixture
+def viewed_pages(monkeypatch):
+    """Counts the pages that anybody reads or writes through any guest's memory: what a migration's time goes with."""
+    counts = [0]
+    views = GuestMemory.views
+
+    def count(memory, starts, lengths):
+        counts[0] += int(lengths.sum())
+        return views(memory, starts, lengths)
+
+    monkeypatch.setattr(GuestMemory, "views", count)
+    return lambda: counts[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_guest_of_that_size_goes_and_comes_back(kind, size, viewed_pages):
+    """Its working set is the end of its RAM: above 4 GiB, and in 3 GiB + 4 KiB on both sides of the hole."""
+    with Lab(make_vm=kind.make_vm, memory_bytes=SIZES[size], seed=5).guest("kv", pages=PAGES) as guest:
+        vm = guest.vm
+        assert expand_runs(*vm.memory.populated()).size < 60  # booted: program, page tables, information page
+        vm.resume()
+        for there in (SOFT, kind):
+            soak.until_checked(vm)
+            before = viewed_pages()
+            last, (vm, report) = vm, soak.migrate(vm, soak.Leg(kind=there, policy=XenPolicy(max_rounds=3)))
+            populated = expand_runs(*last.memory.populated())
+            assert (last.memory.gfn_limit - 1) in populated.tolist()
+            assert PAGES < populated.size < PAGES + 60
+            assert report.verified_pages == populated.size
+            assert report.rounds[0].sent_pages <= populated.size
+            # Once per round at each end, once for each digest, a sample to estimate the downtime after each round.
+            assert viewed_pages() - before <= populated.size * (3 * len(report.rounds) + 3)
+            assert set(expand_runs(*vm.memory.populated()).tolist()) >= set(populated.tolist())
+            assert (vm.memory.size_bytes, vm.memory.gfn_limit) == (SIZES[size], last.memory.gfn_limit)
+            last.close()
+        soak.until_checked(vm)
+        vm.close()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_tracker_is_exact_in_a_guest_of_that_size(kind, size):
+    checks = ["rounds-are-exact", "free-running-kv", "host-writes-are-marked", "marks-outside-ram"]
+    check_log_dirty(kind.make_vm, memory_bytes=[SIZES[size]], seeds=[1], checks=checks)
