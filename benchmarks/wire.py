@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from pageferry.core.memory import GuestMemory
-from pageferry.core.policy import XenPolicy
+from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source

@@ -14,7 +14,8 @@ from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, TransportError, UsageError, VmError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
-from pageferry.core.policy import Action, Decision, DowntimePolicy, XenPolicy
+from pageferry.core.policies import DowntimePolicy, XenPolicy
+from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination

@@ -1,10 +1,14 @@
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policy import Action, DowntimePolicy, Progress, RoundStats, XenPolicy, make_policy
+from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, XenPolicy, make_policy
+from pageferry.core.policy import Action, Decision, Progress, RoundStats
 
 
 def stats(index, *, sent, remaining, duration_s=1.0):
@@ -18,8 +22,8 @@ def stats(index, *, sent, remaining, duration_s=1.0):
     )
 
 
-def progress(*rounds, fixed_s=0.0, memory_pages=100_000):
-    return Progress(memory_pages=memory_pages, rounds=rounds, fixed_s=fixed_s)
+def progress(*rounds, fixed_s=0.0, memory_pages=100_000, throttle=0.0):
+    return Progress(memory_pages=memory_pages, rounds=rounds, fixed_s=fixed_s, throttle=throttle)
 
 
 def test_xen_stops_under_50_dirty_pages():
@@ -51,7 +55,7 @@ def test_downtime_counts_what_is_left_and_the_fixed_part():
 
 
 def test_downtime_gives_up_with_the_reason_when_it_cannot_converge():
-    rounds = [stats(i, sent=100_000, remaining=90_000) for i in range(30)]
+    rounds = [stats(i, sent=100_000, remaining=90_000 - 1_500 * i) for i in range(30)]
     decision = DowntimePolicy().decide(progress(*rounds))
     assert decision.action is Action.ABORT
     assert "no convergence in 30 rounds" in decision.reason
@@ -92,3 +96,163 @@ def test_policies_by_name():
     ):
         with pytest.raises(UsageError):
             make_policy(**bad)
+
+
+# -- the low-water mark ------------------------------------------------------------------------------------------------
+
+
+def test_the_low_water_mark_is_the_first_round_as_good_as_the_best():
+    rounds = [stats(i, sent=1000, remaining=left) for i, left in enumerate((900, 505, 700, 500, 600))]
+    seen = progress(*rounds)
+    assert (seen.low_water.index, seen.rounds_since_low_water) == (1, 3)
+
+
+@pytest.mark.parametrize("policy", [DowntimePolicy(), ConvergePolicy(max_throttle=0.5)])
+def test_no_policy_runs_on_past_its_low_water_mark(policy):
+    """2 MB are left once, a little too much for the limit, and never so few again."""
+    first = [stats(0, sent=100_000, remaining=50_000), stats(1, sent=50_000, remaining=40_000)]
+    later = [stats(i, sent=60_000, remaining=60_000) for i in range(2, 20)]
+    made = next(
+        n for n in range(1, 20) if policy.decide(progress(*(first + later)[:n], throttle=0.5)).action is Action.ABORT
+    )
+    assert made == 10
+    assert "163.8 MB remained, after round 1" in policy.decide(progress(*(first + later)[:made], throttle=0.5)).reason
+
+
+# -- deadline ----------------------------------------------------------------------------------------------------------
+
+
+def guest(*, wire, dirty, hot, policy, memory=200_000, fixed_s=0.02):
+    """Simulate a guest: pages a second on the wire and dirtied, distinct pages of its hot set; return its rounds."""
+    rounds, elapsed_s, to_send, held = [], 0.0, memory, 0.0
+    while True:
+        duration_s = to_send / wire
+        elapsed_s += duration_s
+        remaining = int(min(hot, dirty * (1 - held) * duration_s))
+        rounds.append(stats(len(rounds), sent=to_send, remaining=remaining, duration_s=max(duration_s, 1e-6)))
+        seen = Progress(memory_pages=memory, rounds=tuple(rounds), fixed_s=fixed_s, elapsed_s=elapsed_s, throttle=held)
+        decision = policy.decide(seen)
+        if decision.action is not Action.NEXT_ROUND:
+            return decision, rounds, elapsed_s + remaining / wire + fixed_s
+        held, to_send = decision.throttle, remaining
+
+
+@given(
+    dirty=st.floats(0, 400_000),
+    hot=st.integers(0, 200_000),
+    deadline_s=st.floats(2.5, 60),
+)
+def test_a_deadline_that_can_be_kept_is_kept(dirty, hot, deadline_s):
+    """Round 0 takes 2 s, and the pages that are dirty then at most 2 s more."""
+    decision, rounds, total_s = guest(wire=100_000, dirty=dirty, hot=hot, policy=DeadlinePolicy(deadline_s=deadline_s))
+    assert decision.action is Action.STOP_AND_COPY
+    floor_s = 2.0 + rounds[0].remaining_pages / 100_000 + 0.02
+    assert total_s <= max(deadline_s, floor_s) + 1e-3  # pages are whole
+
+
+def test_a_deadline_uses_its_time_to_shorten_the_downtime():
+    _, rounds, _ = guest(wire=100_000, dirty=70_000, hot=10**6, policy=DeadlinePolicy(deadline_s=60))
+    assert rounds[-1].remaining_pages < 50
+    _, rounds, total_s = guest(wire=100_000, dirty=70_000, hot=10**6, policy=DeadlinePolicy(deadline_s=5))
+    assert rounds[-1].remaining_pages > 50
+    assert total_s <= 5
+
+
+def test_a_deadline_does_not_repeat_rounds_that_bring_nothing():
+    decision, rounds, _ = guest(wire=100_000, dirty=10**6, hot=50_000, policy=DeadlinePolicy(deadline_s=600))
+    assert len(rounds) <= 3
+    assert "brings nothing" in decision.reason
+
+
+# -- converge ----------------------------------------------------------------------------------------------------------
+
+
+@given(dirty=st.floats(0, 5_000_000), hot=st.integers(0, 200_000))
+def test_converge_ends_within_the_limit_whatever_the_guest_writes(dirty, hot):
+    policy = ConvergePolicy(max_throttle=0.999)
+    decision, rounds, _ = guest(wire=100_000, dirty=dirty, hot=hot, policy=policy)
+    assert decision.action is Action.STOP_AND_COPY, decision
+    assert rounds[-1].remaining_pages / 100_000 + 0.02 <= 0.3 + 1e-9
+
+
+def test_a_guest_that_converges_by_itself_is_never_held():
+    policy, held = ConvergePolicy(), []
+
+    class Watched:
+        def decide(self, seen):
+            decision = policy.decide(seen)
+            held.append(decision.throttle)
+            return decision
+
+    decision, rounds, _ = guest(wire=100_000, dirty=45_000, hot=10**6, policy=Watched())
+    assert decision.action is Action.STOP_AND_COPY
+    assert len(rounds) > 1
+    assert set(held) == {0.0}
+
+
+def test_a_guest_is_held_by_what_the_last_round_showed():
+    # It dirtied as many pages as were sent: half of its time would have left half of them.
+    full = stats(0, sent=100_000, remaining=100_000)
+    assert ConvergePolicy().decide(progress(full)).throttle == pytest.approx(0.5)
+    # It still did, held for half of its time: the other half of what it has left goes too.
+    assert ConvergePolicy().decide(progress(full, throttle=0.5)).throttle == pytest.approx(0.75)
+    assert ConvergePolicy().decide(progress(full, throttle=0.94)).throttle == pytest.approx(0.95)
+    # It shrinks well, perhaps because it is held.
+    shrinking = stats(0, sent=100_000, remaining=40_000)
+    assert ConvergePolicy().decide(progress(shrinking, throttle=0.5)).throttle == pytest.approx(0.5)
+
+
+# -- a user's own ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users_module(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    code = text.split("```python\n")[1].split("```")[0]
+    (tmp_path / "users_policy.py").write_text(code + "\n\nclass Silent:\n    def decide(self, progress): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "users_policy", raising=False)
+
+
+def test_the_documented_example_decides(users_module):
+    policy = make_policy("users_policy:OneMebibyte", max_rounds=2)
+    assert policy.name == "users_policy:OneMebibyte"
+    assert policy.decide(progress(stats(0, sent=900, remaining=255))).action is Action.STOP_AND_COPY
+    assert policy.decide(progress(stats(0, sent=900, remaining=256))).action is Action.NEXT_ROUND
+    rounds = [stats(i, sent=900, remaining=256) for i in range(2)]
+    assert policy.decide(progress(*rounds)).action is Action.STOP_AND_COPY
+
+
+@pytest.mark.parametrize(
+    "name", ["users_policy:Nobody", "no_such_module:X", "users_policy:Action", ":X", "users_policy:"]
+)
+def test_what_is_no_policy_is_told_before_anything_moves(users_module, name):
+    with pytest.raises(UsageError, match="cannot be made"):
+        make_policy(name)
+
+
+@pytest.mark.parametrize(("name", "said"), [("Silent", "answered None"), ("OneMebibyte", "failed: AttributeError")])
+def test_a_users_mistake_is_told_as_such(users_module, name, said):
+    with pytest.raises(UsageError, match=said):
+        make_policy(f"users_policy:{name}").decide(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("xen", {"downtime_limit_s": 1.0}, "the xen policy has no downtime limit"),
+        ("deadline", {}, "needs a deadline"),
+        ("deadline", {"deadline_s": 5.0, "max_rounds": 3}, "the deadline policy has no max rounds"),
+        ("converge", {"deadline_s": 5.0}, "the converge policy has no deadline"),
+        ("nope", {}, "unknown policy"),
+    ],
+)
+def test_an_option_belongs_to_its_policy(name, options, said):
+    with pytest.raises(UsageError, match=said):
+        make_policy(name, **options)
+
+
+@pytest.mark.parametrize("throttle", [-0.1, 1.0, float("nan")])
+def test_a_guest_is_not_held_for_ever(throttle):
+    with pytest.raises(UsageError, match="cannot be held"):
+        Decision(action=Action.NEXT_ROUND, reason="", throttle=throttle)

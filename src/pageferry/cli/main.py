@@ -26,7 +26,7 @@ from pageferry.cli.view import ProgressView, summary
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
-from pageferry.core.policy import make_policy
+from pageferry.core.policies import make_policy
 from pageferry.core.units import format_size, parse_size
 from pageferry.core.vm import VmConfig
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint

@@ -16,7 +16,7 @@ from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
 from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
-from pageferry.core.policy import make_policy
+from pageferry.core.policies import make_policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source

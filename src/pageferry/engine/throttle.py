@@ -1,0 +1,99 @@
+"""Throttle: holds a guest back for a share of its time, so that it writes less.
+
+One cycle lets the guest run for a while, measures how long that really was, and holds it for as long as its share
+demands: so the share is kept however late a thread wakes up. The guest is held by ``freeze``, which nests: whoever else
+pauses it notices nothing.
+"""
+
+import threading
+from collections.abc import Callable
+
+from pageferry.core.vm import Vm
+
+#: One cycle: short, so that nobody who talks to the guest waits long; long against the cost of a kick (0.3 ms).
+_CYCLE_S = 0.02
+_MIN_RUN_S = 0.001
+
+
+class Throttle:
+    """Holds ``vm`` back; not at all until :meth:`set` says so.
+
+    Args:
+        vm: the guest.
+        now_s: a monotonic clock in seconds.
+    """
+
+    def __init__(self, vm: Vm, now_s: Callable[[], float]) -> None:
+        self._vm = vm
+        self._now_s = now_s
+        self._changed = threading.Condition()
+        self._share = 0.0
+        self._held_s = 0.0
+        self._closed = False
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of its time for which the guest is held now."""
+        return self._share
+
+    @property
+    def held_s(self) -> float:
+        """For how long the guest was held in all."""
+        return self._held_s
+
+    def set(self, share: float) -> None:
+        """Hold the guest for ``share`` of its time from now on, 0 to less than 1.
+
+        Raises:
+            VmError: the guest could not be held or let go since the last call.
+        """
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            if self._closed:
+                return
+            self._share = share
+            if share and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="throttle", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Let the guest go, for good. It runs on when this returns, unless somebody else holds it. May be repeated."""
+        with self._changed:
+            self._closed = True
+            self._share = 0.0
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                self._cycle()
+        except Exception as error:  # told at the next set(); a guest that cannot be frozen is not held either
+            self._failure = error
+
+    def _cycle(self) -> None:
+        with self._changed:
+            if self._changed.wait_for(lambda: self._closed or self._share > 0.0) and self._closed:
+                return
+            share = self._share
+            began_s = self._now_s()
+            self._changed.wait_for(lambda: self._share != share, max(_MIN_RUN_S, _CYCLE_S * (1.0 - share)))
+            share = self._share
+        ran_s = self._now_s() - began_s
+        if share:
+            self._hold(ran_s * share / (1.0 - share))
+
+    def _hold(self, hold_s: float) -> None:
+        self._vm.freeze()
+        try:
+            share, began_s = self._share, self._now_s()
+            with self._changed:
+                self._changed.wait_for(lambda: self._share < share, hold_s)
+        finally:
+            self._vm.thaw()
+            self._held_s += self._now_s() - began_s

@@ -1,0 +1,115 @@
+import threading
+import time
+
+import pytest
+
+from pageferry.core.errors import VmError
+from pageferry.core.run import RunControl
+from pageferry.engine.throttle import Throttle
+
+_CYCLES = 5
+
+
+class Frozen:
+    """A guest that can only be held; notes when it was, and says when it was let go for the ``_CYCLES``-th time."""
+
+    def __init__(self):
+        self.held, self.holds = 0, []
+        self.went_on = threading.Event()
+        self.holding = threading.Event()
+
+    def freeze(self):
+        self.holds.append([time.monotonic()])
+        self.held += 1
+        self.holding.set()
+
+    def thaw(self):
+        self.holds[-1].append(time.monotonic())
+        self.held -= 1
+        if len(self.holds) == _CYCLES:
+            self.went_on.set()
+
+
+@pytest.fixture
+def vm():
+    return Frozen()
+
+
+@pytest.fixture
+def throttle(vm):
+    throttle = Throttle(vm, time.monotonic)
+    yield throttle
+    throttle.close()
+
+
+def test_nothing_is_held_at_first_nor_by_a_share_of_nothing(vm, throttle):
+    throttle.set(0.0)
+    throttle.close()
+    assert (vm.holds, throttle.held_s) == ([], 0.0)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_the_share_is_kept_however_late_a_thread_wakes_up(vm, throttle, share):
+    throttle.set(share)
+    assert vm.went_on.wait(60)
+    throttle.close()
+    cycles = vm.holds[:_CYCLES]
+    held_s = sum(end - begin for begin, end in cycles[1:])
+    ran_s = sum(after[0] - before[1] for before, after in zip(cycles, cycles[1:], strict=False))
+    assert held_s / (held_s + ran_s) >= 0.9 * share
+    assert throttle.held_s >= held_s
+
+
+def test_a_guest_that_is_held_for_long_is_let_go_at_once(vm, throttle):
+    throttle.set(0.9999999)  # a hold of hours
+    assert vm.holding.wait(60)
+    throttle.close()
+    assert vm.held == 0
+    assert throttle.share == 0.0
+
+
+def test_a_smaller_share_takes_effect_while_the_guest_is_held(vm, throttle):
+    throttle.set(0.9999999)
+    assert vm.holding.wait(60)
+    throttle.set(0.5)
+    assert vm.went_on.wait(60)
+
+
+def test_once_closed_nothing_is_held_any_more(vm, throttle):
+    throttle.close()
+    throttle.set(0.5)
+    assert throttle.share == 0.0
+    assert vm.holds == []
+
+
+def test_a_guest_that_cannot_be_held_is_told(vm, throttle):
+    tried = threading.Event()
+
+    def refuse():
+        tried.set()
+        raise VmError("no")
+
+    vm.freeze = refuse
+    throttle.set(0.5)
+    assert tried.wait(60)
+    throttle.close()
+    with pytest.raises(VmError, match="no"):
+        throttle.set(0.5)
+
+
+def test_a_throttled_guest_works_on(accel, guests):
+    vm = guests("sweep")
+    throttle = Throttle(vm, time.monotonic)
+    assert isinstance(vm.run_control, RunControl)
+    vm.resume()
+    throttle.set(0.5)
+    try:
+        vm.freeze()  # somebody else's: a throttle neither ends it nor is ended by it
+        throttle.set(0.9)
+        vm.thaw()
+    finally:
+        throttle.close()
+    vm.freeze()
+    vm.thaw()
+    with pytest.raises(VmError, match="not frozen"):
+        vm.thaw()
