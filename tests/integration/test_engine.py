@@ -17,6 +17,7 @@ from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseB
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.engine import source as source_module
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
@@ -695,3 +696,86 @@ def test_a_source_that_lies_about_pages_is_refused(inn, make_vm):
     error = inn.outcome()
     assert isinstance(error, PeerError)
     assert error.guest_at is GuestAt.SOURCE
+
+
+# -- rounds in chunks, and a guest that is held back -------------------------------------------------------------------
+
+
+def test_a_round_cleans_part_by_part_and_reports_what_it_found(guests, inn, monkeypatch):
+    monkeypatch.setattr(source_module, "_CHUNK_PAGES", 1024)
+    vm = running(guests, "hotset")
+    cleaned, clean_range = [], vm.log_dirty.clean_range
+
+    def watched(gfns):
+        cleaned.append((gfns, clean_range(gfns)))
+        return cleaned[-1][1]
+
+    monkeypatch.setattr(vm.log_dirty, "clean_range", watched)
+    report = attempt(vm, inn.open(), XenPolicy(max_rounds=3, min_dirty_pages=0)).run()
+    assert report.verified
+    assert runs_on(inn.outcome())
+    limit = vm.memory.gfn_limit
+    assert [gfns for gfns, _ in cleaned] == 2 * [range(first, first + 1024) for first in range(0, limit, 1024)]
+    found = [bitmap.count() for _, bitmap in cleaned]
+    per_round = limit // 1024
+    assert [stats.dirty_pages for stats in report.rounds[1:3]] == [sum(found[:per_round]), sum(found[per_round:])]
+
+
+class Holds(Never):
+    """Holds the guest for nine tenths of its time, and ends as told."""
+
+    def __init__(self, action, vm, monkeypatch):
+        self._action = action
+        self._held = threading.Event()
+        freeze = vm.freeze
+
+        def watched():
+            freeze()
+            if threading.current_thread().name == "throttle":
+                self._held.set()
+
+        monkeypatch.setattr(vm, "freeze", watched)
+
+    def decide(self, progress):
+        if progress.last.index == 3:
+            assert progress.throttle == 0.9
+            assert self._held.wait(20)
+            return Decision(action=self._action, reason="enough")
+        return Decision(action=Action.NEXT_ROUND, reason="on", throttle=0.9)
+
+
+def test_a_guest_that_was_held_back_arrives_and_is_free(guests, inn, monkeypatch):
+    vm = running(guests, "hotset")
+    report = attempt(vm, inn.open(), Holds(Action.STOP_AND_COPY, vm, monkeypatch)).run()
+    assert report.verified
+    assert report.throttled_s > 0
+    assert runs_on(inn.outcome())
+
+
+def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(guests, inn, monkeypatch):
+    vm = running(guests, "hotset")
+    source = attempt(vm, inn.open(), Holds(Action.ABORT, vm, monkeypatch))
+    with pytest.raises(PolicyAbort, match="enough"):
+        source.run()
+    assert runs_on(vm)
+    with pytest.raises(VmError, match="not frozen"):
+        vm.thaw()
+    assert source.report.throttled_s > 0
+
+
+def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(guests, inn):
+    class Breaks:
+        name = "breaks"
+
+        def decide(self, progress):
+            if progress.last.index == 2:
+                raise UsageError("policy breaks failed: KeyError()", hint="mend it")
+            return Decision(action=Action.NEXT_ROUND, reason="on", throttle=0.9)
+
+    vm = running(guests, "hotset")
+    with pytest.raises(MigrationError, match=r"^.*policy breaks failed") as caught:
+        attempt(vm, inn.open(), Breaks()).run()
+    assert (caught.value.guest_at, caught.value.hint) == (GuestAt.SOURCE, "mend it")
+    assert runs_on(vm)
+    with pytest.raises(VmError, match="not frozen"):
+        vm.thaw()

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pageferry.core.errors import PageferryError, UnsupportedError, VmError
-from pageferry.core.policy import XenPolicy
+from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmStatus
 from pageferry.hypervisor.domain import Domain
 from pageferry.testing import machines, soak

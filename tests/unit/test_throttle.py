@@ -1,3 +1,4 @@
+import itertools
 import threading
 import time
 
@@ -55,7 +56,7 @@ def test_the_share_is_kept_however_late_a_thread_wakes_up(vm, throttle, share):
     throttle.close()
     cycles = vm.holds[:_CYCLES]
     held_s = sum(end - begin for begin, end in cycles[1:])
-    ran_s = sum(after[0] - before[1] for before, after in zip(cycles, cycles[1:], strict=False))
+    ran_s = sum(after[0] - before[1] for before, after in itertools.pairwise(cycles))
     assert held_s / (held_s + ran_s) >= 0.9 * share
     assert throttle.held_s >= held_s
 

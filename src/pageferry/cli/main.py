@@ -26,7 +26,7 @@ from pageferry.cli.view import ProgressView, summary
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
-from pageferry.core.policies import make_policy
+from pageferry.core.policies import POLICIES, make_policy
 from pageferry.core.units import format_size, parse_size
 from pageferry.core.vm import VmConfig
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
@@ -65,9 +65,10 @@ JsonOption = Annotated[
 ]
 MAX_CPUS = 8
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
-PolicyOption = Annotated[str, typer.Option(help="When to stop and copy: downtime or xen.")]
-LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (policy downtime; default 300).")]
-RoundsOption = Annotated[int | None, typer.Option(help="Rounds at the most (default: downtime 30, xen 5).")]
+PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]
+LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge; default 300).")]
+RoundsOption = Annotated[int | None, typer.Option(help="Rounds at the most (downtime 30, converge 60, xen 5).")]
+DeadlineOption = Annotated[float | None, typer.Option(help="Seconds from beginning to end (deadline).")]
 
 
 def _exit_code(error: BaseException) -> int:
@@ -146,10 +147,18 @@ def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
         _out.print(summary(report))
 
 
-def _policy_options(policy: str, downtime_limit: float | None, max_rounds: int | None) -> dict[str, Any]:
+def _policy_options(
+    policy: str, downtime_limit: float | None, max_rounds: int | None, deadline: float | None
+) -> dict[str, Any]:
     limit_s = None if downtime_limit is None else downtime_limit / 1e3
-    make_policy(policy, downtime_limit_s=limit_s, max_rounds=max_rounds)
-    options = {"x-policy": policy, "x-downtime-limit-s": limit_s, "x-max-rounds": max_rounds}
+    if ":" not in policy:  # a user's own is made where it decides
+        make_policy(policy, downtime_limit_s=limit_s, max_rounds=max_rounds, deadline_s=deadline)
+    options = {
+        "x-policy": policy,
+        "x-downtime-limit-s": limit_s,
+        "x-max-rounds": max_rounds,
+        "x-deadline-s": deadline,
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -170,12 +179,13 @@ def demo(
     policy: PolicyOption = "downtime",
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
     load_guest(workload)
     config = _config(memory, cpus)
-    options = _policy_options(policy, downtime_limit, max_rounds)
+    options = _policy_options(policy, downtime_limit, max_rounds, deadline)
     machines = choose_machines(accel, tracker, huge_pages)
     _end_as_by_ctrl_c()
     _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
@@ -261,6 +271,7 @@ def migrate_guest(
     policy: PolicyOption = "downtime",
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
@@ -268,7 +279,7 @@ def migrate_guest(
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
-    options = _policy_options(policy, downtime_limit, max_rounds) | {"x-timeout-s": timeout}
+    options = _policy_options(policy, downtime_limit, max_rounds, deadline) | {"x-timeout-s": timeout}
     _end_as_by_ctrl_c()
     with QmpClient(control) as client:
 

@@ -45,7 +45,7 @@ class PhaseEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundBegan:
-    """A round of pre-copy, or the stop-and-copy, is about to send ``dirty_pages``."""
+    """A round of pre-copy, or the stop-and-copy, begins; ``dirty_pages`` are dirty now."""
 
     index: int
     dirty_pages: int
@@ -77,6 +77,7 @@ class MigrationReport:
     source's monotonic clock; ``downtime_parts_s`` sums to it. Both None unless the guest moved.
     ``verified``: the destination proved its memory equal at the pause; ``verified_pages``: pages digested for that.
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
+    ``throttled_s``: for how long the policy had the guest held during pre-copy.
     """
 
     status: str
@@ -93,6 +94,7 @@ class MigrationReport:
     verified: bool
     verified_pages: int
     fault_count: int | None
+    throttled_s: float
     reason: str
 
     def to_json(self) -> dict[str, Any]:

@@ -22,7 +22,8 @@ _NEAR = 1.05
 class RoundStats:
     """One round of pre-copy.
 
-    ``dirty_pages``: pages that were dirty when the round began (round 0: pages with storage).
+    ``dirty_pages``: pages that it found dirty, each part of memory looked at just before it was sent (round 0: pages
+    with storage).
     ``sent_pages``/``sent_bytes``: what went over the wire, headers included in the bytes.
     ``remaining_pages``: pages dirty when it ended. The final round is the stop-and-copy: nothing remains.
     """

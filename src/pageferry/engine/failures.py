@@ -7,6 +7,7 @@ from pageferry.core.errors import (
     RemoteStreamError,
     TransportError,
     TruncatedError,
+    UsageError,
     VmError,
 )
 from pageferry.core.events import Phase
@@ -27,7 +28,7 @@ def as_migration_error(
     """
     if isinstance(error, PeerFailedError):
         return PeerError(error.reason, phase=str(phase), guest_at=guest_at, hint=error.hint)
-    if isinstance(error, VmError):  # before OSError: a KvmError is both, and no fault of the connection
+    if isinstance(error, VmError | UsageError):  # before OSError: a KvmError is both, and no fault of the connection
         return MigrationError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, TruncatedError | OSError):
         return TransportError(_broken(error, phase, peer, timeout_s), phase=str(phase), guest_at=guest_at)

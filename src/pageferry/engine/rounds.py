@@ -1,6 +1,6 @@
 """Rounds: pages from guest memory to the wire, gathered, and what each round cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -39,8 +39,9 @@ class PageSender:
     def send(
         self,
         channel: Channel,
-        gfns: GfnArray,
+        chunks: Iterable[GfnArray],
         *,
+        expected_pages: int,
         final: bool,
         check: Callable[[], None],
         count_dirty: Callable[[], int],
@@ -49,7 +50,9 @@ class PageSender:
 
         Args:
             channel: where to.
-            gfns: uint64[n], strictly ascending. Law 3: the CLEAN that reported them has returned.
+            chunks: the frames, uint64[n] each, strictly ascending. Law 3: the CLEAN that reported a chunk has returned
+                when the chunk is taken from here; each is taken when those before it are sent.
+            expected_pages: how many there are likely to be in all, for progress.
             final: whether this is the stop-and-copy.
             check: called before each record; raises to end the round.
             count_dirty: called at the end: how many pages are dirty now.
@@ -58,22 +61,25 @@ class PageSender:
             OSError: cut or stalled.
         """
         index = len(self.rounds)
-        self._on_event(RoundBegan(index=index, dirty_pages=gfns.size, final=final))
+        self._on_event(RoundBegan(index=index, dirty_pages=expected_pages, final=final))
         began_s, sent_before = self._now_s(), channel.sent_bytes
-        sent_pages = 0
-        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-            check()
-            batch, views = self._present(gfns[at : at + MAX_PAGES_PER_RECORD])
-            if batch.size:
-                channel.send([self._encoder.page_data(batch), *views])
-            sent_pages += batch.size
-            self.remaining_pages = max(0, gfns.size - at - MAX_PAGES_PER_RECORD)
-            sent_bytes = channel.sent_bytes - sent_before
-            self._on_event(RoundProgress(index=index, sent_pages=sent_pages, sent_bytes=sent_bytes))
+        dirty_pages = passed_pages = sent_pages = 0
+        for gfns in chunks:
+            dirty_pages += gfns.size
+            for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+                check()
+                batch, views = self._present(gfns[at : at + MAX_PAGES_PER_RECORD])
+                if batch.size:
+                    channel.send([self._encoder.page_data(batch), *views])
+                sent_pages += batch.size
+                passed_pages += min(gfns.size - at, MAX_PAGES_PER_RECORD)
+                self.remaining_pages = max(expected_pages, dirty_pages) - passed_pages
+                sent_bytes = channel.sent_bytes - sent_before
+                self._on_event(RoundProgress(index=index, sent_pages=sent_pages, sent_bytes=sent_bytes))
         self.remaining_pages = count_dirty()
         stats = RoundStats(
             index=index,
-            dirty_pages=gfns.size,
+            dirty_pages=dirty_pages,
             sent_pages=sent_pages,
             sent_bytes=channel.sent_bytes - sent_before,
             duration_s=self._now_s() - began_s,

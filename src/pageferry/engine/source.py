@@ -24,7 +24,7 @@ import contextlib
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
+from pageferry.engine.throttle import Throttle
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
@@ -74,6 +75,10 @@ from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 _log = logging.getLogger(__name__)
+
+#: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
+#: second, in which many of those that come later are written again.
+_CHUNK_PAGES = 1 << 18
 
 
 def _ignore(_: Event) -> None:
@@ -116,6 +121,7 @@ class Source:
         self._channel: Channel | None = None
         self._encoder = Encoder()
         self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
+        self._throttle = Throttle(vm, self._clock.now_s)
         self._fixed_s = 0.0
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
@@ -254,6 +260,7 @@ class Source:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
         if self._channel is not None:
             self._channel.close()
+        self._throttle.close()
         if self._committed:
             self.guest_at = GuestAt.UNKNOWN
             return
@@ -301,6 +308,7 @@ class Source:
             verified=self._verified_pages > 0,
             verified_pages=self._verified_pages,
             fault_count=self._fault_count,
+            throttled_s=self._throttle.held_s,
             reason=reason,
         )
         self.status = status
@@ -360,12 +368,18 @@ class Source:
         self._armed = True
         # Law 3: the snapshot of what has storage comes after ENABLE. A page touched later is dirty by then.
         gfns = expand_runs(*self._vm.memory.populated())
+        chunks, expected_pages = iter([gfns]), gfns.size
         while True:
-            stats = self._send_round(peer, gfns)
+            throttle = self._throttle.share
+            stats = self._send_round(peer, chunks, expected_pages=expected_pages)
             self._expect_alive()
             self._fixed_s = state_s + estimates.verify_s(self._vm.memory, self._clock.now_s)
             progress = Progress(
-                memory_pages=self._vm.memory.pages, rounds=tuple(self._sender.rounds), fixed_s=self._fixed_s
+                memory_pages=self._vm.memory.pages,
+                rounds=tuple(self._sender.rounds),
+                fixed_s=self._fixed_s,
+                elapsed_s=self.elapsed_s,
+                throttle=throttle,
             )
             decision = self._policy.decide(progress)
             self._on_event(RoundEnded(stats=stats, decision=decision))
@@ -374,12 +388,24 @@ class Source:
             if decision.action is Action.STOP_AND_COPY:
                 self._stop_reason = decision.reason
                 return
-            gfns = log_dirty.clean().gfns()
+            self._throttle.set(decision.throttle)
+            chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
+
+    def _clean_in_chunks(self) -> Iterator[GfnArray]:
+        """Yield what is dirty, each part of memory cleaned only when those before it are sent.
+
+        A page that is written again before its turn is thus sent once, and no CLEAN stops the guest for long.
+        """
+        gfn_limit = self._vm.memory.gfn_limit
+        for first in range(0, gfn_limit, _CHUNK_PAGES):
+            yield self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit))).gfns()
 
     def _measure_state(self) -> float:
         return estimates.state_s(self._vm, self._clock.now_s)
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
+    def _send_round(
+        self, peer: Peer, chunks: Iterable[GfnArray], *, expected_pages: int, final: bool = False
+    ) -> RoundStats:
         def check() -> None:
             if peer.channel.readable():
                 raise self._unexpected(peer.receive())
@@ -389,16 +415,20 @@ class Source:
         def count_dirty() -> int:
             return 0 if final else self._vm.log_dirty.peek().count()
 
-        return self._sender.send(peer.channel, gfns, final=final, check=check, count_dirty=count_dirty)
+        return self._sender.send(
+            peer.channel, chunks, expected_pages=expected_pages, final=final, check=check, count_dirty=count_dirty
+        )
 
     def _pause(self) -> None:
         self._vm.freeze()
         self.frozen = True
+        self._throttle.close()  # only now: a guest that is let go for a moment writes
         self._expect_alive()
 
     def _stop_and_copy(self, peer: Peer) -> None:
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
-        stats = self._send_round(peer, self._vm.log_dirty.peek().gfns(), final=True)
+        gfns = self._vm.log_dirty.peek().gfns()
+        stats = self._send_round(peer, [gfns], expected_pages=gfns.size, final=True)
         self._sender.send_removed(peer.channel, self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
 

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pageferry.core.errors import MigrationError, PageferryError
 from pageferry.core.events import MigrationReport
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policy import DowntimePolicy, Policy, XenPolicy
+from pageferry.core.policies import ConvergePolicy, DowntimePolicy, XenPolicy
+from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
@@ -84,7 +85,8 @@ def lives(seed: int, count: int, kinds: Sequence[Kind]) -> Iterator[Life]:
 def _policy(draw: random.Random) -> Policy:
     if draw.random() < 0.5:
         return XenPolicy(max_rounds=draw.randint(1, 6), min_dirty_pages=draw.choice((1, 50)))
-    return DowntimePolicy(limit_s=_TIMEOUT_S)  # so much that the speed of the host decides nothing
+    # So much that the speed of the host decides nothing.
+    return draw.choice((DowntimePolicy, ConvergePolicy))(limit_s=_TIMEOUT_S)
 
 
 def live(life: Life, on_leg: Callable[[Leg, MigrationReport], None]) -> None:

@@ -244,6 +244,7 @@ class GuestProcess:
             args.text("x-policy", "downtime"),
             downtime_limit_s=args.number("x-downtime-limit-s"),
             max_rounds=args.integer("x-max-rounds"),
+            deadline_s=args.number("x-deadline-s"),
         )
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
         args.done()

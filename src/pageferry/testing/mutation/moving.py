@@ -1,5 +1,6 @@
 """Faults of the engine: source.py and destination.py. Each is a class derived from the sound one."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,13 @@ class _CleansLate(Faithful):
         """PEEK."""
         return self._sound.peek()
 
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """PEEK, of a range."""
+        dirty = self._sound.peek()
+        outside = dirty.copy()
+        outside.clear_range(gfns.start, len(gfns))
+        return dirty - outside
+
     def really_clean(self) -> None:
         """CLEAN."""
         if self._sound.enabled:
@@ -57,8 +65,8 @@ class ReadBeforeClean(Source):
         machine: Any = _Instead(vm, log_dirty=self._late)
         super().__init__(machine, *args, **options)
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
-        stats = super()._send_round(peer, gfns, final=final)
+    def _send_round(self, peer: Peer, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
+        stats = super()._send_round(peer, chunks, **options)
         if stats.index:
             self._late.really_clean()
         return stats
@@ -72,10 +80,12 @@ class ReadBeforeClean(Source):
 class ZeroPagesSkipped(Source):
     """Pages of zeros are not sent in any round: the destination's memory starts as zeros."""
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
+    def _send_round(self, peer: Peer, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
+        return super()._send_round(peer, map(self._not_zero, chunks), **options)
+
+    def _not_zero(self, gfns: GfnArray) -> GfnArray:
         views = self._vm.memory.page_views(gfns)
-        not_zero = np.array([np.frombuffer(view, np.uint64).any() for view in views], np.bool_)
-        return super()._send_round(peer, gfns[not_zero], final=final)
+        return gfns[np.array([np.frombuffer(view, np.uint64).any() for view in views], np.bool_)]
 
 
 @fault(
@@ -101,7 +111,7 @@ class StalePageCache(Source):
 
     _cache: dict[int, bytes] | None = None
 
-    def _send_round(self, peer: Peer, gfns: GfnArray, *, final: bool = False) -> RoundStats:
+    def _send_round(self, peer: Peer, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
         memory = self._vm.memory
         cache = self._cache = {} if self._cache is None else self._cache
 
@@ -113,7 +123,7 @@ class StalePageCache(Source):
 
         stale: Any = _Instead(memory, views=views)
         self._sender._memory = stale
-        return super()._send_round(peer, gfns, final=final)
+        return super()._send_round(peer, chunks, **options)
 
 
 @fault(
