@@ -40,13 +40,7 @@ in turn waits for vCPUs inside KVM_RUN only. ``_held_lock`` is held for moments:
     .                             take the bits p's bit goes; p is protected or has an entry, as is every page
     writes p: fault, new entry    returned      the next CLEAN has it
 
-    vCPU                          collector, PEEK
-    writes p: entry               .
-    .                             harvest       p's bit is set; nothing else changes
-    .                             (reset)       p is protected with its bit set: law 1 twice over
-
-    device                        CLEAN         as in bitmap_log.py: mark comes after the write
-    writes p, mark(p)             take the bits
+A collector's reset protects p with its bit set, and changes no bit. Devices: as in ``bitmap_log.py``.
 
 An entry that names no page of RAM (another address space, a slot or an offset that is not there) stands for a write
 that we cannot tell: PEEK and CLEAN are refused from then on, until OFF. A reset that was cut short (:mod:`.dirty_rings`
@@ -254,11 +248,7 @@ class KvmRingLog:
                 return LogDirtyStats(fault_count=None, dirty_count=self._expect_on().count())
 
     def on_ring_full(self) -> None:
-        """Make room; on the thread of the vCPU whose ring is full.
-
-        Raises:
-            VmError: the kernel refused; that vCPU cannot run on.
-        """
+        """Make room; on the thread of the vCPU whose ring is full, which cannot run on if this raises a VmError."""
         with self._operator:
             self.full_exits += 1
             self._harvest()
