@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.errors import KvmError, UnsupportedError, VmError
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import GuestParams, boot
@@ -21,6 +22,8 @@ from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.paging import Paging
 from pageferry.kvm import KvmVm, probe
+from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.trackers import ring_tracker
 
 MiB = 1 << 20
 
@@ -74,6 +77,21 @@ def kvm_support():
         if os.environ.get("PAGEFERRY_REQUIRE_KVM") == "1":
             pytest.fail(f"PAGEFERRY_REQUIRE_KVM=1, but {error} ({error.hint})")
         pytest.skip(f"no usable KVM: {error} ({error.hint})")
+
+
+@pytest.fixture(scope="session")
+def smallest_ring_bytes(kvm_support):
+    """The size of the smallest dirty ring that this kernel makes (it keeps room for what a CPU logs by itself)."""
+    for size_bytes in (PAGE_SIZE << shift for shift in range(9)):
+        with SystemFd() as system, system.create_vm() as vm:
+            try:
+                ring_tracker(size_bytes).prepare(vm)
+            except UnsupportedError as error:
+                pytest.skip(f"{error} ({error.hint})")
+            except KvmError:
+                continue
+            return size_bytes
+    return pytest.fail("this kernel offers dirty rings and makes none")
 
 
 @pytest.fixture(params=["kvm", "soft"])

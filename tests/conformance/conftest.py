@@ -7,6 +7,7 @@ import pytest
 from pageferry.core.errors import UnsupportedError
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
+from pageferry.kvm.trackers import ring_tracker
 from pageferry.uffd import check_pagemap_scan, check_userfaultfd
 
 
@@ -33,6 +34,8 @@ def small_pages(config):
     return domain
 
 
+#: Dirty rings as large as they get, and so small that guests of the kit fill them.
+RINGS = ("kvm-ring", "kvm-small-ring")
 ON_KVM = {
     "kvm": KvmVm,
     "uffd-wp": partial(KvmVm, tracker="uffd-wp"),
@@ -49,9 +52,12 @@ MACHINES = {
 }
 
 
-@pytest.fixture(params=MACHINES)
+@pytest.fixture(params=[*MACHINES, *RINGS])
 def make_vm(request):
     """Makes a machine with the tracker under test from a VmConfig."""
+    if request.param in RINGS:
+        smallest_bytes = request.getfixturevalue("smallest_ring_bytes")
+        return partial(KvmVm, tracker=ring_tracker(smallest_bytes) if request.param == "kvm-small-ring" else "kvm-ring")
     if request.param in ON_KVM:
         request.getfixturevalue("kvm_support")
         try:

@@ -15,6 +15,7 @@ from pageferry.testing.conformance import run_check
 from pageferry.testing.lab import Lab
 from pageferry.testing.mutation import DECLARED, FAULTS, WRAPPED, Room, checks_of, lab_of, sound_benches
 from pageferry.testing.mutation.fault import ODD, injected, replace
+from pageferry.testing.mutation.kvm_ring import full_before_clean
 from pageferry.testing.mutation.tracking import store_from_a_vcpu
 from pageferry.testing.mutation.uffd import store_beside_the_first_fault
 
@@ -63,6 +64,14 @@ def test_the_stores_beside_a_fault_are_no_fault_by_themselves(kvm_support):
     lab = lab_of(with_changes(fault, inject=store_beside_the_first_fault))
     (check,) = [check for check in checks_of(fault) if check.name in fault.found_by]
     assert run_check(check, lab) is None
+
+
+def test_a_full_ring_before_each_clean_is_no_fault_by_itself(kvm_support):
+    (fault,) = [fault for fault in FAULTS if fault.name == "ring-dropped-when-full"]
+    lab = lab_of(with_changes(fault, inject=full_before_clean))
+    for check in checks_of(fault):
+        if check.name in fault.found_by:
+            assert run_check(check, lab) is None
 
 
 def test_a_fault_whose_step_is_gone_fails_loudly():

@@ -11,6 +11,7 @@ SIZES = {
     "KvmEnableCap": 104,
     "KvmDirtyLog": 16,
     "KvmClearDirtyLog": 24,
+    "KvmDirtyGfn": 16,
     "KvmDeviceAttr": 24,
     "KvmCpuidEntry2": 40,
     "KvmMsrEntry": 16,
@@ -50,6 +51,7 @@ NUMBERS = {
     "KVM_GET_XSAVE": 0x9000AEA4,
     "KVM_SET_XSAVE": 0x5000AEA5,
     "KVM_CLEAR_DIRTY_LOG": 0xC018AEC0,
+    "KVM_RESET_DIRTY_RINGS": 0xAEC7,
     "KVM_SET_DEVICE_ATTR": 0x4018AEE1,
     "KVM_GET_DEVICE_ATTR": 0x4018AEE2,
     "KVM_HAS_DEVICE_ATTR": 0x4018AEE3,
@@ -75,6 +77,7 @@ def test_offsets_inside_kvm_run_and_variable_length_heads():
     assert uapi.KvmRun.exit_reason.offset == 8
     assert uapi.KvmRun.exit.offset == 0x20
     assert uapi.KvmRunIo.data_offset.offset == 8
+    assert (uapi.KvmDirtyGfn.slot.offset, uapi.KvmDirtyGfn.offset.offset) == (4, 8)
     assert uapi.KvmRunMmio.len.offset == 16
     assert uapi.KvmRunInternal.data.offset == 8
     assert uapi.KvmVcpuEvents.flags.offset == 0x14

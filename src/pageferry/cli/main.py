@@ -53,7 +53,9 @@ _out = Console(highlight=False)
 AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
 TrackerOption = Annotated[
     str | None,
-    typer.Option(help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, uffd-wp or pagemap-scan (kvm)."),
+    typer.Option(
+        help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, kvm-ring, uffd-wp or pagemap-scan (kvm)."
+    ),
 ]
 HugePagesOption = Annotated[
     HugePages,

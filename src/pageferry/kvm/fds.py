@@ -156,6 +156,20 @@ class VcpuFd(Fd):
         self.run = uapi.KvmRun.from_buffer(mapping)
         self.area = memoryview(mapping)
 
+    def map_dirty_ring(self, size_bytes: int) -> mmap.mmap:
+        """Return the vCPU's dirty ring, mapped; the machine was made to have rings of that size.
+
+        The mapping keeps the machine alive inside the kernel, as ``kvm_run`` does, until it is closed.
+
+        Raises:
+            KvmError: the kernel refused.
+        """
+        try:
+            # SAFETY: owned by the caller; the kernel writes to it whenever this vCPU writes a page that is logged.
+            return mmap.mmap(self._fd, size_bytes, offset=uapi.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE)
+        except OSError as error:
+            raise KvmError("mmap of a dirty ring", error.errno or errno.EIO) from error
+
     def close(self) -> None:
         """Close the descriptor and drop the mapping (which would keep the machine alive in the kernel)."""
         super().close()

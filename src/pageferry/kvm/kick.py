@@ -12,6 +12,8 @@ import ctypes
 import functools
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pageferry.core.errors import VmError
 
@@ -59,3 +61,17 @@ def _install() -> int:
         if _libc.sigaction(number, ctypes.byref(new), None) == 0:
             return number
     raise VmError("no free real-time signal to interrupt a vCPU with")
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Hold back every signal of this thread for the length of a ``with`` block; what came is delivered after it.
+
+    A kick that is held back is not lost: ``immediate_exit`` is set already.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -12,7 +12,10 @@ from pageferry.core.errors import UnsupportedError
 from pageferry.core.vm import LogDirty
 from pageferry.kvm import uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
+from pageferry.kvm.dirty_ring import DirtyRing
+from pageferry.kvm.dirty_rings import DirtyRings
 from pageferry.kvm.fds import VmFd
+from pageferry.kvm.ring_log import KvmRingLog
 from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, check_pagemap_scan, check_userfaultfd
 
 if TYPE_CHECKING:
@@ -74,12 +77,48 @@ def _make_automatic_bitmap(vm: "KvmVm") -> LogDirty:
     return KvmBitmapLog(vm.vm_fd, vm.memory, vm.slots, manual_protect=False)
 
 
+def ring_tracker(ring_bytes: int | None = None) -> Tracker:
+    """Return the tracker ``kvm-ring``.
+
+    Args:
+        ring_bytes: the size of each vCPU's ring, a power of two; None: as large as the kernel makes it.
+    """
+    return Tracker(prepare=lambda vm: _prepare_rings(vm, ring_bytes), make=lambda vm: _make_rings(vm, ring_bytes))
+
+
+def _offered_rings(vm: VmFd) -> tuple[int, int]:
+    """Return the capability by which rings are enabled, and how many bytes the largest has."""
+    for capability in (uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, uapi.KVM_CAP_DIRTY_LOG_RING):
+        if size_bytes := vm.check_extension(capability):
+            return capability, size_bytes
+    raise UnsupportedError(
+        "KVM_CAP_DIRTY_LOG_RING",
+        "this KVM has no dirty rings (KVM_CAP_DIRTY_LOG_RING)",
+        hint="Linux 5.11 or newer has them on x86; or use --tracker kvm-bitmap",
+    )
+
+
+def _prepare_rings(vm: VmFd, ring_bytes: int | None) -> None:
+    capability, largest_bytes = _offered_rings(vm)
+    vm.enable_cap(capability, ring_bytes or largest_bytes)
+
+
+def _make_rings(vm: "KvmVm", ring_bytes: int | None) -> LogDirty:
+    size_bytes = ring_bytes or _offered_rings(vm.vm_fd)[1]
+    rings = tuple(DirtyRing(vcpu.fd.map_dirty_ring(size_bytes)) for vcpu in vm.vcpus)
+    log = KvmRingLog(vm.vm_fd, vm.memory, vm.slots, DirtyRings(vm.vm_fd, vm.slots, rings))
+    for vcpu in vm.vcpus:
+        vcpu.exit_handlers[uapi.KVM_EXIT_DIRTY_RING_FULL] = log.on_ring_full
+    return log
+
+
 def _view(vm: "KvmVm") -> VcpuView:
     return VcpuView(memory=vm.memory, mapping=vm.vcpu_mapping)
 
 
 TRACKERS: dict[str, Tracker] = {
     DEFAULT_TRACKER: Tracker(prepare=_prepare_bitmap, make=_make_bitmap),
+    "kvm-ring": ring_tracker(),
     "uffd-wp": Tracker(
         prepare=lambda _: check_userfaultfd(), make=lambda vm: WriteProtectLog(_view(vm)), own_mapping=True
     ),

@@ -29,10 +29,15 @@ KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 KVM_CAP_DIRTY_LOG_RING = 192
 KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
+KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP = 225
 
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
 KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+KVM_DIRTY_GFN_F_DIRTY = 1 << 0
+KVM_DIRTY_GFN_F_RESET = 1 << 1
+KVM_DIRTY_GFN_F_MASK = 0x3
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
@@ -46,6 +51,7 @@ KVM_EXIT_SHUTDOWN = 8
 KVM_EXIT_FAIL_ENTRY = 9
 KVM_EXIT_INTR = 10
 KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_DIRTY_RING_FULL = 31
 KVM_EXIT_IO_OUT = 1
 
 KVM_INTERNAL_ERROR_EMULATION = 1
@@ -82,6 +88,12 @@ class KvmClearDirtyLog(ctypes.Structure):
     """``struct kvm_clear_dirty_log``; ``dirty_bitmap`` is a user address."""
 
     _fields_ = (("slot", u32), ("num_pages", u32), ("first_page", u64), ("dirty_bitmap", u64))
+
+
+class KvmDirtyGfn(ctypes.Structure):
+    """``struct kvm_dirty_gfn``: an entry of a dirty ring; ``slot`` has the address space in its high 16 bits."""
+
+    _fields_ = (("flags", u32), ("slot", u32), ("offset", u64))
 
 
 class KvmDeviceAttr(ctypes.Structure):
@@ -330,6 +342,7 @@ KVM_ENABLE_CAP = _iow(0xA3, ctypes.sizeof(KvmEnableCap))
 KVM_GET_XSAVE = _ior(0xA4, ctypes.sizeof(KvmXsave))
 KVM_SET_XSAVE = _iow(0xA5, ctypes.sizeof(KvmXsave))
 KVM_CLEAR_DIRTY_LOG = _iowr(0xC0, ctypes.sizeof(KvmClearDirtyLog))
+KVM_RESET_DIRTY_RINGS = _io(0xC7)
 KVM_SET_DEVICE_ATTR = _iow(0xE1, ctypes.sizeof(KvmDeviceAttr))
 KVM_GET_DEVICE_ATTR = _iow(0xE2, ctypes.sizeof(KvmDeviceAttr))
 KVM_HAS_DEVICE_ATTR = _iow(0xE3, ctypes.sizeof(KvmDeviceAttr))

@@ -41,7 +41,7 @@ front of a sound one and need no implementation to break: they prove the publish
 
 _TITLES = {
     Room.HYPERVISOR: "In the software hypervisor",
-    Room.KVM: "In the tracker over KVM's bitmap",
+    Room.KVM: "In the trackers over KVM's own logs",
     Room.UFFD: "In the trackers by the host's page tables",
     Room.ENGINE: "In the engine",
     Room.TRACKER: "In front of any tracker",

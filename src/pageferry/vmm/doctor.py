@@ -22,7 +22,7 @@ from pageferry.vmm.accel import Accel, choose_machines
 _TRIAL_MEMORY_BYTES = 32 << 20
 _TRIAL_PATIENCE_S = 10.0
 #: Trackers of KVM that need more of the kernel than KVM does.
-_OTHER_TRACKERS = ("uffd-wp", "pagemap-scan")
+_OTHER_TRACKERS = ("kvm-ring", "uffd-wp", "pagemap-scan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from pageferry.core.vm import VmConfig
+from pageferry.kvm.trackers import Tracker
 from pageferry.testing.conformance import DEFAULT_MEMORY_BYTES
 from pageferry.testing.lab import MakeVm
 
@@ -34,8 +35,8 @@ class Fault:
 
     ``stands_for`` is the real bug, as ``project: what went wrong``; ``law`` the law of docs/design.md that it breaks,
     None for the plain meaning of an operator; ``found_by`` the checks that must find it, on the first try. ``inject``
-    breaks a machine that was just made, or is a broken class (see :mod:`.moving`). ``tracker`` names that machine's,
-    where it is not KVM's own.
+    breaks a machine that was just made, or is a broken class (see :mod:`.moving`). ``tracker`` is that machine's, by
+    name or one of the fault's own, where it is not KVM's default; ``cpus`` is how many vCPUs it has.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Fault:
     inject: Callable[..., Any]
     memory_bytes: int
     needs: str = ""
-    tracker: str = ""
+    tracker: str | Tracker = ""
+    cpus: int = 1
 
     @property
     def on_kvm(self) -> bool:
@@ -79,7 +81,8 @@ class Faults:
         found_by: tuple[str, ...],
         memory_bytes: int = ODD,
         needs: str = "",
-        tracker: str = "",
+        tracker: str | Tracker = "",
+        cpus: int = 1,
     ) -> Callable[[_Inject], _Inject]:
         """Register the decorated function or class; its name is the fault's, its docstring the summary."""
 
@@ -96,6 +99,7 @@ class Faults:
                 memory_bytes=memory_bytes,
                 needs=needs,
                 tracker=tracker,
+                cpus=cpus,
             )
             self._faults.append(fault)
             return inject

@@ -11,7 +11,7 @@ from pageferry.testing import conformance, faults
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm
 from pageferry.testing.mutant import mutated
-from pageferry.testing.mutation import checks, kvm_log, moving, pagemap, tables, tracking, uffd, writers
+from pageferry.testing.mutation import checks, kvm_log, kvm_ring, moving, pagemap, tables, tracking, uffd, writers
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
 from pageferry.testing.mutation.migrations import Engine, migration_checks
 
@@ -31,7 +31,9 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 """The faults of :mod:`pageferry.testing.faults`, which need no implementation to break."""
 
 DECLARED: tuple[Fault, ...] = tuple(
-    fault for room in (tracking, tables, writers, moving, kvm_log, uffd, pagemap) for fault in room.fault.all()
+    fault
+    for room in (tracking, tables, writers, moving, kvm_log, kvm_ring, uffd, pagemap)
+    for fault in room.fault.all()
 )
 """All faults in the implementation, whatever it has of them."""
 
@@ -58,7 +60,7 @@ def lab_of(fault: Fault) -> Lab:
         make_vm = mutated(make_vm, fault.inject)  # type: ignore[arg-type]  # the fault is the wrapper's class
     elif fault.room is not Room.ENGINE:
         make_vm = injected(make_vm, fault.inject)
-    return Lab(make_vm=make_vm, memory_bytes=fault.memory_bytes, seed=_SEED)
+    return Lab(make_vm=make_vm, memory_bytes=fault.memory_bytes, seed=_SEED, cpus=fault.cpus)
 
 
 def sound_benches(*, kvm: bool) -> Iterator[tuple[Room, Lab, tuple[Check, ...]]]:
@@ -69,7 +71,7 @@ def sound_benches(*, kvm: bool) -> Iterator[tuple[Room, Lab, tuple[Check, ...]]]
         shadow = Lab(make_vm=partial(Domain, paging_mode="shadow"), memory_bytes=memory_bytes, seed=_SEED)
         yield Room.HYPERVISOR, shadow, (*conformance.CHECKS, *checks.CHECKS)
         if kvm:
-            for tracker in (DEFAULT_TRACKER, *_UFFD_TRACKERS):
+            for tracker in (DEFAULT_TRACKER, "kvm-ring", *_UFFD_TRACKERS):
                 on_kvm = Lab(make_vm=partial(KvmVm, tracker=tracker), memory_bytes=memory_bytes, seed=_SEED)
                 yield Room.UFFD if tracker in _UFFD_TRACKERS else Room.KVM, on_kvm, conformance.CHECKS
     yield Room.ENGINE, Lab(make_vm=Domain, memory_bytes=ODD, seed=_SEED), migration_checks(Engine())
