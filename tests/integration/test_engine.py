@@ -12,6 +12,7 @@ import pytest
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
+from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, TransportError, UsageError, VmError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import DowntimePolicy, XenPolicy
@@ -29,9 +30,9 @@ from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.stream.codec import Encoder
-from pageferry.stream.ferry import Side, SourceHello
+from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
-from pageferry.stream.records import StaticDataEnd
+from pageferry.stream.records import CpuidPolicy, StaticDataEnd
 
 
 def marker(frame_type):
@@ -495,7 +496,9 @@ def test_a_peer_that_trickles_is_a_stalled_one(guests, inn):
         def trickle():
             sock, _ = listener.accept()
             with sock, contextlib.suppress(OSError):
-                sock.sendall(b"\x89PGFERRY" + struct.pack("<IIII", 1, 0, FrameType.DESTINATION_HELLO, 30_000))
+                sock.sendall(
+                    b"\x89PGFERRY" + struct.pack("<IIII", PROTOCOL_VERSION, 0, FrameType.DESTINATION_HELLO, 30_000)
+                )
                 while not stop.wait(0.05):
                     sock.sendall(b" ")
 
@@ -643,8 +646,11 @@ def test_a_machine_without_a_balloon_refuses_what_it_cannot_hold(make_vm, inn, k
         (b"SSH-2.0-OpenSSH_9.2\r\n", "not pageferry.*SSH"),
         (b"", "cut|closed"),
         (b"\x89PGFERRY" + struct.pack("<II", 99, 0), "version 99"),
-        (b"\x89PGFERRY" + struct.pack("<IIII", 1, 0, FrameType.READY, 0), "may not"),
-        (b"\x89PGFERRY" + struct.pack("<IIII", 1, 0, FrameType.DESTINATION_HELLO, 0xFFFF_FFFF), "longer than"),
+        (b"\x89PGFERRY" + struct.pack("<IIII", PROTOCOL_VERSION, 0, FrameType.READY, 0), "may not"),
+        (
+            b"\x89PGFERRY" + struct.pack("<IIII", PROTOCOL_VERSION, 0, FrameType.DESTINATION_HELLO, 0xFFFF_FFFF),
+            "longer than",
+        ),
     ],
     ids=["http", "ssh", "silent", "future", "order", "length"],
 )
@@ -686,10 +692,13 @@ def test_a_source_that_lies_about_pages_is_refused(inn, make_vm):
     channel = inn.open().connect(10)
     peer = Peer(channel, Side.SOURCE)
     peer.greet()
-    peer.send(SourceHello(version=__version__, memory_bytes=32 << 20, cpus=1, accel="soft", migration_id="x", name="x"))
+    peer.send(
+        SourceHello(version=__version__, memory_bytes=32 << 20, cpus=1, accel="soft", cpuid=SOFT_CPU, migration_id="x")
+    )
     peer.receive()
     encoder = Encoder()
-    channel.send([encoder.header(), encoder.record(StaticDataEnd()), encoder.page_data(np.array([(32 << 20) >> 12]))])
+    static = encoder.header(), encoder.record(CpuidPolicy(leaves=SOFT_CPU)), encoder.record(StaticDataEnd())
+    channel.send([*static, encoder.page_data(np.array([(32 << 20) >> 12]))])
     with pytest.raises(PeerFailedError, match="gfn 0x2000"):
         peer.receive()
     channel.close()

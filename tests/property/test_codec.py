@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pageferry.core.cpuid import SOFT_CPU, CpuidLeaf
 from pageferry.core.errors import RemoteStreamError, TruncatedError
 from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, DeviceState, MachineState, Segment, VcpuState
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
@@ -33,7 +34,6 @@ from pageferry.stream.format import PageType, payload_bytes
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 from pageferry.stream.records import (
     BodyError,
-    CpuidLeaf,
     CpuidPolicy,
     End,
     HvmContext,
@@ -303,6 +303,7 @@ def digests(draw):
     )
 
 
+cpuid_tables = st.lists(leaves, min_size=1, max_size=6, unique_by=lambda leaf: leaf[:2]).map(sorted).map(tuple)
 frames = st.one_of(
     st.builds(
         SourceHello,
@@ -310,6 +311,7 @@ frames = st.one_of(
         memory_bytes=st.integers(1, 1 << 30).map(lambda pages: pages * 4096),
         cpus=st.integers(1, 1024),
         accel=names,
+        cpuid=cpuid_tables,
         migration_id=names,
         features=st.lists(names, max_size=4).map(tuple),
         machine=names,
@@ -359,7 +361,9 @@ def test_any_reason_can_be_sent_and_is_safe_to_print(reason, hint):
     assert len(frame.reason) == min(len(reason) * 20, 1024)
 
 
-HELLO = SourceHello(version="0.1.0", memory_bytes=1 << 28, cpus=1, accel="soft", migration_id="1", populated=((0, 16),))
+HELLO = SourceHello(
+    version="0.1.0", memory_bytes=1 << 28, cpus=1, accel="soft", cpuid=SOFT_CPU, migration_id="1", populated=((0, 16),)
+)
 
 
 def said_by_source():

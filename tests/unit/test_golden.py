@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import RecordError
 from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, DeviceState, MachineState, Segment, VcpuState
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
@@ -14,7 +15,6 @@ from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_cpu, decode_machine_state, encode_cpu, encode_machine_state
 from pageferry.stream.hvm_entries import Typecode, join_entries, split_entries
 from pageferry.stream.records import (
-    CpuidLeaf,
     CpuidPolicy,
     End,
     HvmContext,

@@ -6,12 +6,12 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError, RecordError, TruncatedError, VersionError
 from pageferry.stream import format as fmt
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
 from pageferry.stream.format import PageType, RecordType
 from pageferry.stream.records import (
-    CpuidLeaf,
     CpuidPolicy,
     End,
     HvmContext,

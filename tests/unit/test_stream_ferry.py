@@ -8,6 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import (
     LocalStreamError,
     OrderError,
@@ -19,6 +20,7 @@ from pageferry.core.errors import (
 from pageferry.stream.ferry import (
     MAGIC,
     NEED_DATA,
+    PROTOCOL_VERSION,
     Commit,
     Conversation,
     DestinationHello,
@@ -45,6 +47,7 @@ HELLO = SourceHello(
     memory_bytes=256 << 20,
     cpus=2,
     accel="kvm",
+    cpuid=SOFT_CPU,
     migration_id="6f1c",
     features=("a", "b"),
     machine="pageferry-1",
@@ -52,7 +55,7 @@ HELLO = SourceHello(
     populated=((0, 256), (1024, 1)),
 )
 ANSWER = DestinationHello(version="0.1.0", accel="soft", features=("a",))
-PREAMBLE = MAGIC + struct.pack("<II", 1, 0)
+PREAMBLE = MAGIC + struct.pack("<II", PROTOCOL_VERSION, 0)
 
 
 def digests(*first_gfns, pages=16, last=False):
@@ -270,7 +273,7 @@ def test_the_preamble_comes_first_and_once():
     encoder = FerryEncoder(Conversation(Side.SOURCE))
     with pytest.raises(LocalStreamError, match="preamble comes first"):
         encoder.frame(HELLO)
-    assert encoder.preamble() == b"\x89PGFERRY\1\0\0\0\0\0\0\0"
+    assert encoder.preamble() == b"\x89PGFERRY\2\0\0\0\0\0\0\0"
     with pytest.raises(LocalStreamError, match="preamble comes once"):
         encoder.preamble()
 
@@ -312,15 +315,15 @@ def test_a_peer_that_is_not_pageferry_is_named(first, name):
 
 def test_a_future_version_is_told_with_a_hint():
     decoder = FerryDecoder(Conversation(Side.DESTINATION))
-    decoder.feed(MAGIC + struct.pack("<II", 2, 0))
-    with pytest.raises(VersionError, match="version 2 of the protocol and we speak 1 in preamble at byte 0") as caught:
+    decoder.feed(MAGIC + struct.pack("<II", 3, 0))
+    with pytest.raises(VersionError, match="version 3 of the protocol and we speak 2 in preamble at byte 0") as caught:
         decoder.next_event()
     assert "same release" in caught.value.hint
 
 
 def test_the_rest_of_the_preamble_is_zero():
     decoder = FerryDecoder(Conversation(Side.DESTINATION))
-    decoder.feed(MAGIC + struct.pack("<II", 1, 1))
+    decoder.feed(MAGIC + struct.pack("<II", PROTOCOL_VERSION, 1))
     with pytest.raises(RecordError, match="reserved"):
         decoder.next_event()
 
@@ -422,6 +425,16 @@ def hello_with(**changes):
         (hello_with(populated=[[-1, 1]]), "does not ascend"),
         (hello_with(populated=[[0, 2], [1, 1]]), "does not ascend"),
         (hello_with(populated=[[0, 1 << 52]]), "too long"),
+        (hello_with(cpuid=...), "cpuid is missing"),
+        (hello_with(cpuid=[]), "a table of 0 CPUID leaves"),
+        (hello_with(cpuid={}), "cpuid is no list of"),
+        (hello_with(cpuid=[1]), "cpuid is no list of"),
+        (hello_with(cpuid=[[0, 0, 0, 0, 0]]), "cpuid is no list of"),
+        (hello_with(cpuid=[[0, 0, 0, 0, 0, True]]), "cpuid is no list of"),
+        (hello_with(cpuid=[[0, 0, 0, 0, 0, 1 << 32]]), "more than 32 bits"),
+        (hello_with(cpuid=[[0, 0, 0, 0, 0, -1]]), "more than 32 bits"),
+        (hello_with(cpuid=[[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]]), "do not ascend"),
+        (hello_with(cpuid=[[leaf, 0, 0, 0, 0, 0] for leaf in range(257)]), "a table of 257 CPUID leaves"),
     ],
 )
 def test_a_malformed_hello_is_refused(body, match):

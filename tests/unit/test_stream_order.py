@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
+from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
 from pageferry.stream.format import RecordType
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
-    CpuidLeaf,
     CpuidPolicy,
     End,
     HvmContext,

@@ -38,7 +38,7 @@ def run_demo(
     accel = ["--accel", machines.accel, *(["--tracker", machines.tracker] if machines.tracker else [])]
     accel += ["--hugepages", machines.huge_pages]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
-        size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus)]
+        size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus), "--cpu", str(config.cpu)]
         source = _Child("source", Path(folder), "run", workload, *size, *accel)
         destination = _Child("destination", Path(folder), "receive", "tcp://127.0.0.1:0", *accel)
         with source, destination, source.connect() as guest, destination.connect() as receiver:

@@ -23,6 +23,7 @@ from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.view import ProgressView, summary
+from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
@@ -66,6 +67,10 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")
 ]
 MAX_CPUS = 8
+CpuOption = Annotated[
+    CpuModel,
+    typer.Option(help="CPU shown to the guest: baseline x86-64, so it moves anywhere, or all of the host's (kvm)."),
+]
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]
 LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge; default 300).")]
@@ -164,10 +169,10 @@ def _policy_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _config(memory: str, cpus: int) -> VmConfig:
+def _config(memory: str, cpus: int, cpu: CpuModel) -> VmConfig:
     memory_bytes = parse_size(memory)
     ram_layout(memory_bytes)
-    return VmConfig(memory_bytes=memory_bytes, cpus=cpus)
+    return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu)
 
 
 @app.command()
@@ -178,6 +183,7 @@ def demo(
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     cpus: CpusOption = 1,
+    cpu: CpuOption = CpuModel.BASELINE,
     policy: PolicyOption = "downtime",
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
@@ -186,7 +192,7 @@ def demo(
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
     load_guest(workload)
-    config = _config(memory, cpus)
+    config = _config(memory, cpus, cpu)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline)
     machines = choose_machines(accel, tracker, huge_pages)
     _end_as_by_ctrl_c()
@@ -227,6 +233,7 @@ def run_guest(
     guest: Annotated[str, typer.Argument(help=f"A built-in workload ({', '.join(WORKLOADS)}) or an ELF file.")],
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     cpus: CpusOption = 1,
+    cpu: CpuOption = CpuModel.BASELINE,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
@@ -237,7 +244,7 @@ def run_guest(
 ) -> None:
     """Run a guest; its console is standard output. Ctrl-C ends it."""
     program = load_guest(guest)
-    config = _config(memory, cpus)
+    config = _config(memory, cpus, cpu)
     params = GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
     )

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.cpuid import CpuModel, Leaves
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
@@ -19,11 +20,13 @@ from pageferry.core.state import MachineState
 class VmConfig:
     """What a machine must be given to hold a guest.
 
-    ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs.
+    ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs. ``cpu`` is what CPUID shows: a
+    model, to be made of what the machine offers, or the table of a guest that has one already.
     """
 
     memory_bytes: int
     cpus: int = 1
+    cpu: CpuModel | Leaves = CpuModel.BASELINE
 
 
 class VmStatus(StrEnum):
@@ -136,6 +139,8 @@ class Vm(Protocol):
 
     config: VmConfig
     memory: GuestMemory
+    cpuid: Leaves
+    """The guest's CPUID table; see :mod:`pageferry.core.cpuid`."""
 
     @property
     def accel(self) -> str:

@@ -6,6 +6,7 @@ A machine of its own kind (``kvm``, ``soft``) makes its vCPUs and its tracker an
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from pageferry.core.cpuid import Leaves
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
@@ -23,11 +24,13 @@ class Machine(ABC):
     Args:
         config: what was asked for.
         memory: the guest's RAM.
+        cpuid: the guest's CPUID table.
     """
 
-    def __init__(self, config: VmConfig, memory: GuestMemory) -> None:
+    def __init__(self, config: VmConfig, memory: GuestMemory, cpuid: Leaves) -> None:
         self.config = config
         self.memory = memory
+        self.cpuid = cpuid
         self.platform = Platform(memory)
         self._closed = False
 

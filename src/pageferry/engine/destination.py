@@ -56,7 +56,7 @@ from pageferry.stream.ferry import (
 from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.intake import Need
-from pageferry.stream.records import HvmContext, PageDataHeader
+from pageferry.stream.records import CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -114,7 +114,7 @@ class Destination:
                 with self._clock.phase(Phase.HELLO):
                     vm, hello = self._hello()
                 with _Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
-                    state = self._receive_stream(vm)
+                    state = self._receive_stream(vm, hello)
                 with self._clock.phase(Phase.STATE):
                     vm.load_state(state)
                 with self._clock.phase(Phase.VERIFY):
@@ -174,7 +174,7 @@ class Destination:
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
-            vm = self._make_vm(VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus))
+            vm = self._make_vm(VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid))
             try:
                 _expect_room(vm.memory, hello)
             except UsageError:
@@ -187,11 +187,12 @@ class Destination:
         self._peer.send(DestinationHello(version=__version__, accel=self._accel))
         return vm, hello
 
-    def _receive_stream(self, vm: Vm) -> MachineState:
+    def _receive_stream(self, vm: Vm, hello: SourceHello) -> MachineState:
         memory = vm.memory
         decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit)
         removed = DirtyBitmap(memory.gfn_limit)
         context = b""
+        policy = CpuidPolicy(leaves=())
         while not decoder.ended:
             event = decoder.next_event()
             if isinstance(event, Need):
@@ -203,6 +204,11 @@ class Destination:
             elif isinstance(event, PageDataHeader):
                 self._receive_pages(memory, event, removed)
                 decoder.payload_received()
+            elif isinstance(event, CpuidPolicy):
+                policy = event
+            elif isinstance(event, StaticDataEnd):
+                if policy.leaves != hello.cpuid:
+                    raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
             elif isinstance(event, HvmContext):
                 context = event.data
         if removed.any():

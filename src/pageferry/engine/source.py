@@ -72,7 +72,7 @@ from pageferry.stream.ferry import (
 )
 from pageferry.stream.ferry_frames import MAX_DIGESTS
 from pageferry.stream.hvm_context import encode_machine_state
-from pageferry.stream.records import End, HvmContext, HvmParams, StaticDataEnd, TscInfo
+from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 _log = logging.getLogger(__name__)
 
@@ -348,6 +348,7 @@ class Source:
                 memory_bytes=self._vm.memory.size_bytes,
                 cpus=self._vm.config.cpus,
                 accel=self._vm.accel,
+                cpuid=self._vm.cpuid,
                 migration_id=str(uuid.uuid4()),
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
@@ -362,7 +363,8 @@ class Source:
     def _precopy(self, peer: Peer) -> None:
         log_dirty = self._vm.log_dirty
         self._expect_alive()
-        peer.channel.send([self._encoder.header(), self._encoder.record(StaticDataEnd())])
+        static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
+        peer.channel.send([self._encoder.header(), *(self._encoder.record(record) for record in static)])
         state_s = self._measure_state()
         log_dirty.enable()
         self._armed = True

@@ -17,6 +17,7 @@ has no handlers, and so any exception is its end: a GuestCrash, as the triple fa
 import time
 from dataclasses import replace
 
+from pageferry.core.cpuid import Leaves, answer
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.core.run import Effect, InvalidateTlb
@@ -54,6 +55,7 @@ from pageferry.hypervisor.traps import (
 from pageferry.hypervisor.unicorn_api import const, x86
 
 _READ_WRITE = api.READ | api.WRITE
+_CPUID_REGISTERS = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
 _STALE_STARTS = 8
 #: Well under a millisecond: how long a kick may take.
 _SLICE_INSTRUCTIONS = 20_000
@@ -69,15 +71,19 @@ class SoftVcpu:
         p2m: the domain's P2M.
         bus: the devices.
         shadow: the domain's shadow paging; used after :meth:`use_shadow`.
+        cpuid: what its CPUID instruction answers from.
     """
 
     paging: Paging
     """The domain's paging; set by the domain before anything runs."""
 
-    def __init__(self, machine: MachineMemory, p2m: P2M, bus: DeviceBus, shadow: ShadowPaging) -> None:
+    def __init__(
+        self, machine: MachineMemory, p2m: P2M, bus: DeviceBus, shadow: ShadowPaging, *, cpuid: Leaves
+    ) -> None:
         self._machine = machine
         self._p2m = p2m
         self._bus = bus
+        self._cpuid = cpuid
         self._walker = GuestWalker(machine.words, self._walker_access)
         self.shadow_mmu = ShadowMmu(
             shadow, p2m, self._walker, request_flush=self.request_tlb_flush, failed=self._on_failure
@@ -156,6 +162,7 @@ class SoftVcpu:
         engine.hook(const.UC_HOOK_INTR, api.INTERRUPT(self._on_exception))
         engine.hook(const.UC_HOOK_INSN, api.PORT_IN(self._on_in), 1, 0, x86.UC_X86_INS_IN)
         engine.hook(const.UC_HOOK_INSN, api.PORT_OUT(self._on_out), 1, 0, x86.UC_X86_INS_OUT)
+        engine.hook(const.UC_HOOK_INSN, api.CPUID(self._on_cpuid), 1, 0, x86.UC_X86_INS_CPUID)
         for instruction in (x86.UC_X86_INS_SYSCALL, x86.UC_X86_INS_SYSENTER):
             engine.hook(const.UC_HOOK_INSN, api.SYSTEM_CALL(self._on_system_call), 1, 0, instruction)
         self._mmio.attach(engine)
@@ -352,6 +359,17 @@ class SoftVcpu:
                 self._on_effect(effect)
         except BaseException as error:
             self._on_failure(error)
+
+    def _on_cpuid(self, _engine: int, _data: int) -> int:
+        try:
+            engine = self._engine
+            assert engine is not None
+            asked = (engine.get(register) & 0xFFFF_FFFF for register in (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RCX))
+            for register, value in zip(_CPUID_REGISTERS, answer(self._cpuid, *asked), strict=True):
+                engine.set(register, value)
+        except BaseException as error:
+            self._on_failure(error)
+        return 1  # do not execute it
 
     # --- how a callback ends the run ---
 

@@ -5,6 +5,8 @@ walkers use it. The *guest* face is :class:`GuestMemory`: the same frames mapped
 foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever writes through it marks (law 4).
 """
 
+from pageferry.core.cpu_features import table_for
+from pageferry.core.cpuid import SOFT_CPU, CpuModel, Leaves, of_vcpu
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M, GfnArray
 from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
@@ -40,8 +42,8 @@ class Domain(Machine):
             of 4 KiB come and go in a domain.)
 
     Raises:
-        UsageError: the memory size is impossible.
-        UnsupportedError: no such paging mode, or too many vCPUs.
+        UsageError: the memory size or the CPUID table is impossible.
+        UnsupportedError: no such paging mode, too many vCPUs, or a CPU with more than the baseline.
     """
 
     MAX_VCPUS = 8
@@ -51,6 +53,7 @@ class Domain(Machine):
         _check_mode(paging_mode)
         if not 1 <= config.cpus <= self.MAX_VCPUS:
             raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
+        cpuid = _cpuid_table(config.cpu)
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
         gfn_limit = regions[-1].first_gfn + regions[-1].pages
@@ -70,9 +73,18 @@ class Domain(Machine):
         mapping = HostMapping(gfn_limit << PAGE_SHIFT)
         self._populate(mapping, regions)
         self.physmap = PhysMap(self)
-        super().__init__(config, self._guest_memory(regions, mapping, thp=thp))
+        super().__init__(config, self._guest_memory(regions, mapping, thp=thp), cpuid)
         self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
-        self.vcpus = tuple(SoftVcpu(self.machine, self.p2m, self.platform.bus, self.shadow) for _ in range(config.cpus))
+        self.vcpus = tuple(
+            SoftVcpu(
+                self.machine,
+                self.p2m,
+                self.platform.bus,
+                self.shadow,
+                cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
+            )
+            for index in range(config.cpus)
+        )
         self.shadow.mmus = tuple(vcpu.shadow_mmu for vcpu in self.vcpus)
         self.paging = Paging(
             tracker=paging_mode,
@@ -201,6 +213,14 @@ class Domain(Machine):
         for vcpu in self.vcpus:
             vcpu.close()
         self.machine.close()
+
+
+def _cpuid_table(cpu: CpuModel | Leaves) -> Leaves:
+    if cpu is CpuModel.HOST:
+        raise UnsupportedError(
+            "cpu", "the software machine has the baseline CPU only", hint="use --cpu baseline, or --accel kvm"
+        )
+    return table_for(cpu, SOFT_CPU, where="the software machine")
 
 
 def _check_mode(mode: str) -> None:

@@ -22,6 +22,7 @@ TLB_FILL = ctypes.CFUNCTYPE(
 )
 CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 INTERRUPT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
+CPUID = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 SYSTEM_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 PORT_IN = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_void_p)
 PORT_OUT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p)
@@ -128,5 +129,5 @@ class Engine:
         self._uc.reg_write(register, value)
 
 
-__all__ = ["CODE", "INTERRUPT", "MMIO_READ", "MMIO_WRITE", "PORT_IN", "PORT_OUT", "SYSTEM_CALL", "TLB_FILL"]
+__all__ = ["CODE", "CPUID", "INTERRUPT", "MMIO_READ", "MMIO_WRITE", "PORT_IN", "PORT_OUT", "SYSTEM_CALL", "TLB_FILL"]
 __all__ += ["ACCESS_FETCH", "ACCESS_WRITE", "EXECUTE", "READ", "WRITE", "Engine", "TlbEntry", "const", "x86"]

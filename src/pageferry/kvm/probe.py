@@ -11,6 +11,7 @@ from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi
+from pageferry.kvm.cpuid import keeps_cpuid
 from pageferry.kvm.fds import DEV_KVM, SystemFd
 from pageferry.kvm.vcpu_state import can_offset_tsc
 from pageferry.kvm.vm import KvmVm
@@ -30,12 +31,14 @@ _CAPABILITIES = {
 class KvmSupport:
     """What this host's KVM offers, each thing seen working.
 
-    ``tsc_offset``: a guest's TSC can be set (some KVMs accept it and go on showing the host's).
+    ``tsc_offset``: a guest's TSC can be set (some KVMs accept it and go on showing the host's). ``exact_cpuid``: a
+    guest sees the CPUID table that it was given (some KVMs add to it).
     ``capabilities`` maps a capability's name to what KVM_CHECK_EXTENSION says of it on a VM (0: not there).
     """
 
     api_version: int
     tsc_offset: bool
+    exact_cpuid: bool
     capabilities: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -60,6 +63,7 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
                 offered = {name: vm.check_extension(value) for name, value in _CAPABILITIES.items()}
                 with vm.create_vcpu(0) as vcpu:
                     tsc_offset = can_offset_tsc(vcpu)
+                    exact_cpuid = keeps_cpuid(system, vcpu)
         except VmError as error:
             raise UnsupportedError(
                 "kvm-vm", "KVM is there but makes no machine", hint="another hypervisor may hold the CPU; --accel soft"
@@ -72,7 +76,9 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
         raise UnsupportedError(
             "kvm-guest", f"KVM is there but a guest did not run: {error}", hint="use --accel soft"
         ) from error
-    return KvmSupport(api_version=uapi.KVM_API_VERSION, tsc_offset=tsc_offset, capabilities=offered)
+    return KvmSupport(
+        api_version=uapi.KVM_API_VERSION, tsc_offset=tsc_offset, exact_cpuid=exact_cpuid, capabilities=offered
+    )
 
 
 def _run_guest() -> None:

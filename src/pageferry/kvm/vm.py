@@ -6,6 +6,8 @@ Source: kernel ``api.rst``: KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, KVM_SET_T
 import ctypes
 from contextlib import ExitStack
 
+from pageferry.core.cpu_features import table_for
+from pageferry.core.cpuid import of_vcpu
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
@@ -13,7 +15,7 @@ from pageferry.core.state import VcpuState
 from pageferry.core.vm import VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.kvm import uapi, vcpu_state
-from pageferry.kvm.cpuid import baseline, set_cpuid, supported_cpuid
+from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
@@ -45,7 +47,7 @@ class KvmVm(Machine):
     Raises:
         UnsupportedError: there is no usable KVM here, it lacks something, or cannot hold such a guest, or the host has
             too few huge pages.
-        UsageError: the memory size is not possible.
+        UsageError: the memory size or the CPUID table is not possible.
         KvmError: the kernel refused.
     """
 
@@ -65,7 +67,8 @@ class KvmVm(Machine):
             limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
             if not 1 <= config.cpus <= limit:
                 raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
-            super().__init__(config, GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages))
+            cpuid = table_for(config.cpu, supported_cpuid(system), where="this host")
+            super().__init__(config, GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages), cpuid)
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
@@ -77,11 +80,10 @@ class KvmVm(Machine):
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)
-            supported = supported_cpuid(system)
             self.vcpus: tuple[KvmVcpu, ...] = ()
             for index in range(config.cpus):
                 fd = undo.enter_context(self.vm_fd.create_vcpu(index))
-                set_cpuid(fd, baseline(supported, index=index, cpus=config.cpus))
+                set_cpuid(fd, of_vcpu(cpuid, index=index, cpus=config.cpus))
                 self.vcpus += (KvmVcpu(fd, self.platform.bus, index=index),)
             log_dirty = kind.make(self)
             if isinstance(log_dirty, Closeable):

@@ -80,7 +80,7 @@ __all__ = [
 ]
 
 MAGIC = b"\x89PGFERRY"
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 #: After the magic: version u32, reserved u32.
 PREAMBLE_REST = Struct("<II")
 #: type u32, body length u32.

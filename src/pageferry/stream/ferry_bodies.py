@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pageferry.core.cpuid import CpuidLeaf, Leaves, check_leaves
+from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.stream.ferry_frames import (
     COMMIT_BODY,
@@ -162,6 +164,20 @@ class _Fields:
             raise BodyError(f"{key} is no list of at most {MAX_FEATURES} names")
         return tuple(_name(key, item) for item in value)
 
+    def cpuid(self, key: str) -> Leaves:
+        value = self._required(key)
+        if type(value) is not list or any(
+            type(item) is not list or len(item) != 6 or any(type(number) is not int for number in item)
+            for item in value
+        ):
+            raise BodyError(f"{key} is no list of [leaf, sub-leaf, eax, ebx, ecx, edx]")
+        leaves = tuple(CpuidLeaf(*item) for item in value)
+        try:
+            check_leaves(leaves)
+        except UsageError as error:
+            raise BodyError(f"{key}: {error}") from error
+        return leaves
+
     def runs(self, key: str) -> tuple[tuple[int, int], ...]:
         value = self._values.get(key, [])
         if type(value) is not list or len(value) > MAX_POPULATED_RUNS:
@@ -204,6 +220,7 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         memory_bytes=memory_bytes,
         cpus=fields.integer("cpus", 1, MAX_CPUS),
         accel=fields.name("accel"),
+        cpuid=fields.cpuid("cpuid"),
         migration_id=fields.name("migration_id"),
         features=fields.names("features"),
         machine=fields.name("machine", ""),

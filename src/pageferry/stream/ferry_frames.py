@@ -8,9 +8,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.cpuid import Leaves
 from pageferry.core.frames import GfnArray
 
-MAX_HELLO_BYTES = 64 << 10
+MAX_HELLO_BYTES = 128 << 10
 MAX_MESSAGE_BYTES = 32 << 10
 #: Most ranges in one DIGESTS frame, and most pages in one range.
 MAX_DIGESTS = 32768
@@ -53,13 +54,14 @@ class SourceHello:
 
     ``populated_pages`` is how many pages hold memory when this is sent. ``populated`` is a hint: the longest runs of
     them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
-    names the machine model and ``features`` what the source offers.
+    names the machine model and ``features`` what the source offers. ``cpuid`` is the guest's CPUID table.
     """
 
     version: str
     memory_bytes: int
     cpus: int
     accel: str
+    cpuid: Leaves
     migration_id: str
     features: tuple[str, ...] = ()
     machine: str = ""

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.frames import GfnArray
 from pageferry.stream import format as fmt
 from pageferry.stream.format import RecordType
@@ -27,18 +28,6 @@ class StreamHeader:
     version: int = fmt.VERSION
     xen_major: int = fmt.XEN_MAJOR
     xen_minor: int = fmt.XEN_MINOR
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuidLeaf:
-    """One CPUID leaf that the guest may see; every field is a u32."""
-
-    leaf: int
-    subleaf: int
-    eax: int
-    ebx: int
-    ecx: int
-    edx: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,10 +145,7 @@ def body_of(record: PlainRecord) -> bytes:
     """
     match record:
         case CpuidPolicy():
-            return b"".join(
-                fmt.CPUID_LEAF.pack(leaf.leaf, leaf.subleaf, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx)
-                for leaf in record.leaves
-            )
+            return b"".join(fmt.CPUID_LEAF.pack(*leaf) for leaf in record.leaves)
         case MsrPolicy():
             return b"".join(fmt.MSR_ENTRY.pack(entry.index, entry.flags, entry.value) for entry in record.entries)
         case TscInfo():
@@ -185,10 +171,7 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
     """
     match record_type:
         case RecordType.CPUID_POLICY:
-            rows = _rows(fmt.CPUID_LEAF, body)
-            return CpuidPolicy(
-                leaves=tuple(CpuidLeaf(leaf=a, subleaf=b, eax=c, ebx=d, ecx=e, edx=f) for a, b, c, d, e, f in rows)
-            )
+            return CpuidPolicy(leaves=tuple(CpuidLeaf(*row) for row in _rows(fmt.CPUID_LEAF, body)))
         case RecordType.MSR_POLICY:
             rows = _rows(fmt.MSR_ENTRY, body)
             return MsrPolicy(entries=tuple(MsrEntry(index=i, flags=f, value=v) for i, f, v in rows))

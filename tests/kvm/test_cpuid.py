@@ -1,0 +1,270 @@
+"""The CPU that a guest was given: the same on every machine, wherever it goes, or it does not go there."""
+
+import dataclasses
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from pageferry.core.cpu_features import missing_features
+from pageferry.core.cpuid import NO_SUBLEAF, SOFT_CPU, CpuidLeaf, CpuModel, answer, of_vcpu
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, UnsupportedError, UsageError
+from pageferry.core.policies import XenPolicy
+from pageferry.core.state import MachineState, ring_3_state
+from pageferry.core.vm import VmConfig
+from pageferry.engine.destination import Destination
+from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel, Endpoint
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import KvmVm, probe
+from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
+from pageferry.kvm.fds import SystemFd
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.records import CpuidPolicy
+
+TABLES_GPA, PROGRAM_GPA, QUERIES_GPA, ANSWERS_GPA = 0x1_0000, 0x10_0000, 0x18_0000, 0x20_0000
+AREA_BYTES = 0x1_0000
+
+# for ever: for each of the r12 (leaf, sub-leaf) from rdi: CPUID, 16 bytes of answer from rsi; then inc qword [rsi - 8]
+PROGRAM = bytes.fromhex(
+    "4989f8 4989f1 4d89e2"
+    "418b00 418b4804 0fa2 418901 41895904 41894908 4189510c 4983c008 4983c110 49ffca 75db"
+    "48ff46f8 ebcc"
+)
+QUERIES = [
+    *((leaf, subleaf) for leaf in range(0x26) for subleaf in range(3)),
+    *((leaf, 1) for leaf in (0x3FFF_FFFF, 0x4000_0000, 0x4000_0001, 0x4000_0100, 0x7FFF_FFFF, 0xC000_0000)),
+    *((0x8000_0000 + leaf, 0) for leaf in range(0x23)),
+    (0x8FFF_FFFF, 0),
+    (0xFFFF_FFFF, 7),
+]
+
+
+def make_asker(make_vm, *, cpus=2, cpu=CpuModel.BASELINE):
+    """Return a paused guest whose vCPUs ask for every one of ``QUERIES``, over and over."""
+    vm = make_vm(VmConfig(memory_bytes=8 << 20, cpus=cpus, cpu=cpu))
+    for level in range(2):
+        vm.memory.write(TABLES_GPA + 0x1000 * level, struct.pack("<Q", TABLES_GPA + 0x1000 * (level + 1) + 7))
+    pages = np.arange(4, dtype=np.uint64) * np.uint64(2 << 20) | np.uint64(0x87)
+    vm.memory.write(TABLES_GPA + 0x2000, pages.tobytes())
+    vm.memory.write(PROGRAM_GPA, PROGRAM)
+    vm.memory.write(QUERIES_GPA, np.array(QUERIES, np.uint32).tobytes())
+    state = ring_3_state(rip=PROGRAM_GPA, rsp=0xF_F000, cr3=TABLES_GPA, rdi=QUERIES_GPA)
+    vcpus = tuple(
+        dataclasses.replace(state, rsi=ANSWERS_GPA + AREA_BYTES * index, r12=len(QUERIES)) for index in range(cpus)
+    )
+    vm.load_state(MachineState(vcpus=vcpus, devices=vm.platform.bus.save()))
+    return vm
+
+
+def rounds(vm, index):
+    return int.from_bytes(vm.memory.read(ANSWERS_GPA + AREA_BYTES * index - 8, 8), "little")
+
+
+def asked(vm):
+    """Return what CPUID answers to each vCPU now, at this machine."""
+    found = []
+    for index in range(vm.config.cpus):
+        at = ANSWERS_GPA + AREA_BYTES * index
+        vm.memory.write(at, b"\xee" * 16 * len(QUERIES))
+        began, patience_s = rounds(vm, index), time.monotonic() + 30
+        while rounds(vm, index) < began + 2:
+            assert vm.end is None, vm.end
+            assert time.monotonic() < patience_s, "the guest does not run"
+            vm.wait(0.001)
+        values = np.frombuffer(vm.memory.read(at, 16 * len(QUERIES)), np.uint32).reshape(-1, 4)
+        found.append([tuple(row) for row in values.tolist()])
+    return found
+
+
+def expected(vm):
+    """Return what CPUID must answer to each vCPU: by its table, or by what the kernel has made of it."""
+    cpus = vm.config.cpus
+    tables = [of_vcpu(vm.cpuid, index=index, cpus=cpus) for index in range(cpus)]
+    if isinstance(vm, KvmVm):
+        vm.freeze()  # the kernel answers when the vCPU is outside
+        shown = [shown_cpuid(vcpu.fd) for vcpu in vm.vcpus]
+        vm.thaw()
+        assert shown == tables or not probe().exact_cpuid
+        for table, has in zip(tables, shown, strict=True):
+            assert not missing_features(table, has)
+        tables = shown
+    return [[answer(table, *query) for query in QUERIES] for table in tables]
+
+
+@pytest.fixture
+def askers():
+    """Makes askers, and closes them and whatever they have become."""
+    made = []
+
+    def make(make_vm, **options):
+        made.append(make_asker(make_vm, **options))
+        return made[-1]
+
+    make.made = made
+    yield make
+    for vm in made:
+        vm.close()
+
+
+class Journey:
+    """One migration to a machine that ``make_vm`` makes; ``there`` is the guest, or the error at the destination."""
+
+    def __init__(self, vm, make_vm):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._make_vm = make_vm
+        self._thread = threading.Thread(target=self._receive)
+        self.there = None
+        endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
+        self.source = Source(vm, endpoint, XenPolicy(), timeout_s=10)
+
+    def _receive(self):
+        sock, _ = self._listener.accept()
+        try:
+            self.there = Destination(Channel(sock, 10), self._make_vm, accel="any").run()
+        except MigrationError as error:
+            self.there = error
+
+    def make(self):
+        self._thread.start()
+        try:
+            return self.source.run()
+        finally:
+            self._thread.join(30)
+            self._listener.close()
+
+
+def test_a_guest_sees_its_table_and_nothing_else(make_vm, askers):
+    vm = askers(make_vm)
+    vm.resume()
+    seen = asked(vm)
+    assert seen == expected(vm)
+    ebx = [answers[QUERIES.index((1, 0))][1] for answers in seen]
+    assert [value >> 24 for value in ebx] == [0, 1]
+    assert [value >> 16 & 0xFF for value in ebx] == [2, 2]
+
+
+@pytest.mark.kvm
+def test_both_machines_answer_alike_by_the_rules_of_the_vendor(kvm_support, askers):
+    for vendor in (b"GenuineIntel", b"AuthenticAMD", b"HygonGenuine"):
+        ebx, edx, ecx = struct.unpack("<III", vendor)
+        table = tuple(
+            leaf._replace(ebx=ebx, ecx=ecx, edx=edx) if leaf.leaf in (0, 0x8000_0000) else leaf for leaf in SOFT_CPU
+        )
+        seen = []
+        for kind in (KvmVm, Domain):
+            vm = askers(kind, cpus=1, cpu=table)
+            vm.resume()
+            seen.append(asked(vm))
+            assert seen[-1] == expected(vm)
+        assert seen[0] == seen[1] or not kvm_support.exact_cpuid
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("first", [KvmVm, Domain])
+def test_a_guest_sees_the_same_cpu_all_the_way(kvm_support, askers, first):
+    other = Domain if first is KvmVm else KvmVm
+    vm = askers(first)
+    vm.resume()
+    given, table = asked(vm), vm.cpuid
+    for make_vm in (other, first):
+        journey = Journey(vm, make_vm)
+        assert journey.make().verified
+        vm = journey.there
+        askers.made.append(vm)
+        assert vm.cpuid == table
+        assert asked(vm) == expected(vm)
+        assert asked(vm) == given or not (kvm_support.exact_cpuid or make_vm is first)
+
+
+def lacking(leaves, leaf, register, bit):
+    return tuple(
+        entry._replace(**{register: getattr(entry, register) & ~(1 << bit)}) if entry.leaf == leaf else entry
+        for entry in leaves
+    )
+
+
+def without_vme(system):
+    return lacking(supported_cpuid(system), 1, "edx", 1)
+
+
+@pytest.mark.kvm
+def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, askers, monkeypatch):
+    vm = askers(KvmVm)
+    vm.resume()
+    given = asked(vm)
+    monkeypatch.setattr(
+        "pageferry.kvm.vm.supported_cpuid", lambda system: lacking(supported_cpuid(system), 1, "edx", 1)
+    )
+    arrived = []
+
+    def make_vm(config):
+        arrived.append(config)
+        return KvmVm(config)
+
+    journey = Journey(vm, make_vm)
+    with pytest.raises(PeerError, match="this host lacks vme, which the guest was given") as caught:
+        journey.make()
+    assert caught.value.guest_at is GuestAt.SOURCE
+    assert caught.value.phase == "hello"
+    assert "choose a host that has it" in caught.value.hint
+    assert isinstance(journey.there, MigrationError)
+    assert [config.cpu for config in arrived] == [vm.cpuid]
+    assert journey.source.report.rounds == ()
+    assert not vm.log_dirty.enabled
+    assert asked(vm) == given
+    monkeypatch.undo()
+    second = Journey(vm, KvmVm)
+    assert second.make().verified
+    askers.made.append(second.there)
+
+
+def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, monkeypatch):
+    vm = askers(make_vm)
+    vm.resume()
+    plain = Encoder.record
+
+    def lie(encoder, record):
+        if isinstance(record, CpuidPolicy):
+            record = CpuidPolicy(leaves=lacking(record.leaves, 1, "edx", 1))
+        return plain(encoder, record)
+
+    monkeypatch.setattr(Encoder, "record", lie)
+    journey = Journey(vm, make_vm)
+    with pytest.raises(MigrationError, match="not the CPU of the hello"):
+        journey.make()
+    monkeypatch.undo()
+    assert asked(vm)
+
+
+@pytest.mark.kvm
+def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers):
+    vm = askers(KvmVm, cpu=CpuModel.HOST)
+    with SystemFd() as system:
+        offered = supported_cpuid(system)
+    assert not missing_features(vm.cpuid, offered)
+    assert missing_features(vm.cpuid, SOFT_CPU)
+    vm.resume()
+    given = asked(vm)
+    journey = Journey(vm, Domain)
+    with pytest.raises(PeerError, match=r"the software machine lacks .*, which the guest was given"):
+        journey.make()
+    assert asked(vm) == given
+    journey = Journey(vm, KvmVm)
+    assert journey.make().verified
+    askers.made.append(journey.there)
+    assert asked(journey.there) == given
+
+
+def test_the_software_machine_has_no_other_cpu():
+    with pytest.raises(UnsupportedError, match="baseline CPU only") as caught:
+        Domain(VmConfig(memory_bytes=8 << 20, cpu=CpuModel.HOST))
+    assert "--accel kvm" in caught.value.hint
+
+
+def test_a_table_that_is_none(make_vm):
+    with pytest.raises(UsageError, match="do not ascend"):
+        make_vm(VmConfig(memory_bytes=8 << 20, cpu=(CpuidLeaf(1, NO_SUBLEAF, 0, 0, 0, 0),) * 2))
