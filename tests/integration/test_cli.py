@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from pageferry.kvm import probe
+
 PAGEFERRY = [sys.executable, "-m", "pageferry"]
 
 
@@ -42,6 +44,7 @@ def complaint(result, code):
         (("run", "idle", "--cpus", "9"), "--cpus"),
         (("demo", "--cpus", "9"), "--cpus"),
         (("run", "idle", "--accel", "warp"), "warp"),
+        (("run", "idle", "--cpu", "486"), "486"),
         (("run", "/nonexistent/mine.elf", "--accel", "soft"), "/nonexistent/mine.elf"),
         (("run", "idle", "--hugepages", "giant"), "giant"),
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
@@ -170,9 +173,19 @@ def test_doctor_tells_what_works():
     findings = json.loads(result.stdout)
     assert findings["accel-soft"]["works"] is True
     assert "dirty pages" in findings["accel-soft"]["detail"]
+    if findings["accel-kvm"]["works"]:
+        assert findings["kvm-cpuid"]["works"] is probe().exact_cpuid
     for finding in findings.values():
         assert finding["works"] or finding["advice"]
     assert "accel-kvm" in cli("doctor").stdout
+
+
+def test_a_cpu_that_the_machine_has_not_is_said_with_a_hint():
+    for command, code in ((("run", "idle"), 5), (("demo",), 6)):  # of a demo, its guest process failed
+        result = cli(*command, "--accel", "soft", "--cpu", "host")
+        assert result.returncode == code, result.stderr
+        assert "baseline CPU only" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 def test_demo_prints_one_json_object(accel):

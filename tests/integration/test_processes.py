@@ -180,6 +180,20 @@ def test_a_guest_crosses_accels_and_paging_modes(tmp_path, made, kvm_support):
     assert seen == [("kvm", "kvm-bitmap"), ("soft", "hap"), ("soft", "shadow"), ("soft", "hap"), ("kvm", "kvm-bitmap")]
 
 
+def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(tmp_path, made, kvm_support):
+    made.append(Process(tmp_path, "source", "run", *GUEST, "--accel", "kvm", "--cpu", "host"))
+    made.append(Process(tmp_path, "soft", "receive", "tcp://127.0.0.1:0", "--accel", "soft"))
+    source, soft = made
+    result = migrate(source, str(soft.endpoint()))
+    assert result.returncode == 3
+    said = one_line(result)
+    assert "the software machine lacks " in said
+    assert "which the guest was given (phase hello, guest at source)" in said
+    assert "hint: choose a host that has it; a guest started with --cpu baseline goes anywhere" in result.stderr
+    assert source.runs_on()
+    assert soft.status() == "inmigrate"
+
+
 def test_huge_pages_at_each_end_are_its_own_affair(tmp_path, thp, hugetlb_pool, made, kvm_support):
     kvm = ("--accel", "kvm", "--hugepages")
     stops = ((*kvm, "hugetlb"), ("--accel", "soft", "--hugepages", "thp"), kvm[:2], (*kvm, "hugetlb"))

@@ -129,5 +129,6 @@ class _Child:
             with contextlib.suppress(VmError):
                 return QmpClient(self._control)
             time.sleep(_POLL_S)
-        output = self._log.read_text(errors="replace").strip().splitlines()
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        output = [line for line in lines if not line.startswith("hint: ")]
         raise VmError(f"the {self._name} process did not start: {output[-1] if output else 'it said nothing'}")

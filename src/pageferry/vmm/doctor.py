@@ -48,6 +48,7 @@ def examine() -> list[Finding]:
         _try("hugepages-hugetlb", lambda: _huge_pages(HugePages.HUGETLB), ""),
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
+        _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in _OTHER_TRACKERS),
         _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
     ]
@@ -109,6 +110,14 @@ def _observe(vm: Vm) -> str:
     if not ((dirty >= first) & (dirty < first + info.working_set_bytes // mmap.PAGESIZE)).any():
         raise VmError("the writes of a trial guest are not in the dirty bitmap")
     return f"a guest ran; tracker {vm.log_dirty.tracker} saw {dirty.size} dirty pages"
+
+
+def _exact_cpuid() -> str:
+    from pageferry.kvm.probe import probe
+
+    if not probe().exact_cpuid:
+        raise UnsupportedError("kvm-cpuid", "this KVM shows guests features of its own beside those they are given")
+    return "a guest sees the CPUID table it is given"
 
 
 def _socket_buffers() -> str:

@@ -1,0 +1,188 @@
+"""CPUID tables: what is in them, what they answer, and what a machine lacks for one, by name."""
+
+import pytest
+
+from pageferry.core.cpu_features import FEATURES, bit_name, host, missing_features, table_for
+from pageferry.core.cpuid import (
+    MAX_LEAVES,
+    NO_SUBLEAF,
+    SOFT_CPU,
+    CpuidLeaf,
+    CpuModel,
+    answer,
+    baseline,
+    check_leaves,
+    find,
+    of_vcpu,
+)
+from pageferry.core.errors import UnsupportedError, UsageError
+
+AMD = (0x6874_7541, 0x444D_4163, 0x6974_6E65)  # ebx, ecx, edx of "AuthenticAMD"
+RICH = (
+    CpuidLeaf(0, NO_SUBLEAF, 0xD, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),
+    CpuidLeaf(1, NO_SUBLEAF, 0x306C4, 0x0305_0800, 1 << 20 | 1 << 5 | 1 << 27 | 1 << 28, 0xFFFF_FFFF),
+    CpuidLeaf(4, 0, 0x1C00_4121, 1, 2, 3),
+    CpuidLeaf(4, 1, 0x1C00_4122, 4, 5, 6),
+    CpuidLeaf(7, 0, 1, 1 << 5, 1 << 3 | 1 << 4, 1 << 10),
+    CpuidLeaf(7, 1, 1 << 4, 0, 0, 1 << 14),
+    CpuidLeaf(0xA, NO_SUBLEAF, 4, 5, 6, 7),
+    CpuidLeaf(0xB, 0, 1, 2, 3, 4),
+    CpuidLeaf(0xD, 0, 7, 0x240, 0x340, 0),
+    CpuidLeaf(0xD, 2, 0x100, 0x240, 0, 0),
+    CpuidLeaf(0x4000_0000, NO_SUBLEAF, 0x4000_0001, 1, 2, 3),
+    CpuidLeaf(0x8000_0000, NO_SUBLEAF, 0x8000_000A, 0, 0, 0),
+    CpuidLeaf(0x8000_0001, NO_SUBLEAF, 0, 0, 1 << 2 | 1, 1 << 29 | 1 << 20 | 1 << 11),
+    CpuidLeaf(0x8000_0008, NO_SUBLEAF, 48 << 8 | 46, 0, 0, 0),
+    CpuidLeaf(0x8000_000A, NO_SUBLEAF, 1, 2, 3, 4),
+)
+
+
+def changed(leaves, leaf, subleaf=NO_SUBLEAF, **registers):
+    return tuple(each._replace(**registers) if each[:2] == (leaf, subleaf) else each for each in leaves)
+
+
+def without(leaves, leaf, register, bit):
+    return tuple(
+        each._replace(**{register: getattr(each, register) & ~(1 << bit)}) if each.leaf == leaf else each
+        for each in leaves
+    )
+
+
+# -- what a table answers ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_the_table_is_answered():
+    assert answer(RICH, 4, 1) == (0x1C00_4122, 4, 5, 6)
+    assert answer(RICH, 0xA, 99) == (4, 5, 6, 7)  # it does not look at ECX
+    assert answer(RICH, 0x4000_0000, 0) == (0x4000_0001, 1, 2, 3)
+
+
+@pytest.mark.parametrize(("leaf", "subleaf"), [(2, 0), (4, 2), (7, 9), (0xC, 0), (0x8000_0002, 0), (0x4000_0001, 0)])
+def test_what_a_range_lacks_is_zeros(leaf, subleaf):
+    assert answer(RICH, leaf, subleaf) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("leaf", [0xE, 0x7FFF_FFFF, 0x4000_0002, 0x4000_0100, 0x8000_000B, 0xC000_0000, 0xFFFF_FFFF])
+def test_beyond_a_range_it_is_the_highest_basic_leaf_or_zeros(leaf):
+    assert answer(RICH, leaf, 2) == (0x100, 0x240, 0, 0)
+    amd = changed(RICH, 0, ebx=AMD[0], ecx=AMD[1], edx=AMD[2])
+    assert answer(amd, leaf, 2) == (0, 0, 0, 0)
+
+
+def test_each_vcpu_has_its_apic_id_and_their_number():
+    for index, cpus in ((0, 1), (3, 4), (254, 255)):
+        own = of_vcpu(RICH, index=index, cpus=cpus)
+        assert find(own, 1)[1] == index << 24 | cpus << 16 | 0x0800
+        assert changed(own, 1, ebx=0x0305_0800) == RICH
+
+
+# -- making a table ----------------------------------------------------------------------------------------------------
+
+
+def test_the_baseline_has_no_more_than_the_first_level_of_x86_64():
+    table = baseline(RICH)
+    check_leaves(table)
+    assert [each.leaf for each in table] == [0, 1, 0x8000_0000, 0x8000_0001, 0x8000_0008]
+    assert find(table, 0) == (1, 0x756E_6547, 0x6C65_746E, 0x4965_6E69)
+    assert find(table, 1) == (0x306C4, 0x0800, 1 << 31, 0x078B_FBFF)
+    assert find(table, 0x8000_0001) == (0x306C4, 0, 0, 1 << 29 | 1 << 20 | 1 << 11)
+    assert not missing_features(table, RICH)
+    assert not missing_features(table, SOFT_CPU)
+
+
+def test_the_baseline_takes_only_what_is_offered():
+    assert not find(baseline(without(RICH, 1, "edx", 1)), 1)[3] & 1 << 1
+    for leaf, bit in ((1, 26), (1, 8), (0x8000_0001, 29)):
+        assert baseline(without(RICH, leaf, "edx", bit)) is None
+        with pytest.raises(UnsupportedError, match="here has no 64-bit CPU with SSE2"):
+            table_for(CpuModel.BASELINE, without(RICH, leaf, "edx", bit), where="here")
+
+
+def test_all_of_the_host_is_all_but_what_does_not_travel():
+    table = host(RICH)
+    check_leaves(table)
+    assert find(table, 1) == (0x306C4, 0x0800, 1 << 31 | 1 << 28 | 1 << 20, 0xFFFF_FFFF)  # no VMX, OSXSAVE, APIC id
+    assert find(table, 4, 1) == (0x0122, 4, 5, 6)
+    assert find(table, 7) == (1, 1 << 5, 1 << 3, 1 << 10)  # no OSPKE
+    assert find(table, 0x8000_0001)[2] == 1  # no SVM
+    for gone in (0xB, 0x4000_0000, 0x8000_000A):
+        assert find(table, gone) == (0, 0, 0, 0)
+    for same in ((0, 0), (7, 1), (0xA, 0), (0xD, 0), (0xD, 2), (0x8000_0008, 0)):
+        assert find(table, *same) == find(RICH, *same)
+    assert not missing_features(table, RICH)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "says"),
+    [
+        ((), "0 CPUID leaves"),
+        (tuple(CpuidLeaf(leaf, 0, 0, 0, 0, 0) for leaf in range(MAX_LEAVES + 1)), "257 CPUID leaves"),
+        ((CpuidLeaf(1, 0, 0, 0, 0, 1 << 32),), "more than 32 bits"),
+        ((CpuidLeaf(1, 0, 0, -1, 0, 0),), "more than 32 bits"),
+        ((CpuidLeaf(1, 0, 0, 0, 0, 0), CpuidLeaf(1, 0, 1, 0, 0, 0)), "do not ascend"),
+        ((CpuidLeaf(1, 1, 0, 0, 0, 0), CpuidLeaf(1, 0, 0, 0, 0, 0)), "do not ascend"),
+    ],
+)
+def test_what_is_no_table(leaves, says):
+    with pytest.raises(UsageError, match=says):
+        table_for(leaves, RICH, where="here")
+    check_leaves(tuple(CpuidLeaf(leaf, 0, 0, 0, 0, 0xFFFF_FFFF) for leaf in range(MAX_LEAVES)))
+
+
+# -- what a machine lacks ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("leaf", "register", "bit", "name"),
+    [
+        (1, "ecx", 20, "sse4_2"),
+        (1, "ecx", 28, "avx"),
+        (1, "edx", 26, "sse2"),
+        (7, "ebx", 5, "avx2"),
+        (7, "edx", 10, "md_clear"),
+        (0x8000_0001, "ecx", 0, "lahf_lm"),
+        (0x8000_0001, "edx", 20, "nx"),
+    ],
+)
+def test_a_missing_feature_is_named(leaf, register, bit, name):
+    offered = without(RICH, leaf, register, bit)
+    assert missing_features(host(RICH), offered) == (name,)
+    with pytest.raises(UnsupportedError, match=f"this host lacks {name}, which the guest was given") as caught:
+        table_for(host(RICH), offered, where="this host")
+    assert "--cpu baseline" in caught.value.hint
+    assert not missing_features(host(offered), RICH)  # more than was given does no harm
+
+
+def test_a_feature_without_a_name_is_named_by_its_place():
+    offered = changed(RICH, 7, 1, edx=0)
+    assert missing_features(host(RICH), offered) == ("CPUID 0x7.1 edx bit 14",)
+
+
+def test_many_missing_features_are_counted():
+    poor = changed(RICH, 1, edx=0)
+    with pytest.raises(UnsupportedError, match="this host lacks fpu, vme, de, pse, tsc, msr, pae, mce and 24 more, wh"):
+        table_for((CpuidLeaf(1, NO_SUBLEAF, 0, 0, 0, 0xFFFF_FFFF),), poor, where="this host")
+
+
+def test_the_bits_that_only_amd_repeats_are_no_features_of_their_own():
+    amd = changed(SOFT_CPU, 0x8000_0001, edx=find(SOFT_CPU, 1)[3] & 0x0183_FBFF | 1 << 29 | 1 << 20 | 1 << 11)
+    assert find(baseline(amd), 0x8000_0001)[3] == find(amd, 0x8000_0001)[3]
+    assert not missing_features(baseline(amd), SOFT_CPU)
+    assert missing_features(baseline(amd), without(SOFT_CPU, 1, "edx", 23)) == ("mmx", "CPUID 0x80000001.0 edx bit 23")
+
+
+def test_what_describes_the_cpu_may_differ_and_all_else_may_not():
+    table = host(RICH)
+    other = changed(changed(RICH, 4, 1, ebx=99), 0, ebx=AMD[0], ecx=AMD[1], edx=AMD[2])
+    assert not missing_features(table, changed(other, 0xB, 0, edx=9))
+    assert missing_features(table, changed(RICH, 0xA, eax=3)) == ("CPUID 0xa.0 as the guest knows it",)
+    assert missing_features(table, changed(RICH, 0xD, 2, ebx=0x340)) == ("CPUID 0xd.2 as the guest knows it",)
+    assert missing_features(table, changed(RICH, 0x8000_0008, eax=48 << 8 | 39)) == ("46 bits of physical address",)
+    assert not missing_features(baseline(RICH), changed(RICH, 0x8000_0008, eax=48 << 8 | 39))
+
+
+def test_every_name_is_there_once_and_fits_a_line():
+    names = [name for word in FEATURES.values() for name in word.values()]
+    assert len(names) == len(set(names))
+    assert all(bit < 32 for word in FEATURES.values() for bit in word)
+    assert bit_name((7, 0, 1), 5) == "avx2"
