@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from pageferry.core.cpuid import SOFT_CPU
+from pageferry.core.cpuid import MAX_LEAVES, SOFT_CPU, CpuidLeaf
 from pageferry.core.errors import (
     LocalStreamError,
     OrderError,
@@ -38,8 +38,18 @@ from pageferry.stream.ferry import (
     what_it_looks_like,
 )
 from pageferry.stream.ferry_bodies import body_of, parse_body
-from pageferry.stream.ferry_frames import DIGEST_ENTRY, MAX_BODY_BYTES, MAX_DIGESTS, TYPE_OF, FrameType
-from pageferry.stream.format import RecordType
+from pageferry.stream.ferry_frames import (
+    DIGEST_ENTRY,
+    MAX_BODY_BYTES,
+    MAX_DIGESTS,
+    MAX_FEATURES,
+    MAX_NAME_CHARS,
+    MAX_POPULATED_RUNS,
+    MAX_TEXT_CHARS,
+    TYPE_OF,
+    FrameType,
+)
+from pageferry.stream.format import PFN_MASK, RecordType
 from pageferry.stream.records import BodyError
 
 HELLO = SourceHello(
@@ -444,6 +454,18 @@ def test_a_malformed_hello_is_refused(body, match):
     decoder.feed(PREAMBLE + struct.pack("<II", FrameType.SOURCE_HELLO, len(body)) + body)
     with pytest.raises(RecordError, match=match + ".*in SOURCE_HELLO at byte 16"):
         decoder.next_event()
+
+
+def test_the_longest_hello_there_is_can_be_said(ends):
+    hello = dataclasses.replace(
+        HELLO,
+        name="\N{GRINNING FACE}" * MAX_TEXT_CHARS,
+        features=("\N{GRINNING FACE}" * MAX_NAME_CHARS,) * MAX_FEATURES,
+        populated=tuple((PFN_MASK - 2 * (MAX_POPULATED_RUNS - i), 1) for i in range(MAX_POPULATED_RUNS)),
+        cpuid=tuple(CpuidLeaf(*(0xFFFF_FFFF - MAX_LEAVES + i,) * 6) for i in range(MAX_LEAVES)),
+    )
+    source, destination = ends
+    assert source.tell(destination, hello) == hello
 
 
 def test_keys_that_nobody_knows_are_ignored():

@@ -4,8 +4,8 @@ The vendor stays the host's in a guest that is started here. A guest that comes 
 the host's: vendors differ in what SYSCALL and SYSENTER do outside 64-bit code, which KVM then emulates slowly, and our
 guests have no system calls.
 
-Some KVMs, which are guests themselves, add features of their CPU to every table: their guests see more than they were
-given. Nothing here can prevent that; ``KvmSupport.exact_cpuid`` and ``doctor`` tell.
+Some KVMs change every table to what their CPU really does: their guests see more features than they were given, and may
+lack some that the same KVM offered. Nothing here can prevent that; ``KvmSupport.exact_cpuid`` and ``doctor`` tell.
 
 Source: kernel ``api.rst``, KVM_GET_SUPPORTED_CPUID, KVM_SET_CPUID2 and KVM_GET_CPUID2.
 """
@@ -26,7 +26,7 @@ def supported_cpuid(system: SystemFd) -> Leaves:
 
 
 def shown_cpuid(vcpu: VcpuFd) -> Leaves:
-    """Return what CPUID answers to a vCPU, which is outside: what it was given, and what this KVM adds by itself.
+    """Return what CPUID answers to a vCPU, which is outside: what it was given, as this KVM has changed it.
 
     Raises:
         KvmError: the kernel refused.
@@ -35,7 +35,7 @@ def shown_cpuid(vcpu: VcpuFd) -> Leaves:
 
 
 def keeps_cpuid(system: SystemFd, vcpu: VcpuFd) -> bool:
-    """Tell whether a vCPU, which has not run, is shown the table that it is given, and no more.
+    """Tell whether a vCPU, which has not run, is shown the table that it is given, unchanged.
 
     Raises:
         KvmError: the kernel refused.

@@ -32,7 +32,7 @@ class KvmSupport:
     """What this host's KVM offers, each thing seen working.
 
     ``tsc_offset``: a guest's TSC can be set (some KVMs accept it and go on showing the host's). ``exact_cpuid``: a
-    guest sees the CPUID table that it was given (some KVMs add to it).
+    guest sees the CPUID table that it was given (some KVMs change it).
     ``capabilities`` maps a capability's name to what KVM_CHECK_EXTENSION says of it on a VM (0: not there).
     """
 

@@ -116,7 +116,7 @@ def _exact_cpuid() -> str:
     from pageferry.kvm.probe import probe
 
     if not probe().exact_cpuid:
-        raise UnsupportedError("kvm-cpuid", "this KVM shows guests features of its own beside those they are given")
+        raise UnsupportedError("kvm-cpuid", "this KVM changes the CPUID table that a guest is given")
     return "a guest sees the CPUID table it is given"
 
 
