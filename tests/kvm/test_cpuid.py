@@ -248,6 +248,8 @@ def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers
         offered = supported_cpuid(system)
     assert not missing_features(vm.cpuid, offered)
     assert missing_features(vm.cpuid, SOFT_CPU)
+    kept = [[leaf for leaf in table if leaf.leaf == 4] for table in (vm.cpuid, shown_cpuid(vm.vcpus[0].fd))]
+    assert kept[0] == kept[1]  # sub-leaf by sub-leaf
     vm.resume()
     given = asked(vm)
     assert given == expected(vm)
