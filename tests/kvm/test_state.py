@@ -197,6 +197,11 @@ def test_one_call_reads_all_msrs_and_passes_over_what_is_missing(kvm):
     assert read_msrs(fd, (0x4B4D_0000, 0xC000_0081, 0x4B4D_0001)) == {0xC000_0081: 5}
 
 
+def test_more_msrs_than_one_call_takes_are_read_without_a_gap(kvm):
+    fd = kvm.guest("spin", star=5, lstar=6).vcpus[0].fd
+    assert read_msrs(fd, [0xC000_0081] * 255 + [0xC000_0082]) == {0xC000_0081: 5, 0xC000_0082: 6}
+
+
 def test_more_msrs_than_kvm_takes_are_refused(kvm):
     fd = kvm.guest("spin").vcpus[0].fd
     with pytest.raises(VmError, match="256 MSRs are more than KVM takes"):

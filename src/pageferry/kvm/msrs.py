@@ -83,16 +83,17 @@ def _table(entries: Iterable[tuple[int, int]]) -> uapi.KvmMsrs:
 
 
 def read_msrs(fd: VcpuFd, indices: Iterable[int]) -> dict[int, int]:
-    """Return MSRs by index, without those that this vCPU has not; at most KVM_MAX_MSR_ENTRIES of them.
+    """Return MSRs by index, without those that this vCPU has not.
 
-    One call for all, and one more for each that is missing: the kernel stops at it.
+    One call for each KVM_MAX_MSR_ENTRIES of them, and one more for each that is missing: the kernel stops at it.
     """
     left, found = list(indices), dict[int, int]()
     while left:
         table = _table((index, 0) for index in left)
         done = fd.ioctl(uapi.KVM_GET_MSRS, table)
         found |= {entry.index: entry.data for entry in table.entries[:done]}
-        left = left[done + 1 :]
+        missing = done < table.nmsrs
+        left = left[done + missing :]
     return found
 
 
