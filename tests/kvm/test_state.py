@@ -1,6 +1,8 @@
 """vCPU and device state: there, back, and into another machine in the middle of things."""
 
+import contextlib
 import dataclasses
+import itertools
 import struct
 
 import pytest
@@ -8,8 +10,11 @@ import pytest
 from pageferry.core.errors import VmError
 from pageferry.core.state import MachineState, VcpuState
 from pageferry.core.vm import GuestEnd
+from pageferry.kvm import msrs, uapi
 from pageferry.kvm.cpuid import LEAF_1_EDX, baseline, supported_cpuid
-from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.fds import SystemFd, VcpuFd
+from pageferry.kvm.msrs import MSR_IA32_CR_PAT, listed_msrs, read_msrs, travels, write_msrs
+from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 
 pytestmark = pytest.mark.kvm
 
@@ -144,6 +149,78 @@ def test_iopl_survives_a_kvm_that_drops_it(kvm):
     other.wait(20)
     assert other.end is not None
     assert other.end.exit_code is not None
+
+
+def test_events_go_through_the_stream_into_another_machine(kvm):
+    for events in itertools.product((0, 1, 2), (False, True), (False, True)):
+        changes = dict(zip(("interrupt_shadow", "nmi_pending", "nmi_masked"), events, strict=True))
+        saved = kvm.guest("spin", **changes).save_state()
+        other = kvm.guest("spin", interrupt_shadow=1, nmi_masked=True)
+        other.load_state(decode_machine_state(encode_machine_state(saved)))
+        (state,) = other.save_state().vcpus
+        assert {name: getattr(state, name) for name in changes} == changes
+
+
+def test_every_msr_that_can_be_set_travels_and_no_other_is_left_behind(kvm):
+    with SystemFd() as system:
+        listed = listed_msrs(system)
+    seen = 0
+    for index in filter(travels, listed):
+        first, other = kvm.guest("spin"), kvm.guest("spin")
+        fd = first.vcpus[0].fd
+        before = read_msrs(fd, (index,))
+        with contextlib.suppress(VmError):  # read-only, or this bit is reserved
+            write_msrs(fd, {index: before[index] ^ 1})
+        value = read_msrs(fd, (index,)).get(index)
+        saved = decode_machine_state(encode_machine_state(first.save_state()))
+        assert (index in dict(saved.vcpus[0].msrs)) == (value != before[index] or index == MSR_IA32_CR_PAT)
+        other.load_state(saved)
+        assert read_msrs(other.vcpus[0].fd, (index,)) == {index: value}
+        other.load_state(MachineState(vcpus=(kvm.start_state(),), devices=saved.devices))
+        assert read_msrs(other.vcpus[0].fd, (index,)) == before, hex(index)
+        seen += value != before[index]
+        first.close()
+        other.close()
+    assert seen
+
+
+def test_an_msr_that_this_kvm_takes_and_forgets_is_refused(kvm, monkeypatch):
+    vm = kvm.guest("spin")
+    monkeypatch.setattr(msrs, "write_msrs", lambda fd, values: None)
+    state = kvm.start_state(msrs=((0x1D9, 1),))
+    with pytest.raises(VmError, match="does not keep MSR 0x1d9 = 0x1"):
+        vm.load_state(MachineState(vcpus=(state,), devices=vm.platform.bus.save()))
+
+
+def test_one_call_reads_all_msrs_and_passes_over_what_is_missing(kvm):
+    fd = kvm.guest("spin", star=5).vcpus[0].fd
+    assert read_msrs(fd, (0x4B4D_0000, 0xC000_0081, 0x4B4D_0001)) == {0xC000_0081: 5}
+
+
+def test_more_msrs_than_one_call_takes_are_read_without_a_gap(kvm):
+    fd = kvm.guest("spin", star=5, lstar=6).vcpus[0].fd
+    assert read_msrs(fd, [0xC000_0081] * 255 + [0xC000_0082]) == {0xC000_0081: 5, 0xC000_0082: 6}
+
+
+def test_more_msrs_than_kvm_takes_are_refused(kvm):
+    fd = kvm.guest("spin").vcpus[0].fd
+    with pytest.raises(VmError, match="256 MSRs are more than KVM takes"):
+        write_msrs(fd, dict.fromkeys(range(256), 0))
+
+
+def test_components_that_no_state_holds_are_refused_by_name(kvm, monkeypatch):
+    vm = kvm.guest("spin")
+    fd = vm.vcpus[0].fd
+
+    def ioctl(request, argument=0):
+        result = VcpuFd.ioctl(fd, request, argument)
+        if request == uapi.KVM_GET_XSAVE:
+            argument.header[0] |= 1 << 2 | 1 << 11
+        return result
+
+    monkeypatch.setattr(fd, "ioctl", ioctl)
+    with pytest.raises(VmError, match="uses AVX, component 11, which"):
+        vm.save_state()
 
 
 def test_a_pending_event_is_carried(kvm):

@@ -82,5 +82,5 @@ def test_offsets_inside_kvm_run_and_variable_length_heads():
     assert uapi.KvmRunInternal.data.offset == 8
     assert uapi.KvmVcpuEvents.flags.offset == 0x14
     assert uapi.KvmVcpuEvents.exception_has_payload.offset == 0x37
-    assert uapi.KvmCpuid2.entries.offset == uapi.KvmMsrs.entry.offset == 8
+    assert uapi.KvmCpuid2.entries.offset == uapi.KvmMsrs.entries.offset == 8
     assert uapi.KvmMsrList.indices.offset == 4

@@ -224,6 +224,9 @@ vcpus = st.builds(
     **dict.fromkeys(["gdtr", "idtr"], tables),
     pending_event=u32,
     error_code=u32,
+    interrupt_shadow=st.integers(0, 3),
+    nmi_pending=st.booleans(),
+    nmi_masked=st.booleans(),
     fpu_regs=st.just(INITIAL_FPU_REGS) | st.just(bytes(512)) | st.binary(min_size=512, max_size=512),
     msrs=st.dictionaries(u32, u64, max_size=3).map(lambda found: tuple(sorted(found.items()))),
 )
@@ -254,6 +257,7 @@ _CONTEXT = encode_machine_state(
                 efer=0,
                 fpu_regs=INITIAL_FPU_REGS,
                 msrs=((1, 2), (3, 4)),
+                nmi_masked=True,
                 **dict.fromkeys(
                     ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"],
                     Segment(selector=0, base=0, limit=0, attributes=0),

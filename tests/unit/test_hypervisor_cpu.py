@@ -348,7 +348,7 @@ def test_a_state_of_another_machine_comes_out_as_it_went_in(machines):
         star=0x23_0010 << 32,
         shadow_gs=0xFFFF_8880_0000_0000,
         tsc_aux=3,
-        msrs=((0x10A, 5), (0x277, 0x0007_0406_0007_0406)),
+        msrs=((0x277, 0x0007_0106_0007_0406),),
         fpu_regs=fxsave(0xFEDC_BA98_7654_3210),
         tsc=1 << 50,
     )
@@ -380,6 +380,11 @@ def test_a_state_that_cannot_run_here_is_refused_and_the_old_one_stays(machines)
         load(vm, ring_0)
     with pytest.raises(VmError, match="512"):
         load(vm, replace(state, fpu_regs=b"short"))
+    with pytest.raises(UnsupportedError, match="no MSR 0x1d9"):
+        load(vm, replace(state, msrs=((0x1D9, 1), (0x277, 0x0007_0406_0007_0406))))
+    for name, value in (("interrupt_shadow", 1), ("nmi_pending", True), ("nmi_masked", True)):
+        with pytest.raises(UnsupportedError, match=name):
+            load(vm, replace(state, **{name: value}))
     assert finish(vm).exit_code == 7
 
 

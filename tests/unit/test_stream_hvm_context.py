@@ -19,7 +19,8 @@ from pageferry.stream.hvm_entries import Entry, Typecode, join_entries, split_en
 
 NAMES = [field.name for field in dataclasses.fields(VcpuState)]
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr")
-NUMBERS = [name for name in NAMES if name not in (*SEGMENTS, "gdtr", "idtr", "fpu_regs", "msrs")]
+EVENTS = ("interrupt_shadow", "nmi_pending", "nmi_masked")
+NUMBERS = [name for name in NAMES if name not in (*SEGMENTS, *EVENTS, "gdtr", "idtr", "fpu_regs", "msrs")]
 
 
 def vcpu(**changes):
@@ -36,7 +37,7 @@ def vcpu(**changes):
 
 
 STATE = MachineState(
-    vcpus=(vcpu(), vcpu(rax=5, msrs=((0x10, 1 << 63), (0xC000_0080, 0)))),
+    vcpus=(vcpu(interrupt_shadow=2, nmi_masked=True), vcpu(rax=5, msrs=((0x10, 1 << 63), (0xC000_0080, 0)))),
     devices=(DeviceState(name="com1", data=b"\x00\xff"), DeviceState(name="timer", data=b"")),
 )
 
@@ -79,6 +80,7 @@ def test_machine_state_goes_there_and_back():
     assert [(entry.typecode, entry.instance) for entry in split_entries(data)] == [
         (Typecode.HEADER, 0),
         (Typecode.CPU, 0),
+        (Typecode.CPU_EVENTS, 0),
         (Typecode.CPU, 1),
         (Typecode.CPU_MSR, 1),
         (Typecode.DEVICE, 0),
@@ -102,6 +104,8 @@ def test_an_fpu_that_was_never_used_goes_there_and_back():
         (vcpu(error_code=1 << 32), "a register does not fit"),
         (vcpu(fpu_regs=b""), "fpu_regs has 0 bytes"),
         (vcpu(cs=Segment(selector=1 << 16, base=0, limit=0, attributes=0)), "cannot be read back"),
+        (vcpu(interrupt_shadow=256), "an event does not fit"),
+        (vcpu(interrupt_shadow=4), "cannot be read back"),
         (vcpu(msrs=((1 << 32, 0),)), "an MSR does not fit"),
         (vcpu(msrs=((2, 0), (1, 0))), "cannot be read back"),
     ],
@@ -136,7 +140,7 @@ def test_a_machine_without_vcpus_is_refused():
 # -- decoding is strict ------------------------------------------------------------------------------------------------
 
 ENTRIES = split_entries(encode_machine_state(STATE))
-HEADER, CPU_0, CPU_1, MSR_1, DEVICE_0, DEVICE_1, END = ENTRIES
+HEADER, CPU_0, EVENTS_0, CPU_1, MSR_1, DEVICE_0, DEVICE_1, END = ENTRIES
 
 
 def patched(entry, offset, data):
@@ -181,7 +185,7 @@ def u32(value):
             [HEADER, CPU_0, Entry(typecode=Typecode.CPU_XSAVE, body=b"x"), END],
             "this state in HVM_CONTEXT CPU_XSAVE",
         ),
-        ([HEADER, CPU_0, Entry(typecode=0x7F01), END], "can hold this state in HVM_CONTEXT typecode 0x7f01"),
+        ([HEADER, CPU_0, Entry(typecode=0x7F02), END], "can hold this state in HVM_CONTEXT typecode 0x7f02"),
         ([HEADER, CPU_0, replaced(MSR_1, instance=0, body=b"1234567"), END], "head is cut"),
         ([HEADER, CPU_0, patched(replaced(MSR_1, instance=0), 0, u32(3)), END], "3 MSRs in 40 bytes"),
         ([HEADER, CPU_0, replaced(MSR_1, instance=0, body=bytes(8)), END], "0 MSRs in 8 bytes"),
@@ -189,6 +193,13 @@ def u32(value):
         ([HEADER, CPU_0, patched(replaced(MSR_1, instance=0), 4, u32(1)), END], "reserved"),
         ([HEADER, CPU_0, patched(replaced(MSR_1, instance=0), 12, u32(1)), END], "reserved"),
         ([HEADER, CPU_0, patched(replaced(MSR_1, instance=0), 8, u32(0xC000_0080)), END], "do not ascend"),
+        ([HEADER, CPU_0, EVENTS_0, EVENTS_0, END], "only once in HVM_CONTEXT CPU_EVENTS 0"),
+        ([HEADER, CPU_0, replaced(EVENTS_0, instance=1), END], "only 1 vCPUs in HVM_CONTEXT CPU_EVENTS 1"),
+        ([HEADER, CPU_0, replaced(EVENTS_0, body=bytes(7)), END], "a body of 7 bytes, not 8"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 0, b"\4"), END], "interrupt_shadow is 4, more than 3"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 1, b"\2"), END], "nmi_pending is 2"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 2, b"\2"), END], "nmi_masked is 2"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 7, b"\1"), END], "reserved field"),
         ([HEADER, CPU_0, DEVICE_1, END], "device 0 is missing"),
         ([HEADER, CPU_0, DEVICE_0, replaced(DEVICE_0, instance=1), END], "'com1' comes twice"),
         ([HEADER, CPU_0, replaced(DEVICE_0, body=b"1234567"), END], "head is cut"),

@@ -34,7 +34,8 @@ class VcpuState:
     """One vCPU at an instruction boundary with no I/O under way.
 
     ``fpu_regs`` is the 512-byte FXSAVE image. ``msrs`` are further (index, value) pairs, ascending. ``tsc`` is the
-    guest's counter at the moment of saving.
+    guest's counter at the moment of saving. ``interrupt_shadow`` holds off interrupts for one instruction: bit 0 after
+    MOV SS, bit 1 after STI. ``nmi_masked``: a handler of an NMI has not returned yet.
     """
 
     rax: int = 0
@@ -88,6 +89,9 @@ class VcpuState:
     tsc: int = 0
     pending_event: int = 0
     error_code: int = 0
+    interrupt_shadow: int = 0
+    nmi_pending: bool = False
+    nmi_masked: bool = False
     fpu_regs: bytes
     msrs: tuple[tuple[int, int], ...] = ()
 

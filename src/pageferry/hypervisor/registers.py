@@ -43,6 +43,7 @@ EFER_LMA = 1 << 10
 EFER_NXE = 1 << 11
 _CR0 = 0x8005_0033  # PE MP ET NE WP AM PG
 _CR4 = 0x620 | CR4_TSD  # PAE OSFXSR OSXMMEXCPT
+_PAT_MSR = 0x277  # kept as loaded: memory has no caches here
 _EFER_MSR = 0xC000_0080
 _EFER = 0x500  # LME LMA: protection is our walker's business, not the engine's
 
@@ -86,7 +87,8 @@ def check_supported(state: VcpuState) -> None:
     """Check that this machine can run a state.
 
     Raises:
-        UnsupportedError: it is not 64-bit long mode in ring 3, as the guest ABI has it.
+        UnsupportedError: it is not 64-bit long mode in ring 3, as the guest ABI has it, or has an MSR or an event that
+            would be lost here.
     """
     dpl = state.cs.attributes >> 5 & 3
     if not (state.efer & EFER_LMA and state.cs.attributes >> 9 & 1 and dpl == 3 and state.cs.selector & 3 == 3):
@@ -99,6 +101,16 @@ def check_supported(state: VcpuState) -> None:
             raise UnsupportedError("ring-3", f"the software machine cannot hold selector {name}={selector:#x}")
     if len(state.fpu_regs) != 512:
         raise VmError(f"the FPU state has {len(state.fpu_regs)} bytes, not 512")
+    for index, value in state.msrs:
+        if index != _PAT_MSR:
+            raise UnsupportedError(
+                "msr", f"the software machine has no MSR {index:#x} (the guest's is {value:#x})", hint="use --accel kvm"
+            )
+    for name in ("interrupt_shadow", "nmi_pending", "nmi_masked"):
+        if getattr(state, name):
+            raise UnsupportedError(
+                "vcpu-events", f"the software machine has no interrupts and cannot hold {name}", hint="use --accel kvm"
+            )
 
 
 def enter_ring_3(engine: Engine, state: VcpuState) -> None:

@@ -42,6 +42,9 @@ KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
 
+KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
+KVM_VCPUEVENT_VALID_SHADOW = 1 << 2
+
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_IO = 2
 KVM_EXIT_HLT = 5
@@ -132,10 +135,13 @@ class KvmMsrEntry(ctypes.Structure):
     _fields_ = (("index", u32), ("reserved", u32), ("data", u64))
 
 
-class KvmMsrs(ctypes.Structure):
-    """``struct kvm_msrs`` with one entry; the ioctl number counts the 8-byte head only."""
+KVM_MAX_MSR_ENTRIES = 255  # the kernel takes no more in one call
 
-    _fields_ = (("nmsrs", u32), ("pad", u32), ("entry", KvmMsrEntry))
+
+class KvmMsrs(ctypes.Structure):
+    """``struct kvm_msrs`` with room for every entry; the ioctl number counts the 8-byte head only."""
+
+    _fields_ = (("nmsrs", u32), ("pad", u32), ("entries", KvmMsrEntry * KVM_MAX_MSR_ENTRIES))
 
 
 KVM_MAX_MSR_INDICES = 4096

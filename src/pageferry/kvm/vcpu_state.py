@@ -6,13 +6,11 @@
 2. special registers: they put the vCPU into its mode (EFER, CR0, CR4) and the rest is checked against that;
 3. general registers (which also drops a pending exception), debug registers, FPU and SSE;
 4. MSRs, after EFER; the TSC last of them, so that the least time passes unseen;
-5. pending events at the end: steps 2 and 3 would have changed them.
+5. events at the end (what is pending, the interrupt shadow, NMIs): steps 2 and 3 would have changed them.
 
 Saving reads pending events first: reading them makes KVM settle an exception's payload into CR2 and DR6.
 
-**Which MSRs** travel in ``msrs``: PAT alone. Of what KVM lists, the SYSCALL and SYSENTER ones and the TSC have fields
-of their own; the paravirtual ones belong to interfaces that our CPUID does not show; the others describe the host
-(speculation, microcode, VMX) or switch features that the baseline has not.
+**Which MSRs** travel in ``msrs``: see :mod:`pageferry.kvm.msrs`.
 
 **Sealed in ring 3.** Some KVMs (seen: ``kvm_pvm``) run ring 3 with IOPL 0 whatever RFLAGS said, report it so, and then
 look into the TSS for the right to do port I/O. A vCPU that was loaded into ring 3 with no way out of it (no IDT, no
@@ -23,7 +21,8 @@ KVM gets a TSS at linear address 0, where a page of zeros permits every port. Wh
 **The TSC** goes on from the saved value. Some KVMs (``kvm_pvm`` again) accept that and go on showing the host's;
 ``KvmSupport.tsc_offset`` tells, and loading does not fail for it: a guest that needs monotonic time has the clock port.
 
-Left out: the one-instruction shadow after STI and MOV SS, which only an interrupt could tell, and there is none.
+Left out: the multiprocessing state (without an APIC in the kernel it is always "runnable"), and XSAVE components other
+than x87 and SSE: our CPUID shows none of them, and saving refuses a vCPU that has one in use.
 
 Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_XSAVE, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS;
 ``devices/vcpu.rst``, KVM_VCPU_TSC_CTRL; AMD APM volume 2, 15.20 (the layout of ``pending_event``).
@@ -37,28 +36,14 @@ from pageferry.core.errors import KvmError, VmError
 from pageferry.core.state import DescriptorTable, Segment, VcpuState
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VcpuFd
+from pageferry.kvm.msrs import MSR_FIELDS, MSR_IA32_TSC, MSR_TSC_AUX, OtherMsrs, read_msrs, write_msrs
 
 _GENERAL = tuple(field[0] for field in uapi.KvmRegs._fields_)
 _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr")  # LDTR and the tables have other names in the kernel
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 
-MSR_IA32_TSC = 0x10
-MSR_IA32_CR_PAT = 0x277
-MSR_TSC_AUX = 0xC000_0103
-_DEFAULT_PAT = 0x0007_0406_0007_0406
-_MSR_FIELDS = {
-    0x174: "sysenter_cs",
-    0x175: "sysenter_esp",
-    0x176: "sysenter_eip",
-    0xC000_0081: "star",
-    0xC000_0082: "lstar",
-    0xC000_0083: "cstar",
-    0xC000_0084: "syscall_mask",
-    0xC000_0102: "shadow_gs",
-    MSR_TSC_AUX: "tsc_aux",
-}
-
 _XSTATE_FP_SSE = 3
+_COMPONENTS = {2: "AVX", 5: "AVX-512 masks", 6: "AVX-512 (ZMM0-15)", 7: "AVX-512 (ZMM16-31)", 9: "PKRU"}
 _MXCSR_MASK = (0xFFFF).to_bytes(4, "little")
 _FXSAVE_BYTES, _FXSAVE_USED = 512, 416  # the rest is reserved, and free for software
 _U64 = (1 << 64) - 1
@@ -87,21 +72,8 @@ def _sealed(state: VcpuState) -> Sealed | None:
     return Sealed(iopl=state.rflags & _RFLAGS_IOPL, tr=state.tr)
 
 
-def read_msr(fd: VcpuFd, index: int) -> int | None:
-    """Return an MSR, or None when this KVM has it not."""
-    msrs = uapi.KvmMsrs(nmsrs=1, entry=uapi.KvmMsrEntry(index=index))
-    return int(msrs.entry.data) if fd.ioctl(uapi.KVM_GET_MSRS, msrs) == 1 else None
-
-
-def write_msr(fd: VcpuFd, index: int, value: int) -> None:
-    """Set an MSR.
-
-    Raises:
-        VmError: this KVM has it not, or refuses the value.
-    """
-    msrs = uapi.KvmMsrs(nmsrs=1, entry=uapi.KvmMsrEntry(index=index, data=value))
-    if fd.ioctl(uapi.KVM_SET_MSRS, msrs) != 1:
-        raise VmError(f"this KVM refuses MSR {index:#x} = {value:#x}")
+def _tsc(fd: VcpuFd) -> int:
+    return read_msrs(fd, (MSR_IA32_TSC,)).get(MSR_IA32_TSC, 0)
 
 
 def _tsc_offset(fd: VcpuFd, request: int, value: int = 0) -> int:
@@ -123,15 +95,15 @@ def host_tsc(fd: VcpuFd) -> int | None:
         offset = _tsc_offset(fd, uapi.KVM_GET_DEVICE_ATTR)
     except KvmError:
         return None
-    return ((read_msr(fd, MSR_IA32_TSC) or 0) - offset) & _U64
+    return (_tsc(fd) - offset) & _U64
 
 
 def can_offset_tsc(fd: VcpuFd) -> bool:
     """Tell, by setting it to something else, whether a vCPU's TSC can be set at all."""
-    before, wanted = read_msr(fd, MSR_IA32_TSC) or 0, 1 << 60
-    write_msr(fd, MSR_IA32_TSC, wanted)
-    after = read_msr(fd, MSR_IA32_TSC) or 0
-    write_msr(fd, MSR_IA32_TSC, before)
+    before, wanted = _tsc(fd), 1 << 60
+    write_msrs(fd, {MSR_IA32_TSC: wanted})
+    after = _tsc(fd)
+    write_msrs(fd, {MSR_IA32_TSC: before})
     return after >= wanted > before
 
 
@@ -174,7 +146,10 @@ def _pending_event(events: uapi.KvmVcpuEvents) -> tuple[int, int]:
 
 
 def _kvm_events(state: VcpuState) -> uapi.KvmVcpuEvents:
-    events = uapi.KvmVcpuEvents()
+    events = uapi.KvmVcpuEvents(flags=uapi.KVM_VCPUEVENT_VALID_NMI_PENDING | uapi.KVM_VCPUEVENT_VALID_SHADOW)
+    events.interrupt.shadow = state.interrupt_shadow
+    events.nmi.pending = state.nmi_pending
+    events.nmi.masked = state.nmi_masked
     if not state.pending_event & _EVENT_VALID:
         return events
     vector, kind = state.pending_event & 0xFF, state.pending_event >> 8 & 7
@@ -194,15 +169,24 @@ def _kvm_events(state: VcpuState) -> uapi.KvmVcpuEvents:
     return events
 
 
-def save(fd: VcpuFd, sealed: Sealed | None, host_tsc_now: int | None = None) -> VcpuState:
+def _refuse_extended(xsave: uapi.KvmXsave) -> None:
+    extended = xsave.header[0] & ~_XSTATE_FP_SSE
+    if extended:
+        names = [_COMPONENTS.get(bit, f"component {bit}") for bit in range(64) if extended >> bit & 1]
+        raise VmError(f"the vCPU uses {', '.join(names)}, which no machine state here holds")
+
+
+def save(fd: VcpuFd, sealed: Sealed | None, others: OtherMsrs, host_tsc_now: int | None = None) -> VcpuState:
     """Return a vCPU's state; it is not inside the guest and has no I/O under way.
 
     Args:
         fd: the vCPU.
         sealed: what the last :func:`load` returned.
+        others: its MSRs that have no field of their own.
         host_tsc_now: from :func:`host_tsc`, the instant for which the TSC is given; None: now.
 
     Raises:
+        VmError: it uses registers that a ``VcpuState`` cannot hold.
         KvmError: the kernel refused.
     """
     events, sregs, regs = uapi.KvmVcpuEvents(), uapi.KvmSregs(), uapi.KvmRegs()
@@ -212,18 +196,16 @@ def save(fd: VcpuFd, sealed: Sealed | None, host_tsc_now: int | None = None) -> 
     fd.ioctl(uapi.KVM_GET_REGS, regs)
     fd.ioctl(uapi.KVM_GET_DEBUGREGS, debug)
     fd.ioctl(uapi.KVM_GET_XSAVE, xsave)
-    if host_tsc_now is None:
-        tsc = read_msr(fd, MSR_IA32_TSC) or 0
-    else:
-        tsc = (host_tsc_now + _tsc_offset(fd, uapi.KVM_GET_DEVICE_ATTR)) & _U64
+    _refuse_extended(xsave)
+    now, offset = (0, _tsc(fd)) if host_tsc_now is None else (host_tsc_now, _tsc_offset(fd, uapi.KVM_GET_DEVICE_ATTR))
     pending_event, error_code = _pending_event(events)
     image = bytes(xsave.fxsave)
     fields: dict[str, Any] = {name: getattr(regs, name) for name in _GENERAL}
     fields |= {name: getattr(sregs, name) for name in _CONTROL}
     fields |= {name: _segment(getattr(sregs, name)) for name in _SEGMENTS}
-    fields |= {field: read_msr(fd, index) or 0 for index, field in _MSR_FIELDS.items()}
+    own = read_msrs(fd, MSR_FIELDS)
+    fields |= {field: own.get(index, 0) for index, field in MSR_FIELDS.items()}
     fields |= {f"dr{number}": debug.db[number] for number in range(4)}
-    pat = read_msr(fd, MSR_IA32_CR_PAT)
     state = VcpuState(
         **fields,
         dr6=debug.dr6,
@@ -231,21 +213,25 @@ def save(fd: VcpuFd, sealed: Sealed | None, host_tsc_now: int | None = None) -> 
         ldtr=_segment(sregs.ldt),
         gdtr=DescriptorTable(base=sregs.gdt.base, limit=sregs.gdt.limit),
         idtr=DescriptorTable(base=sregs.idt.base, limit=sregs.idt.limit),
-        tsc=tsc,
+        tsc=(now + offset) & _U64,
         pending_event=pending_event,
         error_code=error_code,
+        interrupt_shadow=events.interrupt.shadow,
+        nmi_pending=bool(events.nmi.pending),
+        nmi_masked=bool(events.nmi.masked),
         fpu_regs=image[:28] + _MXCSR_MASK + image[32:_FXSAVE_USED] + bytes(_FXSAVE_BYTES - _FXSAVE_USED),
-        msrs=() if pat is None else ((MSR_IA32_CR_PAT, pat),),
+        msrs=others.save(fd),
     )
     return replace(state, rflags=state.rflags & ~_RFLAGS_IOPL | sealed.iopl, tr=sealed.tr) if sealed else state
 
 
-def load(fd: VcpuFd, state: VcpuState, host_tsc_now: int | None = None) -> Sealed | None:
+def load(fd: VcpuFd, state: VcpuState, others: OtherMsrs, host_tsc_now: int | None = None) -> Sealed | None:
     """Replace a vCPU's state; it is not inside the guest. Return what the next :func:`save` needs.
 
     Args:
         fd: the vCPU.
         state: of this or any other machine.
+        others: the vCPU's MSRs that have no field of their own.
         host_tsc_now: from :func:`host_tsc`, the instant at which the guest's TSC is ``state.tsc``; None: now.
 
     Raises:
@@ -262,14 +248,13 @@ def load(fd: VcpuFd, state: VcpuState, host_tsc_now: int | None = None) -> Seale
     xsave = uapi.KvmXsave(fxsave=tuple(state.fpu_regs[:_FXSAVE_USED]))  # all else zero: in its initial state
     xsave.header[0] = _XSTATE_FP_SSE
     fd.ioctl(uapi.KVM_SET_XSAVE, xsave)
-    msrs = {MSR_IA32_CR_PAT: _DEFAULT_PAT} | dict(state.msrs)
-    msrs |= {index: getattr(state, field) for index, field in _MSR_FIELDS.items()}
+    others.load(fd, state.msrs)
+    own = {index: getattr(state, field) for index, field in MSR_FIELDS.items()}
     if not state.tsc_aux:
-        del msrs[MSR_TSC_AUX]  # a CPU without RDTSCP has it not, and then it reads as 0
-    for index, value in msrs.items():
-        write_msr(fd, index, value)
+        del own[MSR_TSC_AUX]  # a CPU without RDTSCP has it not, and then it reads as 0
+    write_msrs(fd, own)
     if host_tsc_now is None:
-        write_msr(fd, MSR_IA32_TSC, state.tsc)
+        write_msrs(fd, {MSR_IA32_TSC: state.tsc})
     else:
         _tsc_offset(fd, uapi.KVM_SET_DEVICE_ATTR, (state.tsc - host_tsc_now) & _U64)
     fd.ioctl(uapi.KVM_SET_VCPU_EVENTS, events)

@@ -17,6 +17,7 @@ from pageferry.devices.machine import Machine
 from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.msrs import OtherMsrs, listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
@@ -80,11 +81,12 @@ class KvmVm(Machine):
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)
+            listed = listed_msrs(system)
             self.vcpus: tuple[KvmVcpu, ...] = ()
             for index in range(config.cpus):
                 fd = undo.enter_context(self.vm_fd.create_vcpu(index))
                 set_cpuid(fd, of_vcpu(cpuid, index=index, cpus=config.cpus))
-                self.vcpus += (KvmVcpu(fd, self.platform.bus, index=index),)
+                self.vcpus += (KvmVcpu(fd, self.platform.bus, OtherMsrs.of(fd, listed), index=index),)
             log_dirty = kind.make(self)
             if isinstance(log_dirty, Closeable):
                 undo.callback(log_dirty.close)

@@ -21,6 +21,8 @@ MSR_HEAD = Struct("<II")
 MSR_ENTRY = Struct("<IIQ")
 #: DEVICE: name length u16, reserved u16, data length u32; then the name (ASCII), then the data.
 DEVICE_HEAD = Struct("<HHI")
+#: CPU_EVENTS: interrupt shadow, NMI pending, NMI masked; 5 reserved.
+EVENTS_BODY = Struct("<3B5s")
 
 MAGIC = 0x54381286
 VERSION = 1
@@ -40,6 +42,7 @@ _SEGMENTS = ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"]
 _TABLES = ["idtr", "gdtr"]
 _SYSENTER = ["sysenter_cs", "sysenter_esp", "sysenter_eip", "shadow_gs"]
 _SYSCALL = ["lstar", "star", "cstar", "syscall_mask", "efer", "tsc_aux"]
+_EVENTS = {"interrupt_shadow": 3, "nmi_pending": 1, "nmi_masked": 1}  # field -> highest value
 FPU_BYTES = 512
 #: fpu_regs; general; control and debug; selectors; limits; bases; arbytes; sysenter and shadow_gs; msr_flags and
 #: syscall; tsc; pending_event, error_code, flags, pad.
@@ -80,12 +83,13 @@ def encode_cpu(vcpu: VcpuState) -> bytes:
         raise LocalStreamError("a register does not fit its width", record="HVM_CONTEXT CPU") from error
 
 
-def decode_cpu(entry: Entry, msrs: tuple[tuple[int, int], ...] = ()) -> VcpuState:
+def decode_cpu(entry: Entry, msrs: tuple[tuple[int, int], ...] = (), events: dict[str, int] | None = None) -> VcpuState:
     """Return the vCPU of a CPU entry: the exact inverse of :func:`encode_cpu`.
 
     Args:
         entry: with typecode CPU.
         msrs: what the vCPU's CPU_MSR entry holds.
+        events: what its CPU_EVENTS entry holds, by field; None: there is none.
 
     Raises:
         RecordError: the length is wrong, or a reserved, obsolete or 16-bit field has bits it must not have.
@@ -119,7 +123,7 @@ def decode_cpu(entry: Entry, msrs: tuple[tuple[int, int], ...] = ()) -> VcpuStat
         name: DescriptorTable(base=base, limit=limit)
         for name, base, limit in zip(_TABLES, bases[8:], limits[8:], strict=True)
     }
-    return VcpuState(**registers, **segments, **tables, fpu_regs=fpu_regs, msrs=msrs)  # type: ignore[arg-type]
+    return VcpuState(**registers, **segments, **tables, **(events or {}), fpu_regs=fpu_regs, msrs=msrs)  # type: ignore[arg-type]
 
 
 def encode_machine_state(state: MachineState) -> bytes:
@@ -135,6 +139,8 @@ def encode_machine_state(state: MachineState) -> bytes:
         entries.append(Entry(typecode=Typecode.CPU, instance=index, body=encode_cpu(vcpu)))
         if vcpu.msrs:
             entries.append(Entry(typecode=Typecode.CPU_MSR, instance=index, body=_encode_msrs(vcpu)))
+        if any(getattr(vcpu, name) for name in _EVENTS):
+            entries.append(Entry(typecode=Typecode.CPU_EVENTS, instance=index, body=_encode_events(vcpu)))
     entries += [
         Entry(typecode=Typecode.DEVICE, instance=index, body=_encode_device(device))
         for index, device in enumerate(state.devices)
@@ -157,8 +163,14 @@ def decode_machine_state(data: bytes) -> MachineState:
     """
     cpus: dict[int, Entry] = {}
     msrs: dict[int, Entry] = {}
+    events: dict[int, Entry] = {}
     devices: dict[int, Entry] = {}
-    places = {Typecode.CPU: cpus, Typecode.CPU_MSR: msrs, Typecode.DEVICE: devices}
+    places = {
+        Typecode.CPU: cpus,
+        Typecode.CPU_MSR: msrs,
+        Typecode.CPU_EVENTS: events,
+        Typecode.DEVICE: devices,
+    }
     header, *entries, _ = split_entries(data)
     _check_header(header)
     for entry in entries:
@@ -170,10 +182,12 @@ def decode_machine_state(data: bytes) -> MachineState:
         place[entry.instance] = entry
     if not 0 < len(cpus) <= MAX_VCPUS or len(devices) > MAX_DEVICES:
         raise RecordError(f"{len(cpus)} vCPUs and {len(devices)} devices", record="HVM_CONTEXT")
-    for entry in (*cpus.values(), *msrs.values()):
+    for entry in (*cpus.values(), *msrs.values(), *events.values()):
         if entry.instance >= len(cpus):
             raise entry.refusal(f"there are only {len(cpus)} vCPUs")
-    vcpus = tuple(decode_cpu(cpus[n], _decode_msrs(msrs.get(n))) for n in range(len(cpus)))
+    vcpus = tuple(
+        decode_cpu(cpus[n], _decode_msrs(msrs.get(n)), _decode_events(events.get(n))) for n in range(len(cpus))
+    )
     return MachineState(vcpus=vcpus, devices=_decode_devices(devices))
 
 
@@ -208,6 +222,28 @@ def _decode_msrs(entry: Entry | None) -> tuple[tuple[int, int], ...]:
     if any(row[0] >= after[0] for row, after in itertools.pairwise(rows)):
         raise entry.refusal("the MSRs do not ascend")
     return tuple((index, value) for index, _, value in rows)
+
+
+def _encode_events(vcpu: VcpuState) -> bytes:
+    try:
+        return EVENTS_BODY.pack(*(getattr(vcpu, name) for name in _EVENTS), b"")
+    except StructError as error:
+        raise LocalStreamError("an event does not fit its width", record="HVM_CONTEXT CPU_EVENTS") from error
+
+
+def _decode_events(entry: Entry | None) -> dict[str, int]:
+    if entry is None:
+        return {}
+    if len(entry.body) != EVENTS_BODY.size:
+        raise entry.refusal(f"a body of {len(entry.body)} bytes, not {EVENTS_BODY.size}")
+    *values, reserved = EVENTS_BODY.unpack(entry.body)
+    if any(reserved):
+        raise entry.refusal("a reserved field is not 0")
+    for (name, most), value in zip(_EVENTS.items(), values, strict=True):
+        if value > most:
+            raise entry.refusal(f"{name} is {value}, more than {most}")
+    shadow, pending, masked = values
+    return {"interrupt_shadow": shadow, "nmi_pending": bool(pending), "nmi_masked": bool(masked)}
 
 
 def _encode_device(device: DeviceState) -> bytes:

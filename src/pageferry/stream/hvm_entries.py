@@ -35,6 +35,7 @@ class Typecode(IntEnum):
     TSC_ADJUST = 19
     CPU_MSR = 20
     DEVICE = 0x7F00
+    CPU_EVENTS = 0x7F01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
