@@ -72,6 +72,14 @@ def round_line(stats: Json, decision: Json | None) -> str:
     return line
 
 
+def oracle_line(oracle: Json) -> str:
+    """Return one line about what the tracker oracle compared: ``oracle`` of ``x-query-guest``."""
+    return (
+        f"oracle: {oracle['trackers']} agreed on {oracle['pages']:,} pages in {oracle['rounds']} rounds, "
+        f"{oracle['spurious_primary']:,} + {oracle['spurious_witness']:,} spurious reports"
+    )
+
+
 def summary(report: Json) -> Group:
     """Return the tables and the picture of a finished migration."""
     facts = Table.grid(padding=(0, 2))
