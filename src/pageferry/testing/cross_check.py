@@ -7,7 +7,7 @@ migration that asked fails closed and the guest stays at the source.
 read when it was mapped, or that the processor walked. Content decides. A page is read after each CLEAN that reported it
 (against ``digests``: all pages with storage are), and its digest is compared with the reading before. If it differs,
 somebody wrote the page between the two readings, and *every* tracker must report it. That is the whole rule: when the
-trackers were cleaned, relative to each other, does not matter. Reported and not changed is *spurious*: counted, no error.
+trackers were cleaned, relative to each other, does not matter. Reported and not changed is *spurious*: counted only.
 
 **When it must be reported** (laws 2 and 4)::
 
