@@ -166,6 +166,18 @@ def test_reports_without_a_change_are_counted_and_no_error():
     assert (counts.spurious_primary, counts.spurious_witness) == (1, 2)
 
 
+def test_what_each_reports_alone_is_counted_range_by_range():
+    world = World()
+    world.second.mark(np.array([3], np.uint64))
+    low, high = range(0, 256), range(256, PAGES)
+    world.oracle.clean_range(low)
+    world.oracle.clean_range(high)
+    assert world.counts().spurious_witness == 0  # the first may still report it
+    world.first.mark(np.array([3], np.uint64))
+    world.oracle.clean_range(low)
+    assert (world.counts().spurious_primary, world.counts().spurious_witness) == (0, 0)
+
+
 def test_nobody_is_blamed_while_a_mark_is_still_under_way(world):
     def two_rounds_before_the_mark(gfns):
         world.oracle.clean()

@@ -238,7 +238,7 @@ class CrossCheck:
                 for log, reported in zip(self._logs, reports, strict=False):  # as far as it came
                     log.give_back(reported)
                 raise
-            self._settle(reports, changed, new_round=gfns.start < self._next_gfn or self._round < 0)
+            self._settle(reports, changed, gfns, new_round=gfns.start < self._next_gfn or self._round < 0)
             self._next_gfn = max(gfns.stop, gfns.start + 1)
             return reports[0]
 
@@ -261,7 +261,7 @@ class CrossCheck:
                 missing = (debts.due | changed) - reported
                 if missing.any():
                     self._expect_none(debts, missing - debts.log.peek())
-            self._count(reports, changed, new_round=True)
+            self._count(reports, changed, everything, new_round=True)
             return reports[0]
 
     def _expect_on(self) -> Contents:
@@ -294,23 +294,24 @@ class CrossCheck:
     def _note_changed(self, changed: DirtyBitmap, round_index: int) -> None:
         self._changed_in[changed.gfns()] = max(0, round_index)
 
-    def _settle(self, reports: list[DirtyBitmap], changed: DirtyBitmap, *, new_round: bool) -> None:
+    def _settle(self, reports: list[DirtyBitmap], changed: DirtyBitmap, gfns: range, *, new_round: bool) -> None:
         self._round += new_round
         self._note_changed(changed, self._round)
         for debts, reported in zip(self._debts, reports, strict=True):
             debts.settle(reported, changed)
-        self._count(reports, changed, new_round=new_round)
+        self._count(reports, changed, gfns, new_round=new_round)
 
-    def _count(self, reports: list[DirtyBitmap], changed: DirtyBitmap, *, new_round: bool) -> None:
+    def _count(self, reports: list[DirtyBitmap], changed: DirtyBitmap, gfns: range, *, new_round: bool) -> None:
         # The primary is cleaned first: what it alone reports, the witness may have reported the CLEAN before; what the
         # witness alone reports, the primary may report the next time. Only then nobody else has seen it.
         primary, witness = reports[0], reports[-1] if self._witness is not None else changed
+        witnessed_before, witness_only = self._witnessed_before.take(gfns), self._witness_only.take(gfns)
         counts = self._counts
         self._counts = OracleCounts(
             rounds=counts.rounds + new_round,
             pages=counts.pages + (primary | witness).count(),
-            spurious_primary=counts.spurious_primary + (primary - witness - self._witnessed_before - changed).count(),
-            spurious_witness=counts.spurious_witness + (self._witness_only - primary).count(),
+            spurious_primary=counts.spurious_primary + (primary - witness - witnessed_before - changed).count(),
+            spurious_witness=counts.spurious_witness + (witness_only - primary).count(),
         )
-        self._witnessed_before = witness.copy()
-        self._witness_only = witness - primary - changed
+        self._witnessed_before |= witness
+        self._witness_only |= witness - primary - changed
