@@ -169,7 +169,7 @@ def test_reports_without_a_change_are_counted_and_no_error():
 def test_what_each_reports_alone_is_counted_range_by_range():
     world = World()
     world.second.mark(np.array([3], np.uint64))
-    low, high = range(0, 256), range(256, PAGES)
+    low, high = range(256), range(256, PAGES)
     world.oracle.clean_range(low)
     world.oracle.clean_range(high)
     assert world.counts().spurious_witness == 0  # the first may still report it
