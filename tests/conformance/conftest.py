@@ -9,6 +9,7 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import ring_tracker
 from pageferry.uffd import check_pagemap_scan, check_userfaultfd
+from pageferry.vmm.oracle import both, with_digests
 
 
 def hybrid(config):
@@ -41,6 +42,13 @@ ON_KVM = {
     "uffd-wp": partial(KvmVm, tracker="uffd-wp"),
     "pagemap-scan": partial(KvmVm, tracker="pagemap-scan"),
 }
+#: Trackers with a witness: the oracle must blame no sound one, and return what the tracker returns.
+WATCHED = {
+    "kvm+digests": partial(KvmVm, tracker=both("kvm-bitmap", "digests")),
+    "kvm+pagemap-scan": partial(KvmVm, tracker=both("kvm-bitmap", "pagemap-scan")),
+    "uffd-wp+kvm": partial(KvmVm, tracker=both("uffd-wp", "kvm-bitmap")),
+    "hap+digests": with_digests(Domain),
+}
 #: What KVM machines with these trackers need besides KVM.
 CHECKED = {"uffd-wp": check_userfaultfd, "pagemap-scan": check_pagemap_scan}
 MACHINES = {
@@ -52,16 +60,28 @@ MACHINES = {
 }
 
 
+def expect_host(request, name):
+    if name.partition("+")[0] in ON_KVM:
+        request.getfixturevalue("kvm_support")
+        try:
+            for each in name.split("+"):
+                CHECKED.get(each, lambda: None)()
+        except UnsupportedError as error:
+            pytest.skip(f"{error} ({error.hint})")
+
+
 @pytest.fixture(params=[*MACHINES, *RINGS])
 def make_vm(request):
     """Makes a machine with the tracker under test from a VmConfig."""
     if request.param in RINGS:
         smallest_bytes = request.getfixturevalue("smallest_ring_bytes")
         return partial(KvmVm, tracker=ring_tracker(smallest_bytes) if request.param == "kvm-small-ring" else "kvm-ring")
-    if request.param in ON_KVM:
-        request.getfixturevalue("kvm_support")
-        try:
-            CHECKED.get(request.param, lambda: None)()
-        except UnsupportedError as error:
-            pytest.skip(f"{error} ({error.hint})")
+    expect_host(request, request.param)
     return MACHINES[request.param]
+
+
+@pytest.fixture(params=WATCHED)
+def make_watched_vm(request):
+    """Makes a machine with a tracker and a witness."""
+    expect_host(request, request.param)
+    return WATCHED[request.param]

@@ -199,6 +199,22 @@ def test_demo_prints_one_json_object(accel):
     assert "round 0" in result.stderr
 
 
+def test_a_demo_that_the_oracle_watches(accel):
+    result = cli("demo", "--accel", accel, "--oracle", "digests", "--memory", "32M", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["status"], report["tracker"].partition(" ")[2]) == ("completed", "against digests")
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("oracle: ")]
+    assert " against digests agreed on " in line
+    assert "Traceback" not in result.stderr
+
+
+def test_an_oracle_that_cannot_be_is_refused_in_one_line():
+    assert "no oracle pagemap-scan on soft" in complaint(
+        cli("run", "idle", "--accel", "soft", "--oracle", "pagemap-scan"), 5
+    )
+
+
 def test_demo_of_a_guest_with_two_vcpus(accel):
     result = cli("demo", "--accel", accel, "--memory", "64M", "--cpus", "2", "--workload", "smp", "--json")
     assert result.returncode == 0, result.stderr

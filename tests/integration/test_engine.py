@@ -13,8 +13,26 @@ import pytest
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
-from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, TransportError, UsageError, VmError
-from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    OracleError,
+    PeerError,
+    PolicyAbort,
+    TransportError,
+    UsageError,
+    VmError,
+)
+from pageferry.core.events import (
+    DOWNTIME_PHASES,
+    MigrationEnded,
+    Phase,
+    PhaseBegan,
+    RoundBegan,
+    RoundEnded,
+    RoundProgress,
+)
+from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
@@ -33,6 +51,9 @@ from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.records import CpuidPolicy, StaticDataEnd
+from pageferry.testing.cross_check import CrossCheck
+from pageferry.testing.faults import MarksNothing
+from pageferry.testing.operators import STRAY_GFN
 
 
 def marker(frame_type):
@@ -191,6 +212,25 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
         assert not sent or sent[-1] == stats.sent_pages
     if accel == "soft" and workload != "dma":  # one fault for each page that a vCPU made dirty, no more and no less
         assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
+
+
+def test_a_page_that_the_tracker_lost_ends_the_migration_and_the_guest_stays(guests, inn):
+    vm = running(guests, "kv")
+    vm.replace_tracker(CrossCheck(MarksNothing(vm), None, vm.memory, still=lambda: vm.run_control.still))
+
+    def write_unmarked(event):
+        if isinstance(event, RoundBegan) and event.index == 0:
+            vm.memory.write(gpa_of(STRAY_GFN), b"lost")
+
+    source = attempt(vm, inn.open(), on_event=write_unmarked)
+    with pytest.raises(
+        MigrationError, match=f"gfn {STRAY_GFN:#x} changed in round 0; .*MarksNothing lost it"
+    ) as failed:
+        source.run()
+    assert failed.value.guest_at is GuestAt.SOURCE
+    assert isinstance(failed.value.__cause__, OracleError)
+    assert isinstance(inn.outcome(), MigrationError)
+    expect_as_before(vm, inn, source)
 
 
 @pytest.mark.parametrize(("cpus", "workload"), [(2, "smp"), (4, "smp"), (8, "kv"), (3, "hotset")])

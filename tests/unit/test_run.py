@@ -145,10 +145,12 @@ def test_a_frozen_guest_stays_where_it_is_whatever_the_user_does(control):
     run.resume()
     assert run.status is VmStatus.RUNNING
     assert run.held
+    assert run.still
     assert not vcpu.inside
     assert vcpu.entries == entries
     run.thaw()
     assert not run.held
+    assert not run.still
     with pytest.raises(VmError, match="not frozen"):
         run.thaw()
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pageferry.cli.client import migrate
-from pageferry.cli.view import ProgressView
+from pageferry.cli.view import ProgressView, oracle_line
 from pageferry.core.errors import VmError
 from pageferry.core.units import format_size
 from pageferry.core.vm import VmConfig
@@ -36,7 +36,7 @@ def run_demo(
     """
     console.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     accel = ["--accel", machines.accel, *(["--tracker", machines.tracker] if machines.tracker else [])]
-    accel += ["--hugepages", machines.huge_pages]
+    accel += ["--hugepages", machines.huge_pages, *(["--oracle", machines.oracle] if machines.oracle else [])]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
         size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus), "--cpu", str(config.cpu)]
         source = _Child("source", Path(folder), "run", workload, *size, *accel)
@@ -53,6 +53,8 @@ def run_demo(
             before = _work(guest, "at the source", console, _WARM_UP_S)
             with ProgressView(console) as view:
                 report = migrate(guest, uri, options, view.show)
+            if machines.oracle:
+                console.print(oracle_line(guest.execute("x-query-guest")["oracle"]), markup=False, soft_wrap=True)
             after = _work(receiver, "at the destination", console, _WARM_UP_S)
             if before and after <= before:  # a program of one's own need not count its work
                 raise VmError("the guest does not go on at the destination")

@@ -22,7 +22,7 @@ from rich.console import Console
 from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
-from pageferry.cli.view import ProgressView, summary
+from pageferry.cli.view import ProgressView, oracle_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
@@ -57,6 +57,10 @@ TrackerOption = Annotated[
     typer.Option(
         help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, kvm-ring, uffd-wp or pagemap-scan (kvm)."
     ),
+]
+OracleOption = Annotated[
+    str | None,
+    typer.Option(help="Watch the tracker: by a second one (kvm), or by digests of every page. Slow; finds lost bits."),
 ]
 HugePagesOption = Annotated[
     HugePages,
@@ -154,6 +158,11 @@ def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
         _out.print(summary(report))
 
 
+def _print_oracle(state: dict[str, Any], console: Console) -> None:
+    if "oracle" in state:
+        console.print(oracle_line(state["oracle"]), markup=False, soft_wrap=True)
+
+
 def _policy_options(
     policy: str, downtime_limit: float | None, max_rounds: int | None, deadline: float | None
 ) -> dict[str, Any]:
@@ -180,6 +189,7 @@ def demo(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
+    oracle: OracleOption = None,
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     cpus: CpusOption = 1,
@@ -194,7 +204,7 @@ def demo(
     load_guest(workload)
     config = _config(memory, cpus, cpu)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline)
-    machines = choose_machines(accel, tracker, huge_pages)
+    machines = choose_machines(accel, tracker, huge_pages, oracle)
     _end_as_by_ctrl_c()
     _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
 
@@ -237,6 +247,7 @@ def run_guest(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
+    oracle: OracleOption = None,
     control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
     rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
@@ -248,7 +259,7 @@ def run_guest(
     params = GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
     )
-    with _guest_process(choose_machines(accel, tracker, huge_pages), control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages, oracle), control) as process:
         process.boot(program, config, params)
         process.start()
         code = process.wait()
@@ -262,10 +273,11 @@ def receive(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
+    oracle: OracleOption = None,
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
-    with _guest_process(choose_machines(accel, tracker, huge_pages), control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages, oracle), control) as process:
         bound = process.listen(endpoint)
         _err.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
@@ -294,7 +306,9 @@ def migrate_guest(
 
         def follow() -> dict[str, Any]:
             with ProgressView(_err) as view:
-                return migrate(client, uri, options, view.show)
+                report = migrate(client, uri, options, view.show)
+            _print_oracle(client.execute("x-query-guest"), _err)
+            return report
 
         _report(follow, as_json)
 
@@ -317,6 +331,7 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         if state["huge_bytes"] is not None:
             memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
+    _print_oracle(state, _out)
 
 
 def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value

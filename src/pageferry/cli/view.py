@@ -72,6 +72,15 @@ def round_line(stats: Json, decision: Json | None) -> str:
     return line
 
 
+def oracle_line(oracle: Json) -> str:
+    """Return one line about what the tracker oracle compared: ``oracle`` of ``x-query-guest``."""
+    rounds = f"{oracle['rounds']} round{'s' if oracle['rounds'] != 1 else ''}"
+    return (
+        f"oracle: {oracle['trackers']} agreed on {oracle['pages']:,} pages in {rounds}, "
+        f"{oracle['spurious_primary']:,} + {oracle['spurious_witness']:,} spurious reports"
+    )
+
+
 def summary(report: Json) -> Group:
     """Return the tables and the picture of a finished migration."""
     facts = Table.grid(padding=(0, 2))

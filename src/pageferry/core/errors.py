@@ -6,6 +6,7 @@ round or record numbers are added with ``add_note``.
 
 import errno as errno_names
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 
 
@@ -48,6 +49,29 @@ class LogDirtyError(VmError):
 
 class LogDirtyMemoryError(LogDirtyError):
     """The domain's paging pool has no room for what log-dirty needs."""
+
+
+class OracleError(LogDirtyError):
+    """Two trackers of one guest disagree: pages whose content changed are missing from what one of them reported.
+
+    Args:
+        gfns: the frames, ascending, at least one; ``gfn`` is the first.
+        round_index: the round in which the first was seen to change, from 0.
+        lost_by: the tracker that did not report them.
+        seen_by: who saw the first: the other tracker, or ``digests``.
+    """
+
+    def __init__(self, gfns: Sequence[int], *, round_index: int, lost_by: str, seen_by: str) -> None:
+        more = f" (and {len(gfns) - 1} more)" if len(gfns) > 1 else ""
+        super().__init__(
+            f"oracle: gfn {gfns[0]:#x}{more} changed in round {round_index}; {lost_by} lost it, {seen_by} saw it",
+            hint=f"a dirty bit was lost: do not migrate with {lost_by} on this host, and report it",
+        )
+        self.gfns = tuple(gfns)
+        self.gfn = gfns[0]
+        self.round_index = round_index
+        self.lost_by = lost_by
+        self.seen_by = seen_by
 
 
 class P2MError(VmError):

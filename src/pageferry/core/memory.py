@@ -9,6 +9,7 @@ Law 4: whoever writes here is not a vCPU, so nested paging does not see it; ever
 dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,6 +85,22 @@ def _nothing() -> tuple[GfnArray, GfnArray]:
     return np.empty(0, np.uint64), np.empty(0, np.uint64)
 
 
+class _WritesUnderWay:
+    """Counts the writes that have begun and are not marked yet; a context manager around each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
 class GuestMemory:
     """One guest's RAM.
 
@@ -110,6 +127,7 @@ class GuestMemory:
         self._populated = populated
         self._vcpu_mapping = vcpu_mapping or mapping
         self._on_write: Callable[[GfnArray], None] | None = None
+        self._writes = _WritesUnderWay()
         self._removed: DirtyBitmap | None = None  # made at the first removal
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
         """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
@@ -172,6 +190,11 @@ class GuestMemory:
         """Set who is told of frames written through this object (a LogDirty's ``mark``), or nobody."""
         self._on_write = mark
 
+    @property
+    def unmarked_writes(self) -> int:
+        """How many :meth:`write` and :meth:`copy_within` are under way: their bytes may have landed without a mark."""
+        return self._writes.count
+
     def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
         """Tell whether every byte of a range is RAM of one region."""
         inside = any(r.gpa <= gpa and gpa + size_bytes <= r.gpa + r.size_bytes for r in self.regions)
@@ -233,8 +256,9 @@ class GuestMemory:
             VmError: the range is not RAM; nothing was written.
         """
         self._check(gpa, len(data))
-        self.mapping.view[gpa : gpa + len(data)] = data
-        self.wrote(gfns_touched(gpa, len(data)))
+        with self._writes:
+            self.mapping.view[gpa : gpa + len(data)] = data
+            self.wrote(gfns_touched(gpa, len(data)))
 
     def copy_within(self, source_gpa: int, target_gpa: int, size_bytes: int) -> None:
         """Copy a range inside the guest (overlap allowed), then mark the target's frames dirty.
@@ -245,8 +269,9 @@ class GuestMemory:
         self._check(source_gpa, size_bytes)
         self._check(target_gpa, size_bytes)
         view = np.frombuffer(self.mapping.view, np.uint8)
-        view[target_gpa : target_gpa + size_bytes] = view[source_gpa : source_gpa + size_bytes]
-        self.wrote(gfns_touched(target_gpa, size_bytes))
+        with self._writes:
+            view[target_gpa : target_gpa + size_bytes] = view[source_gpa : source_gpa + size_bytes]
+            self.wrote(gfns_touched(target_gpa, size_bytes))
 
     def read_u64(self, gpa: int) -> int:
         """Return the little-endian u64 at ``gpa``."""

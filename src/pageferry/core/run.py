@@ -192,6 +192,12 @@ class RunControl:
         with self._changed:
             return self._held()
 
+    @property
+    def still(self) -> bool:
+        """Whether every vCPU is outside the guest, its last I/O done, and none may enter."""
+        with self._changed:
+            return self._held() and not any(self._inside)
+
     def wait(self, timeout_s: float | None = None) -> VmStatus:
         """Wait until the user's pause holds or the guest has ended, and every vCPU is outside; return the status."""
         self._refuse_vcpus()

@@ -36,6 +36,10 @@ class Machine(ABC):
 
     def _attach(self, vcpus: Sequence[Vcpu], log_dirty: LogDirty) -> None:
         self.run_control = RunControl(vcpus, name=self.accel)
+        self.replace_tracker(log_dirty)
+
+    def replace_tracker(self, log_dirty: LogDirty) -> None:
+        """Let another tracker answer for this machine, which may be made of its own; log-dirty is off, nothing runs."""
         self._log_dirty = log_dirty
         self.memory.on_write(log_dirty.mark)
 

@@ -8,6 +8,7 @@ from functools import partial
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import Vm, VmConfig
+from pageferry.testing.cross_check import DIGESTS
 
 #: The paging modes of the software machine; the first is its own.
 _SOFT_TRACKERS = ("hap", "shadow")
@@ -23,31 +24,46 @@ class Accel(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machines:
-    """A kind of machine: its name, why it was chosen, and how to make one. ``tracker``: the one asked for, if any."""
+    """A kind of machine: its name, why it was chosen, and how to make one.
+
+    ``tracker``, ``oracle``: what was asked for, if anything.
+    """
 
     accel: str
     reason: str
     make_vm: Callable[[VmConfig], Vm]
     tracker: str | None = None
     huge_pages: HugePages = HugePages.OFF
+    oracle: str | None = None
 
 
-def choose_machines(accel: Accel, tracker: str | None = None, huge_pages: HugePages = HugePages.OFF) -> Machines:
+def choose_machines(
+    accel: Accel,
+    tracker: str | None = None,
+    huge_pages: HugePages = HugePages.OFF,
+    oracle: str | None = None,
+) -> Machines:
     """Return the kind of machine to use.
 
     Args:
         accel: what was asked for.
         tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
         huge_pages: what to ask of the host for guest memory.
+        oracle: who watches the tracker: another one, or ``digests``; None: nobody.
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
     """
     expect_offered(huge_pages)
-    name, reason = _choose(accel, tracker)
+    name, reason = _choose(accel, tracker if oracle in (None, DIGESTS) else tracker or oracle)
     make = _make_kvm if name == "kvm" else _make_soft
     return Machines(
-        accel=name, reason=reason, make_vm=make(tracker, huge_pages), tracker=tracker, huge_pages=huge_pages
+        accel=name,
+        reason=reason,
+        make_vm=make(tracker, huge_pages, oracle),
+        tracker=tracker,
+        huge_pages=huge_pages,
+        oracle=oracle,
     )
 
 
@@ -67,7 +83,7 @@ def _choose(accel: Accel, tracker: str | None) -> tuple[str, str]:
     return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works"
 
 
-def _make_soft(tracker: str | None, huge_pages: HugePages) -> Callable[[VmConfig], Vm]:
+def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Vm]:
     from pageferry.hypervisor.domain import Domain
 
     if tracker not in (None, *_SOFT_TRACKERS):
@@ -76,11 +92,23 @@ def _make_soft(tracker: str | None, huge_pages: HugePages) -> Callable[[VmConfig
         raise UnsupportedError(
             "hugetlb", "the soft machine gives memory back by single 4 KiB frames", hint="use --hugepages thp"
         )
-    return partial(Domain, paging_mode=tracker or _SOFT_TRACKERS[0], thp=huge_pages is HugePages.THP)
+    make = partial(Domain, paging_mode=tracker or _SOFT_TRACKERS[0], thp=huge_pages is HugePages.THP)
+    if oracle is None:
+        return make
+    if oracle != DIGESTS:
+        raise UnsupportedError("oracle", f"no oracle {oracle} on soft", hint=f"--oracle {DIGESTS}")
+    from pageferry.vmm.oracle import with_digests
+
+    return with_digests(make)
 
 
-def _make_kvm(tracker: str | None, huge_pages: HugePages) -> Callable[[VmConfig], Vm]:
+def _make_kvm(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Vm]:
     from pageferry.kvm.trackers import DEFAULT_TRACKER, find_tracker
     from pageferry.kvm.vm import KvmVm
 
-    return partial(KvmVm, tracker=find_tracker(tracker or DEFAULT_TRACKER), huge_pages=huge_pages)
+    tracker = tracker or DEFAULT_TRACKER
+    if oracle is None:
+        return partial(KvmVm, tracker=find_tracker(tracker), huge_pages=huge_pages)
+    from pageferry.vmm.oracle import both
+
+    return partial(KvmVm, tracker=both(tracker, oracle), huge_pages=huge_pages)

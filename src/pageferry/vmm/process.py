@@ -24,6 +24,7 @@ from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
+from pageferry.testing.cross_check import CrossCheck
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.arguments import Arguments
 from pageferry.vmm.qmp import QmpError, QmpServer
@@ -422,4 +423,6 @@ class GuestProcess:
                 "exit_code": None if vm.end is None else vm.end.exit_code,
                 "crash": None if vm.end is None else vm.end.crash,
             }
+            if isinstance(vm.log_dirty, CrossCheck):
+                result["oracle"] = {"trackers": vm.log_dirty.tracker, **asdict(vm.log_dirty.counts())}
         return result
