@@ -1,6 +1,7 @@
 """The built-in guests do what docs/guest-abi.md says, on every machine."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -200,6 +201,133 @@ def test_dma_stops_when_its_completion_count_is_wrong(start):
     assert vm.end.exit_code == slot(vm).error == 2
 
 
+def typed(vm, data):
+    """Type, as fast as the line takes it."""
+    while data:
+        data = data[vm.type_console(data) :]
+
+
+def test_echo_answers_what_is_typed_also_more_than_the_receiver_holds(start):
+    output = bytearray()
+    vm, _ = start("echo", sink=output.extend)
+    run_until(vm, lambda status: status.work >= 1)
+    text = bytes(range(32, 127)) * 2
+    typed(vm, b"hello\r" + text + b"\n" + b"\n")
+    run_until(vm, lambda status: status.values[0] == 3)
+    vm.pause()
+    assert output.split(b"\n")[1:] == [b"1: hello", b"2: " + text, b"3: ", b""]
+    assert slot(vm).values[:2] == (3, 6 + len(text) + 2)
+
+
+def test_echo_stops_when_the_receiver_overran(start):
+    vm, _ = start("echo")
+    run_until(vm, lambda status: status.work >= 10)
+    vm.pause()
+    vm.platform.console._overrun = True
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error == 1
+
+
+def test_no_input_is_taken_while_the_guest_is_frozen(start):
+    vm, _ = start("echo")
+    vm.freeze()
+    saved = vm.save_state()
+    assert vm.type_console(b"too late") == 0
+    assert vm.save_state().devices[0] == saved.devices[0]
+    vm.thaw()
+    vm.pause()
+    assert vm.type_console(b"in time\n") == 8
+    vm.resume()
+    run_until(vm, lambda status: status.values[0] == 1)
+
+
+def altered(vm, name, change):
+    """Pause, let a change be made to the saved state of one device, go on."""
+    vm.pause()
+    state = vm.save_state()
+    old = {each.name: each.data for each in state.devices}
+    devices = [replace(each, data=change(old) if each.name == name else each.data) for each in state.devices]
+    vm.load_state(replace(state, devices=tuple(devices)))
+    vm.resume()
+
+
+def moved(name, offset, delta):
+    """Return a change: add ``delta`` to the i64 at ``offset`` of a device's state."""
+
+    def change(old):
+        value = int.from_bytes(old[name][offset : offset + 8], "little", signed=True) + delta
+        return old[name][:offset] + value.to_bytes(8, "little", signed=True) + old[name][offset + 8 :]
+
+    return change
+
+
+def back_to_the_start_of_the_timer(old):
+    return old["timer"][4:12]
+
+
+def shorter_periods(old):
+    return (900).to_bytes(4, "little") + old["timer"][4:]
+
+
+@pytest.mark.parametrize(
+    ("device", "change", "errors"),
+    [
+        ("clock", back_to_the_start_of_the_timer, {1}),
+        ("clock", moved("clock", 0, 2**32 - 10_000_000), {1}),
+        ("timer", moved("timer", 4, 3_000), {2, 3}),
+        ("timer", shorter_periods, {3}),
+        ("rtc", moved("rtc", 2, -3600), {4}),
+    ],
+    ids=["clock-back", "clock-far-ahead", "timer-back", "timer-ahead", "rtc-back"],
+)
+def test_timers_stops_when_a_clock_is_wrong(start, device, change, errors):
+    vm, _ = start("timers")
+    run_until(vm, lambda status: status.values[0] > 300_000)
+    altered(vm, device, change)
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error
+    assert slot(vm).error in errors
+
+
+def test_timers_stops_when_the_wall_clock_loses_time(start):
+    vm, _ = start("timers")
+    run_until(vm, lambda status: status.work >= 10)
+    altered(vm, "clock", moved("clock", 0, 10_000_000))
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == slot(vm).error == 5
+
+
+def test_timers_does_not_mind_pauses_or_a_wall_clock_ahead(start):
+    vm, _ = start("timers")
+    run_until(vm, lambda status: status.work >= 50)
+    for step in (0, 1, 100_000):
+        altered(vm, "rtc", moved("rtc", 2, step))
+        work = slot(vm).work
+        run_until(vm, lambda status, work=work: status.work >= work + 50)
+    assert slot(vm).error == 0
+
+
+#: lea rdi, [0x180000]; mov ecx, 5; mov edx, 0x3f8; rep insb; lea rsi, [0x180000]; mov ecx, 5; rep outsb; exit 7
+STRINGS = "488d3c2500001800b905000000baf8030000f36c488d342500001800b905000000f36eb007e6f4"
+
+
+def test_string_instructions_work_on_the_uart(start):
+    output = bytearray()
+    vm, _ = start("idle", before=lambda vm: use_code(vm, STRINGS), sink=output.extend)
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.end.exit_code == 7
+    assert output == b"hello" == vm.memory.read(0x180000, 5)
+
+
+def use_code(vm, code):
+    """Have vCPU 0 begin with other code, and five bytes waiting for it."""
+    vm.memory.write(0x190000, bytes.fromhex(code))
+    state = vm.save_state()
+    vm.load_state(replace(state, vcpus=(replace(state.vcpus[0], rip=0x190000), *state.vcpus[1:])))
+    assert vm.type_console(b"hello") == 5
+
+
 def test_a_guest_refuses_an_information_page_of_another_version(start):
     vm, _ = start("idle", before=lambda vm: vm.memory.write(INFO_GPA + 8, b"\2"))
     assert vm.wait(30) is VmStatus.SHUTDOWN
@@ -270,7 +398,7 @@ def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
     assert vm.end.exit_code == slot(vm).error != 0
 
 
-@pytest.mark.parametrize("program", ["pagetables", "kv"])
+@pytest.mark.parametrize("program", ["pagetables", "kv", "timers"])
 def test_a_guest_moves_from_any_machine_to_any_other(start, make_vm, program):
     vm, _ = start(program, working_set_bytes=50 * PAGE)
     others = [partial(Domain, paging_mode="shadow"), Domain, make_vm, partial(Domain, paging_mode="shadow")]

@@ -5,8 +5,11 @@ from pageferry.core.errors import VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import GuestExit, SyncPoint, Wait
 from pageferry.core.state import DeviceState
+from pageferry.devices.clock import CLOCK_PORT, TIMER_PORT, Clock, Timer
 from pageferry.devices.dma import COMMAND_COPY, COMMAND_FILL, DMA_MMIO, STATUS_DONE, STATUS_ERROR
-from pageferry.devices.platform import CLOCK_PORT, CONSOLE_PORT, EXIT_PORT, SYNC_PORT, Clock, Platform
+from pageferry.devices.platform import EXIT_PORT, SYNC_PORT, Platform
+
+S = 10**9
 
 
 @pytest.fixture
@@ -17,15 +20,6 @@ def memory():
 @pytest.fixture
 def platform(memory):
     return Platform(memory)
-
-
-def test_console_sends_bytes_and_is_always_ready(platform):
-    seen = []
-    platform.console.sink = seen.append
-    for byte in b"hi":
-        platform.bus.port_write(CONSOLE_PORT, 1, byte)
-    assert bytes(platform.console.output) == b"hi" == b"".join(seen)
-    assert platform.bus.port_read(CONSOLE_PORT + 5, 1) & 0x20
 
 
 def test_unclaimed_space_reads_as_ones(platform):
@@ -47,16 +41,89 @@ def test_exit_wait_and_sync_are_effects(platform):
 
 
 def test_guest_time_goes_on_where_it_was():
-    now = [100.0]
+    now = [100 * S]
     clock = Clock(lambda: now[0])
-    now[0] = 102.5
+    now[0] += 2 * S + S // 2 + 999
     assert clock.read(0, 4) == 2_500_000
     saved = clock.save()
-    now[0] = 7.0  # another host
+    now[0] = 7 * S + 1  # another host
     other = Clock(lambda: now[0])
     other.load(saved)
-    now[0] = 8.0
+    assert other.now_us() == 2_500_000
+    now[0] += S
     assert other.now_us() == 3_500_000
+    assert [other.read(at, 1) for at in range(4)] == list((3_500_000).to_bytes(4, "little"))
+
+
+@pytest.fixture
+def timer():
+    """A timer, and the guest time that it counts in."""
+    now = [1_000]
+    timer = Timer(lambda: now[0])
+    return timer, now
+
+
+def test_a_timer_that_was_never_started_stands(timer):
+    timer, now = timer
+    now[0] += 10**9
+    assert (timer.read(0, 4), timer.read(4, 4)) == (0, 0)
+
+
+def test_a_timer_counts_its_periods_and_tells_once_that_one_ended(timer):
+    timer, now = timer
+    timer.write(0, 4, 250)
+    seen = []
+    for step in (0, 249, 1, 1, 249, 250):
+        now[0] += step
+        seen.append((timer.read(0, 4), timer.read(4, 4)))
+    ended = 1 << 31
+    assert seen == [(250, 0), (1, 0), (250, ended | 1), (249, ended | 1), (250, ended | 2), (250, ended | 3)]
+    timer.write(4, 4, 0)
+    assert timer.read(4, 4) == 3
+    now[0] += 250
+    assert timer.read(4, 4) == ended | 4
+    assert [timer.read(4 + at, 1) for at in range(4)] == [4, 0, 0, 0x80]
+    timer.write(0, 4, 0)
+    assert (timer.read(0, 4), timer.read(4, 4)) == (0, 0)
+
+
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 2), (1, 4), (2, 2), (6, 2), (5, 1)])
+def test_a_timer_takes_whole_registers_only(timer, offset, size):
+    timer, now = timer
+    timer.write(0, 4, 100)
+    now[0] += 150
+    before = timer.save()
+    timer.write(offset, size, 7)
+    assert timer.save() == before
+
+
+def test_a_timer_goes_on_in_the_guest_time_that_it_arrives_in(timer):
+    timer, now = timer
+    timer.write(0, 4, 100)
+    now[0] += 350
+    timer.write(4, 4, 0)
+    other = Timer(lambda: now[0])
+    other.load(timer.save())
+    assert (other.read(0, 4), other.read(4, 4)) == (50, 3)
+    now[0] += 50
+    assert (other.read(0, 4), other.read(4, 4)) == (100, 1 << 31 | 4)
+
+
+def test_a_timer_of_the_future_is_refused(timer):
+    timer, now = timer
+    timer.write(0, 4, 100)
+    now[0] -= 1
+    with pytest.raises(VmError, match="after the guest time"):
+        timer.load(timer.save())
+
+
+def test_a_machine_loads_its_timer_with_the_time_that_belongs_to_it(memory):
+    old, new = Platform(memory), Platform(memory)
+    old.clock.load((10**12).to_bytes(8, "little"))
+    old.bus.port_write(TIMER_PORT, 4, 1000)
+    new.bus.load(old.bus.save())
+    assert 0 < new.bus.port_read(TIMER_PORT, 4) <= 1000
+    assert new.clock.now_us() >= 10**12
 
 
 def dma(platform, command, **registers):
@@ -108,7 +175,15 @@ def test_saved_devices_must_be_this_machines(platform, memory):
         states[1:],
         (*states, DeviceState(name="floppy", data=b"")),
         (*states, states[0]),
-        (DeviceState(name=states[0].name, data=b"12345"), *states[1:]),
+        *(
+            (*states[:n], DeviceState(name=state.name, data=state.data + b"\0"), *states[n + 1 :])
+            for n, state in enumerate(states)
+        ),
+        *(
+            (*states[:n], DeviceState(name=state.name, data=state.data[:-1]), *states[n + 1 :])
+            for n, state in enumerate(states)
+            if state.data
+        ),
     ):
         with pytest.raises(VmError):
             other.bus.load(wrong)

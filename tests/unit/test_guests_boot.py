@@ -8,7 +8,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import DeviceState, MachineState
 from pageferry.core.vm import VmConfig
-from pageferry.devices import dma, platform
+from pageferry.devices import clock, dma, platform, rtc, uart
 from pageferry.guests import abi
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.build import SOURCES
@@ -197,9 +197,11 @@ def test_the_c_header_says_what_python_says():
         "PAGE_SIZE": 4096,
         "MAX_RAM_REGIONS": abi.MAX_RAM_REGIONS,
         "MAX_ARGUMENTS": abi.MAX_ARGUMENTS,
-        "CONSOLE_PORT": platform.CONSOLE_PORT,
+        "CONSOLE_PORT": uart.CONSOLE_PORT,
         "EXIT_PORT": platform.EXIT_PORT,
-        "CLOCK_PORT": platform.CLOCK_PORT,
+        "CLOCK_PORT": clock.CLOCK_PORT,
+        "TIMER_PORT": clock.TIMER_PORT,
+        "RTC_PORT": rtc.RTC_PORT,
         "SYNC_PORT": platform.SYNC_PORT,
         "INVALIDATE_PORT": platform.INVALIDATE_PORT,
         "DMA_MMIO": dma.DMA_MMIO,

@@ -187,6 +187,12 @@ class RunControl:
             self.thaw()
 
     @property
+    def frozen(self) -> bool:
+        """Whether :meth:`freeze` holds the guest now."""
+        with self._changed:
+            return self._stops > 0
+
+    @property
     def held(self) -> bool:
         """Whether no vCPU may be inside the guest now: paused by the user, frozen, ended or closed."""
         with self._changed:

@@ -195,6 +195,12 @@ class Vm(Protocol):
     def on_console(self, sink: Callable[[bytes], None] | None) -> None:
         """Set who sees the guest's console output, byte by byte, on the vCPU's thread."""
 
+    def type_console(self, data: bytes) -> int:
+        """Give the guest console input, from any thread; return how many bytes were taken, the first ones.
+
+        Fewer than all when the guest does not read; none while it is frozen: what is taken is in the saved state.
+        """
+
     def save_state(self) -> MachineState:
         """Return everything but memory. The guest is paused or frozen."""
 

@@ -58,6 +58,10 @@ class DeviceBus:
         """Serialise accesses by another lock, before anything runs."""
         self._lock = lock
 
+    def locked(self) -> AbstractContextManager[object]:
+        """Return the lock of the accesses: for a host's own access to a device."""
+        return self._lock
+
     def port_read(self, port: int, size: int) -> int:
         """Return what IN reads."""
         with self._lock:

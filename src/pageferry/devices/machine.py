@@ -104,6 +104,11 @@ class Machine(ABC):
         """Set who sees the guest's console output as it comes."""
         self.platform.console.sink = sink
 
+    def type_console(self, data: bytes) -> int:
+        """Give the console input; return how many of its bytes were taken."""
+        with self.platform.bus.locked():  # the state is saved under it, after a freeze: nothing is taken too late
+            return 0 if self.run_control.frozen else self.platform.console.type(data)
+
     def save_state(self) -> MachineState:
         """Return everything but memory."""
         self._expect_paused("saved")

@@ -1,64 +1,21 @@
-"""The small devices of the guest ABI: console, exit, clock, sync and invalidate ports; and all of them."""
+"""The smallest devices of the guest ABI, exit, sync and invalidate ports, and all devices of a guest together."""
 
 import struct
 import threading
-import time
-from collections.abc import Callable
 
 from pageferry.core.memory import GuestMemory
-from pageferry.core.run import Effect, GuestExit, InvalidateTlb, SyncPoint, Wait
+from pageferry.core.run import Effect, GuestExit, InvalidateTlb, SyncPoint
 from pageferry.devices.bus import DeviceBus, expect_size
+from pageferry.devices.clock import Clock, Timer
 from pageferry.devices.dma import DmaDevice
+from pageferry.devices.rtc import Rtc
+from pageferry.devices.uart import Uart
 
-CONSOLE_PORT = 0x3F8
 EXIT_PORT = 0xF4
-CLOCK_PORT = 0xF0
 SYNC_PORT = 0xEC
 INVALIDATE_PORT = 0xE8
 
 _NO_MMIO = range(0)
-_CONSOLE_LINE_STATUS = 5
-_TRANSMITTER_EMPTY = 0x60
-_CONSOLE_KEPT_BYTES = 64 << 10
-_MAX_WAIT_S = 10.0
-
-
-class Console:
-    """The transmit half of a 16550 at COM1: bytes out, always ready.
-
-    ``output`` keeps the last 64 KiB for whoever asks later; ``sink`` sees every byte as it comes.
-    """
-
-    name = "console"
-    ports = range(CONSOLE_PORT, CONSOLE_PORT + 8)
-    mmio = _NO_MMIO
-
-    def __init__(self) -> None:
-        self.output = bytearray()
-        self.sink: Callable[[bytes], None] | None = None
-
-    def read(self, offset: int, size: int) -> int:
-        """Only the line status register has something to say."""
-        return _TRANSMITTER_EMPTY if offset == _CONSOLE_LINE_STATUS else 0
-
-    def write(self, offset: int, size: int, value: int) -> Effect | None:
-        """Send a byte."""
-        if offset == 0:
-            byte = bytes([value & 0xFF])
-            self.output += byte
-            if len(self.output) > 2 * _CONSOLE_KEPT_BYTES:
-                del self.output[:-_CONSOLE_KEPT_BYTES]
-            if self.sink is not None:
-                self.sink(byte)
-        return None
-
-    def save(self) -> bytes:
-        """The transmitter holds nothing."""
-        return b""
-
-    def load(self, data: bytes) -> None:
-        """Accept the empty state."""
-        expect_size(self.name, data, 0)
 
 
 class ExitPort:
@@ -83,47 +40,6 @@ class ExitPort:
     def load(self, data: bytes) -> None:
         """Accept the empty state."""
         expect_size(self.name, data, 0)
-
-
-class Clock:
-    """Guest time in microseconds, and a way to wait.
-
-    Guest time starts at 0, goes on where it was after a migration, and never runs backwards; it does not stop while
-    the guest is paused, as a wall clock does not. Reading gives the low 32 bits; writing n waits n microseconds (the
-    guest may be woken early, and waits again if it must).
-
-    Args:
-        now_s: a monotonic clock in seconds.
-    """
-
-    name = "clock"
-    ports = range(CLOCK_PORT, CLOCK_PORT + 4)
-    mmio = _NO_MMIO
-
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._now_s = now_s
-        self._zero_s = now_s()
-
-    def now_us(self) -> int:
-        """Return the guest time."""
-        return int((self._now_s() - self._zero_s) * 1e6)
-
-    def read(self, offset: int, size: int) -> int:
-        """Return the low bits of the guest time."""
-        return (self.now_us() >> (8 * offset)) & ((1 << (8 * size)) - 1)
-
-    def write(self, offset: int, size: int, value: int) -> Effect | None:
-        """Wait so many microseconds."""
-        return Wait(min(value / 1e6, _MAX_WAIT_S))
-
-    def save(self) -> bytes:
-        """Return the guest time."""
-        return struct.pack("<Q", self.now_us())
-
-    def load(self, data: bytes) -> None:
-        """Go on from a saved guest time."""
-        expect_size(self.name, data, 8)
-        self._zero_s = self._now_s() - struct.unpack("<Q", data)[0] / 1e6
 
 
 class SyncPort:
@@ -198,8 +114,12 @@ class Platform:
     """
 
     def __init__(self, memory: GuestMemory) -> None:
-        self.console = Console()
+        self.console = Uart()
         self.clock = Clock()
+        self.timer = Timer(self.clock.now_us)
+        self.rtc = Rtc()
         self.sync = SyncPort()
         self.dma = DmaDevice(memory)
-        self.bus = DeviceBus((self.console, ExitPort(), self.clock, self.sync, InvalidatePort(), self.dma))
+        # States are loaded in this order: the timer's after the guest time that it counts in.
+        ports = (ExitPort(), self.sync, InvalidatePort())
+        self.bus = DeviceBus((self.console, self.clock, self.timer, self.rtc, *ports, self.dma))

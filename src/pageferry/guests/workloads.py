@@ -44,6 +44,8 @@ WORKLOADS: dict[str, Workload] = {
         _workload("stamp", "writes the round number it is told, for the test oracle", "round", 16, 1),
         _workload("pagetables", "remaps pages in its own page tables, writes through them, checks", "remap", 8, 1),
         _workload("smp", "vCPUs that send each other items through rings, and check them", "item received", 16, 4),
+        _workload("echo", "answers each line typed at its console with its number and itself", "look for input", 0, 0),
+        _workload("timers", "checks that no clock of its runs backwards or apart from the others", "check", 0, 0),
         _workload("dma", "fills and copies through the DMA engine and checks the result", "transfer", 8, 4),
     )
 }

@@ -15,7 +15,8 @@ instruction at RIP, and renews the emulator when it must know which exception it
 
 from dataclasses import dataclass
 
-from pageferry.devices.platform import CLOCK_PORT, EXIT_PORT, INVALIDATE_PORT, SYNC_PORT
+from pageferry.devices.clock import CLOCK_PORT
+from pageferry.devices.platform import EXIT_PORT, INVALIDATE_PORT, SYNC_PORT
 
 CR4_TSD = 1 << 2
 

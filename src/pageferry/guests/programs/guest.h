@@ -17,6 +17,8 @@ typedef unsigned long u64;
 #define CLOCK_PORT 0xf0
 #define SYNC_PORT 0xec
 #define INVALIDATE_PORT 0xe8
+#define TIMER_PORT 0xe0
+#define RTC_PORT 0x70
 #define DMA_MMIO 0xfeb00000
 
 #define STATE_RUNNING 1
@@ -44,6 +46,12 @@ static u64 run(const struct info *info, u64 cpu, struct status *status);
 
 static inline void out8(u32 port, u8 value) {
     __asm__ volatile("outb %0, %w1" : : "a"(value), "Nd"(port) : "memory");
+}
+
+static inline u8 in8(u32 port) {
+    u8 value;
+    __asm__ volatile("inb %w1, %0" : "=a"(value) : "Nd"(port) : "memory");
+    return value;
 }
 
 static inline void out32(u32 port, u32 value) {
