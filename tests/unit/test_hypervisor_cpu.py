@@ -167,6 +167,12 @@ def test_ports_by_immediate_and_by_dx_and_in_all_sizes(machines):
     assert output == b"A"
 
 
+def test_a_long_slice_of_untrapped_ports_after_a_wait_is_no_exception(machines):
+    # xor eax, eax; out clock, eax; mov ecx, 100000; mov edx, 0x3fd; l: in al, dx; dec ecx; jne l; out exit 0
+    vm = machines("31c0" + "e7f0" + "b9a0860100" + "bafd030000" + "ec" + "ffc9" + "75fb" + "31c0" + EXIT)
+    assert finish(vm).crash is None
+
+
 def test_a_counting_loop_paused_50_times_loses_nothing(machines):
     # l: inc rdx; inc [rbx]; inc rcx; inc [rbx+8]; jmp +0; jmp l
     vm = machines("48ffc2" + "48ff03" + "48ffc1" + "48ff4308" + "eb00" + "ebef", rbx=DATA, rcx=0, rdx=0)

@@ -118,12 +118,15 @@ class SoftVcpu:
                 self._crash()
             if self._flush_wanted:
                 self._flush_tlb(engine)
+            trapped = self._take_io_trap()
             if self._effect is not None:
                 effect, self._effect = self._effect, None
                 if isinstance(effect, InvalidateTlb):
                     self._invalidate(engine)
                     continue
                 return effect
+            if trapped:
+                continue
             if self._vector is not None or error:
                 self._exception(engine, error)
             elif self._emulate_rdtsc(engine):
@@ -306,12 +309,16 @@ class SoftVcpu:
             gva, size = gva + piece, size - piece
         return code
 
+    def _take_io_trap(self) -> bool:
+        """Tell whether the emulator stopped behind an access to a trapped port, and forget it: the next may not be."""
+        if self._vector != VECTOR_DEBUG or not self._io_trapped:
+            return False
+        self._vector, self._io_trapped = None, False
+        return True
+
     def _exception(self, engine: api.Engine, error: int) -> None:
-        """The emulator stopped for an exception: one of our traps, or the guest's end."""
+        """The emulator stopped for an exception: an RDTSC, or the guest's end."""
         vector, self._vector = self._vector, None
-        if vector == VECTOR_DEBUG and self._io_trapped:
-            self._io_trapped = False
-            return
         if vector in (VECTOR_GENERAL_PROTECTION, VECTOR_DOUBLE_FAULT):
             if self._emulate_rdtsc(engine):
                 return
