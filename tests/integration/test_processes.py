@@ -17,7 +17,8 @@ from pageferry.core.errors import VmError
 from pageferry.engine.transport import Endpoint
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import RecordType
-from pageferry.vmm.qmp import QmpClient, QmpError
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_client import QmpClient
 
 PAGEFERRY = [sys.executable, "-m", "pageferry"]
 GUEST = ("kv", "--memory", "32M", "--working-set", "4M")

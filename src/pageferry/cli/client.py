@@ -6,7 +6,8 @@ from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.vmm.process import ENGINE_EVENT
-from pageferry.vmm.qmp import QmpClient, QmpError
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_client import QmpClient
 
 Json = dict[str, Any]
 

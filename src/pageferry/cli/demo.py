@@ -18,7 +18,7 @@ from pageferry.core.errors import VmError
 from pageferry.core.units import format_size
 from pageferry.core.vm import VmConfig
 from pageferry.vmm.accel import Machines
-from pageferry.vmm.qmp import QmpClient
+from pageferry.vmm.qmp_client import QmpClient
 
 _START_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1

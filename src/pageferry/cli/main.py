@@ -22,6 +22,7 @@ from rich.console import Console
 from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
+from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.view import ProgressView, summary
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
@@ -36,7 +37,7 @@ from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.doctor import examine
 from pageferry.vmm.process import GuestProcess
-from pageferry.vmm.qmp import QmpClient
+from pageferry.vmm.qmp_client import QmpClient
 
 app = typer.Typer(
     name="pageferry",
@@ -199,16 +200,16 @@ def _end_as_by_ctrl_c() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
+def _tell(message: str) -> None:
+    with suppress(OSError):  # nobody reads any more; the guest does not care
+        _err.print(f"pageferry: {message}", markup=False, soft_wrap=True)
+
+
 @contextmanager
 def _guest_process(machines: Machines, control: Path | None) -> Iterator[GuestProcess]:
     _err.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
-
-    def say(message: str) -> None:
-        with suppress(OSError):  # nobody reads any more; the guest does not care
-            _err.print(f"pageferry: {message}", markup=False, soft_wrap=True)
-
-    console = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
-    process = GuestProcess(machines, control, on_console=console, on_message=say)
+    output = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
+    process = GuestProcess(machines, control, on_console=output, on_message=_tell)
 
     def stop(*_: object) -> None:
         process.quit()
@@ -219,7 +220,7 @@ def _guest_process(machines: Machines, control: Path | None) -> Iterator[GuestPr
         yield process
     finally:
         process.close()
-        console.close()
+        output.close()
 
 
 @app.command(name="run")
@@ -310,6 +311,15 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         if state["huge_bytes"] is not None:
             memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
+
+
+@app.command()
+def console(control: ControlOption) -> None:
+    """Attach to a guest's console: its recent output, then live; what you type goes to it. Ctrl-] detaches."""
+    _end_as_by_ctrl_c()
+    input_fd = os.open(os.devnull, os.O_RDONLY) if sys.stdin is None else sys.stdin.fileno()
+    with QmpClient(control) as client, raw_input(input_fd):
+        ConsoleSession(client, input_fd, sys.stdout.fileno(), _tell).run()
 
 
 def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value

@@ -5,6 +5,8 @@ QEMU uses them) and the engine's. The run states are QEMU's: ``running``, ``paus
 guest), ``finish-migrate`` (the stop-and-copy), ``postmigrate`` (the guest has left), ``shutdown``, ``guest-panicked``.
 """
 
+import base64
+import binascii
 import logging
 import socket
 import threading
@@ -26,10 +28,10 @@ from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.arguments import Arguments
+from pageferry.vmm.console import ConsoleFollower, ConsoleTail
 from pageferry.vmm.qmp import QmpError, QmpServer
 
 _log = logging.getLogger(__name__)
-_CONSOLE_TAIL_BYTES = 4096
 _PROGRESS_INTERVAL_S = 0.05
 _POLL_S = 0.05
 
@@ -61,7 +63,7 @@ class GuestProcess:
         self._lock = threading.Lock()
         self._vm: Vm | None = None
         self._name = "incoming"
-        self._console = bytearray()
+        self._console = ConsoleTail()
         self._source: Source | None = None
         self._migration: threading.Thread | None = None
         self._announced_stop = False
@@ -71,7 +73,8 @@ class GuestProcess:
         self._listener: socket.socket | None = None
         self._booted = False
         self._quit = False
-        self._server = None if control is None else QmpServer(control, self._commands())
+        subscriptions = {"x-console-follow": self._console_follow}
+        self._server = None if control is None else QmpServer(control, self._commands(), subscriptions)
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -138,6 +141,7 @@ class GuestProcess:
             self._incoming.abort()
         if self._migration is not None:
             self._migration.join()
+        self._console.end("the guest process has ended")
         if self._server is not None:
             self._server.close()
         if self._vm is not None:
@@ -149,9 +153,11 @@ class GuestProcess:
             raise VmError("the guest has not ended")
         if end.crash is not None:
             self._event("GUEST_PANICKED", {"action": "shutdown", "x-reason": end.crash})
+            self._console.end(f"the guest crashed: {end.crash}")
             self._say(f"the guest crashed: {end.crash}")
             return 9
         self._event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
+        self._console.end(f"the guest ended with exit code {end.exit_code}")
         self._say(f"the guest ended with exit code {end.exit_code}")
         return 8 if end.exit_code else 0
 
@@ -160,9 +166,7 @@ class GuestProcess:
         self._vm, self._name = vm, name
 
     def _console_byte(self, data: bytes) -> None:
-        self._console += data
-        if len(self._console) > 2 * _CONSOLE_TAIL_BYTES:
-            del self._console[:-_CONSOLE_TAIL_BYTES]
+        self._console(data)
         self._on_console(data)
 
     def _event(self, name: str, data: dict[str, Any] | None = None) -> None:
@@ -203,6 +207,7 @@ class GuestProcess:
             vm = self._incoming.run()
         except PageferryError as error:
             self._vm = None
+            self._console.end("the guest did not arrive")
             self._event("MIGRATION", {"status": "failed"})
             self._say(f"no guest received: {error}; waiting for another attempt")
             return
@@ -276,6 +281,8 @@ class GuestProcess:
             _log.exception("a migration ended by a defect")
             self._event("MIGRATION", {"status": "failed"})
             return
+        with self._lock:  # who follows later is refused
+            self._console.end("the guest has moved to another process; attach to it there")
         self._event("MIGRATION", {"status": "completed"})
         self._say(f"the guest has moved: {report.total_s:.2f} s in total, {(report.downtime_s or 0) * 1e3:.1f} ms down")
 
@@ -326,6 +333,7 @@ class GuestProcess:
             "migrate_cancel": self._migrate_cancel,
             "quit": self._quit_command,
             "x-query-guest": self._query_guest,
+            "x-console-write": self._console_write,
         }
 
     def _guest(self) -> Vm:
@@ -344,11 +352,14 @@ class GuestProcess:
         at = self._guest_at()
         if self._is_migrating() and self._source is not None and self._source.handing_over:
             raise QmpError("the guest is being handed over")
-        if at is GuestAt.DESTINATION:
-            raise QmpError("the guest has moved to another process")
+        self._check_not_moved()
         if at is GuestAt.UNKNOWN:
             hint = "see whether the destination runs it; if it surely does not: pageferry resume --force"
             raise QmpError("whether the guest has moved is not known", hint=hint)
+
+    def _check_not_moved(self) -> None:
+        if self._guest_at() is GuestAt.DESTINATION:
+            raise QmpError("the guest has moved to another process")
 
     def run_state(self) -> str:
         """Return QEMU's word for what this process is doing."""
@@ -400,6 +411,24 @@ class GuestProcess:
         self._event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self.quit()
 
+    def _console_follow(self, arguments: dict[str, Any], wake: Callable[[], None]) -> ConsoleFollower:
+        Arguments(arguments).done()
+        with self._lock:
+            self._guest()
+            self._check_not_moved()
+            return self._console.follow(wake)
+
+    def _console_write(self, arguments: dict[str, Any]) -> dict[str, int]:
+        args = Arguments(arguments)
+        text = args.text("data")
+        args.done()
+        try:
+            data = base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise QmpError("Invalid parameter 'data', expected: base64") from error
+        self._check_not_moved()
+        return {"taken": self._guest().type_console(data)}
+
     def _query_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments(arguments).done()
         result: dict[str, Any] = {
@@ -408,7 +437,7 @@ class GuestProcess:
             "accel_reason": self._machines.reason,
             "listening": None if self._listener is None else str(self._endpoint),
             "guest_at": None if self._vm is None else self._guest_at(),
-            "console": self._console.decode("ascii", "replace"),
+            "console": self._console.text(),
         }
         vm = self._vm
         if vm is not None:

@@ -1,32 +1,47 @@
 """The wire form of QMP, QEMU's machine protocol: JSON values, a greeting, commands with ids, events.
 
-A server per control socket and a small client. Any QMP client can talk to the server; the client talks to any QMP
-server. A message is at most 1 MiB long.
+A server per control socket; any QMP client can talk to it, ours is :mod:`.qmp_client`. A message is at most 1 MiB long.
 """
 
 import contextlib
 import json
 import logging
-import os
 import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pageferry import __version__
-from pageferry.core.errors import PageferryError, UsageError, VmError
+from pageferry.core.errors import PageferryError, UsageError
 from pageferry.engine.transport import listen_unix
 from pageferry.vmm.json_framer import JsonFramer
 
 _log = logging.getLogger(__name__)
-_MAX_LINE_BYTES = 1 << 20
 _UNSENT_EVENTS = 10_000
 _ACCEPT_RETRY_S = 0.1
 
 Handler = Callable[[dict[str, Any]], Any]
+
+
+class Subscription(Protocol):
+    """Something that one client follows at its own pace: events of its own, of which at most one waits to be sent.
+
+    What makes it calls ``wake`` once when something is new, and again only after the next :meth:`take`.
+    """
+
+    event: str
+
+    def take(self) -> Mapping[str, Any]:
+        """Return the data of the next event: all that is new."""
+
+    def close(self) -> None:
+        """The client has gone."""
+
+
+Subscribe = Callable[[dict[str, Any], Callable[[], None]], Subscription]
 
 
 class QmpError(PageferryError):
@@ -37,8 +52,15 @@ class QmpError(PageferryError):
         self.error_class = error_class
 
 
-def _encode(message: Mapping[str, Any]) -> bytes:
+def encode(message: Mapping[str, Any]) -> bytes:
+    """Return a message as it goes over the wire."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
+
+
+def _event(name: str, data: Mapping[str, Any] | None) -> dict[str, Any]:
+    seconds, fraction = divmod(time.time(), 1)
+    timestamp = {"seconds": int(seconds), "microseconds": int(fraction * 1e6)}
+    return {"event": name, "timestamp": timestamp} | ({} if data is None else {"data": dict(data)})
 
 
 def _greeting() -> dict[str, Any]:
@@ -55,13 +77,17 @@ class _Client(threading.Thread):
         self.negotiated = False
         self._server = server
         self._sock = sock
-        self._outbox: queue.Queue[bytes | None] = queue.Queue(_UNSENT_EVENTS)
+        self._subscription: Subscription | None = None
+        self._outbox: queue.Queue[bytes | Subscription | None] = queue.Queue(_UNSENT_EVENTS)
         self._writer = threading.Thread(target=self._write, name="qmp-writer", daemon=True)
 
     def post(self, message: Mapping[str, Any]) -> None:
         """Queue a message; a client that does not read for long is dropped."""
+        self._queue(encode(message))
+
+    def _queue(self, item: bytes | Subscription) -> None:
         try:
-            self._outbox.put_nowait(_encode(message))
+            self._outbox.put_nowait(item)
         except queue.Full:
             self.drop()
 
@@ -79,8 +105,8 @@ class _Client(threading.Thread):
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
-            while (data := self._outbox.get()) is not None:
-                self._sock.sendall(data)
+            while (item := self._outbox.get()) is not None:
+                self._sock.sendall(item if isinstance(item, bytes) else encode(_event(item.event, item.take())))
 
     def run(self) -> None:
         self._writer.start()
@@ -94,6 +120,8 @@ class _Client(threading.Thread):
             _log.debug("a control client was dropped: %s", error)  # nothing of ours depends on it
         finally:
             self._server.forget(self)
+            if self._subscription is not None:
+                self._subscription.close()
             with contextlib.suppress(queue.Full):
                 self._outbox.put_nowait(None)
             self._writer.join(1)
@@ -102,6 +130,7 @@ class _Client(threading.Thread):
     def _answer(self, text: bytes) -> None:
         reply: dict[str, Any]
         request: Any = None
+        subscription = self._subscription
         try:
             request = json.loads(text)
             if not isinstance(request, dict) or not isinstance(request.get("execute"), str):
@@ -123,6 +152,8 @@ class _Client(threading.Thread):
         self.post(reply)
         if "return" in reply:
             self.negotiated = True  # events follow the answer to qmp_capabilities, they never come before it
+            if subscription is not self._subscription and self._subscription is not None:
+                self._queue(self._subscription)  # what is there already follows the answer
 
     def _execute(self, command: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401  # any JSON value
         if not self.negotiated:
@@ -131,7 +162,17 @@ class _Client(threading.Thread):
                     "expecting capabilities negotiation with 'qmp_capabilities'", error_class="CommandNotFound"
                 )
             return {}
-        return self._server.execute(command, arguments)
+        subscribe = self._server.subscriptions.get(command)
+        if subscribe is None:
+            return self._server.execute(command, arguments)
+        if self._subscription is not None:
+            raise QmpError("this connection follows something already", hint="use another connection")
+        self._subscription = subscribe(arguments, self._wake)
+        return {}
+
+    def _wake(self) -> None:
+        if self._subscription is not None:
+            self._queue(self._subscription)
 
 
 class QmpServer:
@@ -140,11 +181,15 @@ class QmpServer:
     Args:
         path: of the socket; made by :meth:`start`, removed by :meth:`close`.
         commands: handlers by name; each takes the arguments and returns a JSON value or raises.
+        subscriptions: commands that have the client follow something; each takes the arguments and how to wake it.
     """
 
-    def __init__(self, path: Path, commands: Mapping[str, Handler]) -> None:
+    def __init__(
+        self, path: Path, commands: Mapping[str, Handler], subscriptions: Mapping[str, Subscribe] | None = None
+    ) -> None:
         self._path = path
         self._commands = dict(commands)
+        self.subscriptions = dict(subscriptions or {})
         self._clients: set[_Client] = set()
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
@@ -185,7 +230,8 @@ class QmpServer:
             QmpError: it is unknown.
         """
         if command == "query-commands":
-            return [{"name": name} for name in sorted({*self._commands, "query-commands", "query-version"})]
+            names = {*self._commands, *self.subscriptions, "query-commands", "query-version"}
+            return [{"name": name} for name in sorted(names)]
         if command == "query-version":
             return _greeting()["version"]
         handler = self._commands.get(command)
@@ -196,13 +242,7 @@ class QmpServer:
 
     def event(self, name: str, data: Mapping[str, Any] | None = None) -> None:
         """Send an event to every client that has negotiated."""
-        seconds, fraction = divmod(time.time(), 1)
-        message: dict[str, Any] = {
-            "event": name,
-            "timestamp": {"seconds": int(seconds), "microseconds": int(fraction * 1e6)},
-        }
-        if data is not None:
-            message["data"] = dict(data)
+        message = _event(name, data)
         with self._lock:
             clients = [client for client in self._clients if client.negotiated]
         for client in clients:
@@ -226,85 +266,3 @@ class QmpServer:
             clients = list(self._clients)
         for client in clients:
             client.finish()
-
-
-class QmpClient:
-    """A connection to a control socket, negotiated. A context manager.
-
-    Args:
-        path: the socket.
-        timeout_s: how long to wait for an answer.
-
-    Raises:
-        VmError: nobody serves the socket, or not QMP.
-    """
-
-    def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(timeout_s)
-        self._events: list[dict[str, Any]] = []
-        self._next_id = 0
-        try:
-            self._sock.connect(os.fspath(path))
-            self._lines = self._sock.makefile("rb")
-            if "QMP" not in self._message():
-                raise ValueError("no greeting")
-        except (OSError, ValueError, UnicodeError) as error:
-            self._sock.close()
-            raise VmError(f"no guest process answers at {path}", hint="is it running? see --control") from error
-        self.execute("qmp_capabilities")
-
-    def __enter__(self) -> "QmpClient":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._lines.close()
-        self._sock.close()
-
-    def _message(self) -> dict[str, Any]:
-        line = self._lines.readline(_MAX_LINE_BYTES)
-        if not line:
-            raise ConnectionResetError("the guest process closed the control socket")
-        message = json.loads(line)
-        if not isinstance(message, dict):
-            raise ValueError("not a QMP message")
-        return message
-
-    def execute(self, command: str, **arguments: Any) -> Any:  # noqa: ANN401  # any JSON value
-        """Run a command and return its result; events that come meanwhile are kept for :meth:`events`.
-
-        Raises:
-            QmpError: the other side refused it.
-            VmError: the connection broke.
-        """
-        self._next_id += 1
-        try:
-            self._sock.sendall(_encode({"execute": command, "arguments": arguments, "id": self._next_id}))
-            while True:
-                message = self._message()
-                if "event" in message:
-                    self._events.append(message)
-                elif message.get("id") == self._next_id:
-                    break
-        except (OSError, ValueError) as error:
-            raise VmError(f"the guest process did not answer {command!r}") from error
-        if "error" in message:
-            raise QmpError(message["error"].get("desc", "error"), error_class=message["error"].get("class", ""))
-        return message["return"]
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yield events as they come, for ever; ends with a VmError when the connection breaks."""
-        while True:
-            while self._events:
-                yield self._events.pop(0)
-            try:
-                self._sock.settimeout(None)
-                message = self._message()
-            except (OSError, ValueError) as error:
-                raise VmError("the guest process went away") from error
-            if "event" in message:
-                yield message

@@ -1,0 +1,150 @@
+"""A client of QMP, for the command line and tests: it talks to any QMP server that ends its messages with a newline."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pageferry.core.errors import VmError
+from pageferry.vmm.qmp import QmpError, encode
+
+_MAX_LINE_BYTES = 1 << 20
+_READ_BYTES = 1 << 16
+
+
+class QmpClient:
+    """A connection to a control socket, negotiated. A context manager.
+
+    Args:
+        path: the socket.
+        timeout_s: how long to wait for an answer.
+
+    Raises:
+        VmError: nobody serves the socket, or not QMP.
+    """
+
+    def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(timeout_s)
+        self._unread = bytearray()
+        self._events: list[dict[str, Any]] = []
+        self._next_id = 0
+        try:
+            self._sock.connect(os.fspath(path))
+            if "QMP" not in self._message():
+                raise ValueError("no greeting")
+        except (OSError, ValueError, UnicodeError) as error:
+            self._sock.close()
+            raise VmError(f"no guest process answers at {path}", hint="is it running? see --control") from error
+        self.execute("qmp_capabilities")
+
+    def __enter__(self) -> "QmpClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor: for ``select``, then :meth:`receive`; look at :meth:`received` first."""
+        return self._sock.fileno()
+
+    def _read(self) -> None:
+        data = self._sock.recv(_READ_BYTES)
+        if not data:
+            raise ConnectionResetError("the guest process closed the control socket")
+        self._unread += data
+
+    def _next(self) -> dict[str, Any] | None:
+        """Return the next message of those that have come whole, if any."""
+        end = self._unread.find(b"\n")
+        if end < 0:
+            if len(self._unread) > _MAX_LINE_BYTES:
+                raise ValueError("a message is too long")
+            return None
+        line = bytes(self._unread[:end])
+        del self._unread[: end + 1]
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError("not a QMP message")
+        return message
+
+    def _message(self) -> dict[str, Any]:
+        while (message := self._next()) is None:
+            self._read()
+        return message
+
+    def send(self, command: str, **arguments: Any) -> int:  # noqa: ANN401  # any JSON value
+        """Send a command without waiting; return the id that its answer will have.
+
+        Raises:
+            VmError: the connection broke.
+        """
+        self._next_id += 1
+        try:
+            self._sock.sendall(encode({"execute": command, "arguments": arguments, "id": self._next_id}))
+        except OSError as error:
+            raise VmError(f"the guest process did not take {command!r}") from error
+        return self._next_id
+
+    def received(self) -> list[dict[str, Any]]:
+        """Return the messages, events and answers, that are here already; waits for nothing.
+
+        Raises:
+            VmError: what came is not QMP.
+        """
+        messages, self._events = self._events, []
+        try:
+            while (message := self._next()) is not None:
+                messages.append(message)
+        except ValueError as error:
+            raise VmError("the guest process does not speak QMP") from error
+        return messages
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Wait for some bytes; return as :meth:`received`: no message, or many.
+
+        Raises:
+            VmError: the connection broke, or what came is not QMP.
+        """
+        try:
+            self._read()
+        except OSError as error:
+            raise VmError("the guest process went away") from error
+        return self.received()
+
+    def execute(self, command: str, **arguments: Any) -> Any:  # noqa: ANN401  # any JSON value
+        """Run a command and return its result; events that come meanwhile are kept for :meth:`events`.
+
+        Raises:
+            QmpError: the other side refused it.
+            VmError: the connection broke.
+        """
+        number = self.send(command, **arguments)
+        try:
+            while (message := self._message()).get("id") != number or "event" in message:
+                if "event" in message:
+                    self._events.append(message)
+        except (OSError, ValueError) as error:
+            raise VmError(f"the guest process did not answer {command!r}") from error
+        if "error" in message:
+            raise QmpError(message["error"].get("desc", "error"), error_class=message["error"].get("class", ""))
+        return message["return"]
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yield events as they come, for ever; ends with a VmError when the connection breaks."""
+        self._sock.settimeout(None)
+        while True:
+            while self._events:
+                yield self._events.pop(0)
+            try:
+                message = self._message()
+            except (OSError, ValueError) as error:
+                raise VmError("the guest process went away") from error
+            if "event" in message:
+                yield message

@@ -1,0 +1,322 @@
+"""`pageferry console` as a person and a script use it: a terminal, a pipe, a migration, and peers that misbehave."""
+
+import base64
+import contextlib
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+
+import pytest
+
+from pageferry.core.errors import VmError
+from pageferry.engine.transport import Endpoint
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_client import QmpClient
+
+PAGEFERRY = [sys.executable, "-m", "pageferry"]
+PATIENCE_S = 20
+
+
+class Guest:
+    """A guest process whose own standard output is kept."""
+
+    def __init__(self, folder, name, *arguments):
+        self.control = folder / f"{name}.sock"
+        self.output = folder / f"{name}.out"
+        with self.output.open("wb") as output:
+            command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
+            self.popen = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, start_new_session=True)
+        self.client = None
+
+    def ready(self):
+        pause = threading.Event()
+        for _ in range(PATIENCE_S * 100):
+            with contextlib.suppress(VmError):
+                self.client = QmpClient(self.control)
+                return self
+            assert self.popen.poll() is None, self.popen.stderr.read()
+            pause.wait(0.01)
+        raise AssertionError("no control socket")
+
+    def end(self):
+        if self.client is not None:
+            self.client.close()
+        self.popen.kill()
+        self.popen.wait()
+        self.popen.stderr.close()
+
+
+@pytest.fixture
+def start(tmp_path, accel):
+    made = []
+
+    def start(*arguments):
+        made.append(Guest(tmp_path, f"guest{len(made)}", *arguments, "--accel", accel))
+        return made[-1].ready()
+
+    yield start
+    for guest in made:
+        guest.end()
+
+
+@pytest.fixture
+def echo(start):
+    return lambda: start("run", "echo", "--memory", "16M")
+
+
+class Console:
+    """`pageferry console`, on a terminal (a pty) or with pipes; ``read_until`` reads what comes out."""
+
+    def __init__(self, guest, *, terminal, stdin=None):
+        self.master, slave = pty.openpty() if terminal else (None, None)
+        self.slave = slave
+        self.before = termios.tcgetattr(slave) if terminal else None
+        command = [*PAGEFERRY, "console", "--control", str(guest.control)]
+        self.popen = subprocess.Popen(
+            command,
+            stdin=slave if terminal else stdin if stdin is not None else subprocess.PIPE,
+            stdout=slave if terminal else subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.reader = self.master if terminal else self.popen.stdout.fileno()
+        self.seen = b""
+
+    def read_until(self, text):
+        """Read on until ``text``; return everything read since the last call, ``text`` included."""
+        while text not in self.seen:
+            readable, _, _ = select.select([self.reader], [], [], PATIENCE_S)
+            assert readable, f"no {text!r} in {self.seen[-300:]!r}"
+            data = os.read(self.reader, 1 << 16)
+            assert data, f"the end instead of {text!r}: {self.seen!r}"
+            self.seen += data
+        head, _, self.seen = self.seen.partition(text)
+        return head + text
+
+    def type(self, data):
+        os.write(self.master if self.master is not None else self.popen.stdin.fileno(), data)
+
+    def settings(self):
+        return termios.tcgetattr(self.slave)
+
+    def wait(self):
+        return self.popen.wait(PATIENCE_S)
+
+    def close(self):
+        self.popen.kill()
+        self.popen.wait()
+        for stream in (self.popen.stdin, self.popen.stdout):
+            if stream is not None:
+                stream.close()
+        if self.master is not None:
+            os.close(self.master)
+            os.close(self.slave)
+
+
+@pytest.fixture
+def attach():
+    made = []
+
+    def attach(guest, *, terminal=True, stdin=None):
+        made.append(Console(guest, terminal=terminal, stdin=stdin))
+        return made[-1]
+
+    yield attach
+    for console in made:
+        console.close()
+
+
+def test_a_person_at_a_terminal(echo, attach):
+    guest = echo()
+    console = attach(guest)
+    assert b"Ctrl-] detaches" in console.read_until(b"seed 1\r\n")  # output since the start, after how to leave
+    assert console.settings() != console.before
+    console.type(b"hi\x03 there\r")  # Ctrl-C is the guest's
+    assert console.read_until(b"there\r\n") == b"1: hi\x03 there\r\n"  # the terminal itself echoes nothing
+    console.type(b"lost\r\x1dnever sent")
+    console.read_until(b"detached")
+    assert console.wait() == 0
+    assert console.settings() == console.before
+    again = attach(guest)
+    assert again.read_until(b"2: lost\r\n").count(b"1: hi") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_the_terminal_as_it_was(echo, attach, number):
+    console = attach(echo())
+    console.read_until(b"seed 1\r\n")
+    assert console.settings() != console.before
+    console.popen.send_signal(number)
+    assert console.wait() == 130
+    assert console.settings() == console.before
+
+
+def test_a_guest_process_that_dies_leaves_the_terminal_as_it_was(echo, attach):
+    guest = echo()
+    console = attach(guest)
+    console.read_until(b"seed 1\r\n")
+    guest.popen.kill()
+    console.read_until(b"went away")
+    assert console.wait() == 6
+    assert console.settings() == console.before
+
+
+def test_a_terminal_that_is_hung_up_detaches(echo, attach):
+    guest = echo()
+    console = attach(guest)
+    console.read_until(b"seed 1\r\n")
+    os.close(console.master)
+    os.close(console.slave)
+    console.master = None
+    assert console.wait() == 0
+    assert guest.client.execute("query-status")["running"]
+
+
+def test_a_pipe_is_typed_whole_however_long_and_output_goes_on_after_its_end(echo, attach):
+    guest = echo()
+    console = attach(guest, terminal=False)
+    lines = [b"line %d \x1d\r" % number for number in range(800)]
+    threading.Thread(target=lambda: (console.popen.stdin.write(b"".join(lines)), console.popen.stdin.close())).start()
+    seen = console.read_until(b"800: line 799 \x1d\n")
+    assert seen.count(b"\n") == 800 + 2  # each answer once; the guest's greeting and ours
+    with QmpClient(guest.control) as client:
+        client.execute("x-console-write", data=base64.b64encode(b"by another\r").decode())
+    console.read_until(b"801: by another\n")
+    guest.client.execute("quit")
+    console.read_until(b"the guest process has ended")
+    assert console.wait() == 0
+
+
+def test_without_input_it_only_shows_output(echo, attach):
+    guest = echo()
+    console = attach(guest, terminal=False, stdin=subprocess.DEVNULL)
+    assert b"Ctrl-C detaches" in console.read_until(b"seed 1\n")
+    console.popen.send_signal(signal.SIGINT)
+    assert console.wait() == 130
+
+
+def test_with_its_standard_input_closed(echo):
+    guest = echo()
+    shell = f"exec {sys.executable} -m pageferry console --control {guest.control} <&- 2>&1"
+    popen = subprocess.Popen(["sh", "-c", shell], stdout=subprocess.PIPE)
+    try:
+        while b"seed 1" not in popen.stdout.readline():
+            assert popen.poll() is None
+        guest.client.execute("quit")
+        assert b"the guest process has ended" in popen.stdout.read()
+        assert popen.wait(PATIENCE_S) == 0
+    finally:
+        popen.kill()
+        popen.wait()
+        popen.stdout.close()
+
+
+def test_two_may_look_and_both_may_type(echo, attach):
+    guest = echo()
+    first, second = attach(guest), attach(guest)
+    for console in (first, second):
+        console.read_until(b"seed 1\r\n")
+    first.type(b"from one\r")
+    second.read_until(b"1: from one\r\n")
+    second.type(b"from two\r")
+    assert first.read_until(b"2: from two\r\n") == b"1: from one\r\n2: from two\r\n"
+
+
+def test_a_guest_that_never_reads_does_not_keep_anybody(start, attach):
+    guest = start("run", "kv", "--memory", "32M", "--working-set", "1M")
+    console = attach(guest)
+    console.read_until(b"seed 1\r\n")
+    full = base64.b64encode(bytes(8192)).decode()
+    while guest.client.execute("x-console-write", data=full)["taken"]:
+        pass
+    console.type(b"x" * 4096)
+    console.type(b"y" * 10)
+    console.read_until(b"\a")
+    console.type(b"\x1d")
+    assert b"4,096 bytes of input did not reach" in console.read_until(b"the guest\r\n")
+    assert console.wait() == 0
+
+
+def test_input_typed_before_and_after_a_migration_is_answered_once(echo, start, attach):
+    source, destination = echo(), start("receive", "tcp://127.0.0.1:0")
+    with pytest.raises(QmpError, match="no guest is here yet"):
+        destination.client.execute("x-console-follow")
+    console = attach(source)
+    console.read_until(b"seed 1\r\n")
+    console.type(b"one\r")
+    console.read_until(b"1: one\r\n")
+    source.client.execute("stop")
+    typed = b"two\r" + b"three is longer than the receiver holds\rfo"
+    assert source.client.execute("x-console-write", data=base64.b64encode(typed).decode()) == {"taken": len(typed)}
+    source.client.execute("migrate", uri=destination.client.execute("x-query-guest")["listening"])
+    console.read_until(b"the guest has moved to another process")
+    assert console.wait() == 0
+    assert console.settings() == console.before
+    refused = subprocess.run(
+        [*PAGEFERRY, "console", "--control", str(source.control)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert refused.returncode == 6
+    assert "has moved" in refused.stderr
+    there = attach(destination)
+    there.read_until(b"attached")
+    destination.client.execute("cont")
+    there.type(b"ur\r")
+    there.read_until(b"\r\n")
+    assert there.read_until(b"4: four\r\n") == b"2: two\r\n3: three is longer than the receiver holds\r\n4: four\r\n"
+    assert source.output.read_bytes() == b"echo: 0 pages, rate 0/s, seed 1\n1: one\n"
+    assert destination.output.read_bytes() == b"2: two\n3: three is longer than the receiver holds\n4: four\n"
+
+
+def test_while_the_guest_is_frozen_input_waits_and_is_not_lost(echo, start, attach, wires):
+    source, destination = echo(), start("receive", "tcp://127.0.0.1:0")
+    console = attach(source, terminal=False)
+    console.read_until(b"seed 1\n")
+    endpoint = Endpoint.parse(destination.client.execute("x-query-guest")["listening"])
+    wire = wires(endpoint, hold_at=int(FrameType.READY).to_bytes(4, "little"))
+    source.client.execute("migrate", uri=wire.uri)
+    assert wire.held.wait(PATIENCE_S)
+    data = base64.b64encode(b"too early\r").decode()
+    assert source.client.execute("x-console-write", data=data) == {"taken": 0}
+    console.type(b"patience\r")
+    wire.cut()
+    wire.release()
+    assert console.read_until(b"\n") == b"1: patience\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [({}, "missing"), ({"data": 5}, "string"), ({"data": "?"}, "base64"), ({"data": "", "to": "x"}, "unexpected")],
+)
+def test_bad_input_is_refused_and_harms_nobody(echo, arguments, says):
+    guest = echo()
+    with pytest.raises(QmpError, match=says):
+        guest.client.execute("x-console-write", **arguments)
+    with pytest.raises(QmpError, match="unexpected"):
+        guest.client.execute("x-console-follow", from_the="start")
+    guest.client.execute("x-console-follow")
+    with pytest.raises(QmpError, match="follows something already"):
+        guest.client.execute("x-console-follow")
+    assert guest.client.execute("query-status")["running"]
+
+
+def test_readers_that_leave_or_send_garbage_harm_nobody(echo, attach):
+    guest = echo()
+    for garbage in (b"", b"\xff\x00", b'{"execute":"x-console-write"}', b"{" * 100_000):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(guest.control))
+            sock.sendall(b'{"execute":"qmp_capabilities"}{"execute":"x-console-follow"}' + garbage)
+    console = attach(guest)
+    console.read_until(b"seed 1\r\n")
+    console.type(b"still here\r")
+    console.read_until(b"1: still here\r\n")
