@@ -176,7 +176,7 @@ def expect_as_before(vm, inn, source):
     assert runs_on(inn.outcome())
 
 
-@pytest.mark.parametrize("workload", ["kv", "hotset", "sweep", "idle", "dma"])
+@pytest.mark.parametrize("workload", ["kv", "hotset", "sweep", "idle", "dma", "timers"])
 def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
     vm = guests(workload)
     events = []
@@ -200,6 +200,11 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
     assert report.verified_pages == expand_runs(*vm.memory.populated()).size
     assert report.downtime_s == pytest.approx(sum(report.downtime_parts_s.values()))
     assert set(report.downtime_parts_s) == {str(phase) for phase in DOWNTIME_PHASES}
+    assert [(each.name, each.size_bytes) for each in report.devices] == [
+        (device.name, len(device.save())) for device in vm.platform.bus.devices
+    ]
+    assert all(each.save_ns > 0 for each in report.devices)
+    assert report.state_bytes > sum(each.size_bytes for each in report.devices)
     assert [r.index for r in report.rounds] == list(range(len(report.rounds)))
     assert [r.final for r in report.rounds] == [False] * (len(report.rounds) - 1) + [True]
     assert all(r.sent_bytes > r.sent_pages * 4096 for r in report.rounds if r.sent_pages)
@@ -293,9 +298,10 @@ def test_there_and_back_again(guests, make_vm, accel):
     vm.close()
 
 
-def test_from_machine_to_machine_and_from_mode_to_mode(guests, kvm_support, accel):
+@pytest.mark.parametrize("workload", ["kv", "timers"])
+def test_from_machine_to_machine_and_from_mode_to_mode(guests, kvm_support, accel, workload):
     """The same running guest on real hardware, on nested paging in software and on shadow paging, one after another."""
-    vm = running(guests, "kv")
+    vm = running(guests, workload)
     shadow = functools.partial(Domain, paging_mode="shadow")
     for make_there, name in ((KvmVm, "kvm"), (shadow, "soft"), (Domain, "soft"), (shadow, "soft"), (KvmVm, "kvm")):
         inn = Inn(make_there, name)

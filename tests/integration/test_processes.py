@@ -130,7 +130,8 @@ def test_a_guest_moves_by_the_command_line(processes, accel):
     assert report["memory_bytes"] == 32 << 20
     assert report["verified"] is True
     assert report["verified_pages"] > 0
-    assert {"tracker", "total_s", "downtime_s", "downtime_parts_s", "fault_count"} <= set(report)
+    assert {"rtc", "console", "timer", "clock"} <= {each["name"] for each in report["devices"]}
+    assert {"tracker", "total_s", "state_bytes", "downtime_s", "downtime_parts_s", "fault_count"} <= set(report)
     for each in report["rounds"]:
         assert {"index", "dirty_pages", "sent_pages", "sent_bytes", "duration_s"} <= set(each)
     assert "round 0" in result.stderr
@@ -229,7 +230,15 @@ def test_a_person_sees_rounds_and_a_summary(processes):
     assert source.runs_on()
     result = migrate(source, str(destination.endpoint()), "--policy", "xen", "--max-rounds", "2")
     assert result.returncode == 0, result.stderr
-    for word in ("migration completed", "verified", "downtime", "stop-and-copy", "handoff", "rounds over time"):
+    for word in (
+        "migration completed",
+        "verified",
+        "devices, saved in",
+        "downtime",
+        "stop-and-copy",
+        "handoff",
+        "rounds over time",
+    ):
         assert word in result.stdout
     assert result.stderr.count("pages") >= 2
 

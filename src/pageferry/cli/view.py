@@ -93,6 +93,8 @@ def summary(report: Json) -> Group:
         ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds"),
         ("verified", _verified(report)),
     ]
+    if report["state_bytes"] is not None:
+        rows.append(("state", _state(report)))
     if report["fault_count"] is not None:
         rows.append(("write faults", f"{report['fault_count']:,} taken to find dirty pages"))
     for name, value in rows:
@@ -109,6 +111,16 @@ def _verified(report: Json) -> str:
     if not report["verified"]:
         return "no"
     return f"yes: all {report['verified_pages']:,} pages with content are equal, and nothing else is there"
+
+
+def _state(report: Json) -> str:
+    devices = report["devices"]
+    size_bytes = sum(each["size_bytes"] for each in devices)
+    save_s = sum(each["save_ns"] or 0 for each in devices) / 1e9
+    return (
+        f"{format_size(report['state_bytes'])}, of which {format_size(size_bytes)} "
+        f"of {len(devices)} devices, saved in {format_duration(save_s)}"
+    )
 
 
 def _timeline(report: Json) -> Table:

@@ -70,12 +70,23 @@ class RoundEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceCost:
+    """What one device added to the downtime at the source: the size of its state and how long saving it took."""
+
+    name: str
+    size_bytes: int
+    save_ns: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationReport:
     """What a migration did, whether it succeeded or not.
 
     ``downtime_s``: from the source's pause to the acknowledgement that the guest runs at the destination, on the
     source's monotonic clock; ``downtime_parts_s`` sums to it. Both None unless the guest moved.
     ``verified``: the destination proved its memory equal at the pause; ``verified_pages``: pages digested for that.
+    ``state_bytes``: all state but memory, as sent; ``devices``: each device's part of it. None and empty when the
+    attempt ended before. (Loading at the destination is in the part *verify*, which waits for it.)
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
     ``throttled_s``: for how long the policy had the guest held during pre-copy.
     """
@@ -91,6 +102,8 @@ class MigrationReport:
     total_s: float
     downtime_s: float | None
     downtime_parts_s: dict[str, float] | None
+    state_bytes: int | None
+    devices: tuple[DeviceCost, ...]
     verified: bool
     verified_pages: int
     fault_count: int | None

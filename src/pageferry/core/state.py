@@ -4,7 +4,7 @@
 names and the packed segment attributes are those of Xen's HVM context (AMD's VMCB).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +98,14 @@ class VcpuState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceState:
-    """One device's state: ``name`` is its key on the bus; the device alone knows what ``data`` means."""
+    """One device's state: ``name`` is its key on the bus; the device alone knows what ``data`` means.
+
+    ``save_ns``: how long saving it took, None where nobody measured; no part of the state.
+    """
 
     name: str
     data: bytes
+    save_ns: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

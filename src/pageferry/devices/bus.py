@@ -7,6 +7,7 @@ writes, as on a PC.
 """
 
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -97,7 +98,7 @@ class DeviceBus:
     def save(self) -> tuple[DeviceState, ...]:
         """Return every device's state; the guest is paused."""
         with self._lock:
-            return tuple(DeviceState(name=device.name, data=device.save()) for device in self.devices)
+            return tuple(_save(device) for device in self.devices)
 
     def load(self, states: Sequence[DeviceState]) -> None:
         """Replace every device's state.
@@ -115,6 +116,12 @@ class DeviceBus:
         with self._lock:
             for device in self.devices:
                 device.load(by_name[device.name].data)
+
+
+def _save(device: Device) -> DeviceState:
+    began_ns = time.perf_counter_ns()
+    data = device.save()
+    return DeviceState(name=device.name, data=data, save_ns=time.perf_counter_ns() - began_ns)
 
 
 def _all_ones(size: int) -> int:

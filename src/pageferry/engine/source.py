@@ -41,6 +41,7 @@ from pageferry.core.errors import (
 )
 from pageferry.core.events import (
     DOWNTIME_PHASES,
+    DeviceCost,
     Event,
     MigrationEnded,
     MigrationReport,
@@ -125,6 +126,8 @@ class Source:
         self._fixed_s = 0.0
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
+        self._state_bytes: int | None = None
+        self._devices: tuple[DeviceCost, ...] = ()
         self._verified_pages = 0
         self._began_s: float | None = None
         self._running_at_s: float | None = None
@@ -305,6 +308,8 @@ class Source:
             total_s=self.elapsed_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,
+            state_bytes=self._state_bytes,
+            devices=self._devices,
             verified=self._verified_pages > 0,
             verified_pages=self._verified_pages,
             fault_count=self._fault_count,
@@ -436,7 +441,13 @@ class Source:
 
     def _state(self, peer: Peer) -> None:
         state = self._vm.save_state()
-        records = (TscInfo(), HvmParams(), HvmContext(data=encode_machine_state(state)), End())
+        context = encode_machine_state(state)
+        self._state_bytes = len(context)
+        self._devices = tuple(
+            DeviceCost(name=device.name, size_bytes=len(device.data), save_ns=device.save_ns)
+            for device in state.devices
+        )
+        records = (TscInfo(), HvmParams(), HvmContext(data=context), End())
         peer.channel.send([self._encoder.record(record) for record in records])
         peer.stream_passed(self._encoder.offset)
 
