@@ -7,11 +7,12 @@ import struct
 
 import pytest
 
+from pageferry.core.cpuid import SOFT_CPU, baseline, find, of_vcpu
 from pageferry.core.errors import VmError
 from pageferry.core.state import MachineState, VcpuState
 from pageferry.core.vm import GuestEnd
 from pageferry.kvm import msrs, uapi
-from pageferry.kvm.cpuid import LEAF_1_EDX, baseline, supported_cpuid
+from pageferry.kvm.cpuid import supported_cpuid
 from pageferry.kvm.fds import SystemFd, VcpuFd
 from pageferry.kvm.msrs import MSR_IA32_CR_PAT, listed_msrs, read_msrs, travels, write_msrs
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
@@ -72,7 +73,9 @@ def test_every_field_comes_back_as_it_was_loaded(kvm):
     vm = kvm.guest("spin", vcpus=(state,))
     (saved,) = vm.save_state().vcpus
     with SystemFd() as system:
-        if supported_cpuid(system)[0][1] != _INTEL:  # AMD has no SYSENTER in long mode; KVM keeps the lower halves
+        if (
+            find(supported_cpuid(system), 0)[1] != _INTEL
+        ):  # AMD has no SYSENTER in long mode; KVM keeps the lower halves
             low = {name: getattr(state, name) & 0xFFFF_FFFF for name in ("sysenter_esp", "sysenter_eip")}
             state = dataclasses.replace(state, **low)
     for field in dataclasses.fields(VcpuState):
@@ -281,13 +284,12 @@ def test_devices_travel_too(kvm):
 
 def test_cpuid_is_the_baseline_and_nothing_more(kvm_support):
     with SystemFd() as system:
-        leaves = baseline(supported_cpuid(system), index=1, cpus=2)
-    _, ebx, ecx, edx = leaves[1]
-    assert edx & ~LEAF_1_EDX == 0
+        leaves = of_vcpu(baseline(supported_cpuid(system)), index=1, cpus=2)
+    _, ebx, ecx, edx = find(leaves, 1)
+    assert edx & ~find(SOFT_CPU, 1)[3] == 0
     assert edx >> 26 & 1, "SSE2"
     assert ecx == 1 << 31, "no SSE3, no AVX, no XSAVE"
     assert ebx >> 24 == 1
-    assert 7 not in leaves
-    assert 13 not in leaves
-    assert leaves[0][0] == 1
-    assert leaves[0x8000_0001][3] >> 29 & 1, "long mode"
+    assert {leaf.leaf for leaf in leaves} == {0, 1, 0x8000_0000, 0x8000_0001, 0x8000_0008}
+    assert find(leaves, 0)[0] == 1
+    assert find(leaves, 0x8000_0001)[3] >> 29 & 1, "long mode"

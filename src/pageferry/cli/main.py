@@ -344,15 +344,6 @@ def console(control: ControlOption) -> None:
         ConsoleSession(client, input_fd, sys.stdout.fileno(), _tell).run()
 
 
-@app.command()
-def console(control: ControlOption) -> None:
-    """Attach to a guest's console: its recent output, then live; what you type goes to it. Ctrl-] detaches."""
-    _end_as_by_ctrl_c()
-    input_fd = os.open(os.devnull, os.O_RDONLY) if sys.stdin is None else sys.stdin.fileno()
-    with QmpClient(control) as client, raw_input(input_fd):
-        ConsoleSession(client, input_fd, sys.stdout.fileno(), _tell).run()
-
-
 def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value
     with QmpClient(control) as client:
         client.execute(name, **arguments)
