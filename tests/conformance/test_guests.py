@@ -213,7 +213,7 @@ def test_echo_answers_what_is_typed_also_more_than_the_receiver_holds(start):
     run_until(vm, lambda status: status.work >= 1)
     text = bytes(range(32, 127)) * 2
     typed(vm, b"hello\r" + text + b"\n" + b"\n")
-    run_until(vm, lambda status: status.values[0] == 3)
+    run_until(vm, lambda status: status.values[0] == 3 and output.endswith(b"3: \n"))
     vm.pause()
     assert output.split(b"\n")[1:] == [b"1: hello", b"2: " + text, b"3: ", b""]
     assert slot(vm).values[:2] == (3, 6 + len(text) + 2)
@@ -270,11 +270,15 @@ def shorter_periods(old):
     return (900).to_bytes(4, "little") + old["timer"][4:]
 
 
+#: Between two rounds of the guest the clock is seen to go back; within one, by timer or wall clock, to have leapt.
+CLOCK_ERRORS = {1, 3, 5}
+
+
 @pytest.mark.parametrize(
     ("device", "change", "errors"),
     [
-        ("clock", back_to_the_start_of_the_timer, {1}),
-        ("clock", moved("clock", 0, 2**32 - 10_000_000), {1}),
+        ("clock", back_to_the_start_of_the_timer, CLOCK_ERRORS),
+        ("clock", moved("clock", 0, 2**32 - 10_000_000), CLOCK_ERRORS),
         ("timer", moved("timer", 4, 3_000), {2, 3}),
         ("timer", shorter_periods, {3}),
         ("rtc", moved("rtc", 2, -3600), {4}),
