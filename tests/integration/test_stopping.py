@@ -13,7 +13,7 @@ import pytest
 from pageferry.core.errors import VmError
 from pageferry.core.state import MachineState
 from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.devices import platform
+from pageferry.devices import clock
 from pageferry.devices.dma import DMA_MMIO
 from pageferry.guests import abi
 from pageferry.guests.abi import read_status
@@ -45,7 +45,7 @@ PROGRAMS = {
 
 @pytest.fixture(autouse=True)
 def waits_are_long(monkeypatch):
-    monkeypatch.setattr(platform, "_MAX_WAIT_S", 100 * PATIENCE_S)
+    monkeypatch.setattr(clock, "_MAX_WAIT_S", 100 * PATIENCE_S)
 
 
 @pytest.fixture
