@@ -189,7 +189,7 @@ class DeadlinePolicy:
             return _stop(f"{remaining} pages are dirty, fewer than {_FEW_PAGES}")
         round_s = progress.expected_downtime_s - progress.fixed_s
         left_bytes = min(remaining * PAGE_SIZE, progress.dirty_bytes_per_s * round_s)
-        after_s = progress.fixed_s + left_bytes / (progress.wire_bytes_per_s or 1.0)
+        after_s = progress.expected_downtime_s  # as much again at the worst: the dirty rate is a lower bound
         left_s = self.deadline_s - progress.elapsed_s
         if round_s + after_s > left_s:
             return _stop(
