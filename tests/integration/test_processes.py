@@ -105,7 +105,8 @@ def cli(*arguments, **options):
 
 
 def migrate(source, uri, *arguments):
-    return cli("migrate", "--control", source.control, uri, *arguments)
+    limit = () if "--policy" in arguments else ("--downtime-limit", "60000")  # the host's speed decides nothing
+    return cli("migrate", "--control", source.control, uri, *limit, *arguments)
 
 
 def one_line(result):
