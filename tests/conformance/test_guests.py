@@ -266,32 +266,31 @@ def back_to_the_start_of_the_timer(old):
     return old["timer"][4:12]
 
 
+def longer_periods(old):
+    return (3_600_000_000).to_bytes(4, "little") + old["timer"][4:]
+
+
 def shorter_periods(old):
     return (900).to_bytes(4, "little") + old["timer"][4:]
 
 
-#: Between two rounds of the guest the clock is seen to go back; within one the timer goes with it, or they disagree.
-CLOCK_ERRORS = {1, 2, 3, 5}
-
-
 @pytest.mark.parametrize(
-    ("device", "change", "errors"),
+    ("device", "change", "error"),
     [
-        ("clock", back_to_the_start_of_the_timer, CLOCK_ERRORS),
-        ("clock", moved("clock", 0, 2**32 - 10_000_000), CLOCK_ERRORS),
-        ("timer", moved("timer", 4, 3_000), {2, 3}),
-        ("timer", shorter_periods, {3}),
-        ("rtc", moved("rtc", 2, -3600), {4}),
+        ("clock", back_to_the_start_of_the_timer, 1),
+        ("clock", moved("clock", 0, 2**32 - 10_000_000), 1),
+        ("timer", longer_periods, 2),
+        ("timer", shorter_periods, 3),
+        ("rtc", moved("rtc", 2, -3600), 4),
     ],
     ids=["clock-back", "clock-far-ahead", "timer-back", "timer-ahead", "rtc-back"],
 )
-def test_timers_stops_when_a_clock_is_wrong(start, device, change, errors):
+def test_timers_stops_when_a_clock_is_wrong(start, device, change, error):
     vm, _ = start("timers")
-    run_until(vm, lambda status: status.values[0] > 300_000)
+    run_until(vm, lambda status: status.values[0] > 300_000 and status.values[1] > 100)
     altered(vm, device, change)
     assert vm.wait(30) is VmStatus.SHUTDOWN
-    assert vm.end.exit_code == slot(vm).error
-    assert slot(vm).error in errors
+    assert vm.end.exit_code == slot(vm).error == error
 
 
 def test_timers_stops_when_the_wall_clock_loses_time(start):

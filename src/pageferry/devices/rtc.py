@@ -116,7 +116,6 @@ class Rtc:
                 self._bytes[register] = value
         was_setting, self._bytes[_REGISTER_B] = self._setting, byte & ~_UPDATE_INTERRUPT if byte & _SET else byte
         if was_setting and not self._setting:
-            self._seen_s = self._real_ns() // _NS_PER_S
             self._set_time({register: self._bytes[register] for register in _TIME_REGISTERS})
 
     # -- updates, once a second --------------------------------------------------------------------------------------
