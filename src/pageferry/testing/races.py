@@ -19,6 +19,7 @@ _ROUNDS = 12
 _ROUND_WORK = 100
 _CHANGES = 16
 _MAX_CLEANS = 10_000
+_BREATH_S = 0.0005
 #: Operations per second of a guest that takes about 10 ms to come by a page again.
 _SLOW = 20_000
 #: RAM between program and working set in every guest of the kit (4 MiB or more), which no guest touches.
@@ -191,13 +192,16 @@ def _contents(guest: Guest, gfns: np.typing.NDArray[np.uint64]) -> np.typing.NDA
 
 @contextmanager
 def _repeated(action: Callable[[], None]) -> Iterator[None]:
-    """Call ``action`` over and over on another thread during the block; its error, if any, is raised here."""
+    """Call ``action`` over and over on another thread during the block; its error, if any, is raised here.
+
+    There is a breath between two calls: an operator may stop the vCPUs, and these must get somewhere meanwhile.
+    """
     stop = threading.Event()
     errors: list[Exception] = []
 
     def loop() -> None:
         try:
-            while not stop.is_set():
+            while not stop.wait(_BREATH_S):
                 action()
         except Exception as error:
             errors.append(error)
