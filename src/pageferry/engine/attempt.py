@@ -1,9 +1,9 @@
 """Attempt: what others may ask of a migration that leaves this host, and what is left when it ends.
 
-The phases are in :mod:`pageferry.engine.source`. Postcondition on success: the guest runs (or is paused, if it was) at
-the destination; here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused as it
-was, log-dirty is off, and another attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at`` is
-UNKNOWN.
+The phases are in :mod:`pageferry.engine.source`. Postcondition on success: the guest runs (or is paused, if it was)
+at the destination; here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused
+as it was, log-dirty is off, and another attempt starts afresh. After COMMIT without an answer: frozen here,
+``guest_at`` is UNKNOWN.
 """
 
 import contextlib
