@@ -21,6 +21,7 @@ from pageferry.core.errors import (
     PolicyAbort,
     TransportError,
     UsageError,
+    VerifyError,
     VmError,
 )
 from pageferry.core.events import (
@@ -36,9 +37,13 @@ from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.engine import audit as audit_module
+from pageferry.engine import destination as destination_module
+from pageferry.engine import prove as prove_module
 from pageferry.engine import source as source_module
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
+from pageferry.engine.prove import VerifyMode
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
 from pageferry.guests.abi import read_status
@@ -332,6 +337,113 @@ def corrupting(inn, change):
 
     inn.make_vm = make
     return plain
+
+
+class Rounds:
+    """A policy that goes on for so many rounds, with a downtime limit that it does not look at."""
+
+    name = "rounds"
+
+    def __init__(self, rounds, limit_s=None):
+        self.rounds = rounds
+        self.limit_s = limit_s
+
+    def decide(self, progress):
+        enough = len(progress.rounds) >= self.rounds
+        return Decision(action=Action.STOP_AND_COPY if enough else Action.NEXT_ROUND, reason="enough")
+
+
+@pytest.mark.parametrize("workload", ["kv", "random", "sweep", "idle"])
+def test_an_audit_proves_memory_while_the_guest_runs(guests, inn, workload):
+    vm = running(guests, workload)
+    equal = []
+
+    def before_run(there, name):
+        populated = vm.memory.populated()
+        pairs = zip(vm.memory.views(*populated), there.memory.views(*populated), strict=True)
+        equal.append(all(bytes(a) == bytes(b) for a, b in pairs))
+
+    report = attempt(vm, inn.open(before_run=before_run), Rounds(3), verify=VerifyMode.AUDIT).run()
+    there = inn.outcome()
+    assert isinstance(there, type(vm)), there
+    assert equal == [True]
+    assert runs_on(there)
+    assert report.verified_pages == expand_runs(*vm.memory.populated()).size
+    # What nobody wrote after it was sent is proven already, and without a limit not again. A page that the guest only
+    # read since has storage, but is zero and was never sent.
+    lay_still = report.verified_pages - report.rounds[-1].sent_pages
+    zeros = sum(not any(view) for view in vm.memory.page_views(expand_runs(*vm.memory.populated())))
+    assert max(1, lay_still - zeros) <= report.audited_pages <= lay_still
+
+
+def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(guests, inn, monkeypatch):
+    monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda memory, now_s: 1e6)
+    vm = running(guests, "idle")
+    report = attempt(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
+    assert isinstance(inn.outcome(), type(vm))
+    assert (report.verified, report.audited_pages) == (True, 0)
+
+
+@pytest.mark.parametrize(("limit_s", "audits"), [(1e-6, True), (3600.0, False), (None, False)])
+def test_by_itself_it_audits_where_the_limit_is_too_small_for_all(guests, inn, limit_s, audits):
+    vm = running(guests, "idle")
+    report = attempt(vm, inn.open(), Rounds(2, limit_s)).run()
+    assert isinstance(inn.outcome(), type(vm))
+    assert report.verified
+    assert (report.audited_pages > 0) == audits
+
+
+def test_an_audit_finds_a_lost_page_while_the_guest_runs(guests, inn, monkeypatch):
+    vm = running(guests, "idle")
+    sound = vm.log_dirty
+    vm.replace_tracker(MarksNothing(vm))
+    vm.memory.write(gpa_of(STRAY_GFN), b"sent in round 0")
+    start, catch_up = audit_module.Auditor.start, prove_module.Prover.catch_up
+    monkeypatch.setattr(audit_module.Auditor, "start", lambda auditor: None)  # not yet: first the write below
+    monkeypatch.setattr(prove_module.Prover, "catch_up", lambda *_: None)
+
+    def write_unmarked(event):
+        if isinstance(event, RoundBegan) and event.index == 1:
+            vm.memory.write(gpa_of(STRAY_GFN), b"never reported")
+            start(source._prover._auditor)
+            monkeypatch.setattr(prove_module.Prover, "catch_up", catch_up)
+
+    source = attempt(vm, inn.open(), Rounds(1000), verify=VerifyMode.AUDIT, on_event=write_unmarked)
+    with pytest.raises(PeerError, match=r"memory is not ours, and .*MarksNothing reported no write") as failed:
+        source.run()
+    assert isinstance(failed.value.__cause__, VerifyError)
+    assert failed.value.__cause__.gfn == STRAY_GFN
+    assert isinstance(inn.outcome(), MigrationError)
+    monkeypatch.undo()
+    vm.replace_tracker(sound)
+    expect_as_before(vm, inn, source)
+
+
+def test_a_destination_believes_no_audit_that_it_has_not_seen(guests, inn, monkeypatch):
+    vm = running(guests, "idle")
+    everything = vm.memory.all_ram()
+    monkeypatch.setattr(audit_module.Auditor, "proven", lambda self: everything.copy())
+    monkeypatch.setattr(audit_module.Auditor, "due", lambda self: None)
+    monkeypatch.setattr(audit_module.Auditor, "idle", lambda self: True)
+    source = attempt(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
+    with pytest.raises(PeerError, match="a page was never proven equal"):
+        source.run()
+    assert isinstance(inn.outcome(), MigrationError)
+    monkeypatch.undo()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(guests, inn, monkeypatch):
+    vm = running(guests, "idle")
+    monkeypatch.setattr(destination_module, "AUDIT_FEATURE", "something else")
+    source = attempt(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
+    with pytest.raises(PeerError, match="cannot audit"):
+        source.run()
+    assert source.report.rounds == ()
+    assert isinstance(inn.outcome(), MigrationError)
+    report = attempt(vm, inn.open(), Rounds(1, limit_s=1e-6)).run()
+    assert isinstance(inn.outcome(), type(vm))
+    assert (report.verified, report.audited_pages) == (True, 0)
 
 
 def test_a_mismatch_names_the_first_gfn_and_fails_closed(guests, inn):

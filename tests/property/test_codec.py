@@ -299,10 +299,14 @@ def runs(draw, most=8):
 def digests(draw):
     found = draw(runs())
     data = draw(st.binary(min_size=16 * len(found), max_size=16 * len(found)))
+    audited = np.array(draw(st.lists(st.booleans(), min_size=len(found), max_size=len(found))), np.bool_)
+    given = np.frombuffer(data, np.uint8).reshape(-1, 16).copy()
+    given[audited] = 0
     return Digests(
         first_gfns=np.array([first for first, _ in found], np.uint64),
         pages=np.array([length for _, length in found], np.uint32),
-        digests=np.frombuffer(data, np.uint8).reshape(-1, 16),
+        digests=given,
+        audited=audited,
         last=True if not found else draw(st.booleans()),
     )
 

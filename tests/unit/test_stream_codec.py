@@ -10,7 +10,7 @@ from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError, RecordError, TruncatedError, VersionError
 from pageferry.stream import format as fmt
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
-from pageferry.stream.format import PageType, RecordType
+from pageferry.stream.format import BodyError, PageType, RecordType
 from pageferry.stream.records import (
     CpuidPolicy,
     End,
@@ -24,6 +24,7 @@ from pageferry.stream.records import (
     StaticDataEnd,
     StreamHeader,
     TscInfo,
+    parse_body,
 )
 
 HEADER = Encoder().header()
@@ -440,3 +441,22 @@ def test_every_known_record_has_limits_or_is_not_for_hvm():
     assert set(RecordType) - others == set(fmt.BODY_BYTES)
     for number in others:
         refused(HEADER + STATIC + record(number), OrderError, f"has no such record in {number.name} at byte 48")
+
+
+def audit_body(rows, reserved=0):
+    return struct.pack("<II", len(rows), reserved) + b"".join(struct.pack("<QII16s", *row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (audit_body([(1, 1, 0, b"x" * 16)], reserved=1), "reserved"),
+        (audit_body([(1, 1, 1, bytes(16))]), "a digest is missing"),
+        (audit_body([(1, 0, 0, b"x" * 16)]), "not 1 to 65536 pages"),
+        (audit_body([(1, 2, 0, b"x" * 16), (2, 1, 0, b"x" * 16)]), "do not ascend"),
+        (audit_body([(1, 1, 0, b"x" * 16)]) + bytes(8), "does not hold 1 digests"),
+    ],
+)
+def test_a_malformed_audit_is_refused(body, match):
+    with pytest.raises(BodyError, match=match):
+        parse_body(RecordType.AUDIT, body)

@@ -39,9 +39,7 @@ from pageferry.stream.ferry import (
 )
 from pageferry.stream.ferry_bodies import body_of, parse_body
 from pageferry.stream.ferry_frames import (
-    DIGEST_ENTRY,
     MAX_BODY_BYTES,
-    MAX_DIGESTS,
     MAX_FEATURES,
     MAX_NAME_CHARS,
     MAX_POPULATED_RUNS,
@@ -49,8 +47,7 @@ from pageferry.stream.ferry_frames import (
     TYPE_OF,
     FrameType,
 )
-from pageferry.stream.format import PFN_MASK, RecordType
-from pageferry.stream.records import BodyError
+from pageferry.stream.format import MAX_DIGESTS, PFN_MASK, RUN_DIGEST, BodyError, RecordType
 
 HELLO = SourceHello(
     version="0.1.0",
@@ -74,6 +71,7 @@ def digests(*first_gfns, pages=16, last=False):
         first_gfns=np.array(first_gfns, np.uint64),
         pages=np.full(count, pages, np.uint32),
         digests=np.arange(16 * count, dtype=np.uint8).reshape(count, 16),
+        audited=np.zeros(count, np.bool_),
         last=last,
     )
 
@@ -186,7 +184,7 @@ ALLOWED = {
     (Phase.ANSWERING, SOURCE): set(),
     (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
     (Phase.STREAMING, SOURCE): set(),
-    (Phase.STREAMING, DESTINATION): {Failed},
+    (Phase.STREAMING, DESTINATION): {Mismatch, Failed},
     (Phase.DIGESTING, SOURCE): {Digests, Failed},
     (Phase.DIGESTING, DESTINATION): {Mismatch, Failed},
     (Phase.COMPARING, SOURCE): {Failed},
@@ -472,8 +470,8 @@ def test_keys_that_nobody_knows_are_ignored():
     assert parse_body(FrameType.SOURCE_HELLO, hello_with(colour="blue")) == HELLO
 
 
-def digest_body(rows, *, count=None, flags=0, extra=b""):
-    entries = np.array([(first, pages, reserved, b"\0" * 16) for first, pages, reserved in rows], "<u8,<u4,<u4,V16")
+def digest_body(rows, *, count=None, flags=0, extra=b"", digest=bytes(16)):
+    entries = np.array([(*row, digest) for row in rows], "<u8,<u4,<u4,V16")
     return struct.pack("<II", len(rows) if count is None else count, flags) + entries.tobytes() + extra
 
 
@@ -486,7 +484,8 @@ def digest_body(rows, *, count=None, flags=0, extra=b""):
         (FrameType.DIGESTS, digest_body([(0, 1, 0)], count=2), "does not hold 2 digests"),
         (FrameType.DIGESTS, digest_body([(0, 1, 0)], count=0xFFFF_FFFF), "does not hold 4294967295 digests"),
         (FrameType.DIGESTS, digest_body([(0, 1, 0)], extra=b"x"), "does not hold 1 digests"),
-        (FrameType.DIGESTS, digest_body([(0, 1, 1)]), "reserved"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 2)]), "a flag of a range"),
+        (FrameType.DIGESTS, digest_body([(0, 1, 1)], digest=b"x" * 16), "an audited range has a digest"),
         (FrameType.DIGESTS, digest_body([(0, 0, 0)]), "not 1 to 65536 pages"),
         (FrameType.DIGESTS, digest_body([(0, 65537, 0)]), "not 1 to 65536 pages"),
         (FrameType.DIGESTS, digest_body([(1 << 52, 1, 0)]), "past the largest gfn"),
@@ -515,8 +514,8 @@ def test_malformed_frames_are_refused(frame_type, body, match):
 
 
 def test_layouts_have_the_sizes_of_the_specification():
-    assert DIGEST_ENTRY.itemsize == 32
-    assert [DIGEST_ENTRY.fields[name][1] for name in DIGEST_ENTRY.names] == [0, 8, 12, 16]
+    assert RUN_DIGEST.itemsize == 32
+    assert [RUN_DIGEST.fields[name][1] for name in RUN_DIGEST.names] == [0, 8, 12, 16]
     assert body_of(digests(7, last=True)) == struct.pack("<IIQII", 1, 1, 7, 16, 0) + bytes(range(16))
     assert body_of(MISMATCH) == struct.pack("<QIIQQ", 16, 2, 0, 1, 1 << 63)
     assert body_of(Commit(paused=True)) == struct.pack("<II", 1, 0)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from pageferry.core.cpuid import CpuidLeaf
@@ -10,6 +11,7 @@ from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
 from pageferry.stream.format import RecordType
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
+    Audit,
     CpuidPolicy,
     End,
     HvmContext,
@@ -26,6 +28,7 @@ LETTERS = {
     "m": RecordType.MSR_POLICY,
     "s": RecordType.STATIC_DATA_END,
     "P": RecordType.PAGE_DATA,
+    "a": RecordType.AUDIT,
     "t": RecordType.TSC_INFO,
     "h": RecordType.HVM_PARAMS,
     "x": RecordType.HVM_CONTEXT,
@@ -36,10 +39,11 @@ READABLE_STATE = [*ALL_STATE, "tx", "xt"]
 
 
 def legal(version, role):
-    """Every legal stream with at most two PAGE_DATA."""
+    """Every legal stream with at most two PAGE_DATA and one AUDIT."""
     static = ["s", "cs", "ms", "cms", "mcs"] if version == 3 else [""]
     state = ALL_STATE if role is Role.WRITER else READABLE_STATE
-    return {s + p + x + "E" for s in static for p in ("P", "PP") for x in state}
+    pages = ("P", "PP", "Pa", "PaP", "PPa") if version == 3 else ("P", "PP")
+    return {s + p + x + "E" for s in static for p in pages for x in state}
 
 
 @pytest.mark.parametrize("role", Role)
@@ -53,8 +57,8 @@ def test_exactly_the_legal_streams_pass(version, role):
             for past in prefix:
                 assert order.check(LETTERS[past]) is None, prefix
                 order.passed(LETTERS[past])
-            if prefix.count("P") == 2 and letter == "P" and prefix.endswith("P"):
-                continue  # the statement above has at most two
+            if prefix.endswith(("P", "a")) and prefix.count(letter) == {"P": 2, "a": 1}.get(letter):
+                continue  # the statement above has no more
             assert (order.check(record) is None) == (prefix + letter in prefixes), prefix + letter
 
 
@@ -68,6 +72,7 @@ EVENTS = {
     "c": CpuidPolicy(leaves=(CpuidLeaf(leaf=0, subleaf=0, eax=0, ebx=0, ecx=0, edx=0),)),
     "m": MsrPolicy(entries=(MsrEntry(index=1, value=2),)),
     "s": StaticDataEnd(),
+    "a": Audit(first_gfns=np.zeros(1, np.uint64), pages=np.ones(1, np.uint32), digests=np.full((1, 16), 7, np.uint8)),
     "t": TscInfo(),
     "h": HvmParams(),
     "x": HvmContext(data=b"x"),
@@ -90,6 +95,8 @@ def write(stream, version=3):
         ("cc", "may come only once in CPUID_POLICY"),
         ("sc", "too late: STATIC_DATA_END seen already in CPUID_POLICY"),
         ("st", "too early: PAGE_DATA not seen yet in TSC_INFO"),
+        ("sa", "too early: PAGE_DATA not seen yet in AUDIT"),
+        ("sPxa", "too late: HVM_CONTEXT seen already in AUDIT"),
         ("sPtP", "too late: TSC_INFO seen already in PAGE_DATA"),
         ("sPtt", "may come only once in TSC_INFO"),
         ("sPE", "too early: TSC_INFO, HVM_CONTEXT"),

@@ -47,13 +47,13 @@ def test_the_first_difference_is_found(memory):
     assert starts[index] <= 6 * 256 < starts[index] + lengths[index]
 
 
-def test_a_run_is_narrowed_to_its_first_page(memory):
+def test_a_run_is_narrowed_to_the_pages_that_differ(memory):
     theirs = verify.page_digests(memory, 1280, 1024)
-    assert verify.first_different_page(memory, 1280, theirs) is None
+    assert not verify.different_pages(memory, 1280, theirs).size
     memory.write(7 * MiB - 1, b"xy")
-    assert verify.first_different_page(memory, 1280, theirs) == 7 * 256 - 1
+    assert verify.different_pages(memory, 1280, theirs).tolist() == [7 * 256 - 1, 7 * 256]
     with pytest.raises(VmError):
-        verify.first_different_page(memory, memory.gfn_limit - 1, theirs)
+        verify.different_pages(memory, memory.gfn_limit - 1, theirs)
 
 
 def test_nonzero_pages_outside_the_runs_are_found(memory):

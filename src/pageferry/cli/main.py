@@ -31,6 +31,7 @@ from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
 from pageferry.core.units import format_size, parse_size
 from pageferry.core.vm import VmConfig
+from pageferry.engine.prove import VerifyMode
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.workloads import WORKLOADS, load_guest
@@ -81,6 +82,13 @@ PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.j
 LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge; default 300).")]
 RoundsOption = Annotated[int | None, typer.Option(help="Rounds at the most (downtime 30, converge 60, xen 5).")]
 DeadlineOption = Annotated[float | None, typer.Option(help="Seconds from beginning to end (deadline).")]
+VerifyOption = Annotated[
+    VerifyMode | None,
+    typer.Option(
+        help="Digest all memory at the pause (full) or most of it while the guest runs (audit). "
+        "Default: full where that takes at most half of the downtime limit."
+    ),
+]
 
 
 def _exit_code(error: BaseException) -> int:
@@ -165,7 +173,11 @@ def _print_oracle(state: dict[str, Any], console: Console) -> None:
 
 
 def _policy_options(
-    policy: str, downtime_limit: float | None, max_rounds: int | None, deadline: float | None
+    policy: str,
+    downtime_limit: float | None,
+    max_rounds: int | None,
+    deadline: float | None,
+    verify: VerifyMode | None,
 ) -> dict[str, Any]:
     limit_s = None if downtime_limit is None else downtime_limit / 1e3
     if ":" not in policy:  # a user's own is made where it decides
@@ -175,6 +187,7 @@ def _policy_options(
         "x-downtime-limit-s": limit_s,
         "x-max-rounds": max_rounds,
         "x-deadline-s": deadline,
+        "x-verify": verify,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -199,12 +212,13 @@ def demo(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
+    verify: VerifyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
     load_guest(workload)
     config = _config(memory, cpus, cpu)
-    options = _policy_options(policy, downtime_limit, max_rounds, deadline)
+    options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify)
     machines = choose_machines(accel, tracker, huge_pages, oracle)
     _end_as_by_ctrl_c()
     _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
@@ -294,6 +308,7 @@ def migrate_guest(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
+    verify: VerifyOption = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
@@ -301,7 +316,7 @@ def migrate_guest(
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
-    options = _policy_options(policy, downtime_limit, max_rounds, deadline) | {"x-timeout-s": timeout}
+    options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     _end_as_by_ctrl_c()
     with QmpClient(control) as client:
 

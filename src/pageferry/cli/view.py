@@ -110,7 +110,11 @@ def summary(report: Json) -> Group:
 def _verified(report: Json) -> str:
     if not report["verified"]:
         return "no"
-    return f"yes: all {report['verified_pages']:,} pages with content are equal, and nothing else is there"
+    proven = f"yes: all {report['verified_pages']:,} pages with content are equal, and nothing else is there"
+    if not report["audited_pages"]:
+        return proven
+    share = report["audited_pages"] / report["verified_pages"]
+    return f"{proven}; {share:.1%} proven while the guest ran, the rest at the pause"
 
 
 def _state(report: Json) -> str:

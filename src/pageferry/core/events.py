@@ -84,7 +84,8 @@ class MigrationReport:
 
     ``downtime_s``: from the source's pause to the acknowledgement that the guest runs at the destination, on the
     source's monotonic clock; ``downtime_parts_s`` sums to it. Both None unless the guest moved.
-    ``verified``: the destination proved its memory equal at the pause; ``verified_pages``: pages digested for that.
+    ``verified``: the destination proved its memory equal; ``verified_pages``: how many pages that were, of which
+    ``audited_pages`` were digested while the guest ran and not again at the pause.
     ``state_bytes``: all state but memory, as sent; ``devices``: each device's part of it. None and empty when the
     attempt ended before. (Loading at the destination is in the part *verify*, which waits for it.)
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
@@ -106,6 +107,7 @@ class MigrationReport:
     devices: tuple[DeviceCost, ...]
     verified: bool
     verified_pages: int
+    audited_pages: int
     fault_count: int | None
     throttled_s: float
     reason: str

@@ -12,7 +12,7 @@ from typing import Any
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policy import Action, Decision, Policy, Progress
+from pageferry.core.policy import Action, Decision, Policy, Progress, downtime_limit_s
 
 #: So often the fixed costs must have been measured before they alone are a reason to give up.
 _FIXED_ROUNDS = 3
@@ -262,6 +262,11 @@ class _UsersOwn:
 
     name: str
     policy: Any
+
+    @property
+    def limit_s(self) -> float | None:
+        """The downtime limit of the user's policy, if it says so."""
+        return downtime_limit_s(self.policy)
 
     def decide(self, progress: Progress) -> Decision:
         """Ask the user's policy.

@@ -136,3 +136,9 @@ class Policy(Protocol):
 
     def decide(self, progress: Progress) -> Decision:
         """Decide what follows the round that just ended; ``progress.rounds`` is not empty."""
+
+
+def downtime_limit_s(policy: Policy) -> float | None:
+    """Return the pause that a policy allows, which it says by an attribute ``limit_s``; None where it has none."""
+    limit_s = getattr(policy, "limit_s", None)
+    return float(limit_s) if isinstance(limit_s, int | float) else None

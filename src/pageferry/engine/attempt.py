@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, VmError
 from pageferry.core.events import DOWNTIME_PHASES, DeviceCost, Event, MigrationEnded, MigrationReport, Phase
-from pageferry.core.policy import Policy
+from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.phases import PhaseClock, guarded
+from pageferry.engine.prove import Prover, VerifyMode
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.throttle import Throttle
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
@@ -57,6 +58,7 @@ class Attempt(ABC):
         policy: decides after each round.
         name: what the guest is called, for people.
         timeout_s: how long the connection may stand still.
+        verify: when memory is digested; None: as fits the downtime limit.
         on_event: sees every event, on the thread that calls :meth:`run`.
     """
 
@@ -68,6 +70,7 @@ class Attempt(ABC):
         *,
         name: str = "guest",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        verify: VerifyMode | None = None,
         on_event: Callable[[Event], None] = _ignore,
     ) -> None:
         self._vm = vm
@@ -85,12 +88,13 @@ class Attempt(ABC):
         self._encoder = Encoder()
         self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
+        self._state_s = 0.0
         self._fixed_s = 0.0
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
         self._state_bytes: int | None = None
         self._devices: tuple[DeviceCost, ...] = ()
-        self._verified_pages = 0
+        self._prover = Prover(vm, verify, downtime_limit_s(policy), self._clock.now_s)
         self._began_s: float | None = None
         self._running_at_s: float | None = None
         self._stop_reason = ""
@@ -195,6 +199,7 @@ class Attempt(ABC):
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
         if self._channel is not None:
             self._channel.close()
+        self._prover.close()
         self._throttle.close()
         if self._committed:
             self.guest_at = GuestAt.UNKNOWN
@@ -242,8 +247,9 @@ class Attempt(ABC):
             downtime_parts_s=parts,
             state_bytes=self._state_bytes,
             devices=self._devices,
-            verified=self._verified_pages > 0,
-            verified_pages=self._verified_pages,
+            verified=self._prover.verified_pages > 0,
+            verified_pages=self._prover.verified_pages,
+            audited_pages=self._prover.audited_pages,
             fault_count=self._fault_count,
             throttled_s=self._throttle.held_s,
             reason=reason,

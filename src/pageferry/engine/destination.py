@@ -36,8 +36,10 @@ from pageferry.core.state import MachineState
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine import verify
+from pageferry.engine.audit import AuditedPages
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.phases import PhaseClock, guarded
+from pageferry.engine.prove import AUDIT_FEATURE
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import (
@@ -56,7 +58,7 @@ from pageferry.stream.ferry import (
 from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.intake import Need
-from pageferry.stream.records import CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd
+from pageferry.stream.records import Audit, CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -97,6 +99,7 @@ class Destination:
         self._clock = PhaseClock(guarded(on_event))
         self._peer = Peer(channel, Side.DESTINATION)
         self._ours = False
+        self._audited: AuditedPages | None = None
 
     def abort(self) -> None:
         """End the attempt, from any thread; without effect once the guest is ours."""
@@ -184,7 +187,10 @@ class Destination:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
             raise
-        self._peer.send(DestinationHello(version=__version__, accel=self._accel))
+        features = tuple(feature for feature in hello.features if feature == AUDIT_FEATURE)
+        if features:
+            self._audited = AuditedPages(vm.memory)
+        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=features))
         return vm, hello
 
     def _receive_stream(self, vm: Vm, hello: SourceHello) -> MachineState:
@@ -204,6 +210,8 @@ class Destination:
             elif isinstance(event, PageDataHeader):
                 self._receive_pages(memory, event, removed)
                 decoder.payload_received()
+            elif isinstance(event, Audit):
+                self._audit(memory, event)
             elif isinstance(event, CpuidPolicy):
                 policy = event
             elif isinstance(event, StaticDataEnd):
@@ -229,6 +237,18 @@ class Destination:
         self._channel.receive_into(views)
         memory.wrote(gfns)
         removed.clear(gfns)
+        if self._audited is not None:
+            self._audited.arrived(gfns)
+
+    def _audit(self, memory: GuestMemory, record: Audit) -> None:
+        """Compare what was digested while the guest ran; a difference ends the attempt."""
+        if self._audited is None:
+            raise RecordError("audits were not agreed upon", record="AUDIT")
+        pages = record.pages.astype(np.uint64)
+        index = self._audited.compare(record.first_gfns, pages, record.digests)
+        if index is not None:
+            self._send_mismatch(memory, int(record.first_gfns[index]), int(pages[index]))
+            raise VerifyError("a page is not the source's, which reported no write to it", gfn=None)
 
     def _verify(self, memory: GuestMemory) -> None:
         starts: list[np.typing.NDArray[np.uint64]] = []
@@ -249,15 +269,26 @@ class Destination:
             self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
 
     def _compare(self, memory: GuestMemory, frame: Digests) -> bool:
-        """Compare one frame of digests; on the first difference send MISMATCH and return True."""
-        lengths = frame.pages.astype(np.uint64)
-        ours = verify.digest_runs(memory, frame.first_gfns, lengths)
-        index = verify.first_difference(ours, frame.digests)
+        """Compare one frame of digests; on the first difference send MISMATCH and return True.
+
+        Raises:
+            VerifyError: a range is said to be audited, and was not since it last arrived.
+        """
+        fresh = ~frame.audited
+        starts, lengths = frame.first_gfns, frame.pages.astype(np.uint64)
+        if frame.audited.any() and not (
+            self._audited and self._audited.all_proven(starts[frame.audited], lengths[frame.audited])
+        ):
+            raise VerifyError("a page was never proven equal", gfn=None)
+        starts, lengths = starts[fresh], lengths[fresh]
+        index = verify.first_difference(verify.digest_runs(memory, starts, lengths), frame.digests[fresh])
         if index is None:
             return False
-        first_gfn, pages = int(frame.first_gfns[index]), int(lengths[index])
-        self._peer.send(Mismatch(first_gfn=first_gfn, page_digests=verify.page_digests(memory, first_gfn, pages)))
+        self._send_mismatch(memory, int(starts[index]), int(lengths[index]))
         return True
+
+    def _send_mismatch(self, memory: GuestMemory, first_gfn: int, pages: int) -> None:
+        self._peer.send(Mismatch(first_gfn=first_gfn, page_digests=verify.page_digests(memory, first_gfn, pages)))
 
     def _expect_zero_elsewhere(
         self,

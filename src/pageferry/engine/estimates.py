@@ -23,19 +23,17 @@ def state_s(vm: Vm, now_s: Callable[[], float]) -> float:
     return 2 * (now_s() - began_s)
 
 
-def verify_s(memory: GuestMemory, now_s: Callable[[], float]) -> float:
-    """Return what verification will cost: finding what has storage, and digesting it.
+def digest_pages_per_s(memory: GuestMemory, now_s: Callable[[], float]) -> float | None:
+    """Return how fast this host digests guest memory; None when there is none yet.
 
-    The digests are estimated from the best of a few samples: the guest, which runs now, only disturbs them.
+    The best of a few samples: the guest, which runs now, only disturbs them.
     """
-    began_s = now_s()
-    starts, lengths = verify.populated_runs(memory)
-    found_s = now_s() - began_s
-    sample = verify.sample_runs(starts, lengths)
+    starts, lengths = verify.sample_runs(*verify.populated_runs(memory))
+    if not starts.size:
+        return None
     times_s = []
     for _ in range(_SAMPLES):
         began_s = now_s()
-        verify.digest_runs(memory, *sample)
+        verify.digest_runs(memory, starts, lengths)
         times_s.append(now_s() - began_s)
-    sample_pages = int(sample[1].sum())
-    return found_s + (min(times_s) * int(lengths.sum()) / sample_pages if sample_pages else 0.0)
+    return int(lengths.sum()) / min(times_s)

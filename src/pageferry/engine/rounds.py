@@ -43,7 +43,8 @@ class PageSender:
         *,
         expected_pages: int,
         final: bool,
-        check: Callable[[], None],
+        before_record: Callable[[], None],
+        sent: Callable[[GfnArray], None],
         count_dirty: Callable[[], int],
     ) -> RoundStats:
         """Send one round.
@@ -54,7 +55,8 @@ class PageSender:
                 when the chunk is taken from here; each is taken when those before it are sent.
             expected_pages: how many there are likely to be in all, for progress.
             final: whether this is the stop-and-copy.
-            check: called before each record; raises to end the round.
+            before_record: called before each record; may send others, and raises to end the round.
+            sent: told of the frames of each record when they are on the wire.
             count_dirty: called at the end: how many pages are dirty now.
 
         Raises:
@@ -67,10 +69,11 @@ class PageSender:
         for gfns in chunks:
             dirty_pages += gfns.size
             for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-                check()
+                before_record()
                 batch, views = self._present(gfns[at : at + MAX_PAGES_PER_RECORD])
                 if batch.size:
                     channel.send([self._encoder.page_data(batch), *views])
+                    sent(batch)
                 sent_pages += batch.size
                 passed_pages += min(gfns.size - at, MAX_PAGES_PER_RECORD)
                 self.remaining_pages = max(expected_pages, dirty_pages) - passed_pages

@@ -18,15 +18,12 @@
 What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """
 
-import contextlib
 import uuid
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import GuestAt, PeerError, VerifyError
+from pageferry.core.errors import GuestAt
 from pageferry.core.events import DeviceCost, Phase, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Progress, RoundStats
@@ -37,15 +34,11 @@ from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
-    Digests,
-    Failed,
     Mismatch,
-    Ready,
     Running,
     Side,
     SourceHello,
 )
-from pageferry.stream.ferry_frames import MAX_DIGESTS
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
@@ -102,6 +95,7 @@ class Source(Attempt):
                 accel=self._vm.accel,
                 cpuid=self._vm.cpuid,
                 migration_id=str(uuid.uuid4()),
+                features=self._prover.features,
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
@@ -111,23 +105,22 @@ class Source(Attempt):
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
+        self._prover.agree(hello.features)
 
     def _precopy(self, peer: Peer) -> None:
-        log_dirty = self._vm.log_dirty
         self._expect_alive()
         static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
         peer.channel.send([self._encoder.header(), *(self._encoder.record(record) for record in static)])
-        state_s = self._measure_state()
-        log_dirty.enable()
-        self._armed = True
-        # Law 3: the snapshot of what has storage comes after ENABLE. A page touched later is dirty by then.
-        gfns = expand_runs(*self._vm.memory.populated())
+        self._state_s = estimates.state_s(self._vm, self._clock.now_s)
+        gfns = self._enable()
         chunks, expected_pages = iter([gfns]), gfns.size
+        self._prover.prepare()
         while True:
             throttle = self._throttle.share
             stats = self._send_round(peer, chunks, expected_pages=expected_pages)
             self._expect_alive()
-            self._fixed_s = state_s + estimates.verify_s(self._vm.memory, self._clock.now_s)
+            self._prover.prepare()
+            self._fixed_s = self._state_s + self._prover.cost_s()
             progress = Progress(
                 memory_pages=self._vm.memory.pages,
                 rounds=tuple(self._sender.rounds),
@@ -145,6 +138,15 @@ class Source(Attempt):
             self._throttle.set(decision.throttle)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
+    def _enable(self) -> GfnArray:
+        """Turn log-dirty on; return what has storage, to be sent first.
+
+        Law 3: the snapshot comes after ENABLE. A page touched later is dirty by then.
+        """
+        self._vm.log_dirty.enable()
+        self._armed = True
+        return expand_runs(*self._vm.memory.populated())
+
     def _clean_in_chunks(self) -> Iterator[GfnArray]:
         """Yield what is dirty, each part of memory cleaned only when those before it are sent.
 
@@ -152,28 +154,45 @@ class Source(Attempt):
         """
         gfn_limit = self._vm.memory.gfn_limit
         for first in range(0, gfn_limit, _CHUNK_PAGES):
-            yield self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit))).gfns()
-
-    def _measure_state(self) -> float:
-        return estimates.state_s(self._vm, self._clock.now_s)
+            gfns = self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit))).gfns()
+            self._prover.cleaned(gfns)
+            yield gfns
 
     def _send_round(
         self, peer: Peer, chunks: Iterable[GfnArray], *, expected_pages: int, final: bool = False
     ) -> RoundStats:
         def check() -> None:
             if peer.channel.readable():
-                raise self._unexpected(peer.receive())
+                frame = peer.receive()
+                if isinstance(frame, Mismatch):
+                    raise self._prover.mismatch(frame, len(self._sender.rounds))
+                raise self._unexpected(frame)
             if self._cancelled:
                 raise self._abort("cancelled")
 
+        def before_record() -> None:
+            check()
+            if not final:
+                self._prover.send_due(peer.channel, self._encoder)
+
         def count_dirty() -> int:
-            return 0 if final else self._vm.log_dirty.peek().count()
+            if final:
+                return 0
+            self._prover.catch_up(peer.channel, self._encoder, check)
+            return self._vm.log_dirty.peek().count()
 
         return self._sender.send(
-            peer.channel, chunks, expected_pages=expected_pages, final=final, check=check, count_dirty=count_dirty
+            peer.channel,
+            chunks,
+            expected_pages=expected_pages,
+            final=final,
+            before_record=before_record,
+            sent=self._prover.sent,
+            count_dirty=count_dirty,
         )
 
     def _pause(self) -> None:
+        self._prover.close()
         self._vm.freeze()
         self.frozen = True
         self._throttle.close()  # only now: a guest that is let go for a moment writes
@@ -182,6 +201,7 @@ class Source(Attempt):
     def _stop_and_copy(self, peer: Peer) -> None:
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
         gfns = self._vm.log_dirty.peek().gfns()
+        self._prover.cleaned(gfns)
         stats = self._send_round(peer, [gfns], expected_pages=gfns.size, final=True)
         self._sender.send_removed(peer.channel, self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
@@ -199,30 +219,10 @@ class Source(Attempt):
         peer.stream_passed(self._encoder.offset)
 
     def _verify(self, peer: Peer) -> None:
-        memory = self._vm.memory
-        starts, lengths = verify.populated_runs(memory)
-        if not starts.size:
-            peer.send(Digests(first_gfns=starts, pages=lengths.astype(np.uint32), digests=verify.NO_DIGESTS, last=True))
-        for piece in verify.batches(lengths, verify.FRAME_PAGES, MAX_DIGESTS):
-            digests = verify.digest_runs(memory, starts[piece], lengths[piece])
-            pages = lengths[piece].astype(np.uint32)
-            last = piece.stop == starts.size
-            peer.send(Digests(first_gfns=starts[piece], pages=pages, digests=digests, last=last))
-        answer = peer.receive()
-        if isinstance(answer, Mismatch):
-            raise self._difference(peer, answer)
-        if not isinstance(answer, Ready) or answer.verified_pages != int(lengths.sum()):
+        spent_s = self._clock.now_s() - self._clock.began_s[Phase.PAUSE] + self._state_s / 2  # it is loaded there
+        answer = self._prover.prove(peer, spent_s)
+        if answer is not None:
             raise self._unexpected(answer)
-        self._verified_pages = answer.verified_pages
-
-    def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:
-        gfn = verify.first_different_page(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
-        cause = VerifyError("the destination's memory is not ours", gfn=gfn)
-        with contextlib.suppress(OSError):
-            peer.send(Failed(reason=str(cause), gfn=gfn))
-        error = PeerError(str(cause), phase=str(Phase.VERIFY), guest_at=GuestAt.SOURCE)
-        error.__cause__ = cause
-        return error
 
     def _handoff(self, peer: Peer) -> None:
         with self._commit_lock:

@@ -88,14 +88,14 @@ def page_digests(memory: GuestMemory, first_gfn: int, pages: int) -> NDArray[np.
     return np.array([xxhash.xxh3_64_intdigest(view) for view in memory.page_views(gfns)], np.uint64)
 
 
-def first_different_page(memory: GuestMemory, first_gfn: int, theirs: NDArray[np.uint64]) -> int | None:
-    """Return the first frame of a run whose digest is not ``theirs`` (uint64[pages]), or None when all are equal.
+def different_pages(memory: GuestMemory, first_gfn: int, theirs: NDArray[np.uint64]) -> GfnArray:
+    """Return the frames of a run whose digests are not ``theirs`` (uint64[pages]), ascending.
 
     Raises:
         VmError: the run is not RAM.
     """
     different = np.flatnonzero(page_digests(memory, first_gfn, theirs.size) != theirs)
-    return first_gfn + int(different[0]) if different.size else None
+    return np.uint64(first_gfn) + different.astype(np.uint64)
 
 
 def first_nonzero_outside(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> int | None:

@@ -8,11 +8,10 @@ from numpy.typing import NDArray
 from pageferry.core.errors import OrderError, RecordError, RemoteStreamError, TruncatedError, VersionError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.stream import format as fmt
-from pageferry.stream.format import RecordType
+from pageferry.stream.format import BodyError, RecordType
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
-    BodyError,
     Event,
     PageData,
     PageDataHeader,

@@ -56,8 +56,8 @@ from pageferry.stream.ferry_frames import (
 )
 from pageferry.stream.ferry_order import Conversation, Phase, Side
 from pageferry.stream.ferry_peer import what_it_looks_like
+from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
-from pageferry.stream.records import BodyError
 
 __all__ = [
     "NEED_DATA",

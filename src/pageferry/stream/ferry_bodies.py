@@ -13,17 +13,15 @@ import numpy as np
 from pageferry.core.cpuid import CpuidLeaf, Leaves, check_leaves
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.stream import run_digests
 from pageferry.stream.ferry_frames import (
     COMMIT_BODY,
     COMMIT_PAUSED,
-    DIGEST_ENTRY,
-    DIGESTS_HEAD,
     DIGESTS_LAST,
     MAX_CPUS,
     MAX_FEATURES,
     MAX_NAME_CHARS,
     MAX_POPULATED_RUNS,
-    MAX_RANGE_PAGES,
     MAX_TEXT_CHARS,
     MISMATCH_HEAD,
     Commit,
@@ -38,8 +36,7 @@ from pageferry.stream.ferry_frames import (
     Running,
     SourceHello,
 )
-from pageferry.stream.format import PFN_MASK
-from pageferry.stream.records import BodyError
+from pageferry.stream.format import MAX_RANGE_PAGES, PFN_MASK, BodyError
 
 _TEXTS = frozenset({"name", "reason", "hint"})
 
@@ -52,11 +49,8 @@ def body_of(frame: Frame) -> bytes:
     """
     match frame:
         case Digests():
-            entries = np.zeros(len(frame.first_gfns), DIGEST_ENTRY)
-            entries["first_gfn"] = frame.first_gfns
-            entries["pages"] = frame.pages
-            entries["digest"] = frame.digests
-            return DIGESTS_HEAD.pack(entries.size, DIGESTS_LAST if frame.last else 0) + entries.tobytes()
+            flags = DIGESTS_LAST if frame.last else 0
+            return run_digests.pack(frame.first_gfns, frame.pages, frame.digests, frame.audited, flags)
         case Mismatch():
             head = MISMATCH_HEAD.pack(frame.first_gfn, len(frame.page_digests), 0)
             return head + frame.page_digests.astype("<u8").tobytes()
@@ -82,25 +76,11 @@ def parse_body(frame_type: FrameType, body: bytes) -> Frame:
 
 
 def _parse_digests(body: bytes) -> Digests:
-    if len(body) < DIGESTS_HEAD.size:
-        raise BodyError(f"a body of {len(body)} bytes is too short")
-    count, flags = DIGESTS_HEAD.unpack_from(body)
-    if len(body) - DIGESTS_HEAD.size != count * DIGEST_ENTRY.itemsize:
-        raise BodyError(f"a body of {len(body)} bytes does not hold {count} digests")
-    if flags & ~DIGESTS_LAST or (not count and not flags):
-        raise BodyError(f"flags {flags:#x} with {count} digests")
-    entries = np.frombuffer(body, DIGEST_ENTRY, offset=DIGESTS_HEAD.size)
-    first_gfns, pages = entries["first_gfn"].copy(), entries["pages"].copy()
-    if entries["reserved"].any():
-        raise BodyError("a reserved field is not 0")
-    if count and not 1 <= int(pages.min()) <= int(pages.max()) <= MAX_RANGE_PAGES:
-        raise BodyError(f"a range is not 1 to {MAX_RANGE_PAGES} pages long")
-    if count and int(first_gfns.max()) + MAX_RANGE_PAGES > PFN_MASK:
-        raise BodyError("a range ends past the largest gfn")
-    if (first_gfns[1:] < first_gfns[:-1] + pages[:-1]).any():
-        raise BodyError("the ranges do not ascend")
+    first_gfns, pages, digests, audited, flags = run_digests.parse(body)
+    if flags & ~DIGESTS_LAST or (not first_gfns.size and not flags):
+        raise BodyError(f"flags {flags:#x} with {first_gfns.size} digests")
     return Digests(
-        first_gfns=first_gfns, pages=pages, digests=entries["digest"].copy(), last=bool(flags & DIGESTS_LAST)
+        first_gfns=first_gfns, pages=pages, digests=digests, audited=audited, last=bool(flags & DIGESTS_LAST)
     )
 
 

@@ -10,24 +10,17 @@ from numpy.typing import NDArray
 
 from pageferry.core.cpuid import Leaves
 from pageferry.core.frames import GfnArray
+from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES, RUN_DIGEST, RUN_DIGESTS_HEAD
 
 MAX_HELLO_BYTES = 128 << 10
 MAX_MESSAGE_BYTES = 32 << 10
-#: Most ranges in one DIGESTS frame, and most pages in one range.
-MAX_DIGESTS = 32768
-MAX_RANGE_PAGES = 65536
 MAX_POPULATED_RUNS = 1024
 MAX_FEATURES = 64
 MAX_NAME_CHARS = 64
 MAX_TEXT_CHARS = 1024
 MAX_CPUS = 1024
-DIGEST_BYTES = 16
 
-DIGESTS_HEAD = Struct("<II")
 DIGESTS_LAST = 1 << 0
-DIGEST_ENTRY = np.dtype(
-    [("first_gfn", "<u8"), ("pages", "<u4"), ("reserved", "<u4"), ("digest", "u1", (DIGEST_BYTES,))]
-)
 MISMATCH_HEAD = Struct("<QII")
 #: flags u32, reserved u32.
 COMMIT_BODY = Struct("<II")
@@ -94,12 +87,14 @@ class Digests:
     Range i is pages ``first_gfns[i] .. first_gfns[i] + pages[i] - 1``; ranges ascend and are disjoint, within a frame
     and from frame to frame. ``first_gfns`` uint64[n], ``pages`` uint32[n] (1 to 65,536 each), ``digests`` uint8[n, 16]
     (xxh3-128 of the range's bytes, canonical form); n at most 32,768, and at least 1 unless ``last``.
+    ``audited`` bool[n]: the digest is not given (zeros): an AUDIT record had it, and the range was not sent since.
     ``last``: no DIGESTS follow; a page of RAM that was in no range is all zeros at the source.
     """
 
     first_gfns: GfnArray
     pages: NDArray[np.uint32]
     digests: NDArray[np.uint8]
+    audited: NDArray[np.bool_]
     last: bool
 
 
@@ -166,7 +161,7 @@ MAX_BODY_BYTES: dict[FrameType, int] = {
     FrameType.SOURCE_HELLO: MAX_HELLO_BYTES,
     FrameType.DESTINATION_HELLO: MAX_HELLO_BYTES,
     FrameType.REFUSE: MAX_MESSAGE_BYTES,
-    FrameType.DIGESTS: DIGESTS_HEAD.size + MAX_DIGESTS * DIGEST_ENTRY.itemsize,
+    FrameType.DIGESTS: RUN_DIGESTS_HEAD.size + MAX_DIGESTS * RUN_DIGEST.itemsize,
     FrameType.MISMATCH: MISMATCH_HEAD.size + MAX_RANGE_PAGES * 8,
     FrameType.READY: MAX_MESSAGE_BYTES,
     FrameType.COMMIT: COMMIT_BODY.size,

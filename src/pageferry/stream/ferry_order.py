@@ -48,6 +48,7 @@ TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.GREETING, _D, _F.REFUSE): _P.CLOSED,  # the hello is not even read, or cannot be
     (_P.ANSWERING, _D, _F.DESTINATION_HELLO): _P.STREAMING,
     (_P.ANSWERING, _D, _F.REFUSE): _P.CLOSED,
+    (_P.STREAMING, _D, _F.MISMATCH): _P.CLOSED,  # of an AUDIT record; the source can only close
     (_P.DIGESTING, _S, _F.DIGESTS): _P.DIGESTING,
     (_P.DIGESTING, _D, _F.MISMATCH): _P.MISMATCHED,
     (_P.COMPARING, _D, _F.MISMATCH): _P.MISMATCHED,

@@ -25,6 +25,11 @@ CPUID_LEAF = Struct("<6I")
 MSR_ENTRY = Struct("<IIQ")
 #: TSC_INFO: mode u32, khz u32, nsec u64, incarnation u32, reserved u32.
 TSC_INFO = Struct("<IIQII")
+#: Head of an AUDIT body, and of a DIGESTS frame's: count u32, flags u32 (0 in AUDIT).
+RUN_DIGESTS_HEAD = Struct("<II")
+#: One range in them, and the flag of one whose digest is not given because an AUDIT record had it.
+RUN_DIGEST = np.dtype([("first_gfn", "<u8"), ("pages", "<u4"), ("flags", "<u4"), ("digest", "u1", (16,))])
+RUN_AUDITED = 1 << 0
 #: Head of HVM_PARAMS: count u32, reserved u32.
 HVM_PARAMS_HEAD = Struct("<II")
 #: One entry of HVM_PARAMS: index u64, value u64.
@@ -57,10 +62,17 @@ MAX_PAGES_PER_RECORD = 1024
 MAX_CPUID_LEAVES = 4096
 MAX_MSR_ENTRIES = 4096
 MAX_HVM_PARAMS = 1024
+#: Most ranges with digests in one body, and most pages in one range.
+MAX_DIGESTS = 32768
+MAX_RANGE_PAGES = 65536
 #: Longest HVM context: the machine state of all vCPUs and devices.
 MAX_HVM_CONTEXT_BYTES = 16 << 20
 #: The most that a decoder asks for at once.
 MAX_WANTED_BYTES = 1 << 20
+
+
+class BodyError(ValueError):
+    """A record's body or field is not what the format says; never leaves this room."""
 
 
 class RecordType(IntEnum):
@@ -85,6 +97,7 @@ class RecordType(IntEnum):
     STATIC_DATA_END = 0x10
     CPUID_POLICY = 0x11
     MSR_POLICY = 0x12
+    AUDIT = 0xD046_0001  # optional, and ours
 
 
 class PageType(IntEnum):
@@ -105,6 +118,10 @@ BODY_BYTES: dict[RecordType, tuple[int, int]] = {
     RecordType.HVM_PARAMS: (HVM_PARAMS_HEAD.size, HVM_PARAMS_HEAD.size + MAX_HVM_PARAMS * HVM_PARAM.size),
     RecordType.STATIC_DATA_END: (0, 0),
     RecordType.CPUID_POLICY: (CPUID_LEAF.size, MAX_CPUID_LEAVES * CPUID_LEAF.size),
+    RecordType.AUDIT: (
+        RUN_DIGESTS_HEAD.size + RUN_DIGEST.itemsize,
+        RUN_DIGESTS_HEAD.size + MAX_DIGESTS * RUN_DIGEST.itemsize,
+    ),
     RecordType.MSR_POLICY: (MSR_ENTRY.size, MAX_MSR_ENTRIES * MSR_ENTRY.size),
 }
 

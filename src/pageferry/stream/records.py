@@ -14,11 +14,8 @@ from numpy.typing import NDArray
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.frames import GfnArray
 from pageferry.stream import format as fmt
-from pageferry.stream.format import RecordType
-
-
-class BodyError(ValueError):
-    """A record's body or field is not what the format says; never leaves this room."""
+from pageferry.stream import run_digests
+from pageferry.stream.format import BodyError, RecordType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +80,20 @@ class PageData:
     offset: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Audit:
+    """AUDIT: digests of pages that were sent before this record and have not changed since.
+
+    Range i is pages ``first_gfns[i] .. first_gfns[i] + pages[i] - 1``; ranges ascend and are disjoint. ``first_gfns``
+    uint64[n], ``pages`` uint32[n] (1 to 65,536 each), ``digests`` uint8[n, 16] (xxh3-128, canonical
+    form); n from 1 to 32,768.
+    """
+
+    first_gfns: GfnArray
+    pages: NDArray[np.uint32]
+    digests: NDArray[np.uint8]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TscInfo:
     """TSC_INFO: how the guest's time stamp counter was provided. ``nsec`` is the guest's time in ns (u64)."""
@@ -122,7 +133,7 @@ class SkippedRecord:
 
 
 #: Records that an encoder writes whole.
-PlainRecord: TypeAlias = CpuidPolicy | MsrPolicy | StaticDataEnd | TscInfo | HvmParams | HvmContext | End
+PlainRecord: TypeAlias = CpuidPolicy | MsrPolicy | StaticDataEnd | Audit | TscInfo | HvmParams | HvmContext | End
 #: What a decoder returns.
 Event: TypeAlias = StreamHeader | PlainRecord | PageDataHeader | PageData | SkippedRecord
 
@@ -130,6 +141,7 @@ TYPE_OF: dict[type[PlainRecord], RecordType] = {
     CpuidPolicy: RecordType.CPUID_POLICY,
     MsrPolicy: RecordType.MSR_POLICY,
     StaticDataEnd: RecordType.STATIC_DATA_END,
+    Audit: RecordType.AUDIT,
     TscInfo: RecordType.TSC_INFO,
     HvmParams: RecordType.HVM_PARAMS,
     HvmContext: RecordType.HVM_CONTEXT,
@@ -148,6 +160,9 @@ def body_of(record: PlainRecord) -> bytes:
             return b"".join(fmt.CPUID_LEAF.pack(*leaf) for leaf in record.leaves)
         case MsrPolicy():
             return b"".join(fmt.MSR_ENTRY.pack(entry.index, entry.flags, entry.value) for entry in record.entries)
+        case Audit():
+            given = np.zeros(len(record.first_gfns), np.bool_)
+            return run_digests.pack(record.first_gfns, record.pages, record.digests, given, 0)
         case TscInfo():
             return fmt.TSC_INFO.pack(record.mode, record.khz, record.nsec, record.incarnation, 0)
         case HvmParams():
@@ -175,6 +190,8 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
         case RecordType.MSR_POLICY:
             rows = _rows(fmt.MSR_ENTRY, body)
             return MsrPolicy(entries=tuple(MsrEntry(index=i, flags=f, value=v) for i, f, v in rows))
+        case RecordType.AUDIT:
+            return _parse_audit(body)
         case RecordType.TSC_INFO:
             mode, khz, nsec, incarnation, reserved = fmt.TSC_INFO.unpack(body)
             _reserved(reserved)
@@ -189,6 +206,14 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
             return End()
         case _:
             raise AssertionError(f"no body parser for {record_type!r}")
+
+
+def _parse_audit(body: bytes) -> Audit:
+    first_gfns, pages, digests, audited, reserved = run_digests.parse(body)
+    _reserved(reserved)
+    if not first_gfns.size or audited.any():
+        raise BodyError("a digest is missing")
+    return Audit(first_gfns=first_gfns, pages=pages, digests=digests)
 
 
 def _parse_hvm_params(body: bytes) -> HvmParams:

@@ -1,9 +1,12 @@
 """Arguments of a QMP command, taken out one by one with their types."""
 
 import math
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from pageferry.vmm.qmp import QmpError
+
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class Arguments:
@@ -54,6 +57,21 @@ class Arguments:
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise QmpError(f"Invalid parameter type for '{name}', expected: positive integer")
         return value
+
+    def choice(self, name: str, kind: type[Choice]) -> Choice | None:
+        """Return one of an enumeration's values, or None when it is missing or null.
+
+        Raises:
+            QmpError: it is none of them.
+        """
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        try:
+            return kind(value)
+        except ValueError as error:
+            hint = f"one of {', '.join(kind)}"
+            raise QmpError(f"Parameter '{name}' does not accept value '{value}'", hint=hint) from error
 
     def flag(self, name: str) -> bool:
         """Return a boolean, False when it is missing.

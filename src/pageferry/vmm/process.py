@@ -21,6 +21,7 @@ from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundPro
 from pageferry.core.policies import make_policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.destination import Destination
+from pageferry.engine.prove import VerifyMode
 from pageferry.engine.source import Source
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint
 from pageferry.guests.abi import read_status
@@ -253,6 +254,7 @@ class GuestProcess:
             max_rounds=args.integer("x-max-rounds"),
             deadline_s=args.number("x-deadline-s"),
         )
+        verify = args.choice("x-verify", VerifyMode)
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
         args.done()
         with self._lock:
@@ -261,7 +263,13 @@ class GuestProcess:
                 raise QmpError("There's a migration process in progress")
             self._check_here()
             self._source = Source(
-                vm, endpoint, policy, name=self._name, timeout_s=timeout_s, on_event=self._on_engine_event
+                vm,
+                endpoint,
+                policy,
+                name=self._name,
+                timeout_s=timeout_s,
+                verify=verify,
+                on_event=self._on_engine_event,
             )
             self._announced_stop = False
             self._migration = threading.Thread(target=self._migrate_main, args=(self._source,), name="migrate")

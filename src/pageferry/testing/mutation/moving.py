@@ -134,17 +134,10 @@ class StalePageCache(Source):
 class SnapshotBeforeEnable(Source):
     """The first round sends what had storage before ENABLE."""
 
-    def _measure_state(self) -> float:
-        memory = self._vm.memory
-        early, sound = memory.populated(), memory._populated
-
-        def once() -> tuple[GfnArray, GfnArray]:
-            memory._populated = sound
-            return early
-
-        state_s = super()._measure_state()
-        memory._populated = once
-        return state_s
+    def _enable(self) -> GfnArray:
+        early = expand_runs(*self._vm.memory.populated())
+        super()._enable()
+        return early
 
 
 @fault(

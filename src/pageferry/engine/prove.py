@@ -1,0 +1,251 @@
+"""Prover: the source's half of verification (law 7), during pre-copy and at the pause.
+
+Everything with storage is proven equal at the destination before it may run. ``full``: all of it is digested at the
+pause, so what is proven does not rest on the tracker. ``audit``: what lies still is digested while the guest runs
+(:mod:`pageferry.engine.audit`); at the pause only the rest is, and of the audited pages as many again as the downtime
+limit leaves time for, those first whose proof is oldest.
+"""
+
+import contextlib
+from collections.abc import Callable
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import GuestAt, PeerError, VerifyError
+from pageferry.core.events import Phase
+from pageferry.core.frames import PAGES_PER_2M, GfnArray
+from pageferry.core.vm import Vm
+from pageferry.engine import verify
+from pageferry.engine.audit import Auditor
+from pageferry.engine.conversation import Peer
+from pageferry.engine.estimates import digest_pages_per_s
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Encoder
+from pageferry.stream.ferry import Digests, Failed, Frame, Mismatch, Ready
+from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES
+from pageferry.stream.records import Audit
+
+#: What both ends must name in their hellos for AUDIT records to be sent.
+AUDIT_FEATURE = "audit"
+_WAIT_S = 0.05
+#: Digesting at the pause is the default when it is expected to take no more than this share of the downtime limit.
+_FULL_SHARE = 0.5
+#: How much of the time that the limit leaves is spent on proving audited pages again: the other end may be slower.
+_AGAIN_SHARE = 0.25
+
+
+class VerifyMode(StrEnum):
+    """When memory is digested; see this module."""
+
+    FULL = "full"
+    AUDIT = "audit"
+
+
+class Prover:
+    """Proves one migration's memory equal.
+
+    Args:
+        vm: the guest.
+        mode: None: ``full`` where that fits the downtime limit, ``audit`` otherwise.
+        limit_s: the downtime limit, None where the policy has none.
+        now_s: a monotonic clock in seconds.
+    """
+
+    def __init__(self, vm: Vm, mode: VerifyMode | None, limit_s: float | None, now_s: Callable[[], float]) -> None:
+        self._vm = vm
+        self._mode = mode
+        self._limit_s = limit_s
+        self._now_s = now_s
+        self._auditor: Auditor | None = None
+        self._audits = False
+        self._pages_per_s: float | None = None
+        self.verified_pages = 0
+        """How many pages were proven in all, once they all are."""
+        self.audited_pages = 0
+        """How many of these were proven during pre-copy and not again at the pause."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What to offer in the hello."""
+        return () if self._mode is VerifyMode.FULL else (AUDIT_FEATURE,)
+
+    def agree(self, features: tuple[str, ...]) -> None:
+        """Take the destination's answer to our offer.
+
+        Raises:
+            PeerError: it cannot audit, and was asked to.
+        """
+        if AUDIT_FEATURE in features and self._mode is not VerifyMode.FULL:
+            self._auditor = Auditor(self._vm.memory, self._vm.log_dirty.peek)
+        elif self._mode is VerifyMode.AUDIT:
+            raise PeerError(
+                "the destination cannot audit during pre-copy",
+                phase=str(Phase.HELLO),
+                guest_at=GuestAt.SOURCE,
+                hint="--verify full, or a newer pageferry there",
+            )
+
+    def close(self) -> None:
+        """End what runs in the background; the guest is about to be paused, or the migration has failed."""
+        if self._auditor is not None:
+            self._auditor.close()
+
+    def cleaned(self, gfns: GfnArray) -> None:
+        """A CLEAN returned these frames (uint64[n])."""
+        if self._auditor is not None:
+            self._auditor.cleaned(gfns)
+
+    def sent(self, gfns: GfnArray) -> None:
+        """These frames (uint64[n]) are on the wire."""
+        if self._auditor is not None:
+            self._auditor.sent(gfns)
+
+    def prepare(self) -> None:
+        """Measure how fast this host digests, and begin to audit if that is what is wanted and needed.
+
+        Call it again after every round: the guest may have grown.
+        """
+        self._pages_per_s = digest_pages_per_s(self._vm.memory, self._now_s) or self._pages_per_s
+        if self._auditor is None or self._audits:
+            return
+        limit_s = self._limit_s
+        if self._mode is VerifyMode.AUDIT or (limit_s is not None and self.cost_s() > _FULL_SHARE * limit_s):
+            self._audits = True
+            self._auditor.start()
+
+    def send_due(self, channel: Channel, encoder: Encoder) -> None:
+        """Send digests that are ready, if any."""
+        proof = self._auditor.due() if self._auditor is not None and self._audits else None
+        if proof is None:
+            return
+        for at in range(0, proof.first_gfns.size, MAX_DIGESTS):
+            piece = slice(at, at + MAX_DIGESTS)
+            pages = proof.pages[piece].astype(np.uint32)
+            record = Audit(first_gfns=proof.first_gfns[piece], pages=pages, digests=proof.digests[piece])
+            channel.send([encoder.record(record)])
+
+    def catch_up(self, channel: Channel, encoder: Encoder, check: Callable[[], None]) -> None:
+        """Wait until everything that was sent and lies still is proven.
+
+        Args:
+            channel: to the destination, between two records.
+            encoder: of its stream.
+            check: called now and then; raises to end it.
+        """
+        while self._auditor is not None and self._audits and not self._auditor.idle():
+            self._auditor.wait(_WAIT_S)
+            check()
+            self.send_due(channel, encoder)
+
+    def cost_s(self) -> float:
+        """Return how long proving at a pause now would take: the guest stands still meanwhile."""
+        began_s = self._now_s()
+        populated = self._populated()
+        found_s = self._now_s() - began_s
+        if self._audits and self._auditor is not None:
+            populated -= self._auditor.proven() - self._vm.log_dirty.peek()
+        return found_s + self._digest_s(populated.count())
+
+    def prove(self, peer: Peer, spent_s: float) -> Frame | None:
+        """Prove at the pause whatever is not proven.
+
+        Args:
+            peer: the stream has passed.
+            spent_s: how long the guest stands still already, what is still to come besides this included.
+
+        Returns:
+            None when the destination found everything equal; otherwise what it answered.
+
+        Raises:
+            PeerError: the destination's memory is not ours.
+        """
+        populated = self._populated()
+        audited = self._not_again(populated, spent_s)
+        starts, lengths, is_audited = _merged(populated - audited, audited)
+        if not starts.size:
+            none, pages = verify.NO_DIGESTS, lengths.astype(np.uint32)
+            peer.send(Digests(first_gfns=starts, pages=pages, digests=none, audited=is_audited, last=True))
+        for piece in verify.batches(np.where(is_audited, 0, lengths), verify.FRAME_PAGES, MAX_DIGESTS):
+            fresh = ~is_audited[piece]
+            digests = np.zeros((fresh.size, verify.DIGEST_BYTES), np.uint8)
+            digests[fresh] = verify.digest_runs(self._vm.memory, starts[piece][fresh], lengths[piece][fresh])
+            peer.send(
+                Digests(
+                    first_gfns=starts[piece],
+                    pages=lengths[piece].astype(np.uint32),
+                    digests=digests,
+                    audited=is_audited[piece],
+                    last=piece.stop == starts.size,
+                )
+            )
+        answer = peer.receive()
+        if isinstance(answer, Mismatch):
+            raise self._difference(peer, answer)
+        if not isinstance(answer, Ready) or answer.verified_pages != int(lengths.sum()):
+            return answer
+        self.verified_pages, self.audited_pages = answer.verified_pages, audited.count()
+        return None
+
+    def mismatch(self, mismatch: Mismatch, round_index: int) -> PeerError:
+        """Return the error for a run that was found to differ while the guest runs, or ran.
+
+        Args:
+            mismatch: what the destination says.
+            round_index: of the round under way.
+        """
+        tracker = self._vm.log_dirty.tracker
+        gfns = verify.different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
+        if self._auditor is not None:
+            gfns = gfns[self._auditor.proven().test_many(gfns) & ~self._vm.log_dirty.peek().test_many(gfns)]
+        why = f"in round {round_index} the destination's memory is not ours, and {tracker} reported no write to it"
+        return _failure(why, gfns, Phase.PRECOPY)
+
+    def _populated(self) -> DirtyBitmap:
+        populated = DirtyBitmap(self._vm.memory.gfn_limit)
+        populated.set_runs(*self._vm.memory.populated())
+        return populated
+
+    def _digest_s(self, pages: int) -> float:
+        return pages / self._pages_per_s if self._pages_per_s else 0.0
+
+    def _not_again(self, populated: DirtyBitmap, spent_s: float) -> DirtyBitmap:
+        """Return the frames whose audit is proof enough."""
+        if self._auditor is None:
+            return DirtyBitmap(populated.nbits)
+        audited = self._auditor.proven()
+        audited &= populated
+        if self._limit_s is None or self._pages_per_s is None:
+            return audited
+        left_s = self._limit_s - spent_s - self._digest_s((populated - audited).count())
+        return audited - self._auditor.oldest(max(0, int(_AGAIN_SHARE * left_s * self._pages_per_s)))
+
+    def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:
+        gfns = verify.different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
+        error = _failure("the destination's memory is not ours", gfns, Phase.VERIFY)
+        with contextlib.suppress(OSError):
+            peer.send(Failed(reason=error.reason, gfn=_first(gfns)))
+        return error
+
+
+def _first(gfns: GfnArray) -> int | None:
+    return int(gfns[0]) if gfns.size else None
+
+
+def _failure(reason: str, gfns: GfnArray, phase: Phase) -> PeerError:
+    cause = VerifyError(reason, gfn=_first(gfns))
+    error = PeerError(str(cause), phase=str(phase), guest_at=GuestAt.SOURCE)
+    error.__cause__ = cause
+    return error
+
+
+def _merged(fresh: DirtyBitmap, audited: DirtyBitmap) -> tuple[GfnArray, GfnArray, NDArray[np.bool_]]:
+    """Return the runs of both, ascending, and which are audited; those to be digested are 2 MiB at the most."""
+    fresh_starts, fresh_lengths = fresh.runs(max_pages=PAGES_PER_2M)
+    audited_starts, audited_lengths = audited.runs(max_pages=MAX_RANGE_PAGES)
+    starts = np.concatenate((fresh_starts, audited_starts))
+    order = np.argsort(starts, kind="stable")
+    lengths = np.concatenate((fresh_lengths, audited_lengths))
+    return starts[order], lengths[order], (np.arange(starts.size) >= fresh_starts.size)[order]
