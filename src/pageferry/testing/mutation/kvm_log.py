@@ -92,17 +92,61 @@ def kvm_second_slot_shifted(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
-            bitmap: DirtyBitmap = sound()
+        def clean_range(gfns: range) -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound(gfns)
             second = log._slots[1].words
             words = bitmap.words[second].copy()
             bitmap.words[second] = 0
             bitmap.words[gfn_of(PCI_HOLE_START) // 64 :][: words.size] |= words
             return bitmap
 
-        return clean
+        return clean_range
 
-    replace(log, "clean", wrap)
+    replace(log, "clean_range", wrap)
+
+
+@fault(
+    "QEMU: cleared bits that it had not read",
+    law=2,
+    found_by=("range-returns-its-own", "range-leaves-the-others", "stamped-copy-by-range"),
+)
+def kvm_range_clears_the_slot(vm: KvmVm) -> None:
+    """CLEAN of a range has KVM clear all bits of the slots that it touches, read or not."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clear(slot: MemorySlot, words: NDArray[np.uint64]) -> None:
+            sound(slot, np.full_like(words, 0xFFFF_FFFF_FFFF_FFFF))
+
+        return clear
+
+    replace(log, "_clear", wrap)
+
+
+@fault(
+    "Firecracker: in a guest of more than 3 GiB the pages of the second slot were at wrong offsets",
+    law=2,
+    found_by=("range-returns-its-own", "stamped-copy-by-range"),
+    memory_bytes=BEHIND_THE_HOLE,
+)
+def kvm_range_of_the_first_slot(vm: KvmVm) -> None:
+    """CLEAN of a range looks for it in the first slot only."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> DirtyBitmap:
+            slots = log._slots
+            if len(gfns) < vm.memory.gfn_limit:
+                log._slots = slots[:1]
+            try:
+                bitmap: DirtyBitmap = sound(gfns)
+            finally:
+                log._slots = slots
+            return bitmap
+
+        return clean_range
+
+    replace(log, "clean_range", wrap)
 
 
 @fault(
@@ -115,16 +159,16 @@ def kvm_only_the_kernels_bits(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
+        def clean_range(gfns: range) -> DirtyBitmap:
             with log._held_lock:
                 if log._held is not None:
                     log._held.words[:] = 0
-            bitmap: DirtyBitmap = sound()
+            bitmap: DirtyBitmap = sound(gfns)
             return bitmap
 
-        return clean
+        return clean_range
 
-    replace(log, "clean", wrap)
+    replace(log, "clean_range", wrap)
 
 
 @fault(

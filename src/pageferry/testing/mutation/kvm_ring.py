@@ -35,15 +35,15 @@ def full_before_clean(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
+        def clean_range(gfns: range) -> DirtyBitmap:
             for _ in vm.vcpus:
                 log.on_ring_full()
-            bitmap: DirtyBitmap = sound()
+            bitmap: DirtyBitmap = sound(gfns)
             return bitmap
 
-        return clean
+        return clean_range
 
-    replace(log, "clean", wrap)
+    replace(log, "clean_range", wrap)
 
 
 @fault(
@@ -143,6 +143,57 @@ def ring_of_the_first_vcpu_only(vm: KvmVm) -> None:
 
 
 @fault(
+    "no bug on record: the rings are of the whole guest, a range is not",
+    law=2,
+    found_by=("range-leaves-the-others", "stamped-copy-by-range"),
+    tracker=_RING,
+)
+def ring_range_keeps_its_own(vm: KvmVm) -> None:
+    """CLEAN of a range takes from the rings what is in the range, and lets the rest go."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> DirtyBitmap:
+            def keep(harvested: GfnArray) -> None:
+                log._keep(harvested[(harvested >= gfns.start) & (harvested < gfns.stop)])
+
+            with log._operator:
+                log._rings.harvest(keep)
+            bitmap: DirtyBitmap = sound(gfns)
+            return bitmap
+
+        return clean_range
+
+    replace(log, "clean_range", wrap)
+
+
+@fault(
+    "no bug on record: a reset protects more than the range, which invites to leave it to the next whole CLEAN",
+    law=1,
+    found_by=("range-leaves-the-others", "stamped-copy-by-range"),
+    tracker=_RING,
+)
+def ring_range_not_reset(vm: KvmVm) -> None:
+    """CLEAN of a range takes the bits and resets no ring: its pages stay writable."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> DirtyBitmap:
+            reset = log._rings.reset
+            if len(gfns) < vm.memory.gfn_limit:
+                replace(log._rings, "reset", lambda _: lambda: True)
+            try:
+                bitmap: DirtyBitmap = sound(gfns)
+            finally:
+                replace(log._rings, "reset", lambda _: reset)
+            return bitmap
+
+        return clean_range
+
+    replace(log, "clean_range", wrap)
+
+
+@fault(
     "KVM dirty ring: writes with no running vCPU (the save of device state) missed the ring",
     law=4,
     found_by=("host-writes-are-marked", "marked-after-the-write"),
@@ -153,16 +204,16 @@ def ring_only_the_kernels_bits(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
+        def clean_range(gfns: range) -> DirtyBitmap:
             with log._held_lock:
                 if log._held is not None:
                     log._held.words[:] = 0
-            bitmap: DirtyBitmap = sound()
+            bitmap: DirtyBitmap = sound(gfns)
             return bitmap
 
-        return clean
+        return clean_range
 
-    replace(log, "clean", wrap)
+    replace(log, "clean_range", wrap)
 
 
 @fault(

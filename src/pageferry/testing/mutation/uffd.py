@@ -169,6 +169,24 @@ def uffd_not_protected_again(vm: KvmVm) -> None:
 
 
 @fault(
+    "no bug on record: what a range that begins elsewhere invites",
+    law=1,
+    found_by=("range-leaves-the-others", "stamped-copy-by-range"),
+    tracker=_WP,
+)
+def uffd_range_protected_from_the_start_of_ram(vm: KvmVm) -> None:
+    """CLEAN of a range protects as many pages, from the first of RAM on, and takes the bits of the range."""
+    log = log_of(vm)
+
+    def take(part: range, taken: DirtyBitmap) -> None:
+        for region in log._view.parts(range(len(part))):
+            log._uffd.protect(log._view.hva(region.start), len(region) << PAGE_SHIFT)
+        taken |= log._granted.take(part)
+
+    replace(log, "_take", lambda _: take)
+
+
+@fault(
     "Linux before 6.4, where asked to be: write protection passed over what had no page table entry",
     law=1,
     found_by=("rounds-are-exact", "stamped-copy"),
