@@ -12,6 +12,7 @@ from pageferry.kvm import KvmVm, uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.slots import MemorySlot
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from pageferry.testing.mutation.held import drop_given_back, drop_marks
 
 fault = Faults(Room.KVM)
 
@@ -156,19 +157,7 @@ def kvm_range_of_the_first_slot(vm: KvmVm) -> None:
 )
 def kvm_only_the_kernels_bits(vm: KvmVm) -> None:
     """CLEAN returns what KVM logged, and drops what others marked."""
-    log = _log(vm)
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean_range(gfns: range) -> DirtyBitmap:
-            with log._held_lock:
-                if log._held is not None:
-                    log._held.words[:] = 0
-            bitmap: DirtyBitmap = sound(gfns)
-            return bitmap
-
-        return clean_range
-
-    replace(log, "clean_range", wrap)
+    drop_marks(_log(vm))
 
 
 @fault(
@@ -199,5 +188,4 @@ def kvm_peek_takes(vm: KvmVm) -> None:
 )
 def kvm_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    log = _log(vm)
-    replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())
+    drop_given_back(_log(vm))

@@ -12,6 +12,7 @@ from pageferry.kvm import KvmVm
 from pageferry.kvm.ring_log import KvmRingLog
 from pageferry.kvm.trackers import ring_tracker
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from pageferry.testing.mutation.held import drop_given_back, drop_marks
 
 fault = Faults(Room.KVM)
 _RING = "kvm-ring"
@@ -155,7 +156,7 @@ def ring_range_keeps_its_own(vm: KvmVm) -> None:
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def clean_range(gfns: range) -> DirtyBitmap:
             def keep(harvested: GfnArray) -> None:
-                log._keep(harvested[(harvested >= gfns.start) & (harvested < gfns.stop)])
+                log._held.set(harvested[(harvested >= gfns.start) & (harvested < gfns.stop)])
 
             with log._operator:
                 log._rings.harvest(keep)
@@ -201,19 +202,7 @@ def ring_range_not_reset(vm: KvmVm) -> None:
 )
 def ring_only_the_kernels_bits(vm: KvmVm) -> None:
     """CLEAN returns what it finds in the rings, and drops what others marked."""
-    log = _log(vm)
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean_range(gfns: range) -> DirtyBitmap:
-            with log._held_lock:
-                if log._held is not None:
-                    log._held.words[:] = 0
-            bitmap: DirtyBitmap = sound(gfns)
-            return bitmap
-
-        return clean_range
-
-    replace(log, "clean_range", wrap)
+    drop_marks(_log(vm))
 
 
 @fault(
@@ -229,8 +218,7 @@ def ring_peek_keeps_nothing(vm: KvmVm) -> None:
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def peek() -> DirtyBitmap:
             bitmap: DirtyBitmap = sound()
-            with log._held_lock:
-                log._expect_on().take(range(bitmap.nbits))
+            log._held.begin()
             return bitmap
 
         return peek
@@ -293,5 +281,4 @@ def ring_reset_cut_short(vm: KvmVm) -> None:
 )
 def ring_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    log = _log(vm)
-    replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())
+    drop_given_back(_log(vm))

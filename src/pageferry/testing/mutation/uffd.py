@@ -13,6 +13,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.kvm import KvmVm
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from pageferry.testing.mutation.held import drop_given_back
 from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.log import UffdLog
@@ -253,5 +254,4 @@ def uffd_only_the_vcpus_bits(vm: KvmVm) -> None:
 )
 def uffd_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    log = log_of(vm)
-    replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())
+    drop_given_back(log_of(vm))
