@@ -4,7 +4,7 @@ import pytest
 
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
-from pageferry.testing import CHECKS, faults
+from pageferry.testing import CHECKS, faults, range_faults
 from pageferry.testing.conformance import DEFAULT_MEMORY_BYTES, run_check, select
 from pageferry.testing.lab import Lab
 
@@ -43,6 +43,24 @@ CAUGHT_BY = {
     faults.CountsWrong: ("stats-count-the-bits",),
     faults.FaultsTwice: ("one-fault-per-page",),
     faults.BreaksUnderTwoCallers: ("two-cleaners",),
+    range_faults.RangeClearsAll: (
+        "range-returns-its-own",
+        "range-leaves-the-others",
+        "marks-by-range",
+        "stamped-copy-by-range",
+        "cleaned-by-range-random",
+    ),
+    range_faults.RangeReturnsAll: ("range-returns-its-own",),
+    range_faults.RangeProtectsItsFirstWord: ("range-leaves-the-others", "stamped-copy-by-range"),
+    range_faults.RangeClearsBeforeItReads: ("range-returns-its-own", "given-back-by-range", "cleaned-by-range-smp"),
+    range_faults.RangeShiftedByAWord: ("range-returns-its-own", "range-leaves-the-others", "stamped-copy-by-range"),
+    range_faults.RangeForgetsTheTail: ("range-returns-its-own", "range-leaves-the-others", "strange-ranges"),
+    range_faults.RangeEndsAtTheHole: ("range-returns-its-own", "stamped-copy-by-range"),
+    range_faults.RangeRoundedOutward: ("strange-ranges",),
+    range_faults.EmptyRangeIsAll: ("strange-ranges",),
+    range_faults.RangeWorksWhileOff: ("off-at-first", "off-and-on-again"),
+    range_faults.RangeKnowsNoMarks: ("marks-by-range", "cleaned-by-range-dma"),
+    range_faults.RangeKnowsNotWhatWasGivenBack: ("given-back-by-range",),
 }
 CASES = [(fault, check) for fault, checks in CAUGHT_BY.items() for check in checks]
 
@@ -55,7 +73,7 @@ def make_vm(accel):
 
 @pytest.mark.parametrize(("fault", "check"), CASES, ids=[f"{fault.__name__}-{check}" for fault, check in CASES])
 def test_the_fault_is_found_by_the_check(make_vm, fault, check):
-    memory_bytes = BEHIND_THE_HOLE if fault is faults.IgnoresTheHole else ODD
+    memory_bytes = BEHIND_THE_HOLE if fault in (faults.IgnoresTheHole, range_faults.RangeEndsAtTheHole) else ODD
     (selected,) = select([check])
     error = run_check(selected, Lab(make_vm=faults.mutated(make_vm, fault), memory_bytes=memory_bytes, seed=1))
     assert error is not None, f"{check} did not find {fault.__name__}"
@@ -69,5 +87,6 @@ def test_the_wrapper_alone_is_no_fault(make_vm):
 
 def test_no_fault_and_no_check_is_left_out():
     assert set(CAUGHT_BY) == set(faults.FAULTS)
-    # No tracker can be at fault in it, only a device: test_mutants has one.
-    assert {check for _, check in CASES} == {check.name for check in CHECKS} - {"device-marks-after-the-write"}
+    # For one only a device can be at fault, for the other only who counts faults: test_mutants has both.
+    others = {"device-marks-after-the-write", "range-costs-no-other-fault"}
+    assert {check for _, check in CASES} == {check.name for check in CHECKS} - others

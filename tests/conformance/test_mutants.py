@@ -52,7 +52,7 @@ def test_without_a_fault_nothing_is_found(room):
 
 def test_the_store_between_two_steps_is_no_fault_by_itself():
     def store_before_clean(domain):
-        replace(domain.paging, "clean", lambda sound: lambda: (store_from_a_vcpu(domain), sound())[1])
+        replace(domain.paging, "clean_range", lambda sound: lambda gfns: (store_from_a_vcpu(domain), sound(gfns))[1])
 
     lab = Lab(make_vm=injected(Domain, store_before_clean), memory_bytes=ODD, seed=1)
     for name in {

@@ -175,7 +175,7 @@ def test_the_collector_harvests_while_the_guest_runs(kvm, small):
     vm = small("stamp", memory_bytes=8 << 20, rdi=FIRST_GPA, rsi=64)
     vm.log_dirty.enable()
     vm.resume()
-    kvm.wait_for(vm, lambda: gfns(vm.log_dirty._held) >= span(0, 64))
+    kvm.wait_for(vm, lambda: gfns(vm.log_dirty._held.copy()) >= span(0, 64))
     assert gfns(vm.log_dirty.clean()) == span(0, 64)
 
 

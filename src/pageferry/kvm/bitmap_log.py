@@ -14,8 +14,7 @@ is going to clear chunk by chunk; ENABLE promises all clear and all protected, s
 cleared at once, at more cost than letting KVM protect what is mapped.
 
 ``_held`` has the bits that are ours and not KVM's: of writers that are no vCPU (``mark``), given back, taken by a PEEK
-(automatic), or rescued from a CLEAN that failed half way. It has a lock of its own, held for moments only: a device
-that marks does so on a vCPU's thread and must not wait for a long CLEAN.
+(automatic), or rescued from a CLEAN that failed half way.
 
 **Why no write is lost** (laws 1, 2 and 4)::
 
@@ -32,7 +31,7 @@ that marks does so on a vCPU's thread and must not wait for a long CLEAN.
 
     device                        CLEAN
     writes p                      .
-    .                             swap _held     p is not in this bitmap; whether this round reads the old or the new
+    .                             take _held     p is not in this bitmap; whether this round reads the old or the new
     mark(p)                       .              bytes, p is in the next one. (Had mark come before the write, the
     .                             .              swap could fall between: bit taken, old bytes read, write lost.)
 
@@ -54,6 +53,7 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError
 from pageferry.core.frames import GfnArray
+from pageferry.core.held_bits import HeldBits
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.kvm import uapi
@@ -84,9 +84,8 @@ class KvmBitmapLog:
         self._vm = vm
         self._memory = memory
         self._slots = slots
-        self._operator = threading.Lock()  # one operator at a time; taken before _held_lock
-        self._held_lock = threading.Lock()
-        self._held: DirtyBitmap | None = None  # None: log-dirty is off
+        self._operator = threading.Lock()  # one operator at a time; a mark does not take it
+        self._held = HeldBits(memory)
 
     @property
     def tracker(self) -> str:
@@ -96,7 +95,7 @@ class KvmBitmapLog:
     @property
     def enabled(self) -> bool:
         """Whether log-dirty is on."""
-        return self._held is not None
+        return self._held.on
 
     def enable(self) -> None:
         """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on.
@@ -117,8 +116,7 @@ class KvmBitmapLog:
                 for slot in done:
                     slot.set(self._vm)
                 raise
-            with self._held_lock:
-                self._held = DirtyBitmap(self._memory.gfn_limit)
+            self._held.begin()
 
     def off(self) -> None:
         """OFF: all RAM WRITABLE, the bitmap freed (both by KVM). Does nothing when it is off already.
@@ -129,8 +127,7 @@ class KvmBitmapLog:
         with self._operator:
             if not self.enabled:
                 return
-            with self._held_lock:
-                self._held = None
+            self._held.end()
             failure: KvmError | None = None
             for slot in self._slots:
                 try:
@@ -151,13 +148,11 @@ class KvmBitmapLog:
             return self._peek()
 
     def _peek(self) -> DirtyBitmap:
-        self._expect_on()
+        self._held.expect_on()
         bitmap = self._get(self._slots)
-        with self._held_lock:
-            held = self._expect_on()
-            if not self.manual_protect:
-                held |= bitmap
-            bitmap |= held
+        if not self.manual_protect:
+            self._held.add(bitmap)
+        bitmap |= self._held.copy()
         return bitmap
 
     def clean(self) -> DirtyBitmap:
@@ -178,7 +173,7 @@ class KvmBitmapLog:
             KvmError: the kernel refused; no bit is lost, the next CLEAN has them.
         """
         with self._operator:
-            where = self._expect_on().words_of(gfns)
+            where = self._held.expect_on().words_of(gfns)
             slots = [slot for slot in self._slots if slot.words.start < where.stop and where.start < slot.words.stop]
             bitmap = self._get(slots)
             if self.manual_protect:
@@ -188,21 +183,15 @@ class KvmBitmapLog:
                     for slot in slots:
                         self._clear(slot, bitmap.words[slot.words])
             finally:  # what KVM has forgotten is ours now: of the range, or (automatic) of whole slots
-                self._keep(bitmap)
-            with self._held_lock:
-                return self._expect_on().take(gfns)
+                self._held.add(bitmap)
+            return self._held.take(gfns)
 
     def mark(self, gfns: GfnArray) -> None:
         """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
 
         Frames that are not RAM are ignored.
         """
-        if self._held is None:
-            return
-        ram = gfns[self._memory.are_ram(gfns)]
-        with self._held_lock:
-            if self._held is not None:
-                self._held.set(ram)
+        self._held.mark(gfns)
 
     def give_back(self, bitmap: DirtyBitmap) -> None:
         """Set again the bits that a failed round had taken with ``clean()``.
@@ -210,7 +199,7 @@ class KvmBitmapLog:
         Raises:
             LogDirtyError: log-dirty is off.
         """
-        self._keep(bitmap)
+        self._held.add(bitmap)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters. KVM counts page faults of every cause together: ``fault_count`` is not known.
@@ -220,16 +209,6 @@ class KvmBitmapLog:
         """
         with self._operator:
             return LogDirtyStats(fault_count=None, dirty_count=self._peek().count())
-
-    def _expect_on(self) -> DirtyBitmap:
-        if self._held is None:
-            raise LogDirtyError("log-dirty is off")
-        return self._held
-
-    def _keep(self, bitmap: DirtyBitmap) -> None:
-        with self._held_lock:
-            held = self._expect_on()
-            held |= bitmap
 
     def _get(self, slots: Iterable[MemorySlot]) -> DirtyBitmap:
         """Return KVM's bits of these slots; without manual protect this clears and protects.
@@ -244,7 +223,7 @@ class KvmBitmapLog:
                 self._vm.ioctl(uapi.KVM_GET_DIRTY_LOG, uapi.KvmDirtyLog(slot=slot.index, dirty_bitmap=_hva(words)))
         except KvmError:
             if not self.manual_protect:
-                self._keep(bitmap)
+                self._held.add(bitmap)
             raise
         return bitmap
 

@@ -24,9 +24,9 @@ also pushes an entry, of a page that may be writable already, each time it write
 instruction, or sets accessed bits in the guest's page tables.
 
 **Locks.** ``_operator`` is held around everything that touches rings. Its holder waits for the kernel, and for
-``_held_lock``, and for nothing else; above all, never for a vCPU. So a vCPU with a full ring, which waits for it, gets
-it, whatever the others do: operators do not pause the guest, and whoever pauses it holds no lock of ours. The kernel
-in turn waits for vCPUs inside KVM_RUN only. ``_held_lock`` is held for moments: a device's mark waits for no CLEAN.
+the lock of ``_held``, and for nothing else; above all, never for a vCPU. So a vCPU with a full ring, which waits for
+it, gets it, whatever the others do: operators do not pause the guest, and whoever pauses it holds no lock of ours. The
+kernel in turn waits for vCPUs inside KVM_RUN only.
 
 **Why no write is lost** (laws 1, 2 and 4)::
 
@@ -56,6 +56,7 @@ import threading
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError
 from pageferry.core.frames import GfnArray
+from pageferry.core.held_bits import HeldBits
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.kvm import uapi
@@ -85,9 +86,8 @@ class KvmRingLog:
         self._memory = memory
         self._slots = slots
         self._rings = rings
-        self._operator = threading.Lock()  # around all that touches rings; taken before _held_lock
-        self._held_lock = threading.Lock()
-        self._held: DirtyBitmap | None = None  # None: log-dirty is off
+        self._operator = threading.Lock()  # around all that touches rings; a mark does not take it
+        self._held = HeldBits(memory)
         self._collector: Collector | None = None
         self._unprotected = False  # a reset was cut short, and logging did not start anew
 
@@ -99,7 +99,7 @@ class KvmRingLog:
     @property
     def enabled(self) -> bool:
         """Whether log-dirty is on."""
-        return self._held is not None
+        return self._held.on
 
     def enable(self) -> None:
         """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on.
@@ -122,8 +122,7 @@ class KvmRingLog:
                 raise
             self._rings.unknown, self._unprotected = "", False
             self._collector = collector
-            with self._held_lock:
-                self._held = DirtyBitmap(self._memory.gfn_limit)
+            self._held.begin()
 
     def _start_logging(self) -> None:
         for slot in self._slots:
@@ -160,8 +159,7 @@ class KvmRingLog:
                 collector.join()  # without the lock, for which it may be waiting
 
     def _forget(self) -> Collector | None:
-        with self._held_lock:
-            self._held = None
+        self._held.end()
         collector, self._collector = self._collector, None
         if collector is not None:
             collector.end()
@@ -182,11 +180,10 @@ class KvmRingLog:
             LogDirtyError: log-dirty is off, or a write is not known.
         """
         with self._operator:
-            self._expect_on()
+            self._held.expect_on()
             self._harvest()
             self._expect_all_known()
-            with self._held_lock:
-                return self._expect_on().copy()
+            return self._held.copy()
 
     def clean(self) -> DirtyBitmap:
         """CLEAN: return the bitmap, clear it, make RAM NOT WRITABLE again; the guest runs on.
@@ -206,24 +203,20 @@ class KvmRingLog:
             VmError: the kernel refused; no bit is lost, the next CLEAN has them.
         """
         with self._operator:
-            where = self._expect_on().words_of(gfns)
+            where = self._held.expect_on().words_of(gfns)
             self._harvest()
             self._expect_all_known()
-            with self._held_lock:
-                dirty = self._expect_on().words[where].any()
+            dirty = self._held.expect_on().words[where].any()
             if dirty:  # else no page of the range is writable: a harvested one has its bit set until it is reset
                 self._reset()
-            with self._held_lock:
-                return self._expect_on().take(gfns)
+            return self._held.take(gfns)
 
     def mark(self, gfns: GfnArray) -> None:
         """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
 
         Frames that are not RAM are ignored.
         """
-        if self._held is None:
-            return
-        self._keep(gfns[self._memory.are_ram(gfns)])
+        self._held.mark(gfns)
 
     def give_back(self, bitmap: DirtyBitmap) -> None:
         """Set again the bits that a failed round had taken with ``clean()``.
@@ -231,9 +224,7 @@ class KvmRingLog:
         Raises:
             LogDirtyError: log-dirty is off.
         """
-        with self._held_lock:
-            held = self._expect_on()
-            held |= bitmap
+        self._held.add(bitmap)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters. ``fault_count`` is not known: see the module.
@@ -242,10 +233,9 @@ class KvmRingLog:
             LogDirtyError: log-dirty is off.
         """
         with self._operator:
-            self._expect_on()
+            self._held.expect_on()
             self._harvest()
-            with self._held_lock:
-                return LogDirtyStats(fault_count=None, dirty_count=self._expect_on().count())
+            return LogDirtyStats(fault_count=None, dirty_count=self._held.copy().count())
 
     def on_ring_full(self) -> None:
         """Make room; on the thread of the vCPU whose ring is full, which cannot run on if this raises a VmError."""
@@ -263,11 +253,6 @@ class KvmRingLog:
             if self._rings.half_full:
                 self._reset()
 
-    def _expect_on(self) -> DirtyBitmap:
-        if self._held is None:
-            raise LogDirtyError("log-dirty is off")
-        return self._held
-
     def _expect_all_known(self) -> None:
         hint = "turn log-dirty off, and start anew with all of memory"
         if self._rings.unknown:
@@ -275,14 +260,9 @@ class KvmRingLog:
         if self._unprotected:
             raise LogDirtyError("after a reset that was cut short the kernel refused to log anew", hint=hint)
 
-    def _keep(self, gfns: GfnArray) -> None:
-        with self._held_lock:
-            if self._held is not None:
-                self._held.set(gfns)
-
     def _harvest(self) -> None:
         """Take the new entries into the bitmap; while log-dirty is off, drop them. _operator is held."""
-        self._rings.harvest(self._keep)
+        self._rings.harvest(self._held.set)
 
     def _reset(self) -> None:
         """Let KVM protect again what is harvested; no bit is cleared. _operator is held."""
@@ -292,6 +272,4 @@ class KvmRingLog:
         self._unprotected = True
         self._start_logging()
         self._unprotected = False
-        with self._held_lock:
-            held = self._expect_on()
-            held |= self._memory.all_ram()
+        self._held.add(self._memory.all_ram())

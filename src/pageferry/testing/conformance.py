@@ -11,12 +11,12 @@ that it defends; the first one that fails raises :class:`ConformanceError`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from traceback import clear_frames
 
 from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
-from pageferry.testing import copies, operators, races
+from pageferry.testing import copies, operators, races, ranges
 from pageferry.testing.lab import Lab, MakeVm, Violation
 
 #: Neither a multiple of 64 pages nor of 2 MiB; and one that goes on behind the PCI hole.
@@ -52,17 +52,18 @@ class Check:
     summary: str
 
 
-def _check(law: int | None, function: Callable[[Lab], None]) -> Check:
+def _check(law: int | None, function: Callable[..., None]) -> Check:
     summary = (function.__doc__ or "").partition("\n")[0]
     return Check(name=function.__name__.replace("_", "-"), law=law, run=function, summary=summary)
 
 
-def _free(law: int, workload: str) -> Check:
-    return Check(
-        name=f"free-running-{workload}",
-        law=law,
-        run=partial(races.free_running, workload=workload),
-        summary=f"{(races.free_running.__doc__ or '').partition(chr(10))[0]} Guest: {workload}.",
+def _with_guest(law: int, function: Callable[..., None], workload: str) -> Check:
+    check = _check(law, function)
+    return replace(
+        check,
+        name=f"{check.name}-{workload}",
+        run=partial(function, workload=workload),
+        summary=f"{check.summary} Guest: {workload}.",
     )
 
 
@@ -91,13 +92,26 @@ CHECKS: tuple[Check, ...] = (
     _check(2, copies.stamped_copy),
     _check(2, races.changed_between_cleans),
     _check(2, races.peek_grows),
-    *(_free(2, workload) for workload in ("stamp", "sweep", "random", "hotset", "kv", "smp", "idle", "pagetables")),
-    _free(4, "dma"),
+    *(
+        _with_guest(2, races.free_running, workload)
+        for workload in ("stamp", "sweep", "random", "hotset", "kv", "smp", "idle", "pagetables")
+    ),
+    _with_guest(4, races.free_running, "dma"),
     _check(2, races.peeking_thread),
     _check(4, races.writing_thread),
     _check(2, races.two_cleaners),
     _check(5, races.failed_rounds),
     _check(5, races.on_and_off_while_running),
+    _check(None, ranges.range_returns_its_own),
+    _check(None, ranges.strange_ranges),
+    _check(1, ranges.range_leaves_the_others),
+    _check(8, ranges.range_costs_no_other_fault),
+    _check(4, ranges.marks_by_range),
+    _check(5, ranges.given_back_by_range),
+    _check(3, ranges.stamped_copy_by_range),
+    _with_guest(2, races.cleaned_by_range, "random"),
+    _with_guest(2, races.cleaned_by_range, "smp"),
+    _with_guest(4, races.cleaned_by_range, "dma"),
 )
 
 

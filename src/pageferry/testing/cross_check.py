@@ -210,7 +210,7 @@ class CrossCheck:
             OracleError: one of them lost a page; no bit was cleared.
             LogDirtyError: as the trackers' own.
         """
-        return self._clean(lambda log: log.clean(), range(self._memory.gfn_limit))
+        return self.clean_range(range(self._memory.gfn_limit))
 
     def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN of these frames only; ranges that ascend are one round.
@@ -220,16 +220,13 @@ class CrossCheck:
             LogDirtyError: as :meth:`clean`.
             ValueError: the range does not consist of whole words of the bitmap; no bit was cleared.
         """
-        return self._clean(lambda log: log.clean_range(gfns), gfns)
-
-    def _clean(self, clean: Callable[[LogDirty], DirtyBitmap], gfns: range) -> DirtyBitmap:
         with self._operator:
             if self._memory.unmarked_writes == 0:
                 self._mature()
             reports: list[DirtyBitmap] = []
             try:
                 for log in self._logs:
-                    reports.append(clean(log))  # noqa: PERF401  # what comes before a failure is kept
+                    reports.append(log.clean_range(gfns))  # noqa: PERF401  # what comes before a failure is kept
                 contents = self._expect_on()
                 for debts, reported in zip(self._debts, reports, strict=True):
                     self._expect_none(debts, debts.overdue(reported, gfns))

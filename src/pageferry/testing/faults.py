@@ -1,6 +1,7 @@
 """Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
 
-Each wraps a sound tracker of any machine. ``mutated(make_vm, fault)`` gives the kit a machine with that fault.
+Each wraps a sound tracker of any machine; ``mutated(make_vm, fault)`` gives the kit a machine with that fault. Those
+of CLEAN of a range alone are in :mod:`.range_faults`.
 """
 
 import threading
@@ -11,6 +12,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.vm import LogDirtyStats, Vm, VmStatus
+from pageferry.testing import range_faults
 from pageferry.testing.mutant import Faithful, mutated
 
 __all__ = ["FAULTS", "Faithful", "mutated"]
@@ -23,9 +25,9 @@ _A_HANDFUL = 16
 class DropsABit(Faithful):
     """CLEAN forgets the last frame of each bitmap."""
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, one bit short."""
-        bitmap = self._sound.clean()
+        bitmap = self._sound.clean_range(gfns)
         if bitmap.any():
             bitmap.clear(int(bitmap.gfns()[-1]))
         return bitmap
@@ -38,9 +40,9 @@ class DropsTheLastWord(Faithful):
         """PEEK, rounded down to whole words."""
         return self._cut(self._sound.peek())
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, rounded down to whole words."""
-        return self._cut(self._sound.clean())
+        return self._cut(self._sound.clean_range(gfns))
 
     def _cut(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         if bitmap.nbits % 64:
@@ -51,56 +53,59 @@ class DropsTheLastWord(Faithful):
 class SkipsSmallRounds(Faithful):
     """A handful of dirty pages counts as none, and CLEAN forgets them."""
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, when it is worth it."""
-        bitmap = self._sound.clean()
+        bitmap = self._sound.clean_range(gfns)
         return bitmap if bitmap.count() >= _A_HANDFUL else DirtyBitmap(bitmap.nbits)
 
 
 class DoesNotProtectAgain(Faithful):
     """CLEAN clears a bit but leaves its page writable, so that the next write to it goes unseen."""
 
-    _last: DirtyBitmap | None = None
+    def __init__(self, vm: Vm) -> None:
+        super().__init__(vm)
+        self._writable = DirtyBitmap(vm.memory.gfn_limit)
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, without those of the CLEAN before."""
-        bitmap = self._sound.clean()
-        seen = bitmap if self._last is None else bitmap - self._last
-        self._last = seen
+        seen = self._sound.clean_range(gfns) - self._writable.take(gfns)
+        self._writable |= seen
         return seen
 
 
 class ClearsAfterTheCopy(Faithful):
     """CLEAN copies the bitmap, and clears it a little later: a write in between is lost."""
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN in two steps; a running guest has the time to write in between, however busy the host."""
-        bitmap = self._sound.peek()
+        bitmap = self._sound.peek().take(gfns)
         for _ in range(_WINDOWS):
-            if self._vm.wait(_WINDOW_S) is not VmStatus.RUNNING or (self._sound.peek() - bitmap).any():
+            if self._vm.wait(_WINDOW_S) is not VmStatus.RUNNING or (self._sound.peek().take(gfns) - bitmap).any():
                 break
-        self._sound.clean()
+        self._sound.clean_range(gfns)
         return bitmap
 
 
 class ReportsLate(Faithful):
     """CLEAN returns the bitmap of the CLEAN before."""
 
-    _last: DirtyBitmap | None = None
+    def __init__(self, vm: Vm) -> None:
+        super().__init__(vm)
+        self._late = DirtyBitmap(vm.memory.gfn_limit)
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, one call late."""
-        bitmap = self._sound.clean()
-        last, self._last = self._last, bitmap
-        return DirtyBitmap(bitmap.nbits) if last is None else last
+        last = self._late.take(gfns)
+        self._late |= self._sound.clean_range(gfns)
+        return last
 
 
 class NeverClears(Faithful):
     """CLEAN is a PEEK."""
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """PEEK."""
-        return self._sound.peek()
+        return self._sound.peek().take(gfns)
 
 
 class PeekClears(Faithful):
@@ -133,10 +138,10 @@ class MarkLosesARace(Faithful):
         super().__init__(vm)
         self._cleans = 0
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN."""
         self._cleans += 1
-        return self._sound.clean()
+        return self._sound.clean_range(gfns)
 
     def mark(self, gfns: GfnArray) -> None:
         """Mark, unless a CLEAN came in between."""
@@ -177,9 +182,9 @@ class SharesItsBitmap(Faithful):
 
     _shared: DirtyBitmap | None = None
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN into the shared object."""
-        bitmap = self._sound.clean()
+        bitmap = self._sound.clean_range(gfns)
         if self._shared is None:
             self._shared = bitmap
         self._shared.words[:] = bitmap.words
@@ -213,9 +218,9 @@ class WorksWhileOff(Faithful):
         """PEEK, or nothing."""
         return self._sound.peek() if self.enabled else DirtyBitmap(self._vm.memory.gfn_limit)
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, or nothing."""
-        return self._sound.clean() if self.enabled else DirtyBitmap(self._vm.memory.gfn_limit)
+        return self._sound.clean_range(gfns) if self.enabled else DirtyBitmap(self._vm.memory.gfn_limit)
 
 
 class OffDoesNothing(Faithful):
@@ -246,20 +251,20 @@ class OffKeepsTheBits(Faithful):
 class IgnoresTheHole(Faithful):
     """RAM behind the PCI hole is reported as if there were none."""
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN with frames shifted down."""
-        bitmap = self._sound.clean()
-        gfns, hole = bitmap.gfns(), np.uint64(gfn_of(PCI_HOLE_END) - gfn_of(PCI_HOLE_START))
-        above = gfns >= np.uint64(gfn_of(PCI_HOLE_END))
-        return DirtyBitmap.of(bitmap.nbits, np.where(above, gfns - hole * above.astype(np.uint64), gfns))
+        bitmap = self._sound.clean_range(gfns)
+        found, hole = bitmap.gfns(), np.uint64(gfn_of(PCI_HOLE_END) - gfn_of(PCI_HOLE_START))
+        above = found >= np.uint64(gfn_of(PCI_HOLE_END))
+        return DirtyBitmap.of(bitmap.nbits, np.where(above, found - hole * above.astype(np.uint64), found))
 
 
 class ReportsAllAlways(Faithful):
     """CLEAN reports all of RAM: safe, and useless."""
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN."""
-        return self._sound.clean() | self._vm.memory.all_ram()
+        return self._sound.clean_range(gfns) | self._vm.memory.all_ram().take(gfns)
 
 
 class CountsWrong(Faithful):
@@ -275,9 +280,9 @@ class FaultsTwice(Faithful):
 
     _pages = 0
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, counting."""
-        bitmap = self._sound.clean()
+        bitmap = self._sound.clean_range(gfns)
         self._pages += bitmap.count()
         return bitmap
 
@@ -294,14 +299,14 @@ class BreaksUnderTwoCallers(Faithful):
         super().__init__(vm)
         self._busy = False
 
-    def clean(self) -> DirtyBitmap:
+    def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN, for one."""
         if self._busy:
             raise LogDirtyError("busy")
         self._busy = True
         try:
             self._vm.wait(_WINDOW_S)
-            return self._sound.clean()
+            return self._sound.clean_range(gfns)
         finally:
             self._busy = False
 
@@ -332,4 +337,5 @@ FAULTS: tuple[type[Faithful], ...] = (
     CountsWrong,
     FaultsTwice,
     BreaksUnderTwoCallers,
+    *range_faults.FAULTS,
 )

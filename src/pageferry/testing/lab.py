@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of
-from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray, gfn_of
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.vm import LogDirty, Vm, VmConfig, VmStatus
 from pageferry.guests import abi
@@ -65,6 +66,14 @@ class Guest:
     def work(self) -> int:
         """Return how much work the guest has done."""
         return sum(slot.work for slot in abi.read_status(self.memory, self.info.cpus))
+
+    def parts(self) -> list[range]:
+        """Return ranges that cover all frames: cut within the working set, in front of the last word, at the hole."""
+        limit = self.memory.gfn_limit
+        within = (gfn_of(self.info.working_set_gpa) & -64) + 64
+        cuts = {0, 64, within, (limit - 1) & -64, gfn_of(PCI_HOLE_START), gfn_of(PCI_HOLE_END)}
+        edges = [*sorted(cut for cut in cuts if cut < limit), limit]
+        return [range(start, stop) for start, stop in pairwise(edges)]
 
     def start_stamping(self) -> None:
         """Run the ``stamp`` guest to its first sync point."""

@@ -9,7 +9,10 @@ from pageferry.testing.lab import MakeVm
 
 
 class Faithful:
-    """A tracker that passes everything on, as it should be: the base of the faults."""
+    """A tracker that passes everything on, as it should be: the base of the faults.
+
+    CLEAN is here the CLEAN of all frames: a fault in ``clean_range`` is a fault of both.
+    """
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -35,7 +38,7 @@ class Faithful:
 
     def clean(self) -> DirtyBitmap:
         """CLEAN."""
-        return self._sound.clean()
+        return self.clean_range(range(self._vm.memory.gfn_limit))
 
     def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN of a range."""

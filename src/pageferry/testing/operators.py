@@ -32,6 +32,7 @@ def _require_off(guest: Guest) -> None:
     for name, call in (
         ("PEEK", log_dirty.peek),
         ("CLEAN", log_dirty.clean),
+        ("CLEAN of a range", lambda: log_dirty.clean_range(range(64))),
         ("stats", log_dirty.stats),
         ("give_back", lambda: log_dirty.give_back(empty)),
     ):

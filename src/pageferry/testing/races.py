@@ -38,6 +38,25 @@ def free_running(lab: Lab, workload: str) -> None:
         _finish_copy(guest, copy)
 
 
+def cleaned_by_range(lab: Lab, workload: str) -> None:
+    """A copy made range by range, each read after its CLEAN, with a PEEK before, ends up equal to memory."""
+    with lab.guest(workload, pages=200, rate=_SLOW if workload == "random" else 0) as guest:
+        copy = _start_copy(guest)
+
+        def clean_and_copy() -> None:
+            for part in guest.parts():
+                guest.log_dirty.peek()
+                copy.take(guest.log_dirty.clean_range(part))
+
+        for _ in range(_ROUNDS):
+            clean_and_copy()
+            guest.progress(_ROUND_WORK)
+        guest.require_running()
+        guest.vm.pause()
+        clean_and_copy()
+        copy.require_equal()
+
+
 def changed_between_cleans(lab: Lab) -> None:
     """A page that changes after one CLEAN returned and before the next one is called is in that next one.
 

@@ -3,8 +3,7 @@
 While log-dirty is on, all RAM in the vCPUs' view is registered with a userfaultfd and write-protected, pages without
 storage included (the kernel then keeps a marker for each: 2 MiB of page tables per GiB of RAM, touched or not; huge
 page mappings are split). A subclass says which pages are writable again, and protects those again on CLEAN. Bits of
-writers that are no vCPU (``mark``) and bits given back are in ``_held``, which has a lock of its own, held for moments
-only: a device that marks does so on a vCPU's thread and must not wait for a long CLEAN.
+writers that are no vCPU (``mark``) and bits given back are in ``_held``.
 
 **Why nobody deadlocks.** The protected mapping is written through by vCPUs alone, inside an ioctl that has released
 the interpreter lock. So whoever resolves a fault may take that lock, and no thread of Python ever waits for a page.
@@ -31,6 +30,7 @@ from typing import ClassVar
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, UffdError
 from pageferry.core.frames import GfnArray
+from pageferry.core.held_bits import HeldBits
 from pageferry.core.vm import LogDirtyStats
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.view import VcpuView
@@ -49,8 +49,7 @@ class UffdLog(ABC):
     def __init__(self, view: VcpuView) -> None:
         self._view = view
         self._operator = threading.Lock()  # one operator at a time; taken before every other lock here
-        self._held_lock = threading.Lock()
-        self._held: DirtyBitmap | None = None  # None: log-dirty is off
+        self._held = HeldBits(view.memory)
         self._uffd: UffdFd | None = None  # changes with the operator lock held; open while log-dirty is on
 
     @property
@@ -61,7 +60,7 @@ class UffdLog(ABC):
     @property
     def enabled(self) -> bool:
         """Whether log-dirty is on."""
-        return self._held is not None
+        return self._held.on
 
     def enable(self) -> None:
         """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on. What it writes meanwhile is dirty.
@@ -84,8 +83,7 @@ class UffdLog(ABC):
             except BaseException:
                 self._release()
                 raise
-            with self._held_lock:
-                self._held = DirtyBitmap(self._view.memory.gfn_limit)
+            self._held.begin()
 
     def off(self) -> None:
         """OFF: all RAM WRITABLE, whoever waits for a page goes on, the bitmap is freed. May be called twice.
@@ -96,8 +94,7 @@ class UffdLog(ABC):
         with self._operator:
             if not self.enabled:
                 return
-            with self._held_lock:
-                self._held = None
+            self._held.end()
             failure = self._release()
             if failure is not None:
                 raise failure
@@ -105,8 +102,7 @@ class UffdLog(ABC):
     def close(self) -> None:
         """Free everything, with the machine; no vCPU will run again."""
         with self._operator:
-            with self._held_lock:
-                self._held = None
+            self._held.end()
             self._release()
 
     def peek(self) -> DirtyBitmap:
@@ -120,10 +116,9 @@ class UffdLog(ABC):
             return self._peek()
 
     def _peek(self) -> DirtyBitmap:
-        self._expect_on()
+        self._held.expect_on()
         bitmap = self._look()
-        with self._held_lock:
-            bitmap |= self._expect_on()
+        bitmap |= self._held.copy()
         return bitmap
 
     def clean(self) -> DirtyBitmap:
@@ -144,27 +139,21 @@ class UffdLog(ABC):
             UffdError: as :meth:`clean`.
         """
         with self._operator:
-            self._expect_on().words_of(gfns)
+            self._held.expect_on().words_of(gfns)
             taken = DirtyBitmap(self._view.memory.gfn_limit)
             try:
                 for part in self._view.parts(gfns):
                     self._take(part, taken)
             finally:  # what is protected again is in `taken` alone
-                self._keep(taken)
-            with self._held_lock:
-                return self._expect_on().take(gfns)
+                self._held.add(taken)
+            return self._held.take(gfns)
 
     def mark(self, gfns: GfnArray) -> None:
         """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
 
         Frames that are not RAM are ignored.
         """
-        if self._held is None:
-            return
-        ram = gfns[self._view.memory.are_ram(gfns)]
-        with self._held_lock:
-            if self._held is not None:
-                self._held.set(ram)
+        self._held.mark(gfns)
 
     def give_back(self, bitmap: DirtyBitmap) -> None:
         """Set again the bits that a failed round had taken with ``clean()``.
@@ -172,7 +161,7 @@ class UffdLog(ABC):
         Raises:
             LogDirtyError: log-dirty is off.
         """
-        self._keep(bitmap)
+        self._held.add(bitmap)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters.
@@ -205,16 +194,6 @@ class UffdLog(ABC):
     @abstractmethod
     def _fault_count(self) -> int | None:
         """Return the write faults since ENABLE, None when nobody counts them."""
-
-    def _expect_on(self) -> DirtyBitmap:
-        if self._held is None:
-            raise LogDirtyError("log-dirty is off")
-        return self._held
-
-    def _keep(self, bitmap: DirtyBitmap) -> None:
-        with self._held_lock:
-            held = self._expect_on()
-            held |= bitmap
 
     def _release(self) -> UffdError | None:
         """Make all writable, wake whoever waits, close the userfaultfd; return what the kernel refused first."""

@@ -12,6 +12,7 @@ from pageferry.kvm import KvmVm, uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.slots import MemorySlot
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from pageferry.testing.mutation.held import drop_given_back, drop_marks
 
 fault = Faults(Room.KVM)
 
@@ -92,17 +93,61 @@ def kvm_second_slot_shifted(vm: KvmVm) -> None:
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
-            bitmap: DirtyBitmap = sound()
+        def clean_range(gfns: range) -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound(gfns)
             second = log._slots[1].words
             words = bitmap.words[second].copy()
             bitmap.words[second] = 0
             bitmap.words[gfn_of(PCI_HOLE_START) // 64 :][: words.size] |= words
             return bitmap
 
-        return clean
+        return clean_range
 
-    replace(log, "clean", wrap)
+    replace(log, "clean_range", wrap)
+
+
+@fault(
+    "QEMU: cleared bits that it had not read",
+    law=2,
+    found_by=("range-returns-its-own", "range-leaves-the-others", "stamped-copy-by-range"),
+)
+def kvm_range_clears_the_slot(vm: KvmVm) -> None:
+    """CLEAN of a range has KVM clear all bits of the slots that it touches, read or not."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clear(slot: MemorySlot, words: NDArray[np.uint64]) -> None:
+            sound(slot, np.full_like(words, 0xFFFF_FFFF_FFFF_FFFF))
+
+        return clear
+
+    replace(log, "_clear", wrap)
+
+
+@fault(
+    "Firecracker: in a guest of more than 3 GiB the pages of the second slot were at wrong offsets",
+    law=2,
+    found_by=("range-returns-its-own", "stamped-copy-by-range"),
+    memory_bytes=BEHIND_THE_HOLE,
+)
+def kvm_range_of_the_first_slot(vm: KvmVm) -> None:
+    """CLEAN of a range looks for it in the first slot only."""
+    log = _log(vm)
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> DirtyBitmap:
+            slots = log._slots
+            if len(gfns) < vm.memory.gfn_limit:
+                log._slots = slots[:1]
+            try:
+                bitmap: DirtyBitmap = sound(gfns)
+            finally:
+                log._slots = slots
+            return bitmap
+
+        return clean_range
+
+    replace(log, "clean_range", wrap)
 
 
 @fault(
@@ -112,19 +157,7 @@ def kvm_second_slot_shifted(vm: KvmVm) -> None:
 )
 def kvm_only_the_kernels_bits(vm: KvmVm) -> None:
     """CLEAN returns what KVM logged, and drops what others marked."""
-    log = _log(vm)
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
-            with log._held_lock:
-                if log._held is not None:
-                    log._held.words[:] = 0
-            bitmap: DirtyBitmap = sound()
-            return bitmap
-
-        return clean
-
-    replace(log, "clean", wrap)
+    drop_marks(_log(vm))
 
 
 @fault(
@@ -155,5 +188,4 @@ def kvm_peek_takes(vm: KvmVm) -> None:
 )
 def kvm_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    log = _log(vm)
-    replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())
+    drop_given_back(_log(vm))

@@ -35,16 +35,9 @@ class _Instead:
 class _CleansLate(Faithful):
     """CLEAN returns the bits and takes them only when told to."""
 
-    def clean(self) -> DirtyBitmap:
-        """PEEK."""
-        return self._sound.peek()
-
     def clean_range(self, gfns: range) -> DirtyBitmap:
         """PEEK, of a range."""
-        dirty = self._sound.peek()
-        outside = dirty.copy()
-        outside.clear_range(gfns.start, len(gfns))
-        return dirty - outside
+        return self._sound.peek().take(gfns)
 
     def really_clean(self) -> None:
         """CLEAN."""

@@ -83,6 +83,25 @@ def pagemap_looked_then_protected(vm: KvmVm) -> None:
     replace(log, "_take", lambda _: take)
 
 
+@fault(
+    "QEMU: cleared bits that it had not read",
+    law=2,
+    found_by=("range-returns-its-own", "range-leaves-the-others", "stamped-copy-by-range"),
+    tracker=_SCAN,
+)
+def pagemap_range_protects_all(vm: KvmVm) -> None:
+    """CLEAN of a range protects every page of the region, and reports those of the range."""
+    log = log_of(vm)
+
+    def take(part: range, taken: DirtyBitmap) -> None:
+        found = DirtyBitmap(taken.nbits)
+        for region in log._view.parts(range(taken.nbits)):
+            log._scan(region, found, protect=True)
+        taken |= found.take(part)
+
+    replace(log, "_take", lambda _: take)
+
+
 class _NoHole(VcpuView):
     def gfns(self, hvas: GfnArray) -> GfnArray:
         gfns = super().gfns(hvas)

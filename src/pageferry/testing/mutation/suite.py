@@ -7,11 +7,22 @@ from pageferry.engine.destination import Destination
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import DEFAULT_TRACKER
-from pageferry.testing import conformance, faults
+from pageferry.testing import conformance, faults, range_faults
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm
 from pageferry.testing.mutant import mutated
-from pageferry.testing.mutation import checks, kvm_log, kvm_ring, moving, pagemap, tables, tracking, uffd, writers
+from pageferry.testing.mutation import (
+    checks,
+    kvm_log,
+    kvm_ring,
+    moving,
+    pagemap,
+    ranges,
+    tables,
+    tracking,
+    uffd,
+    writers,
+)
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
 from pageferry.testing.mutation.migrations import Engine, migration_checks
 
@@ -22,7 +33,7 @@ _UFFD_TRACKERS = ("uffd-wp", "pagemap-scan")
 def _wrapped_trackers() -> tuple[Fault, ...]:
     register = Faults(Room.TRACKER)
     for wrapper in faults.FAULTS:
-        size = BEHIND_THE_HOLE if wrapper is faults.IgnoresTheHole else ODD
+        size = BEHIND_THE_HOLE if wrapper in (faults.IgnoresTheHole, range_faults.RangeEndsAtTheHole) else ODD
         register("", law=None, found_by=(), memory_bytes=size)(wrapper)
     return register.all()
 
@@ -32,7 +43,7 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 
 DECLARED: tuple[Fault, ...] = tuple(
     fault
-    for room in (tracking, tables, writers, moving, kvm_log, kvm_ring, uffd, pagemap)
+    for room in (tracking, ranges, tables, writers, moving, kvm_log, kvm_ring, uffd, pagemap)
     for fault in room.fault.all()
 )
 """All faults in the implementation, whatever it has of them."""

@@ -19,7 +19,7 @@ fault = Faults(Room.HYPERVISOR)
 )
 def tlb_not_flushed(domain: Domain) -> None:
     """CLEAN protects the pages and leaves writable translations in the vCPUs' TLBs."""
-    _without_flush(domain, "clean")
+    _without_flush(domain, "clean_range")
 
 
 @fault(
@@ -36,10 +36,10 @@ def _without_flush(domain: Domain, operator: str) -> None:
     paging = domain.paging
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def operate() -> Any:  # noqa: ANN401
+        def operate(*arguments: object) -> Any:  # noqa: ANN401
             flush, paging._flush_tlbs = paging._flush_tlbs, lambda: None
             try:
-                return sound()
+                return sound(*arguments)
             finally:
                 paging._flush_tlbs = flush
 

@@ -41,7 +41,7 @@ def protect_before_swap(domain: Domain) -> None:
     """CLEAN protects first and swaps the bitmap later; a write in between is granted, and its bit swapped away."""
     paging, locks = domain.paging, domain.locks
 
-    def clean() -> DirtyBitmap:
+    def clean_range(gfns: range) -> DirtyBitmap:
         with locks.domain:
             with domain.run_control.stopped(), locks.p2m:
                 with locks.log_dirty:
@@ -50,9 +50,9 @@ def protect_before_swap(domain: Domain) -> None:
                 paging._flush_tlbs()
             store_from_a_vcpu(domain)
             with domain.run_control.stopped(), locks.p2m, locks.log_dirty:
-                return paging._end_cycle(range(domain.memory.gfn_limit))[0]
+                return paging._end_cycle(gfns)[0]
 
-    replace(paging, "clean", lambda _: clean)
+    replace(paging, "clean_range", lambda _: clean_range)
 
 
 @fault(
@@ -65,15 +65,15 @@ def clear_after_copy(domain: Domain) -> None:
     paging = domain.paging
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
-            copied = paging.peek()
+        def clean_range(gfns: range) -> DirtyBitmap:
+            copied = paging.peek().take(gfns)
             store_from_a_vcpu(domain)
-            sound()
+            sound(gfns)
             return copied
 
-        return clean
+        return clean_range
 
-    replace(paging, "clean", wrap)
+    replace(paging, "clean_range", wrap)
 
 
 @fault(
@@ -189,16 +189,16 @@ def shared_word_never_cleared(domain: Domain) -> None:
 )
 def cleared_unread(domain: Domain) -> None:
     """CLEAN reads the bitmap in pieces of whole words and clears all of it."""
-    replace(domain.paging, "clean", _without_last_word)
 
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound(gfns)
+            bitmap.words[-1] = 0
+            return bitmap
 
-def _without_last_word(sound: Any) -> Any:  # noqa: ANN401
-    def clean() -> DirtyBitmap:
-        bitmap: DirtyBitmap = sound()
-        bitmap.words[-1] = 0
-        return bitmap
+        return clean_range
 
-    return clean
+    replace(domain.paging, "clean_range", wrap)
 
 
 @fault(
@@ -286,15 +286,15 @@ def hole_not_counted(domain: Domain) -> None:
     """The bitmap counts pages of RAM, not frames: above the PCI hole every bit is shifted."""
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> DirtyBitmap:
-            bitmap: DirtyBitmap = sound()
-            gfns = bitmap.gfns()
-            above = gfns >= np.uint64(gfn_of(PCI_HOLE_END))
-            return DirtyBitmap.of(bitmap.nbits, gfns - above.astype(np.uint64) * np.uint64(_HOLE_PAGES))
+        def clean_range(gfns: range) -> DirtyBitmap:
+            bitmap: DirtyBitmap = sound(gfns)
+            found = bitmap.gfns()
+            above = found >= np.uint64(gfn_of(PCI_HOLE_END))
+            return DirtyBitmap.of(bitmap.nbits, found - above.astype(np.uint64) * np.uint64(_HOLE_PAGES))
 
-        return clean
+        return clean_range
 
-    replace(domain.paging, "clean", wrap)
+    replace(domain.paging, "clean_range", wrap)
 
 
 def _mark_and_grant(domain: Domain, gfns: GfnArray) -> None:

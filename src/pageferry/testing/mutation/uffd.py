@@ -13,6 +13,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.kvm import KvmVm
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from pageferry.testing.mutation.held import drop_given_back
 from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.log import UffdLog
@@ -169,6 +170,24 @@ def uffd_not_protected_again(vm: KvmVm) -> None:
 
 
 @fault(
+    "no bug on record: what a range that begins elsewhere invites",
+    law=1,
+    found_by=("range-leaves-the-others", "stamped-copy-by-range"),
+    tracker=_WP,
+)
+def uffd_range_protected_from_the_start_of_ram(vm: KvmVm) -> None:
+    """CLEAN of a range protects as many pages, from the first of RAM on, and takes the bits of the range."""
+    log = log_of(vm)
+
+    def take(part: range, taken: DirtyBitmap) -> None:
+        for region in log._view.parts(range(len(part))):
+            log._uffd.protect(log._view.hva(region.start), len(region) << PAGE_SHIFT)
+        taken |= log._granted.take(part)
+
+    replace(log, "_take", lambda _: take)
+
+
+@fault(
     "Linux before 6.4, where asked to be: write protection passed over what had no page table entry",
     law=1,
     found_by=("rounds-are-exact", "stamped-copy"),
@@ -235,5 +254,4 @@ def uffd_only_the_vcpus_bits(vm: KvmVm) -> None:
 )
 def uffd_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    log = log_of(vm)
-    replace(log, "give_back", lambda _: lambda bitmap: log._expect_on())
+    drop_given_back(log_of(vm))

@@ -88,18 +88,18 @@ def last_device_log_lost(domain: Domain) -> None:
     mark, logs = paging.mark, list[GfnArray]()
 
     def collect(sound: Any) -> Any:  # noqa: ANN401
-        def clean() -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> Any:  # noqa: ANN401
             while logs:
                 mark(logs.pop())
-            return sound()
+            return sound(gfns)
 
-        return clean
+        return clean_range
 
     def log(gfns: GfnArray) -> None:
         if paging.enabled:
             logs.append(gfns)
 
-    replace(paging, "clean", collect)
+    replace(paging, "clean_range", collect)
     domain.memory.on_write(log)
 
 
