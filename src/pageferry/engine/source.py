@@ -15,56 +15,30 @@
       | -- COMMIT ------------------------------------> |  from here on the source never runs it again by itself
       | <---------------------------------- RUNNING -- |  downtime ends
 
-Postcondition on success: the guest runs (or is paused, if it was) at the destination; here it stays frozen.
-Postcondition on failure before COMMIT: the guest is here, running or paused as it was, log-dirty is off, and another
-attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at`` is UNKNOWN.
+What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """
 
 import contextlib
-import logging
-import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import (
-    GuestAt,
-    MigrationError,
-    PeerError,
-    PolicyAbort,
-    VerifyError,
-    VmError,
-)
-from pageferry.core.events import (
-    DOWNTIME_PHASES,
-    DeviceCost,
-    Event,
-    MigrationEnded,
-    MigrationReport,
-    Phase,
-    RoundEnded,
-)
-from pageferry.core.frames import PAGE_SIZE, GfnArray
-from pageferry.core.policy import Action, Policy, Progress, RoundStats
-from pageferry.core.vm import Vm, VmStatus
+from pageferry.core.errors import GuestAt, PeerError, VerifyError
+from pageferry.core.events import DeviceCost, Phase, RoundEnded
+from pageferry.core.frames import GfnArray
+from pageferry.core.policy import Action, Progress, RoundStats
+from pageferry.core.vm import VmStatus
 from pageferry.engine import estimates, verify
+from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
-from pageferry.engine.failures import as_migration_error
-from pageferry.engine.phases import PhaseClock, guarded
-from pageferry.engine.rounds import PageSender
-from pageferry.engine.throttle import Throttle
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
-from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
     Digests,
     Failed,
-    Frame,
     Mismatch,
     Ready,
     Running,
@@ -75,154 +49,13 @@ from pageferry.stream.ferry_frames import MAX_DIGESTS
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
-_log = logging.getLogger(__name__)
-
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
 #: second, in which many of those that come later are written again.
 _CHUNK_PAGES = 1 << 18
 
 
-def _ignore(_: Event) -> None:
-    """See nothing."""
-
-
-class Source:
-    """One attempt to move a guest away.
-
-    Args:
-        vm: the guest; running or paused.
-        endpoint: where the destination listens.
-        policy: decides after each round.
-        name: what the guest is called, for people.
-        timeout_s: how long the connection may stand still.
-        on_event: sees every event, on the thread that calls :meth:`run`.
-    """
-
-    def __init__(
-        self,
-        vm: Vm,
-        endpoint: Endpoint,
-        policy: Policy,
-        *,
-        name: str = "guest",
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        on_event: Callable[[Event], None] = _ignore,
-    ) -> None:
-        self._vm = vm
-        self._endpoint = endpoint
-        self._policy = policy
-        self._name = name
-        self._timeout_s = timeout_s
-        self._on_event = guarded(on_event)
-        self._clock = PhaseClock(self._on_event)
-        self._commit_lock = threading.Lock()
-        self._cancelled = False
-        self._committed = False
-        self._armed = False
-        self._channel: Channel | None = None
-        self._encoder = Encoder()
-        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
-        self._throttle = Throttle(vm, self._clock.now_s)
-        self._fixed_s = 0.0
-        self._fault_count: int | None = None
-        self._peer_accel: str | None = None
-        self._state_bytes: int | None = None
-        self._devices: tuple[DeviceCost, ...] = ()
-        self._verified_pages = 0
-        self._began_s: float | None = None
-        self._running_at_s: float | None = None
-        self._stop_reason = ""
-        self.status = "setup"
-        self.guest_at = GuestAt.SOURCE
-        self.frozen = False
-        self.report: MigrationReport | None = None
-        self.error: MigrationError | None = None
-
-    # -- what others may ask ---------------------------------------------------------------------------------------
-
-    @property
-    def elapsed_s(self) -> float:
-        """How long the attempt has taken so far, or took."""
-        if self.report is not None:
-            return self.report.total_s
-        return 0.0 if self._began_s is None else self._clock.now_s() - self._began_s
-
-    def ram(self) -> dict[str, Any]:
-        """Return progress in the words of QMP's query-migrate."""
-        sent_pages = sum(stats.sent_pages for stats in self._sender.rounds)
-        sent_bytes = 0 if self._channel is None else self._channel.sent_bytes
-        elapsed_s = self.elapsed_s
-        return {
-            "ram": {
-                "total": self._vm.memory.size_bytes,
-                "remaining": self._sender.remaining_pages * PAGE_SIZE,
-                "transferred": sent_bytes,
-                "normal": sent_pages,
-                "normal-bytes": sent_pages * PAGE_SIZE,
-                "duplicate": 0,
-                "skipped": 0,
-                "dirty-sync-count": len(self._sender.rounds),
-                "page-size": PAGE_SIZE,
-                "mbps": sent_bytes * 8 / 1e6 / elapsed_s if elapsed_s else 0.0,
-            }
-        }
-
-    @property
-    def handing_over(self) -> bool:
-        """Whether COMMIT was sent, so that the guest is not ours to pause or resume."""
-        return self._committed
-
-    def cancel(self) -> bool:
-        """Ask for an end of the attempt, from any thread; the guest stays here.
-
-        Returns:
-            False when it is too late: COMMIT was sent.
-        """
-        with self._commit_lock:
-            if self._committed:
-                return False
-            self._cancelled = True
-            if self._channel is not None:
-                self._channel.abort()
-        return True
-
-    def take_back(self) -> None:
-        """Declare that the guest is here after an attempt that ended UNKNOWN.
-
-        The caller knows that the destination does not run it and never will.
-
-        Raises:
-            VmError: the attempt did not end UNKNOWN.
-        """
-        if self.guest_at is not GuestAt.UNKNOWN or self.report is None or self._running_at_s is not None:
-            raise VmError("there is no guest to take back")
-        self.guest_at = GuestAt.SOURCE
-        self._disarm()
-        self._thaw()
-
-    # -- the attempt -----------------------------------------------------------------------------------------------
-
-    def run(self) -> MigrationReport:
-        """Move the guest; call once. ``report`` is set afterwards, also when this raises.
-
-        Raises:
-            MigrationError: it did not move (``guest_at`` SOURCE), or nobody knows (UNKNOWN).
-        """
-        self._began_s = self._clock.now_s()
-        self.status = "active"
-        try:
-            with self._failures():
-                self._go()
-        except MigrationError as error:
-            self.error = error
-            self._fall_back()
-            self._finish("cancelled" if self._cancelled else "failed", error.reason)
-            raise
-        except BaseException:
-            self._fall_back()
-            self._finish("failed", "interrupted")
-            raise
-        return self._finish("completed", self._stop_reason)
+class Source(Attempt):
+    """One attempt to move a guest away, phase by phase."""
 
     def _go(self) -> None:
         phase = self._clock.phase
@@ -244,97 +77,11 @@ class Source:
             self._handoff(peer)
         self._leave(peer)
 
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Turn whatever goes wrong inside into a MigrationError that knows phase and place."""
-        try:
-            yield
-        except MigrationError:
-            raise
-        except Exception as error:
-            at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
-            if self._cancelled:
-                raise PolicyAbort("cancelled", phase=str(self._clock.current), guest_at=at) from error
-            raise as_migration_error(
-                error, phase=self._clock.current, guest_at=at, peer=str(self._endpoint), timeout_s=self._timeout_s
-            ) from error
-
-    def _fall_back(self) -> None:
-        """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
-        if self._channel is not None:
-            self._channel.close()
-        self._throttle.close()
-        if self._committed:
-            self.guest_at = GuestAt.UNKNOWN
-            return
-        try:
-            self._disarm()
-        finally:
-            self._thaw()
-
-    def _disarm(self) -> None:
-        """Turn log-dirty off, as far as the tracker can; its failure may be why we are here."""
-        if not self._armed:
-            return
-        try:
-            self._fault_count = self._vm.log_dirty.stats().fault_count
-        except Exception:
-            _log.warning("the tracker's counters are lost", exc_info=True)
-        try:
-            self._vm.log_dirty.off()
-            self._armed = False
-        except Exception:
-            _log.exception("log-dirty could not be turned off")
-
-    def _thaw(self) -> None:
-        if self.frozen:
-            self._vm.thaw()
-            self.frozen = False
-
-    def _finish(self, status: str, reason: str) -> MigrationReport:
-        downtime_s, parts = None, None
-        if self._running_at_s is not None:
-            downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
-            parts = self._clock.parts_s(DOWNTIME_PHASES, self._running_at_s)
-        self.report = MigrationReport(
-            status=status,
-            guest_at=self.guest_at,
-            source_accel=self._vm.accel,
-            destination_accel=self._peer_accel,
-            tracker=self._vm.log_dirty.tracker,
-            policy=self._policy.name,
-            memory_bytes=self._vm.memory.size_bytes,
-            rounds=tuple(self._sender.rounds),
-            total_s=self.elapsed_s,
-            downtime_s=downtime_s,
-            downtime_parts_s=parts,
-            state_bytes=self._state_bytes,
-            devices=self._devices,
-            verified=self._verified_pages > 0,
-            verified_pages=self._verified_pages,
-            fault_count=self._fault_count,
-            throttled_s=self._throttle.held_s,
-            reason=reason,
-        )
-        self.status = status
-        self._on_event(MigrationEnded(report=self.report))
-        return self.report
-
-    # -- phases ----------------------------------------------------------------------------------------------------
-
     def _expect_alive(self) -> None:
         end = self._vm.end
         if end is not None:
             why = f"it crashed: {end.crash}" if end.crash is not None else f"exit code {end.exit_code}"
             raise self._abort(f"the guest ended meanwhile ({why})")
-
-    def _abort(self, reason: str) -> PolicyAbort:
-        return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
-
-    def _unexpected(self, frame: Frame) -> PeerError:
-        what = f"the destination answered {type(frame).__name__} out of turn"
-        at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
-        return PeerError(what, phase=str(self._clock.current), guest_at=at)
 
     def _connect(self) -> Peer:
         channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)

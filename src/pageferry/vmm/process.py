@@ -30,6 +30,7 @@ from pageferry.testing.cross_check import CrossCheck
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.arguments import Arguments
 from pageferry.vmm.console import ConsoleFollower, ConsoleTail
+from pageferry.vmm.migrate_info import migrate_info
 from pageferry.vmm.qmp import QmpError, QmpServer
 
 _log = logging.getLogger(__name__)
@@ -304,23 +305,7 @@ class GuestProcess:
 
     def _query_migrate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments(arguments).done()
-        source = self._source
-        if source is None:
-            return {}
-        result: dict[str, Any] = {"status": source.status, "total-time": int(source.elapsed_s * 1000), **source.ram()}
-        if source.report is not None:
-            result["x-pageferry-report"] = source.report.to_json()
-            if source.report.downtime_s is not None:
-                result["downtime"] = round(source.report.downtime_s * 1000)
-            if source.error is not None:
-                result["error-desc"] = str(source.error)
-                result["x-pageferry-error"] = {
-                    "phase": source.error.phase,
-                    "guest_at": source.error.guest_at,
-                    "reason": source.error.reason,
-                    "hint": source.error.hint,
-                }
-        return result
+        return {} if self._source is None else migrate_info(self._source)
 
     # -- commands --------------------------------------------------------------------------------------------------
 

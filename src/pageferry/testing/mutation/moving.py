@@ -1,4 +1,4 @@
-"""Faults of the engine: source.py and destination.py. Each is a class derived from the sound one."""
+"""Faults of the engine: source.py (with attempt.py) and destination.py. Each is a class derived from the sound one."""
 
 from collections.abc import Iterable
 from typing import Any

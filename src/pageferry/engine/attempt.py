@@ -1,0 +1,261 @@
+"""Attempt: what others may ask of a migration that leaves this host, and what is left when it ends.
+
+The phases are in :mod:`pageferry.engine.source`. Postcondition on success: the guest runs (or is paused, if it was) at
+the destination; here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused as
+it was, log-dirty is off, and another attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at``
+is UNKNOWN.
+"""
+
+import contextlib
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, VmError
+from pageferry.core.events import DOWNTIME_PHASES, DeviceCost, Event, MigrationEnded, MigrationReport, Phase
+from pageferry.core.policy import Policy
+from pageferry.core.vm import Vm
+from pageferry.engine.failures import as_migration_error
+from pageferry.engine.phases import PhaseClock, guarded
+from pageferry.engine.rounds import PageSender
+from pageferry.engine.throttle import Throttle
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.stream.codec import Encoder
+from pageferry.stream.ferry import Frame
+
+_log = logging.getLogger(__name__)
+
+
+def _ignore(_: Event) -> None:
+    """See nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """How far an attempt is, in counts.
+
+    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``: in those. ``remaining_pages``:
+    of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``: over the wire so far, all
+    of the conversation.
+    """
+
+    memory_bytes: int
+    rounds: int
+    sent_pages: int
+    remaining_pages: int
+    sent_bytes: int
+
+
+class Attempt(ABC):
+    """One attempt to move a guest away; the phases are a subclass's.
+
+    Args:
+        vm: the guest; running or paused.
+        endpoint: where the destination listens.
+        policy: decides after each round.
+        name: what the guest is called, for people.
+        timeout_s: how long the connection may stand still.
+        on_event: sees every event, on the thread that calls :meth:`run`.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        endpoint: Endpoint,
+        policy: Policy,
+        *,
+        name: str = "guest",
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_event: Callable[[Event], None] = _ignore,
+    ) -> None:
+        self._vm = vm
+        self._endpoint = endpoint
+        self._policy = policy
+        self._name = name
+        self._timeout_s = timeout_s
+        self._on_event = guarded(on_event)
+        self._clock = PhaseClock(self._on_event)
+        self._commit_lock = threading.Lock()
+        self._cancelled = False
+        self._committed = False
+        self._armed = False
+        self._channel: Channel | None = None
+        self._encoder = Encoder()
+        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
+        self._throttle = Throttle(vm, self._clock.now_s)
+        self._fixed_s = 0.0
+        self._fault_count: int | None = None
+        self._peer_accel: str | None = None
+        self._state_bytes: int | None = None
+        self._devices: tuple[DeviceCost, ...] = ()
+        self._verified_pages = 0
+        self._began_s: float | None = None
+        self._running_at_s: float | None = None
+        self._stop_reason = ""
+        self.status = "setup"
+        self.guest_at = GuestAt.SOURCE
+        self.frozen = False
+        self.report: MigrationReport | None = None
+        self.error: MigrationError | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """How long the attempt has taken so far, or took."""
+        if self.report is not None:
+            return self.report.total_s
+        return 0.0 if self._began_s is None else self._clock.now_s() - self._began_s
+
+    def traffic(self) -> Traffic:
+        """Return how far it is, from any thread."""
+        return Traffic(
+            memory_bytes=self._vm.memory.size_bytes,
+            rounds=len(self._sender.rounds),
+            sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
+            remaining_pages=self._sender.remaining_pages,
+            sent_bytes=0 if self._channel is None else self._channel.sent_bytes,
+        )
+
+    @property
+    def handing_over(self) -> bool:
+        """Whether COMMIT was sent, so that the guest is not ours to pause or resume."""
+        return self._committed
+
+    def cancel(self) -> bool:
+        """Ask for an end of the attempt, from any thread; the guest stays here.
+
+        Returns:
+            False when it is too late: COMMIT was sent.
+        """
+        with self._commit_lock:
+            if self._committed:
+                return False
+            self._cancelled = True
+            if self._channel is not None:
+                self._channel.abort()
+        return True
+
+    def take_back(self) -> None:
+        """Declare that the guest is here after an attempt that ended UNKNOWN.
+
+        The caller knows that the destination does not run it and never will.
+
+        Raises:
+            VmError: the attempt did not end UNKNOWN.
+        """
+        if self.guest_at is not GuestAt.UNKNOWN or self.report is None or self._running_at_s is not None:
+            raise VmError("there is no guest to take back")
+        self.guest_at = GuestAt.SOURCE
+        self._disarm()
+        self._thaw()
+
+    def run(self) -> MigrationReport:
+        """Move the guest; call once. ``report`` is set afterwards, also when this raises.
+
+        Raises:
+            MigrationError: it did not move (``guest_at`` SOURCE), or nobody knows (UNKNOWN).
+        """
+        self._began_s = self._clock.now_s()
+        self.status = "active"
+        try:
+            with self._failures():
+                self._go()
+        except MigrationError as error:
+            self.error = error
+            self._fall_back()
+            self._finish("cancelled" if self._cancelled else "failed", error.reason)
+            raise
+        except BaseException:
+            self._fall_back()
+            self._finish("failed", "interrupted")
+            raise
+        return self._finish("completed", self._stop_reason)
+
+    @abstractmethod
+    def _go(self) -> None:
+        """Go through the phases; raise whatever goes wrong."""
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn whatever goes wrong inside into a MigrationError that knows phase and place."""
+        try:
+            yield
+        except MigrationError:
+            raise
+        except Exception as error:
+            at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
+            if self._cancelled:
+                raise PolicyAbort("cancelled", phase=str(self._clock.current), guest_at=at) from error
+            raise as_migration_error(
+                error, phase=self._clock.current, guest_at=at, peer=str(self._endpoint), timeout_s=self._timeout_s
+            ) from error
+
+    def _fall_back(self) -> None:
+        """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
+        if self._channel is not None:
+            self._channel.close()
+        self._throttle.close()
+        if self._committed:
+            self.guest_at = GuestAt.UNKNOWN
+            return
+        try:
+            self._disarm()
+        finally:
+            self._thaw()
+
+    def _disarm(self) -> None:
+        """Turn log-dirty off, as far as the tracker can; its failure may be why we are here."""
+        if not self._armed:
+            return
+        try:
+            self._fault_count = self._vm.log_dirty.stats().fault_count
+        except Exception:
+            _log.warning("the tracker's counters are lost", exc_info=True)
+        try:
+            self._vm.log_dirty.off()
+            self._armed = False
+        except Exception:
+            _log.exception("log-dirty could not be turned off")
+
+    def _thaw(self) -> None:
+        if self.frozen:
+            self._vm.thaw()
+            self.frozen = False
+
+    def _finish(self, status: str, reason: str) -> MigrationReport:
+        downtime_s, parts = None, None
+        if self._running_at_s is not None:
+            downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
+            parts = self._clock.parts_s(DOWNTIME_PHASES, self._running_at_s)
+        self.report = MigrationReport(
+            status=status,
+            guest_at=self.guest_at,
+            source_accel=self._vm.accel,
+            destination_accel=self._peer_accel,
+            tracker=self._vm.log_dirty.tracker,
+            policy=self._policy.name,
+            memory_bytes=self._vm.memory.size_bytes,
+            rounds=tuple(self._sender.rounds),
+            total_s=self.elapsed_s,
+            downtime_s=downtime_s,
+            downtime_parts_s=parts,
+            state_bytes=self._state_bytes,
+            devices=self._devices,
+            verified=self._verified_pages > 0,
+            verified_pages=self._verified_pages,
+            fault_count=self._fault_count,
+            throttled_s=self._throttle.held_s,
+            reason=reason,
+        )
+        self.status = status
+        self._on_event(MigrationEnded(report=self.report))
+        return self.report
+
+    def _abort(self, reason: str) -> PolicyAbort:
+        return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
+
+    def _unexpected(self, frame: Frame) -> PeerError:
+        what = f"the destination answered {type(frame).__name__} out of turn"
+        at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
+        return PeerError(what, phase=str(self._clock.current), guest_at=at)

@@ -1,0 +1,44 @@
+"""A migration in the words of QMP's ``query-migrate``."""
+
+from typing import Any
+
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.engine.attempt import Attempt
+
+
+def migrate_info(attempt: Attempt) -> dict[str, Any]:
+    """Return the answer to ``query-migrate``: QEMU's fields, and the report and error of an attempt that is over."""
+    result: dict[str, Any] = {
+        "status": attempt.status,
+        "total-time": int(attempt.elapsed_s * 1000),
+        "ram": _ram(attempt),
+    }
+    if attempt.report is not None:
+        result["x-pageferry-report"] = attempt.report.to_json()
+        if attempt.report.downtime_s is not None:
+            result["downtime"] = round(attempt.report.downtime_s * 1000)
+        if attempt.error is not None:
+            result["error-desc"] = str(attempt.error)
+            result["x-pageferry-error"] = {
+                "phase": attempt.error.phase,
+                "guest_at": attempt.error.guest_at,
+                "reason": attempt.error.reason,
+                "hint": attempt.error.hint,
+            }
+    return result
+
+
+def _ram(attempt: Attempt) -> dict[str, Any]:
+    traffic, elapsed_s = attempt.traffic(), attempt.elapsed_s
+    return {
+        "total": traffic.memory_bytes,
+        "remaining": traffic.remaining_pages * PAGE_SIZE,
+        "transferred": traffic.sent_bytes,
+        "normal": traffic.sent_pages,
+        "normal-bytes": traffic.sent_pages * PAGE_SIZE,
+        "duplicate": 0,
+        "skipped": 0,
+        "dirty-sync-count": traffic.rounds,
+        "page-size": PAGE_SIZE,
+        "mbps": traffic.sent_bytes * 8 / 1e6 / elapsed_s if elapsed_s else 0.0,
+    }
