@@ -7,7 +7,7 @@ import pytest
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
-from pageferry.stream.format import RecordType
+from pageferry.stream.format import EXTENSIONS, RecordType
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
     CpuidPolicy,
@@ -58,10 +58,22 @@ def test_exactly_the_legal_streams_pass(version, role):
             assert (order.check(record) is None) == (prefix + letter in prefixes), prefix + letter
 
 
-@pytest.mark.parametrize("record", [r for r in RecordType if r not in LETTERS.values()])
+@pytest.mark.parametrize("record", [r for r in RecordType if r not in LETTERS.values() and r not in EXTENSIONS])
 @pytest.mark.parametrize("version", [2, 3])
 def test_other_kinds_of_records_never_pass(version, record):
     assert "has no such record" in Order(Role.READER, version).check(record)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_zero_pages_come_where_page_data_does_and_only_where_both_ends_agreed(role):
+    assert "not agreed on" in Order(role, 3).check(RecordType.ZERO_PAGES)
+    assert "has no such record" in Order(role, 2, EXTENSIONS).check(RecordType.ZERO_PAGES)
+    for past, why in (("", "too early"), ("s", "too early"), ("sP", None), ("sPP", None), ("sPt", "too late")):
+        order = Order(role, 3, EXTENSIONS)
+        for letter in past:
+            order.passed(LETTERS[letter])
+        answer = order.check(RecordType.ZERO_PAGES)
+        assert answer is None if why is None else why in answer, past
 
 
 EVENTS = {

@@ -36,14 +36,15 @@ def _ignore(_: Event) -> None:
 class Traffic:
     """How far an attempt is, in counts.
 
-    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``: in those. ``remaining_pages``:
-    of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``: over the wire so far, all
-    of the conversation.
+    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``, and ``zero_pages`` of them: in
+    those. ``remaining_pages``: of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``:
+    over the wire so far, all of the conversation.
     """
 
     memory_bytes: int
     rounds: int
     sent_pages: int
+    zero_pages: int
     remaining_pages: int
     sent_bytes: int
 
@@ -83,7 +84,7 @@ class Attempt(ABC):
         self._armed = False
         self._channel: Channel | None = None
         self._encoder = Encoder()
-        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
+        self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._fixed_s = 0.0
         self._fault_count: int | None = None
@@ -113,6 +114,7 @@ class Attempt(ABC):
             memory_bytes=self._vm.memory.size_bytes,
             rounds=len(self._sender.rounds),
             sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
+            zero_pages=sum(stats.zero_pages for stats in self._sender.rounds),
             remaining_pages=self._sender.remaining_pages,
             sent_bytes=0 if self._channel is None else self._channel.sent_bytes,
         )

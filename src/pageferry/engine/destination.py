@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.bitmap import DirtyBitmap, runs_of, split_runs
+from pageferry.core.bitmap import DirtyBitmap, split_runs
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -35,7 +35,8 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm, VmConfig
-from pageferry.engine import verify
+from pageferry.engine import features, verify
+from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.transport import Channel
@@ -53,10 +54,9 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
-from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.intake import Need
-from pageferry.stream.records import CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd
+from pageferry.stream.records import CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd, ZeroPages
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -184,13 +184,15 @@ class Destination:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
             raise
-        self._peer.send(DestinationHello(version=__version__, accel=self._accel))
+        used = features.agree(hello.features)
+        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=used))
         return vm, hello
 
     def _receive_stream(self, vm: Vm, hello: SourceHello) -> MachineState:
         memory = vm.memory
-        decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit)
-        removed = DirtyBitmap(memory.gfn_limit)
+        agreed = features.records_of(features.agree(hello.features))
+        decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit, agreed=agreed)
+        arrivals = self._arrivals(memory)
         context = b""
         policy = CpuidPolicy(leaves=())
         while not decoder.ended:
@@ -202,8 +204,10 @@ class Destination:
                     raise TruncatedError("the stream stops before END")
                 decoder.feed(data)
             elif isinstance(event, PageDataHeader):
-                self._receive_pages(memory, event, removed)
+                arrivals.page_data(event)
                 decoder.payload_received()
+            elif isinstance(event, ZeroPages):
+                arrivals.zero_pages(event)
             elif isinstance(event, CpuidPolicy):
                 policy = event
             elif isinstance(event, StaticDataEnd):
@@ -211,24 +215,13 @@ class Destination:
                     raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
             elif isinstance(event, HvmContext):
                 context = event.data
-        if removed.any():
-            vm.remove_pages(removed.gfns())
+        if arrivals.removed.any():
+            vm.remove_pages(arrivals.removed.gfns())
         self._peer.stream_passed(decoder.offset)
         return decode_machine_state(context)
 
-    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader, removed: DirtyBitmap) -> None:
-        gone = header.pfns[header.types == PageType.XTAB]
-        removed.set(gone[memory.are_ram(gone)])  # what was never RAM here is not worth a word
-        gfns = header.pfns[carries_data(header.types)]
-        inside = memory.are_ram(gfns)
-        if not inside.all():
-            outside = int(gfns[~inside][0])
-            raise RecordError(f"gfn {outside:#x} is outside the guest", record="PAGE_DATA", offset=header.offset)
-        ascending = gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all())
-        views = memory.views(*runs_of(gfns)) if ascending else memory.page_views(gfns)
-        self._channel.receive_into(views)
-        memory.wrote(gfns)
-        removed.clear(gfns)
+    def _arrivals(self, memory: GuestMemory) -> Arrivals:
+        return Arrivals(memory, self._channel)
 
     def _verify(self, memory: GuestMemory) -> None:
         starts: list[np.typing.NDArray[np.uint64]] = []

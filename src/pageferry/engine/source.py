@@ -31,9 +31,10 @@ from pageferry.core.events import DeviceCost, Phase, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Progress, RoundStats
 from pageferry.core.vm import VmStatus
-from pageferry.engine import estimates, verify
+from pageferry.engine import estimates, features, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.lane import Lane
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -46,16 +47,22 @@ from pageferry.stream.ferry import (
     SourceHello,
 )
 from pageferry.stream.ferry_frames import MAX_DIGESTS
+from pageferry.stream.format import RecordType
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
 #: second, in which many of those that come later are written again.
 _CHUNK_PAGES = 1 << 18
+#: What may be in our stream beyond Xen's, if the destination agrees.
+_OFFER = (features.ZERO_PAGES,)
 
 
 class Source(Attempt):
     """One attempt to move a guest away, phase by phase."""
+
+    _lane: Lane
+    _agreed: frozenset[RecordType]
 
     def _go(self) -> None:
         phase = self._clock.phase
@@ -105,18 +112,25 @@ class Source(Attempt):
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
+                features=_OFFER,
             )
         )
         hello = peer.receive()
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
+        if strange := set(hello.features) - set(_OFFER):
+            what = f"the destination uses {', '.join(sorted(strange))}, which was not offered"
+            raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
+        self._agreed = features.records_of(hello.features)
+        self._lane = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed)
 
     def _precopy(self, peer: Peer) -> None:
         log_dirty = self._vm.log_dirty
         self._expect_alive()
         static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
-        peer.channel.send([self._encoder.header(), *(self._encoder.record(record) for record in static)])
+        header = self._encoder.header(agreed=self._agreed)
+        peer.channel.send([header, *(self._encoder.record(record) for record in static)])
         state_s = self._measure_state()
         log_dirty.enable()
         self._armed = True
@@ -170,7 +184,7 @@ class Source(Attempt):
             return 0 if final else self._vm.log_dirty.peek().count()
 
         return self._sender.send(
-            peer.channel, chunks, expected_pages=expected_pages, final=final, check=check, count_dirty=count_dirty
+            self._lane, chunks, expected_pages=expected_pages, final=final, check=check, count_dirty=count_dirty
         )
 
     def _pause(self) -> None:
@@ -183,7 +197,7 @@ class Source(Attempt):
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
         gfns = self._vm.log_dirty.peek().gfns()
         stats = self._send_round(peer, [gfns], expected_pages=gfns.size, final=True)
-        self._sender.send_removed(peer.channel, self._vm.memory.removed())
+        self._lane.send_removed(self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
 
     def _state(self, peer: Peer) -> None:

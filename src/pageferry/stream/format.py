@@ -17,7 +17,7 @@ IMAGE_HEADER = Struct(">QIIHHI")
 DOMAIN_HEADER = Struct("<IHHII")
 #: Record header: type u32, body length u32 (without padding).
 RECORD_HEADER = Struct("<II")
-#: Head of a PAGE_DATA body: count u32, reserved u32.
+#: Head of a PAGE_DATA or ZERO_PAGES body: count u32, reserved u32.
 PAGE_DATA_HEAD = Struct("<II")
 #: One leaf of CPUID_POLICY: leaf, subleaf, eax, ebx, ecx, edx, all u32.
 CPUID_LEAF = Struct("<6I")
@@ -85,6 +85,11 @@ class RecordType(IntEnum):
     STATIC_DATA_END = 0x10
     CPUID_POLICY = 0x11
     MSR_POLICY = 0x12
+    ZERO_PAGES = 0x5047_0001
+
+
+#: Records that are not Xen's: only in a stream whose two ends agreed on them. All of them are mandatory.
+EXTENSIONS = frozenset({RecordType.ZERO_PAGES})
 
 
 class PageType(IntEnum):
@@ -106,6 +111,7 @@ BODY_BYTES: dict[RecordType, tuple[int, int]] = {
     RecordType.STATIC_DATA_END: (0, 0),
     RecordType.CPUID_POLICY: (CPUID_LEAF.size, MAX_CPUID_LEAVES * CPUID_LEAF.size),
     RecordType.MSR_POLICY: (MSR_ENTRY.size, MAX_MSR_ENTRIES * MSR_ENTRY.size),
+    RecordType.ZERO_PAGES: (PAGE_DATA_HEAD.size + 8, PAGE_DATA_HEAD.size + MAX_PAGES_PER_RECORD * 8),
 }
 
 _KNOWN_PAGE_TYPES = np.zeros(16, np.bool_)

@@ -83,6 +83,13 @@ class PageData:
     offset: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ZeroPages:
+    """ZERO_PAGES: these pages are all zeros now, whatever they were. ``pfns`` is uint64[n], 1 to 1,024, read-only."""
+
+    pfns: GfnArray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TscInfo:
     """TSC_INFO: how the guest's time stamp counter was provided. ``nsec`` is the guest's time in ns (u64)."""
@@ -122,7 +129,7 @@ class SkippedRecord:
 
 
 #: Records that an encoder writes whole.
-PlainRecord: TypeAlias = CpuidPolicy | MsrPolicy | StaticDataEnd | TscInfo | HvmParams | HvmContext | End
+PlainRecord: TypeAlias = CpuidPolicy | MsrPolicy | StaticDataEnd | ZeroPages | TscInfo | HvmParams | HvmContext | End
 #: What a decoder returns.
 Event: TypeAlias = StreamHeader | PlainRecord | PageDataHeader | PageData | SkippedRecord
 
@@ -130,6 +137,7 @@ TYPE_OF: dict[type[PlainRecord], RecordType] = {
     CpuidPolicy: RecordType.CPUID_POLICY,
     MsrPolicy: RecordType.MSR_POLICY,
     StaticDataEnd: RecordType.STATIC_DATA_END,
+    ZeroPages: RecordType.ZERO_PAGES,
     TscInfo: RecordType.TSC_INFO,
     HvmParams: RecordType.HVM_PARAMS,
     HvmContext: RecordType.HVM_CONTEXT,
@@ -148,6 +156,8 @@ def body_of(record: PlainRecord) -> bytes:
             return b"".join(fmt.CPUID_LEAF.pack(*leaf) for leaf in record.leaves)
         case MsrPolicy():
             return b"".join(fmt.MSR_ENTRY.pack(entry.index, entry.flags, entry.value) for entry in record.entries)
+        case ZeroPages():
+            return fmt.PAGE_DATA_HEAD.pack(record.pfns.size, 0) + record.pfns.astype("<u8").tobytes()
         case TscInfo():
             return fmt.TSC_INFO.pack(record.mode, record.khz, record.nsec, record.incarnation, 0)
         case HvmParams():
@@ -175,6 +185,8 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
         case RecordType.MSR_POLICY:
             rows = _rows(fmt.MSR_ENTRY, body)
             return MsrPolicy(entries=tuple(MsrEntry(index=i, flags=f, value=v) for i, f, v in rows))
+        case RecordType.ZERO_PAGES:
+            return _parse_zero_pages(body)
         case RecordType.TSC_INFO:
             mode, khz, nsec, incarnation, reserved = fmt.TSC_INFO.unpack(body)
             _reserved(reserved)
@@ -189,6 +201,18 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
             return End()
         case _:
             raise AssertionError(f"no body parser for {record_type!r}")
+
+
+def _parse_zero_pages(body: bytes) -> ZeroPages:
+    count, reserved = fmt.PAGE_DATA_HEAD.unpack_from(body)
+    _reserved(reserved)
+    if len(body) != fmt.PAGE_DATA_HEAD.size + count * 8:
+        raise BodyError(f"a body of {len(body)} bytes does not hold {count} pages")
+    pfns = np.frombuffer(body, "<u8", offset=fmt.PAGE_DATA_HEAD.size).astype(np.uint64)
+    if int(pfns.max()) > fmt.PFN_MASK:
+        raise BodyError(f"entry {int(np.argmax(pfns > fmt.PFN_MASK))}: bits 63 to 52 are not 0")
+    pfns.flags.writeable = False
+    return ZeroPages(pfns=pfns)
 
 
 def _parse_hvm_params(body: bytes) -> HvmParams:
