@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import GuestAt, MigrationError
+from pageferry.core.errors import GuestAt, MigrationError, UsageError
+from pageferry.core.events import RoundProgress
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
+from pageferry.core.token_bucket import BURST_S
 from pageferry.engine import features
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
+from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.stream.codec import NEED_DATA, Decoder
 from pageferry.stream.ferry import Conversation, FerryDecoder, Side, SourceHello
@@ -208,3 +211,40 @@ def test_a_running_guest_among_zero_pages_arrives_equal(guests, move, workload):
     assert report.rounds[0].zero_pages >= FREE.size
     before = read_status(vm.memory, 1)[0].work
     assert read_status(trip.there.memory, 1)[0].work >= before
+
+
+# -- bandwidth ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_capped_migration_is_no_faster_than_the_cap_from_the_first_byte_to_the_last(guests, move):
+    cap = 16 << 20
+    vm = guests("random")
+    fill(vm, FREE, 1)
+    vm.resume()
+    trip = move(vm)
+    report = trip.run(wire=WireOptions(bandwidth_bytes_per_s=cap))
+    assert report.verified
+    assert report.sent_bytes == len(trip.taped.tape)
+    assert report.bandwidth_bytes_per_s == cap
+    assert report.sent_bytes <= 1.05 * cap * (report.total_s + BURST_S)
+    for stats in report.rounds:  # the stop-and-copy too
+        assert stats.sent_bytes <= 1.05 * cap * (stats.duration_s + 2 * BURST_S)
+
+
+def test_a_cancel_does_not_wait_for_the_cap(guests, move):
+    vm = guests("idle")
+    fill(vm, FREE, 1)
+    trip = move(vm)
+    with pytest.raises(MigrationError, match="cancelled"):
+        trip.run(
+            wire=WireOptions(bandwidth_bytes_per_s=MIN_BANDWIDTH_BYTES_PER_S),
+            on_event=lambda event: trip.source.cancel() if isinstance(event, RoundProgress) else None,
+        )
+    assert trip.source.traffic().sent_bytes < FREE.size * PAGE_SIZE
+    assert not vm.log_dirty.enabled
+
+
+def test_a_cap_below_what_a_peer_waits_for_is_refused():
+    with pytest.raises(UsageError, match="65535 bytes a second is too little") as refused:
+        WireOptions(bandwidth_bytes_per_s=MIN_BANDWIDTH_BYTES_PER_S - 1)
+    assert "0 for no limit" in refused.value.hint

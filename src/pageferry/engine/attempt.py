@@ -22,6 +22,7 @@ from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.throttle import Throttle
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import Frame
 
@@ -58,6 +59,7 @@ class Attempt(ABC):
         policy: decides after each round.
         name: what the guest is called, for people.
         timeout_s: how long the connection may stand still.
+        wire: how pages may travel.
         on_event: sees every event, on the thread that calls :meth:`run`.
     """
 
@@ -69,6 +71,7 @@ class Attempt(ABC):
         *,
         name: str = "guest",
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        wire: WireOptions = DEFAULT_WIRE,
         on_event: Callable[[Event], None] = _ignore,
     ) -> None:
         self._vm = vm
@@ -76,6 +79,7 @@ class Attempt(ABC):
         self._policy = policy
         self._name = name
         self._timeout_s = timeout_s
+        self._wire = wire
         self._on_event = guarded(on_event)
         self._clock = PhaseClock(self._on_event)
         self._commit_lock = threading.Lock()
@@ -240,6 +244,8 @@ class Attempt(ABC):
             memory_bytes=self._vm.memory.size_bytes,
             rounds=tuple(self._sender.rounds),
             total_s=self.elapsed_s,
+            sent_bytes=self.traffic().sent_bytes,
+            bandwidth_bytes_per_s=self._wire.bandwidth_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,
             state_bytes=self._state_bytes,

@@ -46,11 +46,16 @@ class Lane:
         self._may_say_zero = RecordType.ZERO_PAGES in agreed
         self.channel = channel
 
+    @property
+    def batch_pages(self) -> int:
+        """How many pages to send at once."""
+        return MAX_PAGES_PER_RECORD if self.channel.pacer is None else self.channel.pacer.batch_pages
+
     def send(self, gfns: GfnArray, *, fresh: bool) -> Sent:
         """Send one batch; frames that are no RAM any more are left out.
 
         Args:
-            gfns: uint64[n], strictly ascending, 1 to ``MAX_PAGES_PER_RECORD``. Law 3: the CLEAN that reported them has
+            gfns: uint64[n], strictly ascending, 1 to ``batch_pages``. Law 3: the CLEAN that reported them has
                 returned.
             fresh: nothing was sent of these pages before, and the destination's memory began as zeros.
 

@@ -6,7 +6,6 @@ from pageferry.core.events import Event, RoundBegan, RoundProgress
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import RoundStats
 from pageferry.engine.lane import Lane, Sent
-from pageferry.stream.format import MAX_PAGES_PER_RECORD
 
 
 class PageSender:
@@ -55,10 +54,10 @@ class PageSender:
         sent = Sent()
         for gfns in chunks:
             dirty_pages += gfns.size
-            for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+            for at in range(0, gfns.size, lane.batch_pages):
                 check()
-                sent += lane.send(gfns[at : at + MAX_PAGES_PER_RECORD], fresh=index == 0)
-                passed_pages += min(gfns.size - at, MAX_PAGES_PER_RECORD)
+                sent += lane.send(gfns[at : at + lane.batch_pages], fresh=index == 0)
+                passed_pages += min(gfns.size - at, lane.batch_pages)
                 self.remaining_pages = max(expected_pages, dirty_pages) - passed_pages
                 sent_bytes = lane.channel.sent_bytes - sent_before
                 self._on_event(RoundProgress(index=index, sent_pages=sent.pages, sent_bytes=sent_bytes))

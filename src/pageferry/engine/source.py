@@ -35,6 +35,7 @@ from pageferry.engine import estimates, features, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.lane import Lane
+from pageferry.engine.pacer import Pacer
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -92,6 +93,8 @@ class Source(Attempt):
 
     def _connect(self) -> Peer:
         channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)
+        if self._wire.bandwidth_bytes_per_s is not None:
+            channel.pacer = Pacer(self._wire.bandwidth_bytes_per_s)
         with self._commit_lock:
             self._channel = channel
             if self._cancelled:

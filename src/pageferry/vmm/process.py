@@ -23,6 +23,7 @@ from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
@@ -254,6 +255,7 @@ class GuestProcess:
             deadline_s=args.number("x-deadline-s"),
         )
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
+        wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
         args.done()
         with self._lock:
             vm = self._guest()
@@ -261,7 +263,13 @@ class GuestProcess:
                 raise QmpError("There's a migration process in progress")
             self._check_here()
             self._source = Source(
-                vm, endpoint, policy, name=self._name, timeout_s=timeout_s, on_event=self._on_engine_event
+                vm,
+                endpoint,
+                policy,
+                name=self._name,
+                timeout_s=timeout_s,
+                wire=wire,
+                on_event=self._on_engine_event,
             )
             self._announced_stop = False
             self._migration = threading.Thread(target=self._migrate_main, args=(self._source,), name="migrate")
