@@ -55,6 +55,8 @@ def complaint(result, code):
         (("receive", "tcp://127.0.0.1:99999", "--control", "/tmp/x"), "not an address"),
         (("migrate", "tcp://127.0.0.1", "--control", "/tmp/x"), "not an address"),
         (("migrate", "tcp://127.0.0.1:1"), "control"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--bandwidth", "fast"), "not a size: 'fast'"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--bandwidth", "1K"), "1024 bytes a second is too"),
         (
             ("run", "idle", "--accel", "soft", "--control", "/nonexistent/folder/x"),
             "cannot listen on the control socket",

@@ -30,7 +30,7 @@ from pageferry.stream.ferry import (
 from pageferry.stream.ferry_bodies import body_of as frame_body
 from pageferry.stream.ferry_bodies import parse_body as parse_frame
 from pageferry.stream.ferry_frames import TYPE_OF
-from pageferry.stream.format import PageType, payload_bytes
+from pageferry.stream.format import EXTENSIONS, PageType, payload_bytes
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 from pageferry.stream.records import (
     BodyError,
@@ -44,6 +44,7 @@ from pageferry.stream.records import (
     PageDataHeader,
     StaticDataEnd,
     TscInfo,
+    ZeroPages,
 )
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ pages = st.lists(st.tuples(st.integers(0, (1 << 52) - 1), st.sampled_from(list(P
 def streams(draw):
     """A legal stream: its bytes, and where each record begins."""
     encoder = Encoder()
-    pieces, starts = [encoder.header()], [0]
+    pieces, starts = [encoder.header(agreed=EXTENSIONS)], [0]
 
     def write(piece):
         starts.append(sum(map(len, pieces)))
@@ -73,6 +74,9 @@ def streams(draw):
         types = np.array([page_type for _, page_type in batch], np.uint8)
         head = encoder.page_data(np.array([pfn for pfn, _ in batch], np.uint64), types)
         write(head + np.resize(np.arange(251, dtype=np.uint8), payload_bytes(types)).tobytes())
+    if draw(st.booleans()):
+        zero = draw(st.lists(st.integers(0, (1 << 52) - 1), min_size=1, max_size=6))
+        write(encoder.record(ZeroPages(pfns=np.array(zero, np.uint64))))
     if draw(st.booleans()):
         body = draw(st.binary(max_size=20))
         write(struct.pack("<II", draw(st.integers(1 << 31, (1 << 32) - 1)), len(body)) + body + bytes(-len(body) % 8))
@@ -90,6 +94,8 @@ def comparable(event):
     if isinstance(event, PageData | PageDataHeader):
         payload = event.payload if isinstance(event, PageData) else event.payload_bytes
         return event.offset, event.pfns.tolist(), event.types.tolist(), payload
+    if isinstance(event, ZeroPages):
+        return event.pfns.tolist()
     return event
 
 
@@ -99,7 +105,7 @@ def drain(decoder, into):
 
 
 def decode(data):
-    decoder, events = Decoder(), []
+    decoder, events = Decoder(agreed=EXTENSIONS), []
     decoder.feed(data)
     drain(decoder, events)
     return decoder, events
@@ -109,7 +115,7 @@ def decode(data):
 def test_any_chunking_gives_the_same_records(stream, sizes):
     data, _ = stream
     whole = decode(data)[1]
-    decoder, events, at, turn = Decoder(), [], 0, 0
+    decoder, events, at, turn = Decoder(agreed=EXTENSIONS), [], 0, 0
     while at < len(data):
         size = sizes[turn % len(sizes)]
         decoder.feed(memoryview(data)[at : at + size])
@@ -122,7 +128,7 @@ def test_any_chunking_gives_the_same_records(stream, sizes):
 @given(streams())
 def test_one_byte_at_a_time_gives_the_same_records(stream):
     data, _ = stream
-    decoder, events = Decoder(), []
+    decoder, events = Decoder(agreed=EXTENSIONS), []
     for at in range(len(data)):
         decoder.feed(data[at : at + 1])
         drain(decoder, events)
@@ -133,7 +139,7 @@ def test_one_byte_at_a_time_gives_the_same_records(stream):
 @given(streams())
 def test_feeding_what_is_wanted_never_leaves_a_byte_over(stream):
     data, starts = stream
-    decoder, at, records = Decoder(zero_copy=True), 0, []
+    decoder, at, records = Decoder(zero_copy=True, agreed=EXTENSIONS), 0, []
     while not decoder.ended:
         event = decoder.next_event()
         if event is NEED_DATA:
@@ -206,7 +212,7 @@ def test_garbage_parses_or_raises_remote_stream_error(garbage, after):
     encoder = Encoder()
     prefix = [encoder.header(), encoder.record(StaticDataEnd()), encoder.page_data([0]) + bytes(4096)]
     count = ["nothing", "headers", "static", "page"].index(after)
-    taken_or_refused(Decoder(), b"".join(prefix[:count]) + garbage)
+    taken_or_refused(Decoder(agreed=EXTENSIONS), b"".join(prefix[:count]) + garbage)
 
 
 # -- machine state -----------------------------------------------------------------------------------------------------

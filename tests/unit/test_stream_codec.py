@@ -24,6 +24,7 @@ from pageferry.stream.records import (
     StaticDataEnd,
     StreamHeader,
     TscInfo,
+    ZeroPages,
     parse_body,
 )
 
@@ -132,6 +133,44 @@ def test_page_data_byte_by_byte():
     head = begun().page_data(np.array([5, 1 << 51, 6, 7]), np.array([0, 0xF, 0xE, 0], np.uint8))
     words = [5, 0xF << 60 | 1 << 51, 0xE << 60 | 6, 7]
     assert head == struct.pack("<IIII4Q", 1, 8 + 32 + 8192, 4, 0, *words)
+
+
+def test_zero_pages_byte_by_byte():
+    encoder = Encoder()
+    header = encoder.header(agreed={RecordType.ZERO_PAGES})
+    assert header == HEADER
+    encoder.record(StaticDataEnd())
+    encoder.page_data([0])
+    whole = encoder.record(ZeroPages(pfns=np.array([7, (1 << 52) - 1, 7], np.uint64)))
+    assert whole == struct.pack("<IIII3Q", 0x50470001, 32, 3, 0, 7, (1 << 52) - 1, 7)
+    _, events = drain(HEADER + STATIC + ONE_PAGE + whole, agreed={RecordType.ZERO_PAGES})
+    assert events[3].pfns.tolist() == [7, (1 << 52) - 1, 7]
+    with pytest.raises(ValueError, match="read-only"):
+        events[3].pfns[0] = 1
+
+
+@pytest.mark.parametrize("extension", sorted(fmt.EXTENSIONS))
+def test_an_extension_needs_an_agreement_at_both_ends_and_is_mandatory_if_it_changes_memory(extension):
+    assert bool(extension & fmt.OPTIONAL) == (extension is RecordType.AUDIT)
+    with pytest.raises(LocalStreamError, match="not agreed on"):
+        with_page().record(ZeroPages(pfns=np.array([1], np.uint64)))
+    refused(HEADER + STATIC + ONE_PAGE + record(extension, struct.pack("<IIQ", 1, 0, 1)), OrderError, "not agreed on")
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (struct.pack("<II", 0, 0), "body of 8 bytes is not between 16 and 8200"),
+        (struct.pack("<II1025Q", 1025, 0, *range(1025)), "body of 8208 bytes"),
+        (struct.pack("<IIQ", 2, 0, 1), "does not hold 2 pages"),
+        (struct.pack("<IIQ", 1, 1, 1), "reserved"),
+        (struct.pack("<IIQ", 1, 0, 1 << 52), "bits 63 to 52"),
+        (struct.pack("<IIQ", 1, 0, 100), "gfn 0x64 is outside the guest"),
+    ],
+)
+def test_wrong_zero_pages(body, match):
+    data = HEADER + STATIC + ONE_PAGE + record(RecordType.ZERO_PAGES, body)
+    refused(data, RecordError, match, agreed={RecordType.ZERO_PAGES}, gfn_limit=100)
 
 
 def test_encoder_counts_the_page_data_that_the_caller_sends():

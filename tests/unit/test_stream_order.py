@@ -8,7 +8,7 @@ import pytest
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
-from pageferry.stream.format import RecordType
+from pageferry.stream.format import EXTENSIONS, RecordType
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
     Audit,
@@ -53,7 +53,7 @@ def test_exactly_the_legal_streams_pass(version, role):
     prefixes = {stream[:length] for stream in whole for length in range(len(stream) + 1)}
     for prefix in prefixes:
         for letter, record in LETTERS.items():
-            order = Order(role, version)
+            order = Order(role, version, EXTENSIONS)
             for past in prefix:
                 assert order.check(LETTERS[past]) is None, prefix
                 order.passed(LETTERS[past])
@@ -62,10 +62,22 @@ def test_exactly_the_legal_streams_pass(version, role):
             assert (order.check(record) is None) == (prefix + letter in prefixes), prefix + letter
 
 
-@pytest.mark.parametrize("record", [r for r in RecordType if r not in LETTERS.values()])
+@pytest.mark.parametrize("record", [r for r in RecordType if r not in LETTERS.values() and r not in EXTENSIONS])
 @pytest.mark.parametrize("version", [2, 3])
 def test_other_kinds_of_records_never_pass(version, record):
     assert "has no such record" in Order(Role.READER, version).check(record)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_zero_pages_come_where_page_data_does_and_only_where_both_ends_agreed(role):
+    assert "not agreed on" in Order(role, 3).check(RecordType.ZERO_PAGES)
+    assert "has no such record" in Order(role, 2, EXTENSIONS).check(RecordType.ZERO_PAGES)
+    for past, why in (("", "too early"), ("s", "too early"), ("sP", None), ("sPP", None), ("sPt", "too late")):
+        order = Order(role, 3, EXTENSIONS)
+        for letter in past:
+            order.passed(LETTERS[letter])
+        answer = order.check(RecordType.ZERO_PAGES)
+        assert answer is None if why is None else why in answer, past
 
 
 EVENTS = {
@@ -82,7 +94,7 @@ EVENTS = {
 
 def write(stream, version=3):
     encoder = Encoder()
-    pieces = [encoder.header(StreamHeader(version=version))]
+    pieces = [encoder.header(StreamHeader(version=version), agreed=EXTENSIONS)]
     for letter in stream:
         pieces += [encoder.page_data([1]), bytes(4096)] if letter == "P" else [encoder.record(EVENTS[letter])]
     return pieces
@@ -109,7 +121,7 @@ def test_encoder_and_decoder_keep_the_order_and_say_what_is_wrong(stream, match)
     if stream.endswith("EE"):
         return  # a decoder stops at the first END
     pieces = write(stream[:-1])
-    decoder = Decoder()
+    decoder = Decoder(agreed=EXTENSIONS)
     decoder.feed(b"".join(pieces) + int(LETTERS[stream[-1]]).to_bytes(4, "little") + bytes(4))
     with pytest.raises(OrderError, match=match):
         list(iter(decoder.next_event, NEED_DATA))

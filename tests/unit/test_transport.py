@@ -45,6 +45,55 @@ def test_what_is_no_address(uri):
         Endpoint.parse(uri)
 
 
+class Counting:
+    """A pacer that counts what was reserved, and lets nothing pass for ``wait_s``."""
+
+    def __init__(self, wait_s=0.0):
+        self.reserved_bytes = 0
+        self.asked = threading.Event()
+        self._wait_s = wait_s
+
+    def reserve(self, size_bytes):
+        self.reserved_bytes += size_bytes
+        self.asked.set()
+        return self._wait_s
+
+
+def test_every_byte_is_paced_before_it_leaves():
+    left, right = socket.socketpair()
+    sender, receiver = Channel(left, 10), Channel(right, 10)
+    sender.pacer = Counting()
+    sender.send([b"abc", b"", memoryview(b"defg")])
+    sender.send([b"h"])
+    assert sender.pacer.reserved_bytes == sender.sent_bytes == 8
+    assert receiver.receive_some(100) == b"abcdefgh"
+    sender.close()
+    receiver.close()
+
+
+def test_an_abort_wakes_a_sender_that_waits_for_its_turn():
+    left, right = socket.socketpair()
+    sender = Channel(left, 10)
+    sender.pacer = Counting(wait_s=3600)
+    errors = []
+
+    def send():
+        try:
+            sender.send([b"x"])
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert sender.pacer.asked.wait(60)
+    sender.abort()
+    thread.join(60)
+    assert len(errors) == 1
+    assert sender.sent_bytes == 0
+    sender.close()
+    right.close()
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5000), max_size=40).filter(any),

@@ -29,10 +29,11 @@ from pageferry.core.errors import GuestAt, MigrationError, PageferryError, Unsup
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
-from pageferry.core.units import format_size, parse_size
+from pageferry.core.units import format_size, parse_rate, parse_size
 from pageferry.core.vm import VmConfig
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
+from pageferry.engine.wire import WireOptions
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.vmm.accel import Accel, Machines, choose_machines
@@ -192,6 +193,12 @@ def _policy_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _wire_options(bandwidth: str) -> dict[str, Any]:
+    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth))
+    options = {"x-bandwidth": wire.bandwidth_bytes_per_s}
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _config(memory: str, cpus: int, cpu: CpuModel) -> VmConfig:
     memory_bytes = parse_size(memory)
     ram_layout(memory_bytes)
@@ -312,11 +319,13 @@ def migrate_guest(
     timeout: Annotated[
         float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
+    bandwidth: Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = "0",
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
+    options |= _wire_options(bandwidth)
     _end_as_by_ctrl_c()
     with QmpClient(control) as client:
 

@@ -90,7 +90,7 @@ def summary(report: Json) -> Group:
         ("machines", f"{report['source_accel']} → {report['destination_accel']}, tracker {report['tracker']}"),
         ("policy", f"{report['policy']}: {report['reason']}"),
         ("total", format_duration(report["total_s"])),
-        ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds"),
+        ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds{_zeros(report)}"),
         ("verified", _verified(report)),
     ]
     if report["state_bytes"] is not None:
@@ -105,6 +105,11 @@ def summary(report: Json) -> Group:
     if report["downtime_s"] is not None:
         parts += [Text(), _downtime(report)]
     return Group(Panel(Group(*parts), title=f"migration {report['status']}", expand=False))
+
+
+def _zeros(report: Json) -> str:
+    zero_pages = sum(each["zero_pages"] for each in report["rounds"])
+    return f", {zero_pages:,} zero pages by name only" if zero_pages else ""
 
 
 def _verified(report: Json) -> str:

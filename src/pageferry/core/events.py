@@ -89,6 +89,8 @@ class MigrationReport:
     ``state_bytes``: all state but memory, as sent; ``devices``: each device's part of it. None and empty when the
     attempt ended before. (Loading at the destination is in the part *verify*, which waits for it.)
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
+    ``sent_bytes``: over the wire from the first byte to the last; those of the rounds are page data and its records.
+    ``bandwidth_bytes_per_s``: the cap on that, None without one.
     ``throttled_s``: for how long the policy had the guest held during pre-copy.
     """
 
@@ -101,6 +103,8 @@ class MigrationReport:
     memory_bytes: int
     rounds: tuple[RoundStats, ...]
     total_s: float
+    sent_bytes: int
+    bandwidth_bytes_per_s: int | None
     downtime_s: float | None
     downtime_parts_s: dict[str, float] | None
     state_bytes: int | None

@@ -24,7 +24,8 @@ class RoundStats:
 
     ``dirty_pages``: pages that it found dirty, each part of memory looked at just before it was sent (round 0: pages
     with storage).
-    ``sent_pages``/``sent_bytes``: what went over the wire, headers included in the bytes.
+    ``sent_pages``/``sent_bytes``: what went over the wire, headers included in the bytes. ``zero_pages``: how many of
+    the pages were sent as a mere word that they are zero.
     ``remaining_pages``: pages dirty when it ended. The final round is the stop-and-copy: nothing remains.
     """
 
@@ -35,6 +36,7 @@ class RoundStats:
     duration_s: float
     remaining_pages: int
     final: bool = False
+    zero_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,16 @@ def parse_size(text: str) -> int:
     return size_bytes
 
 
+def parse_rate(text: str) -> int | None:
+    """Return ``text`` ("100M", "1GiB/s") in bytes a second, None for "0", which is no limit.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    size = text.strip().removesuffix("/s")
+    return None if size == "0" else parse_size(size)
+
+
 def format_size(size_bytes: float) -> str:
     """Return ``size_bytes`` for a person: the largest binary unit that keeps at least one whole digit."""
     for suffix, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):

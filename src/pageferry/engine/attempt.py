@@ -23,6 +23,7 @@ from pageferry.engine.prove import Prover, VerifyMode
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.throttle import Throttle
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import Frame
 
@@ -37,14 +38,15 @@ def _ignore(_: Event) -> None:
 class Traffic:
     """How far an attempt is, in counts.
 
-    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``: in those. ``remaining_pages``:
-    of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``: over the wire so far, all
-    of the conversation.
+    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``, and ``zero_pages`` of them: in
+    those. ``remaining_pages``: of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``:
+    over the wire so far, all of the conversation.
     """
 
     memory_bytes: int
     rounds: int
     sent_pages: int
+    zero_pages: int
     remaining_pages: int
     sent_bytes: int
 
@@ -59,6 +61,7 @@ class Attempt(ABC):
         name: what the guest is called, for people.
         timeout_s: how long the connection may stand still.
         verify: when memory is digested; None: as fits the downtime limit.
+        wire: how pages may travel.
         on_event: sees every event, on the thread that calls :meth:`run`.
     """
 
@@ -71,6 +74,7 @@ class Attempt(ABC):
         name: str = "guest",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         verify: VerifyMode | None = None,
+        wire: WireOptions = DEFAULT_WIRE,
         on_event: Callable[[Event], None] = _ignore,
     ) -> None:
         self._vm = vm
@@ -78,6 +82,7 @@ class Attempt(ABC):
         self._policy = policy
         self._name = name
         self._timeout_s = timeout_s
+        self._wire = wire
         self._on_event = guarded(on_event)
         self._clock = PhaseClock(self._on_event)
         self._commit_lock = threading.Lock()
@@ -86,7 +91,7 @@ class Attempt(ABC):
         self._armed = False
         self._channel: Channel | None = None
         self._encoder = Encoder()
-        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
+        self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._state_s = 0.0
         self._fixed_s = 0.0
@@ -117,6 +122,7 @@ class Attempt(ABC):
             memory_bytes=self._vm.memory.size_bytes,
             rounds=len(self._sender.rounds),
             sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
+            zero_pages=sum(stats.zero_pages for stats in self._sender.rounds),
             remaining_pages=self._sender.remaining_pages,
             sent_bytes=0 if self._channel is None else self._channel.sent_bytes,
         )
@@ -243,6 +249,8 @@ class Attempt(ABC):
             memory_bytes=self._vm.memory.size_bytes,
             rounds=tuple(self._sender.rounds),
             total_s=self.elapsed_s,
+            sent_bytes=self.traffic().sent_bytes,
+            bandwidth_bytes_per_s=self._wire.bandwidth_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,
             state_bytes=self._state_bytes,

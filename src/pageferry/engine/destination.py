@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.bitmap import DirtyBitmap, runs_of, split_runs
+from pageferry.core.bitmap import DirtyBitmap, split_runs
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -35,11 +35,11 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm, VmConfig
-from pageferry.engine import verify
+from pageferry.engine import features, verify
+from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.audit import AuditedPages
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.phases import PhaseClock, guarded
-from pageferry.engine.prove import AUDIT_FEATURE
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import (
@@ -55,10 +55,9 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
-from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.intake import Need
-from pageferry.stream.records import Audit, CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd
+from pageferry.stream.records import Audit, CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd, ZeroPages
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -187,16 +186,17 @@ class Destination:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
             raise
-        features = tuple(feature for feature in hello.features if feature == AUDIT_FEATURE)
-        if features:
+        used = features.agree(hello.features)
+        if features.AUDIT in used:
             self._audited = AuditedPages(vm.memory)
-        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=features))
+        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=used))
         return vm, hello
 
     def _receive_stream(self, vm: Vm, hello: SourceHello) -> MachineState:
         memory = vm.memory
-        decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit)
-        removed = DirtyBitmap(memory.gfn_limit)
+        agreed = features.records_of(features.agree(hello.features))
+        decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit, agreed=agreed)
+        arrivals = self._arrivals(memory)
         context = b""
         policy = CpuidPolicy(leaves=())
         while not decoder.ended:
@@ -208,10 +208,12 @@ class Destination:
                     raise TruncatedError("the stream stops before END")
                 decoder.feed(data)
             elif isinstance(event, PageDataHeader):
-                self._receive_pages(memory, event, removed)
+                arrivals.page_data(event)
                 decoder.payload_received()
             elif isinstance(event, Audit):
                 self._audit(memory, event)
+            elif isinstance(event, ZeroPages):
+                arrivals.zero_pages(event)
             elif isinstance(event, CpuidPolicy):
                 policy = event
             elif isinstance(event, StaticDataEnd):
@@ -219,30 +221,17 @@ class Destination:
                     raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
             elif isinstance(event, HvmContext):
                 context = event.data
-        if removed.any():
-            vm.remove_pages(removed.gfns())
+        if arrivals.removed.any():
+            vm.remove_pages(arrivals.removed.gfns())
         self._peer.stream_passed(decoder.offset)
         return decode_machine_state(context)
 
-    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader, removed: DirtyBitmap) -> None:
-        gone = header.pfns[header.types == PageType.XTAB]
-        removed.set(gone[memory.are_ram(gone)])  # what was never RAM here is not worth a word
-        gfns = header.pfns[carries_data(header.types)]
-        inside = memory.are_ram(gfns)
-        if not inside.all():
-            outside = int(gfns[~inside][0])
-            raise RecordError(f"gfn {outside:#x} is outside the guest", record="PAGE_DATA", offset=header.offset)
-        ascending = gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all())
-        views = memory.views(*runs_of(gfns)) if ascending else memory.page_views(gfns)
-        self._channel.receive_into(views)
-        memory.wrote(gfns)
-        removed.clear(gfns)
-        if self._audited is not None:
-            self._audited.arrived(gfns)
+    def _arrivals(self, memory: GuestMemory) -> Arrivals:
+        return Arrivals(memory, self._channel, self._audited)
 
     def _audit(self, memory: GuestMemory, record: Audit) -> None:
         """Compare what was digested while the guest ran; a difference ends the attempt."""
-        if self._audited is None:
+        if self._audited is None:  # the decoder knows what was agreed
             raise RecordError("audits were not agreed upon", record="AUDIT")
         pages = record.pages.astype(np.uint64)
         index = self._audited.compare(record.first_gfns, pages, record.digests)

@@ -18,7 +18,7 @@ from pageferry.core.errors import GuestAt, PeerError, VerifyError
 from pageferry.core.events import Phase
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.vm import Vm
-from pageferry.engine import verify
+from pageferry.engine import features, verify
 from pageferry.engine.audit import Auditor
 from pageferry.engine.conversation import Peer
 from pageferry.engine.estimates import digest_pages_per_s
@@ -28,8 +28,6 @@ from pageferry.stream.ferry import Digests, Failed, Frame, Mismatch, Ready
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES
 from pageferry.stream.records import Audit
 
-#: What both ends must name in their hellos for AUDIT records to be sent.
-AUDIT_FEATURE = "audit"
 _WAIT_S = 0.05
 #: Digesting at the pause is the default when it is expected to take no more than this share of the downtime limit.
 _FULL_SHARE = 0.5
@@ -70,15 +68,15 @@ class Prover:
     @property
     def features(self) -> tuple[str, ...]:
         """What to offer in the hello."""
-        return () if self._mode is VerifyMode.FULL else (AUDIT_FEATURE,)
+        return () if self._mode is VerifyMode.FULL else (features.AUDIT,)
 
-    def agree(self, features: tuple[str, ...]) -> None:
+    def agree(self, used: tuple[str, ...]) -> None:
         """Take the destination's answer to our offer.
 
         Raises:
             PeerError: it cannot audit, and was asked to.
         """
-        if AUDIT_FEATURE in features and self._mode is not VerifyMode.FULL:
+        if features.AUDIT in used and self._mode is not VerifyMode.FULL:
             self._auditor = Auditor(self._vm.memory, self._vm.log_dirty.peek)
         elif self._mode is VerifyMode.AUDIT:
             raise PeerError(

@@ -23,14 +23,16 @@ from collections.abc import Iterable, Iterator
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import GuestAt
+from pageferry.core.errors import GuestAt, PeerError
 from pageferry.core.events import DeviceCost, Phase, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Progress, RoundStats
 from pageferry.core.vm import VmStatus
-from pageferry.engine import estimates, verify
+from pageferry.engine import estimates, features, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.lane import Lane
+from pageferry.engine.pacer import Pacer
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -39,16 +41,26 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
+from pageferry.stream.format import RecordType
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
 #: second, in which many of those that come later are written again.
 _CHUNK_PAGES = 1 << 18
+#: What may be in our stream beyond Xen's, if the destination agrees.
+_OFFER = (features.ZERO_PAGES,)
 
 
 class Source(Attempt):
     """One attempt to move a guest away, phase by phase."""
+
+    @property
+    def _offer(self) -> tuple[str, ...]:
+        return (*_OFFER, *self._prover.features)
+
+    _lane: Lane
+    _agreed: frozenset[RecordType]
 
     def _go(self) -> None:
         phase = self._clock.phase
@@ -78,6 +90,8 @@ class Source(Attempt):
 
     def _connect(self) -> Peer:
         channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)
+        if self._wire.bandwidth_bytes_per_s is not None:
+            channel.pacer = Pacer(self._wire.bandwidth_bytes_per_s)
         with self._commit_lock:
             self._channel = channel
             if self._cancelled:
@@ -95,22 +109,28 @@ class Source(Attempt):
                 accel=self._vm.accel,
                 cpuid=self._vm.cpuid,
                 migration_id=str(uuid.uuid4()),
-                features=self._prover.features,
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
+                features=self._offer,
             )
         )
         hello = peer.receive()
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
+        if strange := set(hello.features) - set(self._offer):
+            what = f"the destination uses {', '.join(sorted(strange))}, which was not offered"
+            raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
+        self._agreed = features.records_of(hello.features)
+        self._lane = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed)
         self._prover.agree(hello.features)
 
     def _precopy(self, peer: Peer) -> None:
         self._expect_alive()
         static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
-        peer.channel.send([self._encoder.header(), *(self._encoder.record(record) for record in static)])
+        header = self._encoder.header(agreed=self._agreed)
+        peer.channel.send([header, *(self._encoder.record(record) for record in static)])
         self._state_s = estimates.state_s(self._vm, self._clock.now_s)
         gfns = self._enable()
         chunks, expected_pages = iter([gfns]), gfns.size
@@ -182,12 +202,12 @@ class Source(Attempt):
             return self._vm.log_dirty.peek().count()
 
         return self._sender.send(
-            peer.channel,
+            self._lane,
             chunks,
             expected_pages=expected_pages,
             final=final,
             before_record=before_record,
-            sent=self._prover.sent,
+            on_wire=self._prover.sent,
             count_dirty=count_dirty,
         )
 
@@ -203,7 +223,7 @@ class Source(Attempt):
         gfns = self._vm.log_dirty.peek().gfns()
         self._prover.cleaned(gfns)
         stats = self._send_round(peer, [gfns], expected_pages=gfns.size, final=True)
-        self._sender.send_removed(peer.channel, self._vm.memory.removed())
+        self._lane.send_removed(self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
 
     def _state(self, peer: Peer) -> None:

@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pageferry.core.errors import UsageError
+from pageferry.engine.pacer import Pacer
 
 _SOCKET_BUFFER_BYTES = 8 << 20
 _SO_SNDBUFFORCE = 32
@@ -159,6 +161,8 @@ class Channel:
         self._sock = sock
         self.timeout_s = timeout_s
         self.sent_bytes = 0
+        self.pacer: Pacer | None = None
+        self._aborted = threading.Event()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
@@ -168,12 +172,14 @@ class Channel:
                 sock.setsockopt(socket.SOL_SOCKET, plain, _SOCKET_BUFFER_BYTES)
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Send all of ``buffers`` in order, gathered.
+        """Send all of ``buffers`` in order, gathered, when the pacer allows it.
 
         Raises:
             OSError: cut or stalled.
         """
         queue = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if self.pacer is not None and self._aborted.wait(self.pacer.reserve(sum(map(len, queue)))):
+            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
         at = 0
         deadline_s = self.deadline_s()
         while at < len(queue):
@@ -251,7 +257,8 @@ class Channel:
         self.close()
 
     def abort(self) -> None:
-        """Wake any thread that is sending or receiving with an error; from any thread."""
+        """Wake any thread that is sending, waiting to send or receiving with an error; from any thread."""
+        self._aborted.set()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 

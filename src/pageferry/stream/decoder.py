@@ -1,6 +1,6 @@
 """Decoder: the bytes of a libxc migration stream -> records; see :mod:`pageferry.stream.codec`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from pageferry.stream.records import (
     PageDataHeader,
     SkippedRecord,
     StreamHeader,
+    ZeroPages,
     parse_body,
 )
 
@@ -30,13 +31,17 @@ class Decoder:
         zero_copy: True: PAGE_DATA comes as :class:`PageDataHeader` and the caller receives the page data by itself;
             :meth:`feed` then takes no more than ``wanted_bytes`` at a time. False: it comes as :class:`PageData`.
         gfn_limit: a page with memory behind it at or past this gfn is an error; None accepts any.
+        agreed: the extensions that both ends agreed on.
 
     Source: docs/stream.md, part 1.
     """
 
-    def __init__(self, *, zero_copy: bool = False, gfn_limit: int | None = None) -> None:
+    def __init__(
+        self, *, zero_copy: bool = False, gfn_limit: int | None = None, agreed: Collection[RecordType] = ()
+    ) -> None:
         self._zero_copy = zero_copy
         self._gfn_limit = gfn_limit
+        self._agreed = agreed
         self._intake = Intake()
         self._order = Order(Role.READER, fmt.VERSION)
         self._failure: RemoteStreamError | None = None
@@ -185,7 +190,7 @@ class Decoder:
             raise BodyError(f"page shift {page_shift} is not {PAGE_SHIFT}")
         if reserved:
             raise BodyError("a reserved field is not 0")
-        self._order = Order(Role.READER, self._version)
+        self._order = Order(Role.READER, self._version, self._agreed)
         self._expect_record()
         return StreamHeader(version=self._version, xen_major=xen_major, xen_minor=xen_minor)
 
@@ -224,6 +229,8 @@ class Decoder:
         if any(data[self._length :]):
             raise BodyError("the padding is not 0")
         event = parse_body(self._type, data[: self._length])
+        if isinstance(event, ZeroPages):
+            self._check_inside(event.pfns)
         self._finish_record()
         return event
 
@@ -273,7 +280,8 @@ class Decoder:
         if not known.all():
             where = int(np.argmin(known))
             raise BodyError(f"entry {where}: an HVM stream has no page type {int(types[where])}")
-        if self._gfn_limit is not None:
-            outside = (pfns >= np.uint64(self._gfn_limit)) & (types != fmt.PageType.XTAB)
-            if outside.any():
-                raise BodyError(f"gfn {int(pfns[np.argmax(outside)]):#x} is outside the guest")
+        self._check_inside(pfns[types != fmt.PageType.XTAB])
+
+    def _check_inside(self, pfns: NDArray[np.uint64]) -> None:
+        if self._gfn_limit is not None and pfns.size and int(pfns.max()) >= self._gfn_limit:
+            raise BodyError(f"gfn {int(pfns[np.argmax(pfns >= self._gfn_limit)]):#x} is outside the guest")

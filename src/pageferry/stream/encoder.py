@@ -1,5 +1,6 @@
 """Encoder: records -> the bytes of a libxc migration stream; see :mod:`pageferry.stream.codec`."""
 
+from collections.abc import Collection
 from struct import error as StructError
 
 import numpy as np
@@ -30,11 +31,12 @@ class Encoder:
         """Bytes of the stream so far, page data that the caller sends included."""
         return self._offset
 
-    def header(self, header: StreamHeader | None = None) -> bytes:
+    def header(self, header: StreamHeader | None = None, *, agreed: Collection[RecordType] = ()) -> bytes:
         """Begin the stream: return image and domain header (40 bytes).
 
         Args:
             header: version and Xen release to claim; ours when None.
+            agreed: the extensions that the reader agreed on; with none the stream is one that Xen knows.
 
         Raises:
             LocalStreamError: the stream has begun already, or no such version can be written.
@@ -49,7 +51,7 @@ class Encoder:
             domain = fmt.DOMAIN_HEADER.pack(fmt.DOMAIN_X86_HVM, PAGE_SHIFT, 0, header.xen_major, header.xen_minor)
         except StructError as error:
             raise LocalStreamError("no such Xen release", record="domain header", offset=len(image)) from error
-        self._order = Order(Role.WRITER, header.version)
+        self._order = Order(Role.WRITER, header.version, agreed)
         self._offset = fmt.HEADER_BYTES
         return image + domain
 

@@ -17,7 +17,7 @@ IMAGE_HEADER = Struct(">QIIHHI")
 DOMAIN_HEADER = Struct("<IHHII")
 #: Record header: type u32, body length u32 (without padding).
 RECORD_HEADER = Struct("<II")
-#: Head of a PAGE_DATA body: count u32, reserved u32.
+#: Head of a PAGE_DATA or ZERO_PAGES body: count u32, reserved u32.
 PAGE_DATA_HEAD = Struct("<II")
 #: One leaf of CPUID_POLICY: leaf, subleaf, eax, ebx, ecx, edx, all u32.
 CPUID_LEAF = Struct("<6I")
@@ -98,6 +98,11 @@ class RecordType(IntEnum):
     CPUID_POLICY = 0x11
     MSR_POLICY = 0x12
     AUDIT = 0xD046_0001  # optional, and ours
+    ZERO_PAGES = 0x5047_0001
+
+
+#: Records that are not Xen's: only in a stream whose two ends agreed on them. What changes memory is mandatory.
+EXTENSIONS = frozenset({RecordType.ZERO_PAGES, RecordType.AUDIT})
 
 
 class PageType(IntEnum):
@@ -123,6 +128,7 @@ BODY_BYTES: dict[RecordType, tuple[int, int]] = {
         RUN_DIGESTS_HEAD.size + MAX_DIGESTS * RUN_DIGEST.itemsize,
     ),
     RecordType.MSR_POLICY: (MSR_ENTRY.size, MAX_MSR_ENTRIES * MSR_ENTRY.size),
+    RecordType.ZERO_PAGES: (PAGE_DATA_HEAD.size + 8, PAGE_DATA_HEAD.size + MAX_PAGES_PER_RECORD * 8),
 }
 
 _KNOWN_PAGE_TYPES = np.zeros(16, np.bool_)

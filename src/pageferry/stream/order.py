@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pageferry.stream.format import RecordType, record_name
+from pageferry.stream.format import EXTENSIONS, RecordType, record_name
 
 _R = RecordType
 
@@ -38,6 +38,7 @@ TABLE: dict[tuple[int, RecordType], Rule] = {
     (3, _R.PAGE_DATA): Rule(after=(_R.STATIC_DATA_END,), never_after=_STATE),
     (2, _R.PAGE_DATA): Rule(never_after=_STATE),
     (3, _R.AUDIT): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
+    (3, _R.ZERO_PAGES): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     **{(version, state): Rule(after=(_R.PAGE_DATA,), never_after=(state,)) for version in (2, 3) for state in _STATE},
     **{(version, _R.END): Rule(after=_NEEDED) for version in (2, 3)},
 }
@@ -51,19 +52,23 @@ class Order:
     Args:
         role: whose order.
         version: 2 or 3.
+        agreed: the extensions that both ends agreed on.
     """
 
-    __slots__ = ("_role", "_seen", "_version")
+    __slots__ = ("_agreed", "_role", "_seen", "_version")
 
-    def __init__(self, role: Role, version: int) -> None:
+    def __init__(self, role: Role, version: int, agreed: Collection[RecordType] = ()) -> None:
         self._role = role
         self._version = version
+        self._agreed = frozenset(agreed)
         self._seen: set[RecordType] = set()
 
     def check(self, record: RecordType) -> str | None:
         """Return why ``record`` may not come now, or None when it may; remembers nothing."""
         if RecordType.END in self._seen:
             return "nothing may come after END"
+        if record in EXTENSIONS - self._agreed:
+            return "it was not agreed on"
         rule = TABLE.get((self._version, record))
         if rule is None:
             return f"a version {self._version} stream of an x86 HVM guest has no such record"

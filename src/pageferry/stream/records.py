@@ -94,6 +94,13 @@ class Audit:
     digests: NDArray[np.uint8]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ZeroPages:
+    """ZERO_PAGES: these pages are all zeros now, whatever they were. ``pfns`` is uint64[n], 1 to 1,024, read-only."""
+
+    pfns: GfnArray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TscInfo:
     """TSC_INFO: how the guest's time stamp counter was provided. ``nsec`` is the guest's time in ns (u64)."""
@@ -133,7 +140,9 @@ class SkippedRecord:
 
 
 #: Records that an encoder writes whole.
-PlainRecord: TypeAlias = CpuidPolicy | MsrPolicy | StaticDataEnd | Audit | TscInfo | HvmParams | HvmContext | End
+PlainRecord: TypeAlias = (
+    CpuidPolicy | MsrPolicy | StaticDataEnd | Audit | ZeroPages | TscInfo | HvmParams | HvmContext | End
+)
 #: What a decoder returns.
 Event: TypeAlias = StreamHeader | PlainRecord | PageDataHeader | PageData | SkippedRecord
 
@@ -142,6 +151,7 @@ TYPE_OF: dict[type[PlainRecord], RecordType] = {
     MsrPolicy: RecordType.MSR_POLICY,
     StaticDataEnd: RecordType.STATIC_DATA_END,
     Audit: RecordType.AUDIT,
+    ZeroPages: RecordType.ZERO_PAGES,
     TscInfo: RecordType.TSC_INFO,
     HvmParams: RecordType.HVM_PARAMS,
     HvmContext: RecordType.HVM_CONTEXT,
@@ -163,6 +173,8 @@ def body_of(record: PlainRecord) -> bytes:
         case Audit():
             given = np.zeros(len(record.first_gfns), np.bool_)
             return run_digests.pack(record.first_gfns, record.pages, record.digests, given, 0)
+        case ZeroPages():
+            return fmt.PAGE_DATA_HEAD.pack(record.pfns.size, 0) + record.pfns.astype("<u8").tobytes()
         case TscInfo():
             return fmt.TSC_INFO.pack(record.mode, record.khz, record.nsec, record.incarnation, 0)
         case HvmParams():
@@ -192,6 +204,8 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
             return MsrPolicy(entries=tuple(MsrEntry(index=i, flags=f, value=v) for i, f, v in rows))
         case RecordType.AUDIT:
             return _parse_audit(body)
+        case RecordType.ZERO_PAGES:
+            return _parse_zero_pages(body)
         case RecordType.TSC_INFO:
             mode, khz, nsec, incarnation, reserved = fmt.TSC_INFO.unpack(body)
             _reserved(reserved)
@@ -214,6 +228,18 @@ def _parse_audit(body: bytes) -> Audit:
     if not first_gfns.size or audited.any():
         raise BodyError("a digest is missing")
     return Audit(first_gfns=first_gfns, pages=pages, digests=digests)
+
+
+def _parse_zero_pages(body: bytes) -> ZeroPages:
+    count, reserved = fmt.PAGE_DATA_HEAD.unpack_from(body)
+    _reserved(reserved)
+    if len(body) != fmt.PAGE_DATA_HEAD.size + count * 8:
+        raise BodyError(f"a body of {len(body)} bytes does not hold {count} pages")
+    pfns = np.frombuffer(body, "<u8", offset=fmt.PAGE_DATA_HEAD.size).astype(np.uint64)
+    if int(pfns.max()) > fmt.PFN_MASK:
+        raise BodyError(f"entry {int(np.argmax(pfns > fmt.PFN_MASK))}: bits 63 to 52 are not 0")
+    pfns.flags.writeable = False
+    return ZeroPages(pfns=pfns)
 
 
 def _parse_hvm_params(body: bytes) -> HvmParams:

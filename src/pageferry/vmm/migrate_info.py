@@ -30,13 +30,14 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
 
 def _ram(attempt: Attempt) -> dict[str, Any]:
     traffic, elapsed_s = attempt.traffic(), attempt.elapsed_s
+    normal_pages = traffic.sent_pages - traffic.zero_pages
     return {
         "total": traffic.memory_bytes,
         "remaining": traffic.remaining_pages * PAGE_SIZE,
         "transferred": traffic.sent_bytes,
-        "normal": traffic.sent_pages,
-        "normal-bytes": traffic.sent_pages * PAGE_SIZE,
-        "duplicate": 0,
+        "normal": normal_pages,
+        "normal-bytes": normal_pages * PAGE_SIZE,
+        "duplicate": traffic.zero_pages,
         "skipped": 0,
         "dirty-sync-count": traffic.rounds,
         "page-size": PAGE_SIZE,

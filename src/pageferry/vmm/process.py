@@ -24,6 +24,7 @@ from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.source import Source
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
@@ -256,6 +257,7 @@ class GuestProcess:
         )
         verify = args.choice("x-verify", VerifyMode)
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
+        wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
         args.done()
         with self._lock:
             vm = self._guest()
@@ -269,6 +271,7 @@ class GuestProcess:
                 name=self._name,
                 timeout_s=timeout_s,
                 verify=verify,
+                wire=wire,
                 on_event=self._on_engine_event,
             )
             self._announced_stop = False

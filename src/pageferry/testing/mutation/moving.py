@@ -10,11 +10,11 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
+from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.conversation import Peer
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.stream.ferry import Digests
-from pageferry.stream.records import PageDataHeader
 from pageferry.testing.mutant import Faithful
 from pageferry.testing.mutation.fault import Faults, Room
 
@@ -115,7 +115,7 @@ class StalePageCache(Source):
             return [cache[gfn] for gfn in pages.tolist()]
 
         stale: Any = _Instead(memory, views=views)
-        self._sender._memory = stale
+        self._lane._memory = stale
         return super()._send_round(peer, chunks, **options)
 
 
@@ -170,8 +170,8 @@ def _without_marks(memory: GuestMemory) -> Any:  # noqa: ANN401 (a GuestMemory i
 class RestoreNotMarked(Destination):
     """Pages that arrive are written and not marked."""
 
-    def _receive_pages(self, memory: GuestMemory, header: PageDataHeader, removed: DirtyBitmap) -> None:
-        super()._receive_pages(_without_marks(memory), header, removed)
+    def _arrivals(self, memory: GuestMemory) -> Arrivals:
+        return super()._arrivals(_without_marks(memory))
 
 
 @fault(

@@ -1,0 +1,102 @@
+"""Lane: the way of pages from guest memory to one connection."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from pageferry.core.bitmap import runs_of
+from pageferry.core.errors import VmError
+from pageferry.core.frames import GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.page_words import page_words, zero_pages
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Encoder
+from pageferry.stream.format import MAX_PAGES_PER_RECORD, PageType, RecordType
+from pageferry.stream.records import ZeroPages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What was sent: ``pages`` in all, of which ``zero_pages`` as a mere word that they are zero."""
+
+    pages: int = 0
+    zero_pages: int = 0
+
+    def __add__(self, other: "Sent") -> "Sent":
+        return Sent(pages=self.pages + other.pages, zero_pages=self.zero_pages + other.zero_pages)
+
+
+class Lane:
+    """Sends batches of pages, gathered from where they lie.
+
+    Args:
+        memory: the guest's.
+        channel: where to.
+        encoder: of the stream on that channel, which has begun.
+        agreed: the extensions of the stream that may be used.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, channel: Channel, encoder: Encoder, agreed: Collection[RecordType] = ()
+    ) -> None:
+        self._memory = memory
+        self._words = page_words(memory)
+        self._encoder = encoder
+        self._may_say_zero = RecordType.ZERO_PAGES in agreed
+        self.channel = channel
+
+    @property
+    def batch_pages(self) -> int:
+        """How many pages to send at once."""
+        return MAX_PAGES_PER_RECORD if self.channel.pacer is None else self.channel.pacer.batch_pages
+
+    def send(self, gfns: GfnArray, *, fresh: bool) -> Sent:
+        """Send one batch; frames that are no RAM any more are left out.
+
+        Args:
+            gfns: uint64[n], strictly ascending, 1 to ``batch_pages``. Law 3: the CLEAN that reported them has
+                returned.
+            fresh: nothing was sent of these pages before, and the destination's memory began as zeros.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        present, zero, views = self._present(gfns, look_for_zeros=fresh or self._may_say_zero)
+        buffers: list[bytes | memoryview] = []
+        if fresh and present.size:
+            types = np.where(zero, PageType.XALLOC, PageType.NOTAB).astype(np.uint8)
+            buffers = [self._encoder.page_data(present, types), *views]
+        elif present.size:
+            if zero.any():
+                buffers.append(self._encoder.record(ZeroPages(pfns=present[zero])))
+            if not zero.all():
+                buffers += [self._encoder.page_data(present[~zero]), *views]
+        self.channel.send(buffers)
+        return Sent(pages=present.size, zero_pages=int(np.count_nonzero(zero)))
+
+    def send_removed(self, gfns: GfnArray) -> None:
+        """Tell that frames are no RAM of the guest any more (PAGE_DATA of type XTAB, without data).
+
+        Args:
+            gfns: uint64[n], strictly ascending; the guest is frozen.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
+            self.channel.send([self._encoder.page_data(batch, np.full(batch.size, PageType.XTAB, np.uint8))])
+
+    def _present(
+        self, gfns: GfnArray, *, look_for_zeros: bool
+    ) -> tuple[GfnArray, np.typing.NDArray[np.bool_], list[memoryview]]:
+        # Those of the frames that are RAM (the guest may have given some back meanwhile), which of them are zero, and
+        # views of the others.
+        while True:
+            present = gfns[self._memory.are_ram(gfns)]
+            zero = zero_pages(self._words, present) if look_for_zeros else np.zeros(present.size, np.bool_)
+            try:
+                return present, zero, self._memory.views(*runs_of(present[~zero]))
+            except VmError:
+                continue  # one more was given back between the lines
