@@ -7,7 +7,7 @@ from pageferry.core.errors import OracleError, UnsupportedError
 from pageferry.core.frames import gpa_of
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
-from pageferry.testing import CHECKS, check_log_dirty, faults
+from pageferry.testing import CHECKS, check_log_dirty, faults, mark_faults
 from pageferry.testing.cross_check import CrossCheck
 from pageferry.testing.lab import STATUS_GFN, Lab
 from pageferry.testing.mutant import mutated
@@ -79,16 +79,16 @@ def test_a_page_not_protected_again_is_named(lab):
         expect_lost(guest.log_dirty.clean, gfn=STATUS_GFN, fault=faults.DoesNotProtectAgain, round_index=1)
 
 
-@pytest.mark.parametrize("fault", [faults.MarksNothing, faults.MarksTheFirst])
+@pytest.mark.parametrize("fault", [mark_faults.MarksNothing, mark_faults.MarksTheFirst])
 def test_writers_whose_marks_are_lost_are_found(lab, fault):
     with lab(fault).tracked() as guest:
         guest.memory.write(gpa_of(STRAY_GFN) + 4000, b"x" * 200)
-        gfn = STRAY_GFN + (fault is faults.MarksTheFirst)
+        gfn = STRAY_GFN + (fault is mark_faults.MarksTheFirst)
         expect_lost(guest.log_dirty.peek, gfn=gfn, fault=fault, round_index=0)
 
 
 def test_bits_that_were_not_given_back_are_named(lab):
-    with lab(faults.KeepsGivenBits).tracked() as guest:
+    with lab(mark_faults.KeepsGivenBits).tracked() as guest:
         guest.play(3)
         guest.log_dirty.give_back(guest.log_dirty.clean())
         with pytest.raises(OracleError) as lost:

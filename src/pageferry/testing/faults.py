@@ -1,7 +1,7 @@
 """Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
 
 Each wraps a sound tracker of any machine; ``mutated(make_vm, fault)`` gives the kit a machine with that fault. Those
-of CLEAN of a range alone are in :mod:`.range_faults`.
+of marks and of bits given back are in :mod:`.mark_faults`, those of CLEAN of a range alone in :mod:`.range_faults`.
 """
 
 import threading
@@ -10,15 +10,14 @@ import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
-from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
-from pageferry.core.vm import LogDirtyStats, Vm, VmStatus
-from pageferry.testing import range_faults
-from pageferry.testing.mutant import Faithful, mutated
+from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, gfn_of, gpa_of
+from pageferry.core.vm import LogDirtyStats, Vm
+from pageferry.testing import mark_faults, range_faults
+from pageferry.testing.mutant import WINDOW_S, Faithful, mutated
+from pageferry.testing.operators import STRAY_GFN
 
 __all__ = ["FAULTS", "Faithful", "mutated"]
 
-_WINDOW_S = 0.002
-_WINDOWS = 250
 _A_HANDFUL = 16
 
 
@@ -76,12 +75,13 @@ class DoesNotProtectAgain(Faithful):
 class ClearsAfterTheCopy(Faithful):
     """CLEAN copies the bitmap, and clears it a little later: a write in between is lost."""
 
+    _writes = 0
+
     def clean_range(self, gfns: range) -> DirtyBitmap:
-        """CLEAN in two steps; a running guest has the time to write in between, however busy the host."""
+        """CLEAN in two steps, and a device that writes in between, every time."""
         bitmap = self._sound.peek().take(gfns)
-        for _ in range(_WINDOWS):
-            if self._vm.wait(_WINDOW_S) is not VmStatus.RUNNING or (self._sound.peek().take(gfns) - bitmap).any():
-                break
+        self._writes += 1
+        self._vm.memory.write(gpa_of(STRAY_GFN), self._writes.to_bytes(8, "little"))
         self._sound.clean_range(gfns)
         return bitmap
 
@@ -114,67 +114,6 @@ class PeekClears(Faithful):
     def peek(self) -> DirtyBitmap:
         """CLEAN."""
         return self._sound.clean()
-
-
-class MarksNothing(Faithful):
-    """Writers that are not vCPUs are not seen."""
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Do nothing."""
-
-
-class MarksTheFirst(Faithful):
-    """A write over several frames marks only the first."""
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Mark too little."""
-        self._sound.mark(gfns[:1])
-
-
-class MarkLosesARace(Faithful):
-    """A mark is recorded a little late: a CLEAN that overtakes it swallows it."""
-
-    def __init__(self, vm: Vm) -> None:
-        super().__init__(vm)
-        self._cleans = 0
-
-    def clean_range(self, gfns: range) -> DirtyBitmap:
-        """CLEAN."""
-        self._cleans += 1
-        return self._sound.clean_range(gfns)
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Mark, unless a CLEAN came in between."""
-        before = self._cleans
-        threading.Event().wait(_WINDOW_S)
-        if self._cleans == before:
-            self._sound.mark(gfns)
-
-
-class RefusesStrangeMarks(Faithful):
-    """A mark of a frame that is not RAM raises."""
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Raise for frames beyond the bitmap."""
-        DirtyBitmap(self._vm.memory.gfn_limit).set(gfns)
-        self._sound.mark(gfns)
-
-
-class KeepsGivenBits(Faithful):
-    """A failed round's bits are lost."""
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Do nothing."""
-        self._sound.stats()
-
-
-class GiveBackReplaces(Faithful):
-    """Giving bits back loses those that were set since."""
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Replace the bitmap."""
-        self._sound.clean()
-        self._sound.give_back(bitmap)
 
 
 class SharesItsBitmap(Faithful):
@@ -293,22 +232,26 @@ class FaultsTwice(Faithful):
 
 
 class BreaksUnderTwoCallers(Faithful):
-    """CLEAN is not safe to call from two threads: the second caller is refused."""
+    """CLEAN is not safe to call from two threads: one that comes while the other is there is refused."""
 
     def __init__(self, vm: Vm) -> None:
         super().__init__(vm)
-        self._busy = False
+        self._callers: set[int] = set()
+        self._one = threading.Lock()
+        self._refused = threading.Event()
 
     def clean_range(self, gfns: range) -> DirtyBitmap:
-        """CLEAN, for one."""
-        if self._busy:
+        """CLEAN, for one; once there are two, each gives the other the time to come."""
+        if not self._one.acquire(blocking=False):
+            self._refused.set()
             raise LogDirtyError("busy")
-        self._busy = True
         try:
-            self._vm.wait(_WINDOW_S)
+            self._callers.add(threading.get_ident())
+            if len(self._callers) > 1:
+                self._refused.wait(WINDOW_S)
             return self._sound.clean_range(gfns)
         finally:
-            self._busy = False
+            self._one.release()
 
 
 FAULTS: tuple[type[Faithful], ...] = (
@@ -320,12 +263,6 @@ FAULTS: tuple[type[Faithful], ...] = (
     ReportsLate,
     NeverClears,
     PeekClears,
-    MarksNothing,
-    MarksTheFirst,
-    MarkLosesARace,
-    RefusesStrangeMarks,
-    KeepsGivenBits,
-    GiveBackReplaces,
     SharesItsBitmap,
     EnablesTwice,
     StartsAllDirty,
@@ -337,5 +274,6 @@ FAULTS: tuple[type[Faithful], ...] = (
     CountsWrong,
     FaultsTwice,
     BreaksUnderTwoCallers,
+    *mark_faults.FAULTS,
     *range_faults.FAULTS,
 )

@@ -19,7 +19,8 @@ from pageferry.testing.oracle import StampOracle, explained_gfns
 
 MakeVm = Callable[[VmConfig], Vm]
 
-_GIVE_UP_S = 30.0
+GIVE_UP_S = 30.0
+"""How long to wait for a guest, or another thread, that gets nowhere."""
 _POLL_S = 0.001
 _COMPARE_ALL_BYTES = 64 << 20
 #: Densities of successive stamp rounds, in 256ths: a quarter, none, few, all, most.
@@ -90,14 +91,14 @@ class Guest:
         self.oracle.played(number)
 
     def _until_sync(self, value: int) -> None:
-        status = self.vm.wait(_GIVE_UP_S)
+        status = self.vm.wait(GIVE_UP_S)
         found = self.vm.sync_value() if status is VmStatus.PAUSED else None
         require(found == value, f"the guest did not reach sync point {value}: {status}, {self.vm.end}, value {found}")
 
     def progress(self, work: int = 1) -> None:
         """Wait until the running guest has done ``work`` more of its work."""
         wanted = self.work() + work
-        for _ in range(int(_GIVE_UP_S / _POLL_S)):
+        for _ in range(int(GIVE_UP_S / _POLL_S)):
             self.require_running()
             if self.work() >= wanted:
                 return

@@ -7,6 +7,9 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.vm import LogDirty, LogDirtyStats, Vm, VmConfig
 from pageferry.testing.lab import MakeVm
 
+WINDOW_S = 2.0
+"""How long a fault that is a race gives another thread for what that is sure to do soon."""
+
 
 class Faithful:
     """A tracker that passes everything on, as it should be: the base of the faults.

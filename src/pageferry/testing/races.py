@@ -5,6 +5,7 @@ many interleavings a run sees.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,13 +13,12 @@ import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import gpa_of
-from pageferry.testing.lab import STATUS_GFN, Copy, Guest, Lab, Violation, listed, require
+from pageferry.testing.lab import GIVE_UP_S, STATUS_GFN, Copy, Guest, Lab, Violation, listed, require
 
 _ROUNDS = 12
 #: What a free-running guest does in each round at least: enough to come by every part of a small working set.
 _ROUND_WORK = 100
 _CHANGES = 16
-_MAX_CLEANS = 10_000
 _BREATH_S = 0.0005
 #: Operations per second of a guest that takes about 10 ms to come by a page again.
 _SLOW = 20_000
@@ -94,6 +94,7 @@ def peek_grows(lab: Lab) -> None:
     with lab.guest("random", pages=400, rate=_SLOW) as guest:  # slow: a bit that is gone does not come back at once
         guest.vm.resume()
         guest.log_dirty.enable()
+        _write_once(guest, 0)
         shown = guest.log_dirty.peek()
         for _ in range(_ROUNDS):
             guest.progress()
@@ -107,15 +108,20 @@ def peeking_thread(lab: Lab) -> None:
     """PEEK and stats from another thread disturb nothing."""
     with lab.guest("random", pages=400, rate=_SLOW) as guest:
         copy = _start_copy(guest)
+        looks = 0
 
         def look() -> None:
+            nonlocal looks
             guest.log_dirty.peek()
             guest.log_dirty.stats()
+            looks += 1
 
         with _repeated(look):
-            for _ in range(_ROUNDS):
+            for number in range(_ROUNDS):
                 copy.take(guest.log_dirty.clean())
-                guest.progress()
+                _write_once(guest, number)
+                for _ in _rounds(1, lambda: looks, more=2):  # of which the second began after the write
+                    guest.progress()
         _finish_copy(guest, copy)
 
 
@@ -133,12 +139,9 @@ def writing_thread(lab: Lab) -> None:
             guest.memory.write(gpa_of(gfn), written.to_bytes(8, "little"))
 
         with _repeated(write):
-            for cleans in range(_MAX_CLEANS):
+            for _ in _rounds(2 * _ROUNDS, lambda: written):
                 copy.take(guest.log_dirty.clean())
-                if cleans >= 2 * _ROUNDS and written >= 2 * _ROUNDS:
-                    break
         _finish_copy(guest, copy)
-        require(written > 0, "the device wrote nothing")
 
 
 def two_cleaners(lab: Lab) -> None:
@@ -146,14 +149,20 @@ def two_cleaners(lab: Lab) -> None:
     with lab.guest("sweep", pages=120) as guest:
         copy = _start_copy(guest)
         lock = threading.Lock()
+        others = 0
 
         def clean_and_copy() -> None:
             reported = guest.log_dirty.clean()
             with lock:
                 copy.take(reported)
 
-        with _repeated(clean_and_copy):
-            for _ in range(_ROUNDS):
+        def clean_and_count() -> None:
+            nonlocal others
+            clean_and_copy()
+            others += 1
+
+        with _repeated(clean_and_count):
+            for _ in _rounds(_ROUNDS, lambda: others):
                 clean_and_copy()
                 guest.progress()
         _finish_copy(guest, copy)
@@ -164,6 +173,7 @@ def failed_rounds(lab: Lab) -> None:
     with lab.guest("random", pages=400, rate=_SLOW) as guest:
         copy = _start_copy(guest)
         for number in range(_ROUNDS):
+            _write_once(guest, number)
             reported = guest.log_dirty.clean()
             if number % 3 == 0:
                 copy.take(reported)
@@ -202,6 +212,25 @@ def _finish_copy(guest: Guest, copy: Copy) -> None:
     guest.vm.pause()
     copy.take(guest.log_dirty.clean())
     copy.require_equal()
+
+
+def _write_once(guest: Guest, number: int) -> None:
+    # A page that nobody writes again: if its bit is lost, no later write brings it back, however long the guest runs.
+    guest.memory.write(gpa_of(_DEVICE_GFNS[number]), b"once")
+
+
+def _rounds(least: int, others: Callable[[], int], *, more: int | None = None) -> Iterator[int]:
+    """Count rounds from 0, at least so many, until another thread has done as many (``more``) of its own meanwhile.
+
+    Gives up on one that gets nowhere; that is no question of a slow host, but of seconds.
+    """
+    wanted = others() + (least if more is None else more)
+    deadline_s = time.monotonic() + GIVE_UP_S
+    number = 0
+    while number < least or others() < wanted:
+        require(time.monotonic() < deadline_s, "what another thread does gets nowhere")
+        yield number
+        number += 1
 
 
 def _contents(guest: Guest, gfns: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:

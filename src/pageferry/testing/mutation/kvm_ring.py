@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
+from pageferry.core.vm import VmStatus
+from pageferry.guests.abi import read_status
 from pageferry.kvm import KvmVm
 from pageferry.kvm.ring_log import KvmRingLog
 from pageferry.kvm.trackers import ring_tracker
@@ -15,14 +17,18 @@ from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, repl
 from pageferry.testing.mutation.held import drop_given_back, drop_marks
 
 fault = Faults(Room.KVM)
-_RING = "kvm-ring"
+RING = "kvm-ring"
 #: Rings that the kit goes round in, and that every KVM makes: one on Intel's processors keeps 576 entries to itself.
 _SMALL = ring_tracker(16 << 10)
+
+_WAIT_S = 0.002
+_WAITS = 5000
 
 Keep = Callable[[GfnArray], None]
 
 
-def _log(vm: KvmVm) -> KvmRingLog:
+def log_of(vm: KvmVm) -> KvmRingLog:
+    """Return the machine's tracker, one over dirty rings."""
     log = vm.log_dirty
     assert isinstance(log, KvmRingLog)
     return log
@@ -33,7 +39,7 @@ def full_before_clean(vm: KvmVm) -> None:
 
     It stands for the moment that a fault needs, which so comes every time.
     """
-    log = _log(vm)
+    log = log_of(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def clean_range(gfns: range) -> DirtyBitmap:
@@ -47,26 +53,48 @@ def full_before_clean(vm: KvmVm) -> None:
     replace(log, "clean_range", wrap)
 
 
+def _second_vcpu_sends_between_cleans(vm: KvmVm) -> None:
+    """Let vCPU 1 of `smp` send an item after the first CLEAN and before a later one, however busy the host is."""
+    log = log_of(vm)
+    before: list[int] = []
+    waits = iter(range(1, _WAITS))  # in all: other guests count other things there
+
+    def sent() -> int:
+        return read_status(vm.memory, 2)[1].values[0]
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def clean_range(gfns: range) -> DirtyBitmap:
+            while before and sent() == before[0] and vm.wait(_WAIT_S) is VmStatus.RUNNING and next(waits, None):
+                pass
+            before[:] = before or [sent()]
+            bitmap: DirtyBitmap = sound(gfns)
+            return bitmap
+
+        return clean_range
+
+    replace(log, "clean_range", wrap)
+
+
 @fault(
     "no bug on record: to harvest a ring is not to protect its pages again",
     law=1,
     found_by=("clean-protects-again", "rounds-are-exact", "stamped-copy"),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_reset_skipped(vm: KvmVm) -> None:
     """CLEAN harvests the rings and does not reset them."""
-    replace(_log(vm)._rings, "reset", lambda _: lambda: True)
+    replace(log_of(vm)._rings, "reset", lambda _: lambda: True)
 
 
 @fault(
     "no bug on record: an entry is ours until RESET is stored in it, and not a moment longer",
     law=2,
     found_by=("rounds-are-exact", "stamped-copy"),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_reset_before_kept(vm: KvmVm) -> None:
     """Entries are handed back to KVM first, and read when it has freed them."""
-    rings = _log(vm)._rings
+    rings = log_of(vm)._rings
 
     def harvest(keep: Keep) -> None:
         for vcpu, ring in enumerate(rings._rings):
@@ -87,7 +115,7 @@ def ring_reset_before_kept(vm: KvmVm) -> None:
 )
 def ring_loses_at_the_wrap(vm: KvmVm) -> None:
     """The entries of a harvest just before the ring starts over are counted and not read."""
-    rings = _log(vm)._rings
+    rings = log_of(vm)._rings
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def gfns_of(vcpu: int, slots: NDArray[np.uint32], offsets: NDArray[np.uint64]) -> GfnArray:
@@ -104,11 +132,11 @@ def ring_loses_at_the_wrap(vm: KvmVm) -> None:
     "no bug on record: a vCPU whose ring is full only wants room",
     law=2,
     found_by=("rounds-are-exact", "stamped-copy"),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_dropped_when_full(vm: KvmVm) -> None:
     """A vCPU with a full ring empties the rings and forgets what was in them."""
-    log = _log(vm)
+    log = log_of(vm)
 
     def on_ring_full() -> None:
         with log._operator:
@@ -123,12 +151,13 @@ def ring_dropped_when_full(vm: KvmVm) -> None:
     "no bug on record: what every log with a buffer per vCPU invites",
     law=2,
     found_by=("free-running-smp",),
-    tracker=_RING,
+    tracker=RING,
     cpus=2,
 )
 def ring_of_the_first_vcpu_only(vm: KvmVm) -> None:
     """Only vCPU 0's ring is harvested."""
-    rings = _log(vm)._rings
+    _second_vcpu_sends_between_cleans(vm)
+    rings = log_of(vm)._rings
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def harvest(keep: Keep) -> None:
@@ -144,76 +173,25 @@ def ring_of_the_first_vcpu_only(vm: KvmVm) -> None:
 
 
 @fault(
-    "no bug on record: the rings are of the whole guest, a range is not",
-    law=2,
-    found_by=("range-leaves-the-others", "stamped-copy-by-range"),
-    tracker=_RING,
-)
-def ring_range_keeps_its_own(vm: KvmVm) -> None:
-    """CLEAN of a range takes from the rings what is in the range, and lets the rest go."""
-    log = _log(vm)
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean_range(gfns: range) -> DirtyBitmap:
-            def keep(harvested: GfnArray) -> None:
-                log._held.set(harvested[(harvested >= gfns.start) & (harvested < gfns.stop)])
-
-            with log._operator:
-                log._rings.harvest(keep)
-            bitmap: DirtyBitmap = sound(gfns)
-            return bitmap
-
-        return clean_range
-
-    replace(log, "clean_range", wrap)
-
-
-@fault(
-    "no bug on record: a reset protects more than the range, which invites to leave it to the next whole CLEAN",
-    law=1,
-    found_by=("range-leaves-the-others", "stamped-copy-by-range"),
-    tracker=_RING,
-)
-def ring_range_not_reset(vm: KvmVm) -> None:
-    """CLEAN of a range takes the bits and resets no ring: its pages stay writable."""
-    log = _log(vm)
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def clean_range(gfns: range) -> DirtyBitmap:
-            reset = log._rings.reset
-            if len(gfns) < vm.memory.gfn_limit:
-                replace(log._rings, "reset", lambda _: lambda: True)
-            try:
-                bitmap: DirtyBitmap = sound(gfns)
-            finally:
-                replace(log._rings, "reset", lambda _: reset)
-            return bitmap
-
-        return clean_range
-
-    replace(log, "clean_range", wrap)
-
-
-@fault(
     "KVM dirty ring: writes with no running vCPU (the save of device state) missed the ring",
     law=4,
     found_by=("host-writes-are-marked", "marked-after-the-write"),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_only_the_kernels_bits(vm: KvmVm) -> None:
     """CLEAN returns what it finds in the rings, and drops what others marked."""
-    drop_marks(_log(vm))
+    drop_marks(log_of(vm))
 
 
 @fault(
     "no bug on record: a ring is read once, so whoever reads it must keep what it said",
     law=None,
     found_by=("peek-changes-nothing", "pausing-is-no-write"),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_peek_keeps_nothing(vm: KvmVm) -> None:
     """PEEK returns what it harvests and keeps no copy."""
-    log = _log(vm)
+    log = log_of(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def peek() -> DirtyBitmap:
@@ -230,11 +208,11 @@ def ring_peek_keeps_nothing(vm: KvmVm) -> None:
     "Propolis: after a failed attempt the next one started with wrong bits",
     law=None,
     found_by=("off-and-on-again",),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_not_emptied_at_off(vm: KvmVm) -> None:
     """OFF and ENABLE leave in the rings what is there: the next tracking finds old entries."""
-    log = _log(vm)
+    log = log_of(vm)
     replace(log, "_harvest", lambda sound: lambda: sound() if log.enabled else None)
 
 
@@ -242,23 +220,23 @@ def ring_not_emptied_at_off(vm: KvmVm) -> None:
     "Firecracker: in a guest of more than 3 GiB the pages of the second slot were at wrong offsets",
     law=2,
     found_by=("rounds-are-exact", "stamped-copy"),
-    tracker=_RING,
+    tracker=RING,
     memory_bytes=BEHIND_THE_HOLE,
 )
 def ring_offsets_taken_for_frames(vm: KvmVm) -> None:
     """An entry's offset in its slot is taken for the frame's number."""
-    _log(vm)._rings._first_gfns[:] = 0
+    log_of(vm)._rings._first_gfns[:] = 0
 
 
 @fault(
     "KVM since Linux 6.16: a reset that a signal cuts short leaves the pages of its last batch writable",
     law=1,
     found_by=("clean-protects-again", "rounds-are-exact"),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_reset_cut_short(vm: KvmVm) -> None:
     """KVM frees the last entry of each ring and does not protect its page; nobody notices."""
-    rings = _log(vm)._rings
+    rings = log_of(vm)._rings
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def reset() -> bool:
@@ -277,8 +255,8 @@ def ring_reset_cut_short(vm: KvmVm) -> None:
     "Propolis, Firecracker: the dirty bits of a failed attempt were lost",
     law=5,
     found_by=("given-back-bits-return",),
-    tracker=_RING,
+    tracker=RING,
 )
 def ring_bits_not_given_back(vm: KvmVm) -> None:
     """``give_back`` drops the bits of the failed round."""
-    drop_given_back(_log(vm))
+    drop_given_back(log_of(vm))

@@ -18,6 +18,7 @@ from pageferry.testing.mutation import (
     moving,
     pagemap,
     ranges,
+    ring_ranges,
     tables,
     tracking,
     uffd,
@@ -43,7 +44,7 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 
 DECLARED: tuple[Fault, ...] = tuple(
     fault
-    for room in (tracking, ranges, tables, writers, moving, kvm_log, kvm_ring, uffd, pagemap)
+    for room in (tracking, ranges, tables, writers, moving, kvm_log, kvm_ring, ring_ranges, uffd, pagemap)
     for fault in room.fault.all()
 )
 """All faults in the implementation, whatever it has of them."""
