@@ -101,6 +101,7 @@ class Domain(Machine):
             vcpu.use_shadow(paging_mode == "shadow")
         self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
         self.platform.bus.use_lock(self.locks.devices)
+        self._kvm_clock_ns: int | None = None
         self._attach(self.vcpus, self.paging)
 
     def _ops(self, mode: str) -> LogDirtyOps:
@@ -208,6 +209,12 @@ class Domain(Machine):
         self.shadow.blow()  # the guest's tables may be others now
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state)
+
+    def _save_kvm_clock(self) -> int | None:
+        return self._kvm_clock_ns  # nobody can read it here: it stands still, and so never goes back
+
+    def _load_kvm_clock(self, clock_ns: int) -> None:
+        self._kvm_clock_ns = clock_ns
 
     def _free(self) -> None:
         for vcpu in self.vcpus:
