@@ -19,7 +19,7 @@ from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState, ring_3_state
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import AUTOMATIC_BITMAP, DEFAULT_TRACKER
 from pageferry.uffd import VcpuView, check_userfaultfd
@@ -113,12 +113,13 @@ def make_guest(
     vcpus=(),
     devices=(),
     cpu=CpuModel.BASELINE,
+    machine=MachineModel.PLAIN,
     **registers,
 ):
     """Return a paused machine; with ``program`` (a name) it is ready to run it with those registers."""
     states = vcpus or (start_state(**registers),)
     vm = KvmVm(
-        VmConfig(memory_bytes=memory_bytes, cpus=len(states), cpu=cpu),
+        VmConfig(memory_bytes=memory_bytes, cpus=len(states), cpu=cpu, machine=machine),
         tracker=tracker or (AUTOMATIC_BITMAP if manual_protect is False else DEFAULT_TRACKER),
     )
     vm.platform.bus.devices += tuple(devices)

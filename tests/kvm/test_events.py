@@ -94,10 +94,8 @@ def test_a_kvm_that_cannot_hold_an_event_says_so(kvm, lacking):
         loaded(vm, kvm.start_state(triple_fault_pending=True))
 
 
-def test_a_machine_without_interrupt_controllers_has_neither_sipis_nor_halted_vcpus(kvm):
+def test_a_machine_without_interrupt_controllers_has_no_halted_vcpus(kvm):
     vm = kvm.guest("spin")
-    with pytest.raises(UnsupportedError, match="without interrupt controllers cannot hold a SIPI"):
-        loaded(vm, kvm.start_state(sipi_vector=9))
     with pytest.raises(UnsupportedError, match="no interrupt controllers, and the vCPU is HALTED"):
         loaded(vm, kvm.start_state(mp_state=MpState.HALTED))
 
@@ -131,7 +129,6 @@ def test_a_vcpu_in_system_management_mode_is_refused(kvm, monkeypatch):
         {"pending_exception": UNDEFINED},
         {"triple_fault_pending": True},
         {"mp_state": MpState.HALTED},
-        {"sipi_vector": 1},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -1,11 +1,13 @@
 """The order of saving and restoring that ``kvm/vcpu_state.py`` writes down, held by the ioctls that are issued."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import pytest
 
 from pageferry.core.state import MachineState
+from pageferry.core.vm import MachineModel
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import Fd
 
@@ -66,6 +68,26 @@ def test_state_is_restored_in_the_order_that_is_written_down(kvm, recorded):
         seen, "KVM_SET_SREGS", "KVM_SET_REGS", "KVM_SET_DEBUGREGS", "KVM_SET_XCRS", "KVM_SET_XSAVE", "KVM_SET_MSRS", TSC
     )
     expect_order(seen, TSC, "KVM_SET_VCPU_EVENTS", "KVM_SET_CLOCK")
+
+
+def test_a_machine_with_interrupt_controllers_has_its_order_too(kvm, recorded):
+    if not kvm.support.capabilities["KVM_CAP_IRQCHIP"]:
+        pytest.skip("this KVM has no KVM_CAP_IRQCHIP")
+    with recorded() as seen:
+        vm = kvm.guest("spin", vcpus=(kvm.start_state(), kvm.start_state()), machine=MachineModel.IRQCHIP)
+    expect_order(seen, "KVM_CREATE_IRQCHIP", "KVM_CREATE_PIT2", "KVM_CREATE_VCPU")
+    with recorded() as seen:
+        saved = vm.save_state()
+    for events in ("KVM_GET_VCPU_EVENTS", "KVM_GET_SREGS"):
+        assert seen.index("KVM_GET_MP_STATE") < seen.index(events)
+    first = saved.vcpus[0]
+    armed = dataclasses.replace(first, lapic=dataclasses.replace(first.lapic, tsc_deadline=1 << 62))
+    with recorded() as seen:
+        vm.load_state(dataclasses.replace(saved, vcpus=(armed, saved.vcpus[1])))
+    one_vcpu = seen[: seen.index("KVM_SET_VCPU_EVENTS") + 1]
+    expect_order(one_vcpu, "KVM_SET_SREGS", "KVM_SET_MSRS", "KVM_SET_LAPIC", TSC, TSC_DEADLINE)
+    expect_order(one_vcpu, TSC_DEADLINE, "KVM_SET_MP_STATE", "KVM_SET_VCPU_EVENTS")
+    expect_order(seen, "KVM_SET_VCPU_EVENTS", "KVM_SET_IRQCHIP", "KVM_SET_PIT2", "KVM_SET_CLOCK")
 
 
 def test_all_vcpus_are_restored_before_what_the_machine_has_of_its_own(kvm, recorded):

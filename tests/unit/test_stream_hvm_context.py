@@ -33,7 +33,7 @@ from pageferry.stream.hvm_vcpu import MAX_MSRS, decode_vcpu_entries
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = [field.name for field in dataclasses.fields(VcpuState)]
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr")
-EVENTS = ("interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "mp_state", "sipi_vector")
+EVENTS = ("interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "mp_state")
 OPTIONAL = ("pending_exception", "extended", "lapic", "msrs")
 NUMBERS = [name for name in NAMES if name not in (*SEGMENTS, *EVENTS, *OPTIONAL, "gdtr", "idtr", "fpu_regs")]
 
@@ -67,8 +67,7 @@ FULL_STATE = MachineState(
         vcpu(
             triple_fault_pending=True,
             pending_exception=PendingException(vector=14, error_code=6, payload=1 << 63),
-            mp_state=MpState.SIPI_RECEIVED,
-            sipi_vector=0x9A,
+            mp_state=MpState.HALTED,
             extended=ExtendedState(xcr0=0xE7, in_use=0x24, area=bytes(range(192))),
             lapic=LAPIC,
         ),
@@ -153,7 +152,7 @@ def test_all_of_the_state_goes_there_and_back():
 
 def test_what_a_vcpu_has_besides_has_its_place():
     entries = {(e.typecode, e.instance): e.body for e in split_entries(encode_machine_state(FULL_STATE))}
-    assert entries[Typecode.CPU_EVENTS, 0] == bytes((0, 0, 0, 1, 4, 0x9A, 0, 0))
+    assert entries[Typecode.CPU_EVENTS, 0] == bytes((0, 0, 0, 1, 3, 0, 0, 0))
     assert entries[Typecode.CPU_EXCEPTION, 0] == struct.pack("<BBHIQ", 14, 3, 0, 6, 1 << 63)
     assert entries[Typecode.CPU_EXCEPTION, 1] == struct.pack("<BBHIQ", 3, 0, 0, 0, 0)
     xsave = entries[Typecode.CPU_XSAVE, 0]
@@ -196,7 +195,6 @@ def test_an_fpu_that_was_never_used_goes_there_and_back():
         (vcpu(interrupt_shadow=256), "does not fit its width in HVM_CONTEXT CPU_EVENTS"),
         (vcpu(interrupt_shadow=4), "cannot be read back"),
         (vcpu(msrs=((1 << 32, 0),)), "does not fit its width in HVM_CONTEXT CPU_MSR"),
-        (vcpu(sipi_vector=256), "does not fit its width in HVM_CONTEXT CPU_EVENTS"),
         (vcpu(pending_exception=PendingException(vector=32)), "cannot be read back"),
         (vcpu(pending_exception=PendingException(vector=1, payload=1 << 64)), "does not fit its width"),
         (vcpu(extended=ExtendedState(xcr0=1 << 64)), "does not fit its width in HVM_CONTEXT CPU_XSAVE"),
@@ -299,8 +297,8 @@ def u32(value):
         ([HEADER, CPU_0, patched(EVENTS_0, 2, b"\2"), END], "nmi_masked is 2"),
         ([HEADER, CPU_0, patched(EVENTS_0, 7, b"\1"), END], "reserved field"),
         ([HEADER, CPU_0, patched(EVENTS_0, 3, b"\2"), END], "triple_fault_pending is 2"),
-        ([HEADER, CPU_0, patched(EVENTS_0, 4, b"\5"), END], "mp_state is 5, more than 4"),
-        ([HEADER, CPU_0, patched(EVENTS_0, 6, b"\1"), END], "reserved field"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 4, b"\4"), END], "mp_state is 4, more than 3"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 5, b"\1"), END], "reserved field"),
         ([HEADER, CPU_0, replaced(EXCEPTION, instance=1), END], "only 1 vCPUs in HVM_CONTEXT CPU_EXCEPTION 1"),
         ([HEADER, CPU_0, replaced(EXCEPTION, body=bytes(17)), END], "body of 17 bytes, not 16"),
         ([HEADER, CPU_0, patched(EXCEPTION, 0, b"\x20"), END], "vector 32 is no exception"),

@@ -37,7 +37,6 @@ class MpState(IntEnum):
     UNINITIALIZED = 1
     INIT_RECEIVED = 2
     HALTED = 3
-    SIPI_RECEIVED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +141,6 @@ class VcpuState:
     triple_fault_pending: bool = False
     pending_exception: PendingException | None = None
     mp_state: MpState = MpState.RUNNABLE
-    sipi_vector: int = 0
     lapic: LapicState | None = None
     fpu_regs: bytes
     extended: ExtendedState | None = None

@@ -40,7 +40,7 @@ _GENERAL = (
 #: What can be pending, or else than usual, where there are interrupts.
 _EVENTS = (
     *("interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "pending_exception"),
-    *("mp_state", "sipi_vector", "lapic"),
+    *("mp_state", "lapic"),
 )
 
 CR0_WP = 1 << 16

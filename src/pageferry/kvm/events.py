@@ -1,8 +1,10 @@
-"""A KVM vCPU's pending events: exceptions, interrupts, NMIs, the interrupt shadow, a triple fault, a SIPI.
+"""A KVM vCPU's pending events: exceptions, interrupts, NMIs, the interrupt shadow, a triple fault.
 
 An exception that was raised and not injected yet has not touched CR2 or DR6: its *payload* will. KVM tells it apart
 from an injected one if asked to (KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT), which a machine does when
 it is made. Without the former KVM settles the payload when the events are read, and shows the exception as injected.
+
+A SIPI is none of them: KVM never tells its vector, and settles it when the multiprocessing state is read.
 
 System management mode is no part of a state: no machine here raises an SMI. A vCPU in it is refused.
 
@@ -19,7 +21,6 @@ from pageferry.kvm.fds import VcpuFd, VmFd
 
 _ALWAYS = uapi.KVM_VCPUEVENT_VALID_NMI_PENDING | uapi.KVM_VCPUEVENT_VALID_SHADOW
 _PAYLOAD, _TRIPLE_FAULT = uapi.KVM_VCPUEVENT_VALID_PAYLOAD, uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
-_SIPI = uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR
 _OPTIONAL = {uapi.KVM_CAP_EXCEPTION_PAYLOAD: _PAYLOAD, uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: _TRIPLE_FAULT}
 
 # pending_event: vector 7..0, kind 10..8, error code valid 11, valid 31
@@ -27,17 +28,16 @@ _EVENT_VALID, _EVENT_HAS_ERROR = 1 << 31, 1 << 11
 _EXTERNAL, _NMI, _EXCEPTION, _SOFTWARE = 0, 2, 3, 4
 
 
-def enable_events(vm: VmFd, *, irqchip: bool) -> int:
+def enable_events(vm: VmFd) -> int:
     """Have KVM tell all that it can about pending events; return the flags of what will count in a state.
 
     Args:
         vm: a machine without vCPUs.
-        irqchip: whether it has interrupt controllers, which bring SIPIs.
 
     Raises:
         KvmError: the kernel refused.
     """
-    flags = _ALWAYS | (_SIPI if irqchip else 0)
+    flags = _ALWAYS
     for capability, flag in _OPTIONAL.items():
         if vm.check_extension(capability):
             vm.enable_cap(capability, 1)
@@ -65,7 +65,6 @@ def read_events(fd: VcpuFd) -> dict[str, Any]:
         "nmi_pending": bool(events.nmi.pending),
         "nmi_masked": bool(events.nmi.masked),
         "triple_fault_pending": bool(events.flags & _TRIPLE_FAULT and events.triple_fault),
-        "sipi_vector": events.sipi_vector if events.flags & _SIPI else 0,
     }
 
 
@@ -105,7 +104,7 @@ def kvm_events(state: VcpuState, flags: int) -> uapi.KvmVcpuEvents:
         VmError: they contradict each other, or are of an unknown kind.
     """
     _expect_fit(state, flags)
-    events = uapi.KvmVcpuEvents(flags=flags, triple_fault=state.triple_fault_pending, sipi_vector=state.sipi_vector)
+    events = uapi.KvmVcpuEvents(flags=flags, triple_fault=state.triple_fault_pending)
     events.interrupt.shadow = state.interrupt_shadow
     events.nmi.pending = state.nmi_pending
     events.nmi.masked = state.nmi_masked
@@ -140,8 +139,6 @@ def _expect_fit(state: VcpuState, flags: int) -> None:
             raise VmError("the state has two exceptions, one injected and one pending")
     if state.triple_fault_pending and not flags & _TRIPLE_FAULT:
         raise UnsupportedError("vcpu-events", "this KVM cannot hold a pending triple fault")
-    if state.sipi_vector and not flags & _SIPI:
-        raise UnsupportedError("vcpu-events", "a machine without interrupt controllers cannot hold a SIPI")
 
 
 def _set_exception(events: uapi.KvmVcpuEvents, vector: int, error_code: int | None) -> None:

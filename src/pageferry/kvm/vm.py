@@ -12,13 +12,14 @@ from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.clock import read_clock, write_clock
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.irqchip import create_irqchip
 from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
@@ -75,7 +76,10 @@ class KvmVm(Machine):
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
-            event_flags = enable_events(self.vm_fd, irqchip=False)
+            irqchip = config.machine is MachineModel.IRQCHIP
+            if irqchip:
+                self.platform.bus.elsewhere = create_irqchip(self.vm_fd)
+            event_flags = enable_events(self.vm_fd)
             self.vcpu_mapping = self.memory.mapping
             """RAM as the vCPUs' slots have it: everybody's mapping, or their own where the tracker protects it."""
             if kind.own_mapping:
@@ -90,7 +94,7 @@ class KvmVm(Machine):
                 fd = undo.enter_context(self.vm_fd.create_vcpu(index))
                 set_cpuid(fd, of_vcpu(cpuid, index=index, cpus=config.cpus))
                 parts = vcpu_state.Parts.of(
-                    self.vm_fd, fd, table=cpuid, listed=listed, event_flags=event_flags, irqchip=False
+                    self.vm_fd, fd, table=cpuid, listed=listed, event_flags=event_flags, irqchip=irqchip
                 )
                 self.vcpus += (KvmVcpu(fd, self.platform.bus, parts, index=index),)
             log_dirty = kind.make(self)

@@ -21,8 +21,8 @@ from pageferry.stream.hvm_entries import Entry, Typecode
 MSR_HEAD = Struct("<II")
 MSR_ENTRY = Struct("<IIQ")
 MAX_MSRS = 4096
-#: CPU_EVENTS: interrupt shadow, NMI pending, NMI masked, triple fault pending, MP state, SIPI vector; 2 reserved.
-EVENTS_BODY = Struct("<6B2s")
+#: CPU_EVENTS: interrupt shadow, NMI pending, NMI masked, triple fault pending, MP state; 3 reserved.
+EVENTS_BODY = Struct("<5B3s")
 #: CPU_EXCEPTION: vector, flags, reserved, error code, payload.
 EXCEPTION_BODY = Struct("<BBHIQ")
 EXCEPTION_HAS_ERROR, EXCEPTION_HAS_PAYLOAD = 1 << 0, 1 << 1
@@ -40,7 +40,6 @@ _EVENTS = {
     "nmi_masked": 1,
     "triple_fault_pending": 1,
     "mp_state": max(MpState),
-    "sipi_vector": 255,
 }
 _MAX_EXCEPTION = 31
 _APIC_ENABLED, _APIC_SOFTWARE_ENABLED = 1 << 11, 1 << 8
@@ -130,14 +129,13 @@ def _decode_events(entry: Entry) -> dict[str, Any]:
     for (name, most), value in zip(_EVENTS.items(), values, strict=True):
         if value > most:
             raise entry.refusal(f"{name} is {value}, more than {most}")
-    shadow, nmi_pending, nmi_masked, triple_fault, mp_state, sipi_vector = values
+    shadow, nmi_pending, nmi_masked, triple_fault, mp_state = values
     return {
         "interrupt_shadow": shadow,
         "nmi_pending": bool(nmi_pending),
         "nmi_masked": bool(nmi_masked),
         "triple_fault_pending": bool(triple_fault),
         "mp_state": MpState(mp_state),
-        "sipi_vector": sipi_vector,
     }
 
 
