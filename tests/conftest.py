@@ -15,7 +15,7 @@ from hypothesis import settings
 from pageferry.core.errors import KvmError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages, expect_offered
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
@@ -112,8 +112,10 @@ def guests(make_vm):
     """Makes booted, paused guests of the accel under test, and closes them."""
     made = []
 
-    def make(workload="kv", *, memory_bytes=32 * MiB, cpus=1, working_set_bytes=4 * MiB, **params):
-        vm = make_vm(VmConfig(memory_bytes=memory_bytes, cpus=cpus))
+    def make(
+        workload="kv", *, memory_bytes=32 * MiB, cpus=1, working_set_bytes=4 * MiB, machine=MachineModel.PLAIN, **params
+    ):
+        vm = make_vm(VmConfig(memory_bytes=memory_bytes, cpus=cpus, machine=machine))
         made.append(vm)
         boot(vm, load_workload(workload), params=GuestParams(working_set_bytes=working_set_bytes, **params))
         return vm

@@ -45,6 +45,7 @@ def complaint(result, code):
         (("demo", "--cpus", "9"), "--cpus"),
         (("run", "idle", "--accel", "warp"), "warp"),
         (("run", "idle", "--cpu", "486"), "486"),
+        (("run", "idle", "--machine", "q35"), "q35"),
         (("run", "/nonexistent/mine.elf", "--accel", "soft"), "/nonexistent/mine.elf"),
         (("run", "idle", "--hugepages", "giant"), "giant"),
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
@@ -188,6 +189,24 @@ def test_a_cpu_that_the_machine_has_not_is_said_with_a_hint():
         assert result.returncode == code, result.stderr
         assert "baseline CPU only" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_interrupt_controllers_that_the_machine_has_not_are_said_with_a_hint():
+    result = cli("run", "idle", "--accel", "soft", "--machine", "irqchip")
+    assert result.returncode == 5, result.stderr
+    assert "pageferry: the software machine has no interrupt controllers" in result.stderr
+    assert "hint: use --machine plain, or --accel kvm" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.kvm
+def test_demo_of_a_guest_with_interrupt_controllers(kvm_support):
+    if not kvm_support.capabilities["KVM_CAP_IRQCHIP"]:
+        pytest.skip("this KVM has no KVM_CAP_IRQCHIP")
+    result = cli("demo", "--accel", "kvm", "--machine", "irqchip", "--memory", "32M", "--json")
+    assert result.returncode == 0, result.stderr
+    devices = [device["name"] for device in json.loads(result.stdout)["devices"]]
+    assert devices[-4:] == ["kvm-pic0", "kvm-pic1", "kvm-ioapic", "kvm-pit"]
 
 
 def test_demo_prints_one_json_object(accel):

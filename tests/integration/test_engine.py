@@ -36,7 +36,7 @@ from pageferry.core.events import (
 from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
-from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine import audit as audit_module
 from pageferry.engine import features as features_module
 from pageferry.engine import prove as prove_module
@@ -863,6 +863,57 @@ def test_a_source_that_lies_about_pages_is_refused(inn, make_vm):
     error = inn.outcome()
     assert isinstance(error, PeerError)
     assert error.guest_at is GuestAt.SOURCE
+
+
+# -- machine models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def irqchip(kvm_support):
+    if not kvm_support.capabilities["KVM_CAP_IRQCHIP"]:
+        pytest.skip("this KVM has no KVM_CAP_IRQCHIP")
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, irqchip):
+    vm = guests("smp", cpus=2, machine=MachineModel.IRQCHIP)
+    vm.resume()
+    assert all_run_on(vm)
+    for _ in range(2):
+        assert attempt(vm, inn.open()).run().verified
+        vm = inn.outcome()
+        assert vm.config.machine is MachineModel.IRQCHIP
+        assert all_run_on(vm)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the_first_page(guests, inn, irqchip):
+    vm = running(guests, "kv", machine=MachineModel.IRQCHIP)
+    make_vm, inn.make_vm = inn.make_vm, Domain
+    source = attempt(vm, inn.open())
+    with pytest.raises(PeerError, match="the software machine has no interrupt controllers") as caught:
+        source.run()
+    assert (caught.value.phase, caught.value.hint) == ("hello", "use --machine plain, or --accel kvm")
+    assert source.report.rounds == ()
+    inn.make_vm = make_vm
+    assert isinstance(inn.outcome(), MigrationError)
+    expect_as_before(vm, inn, source)
+
+
+def test_a_machine_model_that_nobody_knows_is_refused_by_name(inn):
+    channel = inn.open().connect(10)
+    peer = Peer(channel, Side.SOURCE)
+    peer.greet()
+    hello = SourceHello(
+        version=__version__, memory_bytes=32 << 20, cpus=1, accel="soft", cpuid=SOFT_CPU, migration_id="x"
+    )
+    peer.send(replace(hello, machine="q35"))
+    with pytest.raises(PeerFailedError, match="there is no machine model 'q35' here"):
+        peer.receive()
+    channel.close()
+    assert isinstance(inn.outcome(), MigrationError)
 
 
 # -- rounds in chunks, and a guest that is held back -------------------------------------------------------------------

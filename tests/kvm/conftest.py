@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState, ring_3_state
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import AUTOMATIC_BITMAP, DEFAULT_TRACKER
 from pageferry.uffd import VcpuView, check_userfaultfd
@@ -104,12 +105,21 @@ def write_identity_map(memory):
 
 
 def make_guest(
-    program=None, *, memory_bytes=4 << 20, manual_protect=None, tracker=None, vcpus=(), devices=(), **registers
+    program=None,
+    *,
+    memory_bytes=4 << 20,
+    manual_protect=None,
+    tracker=None,
+    vcpus=(),
+    devices=(),
+    cpu=CpuModel.BASELINE,
+    machine=MachineModel.PLAIN,
+    **registers,
 ):
     """Return a paused machine; with ``program`` (a name) it is ready to run it with those registers."""
     states = vcpus or (start_state(**registers),)
     vm = KvmVm(
-        VmConfig(memory_bytes=memory_bytes, cpus=len(states)),
+        VmConfig(memory_bytes=memory_bytes, cpus=len(states), cpu=cpu, machine=machine),
         tracker=tracker or (AUTOMATIC_BITMAP if manual_protect is False else DEFAULT_TRACKER),
     )
     vm.platform.bus.devices += tuple(devices)
@@ -146,6 +156,7 @@ def kvm(kvm_support):
         Gate=Gate,
         start_state=start_state,
         wait_for=wait_for,
+        PROGRAMS=PROGRAMS,
         PROGRAM_GPA=PROGRAM_GPA,
         DATA_GPA=DATA_GPA,
     )

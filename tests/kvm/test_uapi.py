@@ -22,6 +22,13 @@ SIZES = {
     "KvmDebugregs": 128,
     "KvmXsave": 4096,
     "KvmVcpuEvents": 64,
+    "KvmXcrs": 392,
+    "KvmMpState": 4,
+    "KvmClockData": 48,
+    "KvmLapicState": 1024,
+    "KvmIrqchip": 520,
+    "KvmPitConfig": 64,
+    "KvmPitState2": 112,
 }
 NUMBERS = {
     "KVM_GET_API_VERSION": 0xAE00,
@@ -35,6 +42,12 @@ NUMBERS = {
     "KVM_SET_USER_MEMORY_REGION": 0x4020AE46,
     "KVM_SET_TSS_ADDR": 0xAE47,
     "KVM_SET_IDENTITY_MAP_ADDR": 0x4008AE48,
+    "KVM_CREATE_IRQCHIP": 0xAE60,
+    "KVM_GET_IRQCHIP": 0xC208AE62,
+    "KVM_SET_IRQCHIP": 0x8208AE63,
+    "KVM_CREATE_PIT2": 0x4040AE77,
+    "KVM_SET_CLOCK": 0x4030AE7B,
+    "KVM_GET_CLOCK": 0x8030AE7C,
     "KVM_RUN": 0xAE80,
     "KVM_GET_REGS": 0x8090AE81,
     "KVM_SET_REGS": 0x4090AE82,
@@ -42,6 +55,12 @@ NUMBERS = {
     "KVM_SET_SREGS": 0x4138AE84,
     "KVM_GET_MSRS": 0xC008AE88,
     "KVM_SET_MSRS": 0x4008AE89,
+    "KVM_GET_LAPIC": 0x8400AE8E,
+    "KVM_SET_LAPIC": 0x4400AE8F,
+    "KVM_GET_MP_STATE": 0x8004AE98,
+    "KVM_SET_MP_STATE": 0x4004AE99,
+    "KVM_GET_PIT2": 0x8070AE9F,
+    "KVM_SET_PIT2": 0x4070AEA0,
     "KVM_GET_CPUID2": 0xC008AE91,
     "KVM_SET_CPUID2": 0x4008AE90,
     "KVM_GET_VCPU_EVENTS": 0x8040AE9F,
@@ -51,6 +70,9 @@ NUMBERS = {
     "KVM_ENABLE_CAP": 0x4068AEA3,
     "KVM_GET_XSAVE": 0x9000AEA4,
     "KVM_SET_XSAVE": 0x5000AEA5,
+    "KVM_GET_XCRS": 0x8188AEA6,
+    "KVM_SET_XCRS": 0x4188AEA7,
+    "KVM_GET_XSAVE2": 0x9000AECF,
     "KVM_CLEAR_DIRTY_LOG": 0xC018AEC0,
     "KVM_RESET_DIRTY_RINGS": 0xAEC7,
     "KVM_SET_DEVICE_ATTR": 0x4018AEE1,
@@ -82,6 +104,9 @@ def test_offsets_inside_kvm_run_and_variable_length_heads():
     assert uapi.KvmRunMmio.len.offset == 16
     assert uapi.KvmRunInternal.data.offset == 8
     assert uapi.KvmVcpuEvents.flags.offset == 0x14
+    assert (uapi.KvmVcpuEvents.smi.offset, uapi.KvmVcpuEvents.triple_fault.offset) == (0x18, 0x1C)
+    assert (uapi.KvmIrqchip.chip.offset, uapi.KvmXcrs.xcrs.offset) == (8, 8)
+    assert uapi.KvmPitState2.flags.offset == 72
     assert uapi.KvmVcpuEvents.exception_has_payload.offset == 0x37
     assert uapi.KvmCpuid2.entries.offset == uapi.KvmMsrs.entries.offset == 8
     assert uapi.KvmMsrList.indices.offset == 4

@@ -16,11 +16,12 @@ from pageferry.core.cpuid import (
     of_vcpu,
 )
 from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.core.xsave import component_places, enabled_components
 
 AMD = (0x6874_7541, 0x444D_4163, 0x6974_6E65)  # ebx, ecx, edx of "AuthenticAMD"
 RICH = (
     CpuidLeaf(0, NO_SUBLEAF, 0xD, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),
-    CpuidLeaf(1, NO_SUBLEAF, 0x306C4, 0x0305_0800, 1 << 20 | 1 << 5 | 1 << 27 | 1 << 28, 0xFFFF_FFFF),
+    CpuidLeaf(1, NO_SUBLEAF, 0x306C4, 0x0305_0800, 1 << 20 | 1 << 5 | 1 << 26 | 1 << 27 | 1 << 28, 0xFFFF_FFFF),
     CpuidLeaf(4, 0, 0x1C00_4121, 1, 2, 3),
     CpuidLeaf(4, 1, 0x1C00_4122, 4, 5, 6),
     CpuidLeaf(7, 0, 1, 1 << 5, 1 << 3 | 1 << 4, 1 << 10),
@@ -101,7 +102,12 @@ def test_the_baseline_takes_only_what_is_offered():
 def test_all_of_the_host_is_all_but_what_does_not_travel():
     table = host(RICH)
     check_leaves(table)
-    assert find(table, 1) == (0x306C4, 0x0800, 1 << 31 | 1 << 28 | 1 << 20, 0xFFFF_FFFF)  # no VMX, OSXSAVE, APIC id
+    assert find(table, 1) == (
+        0x306C4,
+        0x0800,
+        1 << 31 | 1 << 28 | 1 << 26 | 1 << 20,
+        0xFFFF_FFFF,
+    )  # no VMX, OSXSAVE
     assert find(table, 4, 1) == (0x0122, 4, 5, 6)
     assert find(table, 7) == (1, 1 << 5, 1 << 3, 1 << 10)  # no OSPKE
     assert find(table, 0x8000_0001)[2] == 1  # no SVM
@@ -130,6 +136,42 @@ def test_what_is_no_table(leaves, says):
 
 
 # -- what a machine lacks ----------------------------------------------------------------------------------------------
+
+
+XSAVE_LEAVES = (
+    CpuidLeaf(0xD, 0, 7, 0x340, 0x340, 0),
+    CpuidLeaf(0xD, 1, 0xF, 0x400, 1 << 11, 1),
+    CpuidLeaf(0xD, 2, 0x100, 0x240, 0, 0),
+    CpuidLeaf(0xD, 9, 8, 0xA80, 0, 0),  # is not in sub-leaf 0
+    CpuidLeaf(0xD, 11, 0x10, 0, 1, 0),  # of the supervisor
+)
+
+
+def with_leaf_0xd(leaves):
+    return tuple(sorted((*(leaf for leaf in RICH if leaf.leaf != 0xD), *leaves)))
+
+
+def test_leaf_0xd_tells_of_what_the_guest_may_enable_and_of_nothing_else():
+    table = host(with_leaf_0xd(XSAVE_LEAVES))
+    assert [leaf for leaf in table if leaf.leaf == 0xD] == [
+        CpuidLeaf(0xD, 0, 7, 0x240, 0x340, 0),
+        CpuidLeaf(0xD, 1, 0xF, 0, 0, 0),
+        CpuidLeaf(0xD, 2, 0x100, 0x240, 0, 0),
+    ]
+    assert enabled_components(table) == 7
+    assert component_places(table) == {2: range(0x240, 0x340)}
+    assert not missing_features(table, with_leaf_0xd(XSAVE_LEAVES))
+
+
+def test_without_xsave_there_is_no_leaf_0xd():
+    offered = without(with_leaf_0xd(XSAVE_LEAVES), 1, "ecx", 26)
+    assert not [leaf for leaf in host(offered) if leaf.leaf == 0xD]
+    assert enabled_components(offered) == 0
+
+
+def test_a_component_that_a_machine_lacks_is_named():
+    poorer = with_leaf_0xd((XSAVE_LEAVES[0]._replace(eax=3), *XSAVE_LEAVES[1:]))
+    assert missing_features(host(with_leaf_0xd(XSAVE_LEAVES)), poorer) == ("XSAVE of AVX",)
 
 
 @pytest.mark.parametrize(

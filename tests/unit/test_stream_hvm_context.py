@@ -1,26 +1,41 @@
 """Machine state as an HVM context: layout, round trip, and every way to be wrong."""
 
 import dataclasses
+import lzma
 import struct
+from pathlib import Path
 
 import pytest
 
 from pageferry.core.errors import LocalStreamError, RecordError
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, DeviceState, MachineState, Segment, VcpuState
+from pageferry.core.state import (
+    INITIAL_FPU_REGS,
+    DescriptorTable,
+    DeviceState,
+    ExtendedState,
+    LapicState,
+    MachineState,
+    MpState,
+    PendingException,
+    Segment,
+    VcpuState,
+)
 from pageferry.stream.hvm_context import (
     CPU_BODY,
-    MAX_MSRS,
     decode_cpu,
     decode_machine_state,
     encode_cpu,
     encode_machine_state,
 )
 from pageferry.stream.hvm_entries import Entry, Typecode, join_entries, split_entries
+from pageferry.stream.hvm_vcpu import MAX_MSRS, decode_vcpu_entries
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = [field.name for field in dataclasses.fields(VcpuState)]
 SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr")
-EVENTS = ("interrupt_shadow", "nmi_pending", "nmi_masked")
-NUMBERS = [name for name in NAMES if name not in (*SEGMENTS, *EVENTS, "gdtr", "idtr", "fpu_regs", "msrs")]
+EVENTS = ("interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "mp_state")
+OPTIONAL = ("pending_exception", "extended", "lapic", "msrs")
+NUMBERS = [name for name in NAMES if name not in (*SEGMENTS, *EVENTS, *OPTIONAL, "gdtr", "idtr", "fpu_regs")]
 
 
 def vcpu(**changes):
@@ -39,6 +54,31 @@ def vcpu(**changes):
 STATE = MachineState(
     vcpus=(vcpu(interrupt_shadow=2, nmi_masked=True), vcpu(rax=5, msrs=((0x10, 1 << 63), (0xC000_0080, 0)))),
     devices=(DeviceState(name="com1", data=b"\x00\xff"), DeviceState(name="timer", data=b"")),
+)
+
+
+LAPIC = LapicState(
+    base=0xFEE0_0900,
+    registers=bytes(0xF0) + b"\xff\1".ljust(0x2F0, b"\0") + b"\x0a".ljust(0x20, b"\0"),
+    tsc_deadline=1 << 60,
+)
+FULL_STATE = MachineState(
+    vcpus=(
+        vcpu(
+            triple_fault_pending=True,
+            pending_exception=PendingException(vector=14, error_code=6, payload=1 << 63),
+            mp_state=MpState.HALTED,
+            extended=ExtendedState(xcr0=0xE7, in_use=0x24, area=bytes(range(192))),
+            lapic=LAPIC,
+        ),
+        vcpu(
+            pending_exception=PendingException(vector=3),
+            extended=ExtendedState(xcr0=7),
+            lapic=LapicState(base=0xFEE0_0100, registers=bytes(1024)),
+        ),
+    ),
+    devices=(),
+    kvm_clock_ns=1 << 61,
 )
 
 
@@ -89,6 +129,54 @@ def test_machine_state_goes_there_and_back():
     ]
 
 
+def test_all_of_the_state_goes_there_and_back():
+    data = encode_machine_state(FULL_STATE)
+    assert decode_machine_state(data) == FULL_STATE
+    assert [(entry.typecode, entry.instance, len(entry.body)) for entry in split_entries(data)] == [
+        (Typecode.HEADER, 0, 24),
+        (Typecode.CPU, 0, 1032),
+        (Typecode.CPU_EVENTS, 0, 8),
+        (Typecode.CPU_EXCEPTION, 0, 16),
+        (Typecode.CPU_XSAVE, 0, 24 + 576 + 192),
+        (Typecode.LAPIC, 0, 24),
+        (Typecode.LAPIC_REGS, 0, 1024),
+        (Typecode.CPU, 1, 1032),
+        (Typecode.CPU_EXCEPTION, 1, 16),
+        (Typecode.CPU_XSAVE, 1, 24 + 576),
+        (Typecode.LAPIC, 1, 24),
+        (Typecode.LAPIC_REGS, 1, 1024),
+        (Typecode.KVM_CLOCK, 0, 8),
+        (Typecode.END, 0, 0),
+    ]
+
+
+def test_what_a_vcpu_has_besides_has_its_place():
+    entries = {(e.typecode, e.instance): e.body for e in split_entries(encode_machine_state(FULL_STATE))}
+    assert entries[Typecode.CPU_EVENTS, 0] == bytes((0, 0, 0, 1, 3, 0, 0, 0))
+    assert entries[Typecode.CPU_EXCEPTION, 0] == struct.pack("<BBHIQ", 14, 3, 0, 6, 1 << 63)
+    assert entries[Typecode.CPU_EXCEPTION, 1] == struct.pack("<BBHIQ", 3, 0, 0, 0, 0)
+    xsave = entries[Typecode.CPU_XSAVE, 0]
+    assert struct.unpack_from("<3Q", xsave) == (0, 0xE7, 0xE7)
+    assert xsave[24 : 24 + 512] == INITIAL_FPU_REGS
+    assert struct.unpack_from("<8Q", xsave, 24 + 512) == (0x27, *[0] * 7)
+    assert xsave[24 + 576 :] == bytes(range(192))
+    assert struct.unpack("<QIIQ", entries[Typecode.LAPIC, 0]) == (0xFEE0_0900, 0, 128, 1 << 60)
+    assert struct.unpack("<QIIQ", entries[Typecode.LAPIC, 1]) == (0xFEE0_0100, 3, 2, 0)
+    assert entries[Typecode.LAPIC_REGS, 0] == LAPIC.registers
+    assert entries[Typecode.KVM_CLOCK, 0] == struct.pack("<Q", 1 << 61)
+
+
+def test_xens_own_local_apic_reads_as_ours():
+    with lzma.open(GOLDEN / "xen-4.17-libxc-live.bin.xz") as file:
+        data = file.read()
+    at = data.index(struct.pack("<HHI", Typecode.LAPIC, 0, 24))
+    lapic, registers = Entry(typecode=Typecode.LAPIC, body=data[at + 8 : at + 32]), data[at + 32 :]
+    assert registers[:8] == struct.pack("<HHI", Typecode.LAPIC_REGS, 0, 1024)
+    registers = Entry(typecode=Typecode.LAPIC_REGS, body=registers[8 : 8 + 1024])
+    fields = decode_vcpu_entries({Typecode.LAPIC: lapic, Typecode.LAPIC_REGS: registers}, b"")
+    assert fields == {"lapic": LapicState(base=0xFEE0_0900, registers=registers.body)}
+
+
 def test_an_fpu_that_was_never_used_goes_there_and_back():
     state = vcpu(fpu_regs=bytes(512))
     body = encode_cpu(state)
@@ -104,9 +192,14 @@ def test_an_fpu_that_was_never_used_goes_there_and_back():
         (vcpu(error_code=1 << 32), "a register does not fit"),
         (vcpu(fpu_regs=b""), "fpu_regs has 0 bytes"),
         (vcpu(cs=Segment(selector=1 << 16, base=0, limit=0, attributes=0)), "cannot be read back"),
-        (vcpu(interrupt_shadow=256), "an event does not fit"),
+        (vcpu(interrupt_shadow=256), "does not fit its width in HVM_CONTEXT CPU_EVENTS"),
         (vcpu(interrupt_shadow=4), "cannot be read back"),
-        (vcpu(msrs=((1 << 32, 0),)), "an MSR does not fit"),
+        (vcpu(msrs=((1 << 32, 0),)), "does not fit its width in HVM_CONTEXT CPU_MSR"),
+        (vcpu(pending_exception=PendingException(vector=32)), "cannot be read back"),
+        (vcpu(pending_exception=PendingException(vector=1, payload=1 << 64)), "does not fit its width"),
+        (vcpu(extended=ExtendedState(xcr0=1 << 64)), "does not fit its width in HVM_CONTEXT CPU_XSAVE"),
+        (vcpu(extended=ExtendedState(xcr0=0)), "cannot be read back"),
+        (vcpu(lapic=LapicState(base=0, registers=bytes(1023))), "cannot be read back"),
         (vcpu(msrs=((2, 0), (1, 0))), "cannot be read back"),
     ],
 )
@@ -141,6 +234,9 @@ def test_a_machine_without_vcpus_is_refused():
 
 ENTRIES = split_entries(encode_machine_state(STATE))
 HEADER, CPU_0, EVENTS_0, CPU_1, MSR_1, DEVICE_0, DEVICE_1, END = ENTRIES
+FULL = {entry.typecode: entry for entry in split_entries(encode_machine_state(FULL_STATE)) if not entry.instance}
+EXCEPTION, XSAVE, CLOCK = (FULL[code] for code in (Typecode.CPU_EXCEPTION, Typecode.CPU_XSAVE, Typecode.KVM_CLOCK))
+LAPIC_0, LAPIC_REGS_0 = FULL[Typecode.LAPIC], FULL[Typecode.LAPIC_REGS]
 
 
 def patched(entry, offset, data):
@@ -182,10 +278,10 @@ def u32(value):
         ([HEADER, patched(CPU_0, 736, u32(1 << 16)), END], "does not fit 16 bits"),
         ([HEADER, patched(CPU_0, 888, u32(1 << 16)), END], "does not fit 16 bits"),
         (
-            [HEADER, CPU_0, Entry(typecode=Typecode.CPU_XSAVE, body=b"x"), END],
-            "this state in HVM_CONTEXT CPU_XSAVE",
+            [HEADER, CPU_0, Entry(typecode=Typecode.HPET, body=b"x"), END],
+            "this state in HVM_CONTEXT HPET",
         ),
-        ([HEADER, CPU_0, Entry(typecode=0x7F02), END], "can hold this state in HVM_CONTEXT typecode 0x7f02"),
+        ([HEADER, CPU_0, Entry(typecode=0x7F0F), END], "can hold this state in HVM_CONTEXT typecode 0x7f0f"),
         ([HEADER, CPU_0, replaced(MSR_1, instance=0, body=b"1234567"), END], "head is cut"),
         ([HEADER, CPU_0, patched(replaced(MSR_1, instance=0), 0, u32(3)), END], "3 MSRs in 40 bytes"),
         ([HEADER, CPU_0, replaced(MSR_1, instance=0, body=bytes(8)), END], "0 MSRs in 8 bytes"),
@@ -200,6 +296,35 @@ def u32(value):
         ([HEADER, CPU_0, patched(EVENTS_0, 1, b"\2"), END], "nmi_pending is 2"),
         ([HEADER, CPU_0, patched(EVENTS_0, 2, b"\2"), END], "nmi_masked is 2"),
         ([HEADER, CPU_0, patched(EVENTS_0, 7, b"\1"), END], "reserved field"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 3, b"\2"), END], "triple_fault_pending is 2"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 4, b"\4"), END], "mp_state is 4, more than 3"),
+        ([HEADER, CPU_0, patched(EVENTS_0, 5, b"\1"), END], "reserved field"),
+        ([HEADER, CPU_0, replaced(EXCEPTION, instance=1), END], "only 1 vCPUs in HVM_CONTEXT CPU_EXCEPTION 1"),
+        ([HEADER, CPU_0, replaced(EXCEPTION, body=bytes(17)), END], "body of 17 bytes, not 16"),
+        ([HEADER, CPU_0, patched(EXCEPTION, 0, b"\x20"), END], "vector 32 is no exception"),
+        ([HEADER, CPU_0, patched(EXCEPTION, 1, b"\7"), END], "reserved field"),
+        ([HEADER, CPU_0, patched(EXCEPTION, 2, b"\1"), END], "reserved field"),
+        ([HEADER, CPU_0, patched(EXCEPTION, 1, b"\2"), END], "its flags deny"),
+        ([HEADER, CPU_0, patched(EXCEPTION, 1, b"\1"), END], "its flags deny"),
+        ([HEADER, CPU_0, replaced(XSAVE, body=XSAVE.body[: 24 + 575]), END], "area of 575 bytes, not 576 to 65536"),
+        ([HEADER, CPU_0, replaced(XSAVE, body=b"short"), END], "an area of 0 bytes"),
+        ([HEADER, CPU_0, replaced(XSAVE, body=XSAVE.body + bytes(1 << 16)), END], "an area of 66304 bytes"),
+        ([HEADER, CPU_0, replaced(XSAVE, body=XSAVE.body[: 24 + 576]), END], "576 bytes for XSTATE_BV 0x27"),
+        ([HEADER, CPU_0, patched(XSAVE, 24, b"\1"), END], "not that of the CPU entry"),
+        ([HEADER, CPU_0, patched(XSAVE, 24 + 512, b"\3"), END], "768 bytes for XSTATE_BV 0x3"),
+        ([HEADER, CPU_0, patched(XSAVE, 24 + 512, b"\x26"), END], "do not agree"),
+        ([HEADER, CPU_0, patched(XSAVE, 24 + 520, b"\1"), END], "XCOMP_BV or a reserved field"),
+        ([HEADER, CPU_0, patched(XSAVE, 8, b"\xe6"), END], "XCR0 0xe6, all of it ever 0xe7, and XSTATE_BV 0x27 do not"),
+        ([HEADER, CPU_0, patched(XSAVE, 16, b"\x67"), END], "do not agree"),
+        ([HEADER, CPU_0, LAPIC_0, END], "together or not at all in HVM_CONTEXT LAPIC 0"),
+        ([HEADER, CPU_0, LAPIC_REGS_0, END], "together or not at all in HVM_CONTEXT LAPIC_REGS 0"),
+        ([HEADER, CPU_0, replaced(LAPIC_0, body=bytes(32)), LAPIC_REGS_0, END], "body of 32 bytes, not 24"),
+        ([HEADER, CPU_0, LAPIC_0, replaced(LAPIC_REGS_0, body=bytes(1023)), END], "body of 1023 bytes, not 1024"),
+        ([HEADER, CPU_0, patched(LAPIC_0, 8, b"\1"), LAPIC_REGS_0, END], "not as the registers say"),
+        ([HEADER, CPU_0, patched(LAPIC_0, 12, b"\1"), LAPIC_REGS_0, END], "not as the registers say"),
+        ([HEADER, CPU_0, CLOCK, CLOCK, END], "only once in HVM_CONTEXT KVM_CLOCK"),
+        ([HEADER, CPU_0, replaced(CLOCK, body=bytes(9)), END], "body of 9 bytes, not 8"),
+        ([HEADER, CPU_0, replaced(CLOCK, instance=1), END], "or an instance"),
         ([HEADER, CPU_0, DEVICE_1, END], "device 0 is missing"),
         ([HEADER, CPU_0, DEVICE_0, replaced(DEVICE_0, instance=1), END], "'com1' comes twice"),
         ([HEADER, CPU_0, replaced(DEVICE_0, body=b"1234567"), END], "head is cut"),

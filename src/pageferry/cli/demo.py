@@ -39,6 +39,7 @@ def run_demo(
     accel += ["--hugepages", machines.huge_pages, *(["--oracle", machines.oracle] if machines.oracle else [])]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
         size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus), "--cpu", str(config.cpu)]
+        size += ["--machine", str(config.machine)]
         source = _Child("source", Path(folder), "run", workload, *size, *accel)
         destination = _Child("destination", Path(folder), "receive", "tcp://127.0.0.1:0", *accel)
         with source, destination, source.connect() as guest, destination.connect() as receiver:

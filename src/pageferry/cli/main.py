@@ -30,7 +30,7 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
 from pageferry.core.units import format_size, parse_rate, parse_size
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.engine.wire import WireOptions
@@ -77,6 +77,10 @@ MAX_CPUS = 8
 CpuOption = Annotated[
     CpuModel,
     typer.Option(help="CPU shown to the guest: baseline x86-64, so it moves anywhere, or all of the host's (kvm)."),
+]
+MachineOption = Annotated[
+    MachineModel,
+    typer.Option(help="plain, or irqchip: with a PC's interrupt controllers and PIT, which KVM has inside (kvm)."),
 ]
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]
@@ -199,10 +203,10 @@ def _wire_options(bandwidth: str) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _config(memory: str, cpus: int, cpu: CpuModel) -> VmConfig:
+def _config(memory: str, cpus: int, cpu: CpuModel, machine: MachineModel) -> VmConfig:
     memory_bytes = parse_size(memory)
     ram_layout(memory_bytes)
-    return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu)
+    return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu, machine=machine)
 
 
 @app.command()
@@ -215,6 +219,7 @@ def demo(
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
+    machine: MachineOption = MachineModel.PLAIN,
     policy: PolicyOption = "downtime",
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
@@ -224,7 +229,7 @@ def demo(
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
     load_guest(workload)
-    config = _config(memory, cpus, cpu)
+    config = _config(memory, cpus, cpu, machine)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify)
     machines = choose_machines(accel, tracker, huge_pages, oracle)
     _end_as_by_ctrl_c()
@@ -266,6 +271,7 @@ def run_guest(
     memory: Annotated[str, typer.Option(help="Guest memory.")] = "256M",
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
+    machine: MachineOption = MachineModel.PLAIN,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
@@ -277,7 +283,7 @@ def run_guest(
 ) -> None:
     """Run a guest; its console is standard output. Ctrl-C ends it."""
     program = load_guest(guest)
-    config = _config(memory, cpus, cpu)
+    config = _config(memory, cpus, cpu, machine)
     params = GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
     )

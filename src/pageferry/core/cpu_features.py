@@ -20,6 +20,7 @@ from pageferry.core.cpuid import (
     find,
 )
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.xsave import COMPONENTS, EXTENDED_OFFSET, XSAVE_LEAF, enabled_components
 
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 _EAX, _EBX, _ECX, _EDX = range(4)
@@ -63,7 +64,7 @@ FEATURES: dict[Word, dict[int, str]] = {
     (7, 1, _ECX): {},
     (7, 1, _EDX): {},
     (7, 2, _EDX): {},
-    (0xD, 0, _EAX): {},
+    (0xD, 0, _EAX): {bit: f"XSAVE of {name}" for bit, name in COMPONENTS.items()},
     (0xD, 0, _EDX): {},
     (0xD, 1, _EAX): _names("xsaveopt xsavec xgetbv1 xsaves"),
     (0xD, 1, _ECX): {},
@@ -94,6 +95,7 @@ _VMX, _SVM = 1 << 5, 1 << 2
 _PHYSICAL_BITS = 0xFF
 _BASELINE_PHYSICAL_BITS = 40
 _MAX_NAMED = 8
+_FIRST_COMPONENT = 2  # sub-leaves 0 and 1 of leaf 0xD are about all of them
 
 
 def bit_name(word: Word, bit: int) -> str:
@@ -137,9 +139,20 @@ def host(offered: Leaves) -> Leaves:
     """Return the table of a guest that is to have everything in ``offered``, so far as its state can be moved.
 
     Left out: the hypervisor's own leaves and nested virtualisation, whose state does not travel; the bits that mirror
-    CR4; and where the host's CPUs are in their package, which is not the guest's business.
+    CR4; and where the host's CPUs are in their package, which is not the guest's business. Leaf 0xD tells of the
+    components that the guest may enable in XCR0, and of no other: of none without XSAVE, never of the supervisor's.
     """
-    return tuple(_hosted(leaf) for leaf in offered if not 0x4000_0000 <= leaf.leaf <= 0x4FFF_FFFF)
+    components = enabled_components(offered)
+    return tuple(
+        _hosted(leaf)
+        for leaf in offered
+        if not 0x4000_0000 <= leaf.leaf <= 0x4FFF_FFFF and (leaf.leaf != XSAVE_LEAF or _describes(leaf, components))
+    )
+
+
+def _describes(entry: CpuidLeaf, components: int) -> bool:
+    """Tell whether a sub-leaf of 0xD is of use to who may enable these components."""
+    return bool(components) and (entry.subleaf < _FIRST_COMPONENT or bool(components >> entry.subleaf & 1))
 
 
 def _hosted(entry: CpuidLeaf) -> CpuidLeaf:
@@ -151,6 +164,10 @@ def _hosted(entry: CpuidLeaf) -> CpuidLeaf:
             return entry._replace(eax=entry.eax & 0x3FFF)  # 31..14: how many share the cache
         case 7, 0:
             return entry._replace(ecx=entry.ecx & ~_OSPKE)
+        case 0xD, 0:
+            return entry._replace(ebx=EXTENDED_OFFSET)  # what XCR0 enables after reset
+        case 0xD, 1:
+            return entry._replace(ebx=0, ecx=0, edx=0)  # ECX, EDX: the supervisor's components
         case ((0xB | 0x1F), _):
             return entry._replace(eax=0, ebx=0, ecx=0, edx=0)
         case 0x8000_0001, _:

@@ -25,6 +25,7 @@ MAX_LEAVES = 256
 Registers = tuple[int, int, int, int]
 """EAX, EBX, ECX and EDX, each a u32."""
 
+XSAVE = 1 << 26  # leaf 1 ECX
 HYPERVISOR = 1 << 31  # leaf 1 ECX: this is a virtual machine
 EXTENDED = 0x8000_0000
 #: The vendors whose CPUs answer a leaf out of range with zeros; on the others it is the highest basic leaf.

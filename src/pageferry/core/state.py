@@ -5,6 +5,7 @@ names and the packed segment attributes are those of Xen's HVM context (AMD's VM
 """
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +30,58 @@ class DescriptorTable:
     limit: int
 
 
+class MpState(IntEnum):
+    """What a vCPU of a machine with interrupt controllers is doing; anywhere else it is RUNNABLE. KVM's numbers."""
+
+    RUNNABLE = 0
+    UNINITIALIZED = 1
+    INIT_RECEIVED = 2
+    HALTED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtendedState:
+    """XCR0, and the XSAVE components other than x87 and SSE.
+
+    ``in_use``: bit n is component n, set if it is not in its initial state. ``area`` is the XSAVE area in its standard
+    form from byte 576 on, up to the end of the last component in use; bytes that belong to none in use are 0.
+    """
+
+    xcr0: int
+    in_use: int = 0
+    area: bytes = field(repr=False, default=b"")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingException:
+    """An exception that was raised and is not injected yet: ``payload`` (CR2 or DR6 to be) has not taken effect.
+
+    ``error_code``, ``payload``: None where the exception has none.
+    """
+
+    vector: int
+    error_code: int | None = None
+    payload: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LapicState:
+    """A vCPU's local APIC: its base MSR, its registers (1,024 bytes, 16 for each), and the TSC deadline MSR."""
+
+    base: int
+    registers: bytes = field(repr=False)
+    tsc_deadline: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VcpuState:
     """One vCPU at an instruction boundary with no I/O under way.
 
     ``fpu_regs`` is the 512-byte FXSAVE image. ``msrs`` are further (index, value) pairs, ascending. ``tsc`` is the
     guest's counter at the moment of saving. ``interrupt_shadow`` holds off interrupts for one instruction: bit 0 after
-    MOV SS, bit 1 after STI. ``nmi_masked``: a handler of an NMI has not returned yet.
+    MOV SS, bit 1 after STI. ``nmi_masked``: a handler of an NMI has not returned yet. ``pending_event`` was begun to be
+    delivered, ``pending_exception`` not yet. ``extended`` None: XCR0 is 1, and only x87 and SSE are in use.
+    ``lapic`` None: the machine has no interrupt controllers, or was just made.
     """
 
     rax: int = 0
@@ -92,7 +138,12 @@ class VcpuState:
     interrupt_shadow: int = 0
     nmi_pending: bool = False
     nmi_masked: bool = False
+    triple_fault_pending: bool = False
+    pending_exception: PendingException | None = None
+    mp_state: MpState = MpState.RUNNABLE
+    lapic: LapicState | None = None
     fpu_regs: bytes
+    extended: ExtendedState | None = None
     msrs: tuple[tuple[int, int], ...] = ()
 
 
@@ -110,10 +161,14 @@ class DeviceState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineState:
-    """A whole machine without its memory."""
+    """A whole machine without its memory.
+
+    ``kvm_clock_ns``: what KVM's paravirtual clock shows, the same to all vCPUs; None: the machine has never had one.
+    """
 
     vcpus: tuple[VcpuState, ...]
     devices: tuple[DeviceState, ...]
+    kvm_clock_ns: int | None = None
 
 
 #: FXSAVE image after FNINIT with all vector registers zero: FCW 0x37F, MXCSR 0x1F80, MXCSR mask 0xFFFF.

@@ -16,6 +16,16 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 
 
+class MachineModel(StrEnum):
+    """What a machine has besides RAM, vCPUs and the standard devices.
+
+    PLAIN: nothing. IRQCHIP: local APICs, an IOAPIC, two PICs and a PIT, as a PC has them.
+    """
+
+    PLAIN = "plain"
+    IRQCHIP = "irqchip"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
     """What a machine must be given to hold a guest.
@@ -27,6 +37,7 @@ class VmConfig:
     memory_bytes: int
     cpus: int = 1
     cpu: CpuModel | Leaves = CpuModel.BASELINE
+    machine: MachineModel = MachineModel.PLAIN
 
 
 class VmStatus(StrEnum):

@@ -17,13 +17,30 @@ from pageferry.core.run import Effect
 from pageferry.core.state import DeviceState
 
 
-class Device(Protocol):
+class Stateful(Protocol):
+    """What is saved and restored with the devices, under a name of its own."""
+
+    @property
+    def name(self) -> str:
+        """Its key among the devices."""
+
+    def save(self) -> bytes:
+        """Return the state; the guest is paused."""
+
+    def load(self, data: bytes) -> None:
+        """Replace the state.
+
+        Raises:
+            VmError: ``data`` is not a state of this device.
+        """
+
+
+class Device(Stateful, Protocol):
     """One device. ``ports`` and ``mmio`` are the ranges that it claims; offsets count from the range's start.
 
     ``size`` is 1, 2, 4 or (MMIO only) 8 bytes; values are unsigned and fit it.
     """
 
-    name: str
     ports: range
     mmio: range
 
@@ -33,19 +50,11 @@ class Device(Protocol):
     def write(self, offset: int, size: int, value: int) -> Effect | None:
         """Take what the guest writes; the effect, if any, happens after the instruction."""
 
-    def save(self) -> bytes:
-        """Return the device's state; the guest is paused."""
-
-    def load(self, data: bytes) -> None:
-        """Replace the device's state.
-
-        Raises:
-            VmError: ``data`` is not a state of this device.
-        """
-
 
 class DeviceBus:
     """All devices of one guest.
+
+    ``elsewhere`` are those that answer the guest without us, inside the kernel: saved and restored after the others.
 
     Args:
         devices: with disjoint ranges and distinct names.
@@ -53,6 +62,7 @@ class DeviceBus:
 
     def __init__(self, devices: Sequence[Device]) -> None:
         self.devices = tuple(devices)
+        self.elsewhere: tuple[Stateful, ...] = ()
         self._lock: AbstractContextManager[object] = threading.Lock()
 
     def use_lock(self, lock: AbstractContextManager[object]) -> None:
@@ -98,7 +108,7 @@ class DeviceBus:
     def save(self) -> tuple[DeviceState, ...]:
         """Return every device's state; the guest is paused."""
         with self._lock:
-            return tuple(_save(device) for device in self.devices)
+            return tuple(_save(device) for device in (*self.devices, *self.elsewhere))
 
     def load(self, states: Sequence[DeviceState]) -> None:
         """Replace every device's state.
@@ -107,18 +117,19 @@ class DeviceBus:
             VmError: a device is missing, unknown or named twice, or refuses its data.
         """
         by_name = {state.name: state for state in states}
-        ours = {device.name for device in self.devices}
+        devices = (*self.devices, *self.elsewhere)
+        ours = {device.name for device in devices}
         if len(by_name) != len(states) or set(by_name) != ours:
             raise VmError(
                 f"the saved devices ({', '.join(sorted(s.name for s in states))}) "
                 f"are not this machine's ({', '.join(sorted(ours))})"
             )
         with self._lock:
-            for device in self.devices:
+            for device in devices:
                 device.load(by_name[device.name].data)
 
 
-def _save(device: Device) -> DeviceState:
+def _save(device: Stateful) -> DeviceState:
     began_ns = time.perf_counter_ns()
     data = device.save()
     return DeviceState(name=device.name, data=data, save_ns=time.perf_counter_ns() - began_ns)

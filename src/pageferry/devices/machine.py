@@ -57,6 +57,14 @@ class Machine(ABC):
         """Replace the vCPUs' states; none is inside the guest; the number fits."""
 
     @abstractmethod
+    def _save_kvm_clock(self) -> int | None:
+        """Return ``MachineState.kvm_clock_ns``; no vCPU is inside the guest."""
+
+    @abstractmethod
+    def _load_kvm_clock(self, clock_ns: int) -> None:
+        """Go on from a saved one; no vCPU is inside the guest, and all else is loaded."""
+
+    @abstractmethod
     def _free(self) -> None:
         """Free what the machine holds; no vCPU will run again. Called once."""
 
@@ -120,7 +128,9 @@ class Machine(ABC):
         """Return everything but memory."""
         self._expect_paused("saved")
         with self.run_control.stopped():
-            return MachineState(vcpus=self._save_vcpus(), devices=self.platform.bus.save())
+            return MachineState(
+                vcpus=self._save_vcpus(), devices=self.platform.bus.save(), kvm_clock_ns=self._save_kvm_clock()
+            )
 
     def load_state(self, state: MachineState) -> None:
         """Replace everything but memory."""
@@ -130,6 +140,8 @@ class Machine(ABC):
         with self.run_control.stopped():
             self._load_vcpus(state.vcpus)
             self.platform.bus.load(state.devices)
+            if state.kvm_clock_ns is not None:
+                self._load_kvm_clock(state.kvm_clock_ns)
 
     def remove_pages(self, gfns: GfnArray) -> None:
         """Take frames away from the guest; a machine that can says so by its own method."""

@@ -24,6 +24,7 @@ from pageferry.core.errors import (
     RemoteStreamError,
     TransportError,
     TruncatedError,
+    UnsupportedError,
     UsageError,
     VerifyError,
     VmError,
@@ -34,7 +35,7 @@ from pageferry.core.hostmem import available_bytes
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 from pageferry.core.units import format_size
-from pageferry.core.vm import Vm, VmConfig
+from pageferry.core.vm import MachineModel, Vm, VmConfig
 from pageferry.engine import features, verify
 from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.audit import AuditedPages
@@ -176,7 +177,7 @@ class Destination:
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
-            vm = self._make_vm(VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid))
+            vm = self._make_vm(_config(hello))
             try:
                 _expect_room(vm.memory, hello)
             except UsageError:
@@ -299,6 +300,18 @@ class Destination:
         self._ours = True  # whether or not the source hears of it
         with contextlib.suppress(OSError):
             self._peer.send(Running())
+
+
+def _config(hello: SourceHello) -> VmConfig:
+    try:
+        machine = MachineModel(hello.machine or MachineModel.PLAIN)
+    except ValueError as error:
+        raise UnsupportedError(
+            "machine",
+            f"there is no machine model {hello.machine!r} here",
+            hint="a newer release of pageferry at this end may know it",
+        ) from error
+    return VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid, machine=machine)
 
 
 def _expect_room(memory: GuestMemory, hello: SourceHello) -> None:

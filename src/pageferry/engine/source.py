@@ -108,6 +108,7 @@ class Source(Attempt):
                 cpus=self._vm.config.cpus,
                 accel=self._vm.accel,
                 cpuid=self._vm.cpuid,
+                machine=str(self._vm.config.machine),
                 migration_id=str(uuid.uuid4()),
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),

@@ -13,7 +13,7 @@ from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.domctl import ShadowOpArguments, shadow_op
@@ -29,6 +29,7 @@ _SPARE_POOL_FRAMES = 8
 _SPARE_SHADOW_FRAMES = 64
 #: One walk's shadows are four; the rest makes it rarer that they are blown.
 _PROMISED_SHADOW_FRAMES = 16
+_USE_KVM = "use --machine plain, or --accel kvm"
 _GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
@@ -43,7 +44,8 @@ class Domain(Machine):
 
     Raises:
         UsageError: the memory size or the CPUID table is impossible.
-        UnsupportedError: no such paging mode, too many vCPUs, or a CPU with more than the baseline.
+        UnsupportedError: no such paging mode, too many vCPUs, interrupt controllers, or a CPU with more than the
+            baseline.
     """
 
     MAX_VCPUS = 8
@@ -53,6 +55,8 @@ class Domain(Machine):
         _check_mode(paging_mode)
         if not 1 <= config.cpus <= self.MAX_VCPUS:
             raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
+        if config.machine is not MachineModel.PLAIN:
+            raise UnsupportedError("machine", "the software machine has no interrupt controllers", hint=_USE_KVM)
         cpuid = _cpuid_table(config.cpu)
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
@@ -101,6 +105,7 @@ class Domain(Machine):
             vcpu.use_shadow(paging_mode == "shadow")
         self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
         self.platform.bus.use_lock(self.locks.devices)
+        self._kvm_clock_ns: int | None = None
         self._attach(self.vcpus, self.paging)
 
     def _ops(self, mode: str) -> LogDirtyOps:
@@ -208,6 +213,12 @@ class Domain(Machine):
         self.shadow.blow()  # the guest's tables may be others now
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state)
+
+    def _save_kvm_clock(self) -> int | None:
+        return self._kvm_clock_ns  # nobody can read it here: it stands still, and so never goes back
+
+    def _load_kvm_clock(self, clock_ns: int) -> None:
+        self._kvm_clock_ns = clock_ns
 
     def _free(self) -> None:
         for vcpu in self.vcpus:

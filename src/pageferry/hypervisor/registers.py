@@ -13,6 +13,7 @@ import struct
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, Segment, VcpuState
+from pageferry.core.xsave import FP_SSE, component_names
 from pageferry.hypervisor.traps import CR4_TSD, arm_io_breakpoints
 from pageferry.hypervisor.unicorn_api import Engine, x86
 
@@ -34,6 +35,12 @@ _GENERAL = (
     ("r14", x86.UC_X86_REG_R14),
     ("r15", x86.UC_X86_REG_R15),
     ("rflags", x86.UC_X86_REG_EFLAGS),
+)
+
+#: What can be pending, or else than usual, where there are interrupts.
+_EVENTS = (
+    *("interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "pending_exception"),
+    *("mp_state", "lapic"),
 )
 
 CR0_WP = 1 << 16
@@ -87,8 +94,8 @@ def check_supported(state: VcpuState) -> None:
     """Check that this machine can run a state.
 
     Raises:
-        UnsupportedError: it is not 64-bit long mode in ring 3, as the guest ABI has it, or has an MSR or an event that
-            would be lost here.
+        UnsupportedError: it is not 64-bit long mode in ring 3, as the guest ABI has it, or has an MSR, an event
+            or registers that would be lost here.
     """
     dpl = state.cs.attributes >> 5 & 3
     if not (state.efer & EFER_LMA and state.cs.attributes >> 9 & 1 and dpl == 3 and state.cs.selector & 3 == 3):
@@ -106,7 +113,12 @@ def check_supported(state: VcpuState) -> None:
             raise UnsupportedError(
                 "msr", f"the software machine has no MSR {index:#x} (the guest's is {value:#x})", hint="use --accel kvm"
             )
-    for name in ("interrupt_shadow", "nmi_pending", "nmi_masked"):
+    if state.extended is not None:
+        used = component_names((state.extended.xcr0 | state.extended.in_use) & ~FP_SSE) or "XCR0"
+        raise UnsupportedError(
+            "xsave", f"the software machine has no {used}, which the guest uses", hint="use --accel kvm"
+        )
+    for name in _EVENTS:
         if getattr(state, name):
             raise UnsupportedError(
                 "vcpu-events", f"the software machine has no interrupts and cannot hold {name}", hint="use --accel kvm"

@@ -6,10 +6,11 @@ value in a new vCPU, and reads all back: an MSR that KVM refuses, or takes and f
 
 Not by this rule:
 
-- what has a field of its own in ``VcpuState`` (SYSCALL, SYSENTER, GS base of the kernel, TSC, TSC_AUX) or is in KVM's
-  special registers (EFER, the bases of FS and GS, the APIC's base);
-- paravirtual ones (KVM's clock, steal time and asynchronous faults; Hyper-V's): no CPUID leaf of ours shows those
-  interfaces, and their values are guest addresses that this KVM would write to;
+- what has a field of its own in ``VcpuState`` (SYSCALL, SYSENTER, GS base of the kernel, TSC, TSC_AUX), belongs to the
+  local APIC (TSC deadline), or is in KVM's special registers (EFER, the bases of FS and GS, the APIC's base);
+- paravirtual ones (KVM's steal time and asynchronous faults; Hyper-V's): no CPUID leaf of ours shows those interfaces,
+  and their values are guest addresses that this KVM would write to. Of KVM's clock, where each vCPU has it travels;
+  where the wall clock was asked for does not: KVM would write it there at once, into memory that is proven already;
 - what describes the host, not the guest: microcode, platform, capabilities, VMX, firmware switches, count of SMIs.
 
 Source: kernel ``api.rst``: KVM_GET_MSR_INDEX_LIST, KVM_GET_MSRS, KVM_SET_MSRS; ``x86/msr.rst``.
@@ -25,6 +26,8 @@ from pageferry.kvm.fds import SystemFd, VcpuFd
 
 MSR_IA32_TSC = 0x10
 MSR_IA32_CR_PAT = 0x277
+MSR_IA32_TSC_DEADLINE = 0x6E0
+MSR_KVM_SYSTEM_TIME = 0x4B56_4D01
 MSR_TSC_AUX = 0xC000_0103
 DEFAULT_PAT = 0x0007_0406_0007_0406
 
@@ -42,7 +45,12 @@ MSR_FIELDS = {
 }
 
 _SPECIAL_REGISTERS = {0x1B, 0xC000_0080, 0xC000_0100, 0xC000_0101}  # APIC base, EFER, FS base, GS base
-_PARAVIRTUAL = (range(0x11, 0x13), range(0x4B56_4D00, 0x4B56_4E00), range(0x4000_0000, 0x4000_0200))
+_PARAVIRTUAL = (
+    range(0x11, 0x13),
+    range(0x4B56_4D00, MSR_KVM_SYSTEM_TIME),
+    range(MSR_KVM_SYSTEM_TIME + 1, 0x4B56_4E00),
+    range(0x4000_0000, 0x4000_0200),
+)
 _OF_THE_HOST = (
     range(0x34, 0x35),  # SMI count
     range(0x3A, 0x3B),  # feature control: firmware's switches
@@ -58,7 +66,7 @@ _OF_THE_HOST = (
 
 def travels(index: int) -> bool:
     """Tell whether an MSR that the kernel lists belongs into ``VcpuState.msrs``."""
-    if index == MSR_IA32_TSC or index in MSR_FIELDS or index in _SPECIAL_REGISTERS:
+    if index in (MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE) or index in MSR_FIELDS or index in _SPECIAL_REGISTERS:
         return False
     return not any(index in left_out for left_out in _PARAVIRTUAL + _OF_THE_HOST)
 

@@ -9,25 +9,65 @@ from ctypes import c_uint16 as u16
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
 
+from pageferry.kvm.uapi_state import (
+    KVM_APIC_REG_SIZE as KVM_APIC_REG_SIZE,
+)
+from pageferry.kvm.uapi_state import (
+    KvmClockData as KvmClockData,
+)
+from pageferry.kvm.uapi_state import (
+    KvmIrqchip as KvmIrqchip,
+)
+from pageferry.kvm.uapi_state import (
+    KvmLapicState as KvmLapicState,
+)
+from pageferry.kvm.uapi_state import (
+    KvmMpState as KvmMpState,
+)
+from pageferry.kvm.uapi_state import (
+    KvmPitConfig as KvmPitConfig,
+)
+from pageferry.kvm.uapi_state import (
+    KvmPitState2 as KvmPitState2,
+)
+from pageferry.kvm.uapi_state import (
+    KvmVcpuEvents as KvmVcpuEvents,
+)
+from pageferry.kvm.uapi_state import (
+    KvmXcrs as KvmXcrs,
+)
+from pageferry.kvm.uapi_state import (
+    KvmXsave as KvmXsave,
+)
+
 KVM_API_VERSION = 12
 KVM_NR_INTERRUPTS = 256
 
 # capabilities
+KVM_CAP_IRQCHIP = 0
 KVM_CAP_USER_MEMORY = 3
 KVM_CAP_SET_TSS_ADDR = 4
 KVM_CAP_EXT_CPUID = 7
 KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_MP_STATE = 14
 KVM_CAP_SYNC_MMU = 16
+KVM_CAP_PIT2 = 33
+KVM_CAP_PIT_STATE2 = 35
 KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
+KVM_CAP_ADJUST_CLOCK = 39
 KVM_CAP_VCPU_EVENTS = 41
 KVM_CAP_DEBUGREGS = 50
 KVM_CAP_XSAVE = 55
+KVM_CAP_XCRS = 56
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_VCPU_ATTRIBUTES = 127
 KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_EXCEPTION_PAYLOAD = 164
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 KVM_CAP_DIRTY_LOG_RING = 192
+KVM_CAP_XSAVE2 = 208
+KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
 KVM_CAP_DIRTY_LOG_RING_ACQ_REL = 223
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP = 225
 
@@ -44,6 +84,13 @@ KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
 
 KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
 KVM_VCPUEVENT_VALID_SHADOW = 1 << 2
+KVM_VCPUEVENT_VALID_PAYLOAD = 1 << 4
+KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 1 << 5
+
+KVM_IRQCHIP_PIC_MASTER = 0
+KVM_IRQCHIP_PIC_SLAVE = 1
+KVM_IRQCHIP_IOAPIC = 2
+KVM_PIT_SPEAKER_DUMMY = 1
 
 KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_IO = 2
@@ -206,47 +253,6 @@ class KvmDebugregs(ctypes.Structure):
     _fields_ = (("db", u64 * 4), ("dr6", u64), ("dr7", u64), ("flags", u64), ("reserved", u64 * 9))
 
 
-class KvmXsave(ctypes.Structure):
-    """``struct kvm_xsave``: the XSAVE area in its standard form; ``header`` begins with XSTATE_BV, XCOMP_BV."""
-
-    _fields_ = (("fxsave", u8 * 512), ("header", u64 * 8), ("extended", u8 * (4096 - 576)))
-
-
-class KvmVcpuEventsException(ctypes.Structure):
-    """``struct kvm_vcpu_events``, member ``exception``."""
-
-    _fields_ = (("injected", u8), ("nr", u8), ("has_error_code", u8), ("pending", u8), ("error_code", u32))
-
-
-class KvmVcpuEventsInterrupt(ctypes.Structure):
-    """``struct kvm_vcpu_events``, member ``interrupt``."""
-
-    _fields_ = (("injected", u8), ("nr", u8), ("soft", u8), ("shadow", u8))
-
-
-class KvmVcpuEventsNmi(ctypes.Structure):
-    """``struct kvm_vcpu_events``, member ``nmi``."""
-
-    _fields_ = (("injected", u8), ("pending", u8), ("masked", u8), ("pad", u8))
-
-
-class KvmVcpuEvents(ctypes.Structure):
-    """``struct kvm_vcpu_events``; the members that need a flag bit to count are left as bytes."""
-
-    _fields_ = (
-        ("exception", KvmVcpuEventsException),
-        ("interrupt", KvmVcpuEventsInterrupt),
-        ("nmi", KvmVcpuEventsNmi),
-        ("sipi_vector", u32),
-        ("flags", u32),
-        ("smi", u8 * 4),
-        ("triple_fault", u8),
-        ("reserved", u8 * 26),
-        ("exception_has_payload", u8),
-        ("exception_payload", u64),
-    )
-
-
 class KvmRunIo(ctypes.Structure):
     """``struct kvm_run``, member ``io``."""
 
@@ -332,6 +338,12 @@ KVM_GET_DIRTY_LOG = _iow(0x42, ctypes.sizeof(KvmDirtyLog))
 KVM_SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(KvmUserspaceMemoryRegion))
 KVM_SET_TSS_ADDR = _io(0x47)
 KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
+KVM_CREATE_IRQCHIP = _io(0x60)
+KVM_GET_IRQCHIP = _iowr(0x62, ctypes.sizeof(KvmIrqchip))
+KVM_SET_IRQCHIP = _ior(0x63, ctypes.sizeof(KvmIrqchip))  # the kernel's numbers, wrong direction and all
+KVM_CREATE_PIT2 = _iow(0x77, ctypes.sizeof(KvmPitConfig))
+KVM_SET_CLOCK = _iow(0x7B, ctypes.sizeof(KvmClockData))
+KVM_GET_CLOCK = _ior(0x7C, ctypes.sizeof(KvmClockData))
 KVM_RUN = _io(0x80)
 KVM_GET_REGS = _ior(0x81, ctypes.sizeof(KvmRegs))
 KVM_SET_REGS = _iow(0x82, ctypes.sizeof(KvmRegs))
@@ -339,8 +351,14 @@ KVM_GET_SREGS = _ior(0x83, ctypes.sizeof(KvmSregs))
 KVM_SET_SREGS = _iow(0x84, ctypes.sizeof(KvmSregs))
 KVM_GET_MSRS = _iowr(0x88, 8)
 KVM_SET_MSRS = _iow(0x89, 8)
+KVM_GET_LAPIC = _ior(0x8E, ctypes.sizeof(KvmLapicState))
+KVM_SET_LAPIC = _iow(0x8F, ctypes.sizeof(KvmLapicState))
 KVM_SET_CPUID2 = _iow(0x90, 8)
 KVM_GET_CPUID2 = _iowr(0x91, 8)
+KVM_GET_MP_STATE = _ior(0x98, ctypes.sizeof(KvmMpState))
+KVM_SET_MP_STATE = _iow(0x99, ctypes.sizeof(KvmMpState))
+KVM_GET_PIT2 = _ior(0x9F, ctypes.sizeof(KvmPitState2))
+KVM_SET_PIT2 = _iow(0xA0, ctypes.sizeof(KvmPitState2))
 KVM_GET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(KvmVcpuEvents))
 KVM_SET_VCPU_EVENTS = _iow(0xA0, ctypes.sizeof(KvmVcpuEvents))
 KVM_GET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(KvmDebugregs))
@@ -348,7 +366,10 @@ KVM_SET_DEBUGREGS = _iow(0xA2, ctypes.sizeof(KvmDebugregs))
 KVM_ENABLE_CAP = _iow(0xA3, ctypes.sizeof(KvmEnableCap))
 KVM_GET_XSAVE = _ior(0xA4, ctypes.sizeof(KvmXsave))
 KVM_SET_XSAVE = _iow(0xA5, ctypes.sizeof(KvmXsave))
+KVM_GET_XCRS = _ior(0xA6, ctypes.sizeof(KvmXcrs))
+KVM_SET_XCRS = _iow(0xA7, ctypes.sizeof(KvmXcrs))
 KVM_CLEAR_DIRTY_LOG = _iowr(0xC0, ctypes.sizeof(KvmClearDirtyLog))
+KVM_GET_XSAVE2 = _ior(0xCF, ctypes.sizeof(KvmXsave))
 KVM_RESET_DIRTY_RINGS = _io(0xC7)
 KVM_SET_DEVICE_ATTR = _iow(0xE1, ctypes.sizeof(KvmDeviceAttr))
 KVM_GET_DEVICE_ATTR = _iow(0xE2, ctypes.sizeof(KvmDeviceAttr))

@@ -36,7 +36,6 @@ from pageferry.devices.bus import DeviceBus
 from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.fds import VcpuFd
 from pageferry.kvm.kick import kick_signal
-from pageferry.kvm.msrs import OtherMsrs
 
 ExitHandler = Callable[[], Effect | None]
 
@@ -69,18 +68,18 @@ class KvmVcpu:
     Args:
         fd: taken over.
         bus: where port and MMIO accesses go.
-        msrs: its MSRs that have no field of their own.
+        parts: what it has besides the registers that every vCPU has.
         index: which vCPU this is.
     """
 
-    def __init__(self, fd: VcpuFd, bus: DeviceBus, msrs: OtherMsrs, *, index: int = 0) -> None:
+    def __init__(self, fd: VcpuFd, bus: DeviceBus, parts: vcpu_state.Parts, *, index: int = 0) -> None:
         self.fd = fd
         self.index = index
         self._bus = bus
         self._kick_signal = kick_signal()
         self._kick_lock = threading.Lock()
         self._thread_ident: int | None = None
-        self._msrs = msrs
+        self._parts = parts
         self._sealed: vcpu_state.Sealed | None = None
         self.exit_handlers: dict[int, ExitHandler] = {
             uapi.KVM_EXIT_IO: self._on_io,
@@ -151,11 +150,11 @@ class KvmVcpu:
 
     def save(self, host_tsc_now: int | None = None) -> VcpuState:
         """Return the registers; ``run()`` is not under way. See :func:`pageferry.kvm.vcpu_state.save`."""
-        return vcpu_state.save(self.fd, self._sealed, self._msrs, host_tsc_now)
+        return vcpu_state.save(self.fd, self._sealed, self._parts, host_tsc_now)
 
     def load(self, state: VcpuState, host_tsc_now: int | None = None) -> None:
         """Replace the registers; ``run()`` is not under way. See :func:`pageferry.kvm.vcpu_state.load`."""
-        self._sealed = vcpu_state.load(self.fd, state, self._msrs, host_tsc_now)
+        self._sealed = vcpu_state.load(self.fd, state, self._parts, host_tsc_now)
 
     def _on_io(self) -> Effect | None:
         io = self.fd.run.io

@@ -1,14 +1,26 @@
 """A KVM vCPU's registers as a ``VcpuState``, and back.
 
-**Order of restoring**, and why:
+**Order of restoring**, and why; a test holds it (``tests/kvm/test_state_order.py``):
 
-1. CPUID was set when the vCPU was made: it decides which bits the rest may hold.
-2. special registers: they put the vCPU into its mode (EFER, CR0, CR4) and the rest is checked against that;
-3. general registers (which also drops a pending exception), debug registers, FPU and SSE;
-4. MSRs, after EFER; the TSC last of them, so that the least time passes unseen;
-5. events at the end (what is pending, the interrupt shadow, NMIs): steps 2 and 3 would have changed them.
+1. *when the machine is made*: what KVM is to tell of events and the interrupt controllers, which KVM allows before the
+   first vCPU only; then CPUID of each vCPU, which decides which bits the rest may hold, and which KVM does not take
+   later;
+2. special registers: they put the vCPU into its mode (EFER, CR0, CR4), and the rest is checked against that; with them
+   the base of the local APIC;
+3. general registers (which also drops a pending exception), debug registers;
+4. XCR0, then the XSAVE area, which holds what XCR0 has enabled;
+5. MSRs, after EFER;
+6. the local APIC's registers, after its base, which says how they are laid out;
+7. the TSC, late, so that the least time passes unseen; then the deadline of the APIC's timer, which is a value of the
+   TSC and counts only in the mode that the registers have set;
+8. the multiprocessing state, which special registers of a vCPU after reset would set to "runnable";
+9. events (what is pending, the interrupt shadow, NMIs): steps 2 and 3 would have changed them;
+10. *after all vCPUs*, the machine's own: interrupt controllers (what is pending there goes on to the local APICs, and
+    would be lost if they came later), the PIT (its first tick may come at once), and the clock (see :mod:`.clock`).
 
-Saving reads pending events first: reading them makes KVM settle an exception's payload into CR2 and DR6.
+Saving begins with the multiprocessing state (reading it makes KVM settle a pending INIT or SIPI, which changes
+registers) and then the events (the same with an exception's payload, CR2 and DR6, on a KVM that cannot tell the two
+apart).
 
 **Which MSRs** travel in ``msrs``: see :mod:`pageferry.kvm.msrs`.
 
@@ -21,40 +33,74 @@ KVM gets a TSS at linear address 0, where a page of zeros permits every port. Wh
 **The TSC** goes on from the saved value. Some KVMs (``kvm_pvm`` again) accept that and go on showing the host's;
 ``KvmSupport.tsc_offset`` tells, and loading does not fail for it: a guest that needs monotonic time has the clock port.
 
-Left out: the multiprocessing state (without an APIC in the kernel it is always "runnable"), and XSAVE components other
-than x87 and SSE: our CPUID shows none of them, and saving refuses a vCPU that has one in use.
+Left out: what no guest here can have. System management mode: nothing raises an SMI. Nested virtualisation: no CPUID
+table has it. The TSC's frequency: the guest has the host's. Components of XSAVE that only the supervisor sees: nor has
+a table those.
 
-Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_XSAVE, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS;
-``devices/vcpu.rst``, KVM_VCPU_TSC_CTRL; AMD APM volume 2, 15.20 (the layout of ``pending_event``).
+Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS; ``devices/vcpu.rst``,
+KVM_VCPU_TSC_CTRL.
 """
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
-from pageferry.core.errors import KvmError, VmError
-from pageferry.core.state import DescriptorTable, Segment, VcpuState
-from pageferry.kvm import uapi
-from pageferry.kvm.fds import VcpuFd
+from pageferry.core.cpuid import Leaves
+from pageferry.core.errors import KvmError
+from pageferry.core.state import DescriptorTable, LapicState, MpState, Segment, VcpuState
+from pageferry.kvm import lapic, uapi
+from pageferry.kvm.events import kvm_events, read_events
+from pageferry.kvm.fds import VcpuFd, VmFd
 from pageferry.kvm.msrs import MSR_FIELDS, MSR_IA32_TSC, MSR_TSC_AUX, OtherMsrs, read_msrs, write_msrs
+from pageferry.kvm.xsave import Xsave
 
 _GENERAL = tuple(field[0] for field in uapi.KvmRegs._fields_)
 _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr")  # LDTR and the tables have other names in the kernel
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 
-_XSTATE_FP_SSE = 3
-_COMPONENTS = {2: "AVX", 5: "AVX-512 masks", 6: "AVX-512 (ZMM0-15)", 7: "AVX-512 (ZMM16-31)", 9: "PKRU"}
-_MXCSR_MASK = (0xFFFF).to_bytes(4, "little")
-_FXSAVE_BYTES, _FXSAVE_USED = 512, 416  # the rest is reserved, and free for software
 _U64 = (1 << 64) - 1
 
-# pending_event: vector 7..0, kind 10..8, error code valid 11, valid 31
-_EVENT_VALID, _EVENT_HAS_ERROR = 1 << 31, 1 << 11
-_EXTERNAL, _NMI, _EXCEPTION, _SOFTWARE = 0, 2, 3, 4
 _ATTRIBUTE_PRESENT = 1 << 7
 _BUSY_TSS = 0x8B  # present, system, type 11
 _RFLAGS_IOPL = 3 << 12
 _EFER_SCE = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What one vCPU has besides the registers that every one has.
+
+    ``event_flags``: see :func:`pageferry.kvm.events.enable_events`. ``new_lapic``: its local APIC when it was new;
+    None: the machine has no interrupt controllers.
+    """
+
+    msrs: OtherMsrs
+    xsave: Xsave
+    event_flags: int
+    new_lapic: LapicState | None
+
+    @classmethod
+    def of(cls, vm: VmFd, fd: VcpuFd, *, table: Leaves, listed: Iterable[int], event_flags: int, irqchip: bool) -> Self:
+        """Find out; the vCPU has its CPUID, and nothing was loaded yet.
+
+        Args:
+            vm: the machine.
+            fd: the vCPU.
+            table: the guest's CPUID table.
+            listed: the MSRs that this KVM lists.
+            event_flags: from :func:`pageferry.kvm.events.enable_events`.
+            irqchip: whether the machine has interrupt controllers.
+
+        Raises:
+            KvmError: the kernel refused.
+        """
+        return cls(
+            msrs=OtherMsrs.of(fd, listed),
+            xsave=Xsave.of(vm, fd, table),
+            event_flags=event_flags,
+            new_lapic=lapic.read_lapic(fd, _special(fd).apic_base) if irqchip else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,74 +178,32 @@ def _kvm_segment(segment: Segment) -> uapi.KvmSegment:
     )
 
 
-def _pending_event(events: uapi.KvmVcpuEvents) -> tuple[int, int]:
-    """Return ``(pending_event, error_code)``."""
-    if events.exception.injected:
-        has_error = _EVENT_HAS_ERROR if events.exception.has_error_code else 0
-        event = _EVENT_VALID | has_error | _EXCEPTION << 8 | events.exception.nr
-        return event, events.exception.error_code if has_error else 0
-    if events.nmi.injected:
-        return _EVENT_VALID | _NMI << 8 | 2, 0
-    if events.interrupt.injected:
-        return _EVENT_VALID | (_SOFTWARE if events.interrupt.soft else _EXTERNAL) << 8 | events.interrupt.nr, 0
-    return 0, 0
+def _special(fd: VcpuFd) -> uapi.KvmSregs:
+    sregs = uapi.KvmSregs()
+    fd.ioctl(uapi.KVM_GET_SREGS, sregs)
+    return sregs
 
 
-def _kvm_events(state: VcpuState) -> uapi.KvmVcpuEvents:
-    events = uapi.KvmVcpuEvents(flags=uapi.KVM_VCPUEVENT_VALID_NMI_PENDING | uapi.KVM_VCPUEVENT_VALID_SHADOW)
-    events.interrupt.shadow = state.interrupt_shadow
-    events.nmi.pending = state.nmi_pending
-    events.nmi.masked = state.nmi_masked
-    if not state.pending_event & _EVENT_VALID:
-        return events
-    vector, kind = state.pending_event & 0xFF, state.pending_event >> 8 & 7
-    if kind == _EXCEPTION:
-        events.exception.injected = 1
-        events.exception.nr = vector
-        events.exception.has_error_code = bool(state.pending_event & _EVENT_HAS_ERROR)
-        events.exception.error_code = state.error_code
-    elif kind == _NMI:
-        events.nmi.injected = 1
-    elif kind in (_EXTERNAL, _SOFTWARE):
-        events.interrupt.injected = 1
-        events.interrupt.nr = vector
-        events.interrupt.soft = kind == _SOFTWARE
-    else:
-        raise VmError(f"the state has a pending event of unknown kind {kind}")
-    return events
-
-
-def _refuse_extended(xsave: uapi.KvmXsave) -> None:
-    extended = xsave.header[0] & ~_XSTATE_FP_SSE
-    if extended:
-        names = [_COMPONENTS.get(bit, f"component {bit}") for bit in range(64) if extended >> bit & 1]
-        raise VmError(f"the vCPU uses {', '.join(names)}, which no machine state here holds")
-
-
-def save(fd: VcpuFd, sealed: Sealed | None, others: OtherMsrs, host_tsc_now: int | None = None) -> VcpuState:
+def save(fd: VcpuFd, sealed: Sealed | None, parts: Parts, host_tsc_now: int | None = None) -> VcpuState:
     """Return a vCPU's state; it is not inside the guest and has no I/O under way.
 
     Args:
         fd: the vCPU.
         sealed: what the last :func:`load` returned.
-        others: its MSRs that have no field of their own.
+        parts: what it has.
         host_tsc_now: from :func:`host_tsc`, the instant for which the TSC is given; None: now.
 
     Raises:
-        VmError: it uses registers that a ``VcpuState`` cannot hold.
+        VmError: it has something in use that a ``VcpuState`` cannot hold.
         KvmError: the kernel refused.
     """
-    events, sregs, regs = uapi.KvmVcpuEvents(), uapi.KvmSregs(), uapi.KvmRegs()
-    debug, xsave = uapi.KvmDebugregs(), uapi.KvmXsave()
-    fd.ioctl(uapi.KVM_GET_VCPU_EVENTS, events)
-    fd.ioctl(uapi.KVM_GET_SREGS, sregs)
+    mp_state = lapic.read_mp_state(fd) if parts.new_lapic else MpState.RUNNABLE
+    events = read_events(fd)
+    sregs, regs, debug = _special(fd), uapi.KvmRegs(), uapi.KvmDebugregs()
     fd.ioctl(uapi.KVM_GET_REGS, regs)
     fd.ioctl(uapi.KVM_GET_DEBUGREGS, debug)
-    fd.ioctl(uapi.KVM_GET_XSAVE, xsave)
-    _refuse_extended(xsave)
+    image, extended = parts.xsave.save(fd)
     now, offset = (0, _tsc(fd)) if host_tsc_now is None else (host_tsc_now, _tsc_offset(fd, uapi.KVM_GET_DEVICE_ATTR))
-    pending_event, error_code = _pending_event(events)
-    image = bytes(xsave.fxsave)
     fields: dict[str, Any] = {name: getattr(regs, name) for name in _GENERAL}
     fields |= {name: getattr(sregs, name) for name in _CONTROL}
     fields |= {name: _segment(getattr(sregs, name)) for name in _SEGMENTS}
@@ -208,62 +212,69 @@ def save(fd: VcpuFd, sealed: Sealed | None, others: OtherMsrs, host_tsc_now: int
     fields |= {f"dr{number}": debug.db[number] for number in range(4)}
     state = VcpuState(
         **fields,
+        **events,
         dr6=debug.dr6,
         dr7=debug.dr7,
         ldtr=_segment(sregs.ldt),
         gdtr=DescriptorTable(base=sregs.gdt.base, limit=sregs.gdt.limit),
         idtr=DescriptorTable(base=sregs.idt.base, limit=sregs.idt.limit),
         tsc=(now + offset) & _U64,
-        pending_event=pending_event,
-        error_code=error_code,
-        interrupt_shadow=events.interrupt.shadow,
-        nmi_pending=bool(events.nmi.pending),
-        nmi_masked=bool(events.nmi.masked),
-        fpu_regs=image[:28] + _MXCSR_MASK + image[32:_FXSAVE_USED] + bytes(_FXSAVE_BYTES - _FXSAVE_USED),
-        msrs=others.save(fd),
+        mp_state=mp_state,
+        lapic=lapic.read_lapic(fd, sregs.apic_base) if parts.new_lapic else None,
+        fpu_regs=image,
+        extended=extended,
+        msrs=parts.msrs.save(fd),
     )
     return replace(state, rflags=state.rflags & ~_RFLAGS_IOPL | sealed.iopl, tr=sealed.tr) if sealed else state
 
 
-def load(fd: VcpuFd, state: VcpuState, others: OtherMsrs, host_tsc_now: int | None = None) -> Sealed | None:
+def load(fd: VcpuFd, state: VcpuState, parts: Parts, host_tsc_now: int | None = None) -> Sealed | None:
     """Replace a vCPU's state; it is not inside the guest. Return what the next :func:`save` needs.
 
     Args:
         fd: the vCPU.
-        state: of this or any other machine.
-        others: the vCPU's MSRs that have no field of their own.
+        state: of this or any other machine; one without a local APIC leaves ours as it was when it was new.
+        parts: what the vCPU has.
         host_tsc_now: from :func:`host_tsc`, the instant at which the guest's TSC is ``state.tsc``; None: now.
 
     Raises:
         VmError: this machine cannot hold the state.
         KvmError: the kernel refused a part of it.
     """
-    if len(state.fpu_regs) != _FXSAVE_BYTES:
-        raise VmError(f"the FPU state has {len(state.fpu_regs)} bytes, not {_FXSAVE_BYTES}")
-    events, sealed = _kvm_events(state), _sealed(state)
-    _load_special(fd, state, sealed)
+    parts.xsave.expect_fit(state.fpu_regs, state.extended)
+    lapic.expect_fit(state, irqchip=parts.new_lapic is not None)
+    events, sealed, apic = kvm_events(state, parts.event_flags), _sealed(state), state.lapic or parts.new_lapic
+    _load_special(fd, state, sealed, apic)
     fd.ioctl(uapi.KVM_SET_REGS, uapi.KvmRegs(**{name: getattr(state, name) for name in _GENERAL}))
     breakpoints = (state.dr0, state.dr1, state.dr2, state.dr3)
     fd.ioctl(uapi.KVM_SET_DEBUGREGS, uapi.KvmDebugregs(db=breakpoints, dr6=state.dr6, dr7=state.dr7))
-    xsave = uapi.KvmXsave(fxsave=tuple(state.fpu_regs[:_FXSAVE_USED]))  # all else zero: in its initial state
-    xsave.header[0] = _XSTATE_FP_SSE
-    fd.ioctl(uapi.KVM_SET_XSAVE, xsave)
+    parts.xsave.load(fd, state.fpu_regs, state.extended)
+    _load_msrs(fd, state, parts.msrs)
+    if apic:
+        lapic.write_registers(fd, apic)
+    if host_tsc_now is None:
+        write_msrs(fd, {MSR_IA32_TSC: state.tsc})
+    else:
+        _tsc_offset(fd, uapi.KVM_SET_DEVICE_ATTR, (state.tsc - host_tsc_now) & _U64)
+    if apic:
+        lapic.write_deadline(fd, apic)
+        lapic.write_mp_state(fd, state.mp_state)
+    fd.ioctl(uapi.KVM_SET_VCPU_EVENTS, events)
+    return sealed
+
+
+def _load_msrs(fd: VcpuFd, state: VcpuState, others: OtherMsrs) -> None:
     others.load(fd, state.msrs)
     own = {index: getattr(state, field) for index, field in MSR_FIELDS.items()}
     if not state.tsc_aux:
         del own[MSR_TSC_AUX]  # a CPU without RDTSCP has it not, and then it reads as 0
     write_msrs(fd, own)
-    if host_tsc_now is None:
-        write_msrs(fd, {MSR_IA32_TSC: state.tsc})
-    else:
-        _tsc_offset(fd, uapi.KVM_SET_DEVICE_ATTR, (state.tsc - host_tsc_now) & _U64)
-    fd.ioctl(uapi.KVM_SET_VCPU_EVENTS, events)
-    return sealed
 
 
-def _load_special(fd: VcpuFd, state: VcpuState, sealed: Sealed | None) -> None:
-    sregs = uapi.KvmSregs()
-    fd.ioctl(uapi.KVM_GET_SREGS, sregs)  # CR8 and the APIC base stay as they are: no field, and no APIC
+def _load_special(fd: VcpuFd, state: VcpuState, sealed: Sealed | None, apic: LapicState | None) -> None:
+    sregs = _special(fd)  # CR8 stays as it is: the local APIC has it, if there is one
+    if apic:
+        sregs.apic_base = apic.base
     for name in _CONTROL:
         setattr(sregs, name, getattr(state, name))
     for name in _SEGMENTS:

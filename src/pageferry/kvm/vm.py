@@ -12,12 +12,15 @@ from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.kvm import uapi, vcpu_state
+from pageferry.kvm.clock import read_clock, write_clock
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
+from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd
-from pageferry.kvm.msrs import OtherMsrs, listed_msrs
+from pageferry.kvm.irqchip import create_irqchip
+from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
@@ -73,6 +76,10 @@ class KvmVm(Machine):
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
+            irqchip = config.machine is MachineModel.IRQCHIP
+            if irqchip:
+                self.platform.bus.elsewhere = create_irqchip(self.vm_fd)
+            event_flags = enable_events(self.vm_fd)
             self.vcpu_mapping = self.memory.mapping
             """RAM as the vCPUs' slots have it: everybody's mapping, or their own where the tracker protects it."""
             if kind.own_mapping:
@@ -86,7 +93,10 @@ class KvmVm(Machine):
             for index in range(config.cpus):
                 fd = undo.enter_context(self.vm_fd.create_vcpu(index))
                 set_cpuid(fd, of_vcpu(cpuid, index=index, cpus=config.cpus))
-                self.vcpus += (KvmVcpu(fd, self.platform.bus, OtherMsrs.of(fd, listed), index=index),)
+                parts = vcpu_state.Parts.of(
+                    self.vm_fd, fd, table=cpuid, listed=listed, event_flags=event_flags, irqchip=irqchip
+                )
+                self.vcpus += (KvmVcpu(fd, self.platform.bus, parts, index=index),)
             log_dirty = kind.make(self)
             if isinstance(log_dirty, Closeable):
                 undo.callback(log_dirty.close)
@@ -113,6 +123,12 @@ class KvmVm(Machine):
         now = vcpu_state.host_tsc(self.vcpus[0].fd)
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state, now)
+
+    def _save_kvm_clock(self) -> int | None:
+        return read_clock(self.vm_fd)
+
+    def _load_kvm_clock(self, clock_ns: int) -> None:
+        write_clock(self.vm_fd, clock_ns)
 
     def _free(self) -> None:
         self._owned.close()

@@ -1,35 +1,35 @@
 """vCPU and device state as an HVM context: :class:`~pageferry.core.state.MachineState` <-> bytes.
 
-An HVM context is a sequence of entries, each with a typecode, an instance and a length. CPU and CPU_MSR have Xen's
-layout; devices travel under typecodes of our own, far from Xen's. What is decoded is checked in full: an entry that
-no machine here can hold is refused, since a guest that loses it silently is not the same guest.
+An HVM context is a sequence of entries, each with a typecode, an instance and a length. CPU has Xen's layout; what else
+a vCPU has is in :mod:`.hvm_vcpu`; devices travel under typecodes of our own, far from Xen's. What is decoded is checked
+in full: an entry that no machine here can hold is refused, since a guest that loses it silently is not the same guest.
 
 Source: docs/stream.md, part 1, "HVM context".
 """
 
-import itertools
+from collections.abc import Mapping
+from dataclasses import replace
 from struct import Struct
 from struct import error as StructError
+from types import MappingProxyType
 
 from pageferry.core.errors import LocalStreamError, RecordError
 from pageferry.core.state import DescriptorTable, DeviceState, MachineState, Segment, VcpuState
 from pageferry.stream.hvm_entries import Entry, Typecode, join_entries, split_entries
+from pageferry.stream.hvm_vcpu import VCPU_TYPECODES, decode_vcpu_entries, encode_vcpu_entries
 
 #: HEADER: magic u32, version u32, changeset u64, cpuid u32, gtsc_khz u32.
 HEADER_BODY = Struct("<IIQII")
-MSR_HEAD = Struct("<II")
-MSR_ENTRY = Struct("<IIQ")
 #: DEVICE: name length u16, reserved u16, data length u32; then the name (ASCII), then the data.
 DEVICE_HEAD = Struct("<HHI")
-#: CPU_EVENTS: interrupt shadow, NMI pending, NMI masked; 5 reserved.
-EVENTS_BODY = Struct("<3B5s")
+#: KVM_CLOCK: nanoseconds.
+CLOCK_BODY = Struct("<Q")
 
 MAGIC = 0x54381286
 VERSION = 1
 #: "Not known", as Xen writes it where it was built without one.
 NO_CHANGESET = 0xFFFF_FFFF_FFFF_FFFF
 MAX_VCPUS = 1024
-MAX_MSRS = 4096
 MAX_DEVICES = 1024
 MAX_DEVICE_NAME_BYTES = 64
 
@@ -42,7 +42,6 @@ _SEGMENTS = ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"]
 _TABLES = ["idtr", "gdtr"]
 _SYSENTER = ["sysenter_cs", "sysenter_esp", "sysenter_eip", "shadow_gs"]
 _SYSCALL = ["lstar", "star", "cstar", "syscall_mask", "efer", "tsc_aux"]
-_EVENTS = {"interrupt_shadow": 3, "nmi_pending": 1, "nmi_masked": 1}  # field -> highest value
 FPU_BYTES = 512
 #: fpu_regs; general; control and debug; selectors; limits; bases; arbytes; sysenter and shadow_gs; msr_flags and
 #: syscall; tsc; pending_event, error_code, flags, pad.
@@ -83,16 +82,16 @@ def encode_cpu(vcpu: VcpuState) -> bytes:
         raise LocalStreamError("a register does not fit its width", record="HVM_CONTEXT CPU") from error
 
 
-def decode_cpu(entry: Entry, msrs: tuple[tuple[int, int], ...] = (), events: dict[str, int] | None = None) -> VcpuState:
+def decode_cpu(entry: Entry, others: Mapping[Typecode, Entry] = MappingProxyType({})) -> VcpuState:
     """Return the vCPU of a CPU entry: the exact inverse of :func:`encode_cpu`.
 
     Args:
         entry: with typecode CPU.
-        msrs: what the vCPU's CPU_MSR entry holds.
-        events: what its CPU_EVENTS entry holds, by field; None: there is none.
+        others: the vCPU's other entries, at most one of each type.
 
     Raises:
-        RecordError: the length is wrong, or a reserved, obsolete or 16-bit field has bits it must not have.
+        RecordError: the length is wrong, or a reserved, obsolete or 16-bit field has bits it must not have, or another
+            entry is malformed.
     """
     if len(entry.body) != CPU_BODY.size:
         raise entry.refusal(f"a body of {len(entry.body)} bytes, not {CPU_BODY.size}")
@@ -123,7 +122,8 @@ def decode_cpu(entry: Entry, msrs: tuple[tuple[int, int], ...] = (), events: dic
         name: DescriptorTable(base=base, limit=limit)
         for name, base, limit in zip(_TABLES, bases[8:], limits[8:], strict=True)
     }
-    return VcpuState(**registers, **segments, **tables, **(events or {}), fpu_regs=fpu_regs, msrs=msrs)  # type: ignore[arg-type]
+    state = VcpuState(**registers, **segments, **tables, fpu_regs=fpu_regs)  # type: ignore[arg-type]
+    return replace(state, **decode_vcpu_entries(others, fpu_regs))
 
 
 def encode_machine_state(state: MachineState) -> bytes:
@@ -137,10 +137,9 @@ def encode_machine_state(state: MachineState) -> bytes:
     ]
     for index, vcpu in enumerate(state.vcpus):
         entries.append(Entry(typecode=Typecode.CPU, instance=index, body=encode_cpu(vcpu)))
-        if vcpu.msrs:
-            entries.append(Entry(typecode=Typecode.CPU_MSR, instance=index, body=_encode_msrs(vcpu)))
-        if any(getattr(vcpu, name) for name in _EVENTS):
-            entries.append(Entry(typecode=Typecode.CPU_EVENTS, instance=index, body=_encode_events(vcpu)))
+        entries += encode_vcpu_entries(index, vcpu)
+    if state.kvm_clock_ns is not None:
+        entries.append(Entry(typecode=Typecode.KVM_CLOCK, body=_encode_clock(state.kvm_clock_ns)))
     entries += [
         Entry(typecode=Typecode.DEVICE, instance=index, body=_encode_device(device))
         for index, device in enumerate(state.devices)
@@ -159,20 +158,13 @@ def decode_machine_state(data: bytes) -> MachineState:
 
     Raises:
         RecordError: the context is malformed, incomplete, or holds state that no machine here has (Xen's own
-            interrupt controllers and timers); ``offset`` counts from the context's first byte.
+            devices); ``offset`` counts from the context's first byte.
     """
-    cpus: dict[int, Entry] = {}
-    msrs: dict[int, Entry] = {}
-    events: dict[int, Entry] = {}
-    devices: dict[int, Entry] = {}
-    places = {
-        Typecode.CPU: cpus,
-        Typecode.CPU_MSR: msrs,
-        Typecode.CPU_EVENTS: events,
-        Typecode.DEVICE: devices,
-    }
     header, *entries, _ = split_entries(data)
     _check_header(header)
+    places: dict[Typecode, dict[int, Entry]] = {
+        typecode: {} for typecode in (Typecode.CPU, *VCPU_TYPECODES, Typecode.KVM_CLOCK, Typecode.DEVICE)
+    }
     for entry in entries:
         place = places.get(entry.typecode)  # type: ignore[call-overload]  # an int finds an IntEnum
         if place is None:
@@ -180,15 +172,17 @@ def decode_machine_state(data: bytes) -> MachineState:
         if entry.instance in place:
             raise entry.refusal("it may come only once")
         place[entry.instance] = entry
+    cpus, clocks, devices = (places.pop(code) for code in (Typecode.CPU, Typecode.KVM_CLOCK, Typecode.DEVICE))
     if not 0 < len(cpus) <= MAX_VCPUS or len(devices) > MAX_DEVICES:
         raise RecordError(f"{len(cpus)} vCPUs and {len(devices)} devices", record="HVM_CONTEXT")
-    for entry in (*cpus.values(), *msrs.values(), *events.values()):
+    for entry in (*cpus.values(), *(entry for place in places.values() for entry in place.values())):
         if entry.instance >= len(cpus):
             raise entry.refusal(f"there are only {len(cpus)} vCPUs")
     vcpus = tuple(
-        decode_cpu(cpus[n], _decode_msrs(msrs.get(n)), _decode_events(events.get(n))) for n in range(len(cpus))
+        decode_cpu(cpus[n], {typecode: place[n] for typecode, place in places.items() if n in place})
+        for n in range(len(cpus))
     )
-    return MachineState(vcpus=vcpus, devices=_decode_devices(devices))
+    return MachineState(vcpus=vcpus, devices=_decode_devices(devices), kvm_clock_ns=_decode_clock(clocks))
 
 
 def _check_header(entry: Entry) -> None:
@@ -199,51 +193,20 @@ def _check_header(entry: Entry) -> None:
         raise entry.refusal(f"magic {magic:#x} and version {version}")
 
 
-def _encode_msrs(vcpu: VcpuState) -> bytes:
+def _encode_clock(clock_ns: int) -> bytes:
     try:
-        pairs = b"".join(MSR_ENTRY.pack(index, 0, value) for index, value in vcpu.msrs)
+        return CLOCK_BODY.pack(clock_ns)
     except StructError as error:
-        raise LocalStreamError("an MSR does not fit its width", record="HVM_CONTEXT CPU_MSR") from error
-    return MSR_HEAD.pack(len(vcpu.msrs), 0) + pairs
+        raise LocalStreamError("the clock does not fit its width", record="HVM_CONTEXT KVM_CLOCK") from error
 
 
-def _decode_msrs(entry: Entry | None) -> tuple[tuple[int, int], ...]:
-    if entry is None:
-        return ()
-    if len(entry.body) < MSR_HEAD.size:
-        raise entry.refusal("its head is cut")
-    count, reserved = MSR_HEAD.unpack_from(entry.body)
-    rest = entry.body[MSR_HEAD.size :]
-    if not 0 < count <= MAX_MSRS or len(rest) != count * MSR_ENTRY.size:
-        raise entry.refusal(f"{count} MSRs in {len(entry.body)} bytes")
-    rows = list(MSR_ENTRY.iter_unpack(rest))
-    if reserved or any(row[1] for row in rows):
-        raise entry.refusal("a reserved field is not 0")
-    if any(row[0] >= after[0] for row, after in itertools.pairwise(rows)):
-        raise entry.refusal("the MSRs do not ascend")
-    return tuple((index, value) for index, _, value in rows)
-
-
-def _encode_events(vcpu: VcpuState) -> bytes:
-    try:
-        return EVENTS_BODY.pack(*(getattr(vcpu, name) for name in _EVENTS), b"")
-    except StructError as error:
-        raise LocalStreamError("an event does not fit its width", record="HVM_CONTEXT CPU_EVENTS") from error
-
-
-def _decode_events(entry: Entry | None) -> dict[str, int]:
-    if entry is None:
-        return {}
-    if len(entry.body) != EVENTS_BODY.size:
-        raise entry.refusal(f"a body of {len(entry.body)} bytes, not {EVENTS_BODY.size}")
-    *values, reserved = EVENTS_BODY.unpack(entry.body)
-    if any(reserved):
-        raise entry.refusal("a reserved field is not 0")
-    for (name, most), value in zip(_EVENTS.items(), values, strict=True):
-        if value > most:
-            raise entry.refusal(f"{name} is {value}, more than {most}")
-    shadow, pending, masked = values
-    return {"interrupt_shadow": shadow, "nmi_pending": bool(pending), "nmi_masked": bool(masked)}
+def _decode_clock(entries: dict[int, Entry]) -> int | None:
+    for entry in entries.values():
+        if entry.instance or len(entry.body) != CLOCK_BODY.size:
+            raise entry.refusal(f"a body of {len(entry.body)} bytes, not {CLOCK_BODY.size}, or an instance")
+        (clock_ns,) = CLOCK_BODY.unpack(entry.body)
+        return int(clock_ns)
+    return None
 
 
 def _encode_device(device: DeviceState) -> bytes:

@@ -36,6 +36,8 @@ class Typecode(IntEnum):
     CPU_MSR = 20
     DEVICE = 0x7F00
     CPU_EVENTS = 0x7F01
+    CPU_EXCEPTION = 0x7F02
+    KVM_CLOCK = 0x7F03
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

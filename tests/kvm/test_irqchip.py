@@ -1,0 +1,294 @@
+"""A machine with interrupt controllers inside the kernel: each part of its state travels, or is refused."""
+
+import ctypes
+import dataclasses
+import struct
+
+import pytest
+
+from pageferry.core.cpuid import CpuModel
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.state import DeviceState, LapicState, MachineState, MpState
+from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import uapi
+from pageferry.kvm.fds import VmFd
+from pageferry.kvm.uapi_state import KvmIoapicState, KvmPicState
+from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
+
+pytestmark = pytest.mark.kvm
+
+# Registers: 0x80 task priority, 0xa0 processor priority, 0xf0 spurious interrupts (0x100: enabled), 0x320 the timer,
+# 0x340 performance counters, 0x3e0 the timer's divisor (0xa: by 128).
+TIMER_COUNT, TIMER_NOW, IRR = 0x380, 0x390, 0x200
+MASKED, PERIODIC, DEADLINE = 1 << 16, 1 << 17, 2 << 17
+LONG = 0xFFFF_FFF0  # by 128: nine minutes
+
+# 1: the low byte, then the high byte of PIT counter 0 (latched) to [DATA]; inc rcx; mov [DATA + 8], rcx; jmp 1b
+READ_PIT = "30c0e643e4408804250000180 0e440880425010018 0048ffc148890c2508001800ebe0".replace(" ", "")
+
+
+@pytest.fixture
+def pc(kvm):
+    """Makes guests with interrupt controllers."""
+    missing = [name for name in ("KVM_CAP_IRQCHIP", "KVM_CAP_PIT2") if not kvm.support.capabilities[name]]
+    if missing:
+        pytest.skip(f"this KVM lacks {', '.join(missing)}")
+    return lambda *args, **kwargs: kvm.guest(*args, machine=MachineModel.IRQCHIP, **kwargs)
+
+
+def patched(lapic, **registers):
+    """Replace 32-bit registers, named by ``r`` and their hexadecimal offset."""
+    data = bytearray(lapic.registers)
+    for name, value in registers.items():
+        struct.pack_into("<I", data, int(name[1:], 16), value)
+    return dataclasses.replace(lapic, registers=bytes(data))
+
+
+def register(lapic, offset):
+    return struct.unpack_from("<I", lapic.registers, offset)[0]
+
+
+def moved(vm, make):
+    """Return another machine with the state of ``vm``, by way of the stream."""
+    other = make()
+    other.load_state(decode_machine_state(encode_machine_state(vm.save_state())))
+    return other
+
+
+def with_vcpu(vm, **changes):
+    """Load the state of ``vm`` again, with changes to its one vCPU."""
+    saved = vm.save_state()
+    vm.load_state(dataclasses.replace(saved, vcpus=(dataclasses.replace(saved.vcpus[0], **changes),)))
+
+
+def device(vm, name, kind):
+    """Return a device's state as the kernel's structure."""
+    (data,) = [state.data for state in vm.save_state().devices if state.name == name]
+    return kind.from_buffer_copy(data)
+
+
+def load_device(vm, name, data):
+    saved = vm.save_state()
+    devices = tuple(
+        DeviceState(name=each.name, data=bytes(data)) if each.name == name else each for each in saved.devices
+    )
+    vm.load_state(dataclasses.replace(saved, devices=devices))
+
+
+def test_the_local_apic_travels(pc):
+    vm = pc("spin")
+    new = vm.save_state().vcpus[0].lapic
+    lapic = patched(
+        new, r80=0x20, ra0=0x20, rf0=0x1FF, r320=MASKED | 0x31, r340=MASKED | 0x32, r3e0=0xA, r380=LONG, r390=LONG
+    )
+    with_vcpu(vm, lapic=lapic)
+    saved = moved(vm, pc).save_state().vcpus[0].lapic
+    count = register(saved, TIMER_NOW)
+    assert LONG // 2 < count <= LONG  # it counts on
+    assert patched(saved, r390=0) == patched(lapic, r390=0)
+
+
+def test_the_timer_of_the_local_apic_goes_on_and_does_not_begin_anew(pc):
+    vm = pc("spin")
+    new = vm.save_state().vcpus[0].lapic
+    half = LONG // 2
+    with_vcpu(vm, lapic=patched(new, rf0=0x1FF, r320=MASKED | PERIODIC | 0x31, r3e0=0xA, r380=LONG, r390=half))
+    other = moved(vm, pc)
+    saved = other.save_state().vcpus[0].lapic
+    assert register(saved, TIMER_COUNT) == LONG
+    assert half // 2 < register(saved, TIMER_NOW) <= half
+
+
+def test_the_base_travels_before_the_registers_that_it_lays_out(pc):
+    vm = pc("spin")
+    new = vm.save_state().vcpus[0].lapic
+    off = dataclasses.replace(new, base=new.base & ~(1 << 11))  # the guest has switched it off
+    with_vcpu(vm, lapic=off)
+    assert moved(vm, pc).save_state().vcpus[0].lapic.base == off.base
+
+
+def test_a_deadline_of_the_tsc_travels(pc):
+    vm = pc("spin", cpu=CpuModel.HOST)
+    new = vm.save_state().vcpus[0].lapic
+    lapic = patched(new, rf0=0x1FF, r320=MASKED | DEADLINE | 0x31)
+    with_vcpu(vm, lapic=dataclasses.replace(lapic, tsc_deadline=1 << 62))
+    if not vm.save_state().vcpus[0].lapic.tsc_deadline:
+        pytest.skip("this KVM has no deadline timer")
+    other = moved(vm, lambda: pc(cpu=CpuModel.HOST))
+    assert other.save_state().vcpus[0].lapic.tsc_deadline == 1 << 62
+
+
+def test_an_interrupt_that_waits_in_the_local_apic_travels(pc):
+    vm = pc("spin", rflags=0x3002)  # interrupts are off
+    new = vm.save_state().vcpus[0].lapic
+    with_vcpu(vm, lapic=patched(new, rf0=0x1FF, r210=1 << 5))  # vector 0x25
+    assert register(moved(vm, pc).save_state().vcpus[0].lapic, IRR + 0x10) == 1 << 5
+
+
+def test_a_state_without_a_local_apic_finds_a_new_one(pc, kvm):
+    vm = pc("spin")
+    new = vm.save_state().vcpus[0].lapic
+    with_vcpu(vm, lapic=patched(new, rf0=0x1FF, r80=0x30))
+    vm.load_state(MachineState(vcpus=(kvm.start_state(),), devices=vm.platform.bus.save()))
+    assert vm.save_state().vcpus[0].lapic == new
+
+
+@pytest.mark.parametrize("state", MpState)
+def test_what_a_vcpu_is_doing_travels(pc, kvm, state):
+    boot, other = kvm.start_state(), kvm.start_state(mp_state=state)
+    vm = pc("spin", vcpus=(boot, other))
+    assert vm.save_state().vcpus[1].mp_state is state
+    there = moved(vm, lambda: pc(vcpus=(boot, boot))).save_state()
+    assert [vcpu.mp_state for vcpu in there.vcpus] == [MpState.RUNNABLE, state]
+
+
+def test_a_halted_vcpu_can_be_paused_and_moved_again(pc):
+    vm = pc("spin", mp_state=MpState.HALTED, rflags=0x3002)
+    before = vm.save_state().vcpus[0].rbx
+    vm.resume()
+    vm.pause()
+    other = moved(vm, pc)
+    other.resume()
+    other.pause()
+    state = other.save_state().vcpus[0]
+    assert (state.mp_state, state.rbx) == (MpState.HALTED, before)
+
+
+@pytest.mark.parametrize("name", ["kvm-pic0", "kvm-pic1"])
+def test_a_pic_travels(pc, name):
+    vm = pc("spin", rflags=0x3002)
+    pic = device(vm, name, KvmPicState)
+    pic.imr, pic.irq_base, pic.irr, pic.last_irr, pic.isr, pic.auto_eoi, pic.elcr = (
+        0xA5,
+        0x28,
+        0x81,
+        0x80,
+        0x08,
+        1,
+        0x40,
+    )
+    load_device(vm, name, pic)
+    assert bytes(device(moved(vm, pc), name, KvmPicState)) == bytes(pic)
+
+
+def test_the_ioapic_travels(pc):
+    vm = pc("spin")
+    ioapic = device(vm, "kvm-ioapic", KvmIoapicState)
+    ioapic.id, ioapic.ioregsel = 3, 0x12
+    for pin in range(24):
+        ioapic.redirtbl[pin] = MASKED | 1 << 56 | 0x30 + pin
+    load_device(vm, "kvm-ioapic", ioapic)
+    assert bytes(device(moved(vm, pc), "kvm-ioapic", KvmIoapicState)) == bytes(ioapic)
+
+
+def test_the_pit_travels(pc):
+    vm = pc("spin")
+    pit = device(vm, "kvm-pit", uapi.KvmPitState2)
+    for number, channel in enumerate(pit.channels):
+        channel.count, channel.mode, channel.rw_mode, channel.gate = 0x1000 + number, 2, 3, 1
+        channel.latched_count, channel.write_latch, channel.read_state, channel.write_state = 0x1234, 0x56, 3, 3
+    pit.flags = 2
+    load_device(vm, "kvm-pit", pit)
+    assert bytes(device(moved(vm, pc), "kvm-pit", uapi.KvmPitState2)) == bytes(pit)
+
+
+def test_a_pit_that_ticks_goes_on_ticking_elsewhere(pc, kvm, monkeypatch):
+    monkeypatch.setitem(kvm.PROGRAMS, "pit", READ_PIT)
+    vm = pc("pit")
+    pic = device(vm, "kvm-pic0", KvmPicState)
+    pic.imr = 0xFF  # nobody takes its ticks
+    load_device(vm, "kvm-pic0", pic)
+    pit = device(vm, "kvm-pit", uapi.KvmPitState2)
+    pit.channels[0].count, pit.channels[0].mode, pit.channels[0].rw_mode = 0x10000, 2, 3
+    load_device(vm, "kvm-pit", pit)
+    for _ in range(2):
+        seen = set()
+        vm.resume()
+
+        def changes(vm=vm, seen=seen):
+            seen.add(vm.memory.read(kvm.DATA_GPA, 2))
+            return len(seen) > 3
+
+        kvm.wait_for(vm, changes)
+        vm.pause()
+        other = pc()
+        for region in vm.memory.regions:
+            other.memory.write(region.gpa, vm.memory.read(region.gpa, region.size_bytes))
+        other.load_state(decode_machine_state(encode_machine_state(vm.save_state())))
+        vm.close()
+        vm = other
+
+
+PIC, IOAPIC, PIT = KvmPicState, KvmIoapicState, uapi.KvmPitState2
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "offset", "byte", "says"),
+    [
+        ("kvm-pic0", PIC, PIC.priority_add.offset, 8, "priority_add is 0x8, more than 0x7"),
+        ("kvm-pic0", PIC, PIC.init_state.offset, 4, "init_state is 0x4"),
+        ("kvm-pic1", PIC, PIC.poll.offset, 2, "poll is 0x2, more than 0x1"),
+        ("kvm-pic1", PIC, PIC.elcr_mask.offset, 0xF8, "elcr_mask is 0xf8, not 0xde"),
+        ("kvm-ioapic", IOAPIC, 0, 1, "it is at 0xfec00001, not 0xfec00000"),
+        ("kvm-ioapic", IOAPIC, IOAPIC.id.offset, 16, "id is 0x10, more than 0xf"),
+        ("kvm-ioapic", IOAPIC, IOAPIC.irr.offset + 3, 1, "irr is 0x1000000"),
+        ("kvm-ioapic", IOAPIC, IOAPIC.pad.offset, 1, "pad is 0x1"),
+        ("kvm-pit", PIT, 3, 1, "count is 0x1010000, more than 0x10000"),
+        ("kvm-pit", PIT, 13, 6, "mode is 6"),
+        ("kvm-pit", PIT, 15, 2, "gate is 0x2"),
+        ("kvm-pit", PIT, 16, 1, "count_load_time is 0x1, more than 0x0"),
+        ("kvm-pit", PIT, PIT.flags.offset, 4, "a flag or reserved field is not 0"),
+        ("kvm-pit", PIT, PIT.reserved.offset, 1, "a flag or reserved field is not 0"),
+    ],
+)
+def test_what_no_chip_can_have_is_refused(pc, name, kind, offset, byte, says):
+    vm = pc("spin")
+    before = bytes(device(vm, name, kind))
+    data = bytearray(before)
+    data[offset] = byte
+    with pytest.raises(VmError, match=f"device {name} cannot be: {says}"):
+        load_device(vm, name, data)
+    for length in (0, len(data) - 1, len(data) + 1):
+        with pytest.raises(VmError, match=f"device {name} has {length} bytes, not {ctypes.sizeof(kind)}"):
+            load_device(vm, name, bytes(length))
+    assert bytes(device(vm, name, kind)) == before
+
+
+def test_registers_of_another_length_are_refused(pc):
+    vm = pc("spin")
+    with pytest.raises(VmError, match="the local APIC has 5 bytes, not 1024"):
+        with_vcpu(vm, lapic=LapicState(base=0xFEE0_0900, registers=bytes(5)))
+
+
+def test_a_base_that_no_cpu_takes_is_refused(pc):
+    vm = pc("spin")
+    lapic = vm.save_state().vcpus[0].lapic
+    with pytest.raises(VmError, match="KVM_SET_SREGS"):
+        with_vcpu(vm, lapic=dataclasses.replace(lapic, base=1 << 63))
+
+
+def test_a_machine_without_interrupt_controllers_refuses_the_state_of_one_with_them(pc, kvm):
+    saved = pc("spin").save_state()
+    plain = kvm.guest("spin")
+    with pytest.raises(UnsupportedError, match="no interrupt controllers, and the state has a local APIC"):
+        plain.load_state(saved)
+    with pytest.raises(VmError, match=r"saved devices .*kvm-ioapic.* are not this machine's"):
+        plain.load_state(dataclasses.replace(saved, vcpus=(kvm.start_state(),)))
+
+
+def test_the_software_machine_has_none(kvm):
+    with pytest.raises(UnsupportedError, match="software machine has no interrupt controllers") as caught:
+        Domain(VmConfig(memory_bytes=4 << 20, machine=MachineModel.IRQCHIP))
+    assert "--accel kvm" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["KVM_CAP_IRQCHIP", "KVM_CAP_MP_STATE", "KVM_CAP_PIT2", "KVM_CAP_PIT_STATE2"])
+def test_a_kvm_that_lacks_a_part_says_which(kvm, monkeypatch, name):
+    plain = VmFd.check_extension
+    monkeypatch.setattr(
+        VmFd, "check_extension", lambda fd, number: 0 if number == getattr(uapi, name) else plain(fd, number)
+    )
+    with pytest.raises(UnsupportedError, match=f"this KVM lacks {name}") as caught:
+        kvm.guest(machine=MachineModel.IRQCHIP)
+    assert "--machine plain" in caught.value.hint

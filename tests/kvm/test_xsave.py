@@ -1,0 +1,198 @@
+"""XCR0 and the XSAVE components beyond SSE: held, moved, and refused by name where they cannot be held."""
+
+import dataclasses
+import struct
+
+import pytest
+
+from pageferry.core.cpuid import SOFT_CPU, XSAVE, baseline, find
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.state import ExtendedState, MachineState
+from pageferry.core.xsave import component_names, component_places, enabled_components
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import uapi
+from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
+from pageferry.kvm.fds import SystemFd, VcpuFd
+from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
+
+pytestmark = pytest.mark.kvm
+
+AVX, AVX_512 = 1 << 2, 0xE0
+# 1: vpaddq ymm3, ymm3, ymm4; vpaddq ymm15, ymm15, ymm4; inc rax; mov [DATA], rax; jmp 1b
+YMM_PROGRAM = "c5e5d4dcc505d4fc48ffc04889042500001800ebeb"
+
+
+def upper_halves(**ymm):
+    """The AVX component: 16 upper halves of 16 bytes."""
+    area = bytearray(256)
+    for name, (low, high) in ymm.items():
+        struct.pack_into("<QQ", area, 16 * int(name[3:]), low, high)
+    return bytes(area)
+
+
+def ymm(state, number):
+    """Return the four u64 of a register."""
+    low = struct.unpack_from("<QQ", state.fpu_regs, 160 + 16 * number)
+    return low + (
+        struct.unpack_from("<QQ", state.extended.area, 16 * number) if state.extended.in_use & AVX else (0, 0)
+    )
+
+
+def avx_state(kvm, **registers):
+    image = bytearray(kvm.start_state().fpu_regs)
+    struct.pack_into("<QQ", image, 160 + 16 * 4, 1, 2)
+    return kvm.start_state(
+        cr4=0x4_0620,
+        fpu_regs=bytes(image),
+        extended=ExtendedState(xcr0=7, in_use=AVX, area=upper_halves(ymm3=(5, 1 << 63), ymm4=(3, 4))),
+        **registers,
+    )
+
+
+@pytest.fixture
+def avx(kvm):
+    """Skips unless a vCPU with the baseline table may use AVX: on a KVM that shows it unasked, or not at all."""
+    if not enabled_components(shown_cpuid(kvm.guest().vcpus[0].fd)) & AVX:
+        pytest.skip("this KVM gives a baseline guest no AVX")
+
+
+@pytest.fixture
+def without_avx(monkeypatch):
+    """Lets new machines believe that KVM shows their vCPUs the baseline and nothing else."""
+    monkeypatch.setattr("pageferry.kvm.xsave.shown_cpuid", lambda vcpu: SOFT_CPU)
+
+
+def test_a_guest_keeps_its_ymm_registers_from_machine_to_machine(kvm, avx, monkeypatch):
+    monkeypatch.setitem(kvm.PROGRAMS, "ymm", YMM_PROGRAM)
+    vm = kvm.guest("ymm", vcpus=(avx_state(kvm),))
+    for _ in range(4):
+        before = vm.save_state().vcpus[0].rax
+        vm.resume()
+        kvm.wait_for(vm, lambda vm=vm, before=before: vm.memory.read_u64(kvm.DATA_GPA) > before)
+        vm.pause()
+        saved = vm.save_state()
+        (state,) = saved.vcpus
+        offset = state.rip - kvm.PROGRAM_GPA
+        done = [state.rax + (offset in at) for at in (range(4, 11), range(8, 11))]
+        assert ymm(state, 3) == (done[0], 2 * done[0], 5 + 3 * done[0], ((1 << 63) + 4 * done[0]) % (1 << 64)), offset
+        assert ymm(state, 15) == (done[1], 2 * done[1], 3 * done[1], 4 * done[1]), offset
+        assert state.extended.xcr0 == 7
+        other = kvm.guest()
+        for region in vm.memory.regions:
+            other.memory.write(region.gpa, vm.memory.read(region.gpa, region.size_bytes))
+        other.load_state(decode_machine_state(encode_machine_state(saved)))
+        vm.close()
+        vm = other
+
+
+def test_xcr0_and_the_area_come_back_and_are_gone_after_a_state_without_them(kvm, avx):
+    states = [avx_state(kvm)]
+    states += [dataclasses.replace(states[0], extended=ExtendedState(xcr0=xcr0)) for xcr0 in (3, 7)]
+    states += [
+        dataclasses.replace(states[0], extended=ExtendedState(xcr0=1, in_use=AVX, area=upper_halves(ymm0=(1, 1))))
+    ]
+    vm = kvm.guest("spin")
+    for state in (*states, kvm.start_state()):
+        vm.load_state(MachineState(vcpus=(state,), devices=vm.platform.bus.save()))
+        (saved,) = decode_machine_state(encode_machine_state(vm.save_state())).vcpus
+        assert saved.extended == state.extended
+
+
+def test_a_component_of_zeros_is_in_its_initial_state(kvm, avx):
+    state = dataclasses.replace(avx_state(kvm), extended=ExtendedState(xcr0=1, in_use=AVX, area=bytes(256)))
+    (saved,) = kvm.guest("spin", vcpus=(state,)).save_state().vcpus
+    assert saved.extended is None  # and so goes to machines without AVX
+
+
+def test_a_component_whose_place_the_table_does_not_tell_is_refused_by_name(kvm, monkeypatch):
+    vm = kvm.guest("spin")
+    fd = vm.vcpus[0].fd
+
+    def ioctl(request, argument=0):
+        result = VcpuFd.ioctl(fd, request, argument)
+        if request in (uapi.KVM_GET_XSAVE, uapi.KVM_GET_XSAVE2):
+            argument[64] |= 1 << 5 | 1 << 11
+        return result
+
+    monkeypatch.setattr(fd, "ioctl", ioctl)
+    with pytest.raises(
+        UnsupportedError, match="uses AVX-512 masks, XSAVE component 11, which its CPUID table"
+    ) as caught:
+        vm.save_state()
+    assert "--cpu host" in caught.value.hint
+
+
+def test_with_its_place_in_the_table_avx_512_travels(kvm, avx, monkeypatch):
+    with SystemFd() as system:
+        offered = supported_cpuid(system)
+    if enabled_components(shown_cpuid(kvm.guest().vcpus[0].fd)) & AVX_512 != AVX_512:
+        pytest.skip("this KVM gives no AVX-512")
+    places = tuple(leaf for leaf in offered if leaf.leaf == 0xD)
+    with_xsave = tuple(leaf._replace(ecx=leaf.ecx | XSAVE) if leaf.leaf == 1 else leaf for leaf in baseline(offered))
+    table = tuple(sorted((*with_xsave[:2], *places, *with_xsave[2:])))
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: table)
+    where = component_places(table)
+    area = bytearray(where[7].stop - 576)
+    for number in (5, 7):
+        area[where[number].start - 576 : where[number].stop - 576] = bytes([number]) * len(where[number])
+    state = kvm.start_state(extended=ExtendedState(xcr0=0xE7, in_use=1 << 5 | 1 << 7, area=bytes(area)))
+    saved = kvm.guest("spin", vcpus=(state,), cpu=table).save_state()
+    assert saved.vcpus[0].extended == state.extended
+    other = kvm.guest("spin", cpu=table)
+    other.load_state(decode_machine_state(encode_machine_state(saved)))
+    assert other.save_state().vcpus[0].extended == state.extended
+
+
+def test_a_destination_without_the_component_refuses_by_its_name(kvm, without_avx):
+    vm = kvm.guest("spin")
+    before = vm.save_state()
+    for extended in (
+        ExtendedState(xcr0=7),
+        ExtendedState(xcr0=1, in_use=AVX, area=upper_halves(ymm0=(1, 1))),
+    ):
+        state = kvm.start_state(rax=77, extended=extended)
+        with pytest.raises(UnsupportedError, match="a vCPU here has no AVX, which the guest uses") as caught:
+            vm.load_state(MachineState(vcpus=(state,), devices=before.devices))
+        assert "choose a host" in caught.value.hint
+    assert vm.save_state().vcpus[0].rax == before.vcpus[0].rax  # nothing was loaded
+
+
+def test_the_software_machine_refuses_it_by_name(kvm):
+    vm = Domain(dataclasses.replace(kvm.guest().config))
+    try:
+        with pytest.raises(UnsupportedError, match="software machine has no AVX, which the guest uses"):
+            vm.load_state(MachineState(vcpus=(avx_state(kvm),), devices=vm.platform.bus.save()))
+    finally:
+        vm.close()
+
+
+def test_an_area_of_another_length_is_refused(kvm, avx):
+    vm = kvm.guest("spin")
+    for length in (0, 255, 257):
+        state = kvm.start_state(extended=ExtendedState(xcr0=7, in_use=AVX, area=b"\1" * length))
+        with pytest.raises(VmError, match=f"components have {length} bytes, not 256"):
+            vm.load_state(MachineState(vcpus=(state,), devices=vm.platform.bus.save()))
+
+
+def test_an_xcr0_that_no_cpu_takes_is_refused(kvm, avx):
+    vm = kvm.guest("spin")
+    avx_without_sse = MachineState(
+        vcpus=(kvm.start_state(extended=ExtendedState(xcr0=5)),), devices=vm.platform.bus.save()
+    )
+    with pytest.raises(VmError, match="KVM_SET_XCRS"):
+        vm.load_state(avx_without_sse)
+
+
+def test_components_have_names():
+    assert component_names(0b1010_0111 | 1 << 20) == (
+        "x87, SSE, AVX, AVX-512 masks, AVX-512 (ZMM16-31), XSAVE component 20"
+    )
+
+
+def test_without_xsave_a_table_tells_no_place_but_that_of_avx(kvm_support):
+    with SystemFd() as system:
+        offered = supported_cpuid(system)
+    table = tuple(leaf._replace(ecx=leaf.ecx & ~XSAVE) if leaf.leaf == 1 else leaf for leaf in offered)
+    assert enabled_components(table) == 0
+    assert component_places(table) == {2: range(576, 832)}
+    assert find(SOFT_CPU, 0xD) == (0, 0, 0, 0)
