@@ -57,7 +57,7 @@ from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.records import CpuidPolicy, StaticDataEnd
 from pageferry.testing.cross_check import CrossCheck
-from pageferry.testing.faults import MarksNothing
+from pageferry.testing.mark_faults import MarksNothing
 from pageferry.testing.operators import STRAY_GFN
 
 
