@@ -1,5 +1,6 @@
 """The built-in guests do what docs/guest-abi.md says, on every machine."""
 
+import struct
 import time
 from dataclasses import replace
 from functools import partial
@@ -63,7 +64,7 @@ def test_a_workload_says_hello_and_works(start, name):
     assert (slot(vm).state, slot(vm).error) == (STATE_RUNNING, 0)
 
 
-@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "kv", "stamp", "smp", "dma", "pagetables"])
+@pytest.mark.parametrize("name", ["sweep", "random", "hotset", "rewrite", "kv", "stamp", "smp", "dma", "pagetables"])
 def test_a_workload_reaches_its_working_set_and_nothing_beside_it(start, name):
     at = (3 << 30) - 4 * PAGE
     vm, info = start(name, memory_bytes=(3 << 30) + 64 * PAGE, working_set_gpa=at, working_set_bytes=20 * PAGE)
@@ -93,6 +94,48 @@ def test_hotset_prefers_its_first_tenth(start):
     vm.pause()
     hot, cold = slot(vm).values[:2]
     assert 0.85 < hot / (hot + cold) < 0.95
+
+
+def test_rewrite_writes_every_word_once_and_then_its_hot_part_for_ever(start):
+    vm, info = start("rewrite", working_set_bytes=16 * PAGE, arguments=(4 * PAGE + 1,), seed=9)
+    run_until(vm, lambda status: status.values[0] >= 1)
+    vm.pause()
+    begin, hot_end = info.working_set_gpa, info.working_set_gpa + 4 * PAGE
+    hot, cold = vm.memory.read(begin, 4 * PAGE), vm.memory.read(hot_end, 12 * PAGE)
+    words = struct.unpack(f"<{12 * PAGE // 8}Q", cold)
+    assert len(set(words)) == len(words)
+    vm.resume()
+    passes = slot(vm).values[0]
+    run_until(vm, lambda status: status.values[0] >= passes + 5)
+    vm.pause()
+    assert vm.memory.read(hot_end, 12 * PAGE) == cold
+    first_words = struct.unpack("<4Q", b"".join(hot[at : at + 8] for at in range(0, 4 * PAGE, PAGE)))
+    assert all(vm.memory.read_u64(begin + i * PAGE) != old for i, old in enumerate(first_words))
+    assert slot(vm).checks >= 5 * 4
+
+
+def test_rewrite_with_nothing_to_rewrite_waits(start):
+    vm, info = start("rewrite", working_set_bytes=4 * PAGE)
+    run_until(vm, lambda status: status.values[0] >= 1)
+    before = vm.memory.read(info.working_set_gpa, 4 * PAGE)
+    checks = slot(vm).checks
+    run_until(vm, lambda status: status.checks >= checks + 8)
+    vm.pause()
+    assert vm.memory.read(info.working_set_gpa, 4 * PAGE) == before
+
+
+@pytest.mark.parametrize("error", [1, 2])
+@pytest.mark.parametrize("word", [0, PAGE // 8 - 1])
+def test_rewrite_stops_at_a_page_that_is_not_as_it_was_left(start, error, word):
+    vm, info = start("rewrite", working_set_bytes=8 * PAGE, arguments=(2 * PAGE,))
+    run_until(vm, lambda status: status.values[0] >= 3)
+    vm.pause()
+    under_way = slot(vm).work % 2  # it may be half written: the other one of the two is not
+    page = 5 if error == 2 else 1 - under_way
+    vm.memory.write(info.working_set_gpa + page * PAGE + word * 8, bytes(8))
+    vm.resume()
+    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert (vm.end.exit_code, slot(vm).error, slot(vm).detail[0]) == (error, error, page)
 
 
 @pytest.mark.parametrize(("name", "rate"), [("sweep", 1000), ("sweep", 20000), ("idle", 100), ("kv", 1000)])

@@ -40,6 +40,8 @@ def complaint(result, code):
         (("run", "idle", "--memory", "-5M"), "not a size"),
         (("run", "sweep", "--memory", "8M", "--working-set", "64M", "--accel", "soft"), "memory too small"),
         (("run", "idle", "--rate", "-1"), "--rate"),
+        (("run", "rewrite", "--argument", "some"), "not a size: 'some'"),
+        (("run", "rewrite", *["--argument", "1"] * 9, "--accel", "soft"), "9 guest arguments are too many"),
         (("run", "idle", "--cpus", "0"), "--cpus"),
         (("run", "idle", "--cpus", "9"), "--cpus"),
         (("demo", "--cpus", "9"), "--cpus"),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from qemu.qmp import ExecuteError, QMPClient
@@ -400,6 +401,17 @@ def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_pa
             popen.kill()
             popen.wait()
             popen.stdout.close()
+
+
+def test_the_threads_of_the_vcpus_are_told(processes):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    (cpu,) = source.ask("query-cpus-fast")
+    assert (cpu["cpu-index"], cpu["target"]) == (0, "x86_64")
+    assert Path("/proc", str(source.popen.pid), "task", str(cpu["thread-id"])).exists()
+    assert cpu["thread-id"] != source.popen.pid
+    with pytest.raises(QmpError, match="no guest is here yet"):
+        destination.ask("query-cpus-fast")
 
 
 def test_an_existing_qmp_client_works(processes):

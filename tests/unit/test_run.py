@@ -52,6 +52,16 @@ def control():
         each.close()
 
 
+def test_a_vcpu_has_a_thread_from_its_first_run_on(control):
+    run = control(FakeVcpu(), FakeVcpu())
+    assert run.thread_ids == (None, None)
+    run.resume()
+    first, second = run.thread_ids
+    assert len({first, second, threading.get_native_id(), None}) == 4
+    run.pause()
+    assert run.thread_ids == (first, second)
+
+
 def test_pause_returns_when_every_vcpu_is_outside(control):
     vcpus = [FakeVcpu(), FakeVcpu(), FakeVcpu()]
     run = control(*vcpus)

@@ -280,12 +280,18 @@ def run_guest(
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
     rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of what is random in the workload.")] = 1,
+    argument: Annotated[
+        list[str] | None, typer.Option(help="A number or size for the workload itself; may be repeated.")
+    ] = None,
 ) -> None:
     """Run a guest; its console is standard output. Ctrl-C ends it."""
     program = load_guest(guest)
     config = _config(memory, cpus, cpu, machine)
     params = GuestParams(
-        working_set_bytes=None if working_set is None else parse_size(working_set), rate=rate, seed=seed
+        working_set_bytes=None if working_set is None else parse_size(working_set),
+        rate=rate,
+        seed=seed,
+        arguments=tuple(map(parse_size, argument or ())),
     )
     with _guest_process(choose_machines(accel, tracker, huge_pages, oracle), control) as process:
         process.boot(program, config, params)

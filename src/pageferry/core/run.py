@@ -115,6 +115,13 @@ class RunControl:
         """The value of the sync point where the guest is paused now."""
         return self._sync_value
 
+    @property
+    def thread_ids(self) -> tuple[int | None, ...]:
+        """The kernel's ids of the vCPUs' threads, in index order; None for one that has never run."""
+        with self._changed:
+            started = [thread.native_id for thread in self._threads]
+        return (*started, *[None] * (len(self._vcpus) - len(started)))
+
     def resume(self) -> None:
         """Lift the user's pause.
 

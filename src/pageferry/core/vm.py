@@ -169,6 +169,10 @@ class Vm(Protocol):
     def end(self) -> GuestEnd | None:
         """Set once the status is SHUTDOWN or CRASHED."""
 
+    @property
+    def vcpu_threads(self) -> tuple[int | None, ...]:
+        """The kernel's ids of the threads that run the vCPUs, in index order; None for one that has never run."""
+
     def resume(self) -> None:
         """Let the guest run; nothing happens when it runs already.
 

@@ -83,6 +83,11 @@ class Machine(ABC):
         """Set once the guest has ended."""
         return self.run_control.end
 
+    @property
+    def vcpu_threads(self) -> tuple[int | None, ...]:
+        """The kernel's ids of the vCPUs' threads."""
+        return self.run_control.thread_ids
+
     def resume(self) -> None:
         """Let the guest run."""
         self.run_control.resume()

@@ -39,6 +39,7 @@ WORKLOADS: dict[str, Workload] = {
         _workload("idle", "waits on the clock and counts; writes next to nothing", "wait", 0, 0),
         _workload("sweep", "writes each page of the working set in turn, for ever", "page written", 64, 1),
         _workload("random", "writes a random page each time", "page written", 64, 1),
+        _workload("rewrite", "fills its working set, then rewrites a part of it for ever", "page written", 64, 1),
         _workload("hotset", "90 % of its writes go to 10 % of the working set", "page written", 64, 1),
         _workload("kv", "a hash table under inserts, updates and deletes that checks itself", "table operation", 64, 4),
         _workload("stamp", "writes the round number it is told, for the test oracle", "round", 16, 1),

@@ -323,6 +323,7 @@ class GuestProcess:
     def _commands(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
         return {
             "query-status": self._query_status,
+            "query-cpus-fast": self._query_cpus,
             "stop": self._stop,
             "cont": self._cont,
             "migrate": self._migrate,
@@ -375,6 +376,13 @@ class GuestProcess:
         Arguments(arguments).done()
         state = self.run_state()
         return {"status": state, "running": state == "running", "singlestep": False}
+
+    def _query_cpus(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        Arguments(arguments).done()
+        return [
+            {"cpu-index": index, "qom-path": f"/machine/cpu[{index}]", "target": "x86_64", "thread-id": thread_id}
+            for index, thread_id in enumerate(self._guest().vcpu_threads)
+        ]
 
     def _stop(self, arguments: dict[str, Any]) -> None:
         Arguments(arguments).done()

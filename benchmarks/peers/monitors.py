@@ -1,0 +1,175 @@
+"""The two monitors, QEMU and pageferry, each as a source and a destination of the same guest."""
+
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pageferry.core.errors import UnsupportedError
+
+from .image import PROGRAM, Load, assemble_shim, build_image
+from .process import Peer
+
+QEMU = "qemu-system-x86_64"
+DOWNTIME_LIMIT_S = 0.3
+_NO_LIMIT_BYTES_PER_S = 1 << 40
+_ANY_PORT = "127.0.0.1:0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a source says of its migration. ``verify_s``: the part of the downtime that proves memory equal, or None."""
+
+    downtime_s: float
+    sent_bytes: int
+    verify_s: float | None
+
+
+class PageferryPeer(Peer):
+    """A ``pageferry`` process, as a user starts it."""
+
+    def _control_options(self, control: Path) -> Sequence[str]:
+        return ["--control", str(control)]
+
+    def hva(self, gpa: int) -> int | None:
+        """Return where guest memory lies: the memfd's mapping, below the hole."""
+        mapping = re.search(r"^(\w+)-\w+ \S+ 0+ .*memfd:pageferry-ram", self.maps(), re.M)
+        return None if mapping is None else int(mapping[1], 16) + gpa
+
+
+class QemuPeer(Peer):
+    """A QEMU process."""
+
+    def _control_options(self, control: Path) -> Sequence[str]:
+        return ["-qmp", f"unix:{control},server=on,wait=off"]
+
+    def hva(self, gpa: int) -> int | None:
+        """Return where guest memory lies, by QEMU's own word."""
+        answer = self.qmp.execute("human-monitor-command", **{"command-line": f"gpa2hva {gpa:#x}"})
+        found = re.search(r" is (0x[0-9a-f]+)", answer)
+        return None if found is None else int(found[1], 16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pageferry:
+    """pageferry on kvm, with the defaults but for the policy."""
+
+    policy: str = "downtime"
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return "pageferry"
+
+    def source(self, load: Load, folder: Path) -> Peer:
+        """Return a process with the guest."""
+        sizes = {"memory": load.memory_bytes, "working-set": load.filled_bytes}
+        if load.rewritten_bytes:
+            sizes["argument"] = load.rewritten_bytes
+        options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+        return PageferryPeer("pageferry-source", [*_PAGEFERRY, "run", PROGRAM, "--accel", "kvm", *options], folder)
+
+    def destination(self, load: Load, folder: Path) -> Peer:
+        """Return a process that can receive it."""
+        return PageferryPeer(
+            "pageferry-destination", [*_PAGEFERRY, "receive", f"tcp://{_ANY_PORT}", "--accel", "kvm"], folder
+        )
+
+    def listen(self, destination: Peer) -> str:
+        """Return where the destination waits."""
+        return str(destination.qmp.execute("x-query-guest")["listening"])
+
+    def migrate(self, source: Peer, uri: str) -> None:
+        """Begin; wait for ``MIGRATION`` events."""
+        source.qmp.execute("migrate", uri=uri, **{"x-policy": self.policy})
+
+    def result(self, source: Peer) -> Result:
+        """Return what the source says, after the end."""
+        answer = source.qmp.execute("query-migrate")
+        report = answer["x-pageferry-report"]
+        return Result(
+            downtime_s=report["downtime_s"],
+            sent_bytes=answer["ram"]["transferred"],
+            verify_s=report["downtime_parts_s"]["verify"],
+        )
+
+
+_PAGEFERRY = (sys.executable, "-m", "pageferry")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qemu:
+    """QEMU on kvm, its bandwidth limit lifted.
+
+    ``shim`` is its guest's beginning; ``channels``: connections of multifd, or None for the single stream;
+    ``converge``: whether it may hold the guest back (auto-converge).
+    """
+
+    shim: bytes
+    channels: int | None
+    converge: bool
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return "QEMU" if self.channels is None else f"QEMU multifd, {self.channels} channels"
+
+    def source(self, load: Load, folder: Path) -> Peer:
+        """Return a process with the guest."""
+        return QemuPeer("qemu-source", self._command(load, folder), folder)
+
+    def destination(self, load: Load, folder: Path) -> Peer:
+        """Return a process that can receive it."""
+        return QemuPeer("qemu-destination", [*self._command(load, folder), "-incoming", "defer"], folder)
+
+    def _command(self, load: Load, folder: Path) -> list[str]:
+        image = folder / "guest.bin"
+        image.write_bytes(build_image(self.shim, load))
+        command = [QEMU, "-accel", "kvm", "-cpu", "qemu64", "-machine", "pc,max-ram-below-4g=3G"]
+        command += ["-m", f"{load.memory_bytes >> 20}M", "-kernel", str(image), "-display", "none", "-nodefaults"]
+        return [*command, "-serial", "null", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
+
+    def _configure(self, peer: Peer) -> None:
+        capabilities = {"events": True, "multifd": self.channels is not None, "auto-converge": self.converge}
+        wanted = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        peer.qmp.execute("migrate-set-capabilities", capabilities=wanted)
+        parameters: dict[str, int] = {
+            "max-bandwidth": _NO_LIMIT_BYTES_PER_S,
+            "downtime-limit": int(DOWNTIME_LIMIT_S * 1e3),
+        }
+        if self.channels is not None:
+            parameters["multifd-channels"] = self.channels
+        peer.qmp.execute("migrate-set-parameters", **parameters)
+
+    def listen(self, destination: Peer) -> str:
+        """Let the destination listen; return where."""
+        self._configure(destination)
+        destination.qmp.execute("migrate-incoming", uri=f"tcp:{_ANY_PORT}")
+        return f"tcp:127.0.0.1:{destination.qmp.execute('query-migrate')['socket-address'][0]['port']}"
+
+    def migrate(self, source: Peer, uri: str) -> None:
+        """Begin; wait for ``MIGRATION`` events."""
+        self._configure(source)
+        source.qmp.execute("migrate", uri=uri)
+
+    def result(self, source: Peer) -> Result:
+        """Return what the source says, after the end."""
+        answer: dict[str, Any] = source.qmp.execute("query-migrate")
+        return Result(downtime_s=answer["downtime"] / 1e3, sent_bytes=answer["ram"]["transferred"], verify_s=None)
+
+
+Monitor = Pageferry | Qemu
+
+
+def qemu_shim(folder: Path) -> bytes:
+    """Return the beginning of QEMU's guest images.
+
+    Raises:
+        UnsupportedError: QEMU, or what the image is made with, is not installed.
+    """
+    if shutil.which(QEMU) is None:
+        raise UnsupportedError(QEMU, "QEMU is not installed", hint="apt install qemu-system-x86")
+    return assemble_shim(folder)

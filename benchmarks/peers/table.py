@@ -1,0 +1,166 @@
+"""Many moves of one guest by several monitors, summed up: medians, spread, ratios, targets."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pageferry.core.units import format_duration, format_size
+
+from .move import Move
+
+UNKNOWN = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """One number of a move. ``target``: the most that ours may be of the best other's; None: only told."""
+
+    name: str
+    of: Callable[[Move], float | None]
+    show: Callable[[float], str]
+    target: float | None = None
+
+
+def measures(total_target: float) -> tuple[Measure, ...]:
+    """Return what is compared, in the order of the table."""
+    return (
+        Measure(name="total time", of=lambda m: m.total_s, show=format_duration, target=total_target),
+        Measure(name="downtime, at the guest", of=lambda m: m.gap_s, show=format_duration, target=0.25),
+        Measure(name="downtime, as reported", of=lambda m: m.downtime_s, show=format_duration),
+        Measure(name="of it verification", of=lambda m: m.verify_s, show=format_duration),
+        Measure(name="processor time without vCPUs", of=lambda m: m.cpu_s, show=format_duration, target=1.0),
+        Measure(name="processor time of vCPUs", of=lambda m: m.vcpu_s, show=format_duration),
+        Measure(name="sent", of=lambda m: m.sent_bytes, show=format_size),
+        Measure(name="peak memory, both ends", of=lambda m: m.peak_bytes, show=format_size),
+    )
+
+
+#: A migration is to reach this share of a plain socket copy's throughput, at least.
+PLAIN_TARGET = 0.8
+#: Verification may take this share of our own total time.
+VERIFY_SHARE_TARGET = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median of some numbers, and between what they lie."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread | None":
+        """Return the spread of values, or None of none."""
+        return cls(statistics.median(values), min(values), max(values)) if values else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One line: each monitor's spread, ours first; the ratio of ours to the best other's, pair by pair; the verdict."""
+
+    measure: str
+    spreads: tuple[Spread | None, ...]
+    cells: tuple[str, ...]
+    ratio: Spread | None
+    target: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the median ratio keeps the target; None: there is no target, or nothing to compare."""
+        return None if self.target is None or self.ratio is None else self.ratio.median <= self.target
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-ready values."""
+        spreads = [None if s is None else {"median": s.median, "min": s.low, "max": s.high} for s in self.spreads]
+        ratio = (
+            None if self.ratio is None else {"median": self.ratio.median, "min": self.ratio.low, "max": self.ratio.high}
+        )
+        return {"measure": self.measure, "spreads": spreads, "ratio": ratio, "target": self.target, "met": self.met}
+
+
+def compare(rows: Sequence[Sequence[Move | None]], total_target: float) -> list[Comparison]:
+    """Compare monitors.
+
+    Args:
+        rows: one per repetition: a move by each monitor, ours first; None where it did not come about.
+        total_target: of the total time.
+    """
+    return [*(_compare(rows, measure) for measure in measures(total_target)), _verification_share(rows)]
+
+
+def _values(rows: Sequence[Sequence[Move | None]], measure: Measure) -> list[list[float | None]]:
+    return [[None if move is None else measure.of(move) for move in row] for row in rows]
+
+
+def _compare(rows: Sequence[Sequence[Move | None]], measure: Measure) -> Comparison:
+    table = _values(rows, measure)
+    spreads = tuple(Spread.of([value for value in column if value is not None]) for column in zip(*table, strict=True))
+    return Comparison(
+        measure=measure.name,
+        spreads=spreads,
+        cells=tuple(_cell(spread, measure.show) for spread in spreads),
+        ratio=Spread.of([ours / best for ours, best in _pairs(table)]),
+        target=measure.target,
+    )
+
+
+def _pairs(table: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]:
+    """Return (ours, the best other's) of each row that has both, and a best that is not 0."""
+    pairs = []
+    for ours, *others in table:
+        best = min((value for value in others if value is not None), default=None)
+        if ours is not None and best:
+            pairs.append((ours, best))
+    return pairs
+
+
+def _verification_share(rows: Sequence[Sequence[Move | None]]) -> Comparison:
+    moves = [row[0] for row in rows]
+    shares = [move.verify_s / move.total_s for move in moves if move is not None and move.verify_s is not None]
+    spread = Spread.of(shares)
+    others = len(rows[0]) - 1
+    return Comparison(
+        measure="verification, share of total time",
+        spreads=(spread, *[None] * others),
+        cells=(_cell(spread, "{:.1%}".format), *[UNKNOWN] * others),
+        ratio=spread,
+        target=VERIFY_SHARE_TARGET,
+    )
+
+
+def _cell(spread: Spread | None, show: Callable[[float], str]) -> str:
+    if spread is None:
+        return UNKNOWN
+    return f"{show(spread.median)} ({show(spread.low)} to {show(spread.high)})"
+
+
+def markdown(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
+    """Return a table: medians, in brackets the least and the most."""
+    lines = [["", *names, "ratio", "target", ""], ["---"] * (len(names) + 4)]
+    for line in comparisons:
+        ratio = UNKNOWN if line.ratio is None else _cell(line.ratio, "{:.2f}".format)
+        target = "" if line.target is None else f"{line.target:g}"
+        verdict = {True: "met", False: "missed", None: ""}[line.met]
+        lines.append([line.measure, *line.cells, ratio, target, verdict])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def growth_table(sizes: Sequence[dict[str, Any]], pairs: int) -> str:
+    """Return a table of ``run_growth``'s sizes: medians, in brackets the least and the most."""
+    shown = {
+        "total time": ("total_s", format_duration),
+        "downtime, at the guest": ("gap_s", format_duration),
+        "of it verification": ("verify_s", format_duration),
+        "processor time": ("cpu_s", format_duration),
+        "peak memory, both ends": ("peak_bytes", format_size),
+        "throughput, of a copy's": ("of_a_copy", "{:.2f}".format),
+    }
+    lines = [["memory", *shown, "target", ""], ["---"] * (len(shown) + 3)]
+    for size in sizes:
+        cells = [_cell(Spread(**size[key]), show) for key, show in shown.values()]
+        verdict = "met" if size["of_a_copy"]["median"] >= PLAIN_TARGET else "missed"
+        lines.append([format_size(size["memory_bytes"]), *cells, f"{PLAIN_TARGET:g}", verdict])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"**Idle guests, filled but for 32 MiB, against a plain socket copy** ({pairs} repetitions)\n\n{table}"

@@ -1,0 +1,194 @@
+"""pageferry against QEMU: the same guest program, the same host, the same minute, in turn.
+
+The guest (`rewrite`) fills memory with words that do not compress and then rewrites a part of it for ever; it checks
+what it reads all the way. pageferry runs it by ``pageferry run``; QEMU boots the same machine code by ``-kernel``
+(benchmarks/peers). Both are two processes with KVM that are driven by QMP over loopback TCP, with a downtime limit of
+300 ms and no bandwidth limit; QEMU once with a single stream and once with multifd. Where the guest writes faster
+than the wire moves, both may hold it back (`--policy converge`, `auto-converge`).
+
+* total time: from the command until the source says that it is over and the guest works at the destination;
+* downtime at the guest: how long the guest's own counter stands still, read from outside, for both alike; and what each
+  source reports;
+* processor time: of all threads of both processes, those that run vCPUs apart; peak memory: resident, both processes.
+
+Ratios are ours to the better QEMU of the same repetition: the median, and in brackets the least and the most.
+Needs /dev/kvm, the right to read the memory of one's own processes, and `apt install qemu-system-x86 binutils`.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pageferry.core.errors import PageferryError, UnsupportedError
+from pageferry.core.hostmem import available_bytes
+from pageferry.core.units import format_size
+from peers.image import Load
+from peers.monitors import Monitor, Pageferry, Qemu, qemu_shim
+from peers.move import Move, move
+from peers.table import PLAIN_TARGET, Spread, compare, growth_table, markdown
+from wire import plain_copy
+
+_MIB = 1 << 20
+_MULTIFD_CHANNELS = 2
+_GROW_MIB = (256, 512, 1024, 2048, 4096, 8192)
+_GROW_SPARE_MIB = 32
+_GROW_ROOM = 3
+_LACKING = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A guest to move. ``converge``: whether it may be held back."""
+
+    title: str
+    load: Load
+    total_target: float = 0.5
+    converge: bool = False
+
+
+def _load(memory_mib: int, filled_mib: int, rewritten_mib: int) -> Load:
+    return Load(memory_bytes=memory_mib * _MIB, filled_bytes=filled_mib * _MIB, rewritten_bytes=rewritten_mib * _MIB)
+
+
+SCENARIOS = {
+    "busy": Scenario(title="1 GiB, 960 MiB filled, 64 MiB rewritten in a loop", load=_load(1024, 960, 64)),
+    "idle": Scenario(title="8 GiB, 256 MiB filled, idle", load=_load(8192, 256, 0), total_target=0.2),
+    "hot": Scenario(
+        title="2 GiB, 1 GiB filled, 512 MiB of it rewritten faster than the wire moves them",
+        load=_load(2048, 1024, 512),
+        converge=True,
+    ),
+}
+GROWTH = "growth"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _attempt(monitor: Monitor, load: Load) -> Move | None:
+    try:
+        return move(monitor, load)
+    except UnsupportedError:
+        raise
+    except PageferryError as error:
+        _say(f"  {monitor.name}: {error}")
+        return None
+
+
+def run_scenario(scenario: Scenario, shim: bytes, pairs: int) -> tuple[str, dict[str, Any]]:
+    """Move the guest by each monitor in turn, ``pairs`` times after a warm-up; return a table and all numbers."""
+    monitors = (
+        Pageferry(policy="converge" if scenario.converge else "downtime"),
+        Qemu(shim=shim, channels=None, converge=scenario.converge),
+        Qemu(shim=shim, channels=_MULTIFD_CHANNELS, converge=scenario.converge),
+    )
+    rows = []
+    for number in range(pairs + 1):
+        _say(f"{scenario.title}: {f'repetition {number} of {pairs}' if number else 'warm-up'}")
+        rows.append([_attempt(monitor, scenario.load) for monitor in monitors])
+    rows = rows[1:]
+    names = [monitor.name for monitor in monitors]
+    comparisons = compare(rows, scenario.total_target)
+    failed = [sum(row[column] is None for row in rows) for column in range(len(monitors))]
+    text = [f"**{scenario.title}** ({pairs} repetitions)", "", markdown(names, comparisons)]
+    text += [
+        f"\n{name}: {n} of {pairs} migrations did not come about" for name, n in zip(names, failed, strict=True) if n
+    ]
+    return "\n".join(text), {
+        "scenario": scenario.title,
+        "monitors": names,
+        "repetitions": pairs,
+        "comparisons": [comparison.to_json() for comparison in comparisons],
+        "failed": failed,
+        "moves": [[None if each is None else asdict(each) for each in row] for row in rows],
+    }
+
+
+def run_growth(sizes_mib: Sequence[int], pairs: int) -> tuple[str, dict[str, Any]]:
+    """Move idle guests of growing size that have filled their memory, each against a plain copy; as run_scenario."""
+    sizes = []
+    for memory_mib in sizes_mib:
+        load = _load(memory_mib, memory_mib - _GROW_SPARE_MIB, 0)
+        available = available_bytes()
+        if available is not None and available < _GROW_ROOM * load.memory_bytes:
+            _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
+            continue
+        sizes.append(_grow(load, pairs))
+    return growth_table(sizes, pairs), {
+        "scenario": GROWTH,
+        "repetitions": pairs,
+        "target": PLAIN_TARGET,
+        "sizes": sizes,
+    }
+
+
+def _grow(load: Load, pairs: int) -> dict[str, Any]:
+    moves, shares = [], []
+    for number in range(pairs + 1):
+        _say(f"growth, {format_size(load.memory_bytes)}: {f'repetition {number} of {pairs}' if number else 'warm-up'}")
+        plain_s = plain_copy(load.filled_bytes)
+        moved = move(Pageferry(policy="xen"), load)
+        if number:
+            moves.append(moved)
+            shares.append(plain_s / moved.total_s)
+    spreads = {
+        name: asdict(Spread.of([getattr(each, name) for each in moves]))
+        for name in ("total_s", "gap_s", "verify_s", "cpu_s", "peak_bytes")
+    }
+    return {"memory_bytes": load.memory_bytes, **spreads, "of_a_copy": asdict(Spread.of(shares))}
+
+
+def _run(wanted: Sequence[str], pairs: int, largest_mib: int, *, show: bool) -> list[dict[str, Any]]:
+    shim = b""
+    if any(name in SCENARIOS for name in wanted):
+        with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
+            shim = qemu_shim(Path(folder))
+    results = []
+    for name in wanted:
+        if name in SCENARIOS:
+            text, numbers = run_scenario(SCENARIOS[name], shim, pairs)
+        else:
+            text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], pairs)
+        results.append(numbers)
+        if show:
+            print(f"{text}\n", flush=True)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [*SCENARIOS, GROWTH]
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which of {', '.join(known)}; all if none")
+    parser.add_argument("--pairs", type=int, default=7, help="repetitions after the warm-up (default 7)")
+    parser.add_argument("--largest", type=int, default=_GROW_MIB[-1], metavar="MIB", help="the last size of growth")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, all numbers, instead of tables")
+    options = parser.parse_args()
+    if unknown := set(options.scenarios) - set(known):
+        parser.error(f"unknown scenario {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if options.pairs < 1:
+        parser.error("at least one pair is needed")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    wanted = options.scenarios or known
+    try:
+        results = _run(wanted, options.pairs, options.largest, show=not options.json)
+    except PageferryError as error:
+        _say(f"vs_qemu: {error}; {error.hint}" if error.hint else f"vs_qemu: {error}")
+        return _LACKING if isinstance(error, UnsupportedError) else 1
+    except KeyboardInterrupt:
+        _say("vs_qemu: interrupted; what was started is ended")
+        return 130
+    if options.json:
+        json.dump({"results": results}, sys.stdout, indent=2)
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,309 @@
+"""The comparison with QEMU: its guest image, what it measures from outside, and its verdicts."""
+
+import ctypes
+import json
+import math
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import vs_qemu
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.guests import abi
+from pageferry.guests.workloads import load_workload
+from peers import monitors
+from peers.image import PROGRAM, Load, build_image
+from peers.monitors import QEMU, PageferryPeer, QemuPeer, qemu_shim
+from peers.move import Move
+from peers.table import Spread, compare, growth_table, markdown
+from peers.watch import GuestWatch, read_count, wait_filled
+
+MIB = 1 << 20
+LOAD = Load(memory_bytes=64 * MIB, filled_bytes=2 * MIB, rewritten_bytes=64 << 10)
+
+
+def move(total_s, **changed):
+    numbers = {"gap_s": 0.1, "downtime_s": 0.09, "verify_s": None, "sent_bytes": 1, "cpu_s": 1.0, "vcpu_s": 2.0}
+    return Move(**{"total_s": total_s, "peak_bytes": 1 << 30, **numbers, **changed})
+
+
+def lines(comparisons):
+    return {line.measure: line for line in comparisons}
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_to_the_better_one_of_the_same_repetition():
+    rows = [(move(1.0), move(4.0), move(2.0)), (move(2.0), move(5.0), move(8.0)), (move(9.0), move(10.0), move(30.0))]
+    total = lines(compare(rows, 0.5))["total time"]
+    assert (total.ratio.median, total.ratio.low, total.ratio.high) == (0.5, 0.4, 0.9)
+    assert [spread.median for spread in total.spreads] == [2.0, 5.0, 8.0]
+    assert total.met is True
+    assert lines(compare(rows, 0.49))["total time"].met is False
+
+
+def test_a_move_that_did_not_come_about_is_no_number():
+    rows = [(move(1.0), None, move(4.0)), (None, move(2.0), move(2.0)), (move(3.0), None, None)]
+    total = lines(compare(rows, 0.5))["total time"]
+    assert total.ratio.median == 0.25
+    assert [spread.median for spread in total.spreads] == [2.0, 2.0, 3.0]
+    nothing = lines(compare([(None, None, None)], 0.5))["total time"]
+    assert (nothing.ratio, nothing.met, nothing.spreads) == (None, None, (None, None, None))
+
+
+def test_verification_is_a_share_of_our_own_time():
+    share = lines(compare([(move(2.0, verify_s=0.3), move(1.0), move(1.0))], 0.5))["verification, share of total time"]
+    assert share.ratio.median == 0.15
+    assert share.met is True
+    assert share.cells == ("15.0% (15.0% to 15.0%)", "-", "-")
+
+
+def test_the_table_has_a_verdict_where_there_is_a_target():
+    rows = [(move(1.0, gap_s=0.2), move(4.0, gap_s=0.1), move(5.0, gap_s=0.4))]
+    table = [line.split("|")[1:-1] for line in markdown(["a", "b", "c"], compare(rows, 0.5)).splitlines()]
+    assert len({len(cells) for cells in table}) == 1
+    verdicts = {cells[0].strip(): [cell.strip() for cell in cells[4:]] for cells in table}
+    assert verdicts["total time"] == ["0.25 (0.25 to 0.25)", "0.5", "met"]
+    assert verdicts["downtime, at the guest"] == ["2.00 (2.00 to 2.00)", "0.25", "missed"]
+    assert verdicts["sent"][1:] == ["", ""]
+
+
+def test_growth_says_which_sizes_keep_up_with_a_copy():
+    one = {"median": 1, "low": 1, "high": 1}
+    numbers = {"total_s": one, "gap_s": one, "verify_s": one, "cpu_s": one, "peak_bytes": one}
+    sizes = [
+        {"memory_bytes": size, **numbers, "of_a_copy": {"median": ratio, "low": ratio, "high": ratio}}
+        for size, ratio in ((256 * MIB, 0.8), (512 * MIB, 0.79))
+    ]
+    first, second = growth_table(sizes, 7).splitlines()[-2:]
+    assert first.startswith("| 256 MiB |")
+    assert first.endswith("| 0.8 | met |")
+    assert second.endswith("| 0.8 | missed |")
+    assert Spread.of([]) is None
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_without_qemu_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "busy"])
+    monkeypatch.setattr(monitors, "QEMU", "no-such-qemu")
+    assert vs_qemu.main() == 5
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == "vs_qemu: QEMU is not installed; apt install qemu-system-x86\n"
+
+
+@pytest.mark.parametrize("arguments", [["nonesuch"], ["busy", "--pairs", "0"], ["--pairs", "many"]])
+def test_wrong_usage_is_refused_before_anything_is_started(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        vs_qemu.main()
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
+    made = iter([move(100.0), move(100.0), move(100.0), move(1.0), VmError("it stood still"), move(4.0)])
+
+    def attempt(monitor, load):
+        made_now = next(made)
+        if isinstance(made_now, VmError):
+            raise made_now
+        return made_now
+
+    monkeypatch.setattr(vs_qemu, "move", attempt)
+    text, numbers = vs_qemu.run_scenario(vs_qemu.SCENARIOS["busy"], b"", 1)
+    assert "| total time | 1.00 s (1.00 s to 1.00 s) | - | 4.00 s (4.00 s to 4.00 s) | 0.25" in text
+    assert text.endswith("\nQEMU: 1 of 1 migrations did not come about")
+    assert numbers["failed"] == [0, 1, 0]
+    assert numbers["moves"][0][1] is None
+    assert not math.isnan(json.loads(json.dumps(numbers))["comparisons"][0]["ratio"]["median"])
+    assert "  QEMU: it stood still" in capsys.readouterr().err
+
+
+# -- measured from outside ---------------------------------------------------------------------------------------------
+
+
+class OwnMemory:
+    """A peer whose guest memory is a buffer of this very process."""
+
+    def __init__(self, name="peer"):
+        self.name = name
+        self.page = ctypes.create_string_buffer(4096)
+        self.there = True
+
+    def hva(self, gpa):
+        assert gpa == abi.STATUS_GPA
+        return ctypes.addressof(self.page) if self.there else None
+
+    def memory_file(self):
+        return Path("/proc/self/mem")
+
+    def last_words(self):
+        return "that was all"
+
+    def says(self, **fields):
+        offsets = {"work": 0, "error": 0x18, "passes": 0x40}
+        for name, value in fields.items():
+            struct.pack_into("<Q", self.page, offsets[name], value)
+
+
+def test_the_guests_own_count_is_read_out_of_another_process():
+    peer = OwnMemory()
+    peer.says(work=77, error=3, passes=5)
+    count = read_count(peer)
+    assert (count.work, count.error, count.passes) == (77, 3, 5)
+    peer.there = False
+    assert read_count(peer) is None
+
+
+def test_a_page_that_is_only_copied_is_no_running_guest():
+    source, destination = OwnMemory(), OwnMemory()
+    source.says(work=100)
+    with GuestWatch(source, destination) as watch:
+        destination.says(work=100)
+        with pytest.raises(VmError, match="does not work"):
+            watch.wait_moved(time.monotonic() + 0.05)
+        source.says(work=200)
+        destination.says(work=201)
+        watch.wait_moved(time.monotonic() + 60)
+    assert watch.first_at_destination_s > 0
+    assert watch.gap_s >= 0
+
+
+def test_a_destination_whose_memory_appears_later_is_found():
+    source, destination = OwnMemory(), OwnMemory()
+    source.says(work=1)
+    destination.there = False
+    with GuestWatch(source, destination) as watch:
+        destination.says(work=2)
+        destination.there = True
+        watch.wait_moved(time.monotonic() + 60)
+
+
+def test_a_guest_that_does_not_fill_its_memory_is_told(monkeypatch):
+    with pytest.raises(VmError, match="did not fill its memory in time: that was all"):
+        wait_filled(OwnMemory(), time.monotonic())
+
+
+def test_a_process_that_does_not_start_is_told_with_its_last_words(tmp_path):
+    program = [sys.executable, "-c", "print('no such thing here'); raise SystemExit(1)"]
+    with (
+        pytest.raises(VmError, match=r"mine did not start: no such thing here"),
+        PageferryPeer("mine", program, tmp_path),
+    ):
+        pytest.fail("it did not start")
+
+
+@pytest.fixture
+def guest_process(tmp_path):
+    command = [sys.executable, "-m", "pageferry", "run", PROGRAM, "--accel", "kvm", "--memory", "8M"]
+    return PageferryPeer("source", [*command, "--working-set", "16K", "--argument", "12K", "--argument", "7"], tmp_path)
+
+
+@pytest.mark.kvm
+def test_a_guest_process_is_measured_and_then_ended_by_its_id(guest_process, kvm_support):
+    with guest_process as peer:
+        wait_filled(peer, time.monotonic() + 60)
+        with peer.memory_file().open("rb", buffering=0) as file:
+            file.seek(peer.hva(abi.INFO_GPA))
+            info = struct.unpack("<28Q", file.read(28 * 8))
+        assert (info[5], info[10], info[20:22]) == (16 << 10, 2, (12 << 10, 7))
+        assert 0 < peer.vcpu_s() < peer.cpu_s()
+        peer.reset_peak()
+        assert peer.peak_bytes() > 16 * MIB
+    assert guest_process._process.returncode is not None
+
+
+# -- QEMU's image ------------------------------------------------------------------------------------------------------
+
+
+def test_the_image_has_the_programs_very_bytes_and_what_the_abi_wants():
+    shim = b"SHIM" * 4
+    image = build_image(shim, LOAD)
+    program = load_workload(PROGRAM)
+    assert image.startswith(shim + struct.pack("<I", program.entry))
+    parts, at = {}, len(shim) + 4
+    while (size := struct.unpack_from("<2I", image, at)[1]) != 0:
+        gpa = struct.unpack_from("<I", image, at)[0]
+        parts[gpa] = image[at + 8 : at + 8 + 4 * size]
+        at += 8 + 4 * size
+    assert len(image) == at + 8
+    assert parts.pop(abi.PAGE_TABLES_GPA) == abi.page_tables(LOAD.memory_bytes)
+    info = struct.unpack_from("<28Q", parts.pop(abi.INFO_GPA))
+    assert (info[2], info[4], info[5], info[20]) == (64 * MIB, 8 * MIB, 2 * MIB, 64 << 10)
+    for segment in program.segments:
+        assert parts.pop(segment.gpa)[: segment.size_bytes] == segment.data.ljust(segment.size_bytes, b"\0")
+    assert not parts
+
+
+def test_a_missing_assembler_is_told(monkeypatch):
+    def only_qemu(tool):
+        return "/usr/bin/qemu" if tool == QEMU else None
+
+    monkeypatch.setattr(shutil, "which", only_qemu)
+    with pytest.raises(UnsupportedError, match="needed for QEMU's guest image") as caught:
+        qemu_shim(Path("/nonexistent"))
+    assert caught.value.hint == "apt install binutils"
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    try:
+        return qemu_shim(tmp_path_factory.mktemp("shim"))
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+def run_in_qemu(load, shim, folder):
+    image = folder / "guest.bin"
+    image.write_bytes(build_image(shim, load))
+    command = [QEMU, "-accel", "tcg", "-m", f"{load.memory_bytes // MIB}M", "-kernel", str(image), "-display", "none"]
+    return QemuPeer("qemu", [*command, "-nodefaults", "-serial", "stdio"], folder)
+
+
+@pytest.mark.parametrize("rewritten_bytes", [LOAD.rewritten_bytes, 0])
+def test_qemu_runs_the_program_and_gives_it_a_clock(rewritten_bytes, shim, tmp_path):
+    load = Load(memory_bytes=64 * MIB, filled_bytes=2 * MIB, rewritten_bytes=rewritten_bytes)
+    with run_in_qemu(load, shim, tmp_path) as peer:
+        wait_filled(peer, time.monotonic() + 120)
+        deadline_s = time.monotonic() + 120
+        while read_count(peer).work < 512 + 100 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        count = read_count(peer)
+        assert count.work >= 512 + 100
+        assert count.error == 0
+        assert "rewrite: 512 pages, rate 0/s, seed 1" in peer.last_words()
+        assert peer.vcpu_s() > 0
+
+
+@pytest.mark.kvm
+def test_every_process_ends_when_the_benchmark_is_interrupted(shim, kvm_support):
+    script = Path(vs_qemu.__file__)
+    running = subprocess.Popen([sys.executable, script, "idle", "--pairs", "1"], stderr=subprocess.PIPE, text=True)
+    assert "warm-up" in running.stderr.readline()
+    children = Path("/proc", str(running.pid), "task", str(running.pid), "children")
+    while not (started := children.read_text().split()):
+        assert running.poll() is None
+    running.terminate()
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert said.endswith("vs_qemu: interrupted; what was started is ended\n")
+    deadline_s = time.monotonic() + 60
+    while any(lives(child) for child in started):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def lives(pid):
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
