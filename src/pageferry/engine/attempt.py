@@ -11,15 +11,27 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, VmError
-from pageferry.core.events import DOWNTIME_PHASES, DeviceCost, Event, MigrationEnded, MigrationReport, Phase
+from pageferry.core.events import (
+    DOWNTIME_PHASES,
+    DeviceCost,
+    Event,
+    MigrationEnded,
+    MigrationReport,
+    Phase,
+    RoundEnd,
+)
+from pageferry.core.explain import explain
+from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
 from pageferry.engine.failures import as_migration_error
+from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
+from pageferry.engine.send_counts import SendCounts
 from pageferry.engine.throttle import Throttle
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.stream.codec import Encoder
@@ -30,6 +42,14 @@ _log = logging.getLogger(__name__)
 
 def _ignore(_: Event) -> None:
     """See nothing."""
+
+
+def _explained(report: MigrationReport) -> MigrationReport:
+    try:
+        return replace(report, explanation=explain(report))
+    except Exception:  # words for a person; the outcome does not depend on them
+        _log.exception("the report could not be explained")
+        return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +78,8 @@ class Attempt(ABC):
         name: what the guest is called, for people.
         timeout_s: how long the connection may stand still.
         on_event: sees every event, on the thread that calls :meth:`run`.
+        work_before: what the guest had done some time ago, on the clock ``time.monotonic``, to compare with; nobody
+            paused it since. None: the rate is taken from the handshake.
     """
 
     def __init__(
@@ -69,6 +91,7 @@ class Attempt(ABC):
         name: str = "guest",
         timeout_s: float = DEFAULT_TIMEOUT_S,
         on_event: Callable[[Event], None] = _ignore,
+        work_before: WorkSample | None = None,
     ) -> None:
         self._vm = vm
         self._endpoint = endpoint
@@ -83,9 +106,12 @@ class Attempt(ABC):
         self._armed = False
         self._channel: Channel | None = None
         self._encoder = Encoder()
-        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s)
+        self._sent = SendCounts(vm.memory.gfn_limit)
+        self._sender = PageSender(vm.memory, self._encoder, self._on_event, self._clock.now_s, self._sent.add)
         self._throttle = Throttle(vm, self._clock.now_s)
+        self._stall = StallMeter(vm, self._clock.now_s, work_before)
         self._fixed_s = 0.0
+        self._round_ends: list[RoundEnd] = []
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
         self._state_bytes: int | None = None
@@ -193,6 +219,7 @@ class Attempt(ABC):
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
+        self._stall.end()
         if self._channel is not None:
             self._channel.close()
         self._throttle.close()
@@ -228,7 +255,7 @@ class Attempt(ABC):
         if self._running_at_s is not None:
             downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
             parts = self._clock.parts_s(DOWNTIME_PHASES, self._running_at_s)
-        self.report = MigrationReport(
+        report = MigrationReport(
             status=status,
             guest_at=self.guest_at,
             source_accel=self._vm.accel,
@@ -247,7 +274,12 @@ class Attempt(ABC):
             fault_count=self._fault_count,
             throttled_s=self._throttle.held_s,
             reason=reason,
+            round_ends=tuple(self._round_ends),
+            sent=self._sent.result(),
+            guest_time=self._stall.result(),
+            explanation=None,
         )
+        self.report = _explained(report)
         self.status = status
         self._on_event(MigrationEnded(report=self.report))
         return self.report

@@ -23,15 +23,22 @@ class PageSender:
         encoder: of the stream that the records belong to.
         on_event: sees rounds begin and go on.
         now_s: a monotonic clock in seconds.
+        on_sent: sees the round's index and the frames, uint64[n], of each record that was sent.
     """
 
     def __init__(
-        self, memory: GuestMemory, encoder: Encoder, on_event: Callable[[Event], None], now_s: Callable[[], float]
+        self,
+        memory: GuestMemory,
+        encoder: Encoder,
+        on_event: Callable[[Event], None],
+        now_s: Callable[[], float],
+        on_sent: Callable[[int, GfnArray], None],
     ) -> None:
         self._memory = memory
         self._encoder = encoder
         self._on_event = on_event
         self._now_s = now_s
+        self._on_sent = on_sent
         self.rounds: list[RoundStats] = []
         self.remaining_pages = 0
         """Pages of the round under way that are still to be sent; between rounds, what was dirty at the last look."""
@@ -71,6 +78,7 @@ class PageSender:
                 batch, views = self._present(gfns[at : at + MAX_PAGES_PER_RECORD])
                 if batch.size:
                     channel.send([self._encoder.page_data(batch), *views])
+                    self._on_sent(index, batch)
                 sent_pages += batch.size
                 passed_pages += min(gfns.size - at, MAX_PAGES_PER_RECORD)
                 self.remaining_pages = max(expected_pages, dirty_pages) - passed_pages

@@ -27,13 +27,14 @@ import numpy as np
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, PeerError, VerifyError
-from pageferry.core.events import DeviceCost, Phase, RoundEnded
+from pageferry.core.events import DeviceCost, Phase, RoundEnd, RoundEnded
 from pageferry.core.frames import GfnArray
-from pageferry.core.policy import Action, Progress, RoundStats
+from pageferry.core.policy import Action, Decision, Progress, RoundStats
 from pageferry.core.vm import VmStatus
 from pageferry.engine import estimates, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.guest_time import Stall
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -115,10 +116,13 @@ class Source(Attempt):
     def _precopy(self, peer: Peer) -> None:
         log_dirty = self._vm.log_dirty
         self._expect_alive()
+        self._stall.begin()
         static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
         peer.channel.send([self._encoder.header(), *(self._encoder.record(record) for record in static)])
-        state_s = self._measure_state()
-        log_dirty.enable()
+        with self._stall.spent_on(Stall.REHEARSAL):
+            state_s = self._measure_state()
+        with self._stall.spent_on(Stall.ENABLE):
+            log_dirty.enable()
         self._armed = True
         # Law 3: the snapshot of what has storage comes after ENABLE. A page touched later is dirty by then.
         gfns = expand_runs(*self._vm.memory.populated())
@@ -136,6 +140,7 @@ class Source(Attempt):
                 throttle=throttle,
             )
             decision = self._policy.decide(progress)
+            self._round_ends.append(self._round_end(progress, decision))
             self._on_event(RoundEnded(stats=stats, decision=decision))
             if decision.action is Action.ABORT:
                 raise self._abort(decision.reason)
@@ -145,6 +150,17 @@ class Source(Attempt):
             self._throttle.set(decision.throttle)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
+    def _round_end(self, progress: Progress, decision: Decision) -> RoundEnd:
+        work = self._stall.work()
+        return RoundEnd(
+            ended_s=progress.elapsed_s,
+            work=None if work is None else work.work,
+            fixed_s=progress.fixed_s,
+            expected_downtime_s=progress.expected_downtime_s,
+            throttle=progress.throttle,
+            decision=decision,
+        )
+
     def _clean_in_chunks(self) -> Iterator[GfnArray]:
         """Yield what is dirty, each part of memory cleaned only when those before it are sent.
 
@@ -152,7 +168,9 @@ class Source(Attempt):
         """
         gfn_limit = self._vm.memory.gfn_limit
         for first in range(0, gfn_limit, _CHUNK_PAGES):
-            yield self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit))).gfns()
+            with self._stall.spent_on(Stall.CLEAN):
+                dirty = self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit)))
+            yield dirty.gfns()
 
     def _measure_state(self) -> float:
         return estimates.state_s(self._vm, self._clock.now_s)
@@ -176,6 +194,7 @@ class Source(Attempt):
     def _pause(self) -> None:
         self._vm.freeze()
         self.frozen = True
+        self._stall.end()
         self._throttle.close()  # only now: a guest that is let go for a moment writes
         self._expect_alive()
 
