@@ -9,6 +9,7 @@ migration was interrupted, and the guest is at the source.
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
-from pageferry.cli.view import ProgressView, oracle_line, summary
+from pageferry.cli.view import ProgressView, lessons, oracle_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
@@ -142,7 +143,9 @@ def _main(
 
 
 def _json(value: Any) -> None:  # noqa: ANN401  # any JSON value
-    print(json.dumps(value, indent=2))
+    # Lists of plain numbers on one line each: a newline cannot be inside a JSON string.
+    text = json.dumps(value, indent=2)
+    print(re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text))
 
 
 def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
@@ -152,6 +155,8 @@ def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
     except (MigrationFailedError, Interrupted) as error:
         if as_json:
             _json(error.report)
+        for line in lessons(error.report):
+            _err.print(line, markup=False, soft_wrap=True)
         raise
     if as_json:
         _json(report)
@@ -160,7 +165,7 @@ def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
 
 
 def _print_oracle(state: dict[str, Any], console: Console) -> None:
-    if "oracle" in state:
+    if state["oracle"] is not None:
         console.print(oracle_line(state["oracle"]), markup=False, soft_wrap=True)
 
 
@@ -308,7 +313,7 @@ def migrate_guest(
         def follow() -> dict[str, Any]:
             with ProgressView(_err) as view:
                 report = migrate(client, uri, options, view.show)
-            _print_oracle(client.execute("x-query-guest"), _err)
+            _print_oracle(report, _err)
             return report
 
         _report(follow, as_json)
@@ -332,7 +337,8 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         if state["huge_bytes"] is not None:
             memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
-    _print_oracle(state, _out)
+        _out.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
+        _print_oracle(state, _out)
 
 
 @app.command()
