@@ -217,8 +217,7 @@ def test_a_demo_that_the_oracle_watches(accel):
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("oracle: ")]
     oracle = report["oracle"]
     assert oracle["trackers"] == report["tracker"]
-    assert f"oracle: {oracle['trackers']} agreed on {oracle['pages']:,} pages in {oracle['rounds']} rounds" in line
-    assert oracle["rounds"] >= len(report["rounds"])
+    assert f"oracle: {oracle['trackers']} agreed on {oracle['pages']:,} pages in {oracle['rounds']} round" in line
     assert "Traceback" not in result.stderr
 
 

@@ -249,8 +249,8 @@ def test_the_report_counts_each_page_as_often_as_it_was_sent(guests, inn):
     for hot in report.sent.hot:
         assert hot.sent_pages == sum(encoder.sent[gfn] for gfn in range(hot.first_gfn, hot.first_gfn + hot.pages))
     heat = report.sent.heat
-    for index, first in enumerate(heat.first_gfns):
-        cell = range(first, first + heat.cell_pages)
+    for index, (first, last) in enumerate(zip(heat.first_gfns, heat.last_gfns, strict=True)):
+        cell = range(first, last + 1)
         assert heat.pages[index] == sum(gfn in encoder.sent for gfn in cell)
         assert sum(row[index] for row in heat.rows) == sum(encoder.sent[gfn] for gfn in cell)
     assert [sum(row) for row in heat.rows] == [stats.sent_pages for stats in report.rounds]

@@ -22,7 +22,7 @@ NOTHING_SENT = SentPages(
     rewritten_pages=0,
     again_pages=0,
     hot=(),
-    heat=HeatMap(cell_pages=1, first_gfns=(), pages=(), rounds_per_row=1, rows=()),
+    heat=HeatMap(first_gfns=(), last_gfns=(), pages=(), rounds_per_row=1, rows=()),
 )
 PARTS = {"pause": 0.001, "stop-and-copy": 0.004, "state": 0.001, "verify": 0.003, "handoff": 0.001}
 
@@ -77,6 +77,7 @@ def report(*rounds, fixed_s=0.01, action=Action.STOP_AND_COPY, policy="downtime"
         reason="it fits",
         round_ends=tuple(ends),
         sent=NOTHING_SENT,
+        paused_at_s=8.0,
         guest_time=None,
         explanation=None,
     )
@@ -219,6 +220,11 @@ def test_the_throttle_that_is_proposed_is_converges(sent, remaining):
     says = [line for line in explain(made).advice if line.startswith("--policy converge")]
     assert bool(says) == bool(throttle)
     assert not says or f"for {throttle:.0%} of its time" in says[0]
+
+
+def test_no_throttle_is_proposed_where_state_and_verification_are_most_of_the_pause():
+    assert len(explain(failed((1000, 1000), fixed_s=0.99)).advice) == 2
+    assert len(explain(failed((1000, 1000), fixed_s=1.01)).advice) == 1
 
 
 def test_what_converge_could_not_do_is_not_proposed_to_it():

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
+from pageferry.cli.plot import PlotFile
 from pageferry.cli.view import ProgressView, lessons, oracle_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
@@ -67,6 +68,10 @@ OracleOption = Annotated[
 HugePagesOption = Annotated[
     HugePages,
     typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the migration into this file: .html, or .svg or .png (these need matplotlib)."),
 ]
 ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
 JsonOption = Annotated[
@@ -148,20 +153,36 @@ def _json(value: Any) -> None:  # noqa: ANN401  # any JSON value
     print(re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text))
 
 
-def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
-    """Make a migration and print its report; as JSON also when it failed, before the error goes its way."""
+def _report(attempt: Callable[[], dict[str, Any]], as_json: bool, plot: PlotFile | None) -> None:
+    """Make a migration, print its report and draw it; also when it failed, before the error goes its way."""
     try:
         report = attempt()
     except (MigrationFailedError, Interrupted) as error:
+        _draw(plot, error.report)
         if as_json:
             _json(error.report)
         for line in lessons(error.report):
             _err.print(line, markup=False, soft_wrap=True)
         raise
+    _draw(plot, report)
     if as_json:
         _json(report)
     else:
         _out.print(summary(report))
+
+
+def _draw(plot: PlotFile | None, report: dict[str, Any]) -> None:
+    if plot is None:
+        return
+    try:
+        plot.draw(report)
+        _tell(f"picture: {plot.path}")
+    except OSError as error:  # the exit code is the migration's
+        _complain(f"the picture could not be written to {plot.path}: {error.strerror}")
+
+
+def _plot_file(path: Path | None) -> AbstractContextManager[PlotFile | None]:
+    return nullcontext() if path is None else PlotFile(path)
 
 
 def _print_oracle(state: dict[str, Any], console: Console) -> None:
@@ -204,6 +225,7 @@ def demo(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
@@ -212,7 +234,8 @@ def demo(
     options = _policy_options(policy, downtime_limit, max_rounds, deadline)
     machines = choose_machines(accel, tracker, huge_pages, oracle)
     _end_as_by_ctrl_c()
-    _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
+    with _plot_file(plot) as file:
+        _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json, file)
 
 
 def _end_as_by_ctrl_c() -> None:
@@ -302,13 +325,14 @@ def migrate_guest(
     timeout: Annotated[
         float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline) | {"x-timeout-s": timeout}
     _end_as_by_ctrl_c()
-    with QmpClient(control) as client:
+    with _plot_file(plot) as file, QmpClient(control) as client:
 
         def follow() -> dict[str, Any]:
             with ProgressView(_err) as view:
@@ -316,7 +340,7 @@ def migrate_guest(
             _print_oracle(report, _err)
             return report
 
-        _report(follow, as_json)
+        _report(follow, as_json, file)
 
 
 @app.command()

@@ -125,6 +125,7 @@ class MigrationReport:
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
     ``throttled_s``: for how long the policy had the guest held during pre-copy.
     ``round_ends``: one for each of ``rounds`` that ended with a decision. ``sent``: how often which pages were sent.
+    ``paused_at_s``: when the pause began, since the migration began; None if it never did.
     ``guest_time``: where the guest's time went besides the downtime; None if there was no pre-copy.
     ``explanation``: the same in words; None until they were found (:mod:`pageferry.core.explain`).
     """
@@ -149,6 +150,7 @@ class MigrationReport:
     reason: str
     round_ends: tuple[RoundEnd, ...]
     sent: SentPages
+    paused_at_s: float | None
     guest_time: GuestTime | None
     explanation: Explanation | None
 

@@ -150,9 +150,12 @@ def _limit(report: MigrationReport) -> tuple[str, ...]:
 
 
 def _hold(report: MigrationReport, last: RoundEnd) -> tuple[str, ...]:
-    """Return by how much ``converge`` would have held the guest after the last round; nothing if it decided this."""
+    """Return by how much ``converge`` would have held the guest after the last round.
+
+    Nothing if it decided this, or if most of the pause would not have been pages: what is held does not help then.
+    """
     converge = ConvergePolicy()
-    if report.policy == converge.name:
+    if report.policy == converge.name or last.fixed_s > last.expected_downtime_s / 2:
         return ()
     throttle = converge.throttle_for(
         Progress(

@@ -20,13 +20,13 @@ class HotRange:
 class HeatMap:
     """Sendings by round and place; only places of which something was sent.
 
-    A cell is ``cell_pages`` frames from ``first_gfns[i]`` on, of which ``pages[i]`` were sent at least once. Row r is
-    rounds ``r * rounds_per_row`` and following, ``rounds_per_row`` of them; ``rows[r][i]`` is how many pages of cell i
-    they sent.
+    A cell is frames ``first_gfns[i] .. last_gfns[i]``, of which ``pages[i]`` were sent at least once: about as many in
+    each cell, so that a guest with much memory and little in it shows that little. Row r is rounds ``r *
+    rounds_per_row`` and following, ``rounds_per_row`` of them; ``rows[r][i]`` is how many pages of cell i they sent.
     """
 
-    cell_pages: int
     first_gfns: tuple[int, ...]
+    last_gfns: tuple[int, ...]
     pages: tuple[int, ...]
     rounds_per_row: int
     rows: tuple[tuple[int, ...], ...]

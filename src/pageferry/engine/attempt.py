@@ -276,6 +276,7 @@ class Attempt(ABC):
             reason=reason,
             round_ends=tuple(self._round_ends),
             sent=self._sent.result(),
+            paused_at_s=self._paused_at_s(),
             guest_time=self._stall.result(),
             explanation=None,
         )
@@ -283,6 +284,10 @@ class Attempt(ABC):
         self.status = status
         self._on_event(MigrationEnded(report=self.report))
         return self.report
+
+    def _paused_at_s(self) -> float | None:
+        paused_s = self._clock.began_s.get(Phase.PAUSE)
+        return None if paused_s is None or self._began_s is None else paused_s - self._began_s
 
     def _abort(self, reason: str) -> PolicyAbort:
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)

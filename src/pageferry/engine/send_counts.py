@@ -83,18 +83,17 @@ class SendCounts:
     def _heat(self, gfns: GfnArray) -> HeatMap:
         counted = np.bincount((gfns >> np.uint64(self._cell_shift)).astype(np.int64), minlength=self._rows.shape[1])
         used = np.flatnonzero(counted)
-        shift = 0
-        while np.unique(used >> shift).size > _TOLD_CELLS:
-            shift += 1
-        told, place = np.unique(used >> shift, return_inverse=True)
+        pages = counted[used]
+        told_pages = max(1, -(-gfns.size // _TOLD_CELLS))
+        _, first, place = np.unique((np.cumsum(pages) - 1) // told_pages, return_index=True, return_inverse=True)
+        last = np.append(first, used.size)[1:] - 1
         rows = self._rows[: -(-self._rounds // self._rounds_per_row), used]
-        shift += self._cell_shift
         return HeatMap(
-            cell_pages=1 << shift,
-            first_gfns=tuple((told << shift).tolist()),
-            pages=_sums(place, counted[used], told.size),
+            first_gfns=tuple((used[first] << self._cell_shift).tolist()),
+            last_gfns=tuple(((used[last] + 1 << self._cell_shift) - 1).tolist()),
+            pages=_sums(place, pages, first.size),
             rounds_per_row=self._rounds_per_row,
-            rows=tuple(_sums(place, row, told.size) for row in rows),
+            rows=tuple(_sums(place, row, first.size) for row in rows),
         )
 
 

@@ -130,6 +130,7 @@ class Source(Attempt):
         while True:
             throttle = self._throttle.share
             stats = self._send_round(peer, chunks, expected_pages=expected_pages)
+            ended_s = self.elapsed_s
             self._expect_alive()
             self._fixed_s = state_s + estimates.verify_s(self._vm.memory, self._clock.now_s)
             progress = Progress(
@@ -140,7 +141,7 @@ class Source(Attempt):
                 throttle=throttle,
             )
             decision = self._policy.decide(progress)
-            self._round_ends.append(self._round_end(progress, decision))
+            self._round_ends.append(self._round_end(ended_s, progress, decision))
             self._on_event(RoundEnded(stats=stats, decision=decision))
             if decision.action is Action.ABORT:
                 raise self._abort(decision.reason)
@@ -150,10 +151,10 @@ class Source(Attempt):
             self._throttle.set(decision.throttle)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
-    def _round_end(self, progress: Progress, decision: Decision) -> RoundEnd:
+    def _round_end(self, ended_s: float, progress: Progress, decision: Decision) -> RoundEnd:
         work = self._stall.work()
         return RoundEnd(
-            ended_s=progress.elapsed_s,
+            ended_s=ended_s,
             work=None if work is None else work.work,
             fixed_s=progress.fixed_s,
             expected_downtime_s=progress.expected_downtime_s,
