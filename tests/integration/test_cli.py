@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -148,6 +149,10 @@ def test_a_failed_demo_still_reports(tmp_path):
     report = json.loads(result.stdout)
     assert (report["status"], report["guest_at"], report["verified"]) == ("failed", "source", False)
     assert "verification alone" in result.stderr
+    advice = report["explanation"]["advice"]
+    assert "A downtime limit of " in advice[0]
+    assert f"hint: {advice[0]}\n" in result.stderr
+    assert "report: The wire moved " in result.stderr
 
 
 def test_a_running_guest_ends_by_ctrl_c(tmp_path):
@@ -218,6 +223,11 @@ def test_demo_prints_one_json_object(accel):
     assert report["status"] == "completed"
     assert report["verified"] is True
     assert report["source_accel"] == accel
+    assert report["oracle"] is None
+    assert sum(report["sent"]["heat"]["pages"]) == report["sent"]["pages"]
+    spent = report["guest_time"]
+    assert (spent["work_after_per_s"] is None) == (spent["work_before_per_s"] is None)
+    assert re.search(r'"first_gfns": \[ \d+(, \d+)* \]', result.stdout)  # on one line
     assert "the guest works at the destination" in result.stderr
     assert "round 0" in result.stderr
 
@@ -228,7 +238,9 @@ def test_a_demo_that_the_oracle_watches(accel):
     report = json.loads(result.stdout)
     assert (report["status"], report["tracker"].partition(" ")[2]) == ("completed", "against digests")
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("oracle: ")]
-    assert " against digests agreed on " in line
+    oracle = report["oracle"]
+    assert oracle["trackers"] == report["tracker"]
+    assert f"oracle: {oracle['trackers']} agreed on {oracle['pages']:,} pages in {oracle['rounds']} round" in line
     assert "Traceback" not in result.stderr
 
 

@@ -113,7 +113,11 @@ def migrate(source, uri, *arguments):
 def one_line(result):
     """A failure says one line (and perhaps a hint), no traceback, nothing on stdout."""
     assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("hint:", "machine:", "round", "stop"))]
+    lines = [
+        line
+        for line in result.stderr.splitlines()
+        if not line.startswith(("hint:", "report:", "machine:", "round", "stop"))
+    ]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("pageferry: ")
     return lines[0]
@@ -181,6 +185,7 @@ def test_a_guest_crosses_accels_and_paging_modes(tmp_path, made, kvm_support):
     for process in tour(tmp_path, made, kvm, (*soft, "hap"), (*soft, "shadow"), (*soft, "hap"), kvm):
         state = process.ask("x-query-guest")
         seen.append((state["accel"], state["tracker"]))
+        assert f"vCPUs 1, CPU baseline ({state['cpu_name']})" in cli("status", "--control", process.control).stdout
     assert seen == [("kvm", "kvm-bitmap"), ("soft", "hap"), ("soft", "shadow"), ("soft", "hap"), ("kvm", "kvm-bitmap")]
 
 
@@ -188,6 +193,7 @@ def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(tmp_path,
     made.append(Process(tmp_path, "source", "run", *GUEST, "--accel", "kvm", "--cpu", "host"))
     made.append(Process(tmp_path, "soft", "receive", "tcp://127.0.0.1:0", "--accel", "soft"))
     source, soft = made
+    assert source.ask("x-query-guest")["cpu"] == "host"
     result = migrate(source, str(soft.endpoint()))
     assert result.returncode == 3
     said = one_line(result)
@@ -240,6 +246,8 @@ def test_a_person_sees_rounds_and_a_summary(processes):
         "stop-and-copy",
         "handoff",
         "rounds over time",
+        "in words",
+        "The wire moved ",
     ):
         assert word in result.stdout
     assert result.stderr.count("pages") >= 2

@@ -1,5 +1,7 @@
 """CPUID tables: what is in them, what they answer, and what a machine lacks for one, by name."""
 
+import struct
+
 import pytest
 
 from pageferry.core.cpu_features import FEATURES, bit_name, host, missing_features, table_for
@@ -12,7 +14,9 @@ from pageferry.core.cpuid import (
     answer,
     baseline,
     check_leaves,
+    cpu_name,
     find,
+    model_of,
     of_vcpu,
 )
 from pageferry.core.errors import UnsupportedError, UsageError
@@ -221,6 +225,18 @@ def test_what_describes_the_cpu_may_differ_and_all_else_may_not():
     assert missing_features(table, changed(RICH, 0xD, 2, ebx=0x340)) == ("CPUID 0xd.2 as the guest knows it",)
     assert missing_features(table, changed(RICH, 0x8000_0008, eax=48 << 8 | 39)) == ("46 bits of physical address",)
     assert not missing_features(baseline(RICH), changed(RICH, 0x8000_0008, eax=48 << 8 | 39))
+
+
+def test_a_table_tells_which_model_it_is_and_whose_cpu():
+    assert model_of(SOFT_CPU) is model_of(baseline(RICH)) is CpuModel.BASELINE
+    assert model_of(host(RICH)) is CpuModel.HOST
+    assert cpu_name(SOFT_CPU) == "GenuineIntel"
+    text = b"  Fast\0CPU  9000 ".ljust(48, b"\0")
+    brand = [
+        CpuidLeaf(0x8000_0002 + at // 16, NO_SUBLEAF, *struct.unpack_from("<4I", text, at)) for at in range(0, 48, 16)
+    ]
+    assert cpu_name((*SOFT_CPU[:2], *brand)) == "Fast CPU 9000"
+    assert cpu_name((CpuidLeaf(1, NO_SUBLEAF, 0, 0, 0, 0),)) == "no name"
 
 
 def test_every_name_is_there_once_and_fits_a_line():

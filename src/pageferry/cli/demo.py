@@ -51,29 +51,30 @@ def run_demo(
                 markup=False,
                 soft_wrap=True,
             )
-            before = _work(guest, "at the source", console, _WARM_UP_S)
+            before, _ = _work(guest, "at the source", console, _WARM_UP_S)
             with ProgressView(console) as view:
                 report = migrate(guest, uri, options, view.show)
-            if machines.oracle:
-                console.print(oracle_line(guest.execute("x-query-guest")["oracle"]), markup=False, soft_wrap=True)
-            after = _work(receiver, "at the destination", console, _WARM_UP_S)
+            if report["oracle"] is not None:
+                console.print(oracle_line(report["oracle"]), markup=False, soft_wrap=True)
+            after, per_s = _work(receiver, "at the destination", console, _WARM_UP_S)
+            if report["guest_time"]["work_before_per_s"] is not None:
+                report["guest_time"]["work_after_per_s"] = per_s
             if before and after <= before:  # a program of one's own need not count its work
                 raise VmError("the guest does not go on at the destination")
     return report
 
 
-def _work(client: QmpClient, where: str, console: Console, duration_s: float) -> int:
-    """Watch the guest work for a while; return its count of work at the end."""
+def _work(client: QmpClient, where: str, console: Console, duration_s: float) -> tuple[int, float]:
+    """Watch the guest work for a while; return its count of work at the end, and its operations per second."""
     first, began_s = _work_done(client), time.monotonic()
     while (elapsed_s := time.monotonic() - began_s) < duration_s:
         time.sleep(_POLL_S)
     last = _work_done(client)
+    per_s = (last - first) / elapsed_s
     console.print(
-        f"the guest works {where}: {last:,} operations done, {(last - first) / elapsed_s:,.0f} a second",
-        markup=False,
-        soft_wrap=True,
+        f"the guest works {where}: {last:,} operations done, {per_s:,.0f} a second", markup=False, soft_wrap=True
     )
-    return last
+    return last, per_s
 
 
 def _work_done(client: QmpClient) -> int:

@@ -9,10 +9,11 @@ migration was interrupted, and the guest is at the source.
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,8 @@ from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
-from pageferry.cli.view import ProgressView, oracle_line, summary
+from pageferry.cli.plot import PlotFile
+from pageferry.cli.view import ProgressView, lessons, oracle_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
@@ -68,6 +70,10 @@ OracleOption = Annotated[
 HugePagesOption = Annotated[
     HugePages,
     typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the migration into this file: .html, or .svg or .png (these need matplotlib)."),
 ]
 ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
 JsonOption = Annotated[
@@ -155,25 +161,45 @@ def _main(
 
 
 def _json(value: Any) -> None:  # noqa: ANN401  # any JSON value
-    print(json.dumps(value, indent=2))
+    # Lists of plain numbers on one line each: a newline cannot be inside a JSON string.
+    text = json.dumps(value, indent=2)
+    print(re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text))
 
 
-def _report(attempt: Callable[[], dict[str, Any]], as_json: bool) -> None:
-    """Make a migration and print its report; as JSON also when it failed, before the error goes its way."""
+def _report(attempt: Callable[[], dict[str, Any]], as_json: bool, plot: PlotFile | None) -> None:
+    """Make a migration, print its report and draw it; also when it failed, before the error goes its way."""
     try:
         report = attempt()
     except (MigrationFailedError, Interrupted) as error:
+        _draw(plot, error.report)
         if as_json:
             _json(error.report)
+        for line in lessons(error.report):
+            _err.print(line, markup=False, soft_wrap=True)
         raise
+    _draw(plot, report)
     if as_json:
         _json(report)
     else:
         _out.print(summary(report))
 
 
+def _draw(plot: PlotFile | None, report: dict[str, Any]) -> None:
+    if plot is None:
+        return
+    try:
+        plot.draw(report)
+        _tell(f"picture: {plot.path}")
+    except OSError as error:  # the exit code is the migration's
+        _complain(f"the picture could not be written to {plot.path}: {error.strerror}")
+
+
+def _plot_file(path: Path | None) -> AbstractContextManager[PlotFile | None]:
+    return nullcontext() if path is None else PlotFile(path)
+
+
 def _print_oracle(state: dict[str, Any], console: Console) -> None:
-    if "oracle" in state:
+    if state["oracle"] is not None:
         console.print(oracle_line(state["oracle"]), markup=False, soft_wrap=True)
 
 
@@ -225,6 +251,7 @@ def demo(
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
     verify: VerifyOption = None,
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
@@ -233,7 +260,8 @@ def demo(
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify)
     machines = choose_machines(accel, tracker, huge_pages, oracle)
     _end_as_by_ctrl_c()
-    _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json)
+    with _plot_file(plot) as file:
+        _report(lambda: demo_room.run_demo(machines, workload, config, options, _err), as_json, file)
 
 
 def _end_as_by_ctrl_c() -> None:
@@ -332,6 +360,7 @@ def migrate_guest(
         float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
     bandwidth: Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = "0",
+    plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
@@ -339,15 +368,15 @@ def migrate_guest(
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     options |= _wire_options(bandwidth)
     _end_as_by_ctrl_c()
-    with QmpClient(control) as client:
+    with _plot_file(plot) as file, QmpClient(control) as client:
 
         def follow() -> dict[str, Any]:
             with ProgressView(_err) as view:
                 report = migrate(client, uri, options, view.show)
-            _print_oracle(client.execute("x-query-guest"), _err)
+            _print_oracle(report, _err)
             return report
 
-        _report(follow, as_json)
+        _report(follow, as_json, file)
 
 
 @app.command()
@@ -368,7 +397,8 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         if state["huge_bytes"] is not None:
             memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
-    _print_oracle(state, _out)
+        _out.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
+        _print_oracle(state, _out)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
 
 _PICTURE_WIDTH = 48
+_TEXT_WIDTH = 90
 
 Json = dict[str, Any]
 
@@ -104,12 +105,39 @@ def summary(report: Json) -> Group:
         parts += [Text(), _timeline(report)]
     if report["downtime_s"] is not None:
         parts += [Text(), _downtime(report)]
+    if lines := _sentences(report):
+        parts += [Text(), _in_words(lines)]
     return Group(Panel(Group(*parts), title=f"migration {report['status']}", expand=False))
 
 
 def _zeros(report: Json) -> str:
     zero_pages = sum(each["zero_pages"] for each in report["rounds"])
     return f", {zero_pages:,} zero pages by name only" if zero_pages else ""
+
+
+def lessons(report: Json) -> list[str]:
+    """Return lines about a migration that its policy gave up: what was seen, and what would have helped."""
+    words = report["explanation"]
+    if words is None or not words["advice"]:
+        return []
+    seen = [f"report: {line}" for line in _sentences(report) if line not in words["advice"]]
+    return [*seen, *(f"hint: {line}" for line in words["advice"])]
+
+
+def _sentences(report: Json) -> list[str]:
+    words = report["explanation"]
+    if words is None:
+        return []
+    return [line for part in ("rates", "guest_time", "hot", "advice") for line in words[part]]
+
+
+def _in_words(lines: list[str]) -> Table:
+    table = Table.grid()
+    table.add_column(max_width=_TEXT_WIDTH)
+    table.add_row(Text("in words", style="bold"))
+    for line in lines:
+        table.add_row(Text(line))
+    return table
 
 
 def _verified(report: Json) -> str:

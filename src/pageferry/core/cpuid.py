@@ -160,6 +160,22 @@ def baseline(offered: Leaves) -> Leaves | None:
     )
 
 
+def model_of(leaves: Leaves) -> CpuModel:
+    """Return which model a guest's table was made by."""
+    return CpuModel.BASELINE if leaves == baseline(leaves) else CpuModel.HOST
+
+
+def cpu_name(leaves: Leaves) -> str:
+    """Return the CPU's name as a table has it: what its maker calls it, or else who its maker is."""
+    brand = [register for leaf in range(EXTENDED + 2, EXTENDED + 5) for register in find(leaves, leaf)]
+    _, ebx, ecx, edx = find(leaves, 0)
+    for registers in (brand, (ebx, edx, ecx)):
+        text = b"".join(register.to_bytes(4, "little") for register in registers).decode("ascii", "replace")
+        if name := " ".join(text.replace("\0", " ").split()):
+            return name
+    return "no name"
+
+
 #: What the software machine has: the whole baseline as Intel's CPUs show it, with the model that the emulator names.
 SOFT_CPU: Leaves = (
     CpuidLeaf(0, NO_SUBLEAF, 1, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),  # GenuineIntel

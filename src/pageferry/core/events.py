@@ -8,7 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 from pageferry.core.errors import GuestAt
+from pageferry.core.guest_time import GuestTime
 from pageferry.core.policy import Decision, RoundStats
+from pageferry.core.sent_pages import SentPages
 
 
 class Phase(StrEnum):
@@ -70,6 +72,39 @@ class RoundEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEnd:
+    """Where things stood when a round of pre-copy ended.
+
+    ``ended_s``: since the migration began. ``work``: operations that the guest had done, by its own count; None unless
+    it ran and counts. ``fixed_s``, ``expected_downtime_s``, ``throttle``: as the policy saw them
+    (:class:`pageferry.core.policy.Progress`). ``decision``: what it made of it.
+    """
+
+    ended_s: float
+    work: int | None
+    fixed_s: float
+    expected_downtime_s: float
+    throttle: float
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What a report means, in sentences for a person.
+
+    ``outcome``: why the migration ended as it did. ``rates``: what the wire moved against what the guest wrote.
+    ``guest_time``: where the guest's time went. ``hot``: what was sent again and again. ``advice``: what would have
+    helped.
+    """
+
+    outcome: str
+    rates: tuple[str, ...]
+    guest_time: tuple[str, ...]
+    hot: tuple[str, ...]
+    advice: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCost:
     """What one device added to the downtime at the source: the size of its state and how long saving it took."""
 
@@ -92,6 +127,10 @@ class MigrationReport:
     ``sent_bytes``: over the wire from the first byte to the last; those of the rounds are page data and its records.
     ``bandwidth_bytes_per_s``: the cap on that, None without one.
     ``throttled_s``: for how long the policy had the guest held during pre-copy.
+    ``round_ends``: one for each of ``rounds`` that ended with a decision. ``sent``: how often which pages were sent.
+    ``paused_at_s``: when the pause began, since the migration began; None if it never did.
+    ``guest_time``: where the guest's time went besides the downtime; None if there was no pre-copy.
+    ``explanation``: the same in words; None until they were found (:mod:`pageferry.core.explain`).
     """
 
     status: str
@@ -115,6 +154,11 @@ class MigrationReport:
     fault_count: int | None
     throttled_s: float
     reason: str
+    round_ends: tuple[RoundEnd, ...]
+    sent: SentPages
+    paused_at_s: float | None
+    guest_time: GuestTime | None
+    explanation: Explanation | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

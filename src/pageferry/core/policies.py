@@ -150,10 +150,11 @@ class ConvergePolicy:
         if len(progress.rounds) >= self.max_rounds or at_most:
             held = f"held for {progress.throttle:.0%} of its time"
             return _abort(f"no convergence, the guest {held}: {expected}; {_low_water(progress)}")
-        throttle = self._needed(progress)
+        throttle = self.throttle_for(progress)
         return _next_round(f"{expected}; the guest is held for {throttle:.0%}" if throttle else expected, throttle)
 
-    def _needed(self, progress: Progress) -> float:
+    def throttle_for(self, progress: Progress) -> float:
+        """Return the share of its time for which the guest must be held so that the next round leaves half."""
         last = progress.last
         if not last.sent_pages or last.remaining_pages <= _WANTED_SHARE * last.sent_pages:
             # It shrinks well enough as it is; a throttle that is on stays, for it may be why.

@@ -11,16 +11,28 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, VmError
-from pageferry.core.events import DOWNTIME_PHASES, DeviceCost, Event, MigrationEnded, MigrationReport, Phase
+from pageferry.core.events import (
+    DOWNTIME_PHASES,
+    DeviceCost,
+    Event,
+    MigrationEnded,
+    MigrationReport,
+    Phase,
+    RoundEnd,
+)
+from pageferry.core.explain import explain
+from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.failures import as_migration_error
+from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.prove import Prover, VerifyMode
 from pageferry.engine.rounds import PageSender
+from pageferry.engine.send_counts import SendCounts
 from pageferry.engine.throttle import Throttle
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
@@ -32,6 +44,14 @@ _log = logging.getLogger(__name__)
 
 def _ignore(_: Event) -> None:
     """See nothing."""
+
+
+def _explained(report: MigrationReport) -> MigrationReport:
+    try:
+        return replace(report, explanation=explain(report))
+    except Exception:  # words for a person; the outcome does not depend on them
+        _log.exception("the report could not be explained")
+        return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +83,8 @@ class Attempt(ABC):
         verify: when memory is digested; None: as fits the downtime limit.
         wire: how pages may travel.
         on_event: sees every event, on the thread that calls :meth:`run`.
+        work_before: what the guest had done some time ago, on the clock ``time.monotonic``, to compare with; nobody
+            paused it since. None: the rate is taken from the handshake.
     """
 
     def __init__(
@@ -76,6 +98,7 @@ class Attempt(ABC):
         verify: VerifyMode | None = None,
         wire: WireOptions = DEFAULT_WIRE,
         on_event: Callable[[Event], None] = _ignore,
+        work_before: WorkSample | None = None,
     ) -> None:
         self._vm = vm
         self._endpoint = endpoint
@@ -91,10 +114,13 @@ class Attempt(ABC):
         self._armed = False
         self._channel: Channel | None = None
         self._encoder = Encoder()
+        self._sent = SendCounts(vm.memory.gfn_limit)
         self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
+        self._stall = StallMeter(vm, self._clock.now_s, work_before)
         self._state_s = 0.0
         self._fixed_s = 0.0
+        self._round_ends: list[RoundEnd] = []
         self._fault_count: int | None = None
         self._peer_accel: str | None = None
         self._state_bytes: int | None = None
@@ -203,6 +229,7 @@ class Attempt(ABC):
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
+        self._stall.end()
         if self._channel is not None:
             self._channel.close()
         self._prover.close()
@@ -239,7 +266,7 @@ class Attempt(ABC):
         if self._running_at_s is not None:
             downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
             parts = self._clock.parts_s(DOWNTIME_PHASES, self._running_at_s)
-        self.report = MigrationReport(
+        report = MigrationReport(
             status=status,
             guest_at=self.guest_at,
             source_accel=self._vm.accel,
@@ -261,10 +288,20 @@ class Attempt(ABC):
             fault_count=self._fault_count,
             throttled_s=self._throttle.held_s,
             reason=reason,
+            round_ends=tuple(self._round_ends),
+            sent=self._sent.result(),
+            paused_at_s=self._paused_at_s(),
+            guest_time=self._stall.result(),
+            explanation=None,
         )
+        self.report = _explained(report)
         self.status = status
         self._on_event(MigrationEnded(report=self.report))
         return self.report
+
+    def _paused_at_s(self) -> float | None:
+        paused_s = self._clock.began_s.get(Phase.PAUSE)
+        return None if paused_s is None or self._began_s is None else paused_s - self._began_s
 
     def _abort(self, reason: str) -> PolicyAbort:
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)

@@ -24,13 +24,14 @@ from collections.abc import Iterable, Iterator
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, PeerError
-from pageferry.core.events import DeviceCost, Phase, RoundEnded
+from pageferry.core.events import DeviceCost, Phase, RoundEnd, RoundEnded
 from pageferry.core.frames import GfnArray
-from pageferry.core.policy import Action, Progress, RoundStats
+from pageferry.core.policy import Action, Decision, Progress, RoundStats
 from pageferry.core.vm import VmStatus
 from pageferry.engine import estimates, features, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.guest_time import Stall
 from pageferry.engine.lane import Lane
 from pageferry.engine.pacer import Pacer
 from pageferry.stream.ferry import (
@@ -129,16 +130,19 @@ class Source(Attempt):
 
     def _precopy(self, peer: Peer) -> None:
         self._expect_alive()
+        self._stall.begin()
         static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
         header = self._encoder.header(agreed=self._agreed)
         peer.channel.send([header, *(self._encoder.record(record) for record in static)])
-        self._state_s = estimates.state_s(self._vm, self._clock.now_s)
+        with self._stall.spent_on(Stall.REHEARSAL):
+            self._state_s = estimates.state_s(self._vm, self._clock.now_s)
         gfns = self._enable()
         chunks, expected_pages = iter([gfns]), gfns.size
         self._prover.prepare()
         while True:
             throttle = self._throttle.share
             stats = self._send_round(peer, chunks, expected_pages=expected_pages)
+            ended_s = self.elapsed_s
             self._expect_alive()
             self._prover.prepare()
             self._fixed_s = self._state_s + self._prover.cost_s()
@@ -150,6 +154,7 @@ class Source(Attempt):
                 throttle=throttle,
             )
             decision = self._policy.decide(progress)
+            self._round_ends.append(self._round_end(ended_s, progress, decision))
             self._on_event(RoundEnded(stats=stats, decision=decision))
             if decision.action is Action.ABORT:
                 raise self._abort(decision.reason)
@@ -164,9 +169,21 @@ class Source(Attempt):
 
         Law 3: the snapshot comes after ENABLE. A page touched later is dirty by then.
         """
-        self._vm.log_dirty.enable()
+        with self._stall.spent_on(Stall.ENABLE):
+            self._vm.log_dirty.enable()
         self._armed = True
         return expand_runs(*self._vm.memory.populated())
+
+    def _round_end(self, ended_s: float, progress: Progress, decision: Decision) -> RoundEnd:
+        work = self._stall.work()
+        return RoundEnd(
+            ended_s=ended_s,
+            work=None if work is None else work.work,
+            fixed_s=progress.fixed_s,
+            expected_downtime_s=progress.expected_downtime_s,
+            throttle=progress.throttle,
+            decision=decision,
+        )
 
     def _clean_in_chunks(self) -> Iterator[GfnArray]:
         """Yield what is dirty, each part of memory cleaned only when those before it are sent.
@@ -175,7 +192,9 @@ class Source(Attempt):
         """
         gfn_limit = self._vm.memory.gfn_limit
         for first in range(0, gfn_limit, _CHUNK_PAGES):
-            gfns = self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit))).gfns()
+            with self._stall.spent_on(Stall.CLEAN):
+                dirty = self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit)))
+            gfns = dirty.gfns()
             self._prover.cleaned(gfns)
             yield gfns
 
@@ -196,6 +215,10 @@ class Source(Attempt):
             if not final:
                 self._prover.send_due(peer.channel, self._encoder)
 
+        def on_wire(gfns: GfnArray) -> None:
+            self._prover.sent(gfns)
+            self._sent.add(len(self._sender.rounds), gfns)
+
         def count_dirty() -> int:
             if final:
                 return 0
@@ -208,7 +231,7 @@ class Source(Attempt):
             expected_pages=expected_pages,
             final=final,
             before_record=before_record,
-            on_wire=self._prover.sent,
+            on_wire=on_wire,
             count_dirty=count_dirty,
         )
 
@@ -216,6 +239,7 @@ class Source(Attempt):
         self._prover.close()
         self._vm.freeze()
         self.frozen = True
+        self._stall.end()
         self._throttle.close()  # only now: a guest that is let go for a moment writes
         self._expect_alive()
 

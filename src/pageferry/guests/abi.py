@@ -107,6 +107,15 @@ def read_status(memory: GuestMemory, cpus: int) -> tuple[VcpuStatus, ...]:
     return tuple(slots)
 
 
+def read_work(memory: GuestMemory, cpus: int) -> int:
+    """Return how many operations the guest has done by its own count, all vCPUs together; 0 if it does not count.
+
+    Raises:
+        VmError: the status page is no RAM.
+    """
+    return sum(status.work for status in read_status(memory, cpus))
+
+
 def mapped_gib(end_of_ram: int) -> int:
     """Return how many GiB the identity map covers for a guest whose RAM ends at gpa ``end_of_ram``."""
     return (max(end_of_ram, _MAPPED_AT_LEAST) + SIZE_1G - 1) // SIZE_1G

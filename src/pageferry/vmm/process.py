@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pageferry.core.cpuid import cpu_name, model_of
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
 from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import make_policy
@@ -34,6 +35,7 @@ from pageferry.vmm.arguments import Arguments
 from pageferry.vmm.console import ConsoleFollower, ConsoleTail
 from pageferry.vmm.migrate_info import migrate_info
 from pageferry.vmm.qmp import QmpError, QmpServer
+from pageferry.vmm.work_meter import WorkMeter
 
 _log = logging.getLogger(__name__)
 _PROGRESS_INTERVAL_S = 0.05
@@ -68,6 +70,7 @@ class GuestProcess:
         self._vm: Vm | None = None
         self._name = "incoming"
         self._console = ConsoleTail()
+        self._work = WorkMeter()
         self._source: Source | None = None
         self._migration: threading.Thread | None = None
         self._announced_stop = False
@@ -128,8 +131,11 @@ class GuestProcess:
         while not self._quit:
             time.sleep(_POLL_S)
             vm = self._vm
-            if vm is not None and vm.end is not None and not self._is_migrating():
+            if vm is None or self._is_migrating():
+                continue
+            if vm.end is not None:
                 return self._guest_ended(vm)
+            self._work.sample(vm)
         return 0
 
     def quit(self) -> None:
@@ -273,7 +279,9 @@ class GuestProcess:
                 verify=verify,
                 wire=wire,
                 on_event=self._on_engine_event,
+                work_before=self._work.oldest(),
             )
+            self._work.forget()
             self._announced_stop = False
             self._migration = threading.Thread(target=self._migrate_main, args=(self._source,), name="migrate")
             self._migration.daemon = True
@@ -288,6 +296,7 @@ class GuestProcess:
             self._event("MIGRATION", {"status": status})
             if self._announced_stop and error.guest_at is GuestAt.SOURCE and self._is_running():
                 self._event("RESUME")
+            self._work.forget()
             self._say(f"migration {status}: {error}")
             return
         except Exception:
@@ -316,7 +325,12 @@ class GuestProcess:
 
     def _query_migrate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments(arguments).done()
-        return {} if self._source is None else migrate_info(self._source)
+        if self._source is None:
+            return {}
+        info = migrate_info(self._source)
+        if "x-pageferry-report" in info:
+            info["x-pageferry-report"]["oracle"] = self._oracle()
+        return info
 
     # -- commands --------------------------------------------------------------------------------------------------
 
@@ -391,6 +405,7 @@ class GuestProcess:
             self._check_here()
             if vm.status is VmStatus.RUNNING:
                 vm.pause()
+                self._work.forget()
                 self._event("STOP")
 
     def _cont(self, arguments: dict[str, Any]) -> None:
@@ -449,13 +464,18 @@ class GuestProcess:
             result |= {
                 "memory_bytes": vm.config.memory_bytes,
                 "cpus": vm.config.cpus,
+                "cpu": str(model_of(vm.cpuid)),
+                "cpu_name": cpu_name(vm.cpuid),
                 "tracker": vm.log_dirty.tracker,
                 "huge_pages": str(vm.memory.huge_pages),
                 "huge_bytes": vm.memory.huge_bytes(),
                 "work": [status.work for status in read_status(vm.memory, vm.config.cpus)],
                 "exit_code": None if vm.end is None else vm.end.exit_code,
                 "crash": None if vm.end is None else vm.end.crash,
+                "oracle": self._oracle(),
             }
-            if isinstance(vm.log_dirty, CrossCheck):
-                result["oracle"] = {"trackers": vm.log_dirty.tracker, **asdict(vm.log_dirty.counts())}
         return result
+
+    def _oracle(self) -> dict[str, Any] | None:
+        log = None if self._vm is None else self._vm.log_dirty
+        return {"trackers": log.tracker, **asdict(log.counts())} if isinstance(log, CrossCheck) else None

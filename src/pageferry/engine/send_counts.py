@@ -1,0 +1,127 @@
+"""SendCounts: how often each page was sent, and in which rounds."""
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.frames import GfnArray
+from pageferry.core.sent_pages import HeatMap, HotRange, SentPages
+
+#: The heat map is counted in so many cells and rows at the most, and told in so many cells.
+_COUNTED_CELLS = 1 << 16
+_ROWS = 64
+_TOLD_CELLS = 256
+
+#: A page is hot that was sent again at least this share as often as the page that was sent most often.
+_HOT_SHARE = 0.5
+#: Hot pages are told in so many ranges, parted by the longest gaps between them: those of at least so many pages, and
+#: so many times the usual gap. (Of pages written at random, no gap among thousands is that much longer than the usual.)
+_HOT_RANGES = 8
+_MIN_GAP_PAGES = 64
+_GAP_FACTOR = 24
+
+
+class SendCounts:
+    """Counts sendings of pages. Any thread may count.
+
+    Costs 2 bytes of address space for each frame, and at most 16 MiB for the heat map; both take storage only where
+    something is sent. A page's count ends at 65,535.
+
+    Args:
+        gfn_limit: one more than the last frame.
+    """
+
+    def __init__(self, gfn_limit: int) -> None:
+        self._lock = threading.Lock()
+        self._sent = np.zeros(gfn_limit, np.uint16)
+        self._cell_shift = max(0, (gfn_limit - 1).bit_length() - (_COUNTED_CELLS.bit_length() - 1))
+        self._rows = np.zeros((_ROWS, ((gfn_limit - 1) >> self._cell_shift) + 1), np.uint32)
+        self._rounds_per_row = 1
+        self._rounds = 0
+
+    def add(self, index: int, gfns: GfnArray) -> None:
+        """Count one sending of each frame.
+
+        Args:
+            index: the round; rounds are counted from 0, and none is counted before an earlier one has begun.
+            gfns: uint64[n], strictly ascending, below ``gfn_limit``.
+        """
+        if not gfns.size:
+            return
+        cells = (gfns >> np.uint64(self._cell_shift)).astype(np.int64)
+        first = int(cells[0])
+        pages = np.bincount(cells - first)
+        with self._lock:
+            self._rounds = max(self._rounds, index + 1)
+            while index // self._rounds_per_row >= _ROWS:
+                self._halve_rows()
+            row = self._rows[index // self._rounds_per_row]
+            row[first : first + pages.size] += pages.astype(np.uint32)
+            counts = self._sent[gfns]
+            self._sent[gfns] = counts + (counts < np.iinfo(np.uint16).max)
+
+    def result(self) -> SentPages:
+        """Return what was counted so far."""
+        with self._lock:
+            gfns = np.flatnonzero(self._sent).astype(np.uint64)
+            sent = self._sent[gfns].astype(np.int64)
+            return SentPages(
+                pages=gfns.size,
+                rewritten_pages=int((sent > 1).sum()),
+                again_pages=int((sent - 1).sum()),
+                hot=_hot_ranges(gfns, sent),
+                heat=self._heat(gfns),
+            )
+
+    def _halve_rows(self) -> None:
+        half = _ROWS // 2
+        self._rows[:half] = self._rows[0::2] + self._rows[1::2]
+        self._rows[half:] = 0
+        self._rounds_per_row *= 2
+
+    def _heat(self, gfns: GfnArray) -> HeatMap:
+        counted = np.bincount((gfns >> np.uint64(self._cell_shift)).astype(np.int64), minlength=self._rows.shape[1])
+        used = np.flatnonzero(counted)
+        pages = counted[used]
+        told_pages = max(1, -(-gfns.size // _TOLD_CELLS))
+        _, first, place = np.unique((np.cumsum(pages) - 1) // told_pages, return_index=True, return_inverse=True)
+        last = np.append(first, used.size)[1:] - 1
+        rows = self._rows[: -(-self._rounds // self._rounds_per_row), used]
+        return HeatMap(
+            first_gfns=tuple((used[first] << self._cell_shift).tolist()),
+            last_gfns=tuple(((used[last] + 1 << self._cell_shift) - 1).tolist()),
+            pages=_sums(place, pages, first.size),
+            rounds_per_row=self._rounds_per_row,
+            rows=tuple(_sums(place, row, first.size) for row in rows),
+        )
+
+
+def _sums(place: NDArray[np.int64], values: NDArray[np.integer], size: int) -> tuple[int, ...]:
+    """Return for each of ``size`` places the sum of the values there."""
+    return tuple(np.bincount(place, weights=values, minlength=size).astype(np.int64).tolist())
+
+
+def _hot_ranges(gfns: GfnArray, sent: NDArray[np.int64]) -> tuple[HotRange, ...]:
+    again = sent - 1
+    if not again.any():
+        return ()
+    hot = gfns[again >= max(1.0, _HOT_SHARE * int(again.max()))]
+    gaps = np.diff(hot).astype(np.int64) - 1
+    at_least = max(_MIN_GAP_PAGES, _GAP_FACTOR * (float(np.median(gaps)) if gaps.size else 0.0))
+    parting = np.argsort(gaps, kind="stable")[::-1][: _HOT_RANGES - 1]
+    after = np.sort(parting[gaps[parting] >= at_least]) + 1
+    firsts = hot[np.concatenate(([0], after))]
+    lasts = hot[np.concatenate((after - 1, [hot.size - 1]))]
+    ranges = []
+    for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+        inside = slice(*np.searchsorted(gfns, np.array((first, last + 1), np.uint64)).tolist())
+        ranges.append(
+            HotRange(
+                first_gfn=first,
+                pages=last + 1 - first,
+                sent_pages=int(sent[inside].sum()),
+                again_pages=int(again[inside].sum()),
+            )
+        )
+    return tuple(sorted(ranges, key=lambda each: each.again_pages, reverse=True))
