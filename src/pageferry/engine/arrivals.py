@@ -7,6 +7,7 @@ from pageferry.core.errors import RecordError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import page_words
+from pageferry.engine.shares import connection_of
 from pageferry.engine.transport import Channel
 from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.records import PageDataHeader, ZeroPages
@@ -18,22 +19,26 @@ class Arrivals:
     Args:
         memory: the guest's; it began as zeros.
         channel: where page data comes from.
+        index: which connection that is, from 0.
+        connections: how many there are.
 
     Attributes:
         removed: the frames of RAM that the source has none for, as far as it was told.
     """
 
-    def __init__(self, memory: GuestMemory, channel: Channel) -> None:
+    def __init__(self, memory: GuestMemory, channel: Channel, index: int = 0, connections: int = 1) -> None:
         self._memory = memory
         self._words = page_words(memory)
         self._channel = channel
+        self._index = index
+        self._connections = connections
         self.removed = DirtyBitmap(memory.gfn_limit)
 
     def page_data(self, header: PageDataHeader) -> None:
         """Take one PAGE_DATA record: receive its page data.
 
         Raises:
-            RecordError: a page is outside the guest.
+            RecordError: a page is outside the guest, or another connection's.
             OSError: cut or stalled.
         """
         gone = header.pfns[header.types == PageType.XTAB]
@@ -51,7 +56,7 @@ class Arrivals:
         """Make pages zero.
 
         Raises:
-            RecordError: a page is outside the guest.
+            RecordError: a page is outside the guest, or another connection's.
         """
         self._check(record.pfns, "ZERO_PAGES", None)
         self._words[record.pfns] = 0
@@ -62,3 +67,7 @@ class Arrivals:
         inside = self._memory.are_ram(gfns)
         if not inside.all():
             raise RecordError(f"gfn {int(gfns[~inside][0]):#x} is outside the guest", record=record, offset=offset)
+        ours = connection_of(gfns, self._connections) == self._index
+        if not ours.all():
+            strange = int(gfns[~ours][0])
+            raise RecordError(f"gfn {strange:#x} belongs on another connection", record=record, offset=offset)

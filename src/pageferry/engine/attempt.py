@@ -18,6 +18,7 @@ from pageferry.core.events import DOWNTIME_PHASES, DeviceCost, Event, MigrationE
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
 from pageferry.engine.failures import as_migration_error
+from pageferry.engine.pacer import Pacer
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.throttle import Throttle
@@ -86,7 +87,9 @@ class Attempt(ABC):
         self._cancelled = False
         self._committed = False
         self._armed = False
-        self._channel: Channel | None = None
+        self._channels: list[Channel] = []
+        rate = wire.bandwidth_bytes_per_s
+        self._pacer = None if rate is None else Pacer(rate)
         self._encoder = Encoder()
         self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
@@ -120,7 +123,7 @@ class Attempt(ABC):
             sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
             zero_pages=sum(stats.zero_pages for stats in self._sender.rounds),
             remaining_pages=self._sender.remaining_pages,
-            sent_bytes=0 if self._channel is None else self._channel.sent_bytes,
+            sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
 
     @property
@@ -138,8 +141,8 @@ class Attempt(ABC):
             if self._committed:
                 return False
             self._cancelled = True
-            if self._channel is not None:
-                self._channel.abort()
+            for channel in self._channels:
+                channel.abort()
         return True
 
     def take_back(self) -> None:
@@ -199,8 +202,8 @@ class Attempt(ABC):
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
-        if self._channel is not None:
-            self._channel.close()
+        for channel in self._channels:
+            channel.close()
         self._throttle.close()
         if self._committed:
             self.guest_at = GuestAt.UNKNOWN
@@ -245,6 +248,7 @@ class Attempt(ABC):
             rounds=tuple(self._sender.rounds),
             total_s=self.elapsed_s,
             sent_bytes=self.traffic().sent_bytes,
+            connections=self._wire.connections,
             bandwidth_bytes_per_s=self._wire.bandwidth_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,

@@ -13,7 +13,7 @@ from pageferry.core.page_words import page_words, zero_pages
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Encoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD, PageType, RecordType
-from pageferry.stream.records import ZeroPages
+from pageferry.stream.records import End, ZeroPages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,9 @@ class Sent:
 
     def __add__(self, other: "Sent") -> "Sent":
         return Sent(pages=self.pages + other.pages, zero_pages=self.zero_pages + other.zero_pages)
+
+    def __sub__(self, other: "Sent") -> "Sent":
+        return Sent(pages=self.pages - other.pages, zero_pages=self.zero_pages - other.zero_pages)
 
 
 class Lane:
@@ -48,20 +51,25 @@ class Lane:
 
     @property
     def batch_pages(self) -> int:
-        """How many pages to send at once."""
+        """How many pages go into one record."""
         return MAX_PAGES_PER_RECORD if self.channel.pacer is None else self.channel.pacer.batch_pages
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> Sent:
-        """Send one batch; frames that are no RAM any more are left out.
+        """Send pages; frames that are no RAM any more are left out.
 
         Args:
-            gfns: uint64[n], strictly ascending, 1 to ``batch_pages``. Law 3: the CLEAN that reported them has
-                returned.
+            gfns: uint64[n], strictly ascending. Law 3: the CLEAN that reported them has returned.
             fresh: nothing was sent of these pages before, and the destination's memory began as zeros.
 
         Raises:
             OSError: cut or stalled.
         """
+        sent = Sent()
+        for at in range(0, gfns.size, self.batch_pages):
+            sent += self._send_batch(gfns[at : at + self.batch_pages], fresh=fresh)
+        return sent
+
+    def _send_batch(self, gfns: GfnArray, *, fresh: bool) -> Sent:
         present, zero, views = self._present(gfns, look_for_zeros=fresh or self._may_say_zero)
         buffers: list[bytes | memoryview] = []
         if fresh and present.size:
@@ -87,6 +95,14 @@ class Lane:
         for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
             batch = gfns[at : at + MAX_PAGES_PER_RECORD]
             self.channel.send([self._encoder.page_data(batch, np.full(batch.size, PageType.XTAB, np.uint8))])
+
+    def finish(self) -> None:
+        """End a section.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.record(End())])
 
     def _present(
         self, gfns: GfnArray, *, look_for_zeros: bool

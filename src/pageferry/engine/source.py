@@ -26,7 +26,7 @@ import numpy as np
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import GuestAt, PeerError, VerifyError
+from pageferry.core.errors import GuestAt, PeerError, TruncatedError, VerifyError
 from pageferry.core.events import DeviceCost, Phase, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Progress, RoundStats
@@ -34,8 +34,11 @@ from pageferry.core.vm import VmStatus
 from pageferry.engine import estimates, features, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
-from pageferry.engine.pacer import Pacer
+from pageferry.engine.lanes import Lanes
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -50,19 +53,20 @@ from pageferry.stream.ferry import (
 from pageferry.stream.ferry_frames import MAX_DIGESTS
 from pageferry.stream.format import RecordType
 from pageferry.stream.hvm_context import encode_machine_state
+from pageferry.stream.order import Role
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
 #: second, in which many of those that come later are written again.
 _CHUNK_PAGES = 1 << 18
-#: What may be in our stream beyond Xen's, if the destination agrees.
-_OFFER = (features.ZERO_PAGES,)
+#: A destination that fails cuts further connections first and then says why; so long we listen.
+_LAST_WORDS_S = 2.0
 
 
 class Source(Attempt):
     """One attempt to move a guest away, phase by phase."""
 
-    _lane: Lane
+    _lanes: Lanes
     _agreed: frozenset[RecordType]
 
     def _go(self) -> None:
@@ -71,14 +75,15 @@ class Source(Attempt):
             peer = self._connect()
         with phase(Phase.HELLO):
             self._hello(peer)
-        with phase(Phase.PRECOPY):
-            self._precopy(peer)
-        with phase(Phase.PAUSE):
-            self._pause()
-        with phase(Phase.STOP_AND_COPY):
-            self._stop_and_copy(peer)
-        with phase(Phase.STATE):
-            self._state(peer)
+        with contextlib.closing(self._lanes):
+            with phase(Phase.PRECOPY):
+                self._precopy(peer)
+            with phase(Phase.PAUSE):
+                self._pause()
+            with phase(Phase.STOP_AND_COPY):
+                self._stop_and_copy(peer)
+            with phase(Phase.STATE):
+                self._state(peer)
         with phase(Phase.VERIFY):
             self._verify(peer)
         with phase(Phase.HANDOFF):
@@ -92,14 +97,16 @@ class Source(Attempt):
             raise self._abort(f"the guest ended meanwhile ({why})")
 
     def _connect(self) -> Peer:
+        return Peer(self._open(), Side.SOURCE)
+
+    def _open(self) -> Channel:
         channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)
-        if self._wire.bandwidth_bytes_per_s is not None:
-            channel.pacer = Pacer(self._wire.bandwidth_bytes_per_s)
+        channel.pacer = self._pacer
         with self._commit_lock:
-            self._channel = channel
+            self._channels.append(channel)
             if self._cancelled:
                 raise self._abort("cancelled")
-        return Peer(channel, Side.SOURCE)
+        return channel
 
     def _hello(self, peer: Peer) -> None:
         peer.greet()
@@ -115,18 +122,25 @@ class Source(Attempt):
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
-                features=_OFFER,
+                features=features.offer(self._wire),
+                connections=self._wire.connections,
             )
         )
         hello = peer.receive()
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
-        if strange := set(hello.features) - set(_OFFER):
-            what = f"the destination uses {', '.join(sorted(strange))}, which was not offered"
-            raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
+        features.check_answer(self._wire, hello.features)
         self._agreed = features.records_of(hello.features)
-        self._lane = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed)
+        main = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed)
+        self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
+
+    def _join(self, token: str, index: int) -> Lane:
+        channel = self._open()
+        join(channel, token, index)
+        encoder = Encoder(Role.SECTION)
+        channel.send([encoder.header(agreed=self._agreed), encoder.record(StaticDataEnd())])
+        return Lane(self._vm.memory, channel, encoder, self._agreed)
 
     def _precopy(self, peer: Peer) -> None:
         log_dirty = self._vm.log_dirty
@@ -186,9 +200,15 @@ class Source(Attempt):
         def count_dirty() -> int:
             return 0 if final else self._vm.log_dirty.peek().count()
 
-        return self._sender.send(
-            self._lane, chunks, expected_pages=expected_pages, final=final, check=check, count_dirty=count_dirty
-        )
+        try:
+            return self._sender.send(
+                self._lanes, chunks, expected_pages=expected_pages, final=final, check=check, count_dirty=count_dirty
+            )
+        except OSError:
+            if peer.channel.readable(_LAST_WORDS_S if self._wire.connections > 1 else 0):
+                with contextlib.suppress(OSError, TruncatedError):
+                    check()  # the destination may have said why it cut the others
+            raise
 
     def _pause(self) -> None:
         self._vm.freeze()
@@ -200,7 +220,7 @@ class Source(Attempt):
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
         gfns = self._vm.log_dirty.peek().gfns()
         stats = self._send_round(peer, [gfns], expected_pages=gfns.size, final=True)
-        self._lane.send_removed(self._vm.memory.removed())
+        self._lanes.send_removed(self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
 
     def _state(self, peer: Peer) -> None:
@@ -212,6 +232,7 @@ class Source(Attempt):
             for device in state.devices
         )
         records = (TscInfo(), HvmParams(), HvmContext(data=context), End())
+        self._lanes.finish()
         peer.channel.send([self._encoder.record(record) for record in records])
         peer.stream_passed(self._encoder.offset)
 
@@ -261,4 +282,5 @@ class Source(Attempt):
     def _leave(self, peer: Peer) -> None:
         """The guest is gone: free what served its migration; it stays frozen here."""
         self._disarm()
-        peer.channel.close()
+        for channel in self._channels:
+            channel.close()

@@ -22,7 +22,7 @@ from pageferry.core.policies import make_policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
@@ -202,6 +202,7 @@ class GuestProcess:
             channel,
             self._machines.make_vm,
             accel=self._machines.accel,
+            accept=self._accept_more,
             on_event=self._on_incoming_event,
             before_run=self._arrived,
         )
@@ -220,6 +221,12 @@ class GuestProcess:
         if vm.status is VmStatus.RUNNING:
             self._event("RESUME")
         self._say("a guest has arrived and is ours")
+
+    def _accept_more(self, wait_s: float) -> Channel | None:
+        listener = self._listener
+        if listener is None:
+            raise ConnectionAbortedError("no longer listening")
+        return accept_within(listener, wait_s, DEFAULT_TIMEOUT_S)
 
     def _arrived(self, vm: Vm, name: str) -> None:
         with self._lock:
@@ -255,7 +262,9 @@ class GuestProcess:
             deadline_s=args.number("x-deadline-s"),
         )
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
-        wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
+        wire = WireOptions(
+            bandwidth_bytes_per_s=args.integer("x-bandwidth"), connections=args.integer("x-connections") or 1
+        )
         args.done()
         with self._lock:
             vm = self._guest()
