@@ -1,30 +1,37 @@
 """How pages travel: every way there is ends in equal memory, and the report says what an independent count says."""
 
 import contextlib
+import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
 from pageferry.core.bitmap import expand_runs
+from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import GuestAt, MigrationError, UsageError
 from pageferry.core.events import RoundProgress
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.token_bucket import BURST_S
-from pageferry.engine import features
+from pageferry.engine import features, lanes
+from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
+from pageferry.engine.prove import VerifyMode
+from pageferry.engine.sections import Activity, read_stream
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint
+from pageferry.engine.transport import Channel, Endpoint, accept_within
 from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.ferry import Conversation, FerryDecoder, Side, SourceHello
+from pageferry.stream.ferry import Conversation, FerryDecoder, Join, Side, SourceHello
 from pageferry.stream.format import EXTENSIONS, PageType
-from pageferry.stream.records import PageData, ZeroPages
+from pageferry.stream.order import Role
+from pageferry.stream.records import Audit, PageData, ZeroPages
 
 #: Frames that no guest program touches.
 FREE = np.arange(6000, 6400, dtype=np.uint64)
@@ -32,30 +39,34 @@ FREE = np.arange(6000, 6400, dtype=np.uint64)
 
 @dataclass
 class Taped:
-    """An endpoint that keeps a copy of what the source sends."""
+    """An endpoint that keeps a copy of what the source sends, connection by connection."""
 
     endpoint: Endpoint
-    tape: bytearray = field(default_factory=bytearray)
+    before_connect: Callable[[int], None] = lambda index: None
+    tapes: list[bytearray] = field(default_factory=list)
+    channels: list[Channel] = field(default_factory=list)
 
     def connect(self, timeout_s, given_up):
+        self.before_connect(len(self.tapes))
         channel = self.endpoint.connect(timeout_s, given_up)
-        send = channel.send
+        self.channels.append(channel)
+        tape, send = bytearray(), channel.send
+        self.tapes.append(tape)
 
         def tee(buffers):
             copies = [bytes(buffer) for buffer in buffers]  # the guest may write meanwhile: send what is on the tape
-            self.tape.extend(b"".join(copies))
+            tape.extend(b"".join(copies))
             send(copies)
 
         channel.send = tee
         return channel
 
-    def records(self, agreed=EXTENSIONS):
-        """The records of the stream that is on the tape, which a strict reader takes."""
-        talk = Conversation(Side.DESTINATION)
-        hello = FerryDecoder(talk)
-        hello.feed(bytes(self.tape))
-        assert isinstance(hello.next_event(), SourceHello)
-        stream = Decoder(agreed=agreed)
+    def records(self, agreed=EXTENSIONS, connection=0):
+        """The records of the stream on a tape, or of the section there, which a strict reader takes."""
+        hello = FerryDecoder(Conversation(Side.DESTINATION))
+        hello.feed(bytes(self.tapes[connection]))
+        assert isinstance(hello.next_event(), Join if connection else SourceHello)
+        stream = Decoder(agreed=agreed, role=Role.SECTION if connection else Role.READER)
         stream.feed(hello.trailing_data)
         events = []
         while (event := stream.next_event()) is not NEED_DATA:
@@ -88,6 +99,7 @@ class Move:
         self._accel = accel
         self.there = None
         self.made = []
+        self.accepted = []
         self.taped = None
 
     def _make(self, config):
@@ -96,16 +108,24 @@ class Move:
 
     def _serve(self, listener):
         try:
-            channel = Channel(listener.accept()[0], 10)
-            self.there = Destination(channel, self._make, accel=self._accel).run()
+            channel = self.first = Channel(listener.accept()[0], 10)
+            self.there = Destination(
+                channel, self._make, accel=self._accel, accept=lambda wait_s: self._accept(listener, wait_s)
+            ).run()
         except MigrationError as error:
             self.there = error
 
-    def run(self, policy=None, **options):
+    def _accept(self, listener, wait_s):
+        channel = accept_within(listener, wait_s, 10)
+        if channel is not None:
+            self.accepted.append(channel)
+        return channel
+
+    def run(self, policy=None, *, before_connect=lambda index: None, **options):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             server = threading.Thread(target=self._serve, args=(listener,))
             server.start()
-            self.taped = Taped(Endpoint(host="127.0.0.1", port=listener.getsockname()[1]))
+            self.taped = Taped(Endpoint(host="127.0.0.1", port=listener.getsockname()[1]), before_connect)
             try:
                 self.source = Source(self.vm, self.taped, policy or XenPolicy(), timeout_s=10, **options)
                 return self.source.run()
@@ -143,6 +163,22 @@ def named_zero(events):
     return [np.concatenate([np.empty(0, np.uint64), *each]).tolist() for each in (first, later)]
 
 
+@pytest.mark.parametrize("connections", [1, 3])
+def test_an_audit_follows_each_page_on_its_connection(guests, move, connections):
+    vm = guests("random", working_set_bytes=8 << 20)
+    vm.resume()
+    trip = move(vm)
+    wire = WireOptions(connections=connections)
+    report = trip.run(Steps(4, lambda index: None), verify=VerifyMode.AUDIT, wire=wire)
+    assert report.verified
+    audited = []
+    for index in range(connections):
+        records = [record for record in trip.taped.records(connection=index) if isinstance(record, Audit)]
+        audited.append((np.concatenate([record.first_gfns for record in records]) // 512 % connections).tolist())
+    assert [set(each) for each in audited] == [{index} for index in range(connections)]
+    assert 0 < report.audited_pages < report.verified_pages
+
+
 # -- zero pages --------------------------------------------------------------------------------------------------------
 
 
@@ -176,7 +212,7 @@ def test_zero_pages_travel_by_name(guests, move):
 
 
 def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeypatch):
-    monkeypatch.setattr(features, "agree", lambda offered: ())
+    monkeypatch.setattr(features, "agree", lambda offered, several_connections: ())
     vm = guests("idle")
     fill(vm, FREE, 1)
     trip = move(vm)
@@ -190,11 +226,11 @@ def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeyp
 
 
 def test_a_destination_that_takes_up_what_was_not_offered_is_refused(guests, move, monkeypatch):
-    monkeypatch.setattr(features, "agree", lambda offered: ("teleport",))
+    monkeypatch.setattr(features, "agree", lambda offered, several_connections: ("teleport",))
     monkeypatch.setattr(features, "records_of", lambda agreed: frozenset())
     vm = guests("idle")
     trip = move(vm)
-    with pytest.raises(MigrationError, match="teleport, which was not offered") as failed:
+    with pytest.raises(MigrationError, match="uses teleport, which was not offered") as failed:
         trip.run()
     assert failed.value.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
@@ -224,7 +260,7 @@ def test_a_capped_migration_is_no_faster_than_the_cap_from_the_first_byte_to_the
     trip = move(vm)
     report = trip.run(wire=WireOptions(bandwidth_bytes_per_s=cap))
     assert report.verified
-    assert report.sent_bytes == len(trip.taped.tape)
+    assert report.sent_bytes == len(trip.taped.tapes[0])
     assert report.bandwidth_bytes_per_s == cap
     assert report.sent_bytes <= 1.05 * cap * (report.total_s + BURST_S)
     for stats in report.rounds:  # the stop-and-copy too
@@ -248,3 +284,211 @@ def test_a_cap_below_what_a_peer_waits_for_is_refused():
     with pytest.raises(UsageError, match="65535 bytes a second is too little") as refused:
         WireOptions(bandwidth_bytes_per_s=MIN_BANDWIDTH_BYTES_PER_S - 1)
     assert "0 for no limit" in refused.value.hint
+
+
+# -- several connections -----------------------------------------------------------------------------------------------
+
+#: Frames of eight 2 MiB pieces, so of every connection there can be here.
+WIDE = np.arange(2048, 6144, 16, dtype=np.uint64)
+
+
+def expect_as_before(vm, move):
+    """The guest is here and free, log-dirty is off, and the next attempt works."""
+    assert not vm.log_dirty.enabled
+    trip = move(vm)
+    assert trip.run(wire=WireOptions(connections=2)).status == "completed"
+    trip.expect_equal()
+
+
+@pytest.mark.parametrize("connections", [2, 3, 4])
+def test_every_page_travels_on_its_own_connection_in_order(guests, move, connections):
+    vm = guests("idle")
+    fill(vm, WIDE, 1)
+
+    def change(index):
+        fill(vm, WIDE[:: index + 2], 2 + index)
+        fill(vm, WIDE[index::7], 0)
+
+    trip = move(vm)
+    report = trip.run(Steps(4, change), wire=WireOptions(connections=connections))
+    trip.expect_equal()
+    assert report.verified
+    assert report.connections == len(trip.taped.tapes) == connections
+    assert report.sent_bytes == sum(map(len, trip.taped.tapes))
+    sent = []
+    for connection in range(connections):
+        events = trip.taped.records(connection=connection)
+        pfns = np.concatenate([e.pfns for e in events if isinstance(e, PageData | ZeroPages)])
+        assert set(((pfns >> np.uint64(9)) % np.uint64(connections)).tolist()) == {connection}
+        sent.append(pfns.size)
+    assert sum(sent) == sum(stats.sent_pages for stats in report.rounds)
+    zeros = [sum(map(len, named_zero(trip.taped.records(connection=each)))) for each in range(connections)]
+    assert sum(zeros) == sum(stats.zero_pages for stats in report.rounds)
+
+
+@pytest.mark.parametrize("workload", ["random", "hotset"])
+def test_a_running_guest_moves_over_several_connections(guests, move, workload):
+    vm = guests(workload)
+    fill(vm, WIDE, 3)
+    vm.resume()
+    trip = move(vm)
+    report = trip.run(wire=WireOptions(connections=3, bandwidth_bytes_per_s=64 << 20))
+    assert report.verified
+    assert report.sent_bytes <= 1.05 * (64 << 20) * (report.total_s + BURST_S)  # all of them together
+    assert read_status(trip.there.memory, 1)[0].work >= read_status(vm.memory, 1)[0].work
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+@pytest.mark.parametrize("connection", [0, 1, 2])
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_lost_connection_fails_the_migration_whichever_it_is(guests, move, side, connection, when):
+    vm = guests("idle")
+    fill(vm, WIDE, 1)
+    trip = move(vm)
+
+    def cut(index):
+        fill(vm, WIDE, 2 + index)
+        if index == when:
+            channels = trip.taped.channels if side == "source" else [trip.first, *trip.accepted]
+            channels[connection].abort()
+
+    with pytest.raises(MigrationError) as failed:
+        trip.run(Steps(6, cut), wire=WireOptions(connections=3))
+    assert failed.value.guest_at is GuestAt.SOURCE
+    assert re.search(r"cut|stood still", str(failed.value))
+    assert isinstance(trip.there, MigrationError)
+    expect_as_before(vm, move)
+
+
+@pytest.mark.parametrize("says", ["hello", "token", "index", "nothing", "noise"])
+def test_a_stranger_cannot_join_and_does_no_harm(guests, move, says):
+    vm = guests("idle")
+    strangers, refusals = [], []
+
+    def knock(index):
+        if index != 2:  # connection 1 has joined, and 2 is waited for
+            return
+        channel = trip.taped.endpoint.connect(10)
+        strangers.append(channel)
+        peer = Peer(channel, Side.SOURCE)
+        if says == "noise":
+            channel.send([b"GET / HTTP/1.1\r\n\r\n"])
+        elif says != "nothing":
+            peer.greet()
+        if says == "hello":
+            peer.send(
+                SourceHello(version="1", memory_bytes=4096, cpus=1, accel="soft", cpuid=vm.cpuid, migration_id="x")
+            )
+        if says == "token":
+            peer.send(Join(token="guess", index=2))
+        if says == "index":  # somebody who knows the token, and one that is taken
+            token = re.search(rb'"token":"(\w+)"', bytes(trip.taped.tapes[1])).group(1).decode()
+            peer.send(Join(token=token, index=1))
+        if says in ("hello", "token", "index"):
+            refusals.append(peer)
+        if says == "nothing":
+            channel.abort()
+
+    trip = move(vm)
+    report = trip.run(before_connect=knock, wire=WireOptions(connections=3))
+    trip.expect_equal()
+    assert report.status == "completed"
+    for peer in refusals:
+        with pytest.raises(PeerFailedError, match="another guest is being received"):
+            peer.receive()
+    for channel in strangers:
+        channel.close()
+
+
+def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm, accel):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
+        errors = []
+
+        def serve():
+            try:
+                Destination(Channel(listener.accept()[0], 10), make_vm, accel=accel).run()
+            except MigrationError as error:
+                errors.append(error)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        channel = endpoint.connect(10)
+        peer = Peer(channel, Side.SOURCE)
+        peer.greet()
+        peer.send(Join(token="late", index=1))
+        with pytest.raises(PeerFailedError, match="Join out of turn"):
+            peer.receive()
+        channel.close()
+        server.join()
+    assert errors[0].guest_at is GuestAt.SOURCE
+
+
+def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_vm, accel):
+    left, right = socket.socketpair()
+    source = Channel(left, 10)
+    asked = threading.Event()
+
+    def accept(wait_s):
+        asked.set()
+        source.abort()
+
+    destination = Destination(Channel(right, 3600), make_vm, accel=accel, accept=accept)
+    peer = Peer(source, Side.SOURCE)
+    peer.greet()
+    hello = {"version": "1", "memory_bytes": 32 << 20, "cpus": 1, "accel": "soft", "cpuid": SOFT_CPU}
+    peer.send(SourceHello(**hello, migration_id="x", features=("connections",), connections=2))
+    with pytest.raises(MigrationError, match="cut") as failed:
+        destination.run()
+    assert asked.is_set()
+    assert failed.value.guest_at is GuestAt.SOURCE
+    source.close()
+
+
+def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests, move, monkeypatch):
+    sound = features.agree
+    monkeypatch.setattr(features, "agree", lambda offer, several_connections: sound(offer, several_connections=False))
+    vm = guests("idle")
+    with pytest.raises(MigrationError, match="takes one connection only") as failed:
+        move(vm).run(wire=WireOptions(connections=2))
+    assert failed.value.hint == "leave out --connections"
+    assert failed.value.guest_at is GuestAt.SOURCE
+
+
+def test_a_page_on_another_pages_connection_is_refused(guests, move, monkeypatch):
+    one = np.uint64(1)
+    monkeypatch.setattr(lanes, "connection_of", lambda gfns, count: (gfns // np.uint64(512) + one) % np.uint64(count))
+    vm = guests("idle")
+    fill(vm, WIDE, 1)
+    with pytest.raises(MigrationError, match="belongs on another connection") as failed:
+        move(vm).run(wire=WireOptions(connections=2))
+    assert failed.value.guest_at is GuestAt.SOURCE
+    assert not vm.log_dirty.enabled
+
+
+@pytest.mark.parametrize("connections", [0, 17])
+def test_impossible_numbers_of_connections_are_refused(connections):
+    with pytest.raises(UsageError, match=f"{connections} connections are not possible"):
+        WireOptions(connections=connections)
+
+
+def test_a_connection_with_nothing_to_carry_is_not_stalled_while_another_carries():
+    now = [0.0]
+    activity = Activity(lambda: now[0])
+    stalls = []
+
+    class Idle:
+        timeout_s = 30
+
+        def receive_some(self, at_most_bytes):
+            now[0] += 30
+            stalls.append(now[0])
+            if len(stalls) < 3:
+                now[0] -= 1
+                activity.note()  # another connection, a second ago
+                now[0] += 1
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity))
+    assert stalls == [30, 60, 90]

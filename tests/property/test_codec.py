@@ -20,6 +20,8 @@ from pageferry.stream.ferry import (
     Failed,
     FerryDecoder,
     FerryEncoder,
+    Join,
+    Joined,
     Mismatch,
     Ready,
     Refuse,
@@ -331,8 +333,13 @@ frames = st.one_of(
         machine=names,
         name=names,
         populated=runs(),
+        connections=st.integers(1, 16),
     ),
-    st.builds(DestinationHello, version=names, accel=names, features=st.lists(names, max_size=4).map(tuple)),
+    st.builds(
+        DestinationHello, version=names, accel=names, features=st.lists(names, max_size=4).map(tuple), token=names
+    ),
+    st.builds(Join, token=names, index=st.integers(1, 15)),
+    st.builds(Joined),
     st.builds(Refuse, reason=names, hint=names),
     digests(),
     st.builds(

@@ -28,6 +28,8 @@ from pageferry.stream.ferry import (
     Failed,
     FerryDecoder,
     FerryEncoder,
+    Join,
+    Joined,
     Mismatch,
     Phase,
     Ready,
@@ -122,6 +124,10 @@ def advance(ends, phase):
     elif phase is Phase.CLOSED:
         advance(ends, Phase.COMPARING)
         destination.tell(source, Failed(reason="x"))
+    elif phase in (Phase.JOINING, Phase.JOINED):
+        source.tell(destination, Join(token="t", index=1))
+        if phase is Phase.JOINED:
+            destination.tell(source, Joined())
     elif phase is not Phase.GREETING:
         for reached, step in steps:
             step()
@@ -176,10 +182,10 @@ def test_a_refusal_may_come_before_the_hello_is_read(ends):
 
 
 EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
-EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f")]
+EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(token="t", index=15), Joined()]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
-    (Phase.GREETING, SOURCE): {SourceHello},
+    (Phase.GREETING, SOURCE): {SourceHello, Join},
     (Phase.GREETING, DESTINATION): {Refuse, Failed},
     (Phase.ANSWERING, SOURCE): set(),
     (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
@@ -199,6 +205,10 @@ ALLOWED = {
     (Phase.RUNNING, DESTINATION): set(),
     (Phase.CLOSED, SOURCE): set(),
     (Phase.CLOSED, DESTINATION): set(),
+    (Phase.JOINING, SOURCE): set(),
+    (Phase.JOINING, DESTINATION): {Joined, Refuse, Failed},
+    (Phase.JOINED, SOURCE): set(),
+    (Phase.JOINED, DESTINATION): set(),
 }
 
 
@@ -347,7 +357,7 @@ def test_a_peer_that_goes_away_is_truncated(cut):
         decoder.eof()
 
 
-@pytest.mark.parametrize("phase", [p for p in Phase if p not in (Phase.RUNNING, Phase.CLOSED)])
+@pytest.mark.parametrize("phase", [p for p in Phase if p not in (Phase.RUNNING, Phase.CLOSED, Phase.JOINED)])
 def test_a_peer_that_goes_away_between_frames_is_truncated(ends, phase):
     advance(ends, phase)
     for end in ends:
@@ -378,9 +388,12 @@ def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
         FrameType.DIGESTS: Phase.DIGESTING,
         FrameType.COMMIT: Phase.READY,
         FrameType.RUNNING: Phase.COMMITTED,
+        FrameType.JOIN: Phase.GREETING,
+        FrameType.JOINED: Phase.JOINING,
     }
     advance(ends, phases.get(frame_type, Phase.COMPARING))
-    listener = ends[1 if frame_type in (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT) else 0]
+    from_source = (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT, FrameType.JOIN)
+    listener = ends[1 if frame_type in from_source else 0]
     length = 0xFFFF_FFFF if excess is None else MAX_BODY_BYTES[frame_type] + excess
     tracemalloc.start()
     listener.decoder.feed(struct.pack("<II", frame_type, length))

@@ -2,15 +2,16 @@
 
 import numpy as np
 
-from pageferry.core.bitmap import DirtyBitmap, runs_of
+from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of
 from pageferry.core.errors import RecordError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import page_words
-from pageferry.engine.audit import AuditedPages
+from pageferry.engine.audit import AuditedPages, AuditMismatchError
+from pageferry.engine.shares import connection_of
 from pageferry.engine.transport import Channel
 from pageferry.stream.format import PageType, carries_data
-from pageferry.stream.records import PageDataHeader, ZeroPages
+from pageferry.stream.records import Audit, PageDataHeader, ZeroPages
 
 
 class Arrivals:
@@ -19,16 +20,27 @@ class Arrivals:
     Args:
         memory: the guest's; it began as zeros.
         channel: where page data comes from.
+        index: which connection that is, from 0.
+        connections: how many there are.
         audited: what is proven, to be told of what arrives anew; None where nothing is audited.
 
     Attributes:
         removed: the frames of RAM that the source has none for, as far as it was told.
     """
 
-    def __init__(self, memory: GuestMemory, channel: Channel, audited: AuditedPages | None = None) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        channel: Channel,
+        index: int = 0,
+        connections: int = 1,
+        audited: AuditedPages | None = None,
+    ) -> None:
         self._memory = memory
         self._words = page_words(memory)
         self._channel = channel
+        self._index = index
+        self._connections = connections
         self._audited = audited
         self.removed = DirtyBitmap(memory.gfn_limit)
 
@@ -36,7 +48,7 @@ class Arrivals:
         """Take one PAGE_DATA record: receive its page data.
 
         Raises:
-            RecordError: a page is outside the guest.
+            RecordError: a page is outside the guest, or another connection's.
             OSError: cut or stalled.
         """
         gone = header.pfns[header.types == PageType.XTAB]
@@ -53,11 +65,27 @@ class Arrivals:
         """Make pages zero.
 
         Raises:
-            RecordError: a page is outside the guest.
+            RecordError: a page is outside the guest, or another connection's.
         """
         self._check(record.pfns, "ZERO_PAGES", None)
         self._words[record.pfns] = 0
         self._arrived(record.pfns)
+
+    def audit(self, record: Audit) -> None:
+        """Compare what was digested while the guest ran.
+
+        Raises:
+            AuditMismatchError: a run is not what it is at the source.
+            RecordError: nobody agreed on audits, or a page is outside the guest.
+        """
+        pages = record.pages.astype(np.uint64)
+        gfns = expand_runs(record.first_gfns, pages)
+        self._check(gfns, "AUDIT", None)
+        if self._audited is None:
+            raise RecordError("audits were not agreed upon", record="AUDIT")
+        index = self._audited.compare(record.first_gfns, pages, record.digests)
+        if index is not None:
+            raise AuditMismatchError(int(record.first_gfns[index]), int(pages[index]))
 
     def _arrived(self, gfns: GfnArray) -> None:
         self._memory.wrote(gfns)
@@ -69,3 +97,7 @@ class Arrivals:
         inside = self._memory.are_ram(gfns)
         if not inside.all():
             raise RecordError(f"gfn {int(gfns[~inside][0]):#x} is outside the guest", record=record, offset=offset)
+        ours = connection_of(gfns, self._connections) == self._index
+        if not ours.all():
+            strange = int(gfns[~ours][0])
+            raise RecordError(f"gfn {strange:#x} belongs on another connection", record=record, offset=offset)

@@ -29,6 +29,7 @@ from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.guest_time import StallMeter
+from pageferry.engine.pacer import Pacer
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.prove import Prover, VerifyMode
 from pageferry.engine.rounds import PageSender
@@ -112,9 +113,12 @@ class Attempt(ABC):
         self._cancelled = False
         self._committed = False
         self._armed = False
-        self._channel: Channel | None = None
+        self._channels: list[Channel] = []
+        rate = wire.bandwidth_bytes_per_s
+        self._pacer = None if rate is None else Pacer(rate)
         self._encoder = Encoder()
         self._sent = SendCounts(vm.memory.gfn_limit)
+        self._sent_lock = threading.Lock()
         self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._stall = StallMeter(vm, self._clock.now_s, work_before)
@@ -150,7 +154,7 @@ class Attempt(ABC):
             sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
             zero_pages=sum(stats.zero_pages for stats in self._sender.rounds),
             remaining_pages=self._sender.remaining_pages,
-            sent_bytes=0 if self._channel is None else self._channel.sent_bytes,
+            sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
 
     @property
@@ -168,8 +172,8 @@ class Attempt(ABC):
             if self._committed:
                 return False
             self._cancelled = True
-            if self._channel is not None:
-                self._channel.abort()
+            for channel in self._channels:
+                channel.abort()
         return True
 
     def take_back(self) -> None:
@@ -230,8 +234,8 @@ class Attempt(ABC):
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
         self._stall.end()
-        if self._channel is not None:
-            self._channel.close()
+        for channel in self._channels:
+            channel.close()
         self._prover.close()
         self._throttle.close()
         if self._committed:
@@ -277,6 +281,7 @@ class Attempt(ABC):
             rounds=tuple(self._sender.rounds),
             total_s=self.elapsed_s,
             sent_bytes=self.traffic().sent_bytes,
+            connections=self._wire.connections,
             bandwidth_bytes_per_s=self._wire.bandwidth_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,

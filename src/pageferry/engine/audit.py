@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs, split_runs
-from pageferry.core.errors import VmError
+from pageferry.core.errors import VerifyError, VmError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine import verify
@@ -43,6 +43,10 @@ class Proof:
     first_gfns: GfnArray
     pages: GfnArray
     digests: verify.Digests
+
+    def part(self, chosen: NDArray[np.bool_]) -> "Proof":
+        """Return the runs that are chosen, bool[n]."""
+        return Proof(first_gfns=self.first_gfns[chosen], pages=self.pages[chosen], digests=self.digests[chosen])
 
 
 class Auditor:
@@ -114,7 +118,7 @@ class Auditor:
             moved = self._peek()  # after the line above: the marks of all that was digested are there
             moved |= self._taken
             kept = ~_any_in_runs(moved, proof.first_gfns, proof.pages)
-            proof = Proof(first_gfns=proof.first_gfns[kept], pages=proof.pages[kept], digests=proof.digests[kept])
+            proof = proof.part(kept)
             self._remember(proof)
             self._proof = self._piece = None
             self._changed.notify_all()
@@ -208,8 +212,17 @@ class Auditor:
             self._changed.notify_all()
 
 
+class AuditMismatchError(VerifyError):
+    """A run is not what it is at the source: ``pages`` frames from ``first_gfn``."""
+
+    def __init__(self, first_gfn: int, pages: int) -> None:
+        super().__init__("a page is not the source's, which reported no write to it", gfn=None)
+        self.first_gfn = first_gfn
+        self.pages = pages
+
+
 class AuditedPages:
-    """The destination's half: which frames were proven and have not arrived anew since.
+    """The destination's half: which frames were proven and have not arrived anew since. For threads of any number.
 
     Args:
         memory: the guest's, here.
@@ -217,11 +230,13 @@ class AuditedPages:
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
+        self._lock = threading.Lock()
         self._proven = DirtyBitmap(memory.gfn_limit)
 
     def arrived(self, gfns: GfnArray) -> None:
         """These frames (uint64[n]) have new content."""
-        self._proven.clear(gfns)
+        with self._lock:
+            self._proven.clear(gfns)
 
     def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> int | None:
         """Digest the runs here; return the index of the first that differs, or None: then they are proven.
@@ -231,7 +246,8 @@ class AuditedPages:
         """
         index = verify.first_difference(verify.digest_runs(self._memory, first_gfns, pages), digests)
         if index is None:
-            self._proven.set_runs(first_gfns, pages)
+            with self._lock:
+                self._proven.set_runs(first_gfns, pages)
         return index
 
     def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:

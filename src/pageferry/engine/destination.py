@@ -8,13 +8,12 @@ here, and none ever ran.
 """
 
 import contextlib
-import threading
+import secrets
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.bitmap import DirtyBitmap, split_runs
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -30,7 +29,7 @@ from pageferry.core.errors import (
     VmError,
 )
 from pageferry.core.events import Event, Phase
-from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import available_bytes
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
@@ -38,9 +37,12 @@ from pageferry.core.units import format_size
 from pageferry.core.vm import MachineModel, Vm, VmConfig
 from pageferry.engine import features, verify
 from pageferry.engine.arrivals import Arrivals
-from pageferry.engine.audit import AuditedPages
+from pageferry.engine.audit import AuditedPages, AuditMismatchError
 from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.joining import Accept, take_in
 from pageferry.engine.phases import PhaseClock, guarded
+from pageferry.engine.populator import Populator
+from pageferry.engine.sections import Sections, read_stream
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import (
@@ -57,8 +59,7 @@ from pageferry.stream.ferry import (
     SourceHello,
 )
 from pageferry.stream.hvm_context import decode_machine_state
-from pageferry.stream.intake import Need
-from pageferry.stream.records import Audit, CpuidPolicy, HvmContext, PageDataHeader, StaticDataEnd, ZeroPages
+from pageferry.stream.records import CpuidPolicy, HvmContext, StaticDataEnd
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -79,6 +80,7 @@ class Destination:
         channel: the accepted connection; closed at the end.
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         accel: what kind of machine it makes.
+        accept: where further connections of the same migration come from; None: it takes one only.
         on_event: sees phases begin and end.
         before_run: called with the Vm and the guest's name when it is ours, just before it runs.
     """
@@ -89,12 +91,15 @@ class Destination:
         make_vm: Callable[[VmConfig], Vm],
         *,
         accel: str,
+        accept: Accept | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
         before_run: Callable[[Vm, str], None] = _ignore_arrival,
     ) -> None:
         self._channel = channel
         self._make_vm = make_vm
         self._accel = accel
+        self._accept = accept
+        self._features: tuple[str, ...] = ()
         self._before_run = before_run
         self._clock = PhaseClock(guarded(on_event))
         self._peer = Peer(channel, Side.DESTINATION)
@@ -115,9 +120,9 @@ class Destination:
         try:
             with self._failures():
                 with self._clock.phase(Phase.HELLO):
-                    vm, hello = self._hello()
-                with _Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
-                    state = self._receive_stream(vm, hello)
+                    vm, hello, others = self._hello()
+                with Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
+                    state = self._receive_stream(vm, hello, others)
                 with self._clock.phase(Phase.STATE):
                     vm.load_state(state)
                 with self._clock.phase(Phase.VERIFY):
@@ -169,7 +174,7 @@ class Destination:
         what = f"the source sent {type(frame).__name__} out of turn"
         return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 
-    def _hello(self) -> tuple[Vm, SourceHello]:
+    def _hello(self) -> tuple[Vm, SourceHello, list[Channel]]:
         patience_s, self._channel.timeout_s = self._channel.timeout_s, min(self._channel.timeout_s, _HELLO_TIMEOUT_S)
         self._peer.greet()
         hello = self._peer.receive()
@@ -187,58 +192,62 @@ class Destination:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
             raise
-        used = features.agree(hello.features)
-        if features.AUDIT in used:
-            self._audited = AuditedPages(vm.memory)
-        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=used))
-        return vm, hello
+        try:
+            return vm, hello, self._answer(hello)
+        except BaseException:
+            vm.close()
+            raise
 
-    def _receive_stream(self, vm: Vm, hello: SourceHello) -> MachineState:
+    def _answer(self, hello: SourceHello) -> list[Channel]:
+        # Say what is used of the offer; return the further connections.
+        self._features = features.agree(hello.features, several_connections=self._accept is not None)
+        several = self._accept is not None and features.CONNECTIONS in self._features
+        token = secrets.token_hex(16) if several else ""
+        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=self._features, token=token))
+        if self._accept is None or not several:
+            return []
+        return take_in(self._channel, self._accept, token, hello.connections)
+
+    def _receive_stream(self, vm: Vm, hello: SourceHello, others: list[Channel]) -> MachineState:
+        try:
+            return self._receive(vm, hello, others)
+        except AuditMismatchError as error:
+            self._send_mismatch(vm.memory, error.first_gfn, error.pages)
+            raise
+
+    def _receive(self, vm: Vm, hello: SourceHello, others: list[Channel]) -> MachineState:
         memory = vm.memory
-        agreed = features.records_of(features.agree(hello.features))
+        if features.AUDIT in self._features:
+            self._audited = AuditedPages(memory)
+        agreed = features.records_of(self._features)
         decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit, agreed=agreed)
-        arrivals = self._arrivals(memory)
+        connections = 1 + len(others)
+        arrivals = self._arrivals(memory, self._channel, 0, connections)
         context = b""
         policy = CpuidPolicy(leaves=())
-        while not decoder.ended:
-            event = decoder.next_event()
-            if isinstance(event, Need):
-                data = self._channel.receive_some(decoder.wanted_bytes)
-                if not data:
-                    decoder.eof()
-                    raise TruncatedError("the stream stops before END")
-                decoder.feed(data)
-            elif isinstance(event, PageDataHeader):
-                arrivals.page_data(event)
-                decoder.payload_received()
-            elif isinstance(event, Audit):
-                self._audit(memory, event)
-            elif isinstance(event, ZeroPages):
-                arrivals.zero_pages(event)
-            elif isinstance(event, CpuidPolicy):
-                policy = event
-            elif isinstance(event, StaticDataEnd):
-                if policy.leaves != hello.cpuid:
-                    raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
-            elif isinstance(event, HvmContext):
-                context = event.data
-        if arrivals.removed.any():
-            vm.remove_pages(arrivals.removed.gfns())
+        with Sections(
+            self._channel,
+            others,
+            lambda channel, index: self._arrivals(memory, channel, index, connections),
+            gfn_limit=memory.gfn_limit,
+            agreed=agreed,
+        ) as sections:
+            for event in read_stream(self._channel, decoder, arrivals, sections.activity):
+                if isinstance(event, CpuidPolicy):
+                    policy = event
+                elif isinstance(event, StaticDataEnd):
+                    if policy.leaves != hello.cpuid:
+                        raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
+                elif isinstance(event, HvmContext):
+                    context = event.data
+        removed = arrivals.removed | sections.removed()
+        if removed.any():
+            vm.remove_pages(removed.gfns())
         self._peer.stream_passed(decoder.offset)
         return decode_machine_state(context)
 
-    def _arrivals(self, memory: GuestMemory) -> Arrivals:
-        return Arrivals(memory, self._channel, self._audited)
-
-    def _audit(self, memory: GuestMemory, record: Audit) -> None:
-        """Compare what was digested while the guest ran; a difference ends the attempt."""
-        if self._audited is None:  # the decoder knows what was agreed
-            raise RecordError("audits were not agreed upon", record="AUDIT")
-        pages = record.pages.astype(np.uint64)
-        index = self._audited.compare(record.first_gfns, pages, record.digests)
-        if index is not None:
-            self._send_mismatch(memory, int(record.first_gfns[index]), int(pages[index]))
-            raise VerifyError("a page is not the source's, which reported no write to it", gfn=None)
+    def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
+        return Arrivals(memory, channel, index, connections, self._audited)
 
     def _verify(self, memory: GuestMemory) -> None:
         starts: list[np.typing.NDArray[np.uint64]] = []
@@ -324,36 +333,3 @@ def _expect_room(memory: GuestMemory, hello: SourceHello) -> None:
             f"the guest holds {format_size(needed_bytes)}, this host has {format_size(available)} available",
             hint="free memory here, or choose another destination",
         )
-
-
-class _Populator:
-    """Gives storage to runs of memory on a thread of its own, for the length of a ``with`` block."""
-
-    def __init__(self, memory: GuestMemory, runs: tuple[tuple[int, int], ...]) -> None:
-        self._memory = memory
-        wanted = DirtyBitmap(memory.gfn_limit)
-        for first_gfn, pages in runs:
-            wanted.set_range(
-                first_gfn, min(pages, memory.gfn_limit - first_gfn)
-            ) if first_gfn < memory.gfn_limit else None
-        wanted &= memory.all_ram()
-        self._runs = split_runs(*wanted.runs(), PAGES_PER_2M)
-        self._enough = threading.Event()
-        self._thread = threading.Thread(target=self._populate, name="populate", daemon=True)
-
-    def _populate(self) -> None:
-        for index in range(self._runs[0].size):
-            if self._enough.is_set():
-                return
-            try:
-                self._memory.populate(self._runs[0][index : index + 1], self._runs[1][index : index + 1])
-            except VmError:
-                return  # only a head start: whoever touches the page first meets the same refusal
-
-    def __enter__(self) -> "_Populator":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._enough.set()
-        self._thread.join()

@@ -22,11 +22,9 @@ from pageferry.engine import features, verify
 from pageferry.engine.audit import Auditor
 from pageferry.engine.conversation import Peer
 from pageferry.engine.estimates import digest_pages_per_s
-from pageferry.engine.transport import Channel
-from pageferry.stream.codec import Encoder
+from pageferry.engine.lanes import Lanes
 from pageferry.stream.ferry import Digests, Failed, Frame, Mismatch, Ready
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES
-from pageferry.stream.records import Audit
 
 _WAIT_S = 0.05
 #: Digesting at the pause is the default when it is expected to take no more than this share of the downtime limit.
@@ -66,9 +64,9 @@ class Prover:
         """How many of these were proven during pre-copy and not again at the pause."""
 
     @property
-    def features(self) -> tuple[str, ...]:
-        """What to offer in the hello."""
-        return () if self._mode is VerifyMode.FULL else (features.AUDIT,)
+    def may_audit(self) -> bool:
+        """Whether to offer audits in the hello."""
+        return self._mode is not VerifyMode.FULL
 
     def agree(self, used: tuple[str, ...]) -> None:
         """Take the destination's answer to our offer.
@@ -76,7 +74,7 @@ class Prover:
         Raises:
             PeerError: it cannot audit, and was asked to.
         """
-        if features.AUDIT in used and self._mode is not VerifyMode.FULL:
+        if features.AUDIT in used:
             self._auditor = Auditor(self._vm.memory, self._vm.log_dirty.peek)
         elif self._mode is VerifyMode.AUDIT:
             raise PeerError(
@@ -114,29 +112,23 @@ class Prover:
             self._audits = True
             self._auditor.start()
 
-    def send_due(self, channel: Channel, encoder: Encoder) -> None:
+    def send_due(self, lanes: Lanes) -> None:
         """Send digests that are ready, if any."""
         proof = self._auditor.due() if self._auditor is not None and self._audits else None
-        if proof is None:
-            return
-        for at in range(0, proof.first_gfns.size, MAX_DIGESTS):
-            piece = slice(at, at + MAX_DIGESTS)
-            pages = proof.pages[piece].astype(np.uint32)
-            record = Audit(first_gfns=proof.first_gfns[piece], pages=pages, digests=proof.digests[piece])
-            channel.send([encoder.record(record)])
+        if proof is not None:
+            lanes.send_proof(proof)
 
-    def catch_up(self, channel: Channel, encoder: Encoder, check: Callable[[], None]) -> None:
+    def catch_up(self, lanes: Lanes, check: Callable[[], None]) -> None:
         """Wait until everything that was sent and lies still is proven.
 
         Args:
-            channel: to the destination, between two records.
-            encoder: of its stream.
+            lanes: to the destination, between two records.
             check: called now and then; raises to end it.
         """
         while self._auditor is not None and self._audits and not self._auditor.idle():
             self._auditor.wait(_WAIT_S)
             check()
-            self.send_due(channel, encoder)
+            self.send_due(lanes)
 
     def cost_s(self) -> float:
         """Return how long proving at a pause now would take: the guest stands still meanwhile."""

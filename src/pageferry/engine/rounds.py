@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from pageferry.core.events import Event, RoundBegan, RoundProgress
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import RoundStats
-from pageferry.engine.lane import Lane, Sent
+from pageferry.engine.lane import Sent
+from pageferry.engine.lanes import Lanes
 
 
 class PageSender:
@@ -25,25 +26,24 @@ class PageSender:
 
     def send(
         self,
-        lane: Lane,
+        lanes: Lanes,
         chunks: Iterable[GfnArray],
         *,
         expected_pages: int,
         final: bool,
         before_record: Callable[[], None],
-        on_wire: Callable[[GfnArray], None],
         count_dirty: Callable[[], int],
     ) -> RoundStats:
         """Send one round.
 
         Args:
-            lane: where to.
+            lanes: where to.
             chunks: the frames, uint64[n] each, strictly ascending. Law 3: the CLEAN that reported a chunk has returned
-                when the chunk is taken from here; each is taken when those before it are sent.
+                when the chunk is taken from here; each is taken when those before it are sent, or with other lanes than
+                the first are next to be.
             expected_pages: how many there are likely to be in all, for progress.
             final: whether this is the stop-and-copy.
             before_record: called before each record; may send others, and raises to end the round.
-            on_wire: told of the frames of each batch when they are on the wire.
             count_dirty: called at the end: how many pages are dirty now.
 
         Raises:
@@ -51,30 +51,36 @@ class PageSender:
         """
         index = len(self.rounds)
         self._on_event(RoundBegan(index=index, dirty_pages=expected_pages, final=final))
-        began_s, sent_before = self._now_s(), lane.channel.sent_bytes
+        began_s, bytes_before, sent_before = self._now_s(), lanes.sent_bytes, lanes.sent
         dirty_pages = passed_pages = 0
-        sent = Sent()
+        reported = Sent()
         for gfns in chunks:
             dirty_pages += gfns.size
-            for at in range(0, gfns.size, lane.batch_pages):
+            for at in range(0, gfns.size, lanes.batch_pages):
                 before_record()
-                batch = gfns[at : at + lane.batch_pages]
-                sent += lane.send(batch, fresh=index == 0)
-                on_wire(batch)
-                passed_pages += min(gfns.size - at, lane.batch_pages)
+                batch = gfns[at : at + lanes.batch_pages]
+                lanes.send(batch, fresh=index == 0)
+                passed_pages += batch.size
                 self.remaining_pages = max(expected_pages, dirty_pages) - passed_pages
-                sent_bytes = lane.channel.sent_bytes - sent_before
-                self._on_event(RoundProgress(index=index, sent_pages=sent.pages, sent_bytes=sent_bytes))
+                reported = lanes.sent - sent_before
+                self._report(index, reported, lanes.sent_bytes - bytes_before)
+        lanes.barrier()
+        sent, sent_bytes = lanes.sent - sent_before, lanes.sent_bytes - bytes_before
+        if sent != reported:
+            self._report(index, sent, sent_bytes)
         self.remaining_pages = count_dirty()
         stats = RoundStats(
             index=index,
             dirty_pages=dirty_pages,
             sent_pages=sent.pages,
             zero_pages=sent.zero_pages,
-            sent_bytes=lane.channel.sent_bytes - sent_before,
+            sent_bytes=sent_bytes,
             duration_s=self._now_s() - began_s,
             remaining_pages=self.remaining_pages,
             final=final,
         )
         self.rounds.append(stats)
         return stats
+
+    def _report(self, index: int, sent: Sent, sent_bytes: int) -> None:
+        self._on_event(RoundProgress(index=index, sent_pages=sent.pages, sent_bytes=sent_bytes))

@@ -18,12 +18,13 @@
 What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """
 
+import contextlib
 import uuid
 from collections.abc import Iterable, Iterator
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import GuestAt, PeerError
+from pageferry.core.errors import GuestAt, TruncatedError
 from pageferry.core.events import DeviceCost, Phase, RoundEnd, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
@@ -32,8 +33,11 @@ from pageferry.engine import estimates, features, verify
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.guest_time import Stall
+from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
-from pageferry.engine.pacer import Pacer
+from pageferry.engine.lanes import Lanes
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -44,23 +48,20 @@ from pageferry.stream.ferry import (
 )
 from pageferry.stream.format import RecordType
 from pageferry.stream.hvm_context import encode_machine_state
+from pageferry.stream.order import Role
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
 #: second, in which many of those that come later are written again.
 _CHUNK_PAGES = 1 << 18
-#: What may be in our stream beyond Xen's, if the destination agrees.
-_OFFER = (features.ZERO_PAGES,)
+#: A destination that fails cuts further connections first and then says why; so long we listen.
+_LAST_WORDS_S = 2.0
 
 
 class Source(Attempt):
     """One attempt to move a guest away, phase by phase."""
 
-    @property
-    def _offer(self) -> tuple[str, ...]:
-        return (*_OFFER, *self._prover.features)
-
-    _lane: Lane
+    _lanes: Lanes
     _agreed: frozenset[RecordType]
 
     def _go(self) -> None:
@@ -69,14 +70,15 @@ class Source(Attempt):
             peer = self._connect()
         with phase(Phase.HELLO):
             self._hello(peer)
-        with phase(Phase.PRECOPY):
-            self._precopy(peer)
-        with phase(Phase.PAUSE):
-            self._pause()
-        with phase(Phase.STOP_AND_COPY):
-            self._stop_and_copy(peer)
-        with phase(Phase.STATE):
-            self._state(peer)
+        with contextlib.closing(self._lanes), self._last_words(peer):
+            with phase(Phase.PRECOPY):
+                self._precopy(peer)
+            with phase(Phase.PAUSE):
+                self._pause()
+            with phase(Phase.STOP_AND_COPY):
+                self._stop_and_copy(peer)
+            with phase(Phase.STATE):
+                self._state(peer)
         with phase(Phase.VERIFY):
             self._verify(peer)
         with phase(Phase.HANDOFF):
@@ -90,17 +92,20 @@ class Source(Attempt):
             raise self._abort(f"the guest ended meanwhile ({why})")
 
     def _connect(self) -> Peer:
+        return Peer(self._open(), Side.SOURCE)
+
+    def _open(self) -> Channel:
         channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)
-        if self._wire.bandwidth_bytes_per_s is not None:
-            channel.pacer = Pacer(self._wire.bandwidth_bytes_per_s)
+        channel.pacer = self._pacer
         with self._commit_lock:
-            self._channel = channel
+            self._channels.append(channel)
             if self._cancelled:
                 raise self._abort("cancelled")
-        return Peer(channel, Side.SOURCE)
+        return channel
 
     def _hello(self, peer: Peer) -> None:
         peer.greet()
+        offered = features.offer(self._wire, audit=self._prover.may_audit)
         starts, lengths = self._vm.memory.populated()
         peer.send(
             SourceHello(
@@ -114,19 +119,26 @@ class Source(Attempt):
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
-                features=self._offer,
+                features=offered,
+                connections=self._wire.connections,
             )
         )
         hello = peer.receive()
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
-        if strange := set(hello.features) - set(self._offer):
-            what = f"the destination uses {', '.join(sorted(strange))}, which was not offered"
-            raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
-        self._agreed = features.records_of(hello.features)
-        self._lane = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed)
+        features.check_answer(self._wire, offered, hello.features)
         self._prover.agree(hello.features)
+        self._agreed = features.records_of(hello.features)
+        main = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed, self._on_wire)
+        self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
+
+    def _join(self, token: str, index: int) -> Lane:
+        channel = self._open()
+        join(channel, token, index)
+        encoder = Encoder(Role.SECTION)
+        channel.send([encoder.header(agreed=self._agreed), encoder.record(StaticDataEnd())])
+        return Lane(self._vm.memory, channel, encoder, self._agreed, self._on_wire)
 
     def _precopy(self, peer: Peer) -> None:
         self._expect_alive()
@@ -198,40 +210,53 @@ class Source(Attempt):
             self._prover.cleaned(gfns)
             yield gfns
 
+    def _on_wire(self, gfns: GfnArray) -> None:
+        """Note that frames are on the wire; on the thread of their lane."""
+        self._prover.sent(gfns)
+        with self._sent_lock:
+            self._sent.add(len(self._sender.rounds), gfns)
+
+    def _check(self, peer: Peer) -> None:
+        """Raise what the destination has to say while we send, if anything, and the user's cancel."""
+        if peer.channel.readable():
+            frame = peer.receive()
+            if isinstance(frame, Mismatch):
+                raise self._prover.mismatch(frame, len(self._sender.rounds))
+            raise self._unexpected(frame)
+        if self._cancelled:
+            raise self._abort("cancelled")
+
+    @contextlib.contextmanager
+    def _last_words(self, peer: Peer) -> Iterator[None]:
+        """Prefer what the destination said before it cut a connection to the mere cut."""
+        try:
+            yield
+        except OSError:
+            if peer.channel.readable(_LAST_WORDS_S if self._wire.connections > 1 else 0):
+                with contextlib.suppress(OSError, TruncatedError):
+                    self._check(peer)
+            raise
+
     def _send_round(
         self, peer: Peer, chunks: Iterable[GfnArray], *, expected_pages: int, final: bool = False
     ) -> RoundStats:
-        def check() -> None:
-            if peer.channel.readable():
-                frame = peer.receive()
-                if isinstance(frame, Mismatch):
-                    raise self._prover.mismatch(frame, len(self._sender.rounds))
-                raise self._unexpected(frame)
-            if self._cancelled:
-                raise self._abort("cancelled")
-
         def before_record() -> None:
-            check()
+            self._check(peer)
             if not final:
-                self._prover.send_due(peer.channel, self._encoder)
-
-        def on_wire(gfns: GfnArray) -> None:
-            self._prover.sent(gfns)
-            self._sent.add(len(self._sender.rounds), gfns)
+                self._prover.send_due(self._lanes)
 
         def count_dirty() -> int:
             if final:
                 return 0
-            self._prover.catch_up(peer.channel, self._encoder, check)
+            self._prover.catch_up(self._lanes, lambda: self._check(peer))
             return self._vm.log_dirty.peek().count()
 
         return self._sender.send(
-            self._lane,
+            self._lanes,
             chunks,
             expected_pages=expected_pages,
             final=final,
             before_record=before_record,
-            on_wire=on_wire,
             count_dirty=count_dirty,
         )
 
@@ -248,7 +273,7 @@ class Source(Attempt):
         gfns = self._vm.log_dirty.peek().gfns()
         self._prover.cleaned(gfns)
         stats = self._send_round(peer, [gfns], expected_pages=gfns.size, final=True)
-        self._lane.send_removed(self._vm.memory.removed())
+        self._lanes.send_removed(self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))
 
     def _state(self, peer: Peer) -> None:
@@ -260,6 +285,7 @@ class Source(Attempt):
             for device in state.devices
         )
         records = (TscInfo(), HvmParams(), HvmContext(data=context), End())
+        self._lanes.finish()
         peer.channel.send([self._encoder.record(record) for record in records])
         peer.stream_passed(self._encoder.offset)
 
@@ -289,4 +315,5 @@ class Source(Attempt):
     def _leave(self, peer: Peer) -> None:
         """The guest is gone: free what served its migration; it stays frozen here."""
         self._disarm()
-        peer.channel.close()
+        for channel in self._channels:
+            channel.close()

@@ -149,6 +149,17 @@ def listen_unix(path: Path, backlog: int = 1) -> socket.socket:
     return sock
 
 
+def accept_within(listener: socket.socket, wait_s: float, timeout_s: float) -> "Channel | None":
+    """Return the next connection of ``listener``, or None when none came within ``wait_s``.
+
+    Raises:
+        OSError: the listener was shut down.
+    """
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return Channel(listener.accept()[0], timeout_s) if poll.poll(wait_s * 1e3) else None
+
+
 class Channel:
     """One connection.
 
@@ -236,11 +247,16 @@ class Channel:
             raise TimeoutError("stalled")
         self._sock.settimeout(left_s)
 
-    def readable(self) -> bool:
-        """Tell whether the peer has said something, or has closed, without waiting."""
+    def readable(self, wait_s: float = 0.0) -> bool:
+        """Tell whether the peer has said something, or has closed, or does so within ``wait_s``."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(0))
+        return bool(poll.poll(wait_s * 1e3))
+
+    def stop_receiving(self) -> None:
+        """Wake a thread that is receiving, which then finds that the peer has closed; sending goes on."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
 
     def finish(self, drain_s: float = 2.0) -> None:
         """Say that nothing more will be sent, and read what the peer still sends until it closes; then close.

@@ -32,18 +32,25 @@ class Decoder:
             :meth:`feed` then takes no more than ``wanted_bytes`` at a time. False: it comes as :class:`PageData`.
         gfn_limit: a page with memory behind it at or past this gfn is an error; None accepts any.
         agreed: the extensions that both ends agreed on.
+        role: READER, or SECTION.
 
     Source: docs/stream.md, part 1.
     """
 
     def __init__(
-        self, *, zero_copy: bool = False, gfn_limit: int | None = None, agreed: Collection[RecordType] = ()
+        self,
+        *,
+        zero_copy: bool = False,
+        gfn_limit: int | None = None,
+        agreed: Collection[RecordType] = (),
+        role: Role = Role.READER,
     ) -> None:
+        self._role = role
         self._zero_copy = zero_copy
         self._gfn_limit = gfn_limit
         self._agreed = agreed
         self._intake = Intake()
-        self._order = Order(Role.READER, fmt.VERSION)
+        self._order = Order(role, fmt.VERSION)
         self._failure: RemoteStreamError | None = None
         self._ended = False
         self._skip_bytes = 0
@@ -190,7 +197,7 @@ class Decoder:
             raise BodyError(f"page shift {page_shift} is not {PAGE_SHIFT}")
         if reserved:
             raise BodyError("a reserved field is not 0")
-        self._order = Order(Role.READER, self._version, self._agreed)
+        self._order = Order(self._role, self._version, self._agreed)
         self._expect_record()
         return StreamHeader(version=self._version, xen_major=xen_major, xen_minor=xen_minor)
 

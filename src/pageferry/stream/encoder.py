@@ -15,14 +15,18 @@ from pageferry.stream.records import TYPE_OF, PlainRecord, StreamHeader, body_of
 
 
 class Encoder:
-    """Writes one stream, record by record, in a legal order or not at all.
+    """Writes one stream, or a section of one, record by record, in a legal order or not at all.
 
     Every method returns the bytes to send next. A method that raises has emitted nothing and changed nothing.
+
+    Args:
+        role: WRITER, or SECTION.
 
     Source: docs/stream.md, part 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, role: Role = Role.WRITER) -> None:
+        self._role = role
         self._order: Order | None = None
         self._offset = 0
 
@@ -51,7 +55,7 @@ class Encoder:
             domain = fmt.DOMAIN_HEADER.pack(fmt.DOMAIN_X86_HVM, PAGE_SHIFT, 0, header.xen_major, header.xen_minor)
         except StructError as error:
             raise LocalStreamError("no such Xen release", record="domain header", offset=len(image)) from error
-        self._order = Order(Role.WRITER, header.version, agreed)
+        self._order = Order(self._role, header.version, agreed)
         self._offset = fmt.HEADER_BYTES
         return image + domain
 

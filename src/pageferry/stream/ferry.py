@@ -17,6 +17,14 @@
       | COMMIT(paused?) -----------------------------------> |    the guest is the destination's
       | <------------------------------------------- RUNNING |
 
+A further connection of the same migration, before the stream begins::
+
+    source                                              destination
+      | preambles, as above                                  |
+      | JOIN(token, index) --------------------------------> |
+      | <-------------------------- JOINED (or REFUSE, end)  |
+      | a section of the libxc stream, unframed -----------> |
+
 Either side may end it with FAILED when its turn allows (``ferry_order.TABLE``), or by closing the connection.
 A destination that sends FAILED promises that the guest has not run there and never will; this holds after COMMIT too.
 
@@ -38,7 +46,7 @@ from pageferry.core.errors import (
     TruncatedError,
     VersionError,
 )
-from pageferry.stream.ferry_bodies import body_of, parse_body
+from pageferry.stream.ferry_bodies import body_of, check_ascent, parse_body
 from pageferry.stream.ferry_frames import (
     MAX_BODY_BYTES,
     TYPE_OF,
@@ -48,6 +56,8 @@ from pageferry.stream.ferry_frames import (
     Failed,
     Frame,
     FrameType,
+    Join,
+    Joined,
     Mismatch,
     Ready,
     Refuse,
@@ -69,6 +79,8 @@ __all__ = [
     "FerryDecoder",
     "FerryEncoder",
     "Frame",
+    "Join",
+    "Joined",
     "Mismatch",
     "Phase",
     "Ready",
@@ -129,7 +141,7 @@ class FerryEncoder:
             body = body_of(frame)
             if len(body) > MAX_BODY_BYTES[frame_type]:
                 raise BodyError(f"a body of {len(body)} bytes is longer than {MAX_BODY_BYTES[frame_type]}")
-            self._digested_to = _check_ascent(parse_body(frame_type, body), self._digested_to)
+            self._digested_to = check_ascent(parse_body(frame_type, body), self._digested_to)
         except BodyError as error:
             raise LocalStreamError(str(error), record=frame_type.name) from error
         except (ValueError, TypeError, OverflowError, StructError) as error:
@@ -214,7 +226,7 @@ class FerryDecoder:
             raise self._not_pageferry(had)
         if had or self._intake.offset != self._record_start:
             raise TruncatedError("the peer closed the connection", record=self._record, offset=self._record_offset)
-        if self._conversation.phase not in (Phase.RUNNING, Phase.CLOSED):
+        if self._conversation.phase not in (Phase.RUNNING, Phase.CLOSED, Phase.JOINED):
             raise TruncatedError(f"the peer closed the connection while {self._conversation.phase}")
 
     @property
@@ -272,7 +284,7 @@ class FerryDecoder:
 
     def _body(self, data: bytes) -> Frame:
         frame = parse_body(self._type, data)
-        self._digested_to = _check_ascent(frame, self._digested_to)
+        self._digested_to = check_ascent(frame, self._digested_to)
         last = isinstance(frame, Digests) and frame.last
         sender = self._conversation.side.other
         why = self._conversation.check(sender, self._type)  # we may have sent something meanwhile
@@ -287,12 +299,3 @@ class FerryDecoder:
             f"the peer is not pageferry; it looks like {what_it_looks_like(first_bytes)}",
             hint="check host and port; a guest is received by `pageferry receive`",
         )
-
-
-def _check_ascent(frame: Frame, digested_to: int) -> int:
-    # Returns where the next DIGESTS may begin.
-    if not isinstance(frame, Digests) or not frame.first_gfns.size:
-        return digested_to
-    if int(frame.first_gfns[0]) < digested_to:
-        raise BodyError("the ranges do not ascend from frame to frame")
-    return int(frame.first_gfns[-1]) + int(frame.pages[-1])

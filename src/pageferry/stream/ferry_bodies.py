@@ -18,6 +18,7 @@ from pageferry.stream.ferry_frames import (
     COMMIT_BODY,
     COMMIT_PAUSED,
     DIGESTS_LAST,
+    MAX_CONNECTIONS,
     MAX_CPUS,
     MAX_FEATURES,
     MAX_NAME_CHARS,
@@ -30,6 +31,8 @@ from pageferry.stream.ferry_frames import (
     Failed,
     Frame,
     FrameType,
+    Join,
+    Joined,
     Mismatch,
     Ready,
     Refuse,
@@ -56,7 +59,7 @@ def body_of(frame: Frame) -> bytes:
             return head + frame.page_digests.astype("<u8").tobytes()
         case Commit():
             return COMMIT_BODY.pack(COMMIT_PAUSED if frame.paused else 0, 0)
-        case Running():
+        case Running() | Joined():
             return b""
         case _:
             fields = {name: getattr(frame, name) for name in frame.__slots__}
@@ -73,6 +76,19 @@ def parse_body(frame_type: FrameType, body: bytes) -> Frame:
         BodyError: the body is malformed, or a field is missing, of the wrong type or out of bounds.
     """
     return _PARSERS[frame_type](body)
+
+
+def check_ascent(frame: Frame, digested_to: int) -> int:
+    """Return where the next DIGESTS may begin; ``digested_to`` is where this one may.
+
+    Raises:
+        BodyError: it begins before that.
+    """
+    if not isinstance(frame, Digests) or not frame.first_gfns.size:
+        return digested_to
+    if int(frame.first_gfns[0]) < digested_to:
+        raise BodyError("the ranges do not ascend from frame to frame")
+    return int(frame.first_gfns[-1]) + int(frame.pages[-1])
 
 
 def _parse_digests(body: bytes) -> Digests:
@@ -207,13 +223,17 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         name=fields.text("name", ""),
         populated=fields.runs("populated"),
         populated_pages=fields.integer("populated_pages", 0, PFN_MASK, default=0),
+        connections=fields.integer("connections", 1, MAX_CONNECTIONS, default=1),
     )
 
 
 def _parse_destination_hello(body: bytes) -> DestinationHello:
     fields = _Fields(body)
     return DestinationHello(
-        version=fields.name("version"), accel=fields.name("accel"), features=fields.names("features")
+        version=fields.name("version"),
+        accel=fields.name("accel"),
+        features=fields.names("features"),
+        token=fields.name("token", ""),
     )
 
 
@@ -231,6 +251,11 @@ def _parse_failed(body: bytes) -> Failed:
     return Failed(reason=fields.text("reason"), hint=fields.text("hint", ""), gfn=fields.gfn_or_none("gfn"))
 
 
+def _parse_join(body: bytes) -> Join:
+    fields = _Fields(body)
+    return Join(token=fields.name("token"), index=fields.integer("index", 1, MAX_CONNECTIONS - 1))
+
+
 _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.SOURCE_HELLO: _parse_source_hello,
     FrameType.DESTINATION_HELLO: _parse_destination_hello,
@@ -241,4 +266,6 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.COMMIT: _parse_commit,
     FrameType.RUNNING: lambda _: Running(),
     FrameType.FAILED: _parse_failed,
+    FrameType.JOIN: _parse_join,
+    FrameType.JOINED: lambda _: Joined(),
 }

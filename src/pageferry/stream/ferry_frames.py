@@ -19,6 +19,8 @@ MAX_FEATURES = 64
 MAX_NAME_CHARS = 64
 MAX_TEXT_CHARS = 1024
 MAX_CPUS = 1024
+#: Most connections of one migration.
+MAX_CONNECTIONS = 16
 
 DIGESTS_LAST = 1 << 0
 MISMATCH_HEAD = Struct("<QII")
@@ -39,6 +41,8 @@ class FrameType(IntEnum):
     COMMIT = 0x5046_0007
     RUNNING = 0x5046_0008
     FAILED = 0x5046_0009
+    JOIN = 0x5046_000A
+    JOINED = 0x5046_000B
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class SourceHello:
     ``populated_pages`` is how many pages hold memory when this is sent. ``populated`` is a hint: the longest runs of
     them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
     names the machine model and ``features`` what the source offers. ``cpuid`` is the guest's CPUID table.
+    ``connections`` is how many it wants to use, this one counted.
     """
 
     version: str
@@ -61,15 +66,20 @@ class SourceHello:
     name: str = ""
     populated: tuple[tuple[int, int], ...] = ()
     populated_pages: int = 0
+    connections: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DestinationHello:
-    """The destination will take the guest; ``features`` is the part of the source's offer that it uses."""
+    """The destination will take the guest; ``features`` is the part of the source's offer that it uses.
+
+    ``token``: what further connections show; empty when there will be none.
+    """
 
     version: str
     accel: str
     features: tuple[str, ...] = ()
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +153,22 @@ class Failed:
     gfn: int | None = None
 
 
-Frame: TypeAlias = SourceHello | DestinationHello | Refuse | Digests | Mismatch | Ready | Commit | Running | Failed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """A further connection of the migration with this ``token``: number ``index``, from 1."""
+
+    token: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """The connection belongs to the migration; a section of the stream follows on it."""
+
+
+Frame: TypeAlias = (
+    SourceHello | DestinationHello | Refuse | Digests | Mismatch | Ready | Commit | Running | Failed | Join | Joined
+)
 
 TYPE_OF: dict[type[Frame], FrameType] = {
     SourceHello: FrameType.SOURCE_HELLO,
@@ -155,6 +180,8 @@ TYPE_OF: dict[type[Frame], FrameType] = {
     Commit: FrameType.COMMIT,
     Running: FrameType.RUNNING,
     Failed: FrameType.FAILED,
+    Join: FrameType.JOIN,
+    Joined: FrameType.JOINED,
 }
 #: Longest body of each frame, in bytes.
 MAX_BODY_BYTES: dict[FrameType, int] = {
@@ -167,4 +194,6 @@ MAX_BODY_BYTES: dict[FrameType, int] = {
     FrameType.COMMIT: COMMIT_BODY.size,
     FrameType.RUNNING: 0,
     FrameType.FAILED: MAX_MESSAGE_BYTES,
+    FrameType.JOIN: MAX_MESSAGE_BYTES,
+    FrameType.JOINED: 0,
 }

@@ -37,12 +37,15 @@ class Phase(StrEnum):
     COMMITTED = "committed"
     RUNNING = "running"
     CLOSED = "closed"
+    JOINING = "joining"
+    JOINED = "joined"
 
 
 _P, _S, _D = Phase, Side.SOURCE, Side.DESTINATION
 
 #: (phase, sender, frame) -> next phase. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
-#: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame.
+#: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame; on a further
+#: connection nothing is said after JOINED: a section of the stream follows.
 TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.GREETING, _S, _F.SOURCE_HELLO): _P.ANSWERING,
     (_P.GREETING, _D, _F.REFUSE): _P.CLOSED,  # the hello is not even read, or cannot be
@@ -56,8 +59,11 @@ TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.MISMATCHED, _S, _F.DIGESTS): _P.MISMATCHED,  # they were under way
     (_P.READY, _S, _F.COMMIT): _P.COMMITTED,
     (_P.COMMITTED, _D, _F.RUNNING): _P.RUNNING,
+    (_P.GREETING, _S, _F.JOIN): _P.JOINING,
+    (_P.JOINING, _D, _F.JOINED): _P.JOINED,
+    (_P.JOINING, _D, _F.REFUSE): _P.CLOSED,
     **{(p, _S, _F.FAILED): _P.CLOSED for p in (_P.DIGESTING, _P.COMPARING, _P.MISMATCHED, _P.READY)},
-    **{(p, _D, _F.FAILED): _P.CLOSED for p in Phase if p not in (_P.RUNNING, _P.CLOSED)},
+    **{(p, _D, _F.FAILED): _P.CLOSED for p in Phase if p not in (_P.RUNNING, _P.CLOSED, _P.JOINED)},
 }
 LAST_DIGESTS: dict[Phase, Phase] = {_P.DIGESTING: _P.COMPARING, _P.MISMATCHED: _P.MISMATCHED}
 

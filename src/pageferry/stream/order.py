@@ -17,6 +17,8 @@ class Role(StrEnum):
 
     WRITER = "writer"
     READER = "reader"
+    SECTION = "section"
+    """Both ends of a section: what a further connection carries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +44,13 @@ TABLE: dict[tuple[int, RecordType], Rule] = {
     **{(version, state): Rule(after=(_R.PAGE_DATA,), never_after=(state,)) for version in (2, 3) for state in _STATE},
     **{(version, _R.END): Rule(after=_NEEDED) for version in (2, 3)},
 }
+#: A section has what is about pages and nothing else.
+SECTION_TABLE: dict[tuple[int, RecordType], Rule] = {
+    (3, _R.STATIC_DATA_END): Rule(never_after=(_R.STATIC_DATA_END,)),
+    **{(3, record): Rule(after=(_R.STATIC_DATA_END,)) for record in (_R.PAGE_DATA, _R.ZERO_PAGES, _R.AUDIT, _R.END)},
+}
 #: What a role must have seen before END besides the table's row.
-NEEDED_BEFORE_END: dict[Role, tuple[RecordType, ...]] = {Role.WRITER: (_R.HVM_PARAMS,), Role.READER: ()}
+NEEDED_BEFORE_END: dict[Role, tuple[RecordType, ...]] = {Role.WRITER: (_R.HVM_PARAMS,)}
 
 
 class Order:
@@ -69,12 +76,13 @@ class Order:
             return "nothing may come after END"
         if record in EXTENSIONS - self._agreed:
             return "it was not agreed on"
-        rule = TABLE.get((self._version, record))
+        rule = (SECTION_TABLE if self._role is Role.SECTION else TABLE).get((self._version, record))
         if rule is None:
-            return f"a version {self._version} stream of an x86 HVM guest has no such record"
+            what = "section" if self._role is Role.SECTION else "stream"
+            return f"a version {self._version} {what} of an x86 HVM guest has no such record"
         needed = rule.after
         if record is RecordType.END:
-            needed = (*needed, *NEEDED_BEFORE_END[self._role])
+            needed = (*needed, *NEEDED_BEFORE_END.get(self._role, ()))
         if missing := [r for r in needed if r not in self._seen]:
             return f"it comes too early: {_names(missing)} not seen yet"
         if record in self._seen and record in rule.never_after:

@@ -24,7 +24,7 @@ from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.source import Source
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
@@ -209,6 +209,7 @@ class GuestProcess:
             channel,
             self._machines.make_vm,
             accel=self._machines.accel,
+            accept=self._accept_more,
             on_event=self._on_incoming_event,
             before_run=self._arrived,
         )
@@ -227,6 +228,12 @@ class GuestProcess:
         if vm.status is VmStatus.RUNNING:
             self._event("RESUME")
         self._say("a guest has arrived and is ours")
+
+    def _accept_more(self, wait_s: float) -> Channel | None:
+        listener = self._listener
+        if listener is None:
+            raise ConnectionAbortedError("no longer listening")
+        return accept_within(listener, wait_s, DEFAULT_TIMEOUT_S)
 
     def _arrived(self, vm: Vm, name: str) -> None:
         with self._lock:
@@ -263,7 +270,9 @@ class GuestProcess:
         )
         verify = args.choice("x-verify", VerifyMode)
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
-        wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
+        wire = WireOptions(
+            bandwidth_bytes_per_s=args.integer("x-bandwidth"), connections=args.integer("x-connections") or 1
+        )
         args.done()
         with self._lock:
             vm = self._guest()

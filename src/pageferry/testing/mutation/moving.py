@@ -14,6 +14,7 @@ from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.conversation import Peer
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel
 from pageferry.stream.ferry import Digests
 from pageferry.testing.mutant import Faithful
 from pageferry.testing.mutation.fault import Faults, Room
@@ -115,7 +116,7 @@ class StalePageCache(Source):
             return [cache[gfn] for gfn in pages.tolist()]
 
         stale: Any = _Instead(memory, views=views)
-        self._lane._memory = stale
+        self._lanes._main._memory = stale
         return super()._send_round(peer, chunks, **options)
 
 
@@ -170,8 +171,8 @@ def _without_marks(memory: GuestMemory) -> Any:  # noqa: ANN401 (a GuestMemory i
 class RestoreNotMarked(Destination):
     """Pages that arrive are written and not marked."""
 
-    def _arrivals(self, memory: GuestMemory) -> Arrivals:
-        return super()._arrivals(_without_marks(memory))
+    def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
+        return super()._arrivals(_without_marks(memory), channel, index, connections)
 
 
 @fault(

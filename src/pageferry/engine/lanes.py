@@ -1,0 +1,149 @@
+"""Lanes: all connections of a migration, at the source; every page has its own.
+
+The lane of a page is a matter of its gfn alone, so what is said of a page arrives in the order in which it was said
+however far one connection runs ahead of another. A round ends when all lanes have sent their part.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pageferry.core.frames import GfnArray
+from pageferry.engine.audit import Proof
+from pageferry.engine.lane import Lane, Sent
+from pageferry.engine.shares import connection_of
+
+#: How many batches wait for a connection: enough that it never idles, few enough that CLEAN and copy stay close.
+_WAITING_BATCHES = 2
+
+
+class Lanes:
+    """Sends batches of pages over one or more connections.
+
+    Args:
+        main: the first; what goes there is sent on the thread that calls.
+        others: each is given a thread, which :meth:`close` ends.
+    """
+
+    def __init__(self, main: Lane, others: Sequence[Lane] = ()) -> None:
+        self._main = main
+        self._others = [_Worker(lane) for lane in others]
+        self._count = 1 + len(self._others)
+        self._main_sent = Sent()
+
+    @property
+    def batch_pages(self) -> int:
+        """How many pages to give to :meth:`send` at once."""
+        return self._main.batch_pages * self._count
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent so far on all connections."""
+        return self._main.channel.sent_bytes + sum(worker.lane.channel.sent_bytes for worker in self._others)
+
+    @property
+    def sent(self) -> Sent:
+        """What was sent so far; complete after :meth:`barrier`."""
+        return sum((worker.sent for worker in self._others), self._main_sent)
+
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        """Send a batch, each page on its lane; all but the first lane may still be at it afterwards.
+
+        Args:
+            gfns: as for :meth:`Lane.send`.
+            fresh: as there.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        lanes = connection_of(gfns, self._count)
+        for index, worker in enumerate(self._others, 1):
+            if (part := gfns[lanes == index]).size:
+                worker.put(partial(worker.send, part, fresh=fresh))
+        self._main_sent += self._main.send(gfns[lanes == 0], fresh=fresh)
+
+    def send_proof(self, proof: Proof) -> None:
+        """Send digests of pages that :meth:`send` was told of and whose lane has sent them, each after its page.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        lanes = connection_of(proof.first_gfns, self._count)  # no run leaves its 2 MiB
+        for index, worker in enumerate(self._others, 1):
+            if (part := proof.part(lanes == index)).first_gfns.size:
+                worker.put(partial(worker.lane.send_proof, part))
+        self._main.send_proof(proof.part(lanes == 0))
+
+    def barrier(self) -> None:
+        """Wait until all that was given to :meth:`send` is sent.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        for worker in self._others:
+            worker.wait()
+
+    def send_removed(self, gfns: GfnArray) -> None:
+        """As :meth:`Lane.send_removed`, each page on its lane; after a :meth:`barrier`."""
+        lanes = connection_of(gfns, self._count)
+        for index, lane in enumerate([self._main, *(worker.lane for worker in self._others)]):
+            lane.send_removed(gfns[lanes == index])
+
+    def finish(self) -> None:
+        """End the sections, after a :meth:`barrier`; the main stream goes on.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        for worker in self._others:
+            worker.lane.finish()
+
+    def close(self) -> None:
+        """End the threads and their connections, whatever is still waiting there. May be repeated."""
+        for worker in self._others:
+            worker.close()
+
+
+class _Worker:
+    """A lane with a thread."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self.sent = Sent()
+        self._batches: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_BATCHES)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
+        self._thread.start()
+
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        self.sent += self.lane.send(gfns, fresh=fresh)
+
+    def put(self, batch: Callable[[], None]) -> None:
+        self._check()
+        self._batches.put(batch)
+
+    def wait(self) -> None:
+        self._batches.join()
+        self._check()
+
+    def close(self) -> None:
+        self.lane.channel.abort()
+        if self._thread.is_alive():
+            self._batches.put(None)
+            self._thread.join()
+        self.lane.channel.close()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            try:
+                if self._failure is None:  # or else only make room: whoever waits is told
+                    batch()
+            except BaseException as error:
+                self._failure = error
+            finally:
+                self._batches.task_done()

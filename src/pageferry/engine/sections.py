@@ -1,0 +1,152 @@
+"""Sections: the stream as it comes in over one or more connections, at the destination."""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import GuestAt, TransportError, TruncatedError
+from pageferry.core.events import Phase
+from pageferry.engine.arrivals import Arrivals
+from pageferry.engine.transport import Channel
+from pageferry.stream.codec import Decoder
+from pageferry.stream.format import RecordType
+from pageferry.stream.intake import Need
+from pageferry.stream.order import Role
+from pageferry.stream.records import Audit, Event, PageDataHeader, StreamHeader, ZeroPages
+
+
+class Activity:
+    """When anything last came in on any connection: one that has nothing to carry for long is not stalled."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._last_s = now_s()
+
+    def note(self) -> None:
+        """Something came in."""
+        self._last_s = self._now_s()
+
+    def within(self, span_s: float) -> bool:
+        """Tell whether something came in during the last ``span_s`` seconds."""
+        return self._now_s() - self._last_s < span_s
+
+
+def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity: Activity) -> Iterator[Event]:
+    """Read a stream, or a section, up to END: pages go where they belong, all else is yielded.
+
+    Args:
+        channel: where it comes from.
+        decoder: of it, with ``zero_copy``.
+        arrivals: takes the pages.
+        activity: of all connections together.
+
+    Raises:
+        RemoteStreamError: it is not a legal one, or stops before END.
+        OSError: cut or stalled.
+    """
+    while not decoder.ended:
+        event = decoder.next_event()
+        if isinstance(event, Need):
+            try:
+                data = channel.receive_some(decoder.wanted_bytes)
+            except TimeoutError:
+                if not activity.within(channel.timeout_s):
+                    raise
+                continue
+            activity.note()
+            if not data:
+                decoder.eof()
+                raise TruncatedError("the stream stops before END")
+            decoder.feed(data)
+        elif isinstance(event, PageDataHeader):
+            arrivals.page_data(event)
+            activity.note()
+            decoder.payload_received()
+        elif isinstance(event, ZeroPages):
+            arrivals.zero_pages(event)
+        elif isinstance(event, Audit):
+            arrivals.audit(event)
+        elif not isinstance(event, StreamHeader):
+            yield event
+
+
+class Sections:
+    """Reads the sections of all connections but the first, each on a thread, for the length of a ``with`` block.
+
+    What goes wrong in one wakes the reader of the first connection, and is raised at the end of the block in place of
+    what that reader met then. When that reader fails by itself, all are cut.
+
+    Args:
+        main: the first connection.
+        others: the other ones, in order; they are closed at the end.
+        make_arrivals: makes what takes the pages of connection number i.
+        gfn_limit: of the guest's memory.
+        agreed: the extensions of the stream that both ends agreed on.
+
+    Attributes:
+        activity: of all connections; the reader of the first one takes part in it.
+    """
+
+    def __init__(
+        self,
+        main: Channel,
+        others: Sequence[Channel],
+        make_arrivals: Callable[[Channel, int], Arrivals],
+        *,
+        gfn_limit: int,
+        agreed: Collection[RecordType],
+    ) -> None:
+        self._main = main
+        self._others = others
+        self._gfn_limit = gfn_limit
+        self._agreed = agreed
+        self._arrivals = [make_arrivals(channel, index) for index, channel in enumerate(others, 1)]
+        self._failure: Exception | None = None
+        self.activity = Activity()
+        self._threads = [
+            threading.Thread(target=self._read, args=(index,), name=f"section {index + 1}", daemon=True)
+            for index in range(len(others))
+        ]
+
+    def __enter__(self) -> "Sections":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        failure = self._failure  # before those of connections that are cut here
+        if error is not None:
+            for channel in self._others:
+                channel.abort()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._others:
+            channel.close()
+        if error is None:
+            failure = self._failure
+        if failure is not None:
+            raise failure from error
+
+    def removed(self) -> DirtyBitmap:
+        """Return the frames of these connections' pages that the source has none for, once all is read."""
+        gone = DirtyBitmap(self._gfn_limit)
+        for arrivals in self._arrivals:
+            gone |= arrivals.removed
+        return gone
+
+    def _read(self, index: int) -> None:
+        channel = self._others[index]
+        decoder = Decoder(zero_copy=True, gfn_limit=self._gfn_limit, agreed=self._agreed, role=Role.SECTION)
+        try:
+            for _ in read_stream(channel, decoder, self._arrivals[index], self.activity):
+                pass  # the end of static data, and optional records that nobody here knows
+        except (OSError, TruncatedError) as error:
+            what = "stood still" if isinstance(error, TimeoutError) else "was cut"
+            self._fail(TransportError(f"connection {index + 1} {what}", phase=Phase.PRECOPY, guest_at=GuestAt.SOURCE))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
+        self._main.stop_receiving()
