@@ -51,6 +51,7 @@ from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
+from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
@@ -1081,3 +1082,103 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(guests, inn)
     assert runs_on(vm)
     with pytest.raises(VmError, match="not frozen"):
         vm.thaw()
+
+
+class Wants:
+    """Waits until an attempt has a status or is over, without asking the clock what is enough."""
+
+    def __init__(self, source):
+        self._source = source
+        self.error = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self._source.run()
+        except MigrationError as error:
+            self.error = error
+
+    def status(self, wanted):
+        patience = threading.Event()
+        while self._source.report is None and self._source.status != wanted:
+            patience.wait(0.001)
+        assert self._source.status == wanted
+
+    def rounds(self, count):
+        patience = threading.Event()
+        while self._source.report is None and len(self._source._sender.rounds) < count:
+            patience.wait(0.001)
+
+    def end(self):
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return self._source.report
+
+
+def test_an_attempt_that_is_held_is_ready_and_waits(guests, inn, monkeypatch):
+    monkeypatch.setattr(source_module, "_HELD_ROUND_S", 0.001)
+    vm = running(guests, "kv")
+    policy = DowntimePolicy(limit_s=3600, max_rounds=4)  # rounds of an attempt that is held do not count
+    source = attempt(vm, inn.open(), policy, hold=True)
+    moving = Wants(source)
+    moving.status("pre-switchover")
+    moving.rounds(12)
+    assert (source.status, source.frozen, source.guest_at) == ("pre-switchover", False, GuestAt.SOURCE)
+    assert runs_on(vm)
+    outlook = source.outlook()
+    assert (outlook.eta_s, outlook.eta_reason) == (None, "it is ready, and held until it is told to go on")
+    source.go_on()
+    report = moving.end()
+    assert (report.status, report.guest_at, report.verified) == ("completed", GuestAt.DESTINATION, True)
+    assert runs_on(inn.outcome())
+
+
+def test_an_attempt_that_is_held_can_be_cancelled(guests, inn):
+    vm = running(guests, "kv")
+    source = attempt(vm, inn.open(), DowntimePolicy(limit_s=3600), hold=True)
+    moving = Wants(source)
+    moving.status("pre-switchover")
+    assert source.cancel()
+    assert moving.end().status == "cancelled"
+    assert isinstance(inn.outcome(), MigrationError)
+    expect_as_before(vm, inn, source)
+
+
+def test_limits_change_while_it_runs(guests, inn):
+    vm = running(guests, "kv")
+    endless = DowntimePolicy(limit_s=1e-9, max_rounds=1_000_000)
+    endpoint = inn.open()
+    source = attempt(vm, endpoint, endless, on_event=lambda event: changes(event))
+
+    def changes(event):
+        if isinstance(event, RoundEnded) and event.stats.index == 1:
+            with pytest.raises(UsageError, match="the downtime policy has no deadline"):
+                source.change_limits({"deadline_s": 3})
+            with pytest.raises(UsageError, match="positive limit"):
+                source.change_limits({"downtime_limit_s": -1.0}, WireOptions(bandwidth_bytes_per_s=1 << 20))
+            assert source._pacer.rate_bytes_per_s is None  # all or nothing
+            source.change_limits({"downtime_limit_s": 3600.0}, WireOptions(bandwidth_bytes_per_s=1 << 30))
+
+    report = source.run()
+    assert (report.status, len(report.rounds)) == ("completed", 4)
+    assert report.bandwidth_bytes_per_s == 1 << 30
+    assert isinstance(inn.outcome(), type(vm))
+
+
+def test_the_outlook_is_of_what_was_measured(guests, inn):
+    vm = running(guests, "idle")
+    seen = []
+    source = attempt(
+        vm,
+        inn.open(),
+        Rounds(2),
+        on_event=lambda e: seen.append(source.outlook()) if isinstance(e, RoundEnded) else None,
+    )
+    assert source.outlook().eta_reason == "nothing was sent yet"
+    report = source.run()
+    first = report.rounds[0]
+    assert seen[0].wire_bytes_per_s == pytest.approx(first.sent_bytes / first.duration_s)
+    assert seen[0].dirty_bytes_per_s == pytest.approx(first.remaining_pages * 4096 / first.duration_s)
+    assert seen[0].expected_downtime_s > 0
+    assert isinstance(inn.outcome(), type(vm))

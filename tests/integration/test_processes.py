@@ -502,3 +502,46 @@ def test_a_control_socket_left_behind_is_taken_over_and_a_living_one_is_not(tmp_
         assert heir.runs_on()
     finally:
         heir.end()
+
+
+def test_a_migration_that_is_held_is_watched_limited_and_let_go(processes):
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    assert "no migration in progress" in one_line(cli("limits", "--control", source.control, "--bandwidth", "1G"))
+    assert "no migration in progress" in one_line(cli("switch", "--control", source.control))
+    done = []
+    thread = threading.Thread(
+        target=lambda: done.append(migrate(source, destination.ask("x-query-guest")["listening"], "--hold"))
+    )
+    thread.start()
+    wait_for(lambda: source.ask("query-migrate").get("status") == "pre-switchover", "ready migration")
+    assert source.runs_on()
+    status = cli("status", "--control", source.control)
+    assert "migration pre-switchover: " in status.stdout
+    assert "held until it is told to go on" in status.stdout
+    told = json.loads(cli("status", "--json", "--control", source.control).stdout)["migration"]
+    assert told["x-eta-s"] is None
+    assert told["expected-downtime"] >= 0
+    assert "has no deadline" in one_line(cli("limits", "--control", source.control, "--deadline", "3"))
+    assert "no limit was given" in one_line(cli("limits", "--control", source.control))
+    assert cli("limits", "--control", source.control, "--bandwidth", "1G", "--downtime-limit", "70000").returncode == 0
+    assert cli("switch", "--control", source.control).returncode == 0
+    thread.join(60)
+    assert done[0].returncode == 0, done[0].stderr
+    assert done[0].stderr.count("held; `pageferry switch` lets it go on") == 1
+    assert destination.runs_on()
+    assert json.loads(cli("status", "--json", "--control", source.control).stdout)["migration"] is None
+
+
+def test_a_migration_is_cancelled_from_elsewhere(processes):
+    source, destination = processes("source"), processes("destination")
+    done = []
+    thread = threading.Thread(
+        target=lambda: done.append(migrate(source, destination.ask("x-query-guest")["listening"], "--hold"))
+    )
+    thread.start()
+    wait_for(lambda: source.ask("query-migrate").get("status") == "pre-switchover", "ready migration")
+    assert cli("cancel", "--control", source.control).returncode == 0
+    thread.join(60)
+    assert done[0].returncode == 130
+    assert source.runs_on()

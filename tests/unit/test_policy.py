@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, XenPolicy, make_policy
+from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, XenPolicy, make_policy, with_limits
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
 
 
@@ -256,3 +256,24 @@ def test_an_option_belongs_to_its_policy(name, options, said):
 def test_a_guest_is_not_held_for_ever(throttle):
     with pytest.raises(UsageError, match="cannot be held"):
         Decision(action=Action.NEXT_ROUND, reason="", throttle=throttle)
+
+
+def test_limits_are_changed_by_name():
+    changed = with_limits(DowntimePolicy(limit_s=0.1, max_rounds=7), {"downtime_limit_s": 0.5})
+    assert changed == DowntimePolicy(limit_s=0.5, max_rounds=7)
+    assert with_limits(changed, {}) is changed
+    with pytest.raises(UsageError, match="the xen policy has no downtime limit"):
+        with_limits(XenPolicy(), {"downtime_limit_s": 0.5})
+    with pytest.raises(UsageError, match="positive limit"):
+        with_limits(changed, {"downtime_limit_s": -1.0})
+
+
+def test_a_users_own_policy_keeps_its_limits():
+    class Own:
+        name = "own:Policy"
+
+        def decide(self, progress):
+            raise AssertionError
+
+    with pytest.raises(UsageError, match="limits of policy own:Policy are its own"):
+        with_limits(Own(), {"max_rounds": 3})

@@ -63,5 +63,7 @@ def _follow(client: QmpClient, show: Callable[[Json], None]) -> None:
     for event in client.events():
         if event["event"] == ENGINE_EVENT:
             show(event["data"])
-        elif event["event"] == "MIGRATION" and event["data"]["status"] in ("completed", "failed", "cancelled"):
-            return
+        elif event["event"] == "MIGRATION":
+            if event["data"]["status"] in ("completed", "failed", "cancelled"):
+                return
+            show({"type": "Status", **event["data"]})

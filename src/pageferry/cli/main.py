@@ -25,7 +25,7 @@ from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.plot import PlotFile
-from pageferry.cli.view import ProgressView, lessons, oracle_line, summary
+from pageferry.cli.view import ProgressView, lessons, oracle_line, outlook_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
 from pageferry.core.hugepages import HugePages
@@ -33,6 +33,7 @@ from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
 from pageferry.core.units import format_size, parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.attempt import HELD
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.engine.wire import WireOptions
@@ -366,12 +367,15 @@ def migrate_guest(
         typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to spread the pages over, 1 to {MAX_CONNECTIONS}."),
     ] = 1,
     plot: PlotOption = None,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="When all is ready, wait for `pageferry switch` before the guest is paused.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
-    options |= _wire_options(bandwidth, connections)
+    options |= _wire_options(bandwidth, connections) | ({"x-hold": True} if hold else {})
     _end_as_by_ctrl_c()
     with _plot_file(plot) as file, QmpClient(control) as client:
 
@@ -385,11 +389,49 @@ def migrate_guest(
 
 
 @app.command()
+def switch(control: ControlOption) -> None:
+    """Let a migration that was told to hold pause its guest and finish."""
+    with QmpClient(control) as client:
+        client.execute("migrate-continue", state=HELD)
+
+
+@app.command()
+def cancel(control: ControlOption) -> None:
+    """Cancel the migration under way; the guest stays where it is."""
+    with QmpClient(control) as client:
+        client.execute("migrate_cancel")
+
+
+@app.command()
+def limits(
+    control: ControlOption,
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    bandwidth: Annotated[str | None, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = None,
+) -> None:
+    """Change the limits of the migration under way."""
+    given = {
+        "downtime-limit": downtime_limit,
+        "x-max-rounds": max_rounds,
+        "x-deadline-s": deadline,
+        "max-bandwidth": None if bandwidth is None else parse_rate(bandwidth) or 0,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        raise UsageError("no limit was given", hint="--downtime-limit, --max-rounds, --deadline or --bandwidth")
+    with QmpClient(control) as client:
+        client.execute("migrate-set-parameters", **given)
+
+
+@app.command()
 def status(control: ControlOption, as_json: JsonOption = False) -> None:
     """Tell what a guest process is doing."""
     with QmpClient(control) as client:
         state = client.execute("query-status") | client.execute("x-query-guest")
+        migration = client.execute("query-migrate")
     state.pop("singlestep", None)
+    state["migration"] = migration if "x-eta-reason" in migration else None
     if as_json:
         _json(state)
         return
@@ -404,6 +446,8 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
         _out.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
         _print_oracle(state, _out)
+    if state["migration"] is not None:
+        _out.print(outlook_line(state["migration"]), markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
+from pageferry.engine.attempt import HELD
 
 _PICTURE_WIDTH = 48
 _TEXT_WIDTH = 90
@@ -32,11 +33,13 @@ class ProgressView:
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TransferSpeedColumn(),
+            TextColumn("{task.fields[eta]}"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
         self._task: TaskID | None = None
+        self._held = False
 
     def __enter__(self) -> "ProgressView":
         self._bar.start()
@@ -50,14 +53,29 @@ class ProgressView:
         kind = event["type"]
         if kind == "RoundBegan":
             label = "stop-and-copy" if event["final"] else f"round {event['index']}"
-            self._task = self._bar.add_task(label, total=max(1, event["dirty_pages"]) * PAGE_SIZE)
+            self._task = self._bar.add_task(label, total=max(1, event["dirty_pages"]) * PAGE_SIZE, eta="")
         elif kind == "RoundProgress" and self._task is not None:
-            self._bar.update(self._task, completed=event["sent_pages"] * PAGE_SIZE)
+            eta = eta_in_words(event.get("eta_s"), event.get("eta_reason", ""))
+            self._bar.update(self._task, completed=event["sent_pages"] * PAGE_SIZE, eta=eta)
+        elif kind == "Status":
+            self._hold(event["status"] == HELD)
         elif kind == "RoundEnded":
             if self._task is not None:
                 self._bar.remove_task(self._task)
                 self._task = None
-            self._console.print(round_line(event["stats"], event["decision"]), highlight=False, soft_wrap=True)
+            if not self._held:
+                self._console.print(round_line(event["stats"], event["decision"]), highlight=False, soft_wrap=True)
+
+    def _hold(self, held: bool) -> None:
+        if held and not self._held:
+            self._console.print("held; `pageferry switch` lets it go on", highlight=False, soft_wrap=True)
+        self._held = held
+
+
+def eta_in_words(eta_s: float | None, reason: str) -> str:
+    """Return when it will be over, and the reason if that was moved back or is not known."""
+    words = "no end in sight" if eta_s is None else f"over in {format_duration(eta_s)}"
+    return f"{words} ({reason})" if reason else words
 
 
 def round_line(stats: Json, decision: Json | None) -> str:
@@ -71,6 +89,19 @@ def round_line(stats: Json, decision: Json | None) -> str:
     if decision is not None:
         line += f"  {stats['remaining_pages']:>7,} dirty → {decision['action']}: {decision['reason']}"
     return line
+
+
+def outlook_line(migration: Json) -> str:
+    """Return one line about a migration under way: the answer to ``query-migrate``."""
+    ram = migration["ram"]
+    words = [
+        f"migration {migration['status']}: {format_size(ram['remaining'])} remain",
+        f"{format_size(ram['mbps'] * 1e6 / 8)}/s sent",
+        f"{format_size(ram['dirty-pages-rate'] * PAGE_SIZE)}/s dirtied",
+    ]
+    if "expected-downtime" in migration:
+        words.append(f"a pause now would take {migration['expected-downtime']} ms")
+    return ", ".join([*words, eta_in_words(migration["x-eta-s"], migration["x-eta-reason"])])
 
 
 def oracle_line(oracle: Json) -> str:

@@ -7,7 +7,7 @@ remained, and do not go on when no round comes nearer to it.
 """
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pageferry.core.errors import UsageError
@@ -251,6 +251,28 @@ def make_policy(
         raise UsageError("the deadline policy needs a deadline", hint="--deadline SECONDS")
     policy: Policy = kind(**{takes[option]: value for option, value in options.items()})
     return policy
+
+
+def with_limits(policy: Policy, given: dict[str, float | int]) -> Policy:
+    """Return the policy with other limits.
+
+    Args:
+        policy: any.
+        given: options by the names of :func:`make_policy`.
+
+    Raises:
+        UsageError: the policy has no such limit, a value has no sense, or the policy is a user's own.
+    """
+    if not given:
+        return policy
+    if policy.name not in POLICIES:
+        raise UsageError(f"the limits of policy {policy.name} are its own", hint="only built-in policies have ours")
+    takes = POLICIES[policy.name][1]
+    if foreign := given.keys() - takes.keys():
+        raise UsageError(f"the {policy.name} policy has no {_in_words(foreign)}", hint=f"it has: {_in_words(takes)}")
+    ours: Any = policy  # a dataclass, as all in the table are
+    changed: Policy = replace(ours, **{takes[option]: value for option, value in given.items()})
+    return changed
 
 
 def _in_words(options: Any) -> str:  # noqa: ANN401  # any collection of names

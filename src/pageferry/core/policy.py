@@ -13,7 +13,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
 
 #: Rounds that moved less than this say more about latency than about the wire.
-_RATE_SAMPLE_BYTES = 4 << 20
+RATE_SAMPLE_BYTES = 4 << 20
 #: What remains after a round is no better than this much of the best so far: noise.
 _NEAR = 1.05
 
@@ -71,7 +71,7 @@ class Progress:
         for stats in reversed(self.rounds):
             sent_bytes += stats.sent_bytes
             duration_s += stats.duration_s
-            if sent_bytes >= _RATE_SAMPLE_BYTES:
+            if sent_bytes >= RATE_SAMPLE_BYTES:
                 break
         return sent_bytes / duration_s if sent_bytes and duration_s > 0 else None
 

@@ -24,8 +24,11 @@ from pageferry.core.events import (
     RoundEnd,
 )
 from pageferry.core.explain import explain
+from pageferry.core.forecast import Eta, Pace
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policy import Policy, downtime_limit_s
+from pageferry.core.policies import with_limits
+from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.guest_time import StallMeter
@@ -41,6 +44,9 @@ from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import Frame
 
 _log = logging.getLogger(__name__)
+
+#: The status of an attempt that is ready and waits to be told to go on; QEMU's word.
+HELD = "pre-switchover"
 
 
 def _ignore(_: Event) -> None:
@@ -72,6 +78,22 @@ class Traffic:
     sent_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """How fast an attempt goes, and when it will be over.
+
+    ``wire_bytes_per_s``: None before anything was sent. ``dirty_bytes_per_s``: by the guest in the last round, distinct
+    pages only. ``expected_downtime_s``: of a pause now. ``eta_s``: seconds to the end, None when none is in sight;
+    ``eta_reason``: why not, or why it was moved back last; empty while it only counts down.
+    """
+
+    wire_bytes_per_s: float | None
+    dirty_bytes_per_s: float
+    expected_downtime_s: float | None
+    eta_s: float | None
+    eta_reason: str
+
+
 class Attempt(ABC):
     """One attempt to move a guest away; the phases are a subclass's.
 
@@ -83,6 +105,7 @@ class Attempt(ABC):
         timeout_s: how long the connection may stand still.
         verify: when memory is digested; None: as fits the downtime limit.
         wire: how pages may travel.
+        hold: do not pause the guest before :meth:`go_on`, however ready all is; rounds go on meanwhile.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: what the guest had done some time ago, on the clock ``time.monotonic``, to compare with; nobody
             paused it since. None: the rate is taken from the handshake.
@@ -98,6 +121,7 @@ class Attempt(ABC):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         verify: VerifyMode | None = None,
         wire: WireOptions = DEFAULT_WIRE,
+        hold: bool = False,
         on_event: Callable[[Event], None] = _ignore,
         work_before: WorkSample | None = None,
     ) -> None:
@@ -114,8 +138,12 @@ class Attempt(ABC):
         self._committed = False
         self._armed = False
         self._channels: list[Channel] = []
-        rate = wire.bandwidth_bytes_per_s
-        self._pacer = None if rate is None else Pacer(rate)
+        self._pacer = Pacer(wire.bandwidth_bytes_per_s)
+        self._go_on = threading.Event()
+        if not hold:
+            self._go_on.set()
+        self._eta = Eta()
+        self._eta_lock = threading.Lock()
         self._encoder = Encoder()
         self._sent = SendCounts(vm.memory.gfn_limit)
         self._sent_lock = threading.Lock()
@@ -157,6 +185,51 @@ class Attempt(ABC):
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
 
+    def outlook(self) -> Outlook:
+        """Return how fast it goes and when it will be over, from any thread."""
+        rounds = tuple(self._sender.rounds)
+        measured = Progress(memory_pages=0, rounds=rounds, fixed_s=0.0) if rounds else None
+        wire = None if measured is None else measured.wire_bytes_per_s
+        now = self._sender.under_way()
+        if now is not None and now.elapsed_s > 0 and (measured is None or now.sent_bytes >= RATE_SAMPLE_BYTES):
+            wire = now.sent_bytes / now.elapsed_s
+        pace = Pace(
+            remaining_bytes=self._sender.remaining_pages * PAGE_SIZE,
+            wire_bytes_per_s=wire,
+            dirty_bytes_per_s=0.0 if measured is None else measured.dirty_bytes_per_s,
+            fixed_s=self._fixed_s,
+            limit_s=downtime_limit_s(self._policy),
+        )
+        held = self.status == HELD
+        with self._eta_lock:
+            eta_s = self._eta.tell(pace, self._clock.now_s())
+            return Outlook(
+                wire_bytes_per_s=wire,
+                dirty_bytes_per_s=pace.dirty_bytes_per_s,
+                expected_downtime_s=pace.fixed_s + pace.remaining_bytes / wire if wire else None,
+                eta_s=None if held else eta_s,
+                eta_reason="it is ready, and held until it is told to go on" if held else self._eta.reason,
+            )
+
+    def change_limits(self, given: dict[str, float | int], bandwidth: WireOptions | None = None) -> None:
+        """Change limits of the attempt while it runs, from any thread; all of them or none.
+
+        Args:
+            given: limits of the policy, by the names of :func:`pageferry.core.policies.make_policy`.
+            bandwidth: with the new cap; None leaves it as it is.
+
+        Raises:
+            UsageError: the policy has no such limit, or a value has no sense.
+        """
+        self._policy = with_limits(self._policy, given)
+        self._prover.limit_s = downtime_limit_s(self._policy)
+        if bandwidth is not None:
+            self._pacer.set_rate(bandwidth.bandwidth_bytes_per_s)
+
+    def go_on(self) -> None:
+        """Let an attempt that was told to hold pause the guest when all is ready; from any thread."""
+        self._go_on.set()
+
     @property
     def handing_over(self) -> bool:
         """Whether COMMIT was sent, so that the guest is not ours to pause or resume."""
@@ -172,6 +245,7 @@ class Attempt(ABC):
             if self._committed:
                 return False
             self._cancelled = True
+            self._go_on.set()
             for channel in self._channels:
                 channel.abort()
         return True
@@ -282,7 +356,7 @@ class Attempt(ABC):
             total_s=self.elapsed_s,
             sent_bytes=self.traffic().sent_bytes,
             connections=self._wire.connections,
-            bandwidth_bytes_per_s=self._wire.bandwidth_bytes_per_s,
+            bandwidth_bytes_per_s=self._pacer.rate_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,
             state_bytes=self._state_bytes,

@@ -53,7 +53,7 @@ class Prover:
     def __init__(self, vm: Vm, mode: VerifyMode | None, limit_s: float | None, now_s: Callable[[], float]) -> None:
         self._vm = vm
         self._mode = mode
-        self._limit_s = limit_s
+        self.limit_s = limit_s
         self._now_s = now_s
         self._auditor: Auditor | None = None
         self._audits = False
@@ -107,7 +107,7 @@ class Prover:
         self._pages_per_s = digest_pages_per_s(self._vm.memory, self._now_s) or self._pages_per_s
         if self._auditor is None or self._audits:
             return
-        limit_s = self._limit_s
+        limit_s = self.limit_s
         if self._mode is VerifyMode.AUDIT or (limit_s is not None and self.cost_s() > _FULL_SHARE * limit_s):
             self._audits = True
             self._auditor.start()
@@ -207,9 +207,9 @@ class Prover:
             return DirtyBitmap(populated.nbits)
         audited = self._auditor.proven()
         audited &= populated
-        if self._limit_s is None or self._pages_per_s is None:
+        if self.limit_s is None or self._pages_per_s is None:
             return audited
-        left_s = self._limit_s - spent_s - self._digest_s((populated - audited).count())
+        left_s = self.limit_s - spent_s - self._digest_s((populated - audited).count())
         return audited - self._auditor.oldest(max(0, int(_AGAIN_SHARE * left_s * self._pages_per_s)))
 
     def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:

@@ -1,12 +1,21 @@
 """Rounds: which pages go when, and what each round cost."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from pageferry.core.events import Event, RoundBegan, RoundProgress
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import RoundStats
 from pageferry.engine.lane import Sent
 from pageferry.engine.lanes import Lanes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnderWay:
+    """A round that has begun."""
+
+    elapsed_s: float
+    sent_bytes: int
 
 
 class PageSender:
@@ -21,6 +30,7 @@ class PageSender:
         self._on_event = on_event
         self._now_s = now_s
         self.rounds: list[RoundStats] = []
+        self._under_way: Callable[[], UnderWay | None] = lambda: None
         self.remaining_pages = 0
         """Pages of the round under way that are still to be sent; between rounds, what was dirty at the last look."""
 
@@ -52,6 +62,9 @@ class PageSender:
         index = len(self.rounds)
         self._on_event(RoundBegan(index=index, dirty_pages=expected_pages, final=final))
         began_s, bytes_before, sent_before = self._now_s(), lanes.sent_bytes, lanes.sent
+        self._under_way = lambda: UnderWay(
+            elapsed_s=self._now_s() - began_s, sent_bytes=lanes.sent_bytes - bytes_before
+        )
         dirty_pages = passed_pages = 0
         reported = Sent()
         for gfns in chunks:
@@ -80,7 +93,12 @@ class PageSender:
             final=final,
         )
         self.rounds.append(stats)
+        self._under_way = lambda: None
         return stats
+
+    def under_way(self) -> UnderWay | None:
+        """Return how far the round under way is, if one is; from any thread."""
+        return self._under_way()
 
     def _report(self, index: int, sent: Sent, sent_bytes: int) -> None:
         self._on_event(RoundProgress(index=index, sent_pages=sent.pages, sent_bytes=sent_bytes))

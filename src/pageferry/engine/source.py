@@ -21,6 +21,7 @@ What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.e
 import contextlib
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
@@ -30,7 +31,7 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
 from pageferry.core.vm import VmStatus
 from pageferry.engine import estimates, features, verify
-from pageferry.engine.attempt import Attempt
+from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.guest_time import Stall
 from pageferry.engine.joining import join
@@ -56,11 +57,14 @@ from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, St
 _CHUNK_PAGES = 1 << 18
 #: A destination that fails cuts further connections first and then says why; so long we listen.
 _LAST_WORDS_S = 2.0
+#: While we are held, a round in so much time keeps what is left small.
+_HELD_ROUND_S = 1.0
 
 
 class Source(Attempt):
     """One attempt to move a guest away, phase by phase."""
 
+    _judged_rounds: int | None = None
     _lanes: Lanes
     _agreed: frozenset[RecordType]
 
@@ -160,12 +164,12 @@ class Source(Attempt):
             self._fixed_s = self._state_s + self._prover.cost_s()
             progress = Progress(
                 memory_pages=self._vm.memory.pages,
-                rounds=tuple(self._sender.rounds),
+                rounds=self._rounds_to_judge(),
                 fixed_s=self._fixed_s,
                 elapsed_s=self.elapsed_s,
                 throttle=throttle,
             )
-            decision = self._policy.decide(progress)
+            decision = self._held(self._policy.decide(progress))
             self._round_ends.append(self._round_end(ended_s, progress, decision))
             self._on_event(RoundEnded(stats=stats, decision=decision))
             if decision.action is Action.ABORT:
@@ -174,7 +178,28 @@ class Source(Attempt):
                 self._stop_reason = decision.reason
                 return
             self._throttle.set(decision.throttle)
+            if self.status == HELD:
+                self._go_on.wait(_HELD_ROUND_S)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
+
+    def _held(self, decision: Decision) -> Decision:
+        """Turn a stop into another round as long as we are told to hold."""
+        if self._go_on.is_set():
+            self.status = "active"
+            return decision
+        if decision.action is not Action.STOP_AND_COPY:
+            return decision
+        if self.status != HELD:
+            self._judged_rounds = len(self._sender.rounds)
+            self.status = HELD
+        return replace(decision, action=Action.NEXT_ROUND, reason=f"ready, and held: {decision.reason}")
+
+    def _rounds_to_judge(self) -> tuple[RoundStats, ...]:
+        """Return the rounds that count for the policy: those that were only made because we were held do not."""
+        rounds = tuple(self._sender.rounds)
+        if self._judged_rounds is None or len(rounds) <= self._judged_rounds:
+            return rounds
+        return (*rounds[: self._judged_rounds], replace(rounds[-1], index=self._judged_rounds))
 
     def _enable(self) -> GfnArray:
         """Turn log-dirty on; return what has storage, to be sent first.

@@ -58,6 +58,19 @@ class Arguments:
             raise QmpError(f"Invalid parameter type for '{name}', expected: positive integer")
         return value
 
+    def count(self, name: str) -> int | None:
+        """Return an integer that is not negative, or None when it is missing or null.
+
+        Raises:
+            QmpError: it is something else.
+        """
+        value = self._values.pop(name, None)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise QmpError(f"Invalid parameter type for '{name}', expected: integer, 0 or more")
+        return value
+
     def choice(self, name: str, kind: type[Choice]) -> Choice | None:
         """Return one of an enumeration's values, or None when it is missing or null.
 

@@ -13,6 +13,15 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
         "total-time": int(attempt.elapsed_s * 1000),
         "ram": _ram(attempt),
     }
+    if attempt.report is None:
+        outlook = attempt.outlook()
+        if outlook.expected_downtime_s is not None:
+            result["expected-downtime"] = round(outlook.expected_downtime_s * 1000)
+        result["x-eta-s"] = outlook.eta_s
+        result["x-eta-reason"] = outlook.eta_reason
+        result["ram"]["dirty-pages-rate"] = round(outlook.dirty_bytes_per_s / PAGE_SIZE)
+        if outlook.wire_bytes_per_s is not None:
+            result["ram"]["mbps"] = outlook.wire_bytes_per_s * 8 / 1e6
     if attempt.report is not None:
         result["x-pageferry-report"] = attempt.report.to_json()
         if attempt.report.downtime_s is not None:

@@ -21,6 +21,7 @@ from pageferry.core.errors import GuestAt, MigrationError, PageferryError, Usage
 from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import make_policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
+from pageferry.engine.attempt import HELD
 from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.source import Source
@@ -74,6 +75,7 @@ class GuestProcess:
         self._source: Source | None = None
         self._migration: threading.Thread | None = None
         self._announced_stop = False
+        self._announced_status = ""
         self._next_progress_s = 0.0
         self._incoming: Destination | None = None
         self._endpoint: Endpoint | None = None
@@ -273,6 +275,7 @@ class GuestProcess:
         wire = WireOptions(
             bandwidth_bytes_per_s=args.integer("x-bandwidth"), connections=args.integer("x-connections") or 1
         )
+        hold = args.flag("x-hold")
         args.done()
         with self._lock:
             vm = self._guest()
@@ -287,6 +290,7 @@ class GuestProcess:
                 timeout_s=timeout_s,
                 verify=verify,
                 wire=wire,
+                hold=hold,
                 on_event=self._on_engine_event,
                 work_before=self._work.oldest(),
             )
@@ -325,12 +329,50 @@ class GuestProcess:
             self._event("STOP")
         if isinstance(event, RoundEnded):
             self._event("MIGRATION_PASS", {"pass": event.stats.index + 1})
+            self._announce_status()
         if isinstance(event, RoundProgress):
             now_s = time.monotonic()
             if now_s < self._next_progress_s:
                 return
             self._next_progress_s = now_s + _PROGRESS_INTERVAL_S
-        self._event(ENGINE_EVENT, {"type": type(event).__name__, **asdict(event)})
+        data = {"type": type(event).__name__, **asdict(event)}
+        if isinstance(event, RoundProgress) and self._source is not None:
+            outlook = self._source.outlook()
+            data |= {"eta_s": outlook.eta_s, "eta_reason": outlook.eta_reason}
+        self._event(ENGINE_EVENT, data)
+
+    def _announce_status(self) -> None:
+        status = "" if self._source is None else self._source.status
+        if status != self._announced_status and HELD in (status, self._announced_status):
+            self._event("MIGRATION", {"status": status})
+        self._announced_status = status
+
+    def _migrating(self) -> Source:
+        if self._source is None or not self._is_migrating():
+            raise QmpError("there is no migration in progress")
+        return self._source
+
+    def _migrate_set_parameters(self, arguments: dict[str, Any]) -> None:
+        args = Arguments(arguments)
+        limit_ms = args.number("downtime-limit")
+        bandwidth = args.count("max-bandwidth")
+        given = {
+            "downtime_limit_s": None if limit_ms is None else limit_ms / 1e3,
+            "max_rounds": args.integer("x-max-rounds"),
+            "deadline_s": args.number("x-deadline-s"),
+        }
+        args.done()
+        wire = None if bandwidth is None else WireOptions(bandwidth_bytes_per_s=bandwidth or None)
+        self._migrating().change_limits({name: value for name, value in given.items() if value is not None}, wire)
+
+    def _migrate_continue(self, arguments: dict[str, Any]) -> None:
+        args = Arguments(arguments)
+        state = args.text("state", HELD)
+        args.done()
+        source = self._migrating()
+        if state != HELD or source.status not in (HELD, "active"):
+            raise QmpError(f"the migration is not in state {state!r} but {source.status!r}")
+        source.go_on()
 
     def _query_migrate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments(arguments).done()
@@ -352,6 +394,8 @@ class GuestProcess:
             "migrate": self._migrate,
             "query-migrate": self._query_migrate,
             "migrate_cancel": self._migrate_cancel,
+            "migrate-set-parameters": self._migrate_set_parameters,
+            "migrate-continue": self._migrate_continue,
             "quit": self._quit_command,
             "x-query-guest": self._query_guest,
             "x-console-write": self._console_write,
