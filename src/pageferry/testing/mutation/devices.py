@@ -1,6 +1,7 @@
 """Faults of what the devices save and load: uart.py, clock.py, rtc.py, dma.py; those of marks are in writers.py."""
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from pageferry.devices import clock, rtc, uart
@@ -8,6 +9,19 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.testing.mutation.fault import Faults, Room, replace
 
 fault = Faults(Room.HYPERVISOR)
+
+
+def _load_then(device: Any, spoil: Callable[[], object]) -> None:  # noqa: ANN401 (one of several)
+    """Have a device loaded as it should be, and spoiled then."""
+
+    def wrap(sound: Any) -> Any:  # noqa: ANN401
+        def load(data: bytes) -> None:
+            sound(data)
+            spoil()
+
+        return load
+
+    replace(device, "load", wrap)
 
 
 @fault(
@@ -52,15 +66,7 @@ def _without(console: uart.Uart, queue: str) -> None:
 def uart_interrupt_not_loaded(domain: Domain) -> None:
     """A UART that is loaded has no interrupt pending: a guest that waits for one waits for ever."""
     console = domain.platform.console
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def load(data: bytes) -> None:
-            sound(data)
-            console._thr_interrupt = False
-
-        return load
-
-    replace(console, "load", wrap)
+    _load_then(console, lambda: setattr(console, "_thr_interrupt", False))
 
 
 @fault(
@@ -87,15 +93,7 @@ def _load_timer_late(domain: Domain, sound: Any, data: bytes) -> None:  # noqa: 
 def timer_starts_anew(domain: Domain) -> None:
     """A timer that is loaded begins a new period, and counts from 0."""
     timer = domain.platform.timer
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def load(data: bytes) -> None:
-            sound(data)
-            timer._started_us, timer._seen = timer._now_us(), 0
-
-        return load
-
-    replace(timer, "load", wrap)
+    _load_then(timer, lambda: timer.write(clock._PERIOD_OR_LEFT, 4, timer._period_us))
 
 
 @fault(
@@ -105,7 +103,8 @@ def timer_starts_anew(domain: Domain) -> None:
 )
 def timer_acknowledgement_forgotten(domain: Domain) -> None:
     """A timer that is loaded does not know which periods the guest has seen end."""
-    replace(domain.platform.timer, "load", lambda sound: lambda data: sound(data[:-8] + bytes(8)))
+    timer = domain.platform.timer
+    _load_then(timer, lambda: setattr(timer, "_seen", 0))
 
 
 @fault(
@@ -144,15 +143,7 @@ def rtc_stands_still_while_moving(domain: Domain) -> None:
 def rtc_shows_the_hosts_time(domain: Domain) -> None:
     """What the guest had set the wall clock to is lost: after the move it shows the host's time."""
     device = domain.platform.rtc
-
-    def wrap(sound: Any) -> Any:  # noqa: ANN401
-        def load(data: bytes) -> None:
-            sound(data)
-            device._offset_s = 0
-
-        return load
-
-    replace(device, "load", wrap)
+    _load_then(device, lambda: setattr(device, "_offset_s", 0))
 
 
 @fault(
