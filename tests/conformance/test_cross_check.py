@@ -120,6 +120,8 @@ def test_a_witness_that_cannot_be_made_leaves_nothing_behind(kvm_support, monkey
     closed = []
 
     class Owner:
+        tracker = "owner"
+
         def __init__(self, vm):
             pass
 

@@ -1,10 +1,11 @@
-"""Layouts and numbers against those that a C compiler finds in the kernel's headers (Linux 6.1, x86-64)."""
+"""Layouts and numbers as a C compiler finds them in the kernel's headers (x86-64; Linux 6.1, PAGEMAP_SCAN 6.7)."""
 
 import ctypes
 
 import pytest
 
 from pageferry.kvm import uapi
+from pageferry.uffd import uapi as uffd_uapi
 
 SIZES = {
     "KvmUserspaceMemoryRegion": 32,
@@ -81,19 +82,35 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_structure_size(name):
-    assert ctypes.sizeof(getattr(uapi, name)) == SIZES[name]
+UFFD_SIZES = {"UffdioApi": 24, "UffdioRange": 16, "UffdioRegister": 32, "UffdioWriteprotect": 24, "PmScanArg": 96}
+UFFD_NUMBERS = {
+    "UFFDIO_API": 0xC018AA3F,
+    "UFFDIO_REGISTER": 0xC020AA00,
+    "UFFDIO_UNREGISTER": 0x8010AA01,
+    "UFFDIO_WAKE": 0x8010AA02,
+    "UFFDIO_WRITEPROTECT": 0xC018AA06,
+    "USERFAULTFD_IOC_NEW": 0xAA00,
+    "PAGEMAP_SCAN": 0xC0606610,
+}
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-def test_ioctl_number(name):
-    assert getattr(uapi, name) == NUMBERS[name]
-    assert uapi.IOCTL_NAMES[NUMBERS[name]] == name
+@pytest.mark.parametrize(("module", "name"), [*((uapi, name) for name in SIZES), *((uffd_uapi, n) for n in UFFD_SIZES)])
+def test_structure_size(module, name):
+    assert ctypes.sizeof(getattr(module, name)) == (SIZES | UFFD_SIZES)[name]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [*((uapi, name) for name in NUMBERS), *((uffd_uapi, n) for n in UFFD_NUMBERS)]
+)
+def test_ioctl_number(module, name):
+    number = (NUMBERS | UFFD_NUMBERS)[name]
+    assert getattr(module, name) == number
+    assert module.IOCTL_NAMES[number] == name
 
 
 def test_every_ioctl_number_is_checked():
     assert set(uapi.IOCTL_NAMES.values()) == set(NUMBERS)
+    assert set(uffd_uapi.IOCTL_NAMES.values()) == set(UFFD_NUMBERS)
 
 
 def test_offsets_inside_kvm_run_and_variable_length_heads():
@@ -110,3 +127,24 @@ def test_offsets_inside_kvm_run_and_variable_length_heads():
     assert uapi.KvmVcpuEvents.exception_has_payload.offset == 0x37
     assert uapi.KvmCpuid2.entries.offset == uapi.KvmMsrs.entries.offset == 8
     assert uapi.KvmMsrList.indices.offset == 4
+
+
+def test_every_structure_of_userfaultfd_is_checked():
+    found = {name for name, value in vars(uffd_uapi).items() if isinstance(value, type(ctypes.Structure))}
+    assert found == set(UFFD_SIZES)
+
+
+def test_arrays_of_userfaultfd_have_the_kernels_layout():
+    assert uffd_uapi.PAGE_REGION.itemsize == 24
+    assert uffd_uapi.UFFD_MSG.itemsize == 32
+    assert {name: field[1] for name, field in uffd_uapi.UFFD_MSG.fields.items()} == {
+        "event": 0,
+        "flags": 8,
+        "address": 16,
+        "ptid": 24,
+    }
+
+
+def test_features_of_userfaultfd_have_the_kernels_names():
+    assert uffd_uapi.FEATURE_NAMES[1 << 12] == "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"
+    assert uffd_uapi.FEATURE_NAMES[1 << 15] == "UFFD_FEATURE_WP_ASYNC"

@@ -39,7 +39,24 @@ def test_removed_frames_are_not_read():
     memory = GuestMemory.linear(2 << 20)
     memory.write(0x3000, b"gone")
     memory.remove(np.array([3], np.uint64))
+    assert not Contents(memory).changed(DirtyBitmap.of(memory.gfn_limit, 3), keep=True).any()
+
+
+def test_a_page_of_zeros_is_as_one_without_storage():
+    memory = GuestMemory.linear(2 << 20)
+    memory.write(0x3000, bytes(4096))
     assert changed(Contents(memory), memory) == []
+
+
+def test_as_many_pages_as_there_are():
+    memory = GuestMemory.linear((8 << 20) + 3 * 4096)
+    pages = np.frombuffer(memory.mapping.view, np.uint64).reshape(-1, 512)
+    contents = Contents(memory)
+    pages[:, 7] = np.arange(len(pages), dtype=np.uint64)
+    assert changed(contents, memory) == list(range(1, len(pages)))
+    pages[1023:1026, 500] = 1
+    pages[-1, 500] = 1
+    assert changed(contents, memory) == [1023, 1024, 1025, len(pages) - 1]
 
 
 WORDS = st.dictionaries(st.integers(0, 511), st.integers(1, (1 << 64) - 1), min_size=1, max_size=4)
@@ -55,11 +72,3 @@ def test_any_few_flipped_bits_show(flips):
     for word, bits in flips.items():
         words[3 * 512 + word] ^= np.uint64(bits)
     assert changed(contents, memory) == [3]
-
-
-def test_two_top_bits_do_not_cancel_out():
-    memory = GuestMemory.linear(2 << 20)
-    contents = Contents(memory)
-    words = np.frombuffer(memory.mapping.view, np.uint64)
-    words[512:514] = np.uint64(1 << 63)
-    assert changed(contents, memory) == [1]

@@ -9,7 +9,8 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, OracleError, VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
-from pageferry.testing.cross_check import CrossCheck, OracleCounts
+from pageferry.testing.cross_check import CrossCheck
+from pageferry.testing.ledger import OracleCounts
 
 MEMORY_BYTES = (2 << 20) + 3 * 4096
 PAGES = MEMORY_BYTES >> 12

@@ -52,13 +52,14 @@ class Check:
     summary: str
 
 
-def _check(law: int | None, function: Callable[..., None]) -> Check:
+def check_of(law: int | None, function: Callable[..., None]) -> Check:
+    """Return a function as a check; its name is the check's, the first line of its docstring the promise."""
     summary = (function.__doc__ or "").partition("\n")[0]
     return Check(name=function.__name__.replace("_", "-"), law=law, run=function, summary=summary)
 
 
 def _with_guest(law: int, function: Callable[..., None], workload: str) -> Check:
-    check = _check(law, function)
+    check = check_of(law, function)
     return replace(
         check,
         name=f"{check.name}-{workload}",
@@ -68,47 +69,47 @@ def _with_guest(law: int, function: Callable[..., None], workload: str) -> Check
 
 
 CHECKS: tuple[Check, ...] = (
-    _check(None, operators.off_at_first),
-    _check(None, operators.enable_starts_clear),
-    _check(None, operators.enable_twice),
-    _check(None, operators.peek_changes_nothing),
-    _check(None, operators.clean_clears),
-    _check(1, operators.clean_protects_again),
-    _check(1, operators.rounds_are_exact),
-    _check(1, operators.rounds_add_up),
-    _check(None, operators.bitmaps_are_the_callers),
-    _check(None, operators.off_and_on_again),
-    _check(None, operators.stats_count_the_bits),
-    _check(8, operators.one_fault_per_page),
-    _check(None, operators.pausing_is_no_write),
-    _check(4, operators.host_writes_are_marked),
-    _check(4, operators.marks_and_writes_mix),
-    _check(4, operators.marks_outside_ram),
-    _check(4, operators.state_restore_keeps_tracking),
-    _check(4, copies.marked_after_the_write),
-    _check(4, copies.device_marks_after_the_write),
-    _check(4, copies.marks_are_seen_at_once),
-    _check(5, operators.given_back_bits_return),
-    _check(2, copies.stamped_copy),
-    _check(2, races.changed_between_cleans),
-    _check(2, races.peek_grows),
+    check_of(None, operators.off_at_first),
+    check_of(None, operators.enable_starts_clear),
+    check_of(None, operators.enable_twice),
+    check_of(None, operators.peek_changes_nothing),
+    check_of(None, operators.clean_clears),
+    check_of(1, operators.clean_protects_again),
+    check_of(1, operators.rounds_are_exact),
+    check_of(1, operators.rounds_add_up),
+    check_of(None, operators.bitmaps_are_the_callers),
+    check_of(None, operators.off_and_on_again),
+    check_of(None, operators.stats_count_the_bits),
+    check_of(8, operators.one_fault_per_page),
+    check_of(None, operators.pausing_is_no_write),
+    check_of(4, operators.host_writes_are_marked),
+    check_of(4, operators.marks_and_writes_mix),
+    check_of(4, operators.marks_outside_ram),
+    check_of(4, operators.state_restore_keeps_tracking),
+    check_of(4, copies.marked_after_the_write),
+    check_of(4, copies.device_marks_after_the_write),
+    check_of(4, copies.marks_are_seen_at_once),
+    check_of(5, operators.given_back_bits_return),
+    check_of(2, copies.stamped_copy),
+    check_of(2, races.changed_between_cleans),
+    check_of(2, races.peek_grows),
     *(
         _with_guest(2, races.free_running, workload)
         for workload in ("stamp", "sweep", "random", "hotset", "kv", "smp", "idle", "pagetables")
     ),
     _with_guest(4, races.free_running, "dma"),
-    _check(2, races.peeking_thread),
-    _check(4, races.writing_thread),
-    _check(2, races.two_cleaners),
-    _check(5, races.failed_rounds),
-    _check(5, races.on_and_off_while_running),
-    _check(None, ranges.range_returns_its_own),
-    _check(None, ranges.strange_ranges),
-    _check(1, ranges.range_leaves_the_others),
-    _check(8, ranges.range_costs_no_other_fault),
-    _check(4, ranges.marks_by_range),
-    _check(5, ranges.given_back_by_range),
-    _check(3, ranges.stamped_copy_by_range),
+    check_of(2, races.peeking_thread),
+    check_of(4, races.writing_thread),
+    check_of(2, races.two_cleaners),
+    check_of(5, races.failed_rounds),
+    check_of(5, races.on_and_off_while_running),
+    check_of(None, ranges.range_returns_its_own),
+    check_of(None, ranges.strange_ranges),
+    check_of(1, ranges.range_leaves_the_others),
+    check_of(8, ranges.range_costs_no_other_fault),
+    check_of(4, ranges.marks_by_range),
+    check_of(5, ranges.given_back_by_range),
+    check_of(3, ranges.stamped_copy_by_range),
     _with_guest(2, races.cleaned_by_range, "random"),
     _with_guest(2, races.cleaned_by_range, "smp"),
     _with_guest(4, races.cleaned_by_range, "dma"),

@@ -2,28 +2,22 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
 
-_WORDS = PAGE_SIZE // 8
-#: Pages digested at a time: what is copied out of guest memory for it stays in the processor's cache.
-_CHUNK_PAGES = 64
-_FOLD = np.uint64(32)
-
-
-def _multipliers() -> NDArray[np.uint64]:
-    random = np.random.default_rng(0x9E37_79B9)  # the same on every host: a finding can be repeated
-    return random.integers(0, 1 << 64, _WORDS, np.uint64) | np.uint64(1)
+#: Pages digested at a time, with the interpreter lock held: a fraction of a millisecond for a vCPU that waits for it.
+_CHUNK_PAGES = 1024
+_ZERO = np.uint64(xxh3_64_intdigest(bytes(PAGE_SIZE)))
 
 
 class Contents:
     """Digests of a guest's pages.
 
-    A digest is the sum, modulo 2^64, of the page's 64-bit words, each with its upper half folded into its lower, times
-    an odd number of its own: one changed word always shows, several cancel out about once in 2^32 times at the worst.
-    A page of zeros has digest 0, so a page without storage need not be read (reading would only give it storage).
+    A digest is xxh3-64 of the page, XOR that of a page of zeros. So a page of zeros has digest 0, and one without
+    storage need not be read (reading would only give it storage).
 
     Args:
         memory: the guest's.
@@ -31,7 +25,6 @@ class Contents:
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
-        self._multipliers = _multipliers()
         self._digests = np.zeros(memory.gfn_limit, np.uint64)
 
     def changed(self, among: DirtyBitmap, *, keep: bool) -> DirtyBitmap:
@@ -55,10 +48,8 @@ class Contents:
         return DirtyBitmap.of(stored.nbits, gfns[differ])
 
     def _read(self, gfns: GfnArray) -> NDArray[np.uint64]:
-        pages = np.frombuffer(self._memory.mapping.view, np.uint64).reshape(-1, _WORDS)
         digests = np.empty(gfns.size, np.uint64)
         for at in range(0, gfns.size, _CHUNK_PAGES):
-            words = pages[gfns[at : at + _CHUNK_PAGES]]
-            words ^= words >> _FOLD
-            digests[at : at + _CHUNK_PAGES] = words @ self._multipliers
-        return digests
+            views = self._memory.page_views(gfns[at : at + _CHUNK_PAGES])
+            digests[at : at + len(views)] = np.fromiter(map(xxh3_64_intdigest, views), np.uint64)
+        return digests ^ _ZERO

@@ -3,95 +3,21 @@
 How a lost dirty bit is found while it matters: CLEAN and PEEK fail with the page, the round and who lost it, so the
 migration that asked fails closed and the guest stays at the source.
 
-**What is a loss.** That only one of two trackers reports a page is no loss yet: KVM may report a page that was only
-read when it was mapped, or that the processor walked. Content decides. A page is read after each CLEAN that reported it
-(against ``digests``: all pages with storage are), and its digest is compared with the reading before. If it differs,
-somebody wrote the page between the two readings, and *every* tracker must report it. That is the whole rule: when the
-trackers were cleaned, relative to each other, does not matter. Reported and not changed is *spurious*: counted only.
-
-**When it must be reported** (laws 2 and 4)::
-
-    tracker T       oracle                        a write w that the reading d[n] shows and d[n-1] did not
-    CLEAN t[n-1]
-    .               reading d[n-1]
-    .               .                             w before t[n] begins: in t[n]. T reported it: settled.
-    CLEAN t[n]      .                             w during t[n]: in t[n] or t[n+1], whichever T likes.
-    .               .                             w after t[n]: in t[n+1].
-    .               reading d[n]: changed.
-    .               Not in t[n]: T *owes* the page.
-    CLEAN t[n+1]    .                             begun after d[n], so after w: the page is in it, or T has lost it.
-
-Both trackers are cleaned, one after the other, before the reading; so this holds for each by itself. A page that
-neither reports is not read by the oracle of two trackers, and found by ``digests`` alone.
-
-**Writers that mark.** A device's bytes land before its mark, and its thread may rest in between for any time. So a page
-that is owed becomes *due* only at an instant with no write under way (``GuestMemory.unmarked_writes``): whatever a
-reading before it saw has been marked by then. A kernel that writes guest memory itself is taken to mark within a round.
-
-**At the end** the guest stands still, and what a PEEK shows is all that is left: pages are read after it, and each that
-changed since its last reading must be in the PEEK (in a second one, taken after the reading, before it is called a
-loss). Nothing is owed any more then.
-
-**What is not decided.** A write between t[n] and d[n], to a page that t[n] reported, shows in d[n] and is settled by
-t[n]: it may be the write that t[n] reported. Lost, it is found by the next change of the page, or by nobody. The same
-is true of a change that is undone before the next reading, and of bytes written over themselves.
+Both trackers are cleaned, one after the other, and then pages are read: those that either reported, or against
+``digests`` all that have storage. What follows from what was reported and what changed is the :mod:`.ledger`'s affair.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-
-import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import LogDirtyError, OracleError
+from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirty, LogDirtyStats
 from pageferry.testing.contents import Contents
-
-#: The witness that is no tracker.
-DIGESTS = "digests"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OracleCounts:
-    """What was compared since ENABLE; kept after OFF.
-
-    ``rounds``: rounds of CLEAN, and PEEKs of a guest that stood still. ``pages``: reported by either, over all rounds.
-    ``spurious_primary``, ``spurious_witness``: reported by that one only, and not changed.
-    """
-
-    rounds: int = 0
-    pages: int = 0
-    spurious_primary: int = 0
-    spurious_witness: int = 0
-
-
-class _Debts:
-    """The pages that one tracker must still report. ``due`` is the part of ``owed`` that its next CLEAN must have."""
-
-    def __init__(self, log: LogDirty, nbits: int) -> None:
-        self.log = log
-        self.owed = DirtyBitmap(nbits)
-        self.due = DirtyBitmap(nbits)
-
-    def mature(self, removed: GfnArray) -> None:
-        """No write is under way: all that is owed is due, but for frames that are no RAM any more."""
-        if removed.size:
-            self.owed.clear(removed)
-        self.due = self.owed.copy()
-
-    def overdue(self, reported: DirtyBitmap, gfns: range) -> DirtyBitmap:
-        """Return what a CLEAN of ``gfns`` should have reported and did not."""
-        return self.due.copy().take(gfns) - reported
-
-    def settle(self, reported: DirtyBitmap, changed: DirtyBitmap) -> None:
-        """Take note of a CLEAN, and of what was found changed after it."""
-        self.owed |= changed
-        self.owed -= reported
-        self.due -= reported
+from pageferry.testing.ledger import DIGESTS, Ledger, OracleCounts
 
 
 class CrossCheck:
@@ -114,18 +40,11 @@ class CrossCheck:
         self._memory = memory
         self._still = still
         self._operator = threading.Lock()  # one operator at a time; never taken by a mark
-        self._counts = OracleCounts()
-        self._reset()
-
-    def _reset(self) -> None:
-        nbits = self._memory.gfn_limit
         self._contents: Contents | None = None  # None: log-dirty is off
-        self._debts = tuple(_Debts(log, nbits) for log in self._logs)
-        self._changed_in = np.zeros(nbits, np.uint32)  # the round in which a page was last seen to change
-        self._round = -1
-        self._next_gfn = 0  # where a CLEAN begins that goes on with the round
-        self._witnessed_before = DirtyBitmap(nbits)
-        self._witness_only = DirtyBitmap(nbits)
+        self._ledger = self._new_ledger()  # kept after OFF
+
+    def _new_ledger(self) -> Ledger:
+        return Ledger([log.tracker for log in self._logs], self._memory.gfn_limit)
 
     @property
     def _logs(self) -> tuple[LogDirty, ...]:
@@ -143,7 +62,7 @@ class CrossCheck:
 
     def counts(self) -> OracleCounts:
         """Return what was compared since ENABLE, also after OFF."""
-        return self._counts
+        return self._ledger.counts
 
     def enable(self) -> None:
         """ENABLE both, then read every page with storage. On failure both are off.
@@ -158,8 +77,7 @@ class CrossCheck:
             for log in self._logs:
                 log.enable()
                 undo.callback(log.off)
-            self._reset()
-            self._counts = OracleCounts()
+            self._ledger = self._new_ledger()
             contents = Contents(self._memory)
             contents.changed(self._memory.all_ram(), keep=True)
             self._contents = contents
@@ -168,7 +86,7 @@ class CrossCheck:
     def off(self) -> None:
         """OFF for both, the second also when the first failed."""
         with self._operator, ExitStack() as each:
-            self._reset()
+            self._contents = None
             for log in self._logs:
                 each.callback(log.off)
 
@@ -199,9 +117,7 @@ class CrossCheck:
                 log.give_back(bitmap)
             ram = self._memory.all_ram()
             ram &= bitmap
-            self._note_changed(ram, self._round)
-            for debts in self._debts:
-                debts.owed |= ram
+            self._ledger.give_back(ram)
 
     def clean(self) -> DirtyBitmap:
         """CLEAN both, compare, and return what the primary reported.
@@ -222,21 +138,19 @@ class CrossCheck:
         """
         with self._operator:
             if self._memory.unmarked_writes == 0:
-                self._mature()
+                self._ledger.mature(self._memory.removed())
             reports: list[DirtyBitmap] = []
             try:
                 for log in self._logs:
                     reports.append(log.clean_range(gfns))  # noqa: PERF401  # what comes before a failure is kept
                 contents = self._expect_on()
-                for debts, reported in zip(self._debts, reports, strict=True):
-                    self._expect_none(debts, debts.overdue(reported, gfns))
+                self._ledger.expect_due(reports, gfns)
                 changed = contents.changed(self._to_read(reports, gfns), keep=True)
             except BaseException:
                 for log, reported in zip(self._logs, reports, strict=False):  # as far as it came
                     log.give_back(reported)
                 raise
-            self._settle(reports, changed, gfns, new_round=gfns.start < self._next_gfn or self._round < 0)
-            self._next_gfn = max(gfns.stop, gfns.start + 1)
+            self._ledger.settle(reports, changed, gfns)
             return reports[0]
 
     def peek(self) -> DirtyBitmap:
@@ -249,16 +163,11 @@ class CrossCheck:
         with self._operator:
             if not self._still() or self._memory.unmarked_writes:
                 return self._primary.peek()
-            self._mature()
+            self._ledger.mature(self._memory.removed())
             reports = [log.peek() for log in self._logs]
-            everything = range(self._memory.gfn_limit)
-            changed = self._expect_on().changed(self._to_read(reports, everything), keep=False)
-            self._note_changed(changed, self._round + 1)
-            for debts, reported in zip(self._debts, reports, strict=True):
-                missing = (debts.due | changed) - reported
-                if missing.any():
-                    self._expect_none(debts, missing - debts.log.peek())
-            self._count(reports, changed, everything, new_round=True)
+            to_read = self._to_read(reports, range(self._memory.gfn_limit))
+            changed = self._expect_on().changed(to_read, keep=False)
+            self._ledger.settle_last(reports, changed, [log.peek for log in self._logs])
             return reports[0]
 
     def _expect_on(self) -> Contents:
@@ -266,49 +175,7 @@ class CrossCheck:
             raise LogDirtyError("log-dirty is off")
         return self._contents
 
-    def _mature(self) -> None:
-        removed = self._memory.removed()
-        for debts in self._debts:
-            debts.mature(removed)
-
     def _to_read(self, reports: list[DirtyBitmap], gfns: range) -> DirtyBitmap:
         if self._witness is None:
             return self._memory.all_ram().take(gfns)
         return reports[0] | reports[1]
-
-    def _expect_none(self, debts: _Debts, lost: DirtyBitmap) -> None:
-        if not lost.any():
-            return
-        gfns = lost.gfns().tolist()
-        others = [other for other in self._debts if other is not debts and not other.owed.test(gfns[0])]
-        raise OracleError(
-            gfns,
-            round_index=int(self._changed_in[gfns[0]]),
-            lost_by=debts.log.tracker,
-            seen_by=others[0].log.tracker if others else DIGESTS,
-        )
-
-    def _note_changed(self, changed: DirtyBitmap, round_index: int) -> None:
-        self._changed_in[changed.gfns()] = max(0, round_index)
-
-    def _settle(self, reports: list[DirtyBitmap], changed: DirtyBitmap, gfns: range, *, new_round: bool) -> None:
-        self._round += new_round
-        self._note_changed(changed, self._round)
-        for debts, reported in zip(self._debts, reports, strict=True):
-            debts.settle(reported, changed)
-        self._count(reports, changed, gfns, new_round=new_round)
-
-    def _count(self, reports: list[DirtyBitmap], changed: DirtyBitmap, gfns: range, *, new_round: bool) -> None:
-        # The primary is cleaned first: what it alone reports, the witness may have reported the CLEAN before; what the
-        # witness alone reports, the primary may report the next time. Only then nobody else has seen it.
-        primary, witness = reports[0], reports[-1] if self._witness is not None else changed
-        witnessed_before, witness_only = self._witnessed_before.take(gfns), self._witness_only.take(gfns)
-        counts = self._counts
-        self._counts = OracleCounts(
-            rounds=counts.rounds + new_round,
-            pages=counts.pages + (primary | witness).count(),
-            spurious_primary=counts.spurious_primary + (primary - witness - witnessed_before - changed).count(),
-            spurious_witness=counts.spurious_witness + (witness_only - primary).count(),
-        )
-        self._witnessed_before |= witness
-        self._witness_only |= witness - primary - changed

@@ -30,6 +30,7 @@ class MarkLosesARace(Faithful):
         super().__init__(vm)
         self._cleaner: int | None = None
         self._overtaken = threading.Event()
+        self._patience = 3  # a thread that cleans may wait for the one that marks
 
     def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN."""
@@ -40,8 +41,11 @@ class MarkLosesARace(Faithful):
     def mark(self, gfns: GfnArray) -> None:
         """Mark, unless a CLEAN comes in between; while another thread calls it, there is the time for that."""
         self._overtaken.clear()
-        if self._cleaner in (None, threading.get_ident()) or not self._overtaken.wait(WINDOW_S):
-            self._sound.mark(gfns)
+        if self._patience and self._cleaner not in (None, threading.get_ident()):
+            if self._overtaken.wait(WINDOW_S):
+                return
+            self._patience -= 1
+        self._sound.mark(gfns)
 
 
 class RefusesStrangeMarks(Faithful):

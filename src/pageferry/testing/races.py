@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -108,19 +109,16 @@ def peeking_thread(lab: Lab) -> None:
     """PEEK and stats from another thread disturb nothing."""
     with lab.guest("random", pages=400, rate=_SLOW) as guest:
         copy = _start_copy(guest)
-        looks = 0
 
         def look() -> None:
-            nonlocal looks
             guest.log_dirty.peek()
             guest.log_dirty.stats()
-            looks += 1
 
-        with _repeated(look):
+        with _repeated(look) as looks:
             for number in range(_ROUNDS):
                 copy.take(guest.log_dirty.clean())
                 _write_once(guest, number)
-                for _ in _rounds(1, lambda: looks, more=2):  # of which the second began after the write
+                for _ in looks.rounds(1, more=2):  # of which the second began after the write
                     guest.progress()
         _finish_copy(guest, copy)
 
@@ -138,8 +136,8 @@ def writing_thread(lab: Lab) -> None:
             written += 1
             guest.memory.write(gpa_of(gfn), written.to_bytes(8, "little"))
 
-        with _repeated(write):
-            for _ in _rounds(2 * _ROUNDS, lambda: written):
+        with _repeated(write) as writes:
+            for _ in writes.rounds(2 * _ROUNDS):
                 copy.take(guest.log_dirty.clean())
         _finish_copy(guest, copy)
 
@@ -149,20 +147,14 @@ def two_cleaners(lab: Lab) -> None:
     with lab.guest("sweep", pages=120) as guest:
         copy = _start_copy(guest)
         lock = threading.Lock()
-        others = 0
 
         def clean_and_copy() -> None:
             reported = guest.log_dirty.clean()
             with lock:
                 copy.take(reported)
 
-        def clean_and_count() -> None:
-            nonlocal others
-            clean_and_copy()
-            others += 1
-
-        with _repeated(clean_and_count):
-            for _ in _rounds(_ROUNDS, lambda: others):
+        with _repeated(clean_and_copy) as others:
+            for _ in others.rounds(_ROUNDS):
                 clean_and_copy()
                 guest.progress()
         _finish_copy(guest, copy)
@@ -219,47 +211,56 @@ def _write_once(guest: Guest, number: int) -> None:
     guest.memory.write(gpa_of(_DEVICE_GFNS[number]), b"once")
 
 
-def _rounds(least: int, others: Callable[[], int], *, more: int | None = None) -> Iterator[int]:
-    """Count rounds from 0, at least so many, until another thread has done as many (``more``) of its own meanwhile.
-
-    Gives up on one that gets nowhere; that is no question of a slow host, but of seconds.
-    """
-    wanted = others() + (least if more is None else more)
-    deadline_s = time.monotonic() + GIVE_UP_S
-    number = 0
-    while number < least or others() < wanted:
-        require(time.monotonic() < deadline_s, "what another thread does gets nowhere")
-        yield number
-        number += 1
-
-
 def _contents(guest: Guest, gfns: np.typing.NDArray[np.uint64]) -> np.typing.NDArray[np.uint64]:
     # What `sweep` changes: the first word of each page, a pass number or a count that never repeats.
     return np.array([int.from_bytes(view[:8], "little") for view in guest.memory.page_views(gfns)], np.uint64)
 
 
+@dataclass(slots=True)
+class _Repeated:
+    """What another thread does over and over: how often it has, and why it stopped if it failed."""
+
+    times: int = 0
+    error: Exception | None = None
+
+    def rounds(self, least: int, *, more: int | None = None) -> Iterator[int]:
+        """Count rounds from 0, at least so many, until the other thread has done as many (``more``) or has failed.
+
+        Gives up when it has done nothing for a long time.
+        """
+        wanted = self.times + (least if more is None else more)
+        seen, deadline_s, number = self.times, time.monotonic() + GIVE_UP_S, 0
+        while self.error is None and (number < least or self.times < wanted):
+            if self.times > seen:
+                seen, deadline_s = self.times, time.monotonic() + GIVE_UP_S
+            require(seen >= wanted or time.monotonic() < deadline_s, "what another thread does gets nowhere")
+            yield number
+            number += 1
+
+
 @contextmanager
-def _repeated(action: Callable[[], None]) -> Iterator[None]:
+def _repeated(action: Callable[[], None]) -> Iterator[_Repeated]:
     """Call ``action`` over and over on another thread during the block; its error, if any, is raised here.
 
     There is a breath between two calls: an operator may stop the vCPUs, and these must get somewhere meanwhile.
     """
     stop = threading.Event()
-    errors: list[Exception] = []
+    repeated = _Repeated()
 
     def loop() -> None:
         try:
             while not stop.wait(_BREATH_S):
                 action()
+                repeated.times += 1
         except Exception as error:
-            errors.append(error)
+            repeated.error = error
 
     thread = threading.Thread(target=loop, name="conformance", daemon=True)
     thread.start()
     try:
-        yield
+        yield repeated
     finally:
         stop.set()
         thread.join()
-    if errors:
-        raise Violation(f"an operator failed on another thread: {errors[0]!r}") from errors[0]
+    if repeated.error is not None:
+        raise Violation(f"an operator failed on another thread: {repeated.error!r}") from repeated.error

@@ -8,7 +8,7 @@ from functools import partial
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import Vm, VmConfig
-from pageferry.testing.cross_check import DIGESTS
+from pageferry.testing.ledger import DIGESTS
 
 #: The paging modes of the software machine; the first is its own.
 _SOFT_TRACKERS = ("hap", "shadow")

@@ -8,7 +8,8 @@ from pageferry.devices.machine import Machine
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.trackers import TRACKERS, Tracker, find_tracker
 from pageferry.kvm.vm import KvmVm
-from pageferry.testing.cross_check import DIGESTS, CrossCheck
+from pageferry.testing.cross_check import CrossCheck
+from pageferry.testing.ledger import DIGESTS
 
 
 def both(primary_name: str, witness_name: str) -> Tracker:

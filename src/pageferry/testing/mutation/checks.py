@@ -1,14 +1,12 @@
 """Checks that know the software hypervisor: its audit, and what only its own levers can bring about."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import gpa_of
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.testing.conformance import Check
+from pageferry.testing.conformance import Check, check_of
 from pageferry.testing.lab import Guest, Lab, Violation, require
 
 #: RAM that no guest of the kit touches: ballooned out and in again.
@@ -90,18 +88,9 @@ def added_pages_are_dirty(lab: Lab) -> None:
         _audit(guest)
 
 
-def _check(law: int, function: Callable[[Lab], None]) -> Check:
-    return Check(
-        name=function.__name__.replace("_", "-"),
-        law=law,
-        run=function,
-        summary=(function.__doc__ or "").partition("\n")[0],
-    )
-
-
 CHECKS: tuple[Check, ...] = (
-    _check(1, audit_each_round),
-    _check(1, audit_while_running),
-    _check(2, exhausted_pool),
-    _check(4, added_pages_are_dirty),
+    check_of(1, audit_each_round),
+    check_of(1, audit_while_running),
+    check_of(2, exhausted_pool),
+    check_of(4, added_pages_are_dirty),
 )

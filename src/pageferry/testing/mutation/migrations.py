@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +23,7 @@ from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
-from pageferry.testing.conformance import Check
+from pageferry.testing.conformance import Check, check_of
 from pageferry.testing.lab import Guest, Lab, Violation, listed, require
 from pageferry.testing.mutant import Faithful, mutated
 
@@ -268,7 +268,7 @@ def verification_tells(lab: Lab, engine: Engine) -> None:
         raise Violation("a guest with a wrong bit was taken for the right one")
 
 
-_FUNCTIONS: Sequence[tuple[int, Callable[[Lab, Engine], None]]] = (
+_FUNCTIONS: Sequence[tuple[int, Callable[..., None]]] = (
     (3, written_right_after_a_read),
     (2, written_after_the_last_count),
     (2, a_page_becomes_zero),
@@ -279,18 +279,6 @@ _FUNCTIONS: Sequence[tuple[int, Callable[[Lab, Engine], None]]] = (
 )
 
 
-def _run(lab: Lab, *, function: Callable[[Lab, Engine], None], engine: Engine) -> None:
-    function(lab, engine)
-
-
 def migration_checks(engine: Engine) -> tuple[Check, ...]:
     """Return the checks for these two sides."""
-    return tuple(
-        Check(
-            name=function.__name__.replace("_", "-"),
-            law=law,
-            run=partial(_run, function=function, engine=engine),
-            summary=(function.__doc__ or "").partition("\n")[0],
-        )
-        for law, function in _FUNCTIONS
-    )
+    return tuple(replace(check_of(law, function), run=partial(function, engine=engine)) for law, function in _FUNCTIONS)

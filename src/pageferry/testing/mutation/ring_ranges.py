@@ -6,7 +6,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
 from pageferry.kvm import KvmVm
 from pageferry.testing.mutation.fault import Faults, Room, replace
-from pageferry.testing.mutation.kvm_ring import RING, log_of
+from pageferry.testing.mutation.kvm_ring import RING, log_of, without_collector
 
 fault = Faults(Room.KVM)
 
@@ -20,6 +20,7 @@ fault = Faults(Room.KVM)
 def ring_range_keeps_its_own(vm: KvmVm) -> None:
     """CLEAN of a range takes from the rings what is in the range, and lets the rest go."""
     log = log_of(vm)
+    without_collector(vm)
 
     def wrap(sound: Any) -> Any:  # noqa: ANN401
         def clean_range(gfns: range) -> DirtyBitmap:
