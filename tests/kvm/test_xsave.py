@@ -6,11 +6,11 @@ import struct
 import pytest
 
 from pageferry.core.cpuid import SOFT_CPU, XSAVE, baseline, find
-from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, VmError
 from pageferry.core.state import ExtendedState, MachineState
 from pageferry.core.xsave import component_names, component_places, enabled_components
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import uapi
+from pageferry.kvm import KvmVm, uapi
 from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd, VcpuFd
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
@@ -83,6 +83,44 @@ def test_a_guest_keeps_its_ymm_registers_from_machine_to_machine(kvm, avx, monke
         other.load_state(decode_machine_state(encode_machine_state(saved)))
         vm.close()
         vm = other
+
+
+def works_on(kvm, vm):
+    """The guest goes on counting."""
+    before = vm.memory.read_u64(kvm.DATA_GPA)
+    kvm.wait_for(vm, lambda: vm.memory.read_u64(kvm.DATA_GPA) > before)
+    return True
+
+
+def test_a_running_guest_moves_with_its_ymm_registers(kvm, avx, journey, monkeypatch):
+    monkeypatch.setitem(kvm.PROGRAMS, "ymm", YMM_PROGRAM)
+    vm = kvm.guest("ymm", vcpus=(avx_state(kvm),))
+    vm.resume()
+    assert works_on(kvm, vm)
+    trip = journey(vm, KvmVm)
+    assert trip.make().verified
+    try:
+        assert works_on(kvm, trip.there)
+        trip.there.pause()
+        (state,) = trip.there.save_state().vcpus
+        done = state.rax + (state.rip - kvm.PROGRAM_GPA in range(4, 11))
+        assert ymm(state, 3) == (done, 2 * done, 5 + 3 * done, ((1 << 63) + 4 * done) % (1 << 64))
+    finally:
+        trip.there.close()
+
+
+def test_a_destination_without_avx_refuses_before_the_commit_and_the_guest_stays(kvm, avx, journey, monkeypatch):
+    monkeypatch.setitem(kvm.PROGRAMS, "ymm", YMM_PROGRAM)
+    vm = kvm.guest("ymm", vcpus=(avx_state(kvm),))
+    vm.resume()
+    monkeypatch.setattr("pageferry.kvm.xsave.shown_cpuid", lambda vcpu: SOFT_CPU)
+    trip = journey(vm, KvmVm)
+    with pytest.raises(MigrationError, match="a vCPU here has no AVX, which the guest uses") as caught:
+        trip.make()
+    assert caught.value.guest_at is GuestAt.SOURCE
+    assert isinstance(trip.there, MigrationError)
+    assert not vm.log_dirty.enabled
+    assert works_on(kvm, vm)
 
 
 def test_xcr0_and_the_area_come_back_and_are_gone_after_a_state_without_them(kvm, avx):
