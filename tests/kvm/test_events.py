@@ -126,6 +126,7 @@ def test_a_vcpu_in_system_management_mode_is_refused(kvm, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"pending_event": 1 << 31 | 3 << 8 | 6},
         {"pending_exception": UNDEFINED},
         {"triple_fault_pending": True},
         {"mp_state": MpState.HALTED},

@@ -211,7 +211,11 @@ ALL_STATE = MachineState(
             extended=ExtendedState(xcr0=7, in_use=4, area=bytes(range(1, 129)) * 2),
             lapic=LapicState(base=0xFEE00900, registers=bytes(range(256)) * 4, tsc_deadline=1 << 40),
         ),
-        dataclasses.replace(golden_vcpu(1), extended=ExtendedState(xcr0=3)),
+        dataclasses.replace(
+            golden_vcpu(1),
+            extended=ExtendedState(xcr0=3),
+            lapic=LapicState(base=0xFEE00800, registers=bytes(1024)),
+        ),
     ),
     devices=GOLDEN_STATE.devices,
     kvm_clock_ns=1 << 50,
