@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from pageferry.core.cpuid import SOFT_CPU, XSAVE, baseline, find
-from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, VmError
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, UnsupportedError, VmError
 from pageferry.core.state import ExtendedState, MachineState
 from pageferry.core.xsave import component_names, component_places, enabled_components
 from pageferry.hypervisor.domain import Domain
@@ -17,7 +17,8 @@ from pageferry.stream.hvm_context import decode_machine_state, encode_machine_st
 
 pytestmark = pytest.mark.kvm
 
-AVX, AVX_512 = 1 << 2, 0xE0
+AVX = 1 << 2
+ANY_BYTES = (2, 5, 6, 7)  # AVX and AVX-512: every value is legal there
 # 1: vpaddq ymm3, ymm3, ymm4; vpaddq ymm15, ymm15, ymm4; inc rax; mov [DATA], rax; jmp 1b
 YMM_PROGRAM = "c5e5d4dcc505d4fc48ffc04889042500001800ebeb"
 
@@ -54,6 +55,26 @@ def avx(kvm):
     """Skips unless a vCPU with the baseline table may use AVX: on a KVM that shows it unasked, or not at all."""
     if not enabled_components(shown_cpuid(kvm.guest().vcpus[0].fd)) & AVX:
         pytest.skip("this KVM gives a baseline guest no AVX")
+
+
+@pytest.fixture
+def xsave_table(kvm_support, monkeypatch):
+    """The baseline with XSAVE and all components of this KVM, which from now on offers just that."""
+    with SystemFd() as system:
+        offered = supported_cpuid(system)
+    places = [leaf for leaf in offered if leaf.leaf == 0xD]
+    if not find(offered, 0xD)[0] & AVX:
+        pytest.skip("this KVM knows no XSAVE components")
+    table = []
+    for leaf in (*baseline(offered), *places):
+        if leaf.leaf == 0:
+            leaf = leaf._replace(eax=0xD)
+        elif leaf.leaf == 1:
+            leaf = leaf._replace(ecx=leaf.ecx | XSAVE)
+        table.append(leaf)
+    table = tuple(sorted(table))
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: table)
+    return table
 
 
 @pytest.fixture
@@ -160,25 +181,35 @@ def test_a_component_whose_place_the_table_does_not_tell_is_refused_by_name(kvm,
     assert "--cpu host" in caught.value.hint
 
 
-def test_with_its_place_in_the_table_avx_512_travels(kvm, avx, monkeypatch):
-    with SystemFd() as system:
-        offered = supported_cpuid(system)
-    if enabled_components(shown_cpuid(kvm.guest().vcpus[0].fd)) & AVX_512 != AVX_512:
-        pytest.skip("this KVM gives no AVX-512")
-    places = tuple(leaf for leaf in offered if leaf.leaf == 0xD)
-    with_xsave = tuple(leaf._replace(ecx=leaf.ecx | XSAVE) if leaf.leaf == 1 else leaf for leaf in baseline(offered))
-    table = tuple(sorted((*with_xsave[:2], *places, *with_xsave[2:])))
-    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: table)
-    where = component_places(table)
-    area = bytearray(where[7].stop - 576)
-    for number in (5, 7):
-        area[where[number].start - 576 : where[number].stop - 576] = bytes([number]) * len(where[number])
-    state = kvm.start_state(extended=ExtendedState(xcr0=0xE7, in_use=1 << 5 | 1 << 7, area=bytes(area)))
-    saved = kvm.guest("spin", vcpus=(state,), cpu=table).save_state()
+def test_with_its_place_in_the_table_a_component_travels(kvm, xsave_table):
+    first, other = kvm.guest("spin", cpu=xsave_table), kvm.guest("spin", cpu=xsave_table)
+    shown = enabled_components(shown_cpuid(first.vcpus[0].fd))
+    where = {
+        number: place
+        for number, place in component_places(xsave_table).items()
+        if number in ANY_BYTES and shown >> number & 1
+    }
+    assert where
+    area = bytearray(max(place.stop for place in where.values()) - 576)
+    for number, place in where.items():
+        area[place.start - 576 : place.stop - 576] = bytes([number]) * len(place)
+    mask = sum(1 << number for number in where)
+    state = kvm.start_state(extended=ExtendedState(xcr0=3 | mask, in_use=mask, area=bytes(area)))
+    first.load_state(MachineState(vcpus=(state,), devices=first.platform.bus.save()))
+    saved = first.save_state()
     assert saved.vcpus[0].extended == state.extended
-    other = kvm.guest("spin", cpu=table)
     other.load_state(decode_machine_state(encode_machine_state(saved)))
     assert other.save_state().vcpus[0].extended == state.extended
+
+
+def test_a_destination_without_xsave_refuses_such_a_table_before_the_first_page(kvm, xsave_table, journey, monkeypatch):
+    vm = kvm.guest("spin", cpu=xsave_table)
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: baseline(xsave_table))
+    trip = journey(vm, KvmVm)
+    with pytest.raises(PeerError, match="this host lacks xsave, XSAVE of x87, XSAVE of SSE, XSAVE of AVX") as caught:
+        trip.make()
+    assert (caught.value.phase, caught.value.guest_at) == ("hello", GuestAt.SOURCE)
+    assert trip.source.report.rounds == ()
 
 
 def test_a_destination_without_the_component_refuses_by_its_name(kvm, without_avx):
