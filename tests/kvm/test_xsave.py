@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from pageferry.core.cpuid import SOFT_CPU, XSAVE, baseline, find
+from pageferry.core.cpuid import SOFT_CPU, XSAVE, CpuModel, baseline, find
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, UnsupportedError, VmError
 from pageferry.core.state import ExtendedState, MachineState
 from pageferry.core.xsave import component_names, component_places, enabled_components
@@ -51,13 +51,6 @@ def avx_state(kvm, **registers):
 
 
 @pytest.fixture
-def avx(kvm):
-    """Skips unless a vCPU with the baseline table may use AVX: on a KVM that shows it unasked, or not at all."""
-    if not enabled_components(shown_cpuid(kvm.guest().vcpus[0].fd)) & AVX:
-        pytest.skip("this KVM gives a baseline guest no AVX")
-
-
-@pytest.fixture
 def xsave_table(kvm_support, monkeypatch):
     """The baseline with XSAVE and all components of this KVM, which from now on offers just that."""
     with SystemFd() as system:
@@ -77,15 +70,25 @@ def xsave_table(kvm_support, monkeypatch):
     return table
 
 
+@pytest.fixture(params=["unasked", "by-table"])
+def avx_cpu(request, kvm):
+    """The CPU of a guest that may use AVX: the baseline, where KVM shows it unasked, or a table that has it."""
+    if request.param == "by-table":
+        return request.getfixturevalue("xsave_table")
+    if not enabled_components(shown_cpuid(kvm.guest().vcpus[0].fd)) & AVX:
+        pytest.skip("this KVM gives a baseline guest no AVX")
+    return CpuModel.BASELINE
+
+
 @pytest.fixture
 def without_avx(monkeypatch):
     """Lets new machines believe that KVM shows their vCPUs the baseline and nothing else."""
     monkeypatch.setattr("pageferry.kvm.xsave.shown_cpuid", lambda vcpu: SOFT_CPU)
 
 
-def test_a_guest_keeps_its_ymm_registers_from_machine_to_machine(kvm, avx, monkeypatch):
+def test_a_guest_keeps_its_ymm_registers_from_machine_to_machine(kvm, avx_cpu, monkeypatch):
     monkeypatch.setitem(kvm.PROGRAMS, "ymm", YMM_PROGRAM)
-    vm = kvm.guest("ymm", vcpus=(avx_state(kvm),))
+    vm = kvm.guest("ymm", cpu=avx_cpu, vcpus=(avx_state(kvm),))
     for _ in range(4):
         before = vm.save_state().vcpus[0].rax
         vm.resume()
@@ -98,7 +101,7 @@ def test_a_guest_keeps_its_ymm_registers_from_machine_to_machine(kvm, avx, monke
         assert ymm(state, 3) == (done[0], 2 * done[0], 5 + 3 * done[0], ((1 << 63) + 4 * done[0]) % (1 << 64)), offset
         assert ymm(state, 15) == (done[1], 2 * done[1], 3 * done[1], 4 * done[1]), offset
         assert state.extended.xcr0 == 7
-        other = kvm.guest()
+        other = kvm.guest(cpu=avx_cpu)
         for region in vm.memory.regions:
             other.memory.write(region.gpa, vm.memory.read(region.gpa, region.size_bytes))
         other.load_state(decode_machine_state(encode_machine_state(saved)))
@@ -113,9 +116,9 @@ def works_on(kvm, vm):
     return True
 
 
-def test_a_running_guest_moves_with_its_ymm_registers(kvm, avx, journey, monkeypatch):
+def test_a_running_guest_moves_with_its_ymm_registers(kvm, avx_cpu, journey, monkeypatch):
     monkeypatch.setitem(kvm.PROGRAMS, "ymm", YMM_PROGRAM)
-    vm = kvm.guest("ymm", vcpus=(avx_state(kvm),))
+    vm = kvm.guest("ymm", cpu=avx_cpu, vcpus=(avx_state(kvm),))
     vm.resume()
     assert works_on(kvm, vm)
     trip = journey(vm, KvmVm)
@@ -130,9 +133,9 @@ def test_a_running_guest_moves_with_its_ymm_registers(kvm, avx, journey, monkeyp
         trip.there.close()
 
 
-def test_a_destination_without_avx_refuses_before_the_commit_and_the_guest_stays(kvm, avx, journey, monkeypatch):
+def test_a_destination_without_avx_refuses_before_the_commit_and_the_guest_stays(kvm, avx_cpu, journey, monkeypatch):
     monkeypatch.setitem(kvm.PROGRAMS, "ymm", YMM_PROGRAM)
-    vm = kvm.guest("ymm", vcpus=(avx_state(kvm),))
+    vm = kvm.guest("ymm", cpu=avx_cpu, vcpus=(avx_state(kvm),))
     vm.resume()
     monkeypatch.setattr("pageferry.kvm.xsave.shown_cpuid", lambda vcpu: SOFT_CPU)
     trip = journey(vm, KvmVm)
@@ -144,22 +147,22 @@ def test_a_destination_without_avx_refuses_before_the_commit_and_the_guest_stays
     assert works_on(kvm, vm)
 
 
-def test_xcr0_and_the_area_come_back_and_are_gone_after_a_state_without_them(kvm, avx):
+def test_xcr0_and_the_area_come_back_and_are_gone_after_a_state_without_them(kvm, avx_cpu):
     states = [avx_state(kvm)]
     states += [dataclasses.replace(states[0], extended=ExtendedState(xcr0=xcr0)) for xcr0 in (3, 7)]
     states += [
         dataclasses.replace(states[0], extended=ExtendedState(xcr0=1, in_use=AVX, area=upper_halves(ymm0=(1, 1))))
     ]
-    vm = kvm.guest("spin")
+    vm = kvm.guest("spin", cpu=avx_cpu)
     for state in (*states, kvm.start_state()):
         vm.load_state(MachineState(vcpus=(state,), devices=vm.platform.bus.save()))
         (saved,) = decode_machine_state(encode_machine_state(vm.save_state())).vcpus
         assert saved.extended == state.extended
 
 
-def test_a_component_of_zeros_is_in_its_initial_state(kvm, avx):
+def test_a_component_of_zeros_is_in_its_initial_state(kvm, avx_cpu):
     state = dataclasses.replace(avx_state(kvm), extended=ExtendedState(xcr0=1, in_use=AVX, area=bytes(256)))
-    (saved,) = kvm.guest("spin", vcpus=(state,)).save_state().vcpus
+    (saved,) = kvm.guest("spin", cpu=avx_cpu, vcpus=(state,)).save_state().vcpus
     assert saved.extended is None  # and so goes to machines without AVX
 
 
@@ -235,16 +238,16 @@ def test_the_software_machine_refuses_it_by_name(kvm):
         vm.close()
 
 
-def test_an_area_of_another_length_is_refused(kvm, avx):
-    vm = kvm.guest("spin")
+def test_an_area_of_another_length_is_refused(kvm, avx_cpu):
+    vm = kvm.guest("spin", cpu=avx_cpu)
     for length in (0, 255, 257):
         state = kvm.start_state(extended=ExtendedState(xcr0=7, in_use=AVX, area=b"\1" * length))
         with pytest.raises(VmError, match=f"components have {length} bytes, not 256"):
             vm.load_state(MachineState(vcpus=(state,), devices=vm.platform.bus.save()))
 
 
-def test_an_xcr0_that_no_cpu_takes_is_refused(kvm, avx):
-    vm = kvm.guest("spin")
+def test_an_xcr0_that_no_cpu_takes_is_refused(kvm, avx_cpu):
+    vm = kvm.guest("spin", cpu=avx_cpu)
     avx_without_sse = MachineState(
         vcpus=(kvm.start_state(extended=ExtendedState(xcr0=5)),), devices=vm.platform.bus.save()
     )
