@@ -183,6 +183,15 @@ def test_the_ioapic_travels(pc):
     assert bytes(device(moved(vm, pc), "kvm-ioapic", KvmIoapicState)) == bytes(ioapic)
 
 
+def test_what_is_pending_in_the_ioapic_reaches_the_local_apic_that_was_restored_before_it(pc):
+    vm = pc("spin", rflags=0x3002)  # interrupts are off: it waits there
+    with_vcpu(vm, lapic=patched(vm.save_state().vcpus[0].lapic, rf0=0x1FF))
+    ioapic = device(vm, "kvm-ioapic", KvmIoapicState)
+    ioapic.redirtbl[5], ioapic.irr = 0x35, 1 << 5
+    load_device(vm, "kvm-ioapic", ioapic)
+    assert register(vm.save_state().vcpus[0].lapic, IRR + 0x10) == 1 << 0x15
+
+
 def test_the_pit_travels(pc):
     vm = pc("spin")
     pit = device(vm, "kvm-pit", uapi.KvmPitState2)
