@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import socket
 import struct
 import threading
 from types import SimpleNamespace
@@ -15,11 +16,15 @@ import numpy as np
 import pytest
 
 from pageferry.core.cpuid import CpuModel
-from pageferry.core.errors import UnsupportedError
+from pageferry.core.errors import MigrationError, UnsupportedError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.memory import GuestMemory
+from pageferry.core.policies import XenPolicy
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.destination import Destination
+from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel, Endpoint
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import AUTOMATIC_BITMAP, DEFAULT_TRACKER
 from pageferry.uffd import VcpuView, check_userfaultfd
@@ -139,6 +144,39 @@ def wait_for(vm, condition):
         assert vm.end is None, vm.end
         pause.wait(0.0005)
     raise AssertionError("the guest does not get there")
+
+
+class Journey:
+    """One migration to a machine that ``make_vm`` makes; ``there`` is the guest, or the error at the destination."""
+
+    def __init__(self, vm, make_vm):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._make_vm = make_vm
+        self._thread = threading.Thread(target=self._receive)
+        self.there = None
+        endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
+        self.source = Source(vm, endpoint, XenPolicy(), timeout_s=10)
+
+    def _receive(self):
+        sock, _ = self._listener.accept()
+        try:
+            self.there = Destination(Channel(sock, 10), self._make_vm, accel="any").run()
+        except MigrationError as error:
+            self.there = error
+
+    def make(self):
+        self._thread.start()
+        try:
+            return self.source.run()
+        finally:
+            self._thread.join(30)
+            self._listener.close()
+
+
+@pytest.fixture
+def journey():
+    """Makes journeys."""
+    return Journey
 
 
 @pytest.fixture

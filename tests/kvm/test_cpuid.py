@@ -1,9 +1,7 @@
 """The CPU that a guest was given: the same on every machine, wherever it goes, or it does not go there."""
 
 import dataclasses
-import socket
 import struct
-import threading
 import time
 
 import numpy as np
@@ -12,12 +10,8 @@ import pytest
 from pageferry.core.cpu_features import missing_features
 from pageferry.core.cpuid import NO_SUBLEAF, SOFT_CPU, CpuidLeaf, CpuModel, answer, of_vcpu
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, UnsupportedError, UsageError
-from pageferry.core.policies import XenPolicy
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig
-from pageferry.engine.destination import Destination
-from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
@@ -111,33 +105,6 @@ def askers():
         vm.close()
 
 
-class Journey:
-    """One migration to a machine that ``make_vm`` makes; ``there`` is the guest, or the error at the destination."""
-
-    def __init__(self, vm, make_vm):
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._make_vm = make_vm
-        self._thread = threading.Thread(target=self._receive)
-        self.there = None
-        endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
-        self.source = Source(vm, endpoint, XenPolicy(), timeout_s=10)
-
-    def _receive(self):
-        sock, _ = self._listener.accept()
-        try:
-            self.there = Destination(Channel(sock, 10), self._make_vm, accel="any").run()
-        except MigrationError as error:
-            self.there = error
-
-    def make(self):
-        self._thread.start()
-        try:
-            return self.source.run()
-        finally:
-            self._thread.join(30)
-            self._listener.close()
-
-
 def test_a_guest_sees_its_table_and_nothing_else(make_vm, askers):
     vm = askers(make_vm)
     vm.resume()
@@ -166,15 +133,15 @@ def test_both_machines_answer_alike_by_the_rules_of_the_vendor(kvm_support, aske
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("first", [KvmVm, Domain])
-def test_a_guest_sees_the_same_cpu_all_the_way(kvm_support, askers, first):
+def test_a_guest_sees_the_same_cpu_all_the_way(kvm_support, askers, first, journey):
     other = Domain if first is KvmVm else KvmVm
     vm = askers(first)
     vm.resume()
     given, table = asked(vm), vm.cpuid
     for make_vm in (other, first):
-        journey = Journey(vm, make_vm)
-        assert journey.make().verified
-        vm = journey.there
+        trip = journey(vm, make_vm)
+        assert trip.make().verified
+        vm = trip.there
         askers.made.append(vm)
         assert vm.cpuid == table
         assert asked(vm) == expected(vm)
@@ -193,7 +160,7 @@ def without_vme(system):
 
 
 @pytest.mark.kvm
-def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, askers, monkeypatch):
+def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, askers, monkeypatch, journey):
     vm = askers(KvmVm)
     vm.resume()
     given = asked(vm)
@@ -206,24 +173,24 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
         arrived.append(config)
         return KvmVm(config)
 
-    journey = Journey(vm, make_vm)
+    trip = journey(vm, make_vm)
     with pytest.raises(PeerError, match="this host lacks vme, which the guest was given") as caught:
-        journey.make()
+        trip.make()
     assert caught.value.guest_at is GuestAt.SOURCE
     assert caught.value.phase == "hello"
     assert "choose a host that has it" in caught.value.hint
-    assert isinstance(journey.there, MigrationError)
+    assert isinstance(trip.there, MigrationError)
     assert [config.cpu for config in arrived] == [vm.cpuid]
-    assert journey.source.report.rounds == ()
+    assert trip.source.report.rounds == ()
     assert not vm.log_dirty.enabled
     assert asked(vm) == given
     monkeypatch.undo()
-    second = Journey(vm, KvmVm)
+    second = journey(vm, KvmVm)
     assert second.make().verified
     askers.made.append(second.there)
 
 
-def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, monkeypatch):
+def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, monkeypatch, journey):
     vm = askers(make_vm)
     vm.resume()
     plain = Encoder.record
@@ -234,15 +201,15 @@ def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, mo
         return plain(encoder, record)
 
     monkeypatch.setattr(Encoder, "record", lie)
-    journey = Journey(vm, make_vm)
+    trip = journey(vm, make_vm)
     with pytest.raises(MigrationError, match="not the CPU of the hello"):
-        journey.make()
+        trip.make()
     monkeypatch.undo()
     assert asked(vm)
 
 
 @pytest.mark.kvm
-def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers):
+def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers, journey):
     vm = askers(KvmVm, cpu=CpuModel.HOST)
     with SystemFd() as system:
         offered = supported_cpuid(system)
@@ -253,14 +220,14 @@ def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers
     vm.resume()
     given = asked(vm)
     assert given == expected(vm)
-    journey = Journey(vm, Domain)
+    trip = journey(vm, Domain)
     with pytest.raises(PeerError, match=r"the software machine lacks .*, which the guest was given"):
-        journey.make()
+        trip.make()
     assert asked(vm) == given
-    journey = Journey(vm, KvmVm)
-    assert journey.make().verified
-    askers.made.append(journey.there)
-    assert asked(journey.there) == given
+    trip = journey(vm, KvmVm)
+    assert trip.make().verified
+    askers.made.append(trip.there)
+    assert asked(trip.there) == given
 
 
 def test_the_software_machine_has_no_other_cpu():

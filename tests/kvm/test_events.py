@@ -38,12 +38,15 @@ def loaded(vm, state):
 
 
 def test_events_go_through_the_stream_into_another_machine(kvm):
+    one_shadow = kvm.guest("spin", interrupt_shadow=1).save_state().vcpus[0].interrupt_shadow == 3  # AMD's processors
     for events in itertools.product((0, 1, 2), (False, True), (False, True)):
         changes = dict(zip(("interrupt_shadow", "nmi_pending", "nmi_masked"), events, strict=True))
         saved = kvm.guest("spin", **changes).save_state()
         other = kvm.guest("spin", interrupt_shadow=1, nmi_masked=True)
         other.load_state(decode_machine_state(encode_machine_state(saved)))
         (state,) = other.save_state().vcpus
+        if one_shadow and events[0]:
+            changes["interrupt_shadow"] = 3
         assert {name: getattr(state, name) for name in changes} == changes
 
 
@@ -126,6 +129,7 @@ def test_a_vcpu_in_system_management_mode_is_refused(kvm, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"pending_event": 1 << 31 | 3 << 8 | 6},
         {"pending_exception": UNDEFINED},
         {"triple_fault_pending": True},
         {"mp_state": MpState.HALTED},

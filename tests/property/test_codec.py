@@ -1,6 +1,7 @@
 """The codec under any chunking, truncation and mutation: it parses, or raises RemoteStreamError."""
 
 import contextlib
+import dataclasses
 import struct
 
 import numpy as np
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 
 from pageferry.core.cpuid import SOFT_CPU, CpuidLeaf
 from pageferry.core.errors import RemoteStreamError, TruncatedError
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, DeviceState, MachineState, Segment, VcpuState
+from pageferry.core.state import (
+    INITIAL_FPU_REGS,
+    DescriptorTable,
+    DeviceState,
+    ExtendedState,
+    LapicState,
+    MachineState,
+    MpState,
+    PendingException,
+    Segment,
+    VcpuState,
+)
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
 from pageferry.stream.ferry import (
     Commit,
@@ -225,6 +237,16 @@ _WIDE = [
     *("rax", "rcx", "r8", "r15", "rip", "rflags", "cr0", "cr2", "cr3", "cr4", "dr6", "dr7"),
     *("sysenter_eip", "shadow_gs", "lstar", "efer", "tsc_aux", "tsc"),
 ]
+exceptions = st.builds(PendingException, vector=st.integers(0, 31), error_code=st.none() | u32, payload=st.none() | u64)
+extended_states = st.builds(ExtendedState, xcr0=u64.map(lambda bits: bits | 1)) | st.builds(
+    ExtendedState,
+    xcr0=u64.map(lambda bits: bits | 1),
+    in_use=st.integers(1, (1 << 62) - 1).map(lambda bits: bits << 2),
+    area=st.binary(min_size=1, max_size=99),
+)
+lapics = st.builds(
+    LapicState, base=u64, registers=st.binary(min_size=16, max_size=16).map(lambda data: data * 64), tsc_deadline=u64
+)
 vcpus = st.builds(
     VcpuState,
     **dict.fromkeys(_WIDE, u64),
@@ -235,13 +257,19 @@ vcpus = st.builds(
     interrupt_shadow=st.integers(0, 3),
     nmi_pending=st.booleans(),
     nmi_masked=st.booleans(),
+    triple_fault_pending=st.booleans(),
+    pending_exception=st.none() | exceptions,
+    mp_state=st.sampled_from(MpState),
+    extended=st.none() | extended_states,
     fpu_regs=st.just(INITIAL_FPU_REGS) | st.just(bytes(512)) | st.binary(min_size=512, max_size=512),
     msrs=st.dictionaries(u32, u64, max_size=3).map(lambda found: tuple(sorted(found.items()))),
 )
 device_names = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=64)
+with_lapics = st.lists(st.builds(dataclasses.replace, vcpus, lapic=lapics), min_size=1, max_size=3)
 machines = st.builds(
     MachineState,
-    vcpus=st.lists(vcpus, min_size=1, max_size=3).map(tuple),
+    vcpus=(st.lists(vcpus, min_size=1, max_size=3) | with_lapics).map(tuple),
+    kvm_clock_ns=st.none() | u64,
     devices=st.dictionaries(device_names, st.binary(max_size=50), max_size=3).map(
         lambda found: tuple(DeviceState(name=name, data=data) for name, data in found.items())
     ),
@@ -266,6 +294,9 @@ _CONTEXT = encode_machine_state(
                 fpu_regs=INITIAL_FPU_REGS,
                 msrs=((1, 2), (3, 4)),
                 nmi_masked=True,
+                pending_exception=PendingException(vector=14, error_code=2, payload=5),
+                extended=ExtendedState(xcr0=7, in_use=4, area=bytes(range(20))),
+                lapic=LapicState(base=0xFEE0_0900, registers=bytes(1024)),
                 **dict.fromkeys(
                     ["cs", "ds", "es", "fs", "gs", "ss", "tr", "ldtr"],
                     Segment(selector=0, base=0, limit=0, attributes=0),
@@ -274,6 +305,7 @@ _CONTEXT = encode_machine_state(
             ),
         ),
         devices=(DeviceState(name="com1", data=b"data"),),
+        kvm_clock_ns=1,
     )
 )
 

@@ -10,7 +10,18 @@ import pytest
 
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import RecordError
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, DeviceState, MachineState, Segment, VcpuState
+from pageferry.core.state import (
+    INITIAL_FPU_REGS,
+    DescriptorTable,
+    DeviceState,
+    ExtendedState,
+    LapicState,
+    MachineState,
+    MpState,
+    PendingException,
+    Segment,
+    VcpuState,
+)
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
 from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_cpu, decode_machine_state, encode_cpu, encode_machine_state
@@ -190,6 +201,27 @@ EVENTS_STATE = MachineState(
 )
 
 
+ALL_STATE = MachineState(
+    vcpus=(
+        dataclasses.replace(
+            golden_vcpu(0),
+            triple_fault_pending=True,
+            pending_exception=PendingException(vector=14, error_code=2, payload=0xDEAD000),
+            mp_state=MpState.HALTED,
+            extended=ExtendedState(xcr0=7, in_use=4, area=bytes(range(1, 129)) * 2),
+            lapic=LapicState(base=0xFEE00900, registers=bytes(range(256)) * 4, tsc_deadline=1 << 40),
+        ),
+        dataclasses.replace(
+            golden_vcpu(1),
+            extended=ExtendedState(xcr0=3),
+            lapic=LapicState(base=0xFEE00800, registers=bytes(1024)),
+        ),
+    ),
+    devices=GOLDEN_STATE.devices,
+    kvm_clock_ns=1 << 50,
+)
+
+
 def golden_events(state):
     """The records of our streams: each was written once and is never written again."""
 
@@ -227,7 +259,12 @@ def same(left, right):
 
 
 OURS = pytest.mark.parametrize(
-    ("name", "state"), [("pageferry-v3-1.bin", GOLDEN_STATE), ("pageferry-v3-2-cpu-events.bin", EVENTS_STATE)]
+    ("name", "state"),
+    [
+        ("pageferry-v3-1.bin", GOLDEN_STATE),
+        ("pageferry-v3-2-cpu-events.bin", EVENTS_STATE),
+        ("pageferry-v3-3-all-state.bin", ALL_STATE),
+    ],
 )
 
 

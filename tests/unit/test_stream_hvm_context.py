@@ -316,6 +316,7 @@ def u32(value):
         ([HEADER, CPU_0, patched(XSAVE, 24 + 520, b"\1"), END], "XCOMP_BV or a reserved field"),
         ([HEADER, CPU_0, patched(XSAVE, 8, b"\xe6"), END], "XCR0 0xe6, all of it ever 0xe7, and XSTATE_BV 0x27 do not"),
         ([HEADER, CPU_0, patched(XSAVE, 16, b"\x67"), END], "do not agree"),
+        ([HEADER, CPU_0, CPU_1, LAPIC_0, LAPIC_REGS_0, END], "1 local APICs and 2 vCPUs"),
         ([HEADER, CPU_0, LAPIC_0, END], "together or not at all in HVM_CONTEXT LAPIC 0"),
         ([HEADER, CPU_0, LAPIC_REGS_0, END], "together or not at all in HVM_CONTEXT LAPIC_REGS 0"),
         ([HEADER, CPU_0, replaced(LAPIC_0, body=bytes(32)), LAPIC_REGS_0, END], "body of 32 bytes, not 24"),

@@ -31,7 +31,8 @@ class VmConfig:
     """What a machine must be given to hold a guest.
 
     ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs. ``cpu`` is what CPUID shows: a
-    model, to be made of what the machine offers, or the table of a guest that has one already.
+    model, to be made of what the machine offers, or the table of a guest that has one already. A guest keeps its
+    ``machine`` model for life.
     """
 
     memory_bytes: int

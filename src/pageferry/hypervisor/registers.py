@@ -39,7 +39,7 @@ _GENERAL = (
 
 #: What can be pending, or else than usual, where there are interrupts.
 _EVENTS = (
-    *("interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "pending_exception"),
+    *("pending_event", "interrupt_shadow", "nmi_pending", "nmi_masked", "triple_fault_pending", "pending_exception"),
     *("mp_state", "lapic"),
 )
 

@@ -9,39 +9,31 @@ from ctypes import c_uint16 as u16
 from ctypes import c_uint32 as u32
 from ctypes import c_uint64 as u64
 
-from pageferry.kvm.uapi_state import (
-    KVM_APIC_REG_SIZE as KVM_APIC_REG_SIZE,
-)
-from pageferry.kvm.uapi_state import (
-    KvmClockData as KvmClockData,
-)
-from pageferry.kvm.uapi_state import (
-    KvmIrqchip as KvmIrqchip,
-)
-from pageferry.kvm.uapi_state import (
-    KvmLapicState as KvmLapicState,
-)
-from pageferry.kvm.uapi_state import (
-    KvmMpState as KvmMpState,
-)
-from pageferry.kvm.uapi_state import (
-    KvmPitConfig as KvmPitConfig,
-)
-from pageferry.kvm.uapi_state import (
-    KvmPitState2 as KvmPitState2,
-)
-from pageferry.kvm.uapi_state import (
-    KvmVcpuEvents as KvmVcpuEvents,
-)
-from pageferry.kvm.uapi_state import (
-    KvmXcrs as KvmXcrs,
-)
-from pageferry.kvm.uapi_state import (
-    KvmXsave as KvmXsave,
-)
+from pageferry.kvm.uapi_state import KVM_APIC_REG_SIZE as KVM_APIC_REG_SIZE
+from pageferry.kvm.uapi_state import KVM_MAX_CPUID_ENTRIES as KVM_MAX_CPUID_ENTRIES
+from pageferry.kvm.uapi_state import KVM_MAX_MSR_ENTRIES as KVM_MAX_MSR_ENTRIES
+from pageferry.kvm.uapi_state import KVM_MAX_MSR_INDICES as KVM_MAX_MSR_INDICES
+from pageferry.kvm.uapi_state import KvmClockData as KvmClockData
+from pageferry.kvm.uapi_state import KvmCpuid2 as KvmCpuid2
+from pageferry.kvm.uapi_state import KvmCpuidEntry2 as KvmCpuidEntry2
+from pageferry.kvm.uapi_state import KvmDebugregs as KvmDebugregs
+from pageferry.kvm.uapi_state import KvmDtable as KvmDtable
+from pageferry.kvm.uapi_state import KvmIrqchip as KvmIrqchip
+from pageferry.kvm.uapi_state import KvmLapicState as KvmLapicState
+from pageferry.kvm.uapi_state import KvmMpState as KvmMpState
+from pageferry.kvm.uapi_state import KvmMsrEntry as KvmMsrEntry
+from pageferry.kvm.uapi_state import KvmMsrList as KvmMsrList
+from pageferry.kvm.uapi_state import KvmMsrs as KvmMsrs
+from pageferry.kvm.uapi_state import KvmPitConfig as KvmPitConfig
+from pageferry.kvm.uapi_state import KvmPitState2 as KvmPitState2
+from pageferry.kvm.uapi_state import KvmRegs as KvmRegs
+from pageferry.kvm.uapi_state import KvmSegment as KvmSegment
+from pageferry.kvm.uapi_state import KvmSregs as KvmSregs
+from pageferry.kvm.uapi_state import KvmVcpuEvents as KvmVcpuEvents
+from pageferry.kvm.uapi_state import KvmXcrs as KvmXcrs
+from pageferry.kvm.uapi_state import KvmXsave as KvmXsave
 
 KVM_API_VERSION = 12
-KVM_NR_INTERRUPTS = 256
 
 # capabilities
 KVM_CAP_IRQCHIP = 0
@@ -150,107 +142,6 @@ class KvmDeviceAttr(ctypes.Structure):
     """``struct kvm_device_attr``; ``addr`` is a user address."""
 
     _fields_ = (("flags", u32), ("group", u32), ("attr", u64), ("addr", u64))
-
-
-class KvmCpuidEntry2(ctypes.Structure):
-    """``struct kvm_cpuid_entry2``."""
-
-    _fields_ = (
-        ("function", u32),
-        ("index", u32),
-        ("flags", u32),
-        ("eax", u32),
-        ("ebx", u32),
-        ("ecx", u32),
-        ("edx", u32),
-        ("padding", u32 * 3),
-    )
-
-
-KVM_MAX_CPUID_ENTRIES = 256
-
-
-class KvmCpuid2(ctypes.Structure):
-    """``struct kvm_cpuid2`` with room for every entry; the ioctl number counts the 8-byte head only."""
-
-    _fields_ = (("nent", u32), ("padding", u32), ("entries", KvmCpuidEntry2 * KVM_MAX_CPUID_ENTRIES))
-
-
-class KvmMsrEntry(ctypes.Structure):
-    """``struct kvm_msr_entry``."""
-
-    _fields_ = (("index", u32), ("reserved", u32), ("data", u64))
-
-
-KVM_MAX_MSR_ENTRIES = 255  # the kernel takes no more in one call
-
-
-class KvmMsrs(ctypes.Structure):
-    """``struct kvm_msrs`` with room for every entry; the ioctl number counts the 8-byte head only."""
-
-    _fields_ = (("nmsrs", u32), ("pad", u32), ("entries", KvmMsrEntry * KVM_MAX_MSR_ENTRIES))
-
-
-KVM_MAX_MSR_INDICES = 4096
-
-
-class KvmMsrList(ctypes.Structure):
-    """``struct kvm_msr_list`` with room; the ioctl number counts the 4-byte head only."""
-
-    _fields_ = (("nmsrs", u32), ("indices", u32 * KVM_MAX_MSR_INDICES))
-
-
-class KvmRegs(ctypes.Structure):
-    """``struct kvm_regs``."""
-
-    _fields_ = tuple(
-        (name, u64)
-        for name in "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()  # noqa: SIM905  # the kernel's order at a glance
-    )
-
-
-class KvmSegment(ctypes.Structure):
-    """``struct kvm_segment``."""
-
-    _fields_ = (
-        ("base", u64),
-        ("limit", u32),
-        ("selector", u16),
-        ("type", u8),
-        ("present", u8),
-        ("dpl", u8),
-        ("db", u8),
-        ("s", u8),
-        ("l", u8),
-        ("g", u8),
-        ("avl", u8),
-        ("unusable", u8),
-        ("padding", u8),
-    )
-
-
-class KvmDtable(ctypes.Structure):
-    """``struct kvm_dtable``."""
-
-    _fields_ = (("base", u64), ("limit", u16), ("padding", u16 * 3))
-
-
-class KvmSregs(ctypes.Structure):
-    """``struct kvm_sregs``."""
-
-    _fields_ = (
-        *((name, KvmSegment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
-        ("gdt", KvmDtable),
-        ("idt", KvmDtable),
-        *((name, u64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
-        ("interrupt_bitmap", u64 * (KVM_NR_INTERRUPTS // 64)),
-    )
-
-
-class KvmDebugregs(ctypes.Structure):
-    """``struct kvm_debugregs``."""
-
-    _fields_ = (("db", u64 * 4), ("dr6", u64), ("dr7", u64), ("flags", u64), ("reserved", u64 * 9))
 
 
 class KvmRunIo(ctypes.Structure):

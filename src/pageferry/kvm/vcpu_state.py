@@ -33,9 +33,9 @@ KVM gets a TSS at linear address 0, where a page of zeros permits every port. Wh
 **The TSC** goes on from the saved value. Some KVMs (``kvm_pvm`` again) accept that and go on showing the host's;
 ``KvmSupport.tsc_offset`` tells, and loading does not fail for it: a guest that needs monotonic time has the clock port.
 
-Left out: what no guest here can have. System management mode: nothing raises an SMI. Nested virtualisation: no CPUID
-table has it. The TSC's frequency: the guest has the host's. Components of XSAVE that only the supervisor sees: nor has
-a table those.
+Left out: what no guest here can have. System management mode: no machine raises an SMI, and a vCPU that has brought
+itself there is refused. Nested virtualisation: no CPUID table has it. The TSC's frequency: the guest has the host's.
+Components of XSAVE that only the supervisor sees: nor has a table those.
 
 Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS; ``devices/vcpu.rst``,
 KVM_VCPU_TSC_CTRL.

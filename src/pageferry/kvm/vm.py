@@ -5,6 +5,7 @@ Source: kernel ``api.rst``: KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, KVM_SET_T
 
 import ctypes
 from contextlib import ExitStack
+from functools import partial
 
 from pageferry.core.cpu_features import table_for
 from pageferry.core.cpuid import of_vcpu
@@ -76,8 +77,7 @@ class KvmVm(Machine):
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
-            irqchip = config.machine is MachineModel.IRQCHIP
-            if irqchip:
+            if config.machine is MachineModel.IRQCHIP:
                 self.platform.bus.elsewhere = create_irqchip(self.vm_fd)
             event_flags = enable_events(self.vm_fd)
             self.vcpu_mapping = self.memory.mapping
@@ -88,20 +88,26 @@ class KvmVm(Machine):
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)
-            listed = listed_msrs(system)
-            self.vcpus: tuple[KvmVcpu, ...] = ()
-            for index in range(config.cpus):
-                fd = undo.enter_context(self.vm_fd.create_vcpu(index))
-                set_cpuid(fd, of_vcpu(cpuid, index=index, cpus=config.cpus))
-                parts = vcpu_state.Parts.of(
-                    self.vm_fd, fd, table=cpuid, listed=listed, event_flags=event_flags, irqchip=irqchip
-                )
-                self.vcpus += (KvmVcpu(fd, self.platform.bus, parts, index=index),)
+            make_vcpu = partial(self._make_vcpu, undo, listed_msrs(system), event_flags)
+            self.vcpus = tuple(make_vcpu(index) for index in range(config.cpus))
             log_dirty = kind.make(self)
             if isinstance(log_dirty, Closeable):
                 undo.callback(log_dirty.close)
             self._attach(self.vcpus, log_dirty)
             self._owned = undo.pop_all()
+
+    def _make_vcpu(self, undo: ExitStack, listed: tuple[int, ...], event_flags: int, index: int) -> KvmVcpu:
+        fd = undo.enter_context(self.vm_fd.create_vcpu(index))
+        set_cpuid(fd, of_vcpu(self.cpuid, index=index, cpus=self.config.cpus))
+        parts = vcpu_state.Parts.of(
+            self.vm_fd,
+            fd,
+            table=self.cpuid,
+            listed=listed,
+            event_flags=event_flags,
+            irqchip=self.config.machine is MachineModel.IRQCHIP,
+        )
+        return KvmVcpu(fd, self.platform.bus, parts, index=index)
 
     def _set_up_vm(self) -> None:
         if self.vm_fd.check_extension(uapi.KVM_CAP_SET_IDENTITY_MAP_ADDR):

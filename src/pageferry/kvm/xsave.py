@@ -11,7 +11,7 @@ Source: kernel ``api.rst``: KVM_GET_XSAVE2, KVM_SET_XSAVE, KVM_SET_XCRS.
 """
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from pageferry.core.cpuid import Leaves
@@ -47,10 +47,10 @@ class Xsave:
     area_bytes: int
     get: int
     has_xcrs: bool
-    _mask: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_mask", sum(1 << number for number in self.places))
+    @property
+    def _mask(self) -> int:
+        return sum(1 << number for number in self.places)
 
     @classmethod
     def of(cls, vm: VmFd, vcpu: VcpuFd, table: Leaves) -> Self:

@@ -178,6 +178,8 @@ def decode_machine_state(data: bytes) -> MachineState:
     for entry in (*cpus.values(), *(entry for place in places.values() for entry in place.values())):
         if entry.instance >= len(cpus):
             raise entry.refusal(f"there are only {len(cpus)} vCPUs")
+    if (lapics := len(places[Typecode.LAPIC])) not in (0, len(cpus)):
+        raise RecordError(f"{lapics} local APICs and {len(cpus)} vCPUs", record="HVM_CONTEXT")
     vcpus = tuple(
         decode_cpu(cpus[n], {typecode: place[n] for typecode, place in places.items() if n in place})
         for n in range(len(cpus))

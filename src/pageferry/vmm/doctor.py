@@ -14,7 +14,7 @@ from pageferry.core.errors import PageferryError, UnsupportedError, VmError
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.memory import GuestMemory
 from pageferry.core.units import format_size
-from pageferry.core.vm import Vm, VmConfig, VmStatus
+from pageferry.core.vm import MachineModel, Vm, VmConfig, VmStatus
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.vmm.accel import Accel, choose_machines
@@ -50,6 +50,7 @@ def examine() -> list[Finding]:
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
         _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in _OTHER_TRACKERS),
+        _try("machine-irqchip", partial(_trial, Accel.KVM, machine=MachineModel.IRQCHIP), ""),
         _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
     ]
 
@@ -84,9 +85,9 @@ def _huge_pages(kind: HugePages) -> str:
     return f"--hugepages {kind} works"
 
 
-def _trial(accel: Accel, tracker: str | None = None) -> str:
+def _trial(accel: Accel, tracker: str | None = None, machine: MachineModel = MachineModel.PLAIN) -> str:
     """Run a real guest under log-dirty and see its write in the bitmap."""
-    vm = choose_machines(accel, tracker).make_vm(VmConfig(memory_bytes=_TRIAL_MEMORY_BYTES))
+    vm = choose_machines(accel, tracker).make_vm(VmConfig(memory_bytes=_TRIAL_MEMORY_BYTES, machine=machine))
     try:
         return _observe(vm)
     finally:
