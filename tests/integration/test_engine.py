@@ -461,11 +461,33 @@ def test_an_audit_proves_memory_while_the_guest_runs(guests, inn, workload):
 
 
 def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(guests, inn, monkeypatch):
-    monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda memory, now_s: 1e6)
+    monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda *_: 1e6)
     vm = running(guests, "idle")
     report = attempt(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
     assert isinstance(inn.outcome(), type(vm))
     assert (report.verified, report.audited_pages) == (True, 0)
+
+
+@pytest.mark.parametrize(("verify", "peeks"), [(VerifyMode.FULL, 1), (VerifyMode.AUDIT, 2)])
+def test_nothing_is_measured_between_the_last_count_of_dirty_pages_and_the_pause(
+    guests, inn, monkeypatch, verify, peeks
+):
+    vm = running(guests, "idle")
+    calls = []
+
+    def noted(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), real(*args))[1])
+
+    noted(vm.memory, "populated")
+    noted(vm.log_dirty, "peek")
+    noted(vm, "freeze")
+    attempt(vm, inn.open(), Rounds(2), verify=verify).run()
+    assert isinstance(inn.outcome(), type(vm))
+    until_pause = calls[: len(calls) - calls[::-1].index("freeze")]
+    since_measured = until_pause[len(until_pause) - 1 - until_pause[::-1].index("populated") :]
+    # One PEEK counts what is dirty; an audit's costs need another. Neither takes long.
+    assert since_measured == ["populated", *["peek"] * peeks, "freeze"]
 
 
 @pytest.mark.parametrize(("limit_s", "audits"), [(1e-6, True), (3600.0, False), (None, False)])

@@ -156,7 +156,6 @@ class Source(Attempt):
             stats = self._send_round(peer, chunks, expected_pages=expected_pages)
             ended_s = self.elapsed_s
             self._expect_alive()
-            self._prover.prepare()
             self._fixed_s = self._state_s + self._prover.cost_s()
             progress = Progress(
                 memory_pages=self._vm.memory.pages,
@@ -172,6 +171,7 @@ class Source(Attempt):
                 raise self._abort(decision.reason)
             if decision.action is Action.STOP_AND_COPY:
                 self._stop_reason = decision.reason
+                self._prover.close()
                 return
             self._throttle.set(decision.throttle)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
@@ -249,6 +249,7 @@ class Source(Attempt):
             if final:
                 return 0
             self._prover.catch_up(self._lanes, lambda: self._check(peer))
+            self._prover.prepare()
             return self._vm.log_dirty.peek().count()
 
         return self._sender.send(
@@ -261,7 +262,6 @@ class Source(Attempt):
         )
 
     def _pause(self) -> None:
-        self._prover.close()
         self._vm.freeze()
         self.frozen = True
         self._stall.end()
