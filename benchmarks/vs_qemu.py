@@ -42,6 +42,9 @@ _GROW_ROOM = 3
 _LACKING = 5
 
 
+Options = tuple[tuple[str, Any], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """A guest to move. ``converge``: whether it may be held back."""
@@ -68,6 +71,16 @@ SCENARIOS = {
 GROWTH = "growth"
 
 
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -82,10 +95,10 @@ def _attempt(monitor: Monitor, load: Load) -> Move | None:
         return None
 
 
-def run_scenario(scenario: Scenario, shim: bytes, pairs: int) -> tuple[str, dict[str, Any]]:
+def run_scenario(scenario: Scenario, shim: bytes, pairs: int, options: Options) -> tuple[str, dict[str, Any]]:
     """Move the guest by each monitor in turn, ``pairs`` times after a warm-up; return a table and all numbers."""
     monitors = (
-        Pageferry(policy="converge" if scenario.converge else "downtime"),
+        Pageferry(policy="converge" if scenario.converge else "downtime", options=options),
         Qemu(shim=shim, channels=None, converge=scenario.converge),
         Qemu(shim=shim, channels=_MULTIFD_CHANNELS, converge=scenario.converge),
     )
@@ -111,7 +124,7 @@ def run_scenario(scenario: Scenario, shim: bytes, pairs: int) -> tuple[str, dict
     }
 
 
-def run_growth(sizes_mib: Sequence[int], pairs: int) -> tuple[str, dict[str, Any]]:
+def run_growth(sizes_mib: Sequence[int], pairs: int, options: Options) -> tuple[str, dict[str, Any]]:
     """Move idle guests of growing size that have filled their memory, each against a plain copy; as run_scenario."""
     sizes = []
     for memory_mib in sizes_mib:
@@ -120,7 +133,7 @@ def run_growth(sizes_mib: Sequence[int], pairs: int) -> tuple[str, dict[str, Any
         if available is not None and available < _GROW_ROOM * load.memory_bytes:
             _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
             continue
-        sizes.append(_grow(load, pairs))
+        sizes.append(_grow(load, pairs, options))
     return growth_table(sizes, pairs), {
         "scenario": GROWTH,
         "repetitions": pairs,
@@ -129,12 +142,12 @@ def run_growth(sizes_mib: Sequence[int], pairs: int) -> tuple[str, dict[str, Any
     }
 
 
-def _grow(load: Load, pairs: int) -> dict[str, Any]:
+def _grow(load: Load, pairs: int, options: Options) -> dict[str, Any]:
     moves, shares = [], []
     for number in range(pairs + 1):
         _say(f"growth, {format_size(load.memory_bytes)}: {f'repetition {number} of {pairs}' if number else 'warm-up'}")
         plain_s = plain_copy(load.filled_bytes)
-        moved = move(Pageferry(policy="xen"), load)
+        moved = move(Pageferry(policy="xen", options=options), load)
         if number:
             moves.append(moved)
             shares.append(plain_s / moved.total_s)
@@ -145,7 +158,7 @@ def _grow(load: Load, pairs: int) -> dict[str, Any]:
     return {"memory_bytes": load.memory_bytes, **spreads, "of_a_copy": asdict(Spread.of(shares))}
 
 
-def _run(wanted: Sequence[str], pairs: int, largest_mib: int, *, show: bool) -> list[dict[str, Any]]:
+def _run(wanted: Sequence[str], pairs: int, largest_mib: int, options: Options, *, show: bool) -> list[dict[str, Any]]:
     shim = b""
     if any(name in SCENARIOS for name in wanted):
         with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
@@ -153,9 +166,9 @@ def _run(wanted: Sequence[str], pairs: int, largest_mib: int, *, show: bool) -> 
     results = []
     for name in wanted:
         if name in SCENARIOS:
-            text, numbers = run_scenario(SCENARIOS[name], shim, pairs)
+            text, numbers = run_scenario(SCENARIOS[name], shim, pairs, options)
         else:
-            text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], pairs)
+            text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], pairs, options)
         results.append(numbers)
         if show:
             print(f"{text}\n", flush=True)
@@ -168,6 +181,14 @@ def main() -> int:
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which of {', '.join(known)}; all if none")
     parser.add_argument("--pairs", type=int, default=7, help="repetitions after the warm-up (default 7)")
     parser.add_argument("--largest", type=int, default=_GROW_MIB[-1], metavar="MIB", help="the last size of growth")
+    parser.add_argument(
+        "--set",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of pageferry's QMP command migrate, e.g. x-verify=audit; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, all numbers, instead of tables")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(known):
@@ -177,7 +198,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = options.scenarios or known
     try:
-        results = _run(wanted, options.pairs, options.largest, show=not options.json)
+        results = _run(wanted, options.pairs, options.largest, tuple(options.set), show=not options.json)
     except PageferryError as error:
         _say(f"vs_qemu: {error}; {error.hint}" if error.hint else f"vs_qemu: {error}")
         return _LACKING if isinstance(error, UnsupportedError) else 1

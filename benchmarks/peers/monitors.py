@@ -55,14 +55,15 @@ class QemuPeer(Peer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pageferry:
-    """pageferry on kvm, with the defaults but for the policy."""
+    """pageferry on kvm. ``options``: more arguments of its QMP command ``migrate``; all else is the default."""
 
-    policy: str = "downtime"
+    policy: str
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return "pageferry"
+        return ", ".join(["pageferry", *(f"{key}={value}" for key, value in self.options)])
 
     def source(self, load: Load, folder: Path) -> Peer:
         """Return a process with the guest."""
@@ -84,7 +85,7 @@ class Pageferry:
 
     def migrate(self, source: Peer, uri: str) -> None:
         """Begin; wait for ``MIGRATION`` events."""
-        source.qmp.execute("migrate", uri=uri, **{"x-policy": self.policy})
+        source.qmp.execute("migrate", uri=uri, **{"x-policy": self.policy, **dict(self.options)})
 
     def result(self, source: Peer) -> Result:
         """Return what the source says, after the end."""
