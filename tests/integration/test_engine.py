@@ -38,6 +38,7 @@ from pageferry.core.events import (
 from pageferry.core.explain import explain
 from pageferry.core.frames import gpa_of
 from pageferry.core.guest_time import WorkSample, lost_s
+from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
@@ -46,6 +47,7 @@ from pageferry.engine import audit as audit_module
 from pageferry.engine import features as features_module
 from pageferry.engine import prove as prove_module
 from pageferry.engine import source as source_module
+from pageferry.engine import verify as verify_module
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
@@ -466,6 +468,28 @@ def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(guests, inn, 
     report = attempt(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
     assert isinstance(inn.outcome(), type(vm))
     assert (report.verified, report.audited_pages) == (True, 0)
+
+
+def test_the_destination_finds_what_has_storage_while_the_source_does(guests, inn, monkeypatch):
+    calls = []
+
+    def noted(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args):
+            if threading.current_thread() is not threading.main_thread():
+                calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(verify_module, "digest_runs")
+    noted(GuestMemory, "populated")
+    vm = running(guests, "idle")
+    attempt(vm, inn.open(), Rounds(2), verify=VerifyMode.FULL).run()
+    assert isinstance(inn.outcome(), type(vm))
+    assert calls[:2] == ["populated", "digest_runs"]
+    assert calls.count("populated") == 1
 
 
 @pytest.mark.parametrize(("verify", "peeks"), [(VerifyMode.FULL, 1), (VerifyMode.AUDIT, 2)])
