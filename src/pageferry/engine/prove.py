@@ -104,8 +104,8 @@ class Prover:
     def prepare(self) -> None:
         """Measure what a proof takes, and begin to audit if that is what is wanted and needed.
 
-        Call it again in every round, before its dirty pages are counted: the guest may have grown, and what it writes
-        between that count and the pause is more to send at the pause.
+        Call it again before every round, for the guest may have grown. It takes some 20 ms per GiB: between the end of
+        a round and the pause the guest would write as long, and all that is more to send at the pause.
         """
         began_s = self._now_s()
         self._populated = self._find_populated()
@@ -139,9 +139,10 @@ class Prover:
 
     def cost_s(self) -> float:
         """Return how long proving at a pause now would take, as :meth:`prepare` found: the guest stands still then."""
-        fresh = self._populated
+        dirty = self._vm.log_dirty.peek()  # and with it whatever got storage since
+        fresh = self._populated | dirty
         if self._audits and self._auditor is not None:
-            fresh = fresh - (self._auditor.proven() - self._vm.log_dirty.peek())
+            fresh -= self._auditor.proven() - dirty
         return self._found_s + self._digest_s(fresh.count())
 
     def prove(self, peer: Peer, spent_s: float) -> Frame | None:

@@ -174,6 +174,7 @@ class Source(Attempt):
                 self._prover.close()
                 return
             self._throttle.set(decision.throttle)
+            self._prover.prepare()
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
     def _enable(self) -> GfnArray:
@@ -249,7 +250,6 @@ class Source(Attempt):
             if final:
                 return 0
             self._prover.catch_up(self._lanes, lambda: self._check(peer))
-            self._prover.prepare()
             return self._vm.log_dirty.peek().count()
 
         return self._sender.send(
