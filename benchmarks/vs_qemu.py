@@ -2,9 +2,9 @@
 
 The guest (`rewrite`) fills memory with words that do not compress and then rewrites a part of it for ever; it checks
 what it reads all the way. pageferry runs it by ``pageferry run``; QEMU boots the same machine code by ``-kernel``
-(benchmarks/peers). Both are two processes with KVM that are driven by QMP over loopback TCP, with a downtime limit of
-300 ms and no bandwidth limit; QEMU once with a single stream and once with multifd. Where the guest writes faster
-than the wire moves, both may hold it back (`--policy converge`, `auto-converge`).
+(benchmarks/peers). Both are two processes with KVM that are driven by QMP over loopback TCP, with the same downtime
+limit (300 ms) and no bandwidth limit; QEMU once with a single stream and once with multifd. Where the guest writes
+faster than the wire moves, both may hold it back (`--policy converge`, `auto-converge`).
 
 * total time: from the command until the source says that it is over and the guest works at the destination;
 * downtime at the guest: how long the guest's own counter stands still, read from outside, for both alike; and what each
@@ -43,6 +43,15 @@ _LACKING = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What is the same in all scenarios: repetitions, downtime limit, more arguments of pageferry's ``migrate``."""
+
+    pairs: int
+    limit_s: float
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """A guest to move. ``converge``: whether it may be held back."""
 
@@ -68,6 +77,16 @@ SCENARIOS = {
 GROWTH = "growth"
 
 
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -82,36 +101,38 @@ def _attempt(monitor: Monitor, load: Load) -> Move | None:
         return None
 
 
-def run_scenario(scenario: Scenario, shim: bytes, pairs: int) -> tuple[str, dict[str, Any]]:
-    """Move the guest by each monitor in turn, ``pairs`` times after a warm-up; return a table and all numbers."""
+def run_scenario(scenario: Scenario, shim: bytes, terms: Terms) -> tuple[str, dict[str, Any]]:
+    """Move the guest by each monitor in turn, after a warm-up; return a table and all numbers."""
     monitors = (
-        Pageferry(policy="converge" if scenario.converge else "downtime"),
-        Qemu(shim=shim, channels=None, converge=scenario.converge),
-        Qemu(shim=shim, channels=_MULTIFD_CHANNELS, converge=scenario.converge),
+        Pageferry(policy="converge" if scenario.converge else "downtime", limit_s=terms.limit_s, options=terms.options),
+        Qemu(shim=shim, channels=None, converge=scenario.converge, limit_s=terms.limit_s),
+        Qemu(shim=shim, channels=_MULTIFD_CHANNELS, converge=scenario.converge, limit_s=terms.limit_s),
     )
     rows = []
-    for number in range(pairs + 1):
-        _say(f"{scenario.title}: {f'repetition {number} of {pairs}' if number else 'warm-up'}")
+    for number in range(terms.pairs + 1):
+        _say(f"{scenario.title}: {f'repetition {number} of {terms.pairs}' if number else 'warm-up'}")
         rows.append([_attempt(monitor, scenario.load) for monitor in monitors])
     rows = rows[1:]
     names = [monitor.name for monitor in monitors]
     comparisons = compare(rows, scenario.total_target)
     failed = [sum(row[column] is None for row in rows) for column in range(len(monitors))]
-    text = [f"**{scenario.title}** ({pairs} repetitions)", "", markdown(names, comparisons)]
+    text = [f"**{scenario.title}** ({terms.pairs} repetitions)", "", markdown(names, comparisons)]
     text += [
-        f"\n{name}: {n} of {pairs} migrations did not come about" for name, n in zip(names, failed, strict=True) if n
+        f"\n{name}: {n} of {terms.pairs} migrations did not come about"
+        for name, n in zip(names, failed, strict=True)
+        if n
     ]
     return "\n".join(text), {
         "scenario": scenario.title,
         "monitors": names,
-        "repetitions": pairs,
+        "repetitions": terms.pairs,
         "comparisons": [comparison.to_json() for comparison in comparisons],
         "failed": failed,
         "moves": [[None if each is None else asdict(each) for each in row] for row in rows],
     }
 
 
-def run_growth(sizes_mib: Sequence[int], pairs: int) -> tuple[str, dict[str, Any]]:
+def run_growth(sizes_mib: Sequence[int], terms: Terms) -> tuple[str, dict[str, Any]]:
     """Move idle guests of growing size that have filled their memory, each against a plain copy; as run_scenario."""
     sizes = []
     for memory_mib in sizes_mib:
@@ -120,21 +141,22 @@ def run_growth(sizes_mib: Sequence[int], pairs: int) -> tuple[str, dict[str, Any
         if available is not None and available < _GROW_ROOM * load.memory_bytes:
             _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
             continue
-        sizes.append(_grow(load, pairs))
-    return growth_table(sizes, pairs), {
+        sizes.append(_grow(load, terms))
+    return growth_table(sizes, terms.pairs), {
         "scenario": GROWTH,
-        "repetitions": pairs,
+        "repetitions": terms.pairs,
         "target": PLAIN_TARGET,
         "sizes": sizes,
     }
 
 
-def _grow(load: Load, pairs: int) -> dict[str, Any]:
+def _grow(load: Load, terms: Terms) -> dict[str, Any]:
     moves, shares = [], []
-    for number in range(pairs + 1):
-        _say(f"growth, {format_size(load.memory_bytes)}: {f'repetition {number} of {pairs}' if number else 'warm-up'}")
+    for number in range(terms.pairs + 1):
+        step = f"repetition {number} of {terms.pairs}" if number else "warm-up"
+        _say(f"growth, {format_size(load.memory_bytes)}: {step}")
         plain_s = plain_copy(load.filled_bytes)
-        moved = move(Pageferry(policy="xen"), load)
+        moved = move(Pageferry(policy="xen", limit_s=None, options=terms.options), load)
         if number:
             moves.append(moved)
             shares.append(plain_s / moved.total_s)
@@ -145,7 +167,7 @@ def _grow(load: Load, pairs: int) -> dict[str, Any]:
     return {"memory_bytes": load.memory_bytes, **spreads, "of_a_copy": asdict(Spread.of(shares))}
 
 
-def _run(wanted: Sequence[str], pairs: int, largest_mib: int, *, show: bool) -> list[dict[str, Any]]:
+def _run(wanted: Sequence[str], largest_mib: int, terms: Terms, *, show: bool) -> list[dict[str, Any]]:
     shim = b""
     if any(name in SCENARIOS for name in wanted):
         with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
@@ -153,9 +175,9 @@ def _run(wanted: Sequence[str], pairs: int, largest_mib: int, *, show: bool) -> 
     results = []
     for name in wanted:
         if name in SCENARIOS:
-            text, numbers = run_scenario(SCENARIOS[name], shim, pairs)
+            text, numbers = run_scenario(SCENARIOS[name], shim, terms)
         else:
-            text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], pairs)
+            text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], terms)
         results.append(numbers)
         if show:
             print(f"{text}\n", flush=True)
@@ -167,17 +189,29 @@ def main() -> int:
     known = [*SCENARIOS, GROWTH]
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which of {', '.join(known)}; all if none")
     parser.add_argument("--pairs", type=int, default=7, help="repetitions after the warm-up (default 7)")
+    parser.add_argument("--downtime-limit", type=float, default=300.0, metavar="MS", help="of both (default 300)")
     parser.add_argument("--largest", type=int, default=_GROW_MIB[-1], metavar="MIB", help="the last size of growth")
+    parser.add_argument(
+        "--set",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an argument of pageferry's QMP command migrate, e.g. x-verify=audit; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, all numbers, instead of tables")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(known):
         parser.error(f"unknown scenario {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if options.pairs < 1:
         parser.error("at least one pair is needed")
+    if not 1 <= options.downtime_limit <= 2_000_000:
+        parser.error("the downtime limit is between 1 ms and 2000 s, as QEMU has it")
+    terms = Terms(pairs=options.pairs, limit_s=options.downtime_limit / 1e3, options=tuple(options.set))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = options.scenarios or known
     try:
-        results = _run(wanted, options.pairs, options.largest, show=not options.json)
+        results = _run(wanted, options.largest, terms, show=not options.json)
     except PageferryError as error:
         _say(f"vs_qemu: {error}; {error.hint}" if error.hint else f"vs_qemu: {error}")
         return _LACKING if isinstance(error, UnsupportedError) else 1

@@ -14,7 +14,6 @@ from .image import PROGRAM, Load, assemble_shim, build_image
 from .process import Peer
 
 QEMU = "qemu-system-x86_64"
-DOWNTIME_LIMIT_S = 0.3
 _NO_LIMIT_BYTES_PER_S = 1 << 40
 _ANY_PORT = "127.0.0.1:0"
 
@@ -55,14 +54,19 @@ class QemuPeer(Peer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pageferry:
-    """pageferry on kvm, with the defaults but for the policy."""
+    """pageferry on kvm, with a downtime limit if ``policy`` takes one.
 
-    policy: str = "downtime"
+    ``options``: more arguments of its QMP command ``migrate``; all else is the default.
+    """
+
+    policy: str
+    limit_s: float | None
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return "pageferry"
+        return ", ".join(["pageferry", *(f"{key}={value}" for key, value in self.options)])
 
     def source(self, load: Load, folder: Path) -> Peer:
         """Return a process with the guest."""
@@ -84,7 +88,8 @@ class Pageferry:
 
     def migrate(self, source: Peer, uri: str) -> None:
         """Begin; wait for ``MIGRATION`` events."""
-        source.qmp.execute("migrate", uri=uri, **{"x-policy": self.policy})
+        limit = {} if self.limit_s is None else {"x-downtime-limit-s": self.limit_s}
+        source.qmp.execute("migrate", uri=uri, **{"x-policy": self.policy, **limit, **dict(self.options)})
 
     def result(self, source: Peer) -> Result:
         """Return what the source says, after the end."""
@@ -102,7 +107,7 @@ _PAGEFERRY = (sys.executable, "-m", "pageferry")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qemu:
-    """QEMU on kvm, its bandwidth limit lifted.
+    """QEMU on kvm, its bandwidth limit lifted, with a downtime limit.
 
     ``shim`` is its guest's beginning; ``channels``: connections of multifd, or None for the single stream;
     ``converge``: whether it may hold the guest back (auto-converge).
@@ -111,6 +116,7 @@ class Qemu:
     shim: bytes
     channels: int | None
     converge: bool
+    limit_s: float
 
     @property
     def name(self) -> str:
@@ -138,7 +144,7 @@ class Qemu:
         peer.qmp.execute("migrate-set-capabilities", capabilities=wanted)
         parameters: dict[str, int] = {
             "max-bandwidth": _NO_LIMIT_BYTES_PER_S,
-            "downtime-limit": int(DOWNTIME_LIMIT_S * 1e3),
+            "downtime-limit": round(self.limit_s * 1e3),
         }
         if self.channels is not None:
             parameters["multifd-channels"] = self.channels

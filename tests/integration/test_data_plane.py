@@ -176,7 +176,7 @@ def test_an_audit_follows_each_page_on_its_connection(guests, move, connections)
         records = [record for record in trip.taped.records(connection=index) if isinstance(record, Audit)]
         audited.append((np.concatenate([record.first_gfns for record in records]) // 512 % connections).tolist())
     assert [set(each) for each in audited] == [{index} for index in range(connections)]
-    assert 0 < report.audited_pages < report.verified_pages
+    assert 0 < report.audited_pages <= report.verified_pages  # equal where the guest got no time to write at the end
 
 
 # -- zero pages --------------------------------------------------------------------------------------------------------

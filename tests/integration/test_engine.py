@@ -38,6 +38,7 @@ from pageferry.core.events import (
 from pageferry.core.explain import explain
 from pageferry.core.frames import gpa_of
 from pageferry.core.guest_time import WorkSample, lost_s
+from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
@@ -46,6 +47,7 @@ from pageferry.engine import audit as audit_module
 from pageferry.engine import features as features_module
 from pageferry.engine import prove as prove_module
 from pageferry.engine import source as source_module
+from pageferry.engine import verify as verify_module
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
@@ -265,7 +267,9 @@ def test_the_report_counts_each_page_as_often_as_it_was_sent(guests, inn):
         cell = range(first, last + 1)
         assert heat.pages[index] == sum(gfn in encoder.sent for gfn in cell)
         assert sum(row[index] for row in heat.rows) == sum(encoder.sent[gfn] for gfn in cell)
-    assert [sum(row) for row in heat.rows] == [stats.sent_pages for stats in report.rounds]
+    sent = [stats.sent_pages for stats in report.rounds]
+    assert [sum(row) for row in heat.rows] == sent[: len(heat.rows)]
+    assert not any(sent[len(heat.rows) :])  # a guest that got no time to write leaves nothing for the last round
 
 
 def test_the_report_tells_where_the_guests_time_went_by_the_guests_own_count(guests, inn):
@@ -462,11 +466,55 @@ def test_an_audit_proves_memory_while_the_guest_runs(guests, inn, workload):
 
 
 def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(guests, inn, monkeypatch):
-    monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda memory, now_s: 1e6)
+    monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda *_: 1e6)
     vm = running(guests, "idle")
     report = attempt(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
     assert isinstance(inn.outcome(), type(vm))
     assert (report.verified, report.audited_pages) == (True, 0)
+
+
+def test_the_destination_finds_what_has_storage_while_the_source_does(guests, inn, monkeypatch):
+    calls = []
+
+    def noted(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args):
+            if threading.current_thread() is not threading.main_thread():
+                calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noted(verify_module, "digest_runs")
+    noted(GuestMemory, "populated")
+    vm = running(guests, "idle")
+    attempt(vm, inn.open(), Rounds(2), verify=VerifyMode.FULL).run()
+    assert isinstance(inn.outcome(), type(vm))
+    assert calls[:2] == ["populated", "digest_runs"]
+    assert calls.count("populated") == 1
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize("verify", VerifyMode)
+def test_nothing_is_measured_between_a_round_and_the_pause(guests, inn, monkeypatch, verify, rounds):
+    vm = running(guests, "idle")
+    calls = []
+
+    def noted(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), real(*args))[1])
+
+    def on_event(event):
+        if isinstance(event, RoundBegan):
+            calls.append("round")
+
+    noted(vm.memory, "populated")  # measuring begins so
+    noted(vm, "freeze")
+    attempt(vm, inn.open(), Rounds(rounds), verify=verify, on_event=on_event).run()
+    assert isinstance(inn.outcome(), type(vm))
+    until_pause = calls[: len(calls) - calls[::-1].index("freeze")]
+    assert until_pause[-2 * rounds - 1 :] == [*["populated", "round"] * rounds, "freeze"]
 
 
 @pytest.mark.parametrize(("limit_s", "audits"), [(1e-6, True), (3600.0, False), (None, False)])

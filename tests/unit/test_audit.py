@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_a_failure_of_the_tracker_is_raised_where_it_is_asked(migration):
     auditor = Auditor(migration.memory, broken)
     auditor.sent(gfns_of(1))
     auditor.start()
-    auditor._thread.join(_GIVE_UP_S)
+    auditor.wait(_GIVE_UP_S)
     with pytest.raises(RuntimeError, match="no PEEK today"):
         auditor.due()
     auditor.close()
@@ -229,6 +230,47 @@ def test_more_than_one_piece(migration, monkeypatch):
     migration.finish()
     assert len(migration.proofs) > 5
     assert migration.auditor.proven().gfns().tolist() == list(range(0, 2048, 3))
+
+
+def test_what_is_no_whole_piece_waits_until_the_sender_does(migration, monkeypatch):
+    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
+    for gfn in range(0, 2048, 32):
+        migration.write(gfn, gfn + 1)
+    migration.auditor.start()
+    for gfn in migration.clean()[:63]:
+        migration.send(gfns_of(gfn))
+        assert migration.deliver() is None
+    migration.finish()
+    (proof,) = migration.proofs
+    assert proof.pages.sum() == 63
+
+
+def test_a_whole_piece_is_begun_while_the_sender_goes_on(migration, monkeypatch):
+    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
+    for gfn in range(64):
+        migration.write(gfn, gfn + 1)
+    migration.auditor.start()
+    migration.send(migration.clean())
+    deadline_s = time.monotonic() + _GIVE_UP_S
+    while not migration.proofs and time.monotonic() < deadline_s:
+        assert migration.deliver() is None
+        time.sleep(0.001)
+    assert migration.auditor.proven().count() == 64
+
+
+def test_pieces_grow_with_the_guest(monkeypatch):
+    monkeypatch.setattr(audit, "_MAX_PIECES", 4)
+    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
+    migration = Migration()
+    try:
+        for gfn in range(2048):
+            migration.write(gfn, gfn + 1)
+        migration.auditor.start()
+        migration.send(migration.clean())
+        migration.finish()
+        assert len(migration.proofs) == 4
+    finally:
+        migration.close()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -58,12 +58,12 @@ def test_a_run_is_narrowed_to_the_pages_that_differ(memory):
 
 def test_nonzero_pages_outside_the_runs_are_found(memory):
     starts, lengths = verify.populated_runs(memory)
-    assert verify.first_nonzero_outside(memory, starts, lengths) is None
+    assert verify.first_nonzero_outside(memory, memory.populated(), starts, lengths) is None
     memory.populate(u64(3000), u64(100))
-    assert verify.first_nonzero_outside(memory, starts, lengths) is None
+    assert verify.first_nonzero_outside(memory, memory.populated(), starts, lengths) is None
     memory.write(3050 * 4096 + 4095, b"\1")
-    assert verify.first_nonzero_outside(memory, starts, lengths) == 3050
-    assert verify.first_nonzero_outside(memory, u64(), u64()) == 5
+    assert verify.first_nonzero_outside(memory, memory.populated(), starts, lengths) == 3050
+    assert verify.first_nonzero_outside(memory, memory.populated(), u64(), u64()) == 5
 
 
 def test_the_hint_is_of_the_longest_runs_and_never_more_than_there_is():

@@ -100,13 +100,43 @@ def test_without_qemu_one_line_says_what_to_install(monkeypatch, capsys):
     assert said.err == "vs_qemu: QEMU is not installed; apt install qemu-system-x86\n"
 
 
-@pytest.mark.parametrize("arguments", [["nonesuch"], ["busy", "--pairs", "0"], ["--pairs", "many"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonesuch"], ["busy", "--pairs", "0"], ["--pairs", "many"], ["--set", "x-verify"], ["--downtime-limit", "nan"]],
+)
 def test_wrong_usage_is_refused_before_anything_is_started(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vs_qemu.py", *arguments])
     with pytest.raises(SystemExit) as caught:
         vs_qemu.main()
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_arguments_of_migrate_are_passed_on_and_shown(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
+    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load: seen.append(monitor) or move(1.0))
+    arguments = [
+        "vs_qemu.py",
+        "hot",
+        "--pairs",
+        "1",
+        "--set",
+        "x-verify=audit",
+        "--set",
+        "x-connections=2",
+        "--json",
+        "--downtime-limit",
+        "30",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert vs_qemu.main() == 0
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert result["monitors"][0] == "pageferry, x-verify=audit, x-connections=2"
+    assert seen[0].policy == "converge"
+    assert dict(seen[0].options) == {"x-verify": "audit", "x-connections": 2}
+    assert [monitor.channels for monitor in seen[1:3]] == [None, 2]
+    assert {monitor.limit_s for monitor in seen} == {0.03}
 
 
 def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
@@ -119,7 +149,9 @@ def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
         return made_now
 
     monkeypatch.setattr(vs_qemu, "move", attempt)
-    text, numbers = vs_qemu.run_scenario(vs_qemu.SCENARIOS["busy"], b"", 1)
+    text, numbers = vs_qemu.run_scenario(
+        vs_qemu.SCENARIOS["busy"], b"", vs_qemu.Terms(pairs=1, limit_s=0.3, options=())
+    )
     assert "| total time | 1.00 s (1.00 s to 1.00 s) | - | 4.00 s (4.00 s to 4.00 s) | 0.25" in text
     assert text.endswith("\nQEMU: 1 of 1 migrations did not come about")
     assert numbers["failed"] == [0, 1, 0]

@@ -27,8 +27,10 @@ from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine import verify
 
-#: How much is digested at once, 32 MiB or up to 64 MiB: on all cores for some milliseconds.
+#: How much is digested at once, 32 MiB or up to 64 MiB: on all cores for some milliseconds. Of a large guest more, so
+#: that it has so many pieces at the most: each costs two PEEKs, of the whole guest.
 _PIECE_PAGES = 8192
+_MAX_PIECES = 256
 _WORD_BITS = 64
 
 
@@ -69,6 +71,8 @@ class Auditor:
         # When a 2 MiB region was last proven, as a number that grows; 0: never.
         self._proven_at = np.zeros(-(-memory.gfn_limit // PAGES_PER_2M), np.uint32)
         self._passes = 0
+        self._owed_pages = 0  # at the most: sent, and in no piece yet
+        self._hurried = False  # somebody waits: what there is is piece enough
         self._cursor = 0  # a word of the bitmaps
         self._piece: tuple[GfnArray, GfnArray] | None = None
         self._proof: Proof | None = None
@@ -99,6 +103,8 @@ class Auditor:
         """These frames (uint64[n]) are on the wire, ahead of whatever is sent next."""
         with self._changed:
             self._sent.set(gfns)
+            self._owed_pages += gfns.size
+            self._hurried = False
             self._changed.notify_all()
 
     def due(self) -> Proof | None:
@@ -130,9 +136,14 @@ class Auditor:
             return self._piece is None and not self._candidates().any()
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until :meth:`due` may have something, the auditor idles, or the time is over."""
+        """Wait until :meth:`due` may have something, the auditor idles, or the time is over.
+
+        Whoever waits sends nothing meanwhile, so that what is no whole piece yet is digested, too.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._proof is not None or self._piece is None, timeout_s)
+            self._hurried = True
+            self._changed.notify_all()
+            self._changed.wait_for(self._nothing_more_by_waiting, timeout_s)
 
     def proven(self) -> DirtyBitmap:
         """Return which frames were proven and not reported since; a copy."""
@@ -152,6 +163,13 @@ class Auditor:
         wanted[fits] = True
         chosen.set(gfns[wanted[regions]])
         return chosen
+
+    def _nothing_more_by_waiting(self) -> bool:
+        return self._proof is not None or not self._hurried or self._failure is not None or self._closing
+
+    @property
+    def _piece_pages(self) -> int:
+        return max(_PIECE_PAGES, self._memory.gfn_limit // _MAX_PIECES)
 
     def _remember(self, proof: Proof) -> None:
         self._passes += 1
@@ -174,11 +192,15 @@ class Auditor:
         """Wait for something to digest and choose it; return False when it is over."""
         with self._changed:
             while not self._closing:
-                candidates = None if self._proof is not None else self._candidates()
-                if candidates is not None and candidates.any():
-                    self._piece = self._next(candidates)
-                    self._taken = DirtyBitmap(self._memory.gfn_limit)
-                    return True
+                if self._proof is None and (self._hurried or self._owed_pages >= self._piece_pages):
+                    candidates = self._candidates()
+                    if candidates.any():
+                        self._piece = self._next(candidates)
+                        self._owed_pages = max(0, self._owed_pages - int(self._piece[1].sum()))
+                        self._taken = DirtyBitmap(self._memory.gfn_limit)
+                        return True
+                    self._owed_pages, self._hurried = 0, False
+                    self._changed.notify_all()
                 self._changed.wait()
             return False
 
@@ -188,8 +210,8 @@ class Auditor:
         if not words[self._cursor :].any():
             self._cursor = 0
         first = self._cursor + int(np.argmax(words[self._cursor :] != 0))
-        counts = np.cumsum(np.bitwise_count(words[first : first + _PIECE_PAGES]), dtype=np.int64)
-        end = first + int(np.searchsorted(counts, _PIECE_PAGES)) + 1
+        counts = np.cumsum(np.bitwise_count(words[first : first + self._piece_pages]), dtype=np.int64)
+        end = first + int(np.searchsorted(counts, self._piece_pages)) + 1
         self._cursor = min(end, words.size)
         piece = DirtyBitmap(candidates.nbits)
         piece.words[first:end] = words[first:end]

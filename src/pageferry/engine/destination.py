@@ -253,6 +253,7 @@ class Destination:
         starts: list[np.typing.NDArray[np.uint64]] = []
         lengths: list[np.typing.NDArray[np.uint64]] = []
         mismatched = False
+        populated = memory.populated()  # while the source looks for the same there: the guest stands still meanwhile
         while True:
             frame = self._peer.receive()
             if not isinstance(frame, Digests):
@@ -264,7 +265,9 @@ class Destination:
             if frame.last:
                 break
         if not mismatched:
-            self._expect_zero_elsewhere(memory, np.concatenate(starts), np.concatenate(lengths))
+            gfn = verify.first_nonzero_outside(memory, populated, np.concatenate(starts), np.concatenate(lengths))
+            if gfn is not None:
+                raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
             self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
 
     def _compare(self, memory: GuestMemory, frame: Digests) -> bool:
@@ -288,16 +291,6 @@ class Destination:
 
     def _send_mismatch(self, memory: GuestMemory, first_gfn: int, pages: int) -> None:
         self._peer.send(Mismatch(first_gfn=first_gfn, page_digests=verify.page_digests(memory, first_gfn, pages)))
-
-    def _expect_zero_elsewhere(
-        self,
-        memory: GuestMemory,
-        starts: np.typing.NDArray[np.uint64],
-        lengths: np.typing.NDArray[np.uint64],
-    ) -> None:
-        gfn = verify.first_nonzero_outside(memory, starts, lengths)
-        if gfn is not None:
-            raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
 
     def _handoff(self, vm: Vm, hello: SourceHello) -> None:
         commit = self._peer.receive()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import Vm
 from pageferry.engine import verify
@@ -23,12 +24,13 @@ def state_s(vm: Vm, now_s: Callable[[], float]) -> float:
     return 2 * (now_s() - began_s)
 
 
-def digest_pages_per_s(memory: GuestMemory, now_s: Callable[[], float]) -> float | None:
-    """Return how fast this host digests guest memory; None when there is none yet.
+def digest_pages_per_s(
+    memory: GuestMemory, starts: GfnArray, lengths: GfnArray, now_s: Callable[[], float]
+) -> float | None:
+    """Return how fast this host digests these runs of guest memory; None when there are none.
 
     The best of a few samples: the guest, which runs now, only disturbs them.
     """
-    starts, lengths = verify.sample_runs(*verify.populated_runs(memory))
     if not starts.size:
         return None
     times_s = []

@@ -58,6 +58,8 @@ class Prover:
         self._auditor: Auditor | None = None
         self._audits = False
         self._pages_per_s: float | None = None
+        self._populated = DirtyBitmap(vm.memory.gfn_limit)  # as last found, and how long finding it took
+        self._found_s = 0.0
         self.verified_pages = 0
         """How many pages were proven in all, once they all are."""
         self.audited_pages = 0
@@ -100,11 +102,16 @@ class Prover:
             self._auditor.sent(gfns)
 
     def prepare(self) -> None:
-        """Measure how fast this host digests, and begin to audit if that is what is wanted and needed.
+        """Measure what a proof takes, and begin to audit if that is what is wanted and needed.
 
-        Call it again after every round: the guest may have grown.
+        Call it again before every round, for the guest may have grown. It takes some 20 ms per GiB: between the end of
+        a round and the pause the guest would write as long, and all that is more to send at the pause.
         """
-        self._pages_per_s = digest_pages_per_s(self._vm.memory, self._now_s) or self._pages_per_s
+        began_s = self._now_s()
+        self._populated = self._find_populated()
+        self._found_s = self._now_s() - began_s
+        sample = verify.sample_runs(*self._populated.runs(max_pages=PAGES_PER_2M))
+        self._pages_per_s = digest_pages_per_s(self._vm.memory, *sample, self._now_s) or self._pages_per_s
         if self._auditor is None or self._audits:
             return
         limit_s = self.limit_s
@@ -131,13 +138,12 @@ class Prover:
             self.send_due(lanes)
 
     def cost_s(self) -> float:
-        """Return how long proving at a pause now would take: the guest stands still meanwhile."""
-        began_s = self._now_s()
-        populated = self._populated()
-        found_s = self._now_s() - began_s
+        """Return how long proving at a pause now would take, as :meth:`prepare` found: the guest stands still then."""
+        dirty = self._vm.log_dirty.peek()  # and with it whatever got storage since
+        fresh = self._populated | dirty
         if self._audits and self._auditor is not None:
-            populated -= self._auditor.proven() - self._vm.log_dirty.peek()
-        return found_s + self._digest_s(populated.count())
+            fresh -= self._auditor.proven() - dirty
+        return self._found_s + self._digest_s(fresh.count())
 
     def prove(self, peer: Peer, spent_s: float) -> Frame | None:
         """Prove at the pause whatever is not proven.
@@ -152,7 +158,7 @@ class Prover:
         Raises:
             PeerError: the destination's memory is not ours.
         """
-        populated = self._populated()
+        populated = self._find_populated()
         audited = self._not_again(populated, spent_s)
         starts, lengths, is_audited = _merged(populated - audited, audited)
         if not starts.size:
@@ -193,7 +199,7 @@ class Prover:
         why = f"in round {round_index} the destination's memory is not ours, and {tracker} reported no write to it"
         return _failure(why, gfns, Phase.PRECOPY)
 
-    def _populated(self) -> DirtyBitmap:
+    def _find_populated(self) -> DirtyBitmap:
         populated = DirtyBitmap(self._vm.memory.gfn_limit)
         populated.set_runs(*self._vm.memory.populated())
         return populated

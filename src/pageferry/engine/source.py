@@ -160,7 +160,6 @@ class Source(Attempt):
             stats = self._send_round(peer, chunks, expected_pages=expected_pages)
             ended_s = self.elapsed_s
             self._expect_alive()
-            self._prover.prepare()
             self._fixed_s = self._state_s + self._prover.cost_s()
             progress = Progress(
                 memory_pages=self._vm.memory.pages,
@@ -176,10 +175,12 @@ class Source(Attempt):
                 raise self._abort(decision.reason)
             if decision.action is Action.STOP_AND_COPY:
                 self._stop_reason = decision.reason
+                self._prover.close()
                 return
             self._throttle.set(decision.throttle)
             if self.status == HELD:
                 self._go_on.wait(_HELD_ROUND_S)
+            self._prover.prepare()
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
     def _held(self, decision: Decision) -> Decision:
@@ -286,7 +287,6 @@ class Source(Attempt):
         )
 
     def _pause(self) -> None:
-        self._prover.close()
         self._vm.freeze()
         self.frozen = True
         self._stall.end()

@@ -98,9 +98,14 @@ def different_pages(memory: GuestMemory, first_gfn: int, theirs: NDArray[np.uint
     return np.uint64(first_gfn) + different.astype(np.uint64)
 
 
-def first_nonzero_outside(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> int | None:
-    """Return the first frame outside the runs that is not zero, or None: where the source never had storage."""
-    rest_starts, rest_lengths = subtract_runs(*memory.populated(), starts, lengths)
+def first_nonzero_outside(
+    memory: GuestMemory, populated: tuple[GfnArray, GfnArray], starts: GfnArray, lengths: GfnArray
+) -> int | None:
+    """Return the first frame outside the runs that is not zero, or None: where the source never had storage.
+
+    ``populated`` is ``memory.populated()`` of a moment since which nobody wrote: finding it takes a while.
+    """
+    rest_starts, rest_lengths = subtract_runs(*populated, starts, lengths)
     run_starts, run_lengths = split_runs(rest_starts, rest_lengths, PAGES_PER_2M)
     for start, view in zip(run_starts.tolist(), memory.views(run_starts, run_lengths), strict=True):
         pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE_SIZE // 8).any(axis=1)
