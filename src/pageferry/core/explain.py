@@ -73,9 +73,10 @@ def _rates(report: MigrationReport) -> tuple[str, ...]:
     if not duration_s or not sent_bytes:
         return ()
     dirtied = sum(stats.remaining_pages for stats in rounds) * PAGE_SIZE / duration_s
-    line = (
-        f"The wire moved {format_size(sent_bytes / duration_s)}/s, the guest dirtied {format_size(dirtied)}/s or more"
-    )
+    cap = report.bandwidth_bytes_per_s
+    wire = f"{format_size(sent_bytes / duration_s)}/s"
+    wire += "" if cap is None else f" (--bandwidth allowed {format_size(cap)}/s)"
+    line = f"The wire moved {wire}, the guest dirtied {format_size(dirtied)}/s or more"
     if report.sent.rewritten_pages:
         line += f", in {format_size(report.sent.rewritten_pages * PAGE_SIZE)} that were sent more than once"
     return (f"{line}.",)
@@ -192,5 +193,6 @@ def _verification(report: MigrationReport) -> tuple[str, ...]:
     verify_s = report.downtime_parts_s[str(Phase.VERIFY)]
     if verify_s <= report.downtime_s / 2:
         return ()
-    proven = format_size(report.verified_pages * PAGE_SIZE)
-    return (f"Another round would not have made the pause much shorter: to prove {proven} equal was most of it.",)
+    proven = format_size((report.verified_pages - report.audited_pages) * PAGE_SIZE)
+    line = f"Another round would not have made the pause much shorter: to prove {proven} equal was most of it"
+    return (f"{line}{'' if report.audited_pages else '; --verify audit proves most while the guest runs'}.",)

@@ -43,7 +43,9 @@ def page(drawn: Picture) -> bytes:
         f'<h1>{html.escape(drawn.title)}</h1><p class="facts">{html.escape(drawn.subtitle)}</p>',
         f"<ul>{words}</ul>" if words else "",
         "<h2>Rounds over time</h2>",
-        _note("one bar a round, red for the stop-and-copy; shaded: the guest stands still"),
+        _note(
+            "a bar a round; violet: the guest was held for a part of it; red: stop-and-copy; shaded: it stands still"
+        ),
         _timeline(drawn) if drawn.bars else _note("No round was made."),
         "<h2>Dirty against sent rate</h2>",
         _note("solid blue: sent; dashed orange: dirtied, distinct pages at the end of each round by its length"),
