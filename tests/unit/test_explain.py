@@ -164,12 +164,28 @@ def guest_time(**changes):
             guest_time(rehearsal_s=0.002, enable_s=0.001, clean_s=0.25),
             {"throttled_s": 1.5},
             (
-                "While it ran it was held back by the policy for 1.50 s, frozen for 2.0 ms to measure its state, "
-                "armed in 1.0 ms, cleaned in 250.0 ms.",
+                "Known stalls: held back by the policy for 1.50 s, frozen for 2.0 ms to rehearse saving its state, "
+                "ENABLE 1.0 ms, CLEAN 250.0 ms.",
             ),
         ),
         (guest_time(), {"fault_count": 1234}, ("It took 1,234 write faults to find its dirty pages.",)),
         (guest_time(), {"fault_count": 0}, ()),
+        (
+            guest_time(lost_s=3.0, rehearsal_s=0.5),
+            {"fault_count": 1000, "throttled_s": 1.5},
+            (
+                "Known stalls: held back by the policy for 1.50 s, frozen for 500.0 ms to rehearse saving its state.",
+                "It took 1,000 write faults to find its dirty pages: at most 1.0 ms of its time each.",
+            ),
+        ),
+        (
+            guest_time(lost_s=1.0),
+            {"fault_count": 1000, "throttled_s": 1.5},
+            (
+                "Known stalls: held back by the policy for 1.50 s.",
+                "It took 1,000 write faults to find its dirty pages.",
+            ),
+        ),
     ],
 )
 def test_where_the_guests_time_went(time, changes, lines):
