@@ -105,6 +105,13 @@ def test_the_heat_is_the_share_of_a_cells_pages():
     assert dict(heat.ticks)[2] == "4 GiB"
 
 
+def test_the_address_where_an_area_begins_is_told_before_others():
+    firsts = [*range(50), *range(5000, 5050)]
+    heat = {"first_gfns": firsts, "last_gfns": firsts, "pages": [1] * 100, "rounds_per_row": 1, "rows": [[1] * 100]}
+    ticks = picture(report(sent={"heat": heat})).heat.ticks
+    assert (50, "19.53 MiB") in ticks
+
+
 def test_rows_of_several_rounds_are_named_and_shared_so():
     rounds = [stats(index, 1, 1, 0.1) for index in range(4)] + [stats(4, 1, 0, 0.1, final=True)]
     ends = [{"ended_s": 0.1 * index, "throttle": 0.0} for index in range(1, 5)]
