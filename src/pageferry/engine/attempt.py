@@ -118,7 +118,6 @@ class Attempt(ABC):
         self._pacer = None if rate is None else Pacer(rate)
         self._encoder = Encoder()
         self._sent = SendCounts(vm.memory.gfn_limit)
-        self._sent_lock = threading.Lock()
         self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._stall = StallMeter(vm, self._clock.now_s, work_before)
