@@ -141,7 +141,7 @@ def _advice(report: MigrationReport) -> tuple[str, ...]:
     if last.decision.action is Action.ABORT and report.policy in _LIMIT_POLICIES:
         return (*_limit(report), *_hold(report, last))
     if last.decision.action is Action.STOP_AND_COPY:
-        return (*_earlier(report), *_verification(report))
+        return _earlier(report) or _verification(report)
     return ()
 
 
