@@ -65,6 +65,9 @@ def complaint(result, code):
             ("run", "idle", "--accel", "soft", "--control", "/nonexistent/folder/x"),
             "cannot listen on the control socket",
         ),
+        (("demo", "--plot", "picture.pdf"), "no picture can be made in 'picture.pdf'"),
+        (("demo", "--plot", "/nonexistent/folder/a.html"), "cannot write /nonexistent/folder/a.html"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--plot", "/nonexistent/a.html"), "cannot write"),
         (("frobnicate",), "frobnicate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -151,7 +154,7 @@ def test_a_failed_demo_still_reports(tmp_path):
     assert "verification alone" in result.stderr
     advice = report["explanation"]["advice"]
     assert "A downtime limit of " in advice[0]
-    assert f"hint: {advice[0]}\n" in result.stderr
+    assert result.stderr.endswith(f"hint: {' '.join(advice)}\n")
     assert "report: The wire moved " in result.stderr
 
 
@@ -248,6 +251,37 @@ def test_an_oracle_that_cannot_be_is_refused_in_one_line():
     assert "no oracle pagemap-scan on soft" in complaint(
         cli("run", "idle", "--accel", "soft", "--oracle", "pagemap-scan"), 5
     )
+
+
+def test_a_picture_is_drawn_of_a_migration_and_of_one_that_failed(tmp_path):
+    for name, limit, code in (("a.html", "60000", 0), ("b.html", "0.001", 3)):
+        file = tmp_path / name
+        demo = ("demo", "--accel", "soft", "--memory", "32M", "--downtime-limit", limit, "--plot", file, "--json")
+        result = cli(*demo)
+        assert result.returncode == code, result.stderr
+        assert f"picture: {file}\n" in result.stderr
+        (data,) = re.findall(r'id="report">(.*?)</script>', file.read_text(), re.S)
+        assert json.loads(data) == json.loads(result.stdout)
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_migration(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    file = tmp_path / "a.svg"
+    result = cli("demo", "--plot", file, env=environment)
+    assert "a .svg picture needs matplotlib" in complaint(result, 5)
+    assert f"hint: {sys.executable} -m pip install 'matplotlib" in result.stderr
+    assert not file.exists()
+
+
+def test_a_disk_that_is_full_spoils_the_picture_and_not_the_migration(tmp_path):
+    (tmp_path / "a.html").symlink_to("/dev/full")
+    result = cli(
+        "demo", "--accel", "soft", "--memory", "32M", "--downtime-limit", "60000", "--plot", tmp_path / "a.html"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the picture could not be written to" in result.stderr
+    assert "migration completed" in result.stdout
 
 
 def test_demo_of_a_guest_with_two_vcpus(accel):

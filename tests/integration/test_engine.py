@@ -254,7 +254,7 @@ class CountingEncoder(Encoder):
 def test_the_report_counts_each_page_as_often_as_it_was_sent(guests, inn):
     vm = running(guests, "hotset")
     source = attempt(vm, inn.open())
-    encoder = source._sender._encoder = source._encoder = CountingEncoder()
+    encoder = source._encoder = CountingEncoder()
     report = source.run()
     inn.outcome()
     assert report.sent.pages == len(encoder.sent)

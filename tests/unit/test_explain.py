@@ -73,7 +73,8 @@ def report(*rounds, fixed_s=0.01, action=Action.STOP_AND_COPY, policy="downtime"
         verified=True,
         verified_pages=16384,
         audited_pages=0,
-        sent_bytes=0,
+        connections=1,
+        sent_bytes=sum(each.sent_bytes for each in made),
         bandwidth_bytes_per_s=None,
         fault_count=None,
         throttled_s=0.0,
@@ -127,6 +128,9 @@ def test_the_wires_rate_is_set_against_the_guests():
         "The wire moved 384 MiB/s, the guest dirtied 192 MiB/s or more, in 24 MiB that were sent more than once.",
     )
     assert explain(report((256, 0))).rates == ("The wire moved 1 MiB/s, the guest dirtied 0 B/s or more.",)
+    assert explain(report((256, 0), bandwidth_bytes_per_s=2 * MiB)).rates == (
+        "The wire moved 1 MiB/s (--bandwidth allowed 2 MiB/s), the guest dirtied 0 B/s or more.",
+    )
     assert explain(report((0, 0))).rates == ()
     assert explain(failed()).rates == ()
 
@@ -161,12 +165,28 @@ def guest_time(**changes):
             guest_time(rehearsal_s=0.002, enable_s=0.001, clean_s=0.25),
             {"throttled_s": 1.5},
             (
-                "While it ran it was held back by the policy for 1.50 s, frozen for 2.0 ms to measure its state, "
-                "armed in 1.0 ms, cleaned in 250.0 ms.",
+                "Known stalls: held back by the policy for 1.50 s, frozen for 2.0 ms to rehearse saving its state, "
+                "ENABLE 1.0 ms, CLEAN 250.0 ms.",
             ),
         ),
         (guest_time(), {"fault_count": 1234}, ("It took 1,234 write faults to find its dirty pages.",)),
         (guest_time(), {"fault_count": 0}, ()),
+        (
+            guest_time(lost_s=3.0, rehearsal_s=0.5),
+            {"fault_count": 1000, "throttled_s": 1.5},
+            (
+                "Known stalls: held back by the policy for 1.50 s, frozen for 500.0 ms to rehearse saving its state.",
+                "It took 1,000 write faults to find its dirty pages: at most 1.0 ms of its time each.",
+            ),
+        ),
+        (
+            guest_time(lost_s=1.0),
+            {"fault_count": 1000, "throttled_s": 1.5},
+            (
+                "Known stalls: held back by the policy for 1.50 s.",
+                "It took 1,000 write faults to find its dirty pages.",
+            ),
+        ),
     ],
 )
 def test_where_the_guests_time_went(time, changes, lines):
@@ -250,5 +270,9 @@ def test_an_earlier_pause_that_was_cheaper_is_told():
 def test_a_pause_that_was_mostly_verification_is_told():
     parts = {**PARTS, "verify": 0.02}
     made = report((1000, 10), downtime_s=sum(parts.values()), downtime_parts_s=parts)
-    (line,) = explain(made).advice
-    assert line.startswith("Another round would not have made the pause much shorter: to prove 64 MiB equal")
+    begin = "Another round would not have made the pause much shorter: to prove"
+    assert explain(made).advice == (
+        f"{begin} 64 MiB equal was most of it; --verify audit proves most while the guest runs.",
+    )
+    audited = replace(made, audited_pages=8192)
+    assert explain(audited).advice == (f"{begin} 32 MiB equal was most of it.",)

@@ -51,11 +51,12 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
 
 
 class MigrationFailedError(MigrationError):
-    """A migration in another process failed; ``report`` is its report."""
+    """A migration in another process failed; ``report`` is its report, whose advice is a hint if there is no other."""
 
     def __init__(self, report: Json, error: Json) -> None:
         at = GuestAt(error["guest_at"])
-        super().__init__(error["reason"], phase=error["phase"], guest_at=at, hint=error["hint"])
+        hint = error["hint"] or " ".join((report["explanation"] or {}).get("advice", ()))
+        super().__init__(error["reason"], phase=error["phase"], guest_at=at, hint=hint)
         self.report = report
 
 

@@ -173,17 +173,17 @@ def _report(attempt: Callable[[], dict[str, Any]], as_json: bool, plot: PlotFile
     try:
         report = attempt()
     except (MigrationFailedError, Interrupted) as error:
-        _draw(plot, error.report)
         if as_json:
             _json(error.report)
         for line in lessons(error.report):
-            _err.print(line, markup=False, soft_wrap=True)
+            _err.print(f"report: {line}", markup=False, soft_wrap=True)
+        _draw(plot, error.report)
         raise
-    _draw(plot, report)
     if as_json:
         _json(report)
     else:
         _out.print(summary(report))
+    _draw(plot, report)
 
 
 def _draw(plot: PlotFile | None, report: dict[str, Any]) -> None:

@@ -147,12 +147,11 @@ def _zeros(report: Json) -> str:
 
 
 def lessons(report: Json) -> list[str]:
-    """Return lines about a migration that its policy gave up: what was seen, and what would have helped."""
+    """Return what was seen of a migration that its policy gave up; the advice is the error's hint."""
     words = report["explanation"]
     if words is None or not words["advice"]:
         return []
-    seen = [f"report: {line}" for line in _sentences(report) if line not in words["advice"]]
-    return [*seen, *(f"hint: {line}" for line in words["advice"])]
+    return [line for line in _sentences(report) if line not in words["advice"]]
 
 
 def _sentences(report: Json) -> list[str]:

@@ -73,9 +73,10 @@ def _rates(report: MigrationReport) -> tuple[str, ...]:
     if not duration_s or not sent_bytes:
         return ()
     dirtied = sum(stats.remaining_pages for stats in rounds) * PAGE_SIZE / duration_s
-    line = (
-        f"The wire moved {format_size(sent_bytes / duration_s)}/s, the guest dirtied {format_size(dirtied)}/s or more"
-    )
+    cap = report.bandwidth_bytes_per_s
+    wire = f"{format_size(sent_bytes / duration_s)}/s"
+    wire += "" if cap is None else f" (--bandwidth allowed {format_size(cap)}/s)"
+    line = f"The wire moved {wire}, the guest dirtied {format_size(dirtied)}/s or more"
     if report.sent.rewritten_pages:
         line += f", in {format_size(report.sent.rewritten_pages * PAGE_SIZE)} that were sent more than once"
     return (f"{line}.",)
@@ -94,24 +95,31 @@ def _guest_time(report: MigrationReport, time: GuestTime) -> tuple[str, ...]:
         )
     parts = [
         f"held back by the policy for {format_duration(report.throttled_s)}" if report.throttled_s else "",
-        f"frozen for {format_duration(time.rehearsal_s)} to measure its state" if time.rehearsal_s else "",
-        f"armed in {format_duration(time.enable_s)}" if time.enable_s else "",
-        f"cleaned in {format_duration(time.clean_s)}" if time.clean_s else "",
+        f"frozen for {format_duration(time.rehearsal_s)} to rehearse saving its state" if time.rehearsal_s else "",
+        f"ENABLE {format_duration(time.enable_s)}" if time.enable_s else "",
+        f"CLEAN {format_duration(time.clean_s)}" if time.clean_s else "",
     ]
     if any(parts):
-        lines.append(f"While it ran it was {', '.join(filter(None, parts))}.")
-    faults = _faults(report)
-    return (*lines, faults) if faults else tuple(lines)
+        lines.append(f"Known stalls: {', '.join(filter(None, parts))}.")
+    lines += _faults(report, time)
+    return tuple(lines)
 
 
-def _faults(report: MigrationReport) -> str:
-    """Return the write faults: as counted, or at least one for each dirty page that a CLEAN reported (law 8)."""
-    if report.fault_count is not None:
-        return f"It took {report.fault_count:,} write faults to find its dirty pages." if report.fault_count else ""
-    dirty = sum(stats.dirty_pages for stats in report.rounds[1:])
-    return (
-        f"Its first writes to {dirty:,} protected pages took a fault each, or were marked by a device." if dirty else ""
-    )
+def _faults(report: MigrationReport, time: GuestTime) -> list[str]:
+    """Return the write faults: as counted, or one for each dirty page that a CLEAN reported (law 8); and their cost.
+
+    The cost is an upper bound: what the guest lost and was not held for, divided among them.
+    """
+    faults = report.fault_count
+    if faults is None:
+        faults = sum(stats.dirty_pages for stats in report.rounds[1:])
+        line = f"Its first writes to {faults:,} protected pages took a fault each, or were marked by a device"
+    else:
+        line = f"It took {faults:,} write faults to find its dirty pages"
+    if not faults:
+        return []
+    rest_s = 0.0 if time.lost_s is None else time.lost_s - report.throttled_s - time.rehearsal_s
+    return [f"{line}: at most {format_duration(rest_s / faults)} of its time each." if rest_s > 0 else f"{line}."]
 
 
 def _hot(sent: SentPages) -> tuple[str, ...]:
@@ -133,7 +141,7 @@ def _advice(report: MigrationReport) -> tuple[str, ...]:
     if last.decision.action is Action.ABORT and report.policy in _LIMIT_POLICIES:
         return (*_limit(report), *_hold(report, last))
     if last.decision.action is Action.STOP_AND_COPY:
-        return (*_earlier(report), *_verification(report))
+        return _earlier(report) or _verification(report)
     return ()
 
 
@@ -192,5 +200,6 @@ def _verification(report: MigrationReport) -> tuple[str, ...]:
     verify_s = report.downtime_parts_s[str(Phase.VERIFY)]
     if verify_s <= report.downtime_s / 2:
         return ()
-    proven = format_size(report.verified_pages * PAGE_SIZE)
-    return (f"Another round would not have made the pause much shorter: to prove {proven} equal was most of it.",)
+    proven = format_size((report.verified_pages - report.audited_pages) * PAGE_SIZE)
+    line = f"Another round would not have made the pause much shorter: to prove {proven} equal was most of it"
+    return (f"{line}{'' if report.audited_pages else '; --verify audit proves most while the guest runs'}.",)

@@ -21,8 +21,9 @@ class HeatMap:
     """Sendings by round and place; only places of which something was sent.
 
     A cell is frames ``first_gfns[i] .. last_gfns[i]``, of which ``pages[i]`` were sent at least once: about as many in
-    each cell, so that a guest with much memory and little in it shows that little. Row r is rounds ``r *
-    rounds_per_row`` and following, ``rounds_per_row`` of them; ``rows[r][i]`` is how many pages of cell i they sent.
+    each, so that a guest with much memory and little in it shows that little; fewer before a long gap. Row r is rounds
+    ``r * rounds_per_row`` and following, ``rounds_per_row`` of them; ``rows[r][i]`` is how many pages of cell i they
+    sent.
     """
 
     first_gfns: tuple[int, ...]

@@ -146,7 +146,6 @@ class Attempt(ABC):
         self._eta_lock = threading.Lock()
         self._encoder = Encoder()
         self._sent = SendCounts(vm.memory.gfn_limit)
-        self._sent_lock = threading.Lock()
         self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._stall = StallMeter(vm, self._clock.now_s, work_before)

@@ -15,9 +15,11 @@ _TOLD_CELLS = 256
 
 #: A page is hot that was sent again at least this share as often as the page that was sent most often.
 _HOT_SHARE = 0.5
-#: Hot pages are told in so many ranges, parted by the longest gaps between them: those of at least so many pages, and
-#: so many times the usual gap. (Of pages written at random, no gap among thousands is that much longer than the usual.)
+#: Hot pages are told in so many ranges, cells of the heat map lie in so many areas.
 _HOT_RANGES = 8
+_AREAS = 32
+#: What parts them is a gap of at least so many pages, and of so many times the usual gap. (Of pages written at random,
+#: no gap among thousands is that much longer than the usual one.)
 _MIN_GAP_PAGES = 64
 _GAP_FACTOR = 24
 
@@ -84,8 +86,7 @@ class SendCounts:
         counted = np.bincount((gfns >> np.uint64(self._cell_shift)).astype(np.int64), minlength=self._rows.shape[1])
         used = np.flatnonzero(counted)
         pages = counted[used]
-        told_pages = max(1, -(-gfns.size // _TOLD_CELLS))
-        _, first, place = np.unique((np.cumsum(pages) - 1) // told_pages, return_index=True, return_inverse=True)
+        _, first, place = np.unique(_told_cells(used, pages, self._cell_shift), return_index=True, return_inverse=True)
         last = np.append(first, used.size)[1:] - 1
         rows = self._rows[: -(-self._rounds // self._rounds_per_row), used]
         return HeatMap(
@@ -95,6 +96,27 @@ class SendCounts:
             rounds_per_row=self._rounds_per_row,
             rows=tuple(_sums(place, row, first.size) for row in rows),
         )
+
+
+def _long_gaps(gaps: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return where the longest of the gaps are, at most so many, ascending; of gaps in pages."""
+    at_least = max(_MIN_GAP_PAGES, _GAP_FACTOR * (float(np.median(gaps)) if gaps.size else 0.0))
+    long = np.flatnonzero(gaps >= at_least)
+    return np.sort(long[np.argsort(gaps[long], kind="stable")[::-1][:most]])
+
+
+def _told_cells(used: NDArray[np.int64], pages: NDArray[np.int64], cell_shift: int) -> NDArray[np.int64]:
+    """Return a number for each counted cell that has pages: neighbours with the same one are told as one.
+
+    No told cell lies on both sides of a long gap.
+    """
+    begins = np.zeros(used.size, np.int64)
+    begins[_long_gaps((np.diff(used) - 1) << cell_shift, _AREAS - 1) + 1] = 1
+    area = np.cumsum(begins)
+    before = np.cumsum(pages) - pages
+    before -= before[np.searchsorted(area, area)]  # in its area
+    told_pages = -(-int(pages.sum()) // (_TOLD_CELLS - _AREAS))
+    return area * (_TOLD_CELLS + 1) + before // max(1, told_pages)
 
 
 def _sums(place: NDArray[np.int64], values: NDArray[np.integer], size: int) -> tuple[int, ...]:
@@ -108,9 +130,7 @@ def _hot_ranges(gfns: GfnArray, sent: NDArray[np.int64]) -> tuple[HotRange, ...]
         return ()
     hot = gfns[again >= max(1.0, _HOT_SHARE * int(again.max()))]
     gaps = np.diff(hot).astype(np.int64) - 1
-    at_least = max(_MIN_GAP_PAGES, _GAP_FACTOR * (float(np.median(gaps)) if gaps.size else 0.0))
-    parting = np.argsort(gaps, kind="stable")[::-1][: _HOT_RANGES - 1]
-    after = np.sort(parting[gaps[parting] >= at_least]) + 1
+    after = _long_gaps(gaps, _HOT_RANGES - 1) + 1
     firsts = hot[np.concatenate(([0], after))]
     lasts = hot[np.concatenate((after - 1, [hot.size - 1]))]
     ranges = []

@@ -239,8 +239,7 @@ class Source(Attempt):
     def _on_wire(self, gfns: GfnArray) -> None:
         """Note that frames are on the wire; on the thread of their lane."""
         self._prover.sent(gfns)
-        with self._sent_lock:
-            self._sent.add(len(self._sender.rounds), gfns)
+        self._sent.add(len(self._sender.rounds), gfns)
 
     def _check(self, peer: Peer) -> None:
         """Raise what the destination has to say while we send, if anything, and the user's cancel."""

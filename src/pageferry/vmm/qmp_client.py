@@ -10,7 +10,8 @@ from typing import Any
 from pageferry.core.errors import VmError
 from pageferry.vmm.qmp import QmpError, encode
 
-_MAX_LINE_BYTES = 1 << 20
+#: A report has some 500 bytes a round, and nobody limits how many rounds a policy makes.
+_MAX_LINE_BYTES = 16 << 20
 _READ_BYTES = 1 << 16
 
 

@@ -12,6 +12,8 @@ _INNER = _WIDTH - _LEFT - _RIGHT
 #: Rows become thinner as they become more; labels are left out then.
 _ROWS_HEIGHT, _MAX_ROW, _MIN_ROW, _LABEL_HEIGHT = 320, 24, 4, 13
 _RATE_HEIGHT, _STRIP_HEIGHT, _LEGEND_STEPS = 200, 46, 10
+#: Cells are shaded in so many steps, and overlap by so much: no light line is left between two of them.
+_SHADES, _OVERLAP = 20, 0.4
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --text: #1b1f24; --dim: #5c6670; --line: #d5dae0;
@@ -30,7 +32,10 @@ svg text { fill: var(--text); } svg text.dim { fill: var(--dim); }
 path { fill: none; stroke-width: 2; } path.sent { stroke: var(--sent); fill: none; }
 path.dirty { stroke: var(--dirty); fill: none; stroke-dasharray: 6 3; }
 rect { shape-rendering: crispEdges; } rect:hover { stroke: var(--text); stroke-width: 1; }
-"""
+""" + "\n".join(
+    f".h{step} {{ fill: color-mix(in srgb, var(--sent) {100 * step // _SHADES}%, var(--page)); }}"
+    for step in range(_SHADES + 1)
+)
 
 
 def page(drawn: Picture) -> bytes:
@@ -43,7 +48,9 @@ def page(drawn: Picture) -> bytes:
         f'<h1>{html.escape(drawn.title)}</h1><p class="facts">{html.escape(drawn.subtitle)}</p>',
         f"<ul>{words}</ul>" if words else "",
         "<h2>Rounds over time</h2>",
-        _note("one bar a round, red for the stop-and-copy; shaded: the guest stands still"),
+        _note(
+            "a bar a round; violet: the guest was held for a part of it; red: stop-and-copy; shaded: it stands still"
+        ),
         _timeline(drawn) if drawn.bars else _note("No round was made."),
         "<h2>Dirty against sent rate</h2>",
         _note("solid blue: sent; dashed orange: dirtied, distinct pages at the end of each round by its length"),
@@ -198,8 +205,8 @@ def _heat_map(heat: Heat) -> str:
         for cell, share in enumerate(shares):
             if share:
                 title = f"{heat.cells[cell]}, {heat.rows[row]}: {heat.sent[row][cell]:,} pages sent, {share:.0%}"
-                shade = f' fill-opacity="{math.sqrt(share):.3f}"'
-                parts.append(_rect(_LEFT + cell * width, _TOP + row * height, width, height, "sent", title, shade))
+                place = (_LEFT + cell * width, _TOP + row * height, width + _OVERLAP, height + _OVERLAP)
+                parts.append(_rect(*place, _shade(share), title))
     parts += [_line(_LEFT, bottom, _LEFT + _INNER, bottom), _strip(heat, width, bottom + 10)]
     end = bottom + 10 + _STRIP_HEIGHT
     for cell in heat.breaks:
@@ -214,13 +221,19 @@ def _heat_map(heat: Heat) -> str:
     return _note(note) + _svg(end + _BOTTOM, "which pages were sent how often", *parts) + _legend()
 
 
+def _shade(share: float) -> str:
+    """Return the class of a share's shade: by its root, so that a little is told from nothing."""
+    return f"h{math.ceil(_SHADES * math.sqrt(share))}"
+
+
 def _strip(heat: Heat, width: float, top: float) -> str:
     most = max(heat.times)
     parts = [_text(_LEFT - 8, top + 11, f"{most:.3g} times", anchor="end", kind="dim")]
     for cell, times in enumerate(heat.times):
         height = _STRIP_HEIGHT * times / most
         title = f"{heat.cells[cell]}: each page sent {times:.3g} times on average"
-        parts.append(_rect(_LEFT + cell * width, top + _STRIP_HEIGHT - height, width, height, "dirty", title))
+        place = (_LEFT + cell * width, top + _STRIP_HEIGHT - height, width + _OVERLAP, height)
+        parts.append(_rect(*place, "dirty", title))
     return "".join(parts)
 
 
@@ -228,6 +241,6 @@ def _legend() -> str:
     parts = [_text(_LEFT - 8, 12, "share sent", anchor="end", kind="dim")]
     for step in range(_LEGEND_STEPS + 1):
         share = step / _LEGEND_STEPS
-        x, shade = _LEFT + step * 44, f' fill-opacity="{math.sqrt(share):.3f}"'
-        parts += [_rect(x, 0, 44, 14, "sent", f"{share:.0%}", shade), _text(x + 22, 28, f"{share:.0%}", kind="dim")]
+        x = _LEFT + step * 44
+        parts += [_rect(x, 0, 44, 14, _shade(share), f"{share:.0%}"), _text(x + 22, 28, f"{share:.0%}", kind="dim")]
     return _svg(34, "how the shades are to be read", *parts)

@@ -170,7 +170,7 @@ def _ticks(firsts: list[int], breaks: tuple[int, ...]) -> tuple[tuple[int, str],
     wanted = [0, *breaks] if len(breaks) < _LABELS else []
     chosen: list[int] = []
     for cell in sorted(
-        {*wanted, *range(0, len(firsts), -(-len(firsts) // _LABELS) or 1)}, key=lambda c: c not in wanted
+        {*wanted, *range(0, len(firsts), -(-len(firsts) // _LABELS) or 1)}, key=lambda c: (c not in wanted, c)
     ):
         if all(abs(cell - other) >= at_least for other in chosen):
             chosen.append(cell)
