@@ -74,6 +74,8 @@ def report(*rounds, fixed_s=0.01, action=Action.STOP_AND_COPY, policy="downtime"
         verified_pages=16384,
         audited_pages=0,
         sent_bytes=0,
+        connections=1,
+        compress="none",
         bandwidth_bytes_per_s=None,
         fault_count=None,
         throttled_s=0.0,

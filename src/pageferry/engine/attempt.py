@@ -59,15 +59,17 @@ def _explained(report: MigrationReport) -> MigrationReport:
 class Traffic:
     """How far an attempt is, in counts.
 
-    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``, and ``zero_pages`` of them: in
-    those. ``remaining_pages``: of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``:
-    over the wire so far, all of the conversation.
+    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended; in those, ``sent_pages`` went, ``zero_pages`` of
+    them by name only, ``packed_pages`` packed in ``packed_bytes``. ``remaining_pages``: of the round under way; between
+    rounds, what was dirty at the last look. ``sent_bytes``: over the wire so far, all of the conversation.
     """
 
     memory_bytes: int
     rounds: int
     sent_pages: int
     zero_pages: int
+    packed_pages: int
+    packed_bytes: int
     remaining_pages: int
     sent_bytes: int
 
@@ -118,7 +120,6 @@ class Attempt(ABC):
         self._pacer = None if rate is None else Pacer(rate)
         self._encoder = Encoder()
         self._sent = SendCounts(vm.memory.gfn_limit)
-        self._sent_lock = threading.Lock()
         self._sender = PageSender(self._on_event, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._stall = StallMeter(vm, self._clock.now_s, work_before)
@@ -148,11 +149,14 @@ class Attempt(ABC):
 
     def traffic(self) -> Traffic:
         """Return how far it is, from any thread."""
+        rounds = tuple(self._sender.rounds)
         return Traffic(
             memory_bytes=self._vm.memory.size_bytes,
-            rounds=len(self._sender.rounds),
-            sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
-            zero_pages=sum(stats.zero_pages for stats in self._sender.rounds),
+            rounds=len(rounds),
+            sent_pages=sum(stats.sent_pages for stats in rounds),
+            zero_pages=sum(stats.zero_pages for stats in rounds),
+            packed_pages=sum(stats.packed_pages for stats in rounds),
+            packed_bytes=sum(stats.packed_bytes for stats in rounds),
             remaining_pages=self._sender.remaining_pages,
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
@@ -282,6 +286,7 @@ class Attempt(ABC):
             total_s=self.elapsed_s,
             sent_bytes=self.traffic().sent_bytes,
             connections=self._wire.connections,
+            compress=str(self._wire.compress),
             bandwidth_bytes_per_s=self._wire.bandwidth_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,

@@ -74,6 +74,8 @@ class PageSender:
             dirty_pages=dirty_pages,
             sent_pages=sent.pages,
             zero_pages=sent.zero_pages,
+            packed_pages=sent.packed_pages,
+            packed_bytes=sent.packed_bytes,
             sent_bytes=sent_bytes,
             duration_s=self._now_s() - began_s,
             remaining_pages=self.remaining_pages,
