@@ -54,6 +54,7 @@ from pageferry.stream.records import (
     HvmParams,
     MsrEntry,
     MsrPolicy,
+    PackedPages,
     PageData,
     PageDataHeader,
     StaticDataEnd,
@@ -89,8 +90,12 @@ def streams(draw):
         head = encoder.page_data(np.array([pfn for pfn, _ in batch], np.uint64), types)
         write(head + np.resize(np.arange(251, dtype=np.uint8), payload_bytes(types)).tobytes())
     if draw(st.booleans()):
-        zero = draw(st.lists(st.integers(0, (1 << 52) - 1), min_size=1, max_size=6))
-        write(encoder.record(ZeroPages(pfns=np.array(zero, np.uint64))))
+        zero = draw(st.sets(st.integers(0, (1 << 52) - 1), min_size=1, max_size=6))
+        write(encoder.record(ZeroPages(pfns=np.array(sorted(zero), np.uint64))))
+    if draw(st.booleans()):
+        packed = draw(st.sets(st.integers(0, (1 << 52) - 1), min_size=1, max_size=6))
+        data = draw(st.binary(min_size=1, max_size=50))
+        write(encoder.record(PackedPages(pfns=np.array(sorted(packed), np.uint64), data=data)))
     if draw(st.booleans()):
         body = draw(st.binary(max_size=20))
         write(struct.pack("<II", draw(st.integers(1 << 31, (1 << 32) - 1)), len(body)) + body + bytes(-len(body) % 8))
@@ -110,6 +115,8 @@ def comparable(event):
         return event.offset, event.pfns.tolist(), event.types.tolist(), payload
     if isinstance(event, ZeroPages):
         return event.pfns.tolist()
+    if isinstance(event, PackedPages):
+        return event.pfns.tolist(), event.data
     return event
 
 

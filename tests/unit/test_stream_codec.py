@@ -12,12 +12,15 @@ from pageferry.stream import format as fmt
 from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
 from pageferry.stream.format import BodyError, PageType, RecordType
 from pageferry.stream.records import (
+    TYPE_OF,
+    Audit,
     CpuidPolicy,
     End,
     HvmContext,
     HvmParams,
     MsrEntry,
     MsrPolicy,
+    PackedPages,
     PageData,
     PageDataHeader,
     SkippedRecord,
@@ -141,19 +144,41 @@ def test_zero_pages_byte_by_byte():
     assert header == HEADER
     encoder.record(StaticDataEnd())
     encoder.page_data([0])
-    whole = encoder.record(ZeroPages(pfns=np.array([7, (1 << 52) - 1, 7], np.uint64)))
-    assert whole == struct.pack("<IIII3Q", 0x50470001, 32, 3, 0, 7, (1 << 52) - 1, 7)
+    whole = encoder.record(ZeroPages(pfns=np.array([7, (1 << 52) - 1], np.uint64)))
+    assert whole == struct.pack("<IIII2Q", 0x50470001, 24, 2, 0, 7, (1 << 52) - 1)
     _, events = drain(HEADER + STATIC + ONE_PAGE + whole, agreed={RecordType.ZERO_PAGES})
-    assert events[3].pfns.tolist() == [7, (1 << 52) - 1, 7]
+    assert events[3].pfns.tolist() == [7, (1 << 52) - 1]
     with pytest.raises(ValueError, match="read-only"):
         events[3].pfns[0] = 1
 
 
-@pytest.mark.parametrize("extension", sorted(fmt.EXTENSIONS))
-def test_an_extension_needs_an_agreement_at_both_ends_and_is_mandatory_if_it_changes_memory(extension):
+def test_packed_pages_byte_by_byte():
+    encoder = Encoder()
+    encoder.header(agreed={RecordType.PACKED_PAGES})
+    encoder.record(StaticDataEnd())
+    whole = encoder.record(PackedPages(pfns=np.array([7, 9], np.uint64), data=b"small"))
+    assert whole == struct.pack("<IIII2Q", 0x50470002, 29, 2, 0, 7, 9) + b"small\0\0\0"
+    assert encoder.offset == 40 + 8 + len(whole)
+    _, events = drain(HEADER + STATIC + whole, agreed={RecordType.PACKED_PAGES})
+    assert events[2].pfns.tolist() == [7, 9]
+    assert events[2].data == b"small"
+    with pytest.raises(ValueError, match="read-only"):
+        events[2].pfns[0] = 1
+
+
+ONE = np.array([1], np.uint64)
+
+
+AUDIT = Audit(first_gfns=ONE, pages=np.array([1], np.uint32), digests=np.zeros((1, 16), np.uint8))
+
+
+@pytest.mark.parametrize("record_of_ours", [ZeroPages(pfns=ONE), PackedPages(pfns=ONE, data=b"x"), AUDIT])
+def test_an_extension_needs_an_agreement_at_both_ends_and_is_mandatory_if_it_changes_memory(record_of_ours):
+    extension = TYPE_OF[type(record_of_ours)]
+    assert extension in fmt.EXTENSIONS
     assert bool(extension & fmt.OPTIONAL) == (extension is RecordType.AUDIT)
     with pytest.raises(LocalStreamError, match="not agreed on"):
-        with_page().record(ZeroPages(pfns=np.array([1], np.uint64)))
+        with_page().record(record_of_ours)
     refused(HEADER + STATIC + ONE_PAGE + record(extension, struct.pack("<IIQ", 1, 0, 1)), OrderError, "not agreed on")
 
 
@@ -166,11 +191,33 @@ def test_an_extension_needs_an_agreement_at_both_ends_and_is_mandatory_if_it_cha
         (struct.pack("<IIQ", 1, 1, 1), "reserved"),
         (struct.pack("<IIQ", 1, 0, 1 << 52), "bits 63 to 52"),
         (struct.pack("<IIQ", 1, 0, 100), "gfn 0x64 is outside the guest"),
+        (struct.pack("<IIQQ", 2, 0, 5, 5), "do not ascend"),
+        (struct.pack("<IIQQ", 1, 0, 5, 6), "holds more than 1 pages"),
     ],
 )
 def test_wrong_zero_pages(body, match):
     data = HEADER + STATIC + ONE_PAGE + record(RecordType.ZERO_PAGES, body)
     refused(data, RecordError, match, agreed={RecordType.ZERO_PAGES}, gfn_limit=100)
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (struct.pack("<IIQ", 1, 0, 1), "body of 16 bytes is not between 17 and"),
+        (struct.pack("<IIQ", 0, 0, 1) + b"x", "does not hold 0 pages"),
+        (struct.pack("<II1025Q", 1025, 0, *range(1025)) + b"x", "does not hold 1025 pages"),
+        (struct.pack("<IIQ", 3, 0, 1) + b"x", "does not hold 3 pages"),
+        (struct.pack("<IIQ", 1, 1, 1) + b"x", "reserved"),
+        (struct.pack("<IIQ", 1, 0, 1 << 52) + b"x", "bits 63 to 52"),
+        (struct.pack("<IIQQ", 2, 0, 6, 5) + b"x", "do not ascend"),
+        (struct.pack("<IIQ", 1, 0, 100) + b"x", "gfn 0x64 is outside the guest"),
+        (struct.pack("<IIQQ", 2, 0, 5, 6), "0 bytes are not 2 pages packed"),
+        (struct.pack("<IIQ", 1, 0, 5) + PAGE, "4096 bytes are not 1 pages packed"),
+    ],
+)
+def test_wrong_packed_pages(body, match):
+    data = HEADER + STATIC + record(RecordType.PACKED_PAGES, body)
+    refused(data, RecordError, match, agreed={RecordType.PACKED_PAGES}, gfn_limit=100)
 
 
 def test_encoder_counts_the_page_data_that_the_caller_sends():

@@ -80,6 +80,21 @@ def test_zero_pages_come_where_page_data_does_and_only_where_both_ends_agreed(ro
         assert answer is None if why is None else why in answer, past
 
 
+@pytest.mark.parametrize("role", [Role.WRITER, Role.READER])
+def test_packed_pages_come_where_page_data_does_and_stand_for_it(role):
+    for past, why in (("", "too early"), ("s", None), ("sP", None), ("sPt", "too late")):
+        order = Order(role, 3, EXTENSIONS)
+        for letter in past:
+            order.passed(LETTERS[letter])
+        answer = order.check(RecordType.PACKED_PAGES)
+        assert answer is None if why is None else why in answer, past
+    order = Order(role, 3, EXTENSIONS)
+    order.passed(RecordType.STATIC_DATA_END)
+    order.passed(RecordType.PACKED_PAGES)
+    assert order.check(RecordType.TSC_INFO) is None
+    assert order.check(RecordType.ZERO_PAGES) is None
+
+
 def test_a_section_has_pages_and_nothing_else():
     for past, record, why in (
         ("", RecordType.PAGE_DATA, "too early"),

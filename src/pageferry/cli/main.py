@@ -40,6 +40,7 @@ from pageferry.engine.wire import WireOptions
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
+from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.doctor import examine
@@ -225,9 +226,13 @@ def _policy_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _wire_options(bandwidth: str, connections: int) -> dict[str, Any]:
-    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth), connections=connections)
-    options = {"x-bandwidth": wire.bandwidth_bytes_per_s, "x-connections": wire.connections}
+def _wire_options(bandwidth: str, connections: int, compress: Packing) -> dict[str, Any]:
+    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth), connections=connections, compress=compress)
+    options = {
+        "x-bandwidth": wire.bandwidth_bytes_per_s,
+        "x-connections": wire.connections,
+        "x-compress": str(wire.compress),
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -363,9 +368,11 @@ def migrate_guest(
     ] = DEFAULT_TIMEOUT_S,
     bandwidth: Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = "0",
     connections: Annotated[
-        int,
-        typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to spread the pages over, 1 to {MAX_CONNECTIONS}."),
+        int, typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to use, 1 to {MAX_CONNECTIONS}.")
     ] = 1,
+    compress: Annotated[
+        Packing, typer.Option(help="Pack page data: for a wire that is slower than the CPU.")
+    ] = Packing.NONE,
     plot: PlotOption = None,
     hold: Annotated[
         bool, typer.Option("--hold", help="When all is ready, wait for `pageferry switch` before the guest is paused.")
@@ -375,7 +382,7 @@ def migrate_guest(
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
-    options |= _wire_options(bandwidth, connections) | ({"x-hold": True} if hold else {})
+    options |= _wire_options(bandwidth, connections, compress) | ({"x-hold": True} if hold else {})
     _end_as_by_ctrl_c()
     with _plot_file(plot) as file, QmpClient(control) as client:
 

@@ -122,7 +122,7 @@ def summary(report: Json) -> Group:
         ("machines", f"{report['source_accel']} → {report['destination_accel']}, tracker {report['tracker']}"),
         ("policy", f"{report['policy']}: {report['reason']}"),
         ("total", format_duration(report["total_s"])),
-        ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds{_zeros(report)}"),
+        ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds{_zeros(report)}{_packed(report)}"),
         ("verified", _verified(report)),
     ]
     if report["state_bytes"] is not None:
@@ -144,6 +144,13 @@ def summary(report: Json) -> Group:
 def _zeros(report: Json) -> str:
     zero_pages = sum(each["zero_pages"] for each in report["rounds"])
     return f", {zero_pages:,} zero pages by name only" if zero_pages else ""
+
+
+def _packed(report: Json) -> str:
+    pages = sum(each["packed_pages"] for each in report["rounds"])
+    packed_bytes = sum(each["packed_bytes"] for each in report["rounds"])
+    what = f"{format_size(pages * PAGE_SIZE)} packed by {report['compress']} into {format_size(packed_bytes)}"
+    return f", {what}" if pages else ""
 
 
 def lessons(report: Json) -> list[str]:

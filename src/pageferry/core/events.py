@@ -125,7 +125,8 @@ class MigrationReport:
     attempt ended before. (Loading at the destination is in the part *verify*, which waits for it.)
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
     ``sent_bytes``: over the wire from the first byte to the last; those of the rounds are page data and its records.
-    ``connections``: how many it went over, or was to. ``bandwidth_bytes_per_s``: the cap on that, None without one.
+    ``connections``: how many it went over, or was to. ``compress``: how page data was packed,
+    or was to. ``bandwidth_bytes_per_s``: the cap on that, None without one.
     ``throttled_s``: for how long the policy had the guest held during pre-copy.
     ``round_ends``: one for each of ``rounds`` that ended with a decision. ``sent``: how often which pages were sent.
     ``paused_at_s``: when the pause began, since the migration began; None if it never did.
@@ -144,6 +145,7 @@ class MigrationReport:
     total_s: float
     sent_bytes: int
     connections: int
+    compress: str
     bandwidth_bytes_per_s: int | None
     downtime_s: float | None
     downtime_parts_s: dict[str, float] | None

@@ -25,7 +25,7 @@ class RoundStats:
     ``dirty_pages``: pages that it found dirty, each part of memory looked at just before it was sent (round 0: pages
     with storage).
     ``sent_pages``/``sent_bytes``: what went over the wire, headers included in the bytes. ``zero_pages``: how many of
-    the pages were sent as a mere word that they are zero.
+    the pages were sent as a mere word that they are zero; ``packed_pages``: how many packed, in ``packed_bytes``.
     ``remaining_pages``: pages dirty when it ended. The final round is the stop-and-copy: nothing remains.
     """
 
@@ -37,6 +37,13 @@ class RoundStats:
     remaining_pages: int
     final: bool = False
     zero_pages: int = 0
+    packed_pages: int = 0
+    packed_bytes: int = 0
+
+    @property
+    def moved_bytes(self) -> int:
+        """How much memory with content it moved, which packing makes more than went over the wire; headers included."""
+        return max(self.sent_bytes, (self.sent_pages - self.zero_pages) * PAGE_SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +73,14 @@ class Progress:
 
     @property
     def wire_bytes_per_s(self) -> float | None:
-        """The rate of the latest rounds that together moved enough to tell; of all of them if they moved little."""
-        sent_bytes, duration_s = 0, 0.0
+        """How fast memory moves: in the latest rounds that together moved enough to tell, or in all if they did not."""
+        moved_bytes, duration_s = 0, 0.0
         for stats in reversed(self.rounds):
-            sent_bytes += stats.sent_bytes
+            moved_bytes += stats.moved_bytes
             duration_s += stats.duration_s
-            if sent_bytes >= RATE_SAMPLE_BYTES:
+            if moved_bytes >= RATE_SAMPLE_BYTES:
                 break
-        return sent_bytes / duration_s if sent_bytes and duration_s > 0 else None
+        return moved_bytes / duration_s if moved_bytes and duration_s > 0 else None
 
     @property
     def dirty_bytes_per_s(self) -> float:

@@ -2,16 +2,17 @@
 
 import numpy as np
 
-from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of
+from pageferry.core.bitmap import DirtyBitmap, runs_of
 from pageferry.core.errors import RecordError
-from pageferry.core.frames import GfnArray
+from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
-from pageferry.core.page_words import page_words
+from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.audit import AuditedPages, AuditMismatchError
 from pageferry.engine.shares import connection_of
 from pageferry.engine.transport import Channel
-from pageferry.stream.format import PageType, carries_data
-from pageferry.stream.records import Audit, PageDataHeader, ZeroPages
+from pageferry.stream.format import BodyError, PageType, carries_data
+from pageferry.stream.packing import Packing, packer
+from pageferry.stream.records import Audit, PackedPages, PageDataHeader, ZeroPages
 
 
 class Arrivals:
@@ -20,9 +21,10 @@ class Arrivals:
     Args:
         memory: the guest's; it began as zeros.
         channel: where page data comes from.
+        audited: what is proven, to be told of what arrives anew; None where nothing is audited.
         index: which connection that is, from 0.
         connections: how many there are.
-        audited: what is proven, to be told of what arrives anew; None where nothing is audited.
+        packing: what was agreed on.
 
     Attributes:
         removed: the frames of RAM that the source has none for, as far as it was told.
@@ -32,16 +34,19 @@ class Arrivals:
         self,
         memory: GuestMemory,
         channel: Channel,
+        audited: AuditedPages | None = None,
+        *,
         index: int = 0,
         connections: int = 1,
-        audited: AuditedPages | None = None,
+        packing: Packing = Packing.NONE,
     ) -> None:
         self._memory = memory
         self._words = page_words(memory)
         self._channel = channel
+        self._audited = audited
         self._index = index
         self._connections = connections
-        self._audited = audited
+        self._packer = None if packing is Packing.NONE else packer(packing)
         self.removed = DirtyBitmap(memory.gfn_limit)
 
     def page_data(self, header: PageDataHeader) -> None:
@@ -75,14 +80,13 @@ class Arrivals:
         """Compare what was digested while the guest ran.
 
         Raises:
-            AuditMismatchError: a run is not what it is at the source.
-            RecordError: nobody agreed on audits, or a page is outside the guest.
+            AuditMismatchError: a run differs.
+            RecordError: nothing of the kind was agreed on, or a run is another connection's.
         """
-        pages = record.pages.astype(np.uint64)
-        gfns = expand_runs(record.first_gfns, pages)
-        self._check(gfns, "AUDIT", None)
-        if self._audited is None:
+        if self._audited is None:  # the decoder knows what was agreed
             raise RecordError("audits were not agreed upon", record="AUDIT")
+        pages = record.pages.astype(np.uint64)
+        self._check(np.concatenate([record.first_gfns, record.first_gfns + pages - np.uint64(1)]), "AUDIT", None)
         index = self._audited.compare(record.first_gfns, pages, record.digests)
         if index is not None:
             raise AuditMismatchError(int(record.first_gfns[index]), int(pages[index]))
@@ -92,6 +96,25 @@ class Arrivals:
         self.removed.clear(gfns)
         if self._audited is not None:
             self._audited.arrived(gfns)
+
+    def packed_pages(self, record: PackedPages) -> None:
+        """Unpack pages into place.
+
+        Raises:
+            RecordError: a page is outside the guest, or another connection's, or the data is not what it should be.
+        """
+        self._check(record.pfns, "PACKED_PAGES", None)
+        self._words[record.pfns] = self._unpacked(record.data, record.pfns.size, "PACKED_PAGES")
+        self._arrived(record.pfns)
+
+    def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:
+        if self._packer is None:
+            raise RecordError("nothing was agreed on how pages are packed", record=record)
+        try:
+            unpacked = self._packer.unpack(data, pages * PAGE_SIZE)
+        except BodyError as error:
+            raise RecordError(str(error), record=record) from error
+        return np.frombuffer(unpacked, np.uint64).reshape(-1, WORDS_PER_PAGE)
 
     def _check(self, gfns: GfnArray, record: str, offset: int | None) -> None:
         inside = self._memory.are_ram(gfns)

@@ -65,15 +65,17 @@ def _explained(report: MigrationReport) -> MigrationReport:
 class Traffic:
     """How far an attempt is, in counts.
 
-    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended. ``sent_pages``, and ``zero_pages`` of them: in
-    those. ``remaining_pages``: of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``:
-    over the wire so far, all of the conversation.
+    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended; in those, ``sent_pages`` went, ``zero_pages`` of
+    them by name only, ``packed_pages`` packed in ``packed_bytes``. ``remaining_pages``: of the round under way; between
+    rounds, what was dirty at the last look. ``sent_bytes``: over the wire so far, all of the conversation.
     """
 
     memory_bytes: int
     rounds: int
     sent_pages: int
     zero_pages: int
+    packed_pages: int
+    packed_bytes: int
     remaining_pages: int
     sent_bytes: int
 
@@ -175,11 +177,14 @@ class Attempt(ABC):
 
     def traffic(self) -> Traffic:
         """Return how far it is, from any thread."""
+        rounds = tuple(self._sender.rounds)
         return Traffic(
             memory_bytes=self._vm.memory.size_bytes,
-            rounds=len(self._sender.rounds),
-            sent_pages=sum(stats.sent_pages for stats in self._sender.rounds),
-            zero_pages=sum(stats.zero_pages for stats in self._sender.rounds),
+            rounds=len(rounds),
+            sent_pages=sum(stats.sent_pages for stats in rounds),
+            zero_pages=sum(stats.zero_pages for stats in rounds),
+            packed_pages=sum(stats.packed_pages for stats in rounds),
+            packed_bytes=sum(stats.packed_bytes for stats in rounds),
             remaining_pages=self._sender.remaining_pages,
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
@@ -190,8 +195,8 @@ class Attempt(ABC):
         measured = Progress(memory_pages=0, rounds=rounds, fixed_s=0.0) if rounds else None
         wire = None if measured is None else measured.wire_bytes_per_s
         now = self._sender.under_way()
-        if now is not None and now.elapsed_s > 0 and (measured is None or now.sent_bytes >= RATE_SAMPLE_BYTES):
-            wire = now.sent_bytes / now.elapsed_s
+        if now is not None and now.elapsed_s > 0 and (measured is None or now.moved_bytes >= RATE_SAMPLE_BYTES):
+            wire = now.moved_bytes / now.elapsed_s
         pace = Pace(
             remaining_bytes=self._sender.remaining_pages * PAGE_SIZE,
             wire_bytes_per_s=wire,
@@ -355,6 +360,7 @@ class Attempt(ABC):
             total_s=self.elapsed_s,
             sent_bytes=self.traffic().sent_bytes,
             connections=self._wire.connections,
+            compress=str(self._wire.compress),
             bandwidth_bytes_per_s=self._pacer.rate_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,

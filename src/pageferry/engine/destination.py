@@ -193,14 +193,16 @@ class Destination:
             self._channel.finish()
             raise
         try:
-            return vm, hello, self._answer(hello)
+            return vm, hello, self._answer(vm, hello)
         except BaseException:
             vm.close()
             raise
 
-    def _answer(self, hello: SourceHello) -> list[Channel]:
+    def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
         # Say what is used of the offer; return the further connections.
         self._features = features.agree(hello.features, several_connections=self._accept is not None)
+        if features.AUDIT in self._features:
+            self._audited = AuditedPages(vm.memory)
         several = self._accept is not None and features.CONNECTIONS in self._features
         token = secrets.token_hex(16) if several else ""
         self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=self._features, token=token))
@@ -217,8 +219,6 @@ class Destination:
 
     def _receive(self, vm: Vm, hello: SourceHello, others: list[Channel]) -> MachineState:
         memory = vm.memory
-        if features.AUDIT in self._features:
-            self._audited = AuditedPages(memory)
         agreed = features.records_of(self._features)
         decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit, agreed=agreed)
         connections = 1 + len(others)
@@ -226,7 +226,6 @@ class Destination:
         context = b""
         policy = CpuidPolicy(leaves=())
         with Sections(
-            self._channel,
             others,
             lambda channel, index: self._arrivals(memory, channel, index, connections),
             gfn_limit=memory.gfn_limit,
@@ -247,7 +246,14 @@ class Destination:
         return decode_machine_state(context)
 
     def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
-        return Arrivals(memory, channel, index, connections, self._audited)
+        return Arrivals(
+            memory,
+            channel,
+            self._audited,
+            index=index,
+            connections=connections,
+            packing=features.packing_of(self._features),
+        )
 
     def _verify(self, memory: GuestMemory) -> None:
         starts: list[np.typing.NDArray[np.uint64]] = []

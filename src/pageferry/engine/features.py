@@ -1,25 +1,35 @@
 """What two ends can agree on beyond the stream as Xen has it; names as in docs/stream.md, part 2."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from pageferry.core.errors import RemoteStreamError, UsageError
 from pageferry.engine.wire import WireOptions
 from pageferry.stream.format import RecordType
+from pageferry.stream.packing import Packing, available
 
 ZERO_PAGES = "zero-pages"
 AUDIT = "audit"
 CONNECTIONS = "connections"
+#: Page data packed by the library of that name; at most one of these is offered.
+PACK = {Packing.LZ4: "pack-lz4", Packing.ZSTD: "pack-zstd"}
 
 #: feature -> the record that it allows in the stream.
-_RECORDS = {ZERO_PAGES: RecordType.ZERO_PAGES, AUDIT: RecordType.AUDIT}
+_RECORDS = {
+    ZERO_PAGES: RecordType.ZERO_PAGES,
+    AUDIT: RecordType.AUDIT,
+    **dict.fromkeys(PACK.values(), RecordType.PACKED_PAGES),
+}
 
 
 def offer(wire: WireOptions, *, audit: bool) -> tuple[str, ...]:
     """Return what a source offers."""
-    return (ZERO_PAGES, *((AUDIT,) if audit else ()), *((CONNECTIONS,) if wire.connections > 1 else ()))
+    audits = (AUDIT,) if audit else ()
+    several = (CONNECTIONS,) if wire.connections > 1 else ()
+    packed = (PACK[wire.compress],) if wire.compress in PACK else ()
+    return (ZERO_PAGES, *audits, *several, *packed)
 
 
-def check_answer(wire: WireOptions, offered: Iterable[str], used: Iterable[str]) -> None:
+def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[str]) -> None:
     """Check what the destination made of the offer.
 
     Raises:
@@ -30,14 +40,26 @@ def check_answer(wire: WireOptions, offered: Iterable[str], used: Iterable[str])
         raise RemoteStreamError(f"the destination uses {', '.join(sorted(strange))}, which was not offered")
     if wire.connections > 1 and CONNECTIONS not in used:
         raise UsageError("the destination takes one connection only", hint="leave out --connections")
+    if packing_of(used) is not wire.compress:
+        hint = "there: pip install 'pageferry[compress]'; or leave out --compress"
+        raise UsageError(f"the destination cannot unpack {wire.compress}", hint=hint)
 
 
-def agree(offered: Iterable[str], *, several_connections: bool) -> tuple[str, ...]:
-    """Return what a destination uses of a source's offer: all that it can."""
-    can = _RECORDS.keys() | ({CONNECTIONS} if several_connections else set())
-    return tuple(feature for feature in offered if feature in can)
+def agree(offered: Collection[str], *, several_connections: bool) -> tuple[str, ...]:
+    """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
+    can = {ZERO_PAGES, AUDIT, *(PACK[packing] for packing in available())}
+    if several_connections:
+        can.add(CONNECTIONS)
+    used = [feature for feature in offered if feature in can]
+    spare = [feature for feature in used if feature in PACK.values()][1:]
+    return tuple(feature for feature in used if feature not in spare)
 
 
-def records_of(features: Iterable[str]) -> frozenset[RecordType]:
+def records_of(features: Collection[str]) -> frozenset[RecordType]:
     """Return the records that the features agreed on allow."""
     return frozenset(_RECORDS[feature] for feature in features if feature in _RECORDS)
+
+
+def packing_of(features: Collection[str]) -> Packing:
+    """Return how page data is packed where these features were agreed on."""
+    return next((packing for packing, feature in PACK.items() if feature in features), Packing.NONE)

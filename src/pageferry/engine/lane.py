@@ -1,49 +1,48 @@
 """Lane: the way of pages from guest memory to one connection."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
 
-from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import VmError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import page_words, zero_pages
 from pageferry.engine.audit import Proof
+from pageferry.engine.page_coder import Coded, PageCoder
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Encoder
-from pageferry.stream.format import MAX_DIGESTS, MAX_PAGES_PER_RECORD, PageType, RecordType
+from pageferry.stream.format import MAX_DIGESTS, MAX_PAGES_PER_RECORD, PageType
 from pageferry.stream.records import Audit, End, ZeroPages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """What was sent: ``pages`` in all, of which ``zero_pages`` as a mere word that they are zero."""
+    """What was sent: ``pages`` in all; ``zero_pages`` of them by name only; ``packed_pages`` in ``packed_bytes``."""
 
     pages: int = 0
     zero_pages: int = 0
+    packed_pages: int = 0
+    packed_bytes: int = 0
 
     def __add__(self, other: "Sent") -> "Sent":
-        return Sent(pages=self.pages + other.pages, zero_pages=self.zero_pages + other.zero_pages)
+        return Sent(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(Sent)})
 
     def __sub__(self, other: "Sent") -> "Sent":
-        return Sent(pages=self.pages - other.pages, zero_pages=self.zero_pages - other.zero_pages)
-
-
-def _ignore(_: GfnArray) -> None:
-    """Do nothing."""
+        return Sent(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(Sent)})
 
 
 class Lane:
-    """Sends batches of pages, gathered from where they lie.
+    """Sends pages, batch by batch; for one thread at a time.
 
     Args:
         memory: the guest's.
         channel: where to.
         encoder: of the stream on that channel, which has begun.
-        agreed: the extensions of the stream that may be used.
-        on_wire: told of the frames, uint64[n], of each batch when they have gone.
+        coder: makes records of pages with content.
+        says_zero: whether a page that became zero may be named as such.
+        on_sent: told of the frames of each batch when they are on the wire, on the thread that sends.
     """
 
     def __init__(
@@ -51,14 +50,17 @@ class Lane:
         memory: GuestMemory,
         channel: Channel,
         encoder: Encoder,
-        agreed: Collection[RecordType] = (),
-        on_wire: Callable[[GfnArray], None] = _ignore,
+        coder: PageCoder,
+        *,
+        says_zero: bool,
+        on_sent: Callable[[GfnArray], None],
     ) -> None:
+        self._on_sent = on_sent
         self._memory = memory
         self._words = page_words(memory)
         self._encoder = encoder
-        self._on_wire = on_wire
-        self._may_say_zero = RecordType.ZERO_PAGES in agreed
+        self._coder = coder
+        self._says_zero = says_zero
         self.channel = channel
 
     @property
@@ -78,34 +80,21 @@ class Lane:
         """
         sent = Sent()
         for at in range(0, gfns.size, self.batch_pages):
-            sent += self._send_batch(gfns[at : at + self.batch_pages], fresh=fresh)
+            batch = gfns[at : at + self.batch_pages]
+            sent += self._send_batch(batch, fresh=fresh)
+            self._on_sent(batch)
         return sent
 
-    def _send_batch(self, gfns: GfnArray, *, fresh: bool) -> Sent:
-        present, zero, views = self._present(gfns, look_for_zeros=fresh or self._may_say_zero)
-        buffers: list[bytes | memoryview] = []
-        if fresh and present.size:
-            types = np.where(zero, PageType.XALLOC, PageType.NOTAB).astype(np.uint8)
-            buffers = [self._encoder.page_data(present, types), *views]
-        elif present.size:
-            if zero.any():
-                buffers.append(self._encoder.record(ZeroPages(pfns=present[zero])))
-            if not zero.all():
-                buffers += [self._encoder.page_data(present[~zero]), *views]
-        self.channel.send(buffers)
-        self._on_wire(present)
-        return Sent(pages=present.size, zero_pages=int(np.count_nonzero(zero)))
-
     def send_proof(self, proof: Proof) -> None:
-        """Send digests of pages that went this way before.
+        """Send digests of pages that were sent before.
 
         Raises:
             OSError: cut or stalled.
         """
         for at in range(0, proof.first_gfns.size, MAX_DIGESTS):
-            part = slice(at, at + MAX_DIGESTS)
-            pages = proof.pages[part].astype(np.uint32)
-            record = Audit(first_gfns=proof.first_gfns[part], pages=pages, digests=proof.digests[part])
+            piece = slice(at, at + MAX_DIGESTS)
+            pages = proof.pages[piece].astype(np.uint32)
+            record = Audit(first_gfns=proof.first_gfns[piece], pages=pages, digests=proof.digests[piece])
             self.channel.send([self._encoder.record(record)])
 
     def send_removed(self, gfns: GfnArray) -> None:
@@ -118,8 +107,7 @@ class Lane:
             OSError: cut or stalled.
         """
         for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-            batch = gfns[at : at + MAX_PAGES_PER_RECORD]
-            self.channel.send([self._encoder.page_data(batch, np.full(batch.size, PageType.XTAB, np.uint8))])
+            self.channel.send([self._named(gfns[at : at + MAX_PAGES_PER_RECORD], PageType.XTAB)])
 
     def finish(self) -> None:
         """End a section.
@@ -129,15 +117,30 @@ class Lane:
         """
         self.channel.send([self._encoder.record(End())])
 
-    def _present(
-        self, gfns: GfnArray, *, look_for_zeros: bool
-    ) -> tuple[GfnArray, np.typing.NDArray[np.bool_], list[memoryview]]:
-        # Those of the frames that are RAM (the guest may have given some back meanwhile), which of them are zero, and
-        # views of the others.
+    def _send_batch(self, gfns: GfnArray, *, fresh: bool) -> Sent:
+        zero, coded, coded_pages = self._coded(gfns, look_for_zeros=fresh or self._says_zero)
+        if zero.size:
+            name = self._named(zero, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=zero))
+            self.channel.send([name])
+        self.channel.send(coded.buffers)
+        return Sent(
+            pages=zero.size + coded_pages,
+            zero_pages=zero.size,
+            packed_pages=coded.packed_pages,
+            packed_bytes=coded.packed_bytes,
+        )
+
+    def _named(self, gfns: GfnArray, page_type: PageType) -> bytes:
+        return self._encoder.page_data(gfns, np.full(gfns.size, page_type, np.uint8))
+
+    def _coded(self, gfns: GfnArray, *, look_for_zeros: bool) -> tuple[GfnArray, Coded, int]:
+        # Of the frames that are RAM (the guest may have given some back meanwhile) those that are zero, and the records
+        # and number of the others.
         while True:
             present = gfns[self._memory.are_ram(gfns)]
             zero = zero_pages(self._words, present) if look_for_zeros else np.zeros(present.size, np.bool_)
+            others = present[~zero]
             try:
-                return present, zero, self._memory.views(*runs_of(present[~zero]))
+                return present[zero], self._coder.code(others) if others.size else Coded(buffers=()), others.size
             except VmError:
                 continue  # one more was given back between the lines

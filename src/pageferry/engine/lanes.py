@@ -7,15 +7,14 @@ however far one connection runs ahead of another. A round ends when all lanes ha
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from pageferry.core.frames import GfnArray
 from pageferry.engine.audit import Proof
 from pageferry.engine.lane import Lane, Sent
 from pageferry.engine.shares import connection_of
 
-#: How many batches wait for a connection: enough that it never idles, few enough that CLEAN and copy stay close.
-_WAITING_BATCHES = 2
+#: How much waits for a connection: enough that it never idles, little enough that CLEAN and copy stay close.
+_WAITING_TASKS = 2
 
 
 class Lanes:
@@ -60,19 +59,18 @@ class Lanes:
         lanes = connection_of(gfns, self._count)
         for index, worker in enumerate(self._others, 1):
             if (part := gfns[lanes == index]).size:
-                worker.put(partial(worker.send, part, fresh=fresh))
+                worker.send(part, fresh=fresh)
         self._main_sent += self._main.send(gfns[lanes == 0], fresh=fresh)
 
     def send_proof(self, proof: Proof) -> None:
-        """Send digests of pages that :meth:`send` was told of and whose lane has sent them, each after its page.
+        """Send digests, each on the lane of its pages: a run lies in one piece of 2 MiB.
 
         Raises:
             OSError: a connection was cut or stalled.
         """
-        lanes = connection_of(proof.first_gfns, self._count)  # no run leaves its 2 MiB
+        lanes = connection_of(proof.first_gfns, self._count)
         for index, worker in enumerate(self._others, 1):
-            if (part := proof.part(lanes == index)).first_gfns.size:
-                worker.put(partial(worker.lane.send_proof, part))
+            worker.send_proof(proof.part(lanes == index))
         self._main.send_proof(proof.part(lanes == 0))
 
     def barrier(self) -> None:
@@ -111,39 +109,45 @@ class _Worker:
     def __init__(self, lane: Lane) -> None:
         self.lane = lane
         self.sent = Sent()
-        self._batches: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_BATCHES)
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_TASKS)
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
         self._thread.start()
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> None:
-        self.sent += self.lane.send(gfns, fresh=fresh)
+        def task() -> None:
+            self.sent += self.lane.send(gfns, fresh=fresh)
 
-    def put(self, batch: Callable[[], None]) -> None:
-        self._check()
-        self._batches.put(batch)
+        self._put(task)
+
+    def send_proof(self, proof: Proof) -> None:
+        self._put(lambda: self.lane.send_proof(proof))
 
     def wait(self) -> None:
-        self._batches.join()
+        self._tasks.join()
         self._check()
 
     def close(self) -> None:
         self.lane.channel.abort()
         if self._thread.is_alive():
-            self._batches.put(None)
+            self._tasks.put(None)
             self._thread.join()
         self.lane.channel.close()
+
+    def _put(self, task: Callable[[], None]) -> None:
+        self._check()
+        self._tasks.put(task)
 
     def _check(self) -> None:
         if self._failure is not None:
             raise self._failure
 
     def _run(self) -> None:
-        while (batch := self._batches.get()) is not None:
+        while (task := self._tasks.get()) is not None:
             try:
                 if self._failure is None:  # or else only make room: whoever waits is told
-                    batch()
+                    task()
             except BaseException as error:
                 self._failure = error
             finally:
-                self._batches.task_done()
+                self._tasks.task_done()

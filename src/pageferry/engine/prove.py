@@ -76,7 +76,7 @@ class Prover:
         Raises:
             PeerError: it cannot audit, and was asked to.
         """
-        if features.AUDIT in used:
+        if features.AUDIT in used and self._mode is not VerifyMode.FULL:
             self._auditor = Auditor(self._vm.memory, self._vm.log_dirty.peek)
         elif self._mode is VerifyMode.AUDIT:
             raise PeerError(
@@ -97,7 +97,7 @@ class Prover:
             self._auditor.cleaned(gfns)
 
     def sent(self, gfns: GfnArray) -> None:
-        """These frames (uint64[n]) are on the wire."""
+        """These frames (uint64[n]) are on the wire; from any thread."""
         if self._auditor is not None:
             self._auditor.sent(gfns)
 
@@ -120,7 +120,7 @@ class Prover:
             self._auditor.start()
 
     def send_due(self, lanes: Lanes) -> None:
-        """Send digests that are ready, if any."""
+        """Send digests that are ready, if any, each behind the pages that it is of."""
         proof = self._auditor.due() if self._auditor is not None and self._audits else None
         if proof is not None:
             lanes.send_proof(proof)
@@ -129,7 +129,7 @@ class Prover:
         """Wait until everything that was sent and lies still is proven.
 
         Args:
-            lanes: to the destination, between two records.
+            lanes: to the destination.
             check: called now and then; raises to end it.
         """
         while self._auditor is not None and self._audits and not self._auditor.idle():

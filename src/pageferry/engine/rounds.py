@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pageferry.core.events import Event, RoundBegan, RoundProgress
-from pageferry.core.frames import GfnArray
+from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.policy import RoundStats
 from pageferry.engine.lane import Sent
 from pageferry.engine.lanes import Lanes
@@ -12,10 +12,10 @@ from pageferry.engine.lanes import Lanes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnderWay:
-    """A round that has begun."""
+    """A round that has begun; ``moved_bytes`` as in :class:`RoundStats`."""
 
     elapsed_s: float
-    sent_bytes: int
+    moved_bytes: int
 
 
 class PageSender:
@@ -62,9 +62,13 @@ class PageSender:
         index = len(self.rounds)
         self._on_event(RoundBegan(index=index, dirty_pages=expected_pages, final=final))
         began_s, bytes_before, sent_before = self._now_s(), lanes.sent_bytes, lanes.sent
-        self._under_way = lambda: UnderWay(
-            elapsed_s=self._now_s() - began_s, sent_bytes=lanes.sent_bytes - bytes_before
-        )
+
+        def under_way() -> UnderWay:
+            pages = lanes.sent - sent_before
+            moved_bytes = max(lanes.sent_bytes - bytes_before, (pages.pages - pages.zero_pages) * PAGE_SIZE)
+            return UnderWay(elapsed_s=self._now_s() - began_s, moved_bytes=moved_bytes)
+
+        self._under_way = under_way
         dirty_pages = passed_pages = 0
         reported = Sent()
         for gfns in chunks:
@@ -87,6 +91,8 @@ class PageSender:
             dirty_pages=dirty_pages,
             sent_pages=sent.pages,
             zero_pages=sent.zero_pages,
+            packed_pages=sent.packed_pages,
+            packed_bytes=sent.packed_bytes,
             sent_bytes=sent_bytes,
             duration_s=self._now_s() - began_s,
             remaining_pages=self.remaining_pages,

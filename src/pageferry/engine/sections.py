@@ -13,23 +13,42 @@ from pageferry.stream.codec import Decoder
 from pageferry.stream.format import RecordType
 from pageferry.stream.intake import Need
 from pageferry.stream.order import Role
-from pageferry.stream.records import Audit, Event, PageDataHeader, StreamHeader, ZeroPages
+from pageferry.stream.records import Audit, Event, PackedPages, PageDataHeader, StreamHeader, ZeroPages
+
+#: How soon the reader of one connection hears that another failed.
+_POLL_S = 0.1
 
 
 class Activity:
-    """When anything last came in on any connection: one that has nothing to carry for long is not stalled."""
+    """What goes on on all connections: one with nothing to carry for long is not stalled, and none outlives another.
+
+    Attributes:
+        failure: of the first connection that failed.
+    """
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._last_s = now_s()
+        self.failure: Exception | None = None
 
     def note(self) -> None:
         """Something came in."""
         self._last_s = self._now_s()
 
-    def within(self, span_s: float) -> bool:
-        """Tell whether something came in during the last ``span_s`` seconds."""
-        return self._now_s() - self._last_s < span_s
+    def wait(self, channel: Channel) -> None:
+        """Wait until something comes in on ``channel``.
+
+        Raises:
+            TimeoutError: nothing came in on any connection for as long as this one may stand still.
+            Exception: the failure of another connection.
+        """
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            if channel.readable(_POLL_S):
+                return
+            if self._now_s() - self._last_s >= channel.timeout_s:
+                raise TimeoutError("stalled")
 
 
 def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity: Activity) -> Iterator[Event]:
@@ -43,17 +62,14 @@ def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity
 
     Raises:
         RemoteStreamError: it is not a legal one, or stops before END.
+        AuditMismatchError: pages differ that were digested while the guest ran.
         OSError: cut or stalled.
     """
     while not decoder.ended:
         event = decoder.next_event()
         if isinstance(event, Need):
-            try:
-                data = channel.receive_some(decoder.wanted_bytes)
-            except TimeoutError:
-                if not activity.within(channel.timeout_s):
-                    raise
-                continue
+            activity.wait(channel)
+            data = channel.receive_some(decoder.wanted_bytes)
             activity.note()
             if not data:
                 decoder.eof()
@@ -63,10 +79,12 @@ def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity
             arrivals.page_data(event)
             activity.note()
             decoder.payload_received()
-        elif isinstance(event, ZeroPages):
-            arrivals.zero_pages(event)
         elif isinstance(event, Audit):
             arrivals.audit(event)
+        elif isinstance(event, ZeroPages):
+            arrivals.zero_pages(event)
+        elif isinstance(event, PackedPages):
+            arrivals.packed_pages(event)
         elif not isinstance(event, StreamHeader):
             yield event
 
@@ -74,12 +92,11 @@ def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity
 class Sections:
     """Reads the sections of all connections but the first, each on a thread, for the length of a ``with`` block.
 
-    What goes wrong in one wakes the reader of the first connection, and is raised at the end of the block in place of
-    what that reader met then. When that reader fails by itself, all are cut.
+    What goes wrong in one is raised where the first connection is read, or at the end of the block in place of what
+    that reader met then. When that reader fails by itself, all are cut.
 
     Args:
-        main: the first connection.
-        others: the other ones, in order; they are closed at the end.
+        others: the other connections, in order; they are closed at the end.
         make_arrivals: makes what takes the pages of connection number i.
         gfn_limit: of the guest's memory.
         agreed: the extensions of the stream that both ends agreed on.
@@ -90,19 +107,16 @@ class Sections:
 
     def __init__(
         self,
-        main: Channel,
         others: Sequence[Channel],
         make_arrivals: Callable[[Channel, int], Arrivals],
         *,
         gfn_limit: int,
         agreed: Collection[RecordType],
     ) -> None:
-        self._main = main
         self._others = others
         self._gfn_limit = gfn_limit
         self._agreed = agreed
         self._arrivals = [make_arrivals(channel, index) for index, channel in enumerate(others, 1)]
-        self._failure: Exception | None = None
         self.activity = Activity()
         self._threads = [
             threading.Thread(target=self._read, args=(index,), name=f"section {index + 1}", daemon=True)
@@ -115,7 +129,7 @@ class Sections:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        failure = self._failure  # before those of connections that are cut here
+        failure = self.activity.failure  # before those of connections that are cut here
         if error is not None:
             for channel in self._others:
                 channel.abort()
@@ -124,8 +138,8 @@ class Sections:
         for channel in self._others:
             channel.close()
         if error is None:
-            failure = self._failure
-        if failure is not None:
+            failure = self.activity.failure
+        if failure is not None and failure is not error:
             raise failure from error
 
     def removed(self) -> DirtyBitmap:
@@ -148,5 +162,4 @@ class Sections:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or error
-        self._main.stop_receiving()
+        self.activity.failure = self.activity.failure or error

@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import GuestAt, TruncatedError
+from pageferry.core.errors import GuestAt, TruncatedError, VmError
 from pageferry.core.events import DeviceCost, Phase, RoundEnd, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
@@ -37,6 +37,7 @@ from pageferry.engine.guest_time import Stall
 from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
@@ -50,13 +51,14 @@ from pageferry.stream.ferry import (
 from pageferry.stream.format import RecordType
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.order import Role
+from pageferry.stream.packing import Packing, packer
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, StaticDataEnd, TscInfo
 
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a
 #: second, in which many of those that come later are written again.
 _CHUNK_PAGES = 1 << 18
-#: A destination that fails cuts further connections first and then says why; so long we listen.
-_LAST_WORDS_S = 2.0
+#: A destination that fails may cut further connections before it says why; so long we listen.
+_LAST_WORDS_S = 1.0
 #: While we are held, a round in so much time keeps what is left small.
 _HELD_ROUND_S = 1.0
 
@@ -74,17 +76,18 @@ class Source(Attempt):
             peer = self._connect()
         with phase(Phase.HELLO):
             self._hello(peer)
-        with contextlib.closing(self._lanes), self._last_words(peer):
-            with phase(Phase.PRECOPY):
-                self._precopy(peer)
-            with phase(Phase.PAUSE):
-                self._pause()
-            with phase(Phase.STOP_AND_COPY):
-                self._stop_and_copy(peer)
-            with phase(Phase.STATE):
-                self._state(peer)
-        with phase(Phase.VERIFY):
-            self._verify(peer)
+        with self._last_words(peer):
+            with contextlib.closing(self._lanes):
+                with phase(Phase.PRECOPY):
+                    self._precopy(peer)
+                with phase(Phase.PAUSE):
+                    self._pause()
+                with phase(Phase.STOP_AND_COPY):
+                    self._stop_and_copy(peer)
+                with phase(Phase.STATE):
+                    self._state(peer)
+            with phase(Phase.VERIFY):
+                self._verify(peer)
         with phase(Phase.HANDOFF):
             self._handoff(peer)
         self._leave(peer)
@@ -109,7 +112,6 @@ class Source(Attempt):
 
     def _hello(self, peer: Peer) -> None:
         peer.greet()
-        offered = features.offer(self._wire, audit=self._prover.may_audit)
         starts, lengths = self._vm.memory.populated()
         peer.send(
             SourceHello(
@@ -123,7 +125,7 @@ class Source(Attempt):
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
-                features=offered,
+                features=self._offer,
                 connections=self._wire.connections,
             )
         )
@@ -131,18 +133,34 @@ class Source(Attempt):
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
-        features.check_answer(self._wire, offered, hello.features)
-        self._prover.agree(hello.features)
+        features.check_answer(self._wire, self._offer, hello.features)
         self._agreed = features.records_of(hello.features)
-        main = Lane(self._vm.memory, peer.channel, self._encoder, self._agreed, self._on_wire)
+        self._prover.agree(hello.features)
+        main = self._lane(peer.channel, self._encoder)
         self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
+
+    @property
+    def _offer(self) -> tuple[str, ...]:
+        return features.offer(self._wire, audit=self._prover.may_audit)
 
     def _join(self, token: str, index: int) -> Lane:
         channel = self._open()
         join(channel, token, index)
         encoder = Encoder(Role.SECTION)
         channel.send([encoder.header(agreed=self._agreed), encoder.record(StaticDataEnd())])
-        return Lane(self._vm.memory, channel, encoder, self._agreed, self._on_wire)
+        return self._lane(channel, encoder)
+
+    def _lane(self, channel: Channel, encoder: Encoder) -> Lane:
+        memory, packing = self._vm.memory, self._wire.compress
+        coder: PageCoder = PlainCoder(memory, encoder)
+        if packing is not Packing.NONE:
+            coder = PackingCoder(memory, encoder, packer(packing))
+        says_zero = RecordType.ZERO_PAGES in self._agreed
+        return Lane(memory, channel, encoder, coder, says_zero=says_zero, on_sent=self._on_sent)
+
+    def _on_sent(self, gfns: GfnArray) -> None:
+        self._prover.sent(gfns)
+        self._sent.add(len(self._sender.rounds), gfns)
 
     def _precopy(self, peer: Peer) -> None:
         self._expect_alive()
@@ -236,44 +254,24 @@ class Source(Attempt):
             self._prover.cleaned(gfns)
             yield gfns
 
-    def _on_wire(self, gfns: GfnArray) -> None:
-        """Note that frames are on the wire; on the thread of their lane."""
-        self._prover.sent(gfns)
-        self._sent.add(len(self._sender.rounds), gfns)
-
-    def _check(self, peer: Peer) -> None:
-        """Raise what the destination has to say while we send, if anything, and the user's cancel."""
-        if peer.channel.readable():
-            frame = peer.receive()
-            if isinstance(frame, Mismatch):
-                raise self._prover.mismatch(frame, len(self._sender.rounds))
-            raise self._unexpected(frame)
-        if self._cancelled:
-            raise self._abort("cancelled")
-
-    @contextlib.contextmanager
-    def _last_words(self, peer: Peer) -> Iterator[None]:
-        """Prefer what the destination said before it cut a connection to the mere cut."""
-        try:
-            yield
-        except OSError:
-            if peer.channel.readable(_LAST_WORDS_S if self._wire.connections > 1 else 0):
-                with contextlib.suppress(OSError, TruncatedError):
-                    self._check(peer)
-            raise
-
     def _send_round(
         self, peer: Peer, chunks: Iterable[GfnArray], *, expected_pages: int, final: bool = False
     ) -> RoundStats:
+        def check() -> None:
+            self._hear(peer)
+            if self._cancelled:
+                raise self._abort("cancelled")
+
         def before_record() -> None:
-            self._check(peer)
+            check()
             if not final:
                 self._prover.send_due(self._lanes)
 
         def count_dirty() -> int:
             if final:
                 return 0
-            self._prover.catch_up(self._lanes, lambda: self._check(peer))
+            check()
+            self._prover.catch_up(self._lanes, check)
             return self._vm.log_dirty.peek().count()
 
         return self._sender.send(
@@ -284,6 +282,25 @@ class Source(Attempt):
             before_record=before_record,
             count_dirty=count_dirty,
         )
+
+    def _hear(self, peer: Peer, wait_s: float = 0.0) -> None:
+        """Raise what the destination says, if it says anything."""
+        if peer.channel.readable(wait_s):
+            frame = peer.receive()
+            if isinstance(frame, Mismatch):
+                raise self._prover.mismatch(frame, len(self._sender.rounds))
+            raise self._unexpected(frame)
+
+    @contextlib.contextmanager
+    def _last_words(self, peer: Peer) -> Iterator[None]:
+        """Prefer what the destination says on the first connection to how one of them broke."""
+        try:
+            yield
+        except OSError as error:
+            if not isinstance(error, VmError):
+                with contextlib.suppress(OSError, TruncatedError):
+                    self._hear(peer, _LAST_WORDS_S if self._wire.connections > 1 else 0.0)
+            raise
 
     def _pause(self) -> None:
         self._vm.freeze()

@@ -253,11 +253,6 @@ class Channel:
         poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(wait_s * 1e3))
 
-    def stop_receiving(self) -> None:
-        """Wake a thread that is receiving, which then finds that the peer has closed; sending goes on."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RD)
-
     def finish(self, drain_s: float = 2.0) -> None:
         """Say that nothing more will be sent, and read what the peer still sends until it closes; then close.
 

@@ -13,6 +13,7 @@ from pageferry.stream.intake import NEED_DATA, Intake, Need
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
     Event,
+    PackedPages,
     PageData,
     PageDataHeader,
     SkippedRecord,
@@ -236,7 +237,7 @@ class Decoder:
         if any(data[self._length :]):
             raise BodyError("the padding is not 0")
         event = parse_body(self._type, data[: self._length])
-        if isinstance(event, ZeroPages):
+        if isinstance(event, ZeroPages | PackedPages):
             self._check_inside(event.pfns)
         self._finish_record()
         return event

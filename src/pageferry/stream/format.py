@@ -17,7 +17,7 @@ IMAGE_HEADER = Struct(">QIIHHI")
 DOMAIN_HEADER = Struct("<IHHII")
 #: Record header: type u32, body length u32 (without padding).
 RECORD_HEADER = Struct("<II")
-#: Head of a PAGE_DATA or ZERO_PAGES body: count u32, reserved u32.
+#: Head of the body of PAGE_DATA and of our own page records: count u32, reserved u32.
 PAGE_DATA_HEAD = Struct("<II")
 #: One leaf of CPUID_POLICY: leaf, subleaf, eax, ebx, ecx, edx, all u32.
 CPUID_LEAF = Struct("<6I")
@@ -58,6 +58,8 @@ PAGE_TYPE_SHIFT = 60
 MAX_BODY_BYTES = 128 << 20
 #: Most pages in one PAGE_DATA record (ours; Xen never writes more).
 MAX_PAGES_PER_RECORD = 1024
+#: Longest body of packed pages: packed they take less than as they are.
+MAX_PACKED_BODY_BYTES = PAGE_DATA_HEAD.size + MAX_PAGES_PER_RECORD * (8 + PAGE_SIZE)
 #: Most leaves and entries that a policy may have, and most parameters.
 MAX_CPUID_LEAVES = 4096
 MAX_MSR_ENTRIES = 4096
@@ -99,10 +101,11 @@ class RecordType(IntEnum):
     MSR_POLICY = 0x12
     AUDIT = 0xD046_0001  # optional, and ours
     ZERO_PAGES = 0x5047_0001
+    PACKED_PAGES = 0x5047_0002
 
 
 #: Records that are not Xen's: only in a stream whose two ends agreed on them. What changes memory is mandatory.
-EXTENSIONS = frozenset({RecordType.ZERO_PAGES, RecordType.AUDIT})
+EXTENSIONS = frozenset({RecordType.ZERO_PAGES, RecordType.PACKED_PAGES, RecordType.AUDIT})
 
 
 class PageType(IntEnum):
@@ -129,6 +132,7 @@ BODY_BYTES: dict[RecordType, tuple[int, int]] = {
     ),
     RecordType.MSR_POLICY: (MSR_ENTRY.size, MAX_MSR_ENTRIES * MSR_ENTRY.size),
     RecordType.ZERO_PAGES: (PAGE_DATA_HEAD.size + 8, PAGE_DATA_HEAD.size + MAX_PAGES_PER_RECORD * 8),
+    RecordType.PACKED_PAGES: (PAGE_DATA_HEAD.size + 9, MAX_PACKED_BODY_BYTES),
 }
 
 _KNOWN_PAGE_TYPES = np.zeros(16, np.bool_)

@@ -41,13 +41,14 @@ TABLE: dict[tuple[int, RecordType], Rule] = {
     (2, _R.PAGE_DATA): Rule(never_after=_STATE),
     (3, _R.AUDIT): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     (3, _R.ZERO_PAGES): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
+    (3, _R.PACKED_PAGES): Rule(after=(_R.STATIC_DATA_END,), never_after=_STATE),
     **{(version, state): Rule(after=(_R.PAGE_DATA,), never_after=(state,)) for version in (2, 3) for state in _STATE},
     **{(version, _R.END): Rule(after=_NEEDED) for version in (2, 3)},
 }
-#: A section has what is about pages and nothing else.
+#: A section has pages and nothing else.
 SECTION_TABLE: dict[tuple[int, RecordType], Rule] = {
     (3, _R.STATIC_DATA_END): Rule(never_after=(_R.STATIC_DATA_END,)),
-    **{(3, record): Rule(after=(_R.STATIC_DATA_END,)) for record in (_R.PAGE_DATA, _R.ZERO_PAGES, _R.AUDIT, _R.END)},
+    **{(3, record): Rule(after=(_R.STATIC_DATA_END,)) for record in (_R.PAGE_DATA, *EXTENSIONS, _R.END)},
 }
 #: What a role must have seen before END besides the table's row.
 NEEDED_BEFORE_END: dict[Role, tuple[RecordType, ...]] = {Role.WRITER: (_R.HVM_PARAMS,)}
@@ -94,6 +95,8 @@ class Order:
     def passed(self, record: RecordType) -> None:
         """Remember that ``record`` came; :meth:`check` had said that it may."""
         self._seen.add(record)
+        if record is _R.PACKED_PAGES:
+            self._seen.add(_R.PAGE_DATA)  # for what must come after that
 
 
 def _names(records: Collection[RecordType]) -> str:

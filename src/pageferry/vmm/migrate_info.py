@@ -12,6 +12,7 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
         "status": attempt.status,
         "total-time": int(attempt.elapsed_s * 1000),
         "ram": _ram(attempt),
+        "x-pageferry-packed": _packed(attempt),
     }
     if attempt.report is None:
         outlook = attempt.outlook()
@@ -35,6 +36,11 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
                 "hint": attempt.error.hint,
             }
     return result
+
+
+def _packed(attempt: Attempt) -> dict[str, int]:
+    traffic = attempt.traffic()
+    return {"pages": traffic.packed_pages, "bytes": traffic.packed_bytes}
 
 
 def _ram(attempt: Attempt) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
+from pageferry.stream.packing import Packing
 from pageferry.testing.cross_check import CrossCheck
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.arguments import Arguments
@@ -44,6 +45,13 @@ _POLL_S = 0.05
 
 #: The event that carries the engine's own events, for progress; ``type`` is the event's class name.
 ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
+
+
+def _packing(name: str) -> Packing:
+    try:
+        return Packing(name)
+    except ValueError:
+        raise QmpError(f"Invalid parameter 'x-compress', expected: {', '.join(Packing)}") from None
 
 
 class GuestProcess:
@@ -273,7 +281,9 @@ class GuestProcess:
         verify = args.choice("x-verify", VerifyMode)
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
         wire = WireOptions(
-            bandwidth_bytes_per_s=args.integer("x-bandwidth"), connections=args.integer("x-connections") or 1
+            bandwidth_bytes_per_s=args.integer("x-bandwidth"),
+            connections=args.integer("x-connections") or 1,
+            compress=_packing(args.text("x-compress", Packing.NONE)),
         )
         hold = args.flag("x-hold")
         args.done()

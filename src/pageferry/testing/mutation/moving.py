@@ -116,7 +116,7 @@ class StalePageCache(Source):
             return [cache[gfn] for gfn in pages.tolist()]
 
         stale: Any = _Instead(memory, views=views)
-        self._lanes._main._memory = stale
+        self._lanes._main._coder._memory = stale  # type: ignore[attr-defined]  # the plain one
         return super()._send_round(peer, chunks, **options)
 
 
