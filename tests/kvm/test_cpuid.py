@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,7 +150,7 @@ def test_a_guest_sees_its_table_and_nothing_else(make_vm, askers):
 
 
 @pytest.mark.kvm
-def test_both_machines_answer_alike_by_the_rules_of_the_vendor(kvm_support, askers):
+def test_kvm_and_soft_answer_alike_by_the_rules_of_the_vendor(kvm_support, askers):
     for vendor in (b"GenuineIntel", b"AuthenticAMD", b"HygonGenuine"):
         ebx, edx, ecx = struct.unpack("<III", vendor)
         table = tuple(
@@ -165,7 +166,7 @@ def test_both_machines_answer_alike_by_the_rules_of_the_vendor(kvm_support, aske
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("first", [KvmVm, Domain])
+@pytest.mark.parametrize("first", [KvmVm, Domain], ids=["kvm-soft-kvm", "soft-kvm-soft"])
 def test_a_guest_sees_the_same_cpu_all_the_way(kvm_support, askers, first):
     other = Domain if first is KvmVm else KvmVm
     vm = askers(first)
@@ -188,8 +189,8 @@ def lacking(leaves, leaf, register, bit):
     )
 
 
-def without_vme(system):
-    return lacking(supported_cpuid(system), 1, "edx", 1)
+def without_mmx(leaves):
+    return lacking(leaves, 1, "edx", 23)
 
 
 @pytest.mark.kvm
@@ -197,9 +198,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
     vm = askers(KvmVm)
     vm.resume()
     given = asked(vm)
-    monkeypatch.setattr(
-        "pageferry.kvm.vm.supported_cpuid", lambda system: lacking(supported_cpuid(system), 1, "edx", 1)
-    )
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: without_mmx(supported_cpuid(system)))
     arrived = []
 
     def make_vm(config):
@@ -207,7 +206,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
         return KvmVm(config)
 
     journey = Journey(vm, make_vm)
-    with pytest.raises(PeerError, match="this host lacks vme, which the guest was given") as caught:
+    with pytest.raises(PeerError, match="this host lacks mmx, which the guest was given") as caught:
         journey.make()
     assert caught.value.guest_at is GuestAt.SOURCE
     assert caught.value.phase == "hello"
@@ -230,7 +229,7 @@ def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, mo
 
     def lie(encoder, record):
         if isinstance(record, CpuidPolicy):
-            record = CpuidPolicy(leaves=lacking(record.leaves, 1, "edx", 1))
+            record = CpuidPolicy(leaves=without_mmx(record.leaves))
         return plain(encoder, record)
 
     monkeypatch.setattr(Encoder, "record", lie)
@@ -257,6 +256,8 @@ def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers
     with pytest.raises(PeerError, match=r"the software machine lacks .*, which the guest was given"):
         journey.make()
     assert asked(vm) == given
+    if "QEMU TCG" in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor calls all of the extended state in use, touched or not: none of it is saved")
     journey = Journey(vm, KvmVm)
     assert journey.make().verified
     askers.made.append(journey.there)
