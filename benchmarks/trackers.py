@@ -1,0 +1,293 @@
+"""The six dirty trackers beside each other: what each operator costs, and what the guest loses meanwhile.
+
+*Operators*: a guest of 1 GiB that has touched 32 MiB of it writes each of those pages once per round and stops. Timed
+are ENABLE; a round right after CLEAN against the next one, which faults no more: the cost of the first write to a page;
+CLEAN when nothing is dirty, per GiB; CLEAN of the whole working set, what it takes beyond that, per dirty page; PEEK.
+The guest stands still during each operator.
+
+*Workloads*: each built-in guest for a while without log-dirty and for a while with it and a CLEAN every 100 ms. What is
+shown is the work done per second with it, as a share of the work without it, of the same machine just before.
+
+Trackers alternate, so that a slow minute hits all of them. Shown are medians, and the smallest and largest value seen.
+A tracker that does not work here gets a row that says what is missing; without KVM that is four of them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.vm import Vm, VmConfig, VmStatus
+from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.workloads import WORKLOADS, load_workload
+from pageferry.testing.machines import KINDS, Kind, expect_works
+
+MEMORY_BYTES = 1 << 30
+TOUCHED_BYTES = 32 << 20
+WORKLOAD_MEMORY_BYTES = 64 << 20
+WORKING_SET_BYTES = 16 << 20
+ROUND_S = 0.1
+PATIENCE_S = 120.0
+
+#: Name in the results, heading, unit, how many of it are a second.
+COSTS = (
+    ("enable_s", "ENABLE", "ms", 1e3),
+    ("first_write_s", "first write", "µs", 1e6),
+    ("clean_s_per_gib", "CLEAN per GiB", "ms", 1e3),
+    ("clean_s_per_page", "per dirty page", "ns", 1e9),
+    ("peek_s", "PEEK", "ms", 1e3),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The median of some measurements, and the outermost of them."""
+
+    median: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Return the spread of some measurements."""
+        return cls(median=statistics.median(values), smallest=min(values), largest=max(values))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def timed(action: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    action()
+    return time.perf_counter() - began_s
+
+
+def offered_kinds() -> tuple[list[Kind], dict[str, str]]:
+    """Return the kinds of machine that work here, and of each other tracker what is missing."""
+    working, missing = [], {}
+    for kind in KINDS:
+        try:
+            expect_works(kind)
+        except (UnsupportedError, VmError) as error:
+            missing[kind.tracker] = str(error)
+        else:
+            working.append(kind)
+    return working, missing
+
+
+@contextmanager
+def guests(kinds: Sequence[Kind], workload: str, config: VmConfig, params: GuestParams) -> Iterator[dict[str, Vm]]:
+    """Boot the same guest once under each tracker; it is paused."""
+    with ExitStack() as machines:
+        made = {}
+        for kind in kinds:
+            vm = made[kind.tracker] = kind.make_vm(config)
+            machines.callback(vm.close)
+            boot(vm, load_workload(workload), params=params)
+        yield made
+
+
+def run_to_sync_point(vm: Vm) -> float:
+    """Let a ``stamp`` guest play one round; return how long it took."""
+    if (before := vm.sync_value()) is not None:
+        vm.reply_sync(before + 1)
+    took_s = timed(lambda: (vm.resume(), vm.wait(PATIENCE_S)))
+    if vm.status is not VmStatus.PAUSED:
+        raise RuntimeError(f"the guest did not end its round: {vm.status}, {vm.end}")
+    return took_s
+
+
+def operators_once(vm: Vm) -> dict[str, float]:
+    """Measure every operator of one tracker once; log-dirty is off before and after."""
+    log, pages = vm.log_dirty, TOUCHED_BYTES // PAGE_SIZE
+    for _ in range(2):  # whatever the last OFF has left protected is written
+        run_to_sync_point(vm)
+    enable_s = timed(log.enable)
+    log.clean()
+    idle_s = statistics.median(timed(log.clean) for _ in range(5))
+    faulting_s = run_to_sync_point(vm)
+    peek_s = timed(log.peek)
+    writable_s = run_to_sync_point(vm)
+    dirty_pages = log.peek().count()
+    clean_s = timed(log.clean)
+    log.off()
+    if dirty_pages < pages:
+        raise RuntimeError(f"{log.tracker} reports {dirty_pages} pages dirty of {pages} written")
+    return {
+        "enable_s": enable_s,
+        "first_write_s": (faulting_s - writable_s) / pages,
+        "clean_s_per_gib": idle_s * (1 << 30) / MEMORY_BYTES,
+        "clean_s_per_page": (clean_s - idle_s) / dirty_pages,
+        "peek_s": peek_s,
+    }
+
+
+def measure_operators(kinds: Sequence[Kind], times: int) -> dict[str, dict[str, Spread]]:
+    runs: dict[str, list[dict[str, float]]] = {kind.tracker: [] for kind in kinds}
+    params = GuestParams(working_set_bytes=TOUCHED_BYTES, arguments=(256,))  # 256 in 256: every page in every round
+    with guests(kinds, "stamp", VmConfig(memory_bytes=MEMORY_BYTES), params) as machines:
+        for vm in machines.values():
+            vm.attach_sync(True)
+            run_to_sync_point(vm)
+        for number in range(times):
+            for tracker, vm in machines.items():
+                say(f"operators, {number + 1} of {times}: {tracker}")
+                runs[tracker].append(operators_once(vm))
+    return {
+        tracker: {name: Spread.of([run[name] for run in found]) for name, *_ in COSTS}
+        for tracker, found in runs.items()
+    }
+
+
+def work_of(vm: Vm) -> int:
+    if vm.end is not None:
+        raise RuntimeError(f"the guest has ended: {vm.end}")
+    return sum(slot.work for slot in read_status(vm.memory, vm.config.cpus))
+
+
+def work_per_s(vm: Vm, rounds: int, *, clean: bool) -> float:
+    """Return the work that a running guest does per second in so many rounds."""
+    began_s, work = time.perf_counter(), work_of(vm)
+    for number in range(1, rounds + 1):
+        vm.wait(max(0.0, began_s + number * ROUND_S - time.perf_counter()))
+        if clean:
+            vm.log_dirty.clean()
+    return (work_of(vm) - work) / (time.perf_counter() - began_s)
+
+
+def kept_once(vm: Vm, rounds: int) -> float:
+    """Return the share of its speed that a guest keeps under log-dirty; it is paused before and after."""
+    vm.resume()
+    patience_s = time.perf_counter() + PATIENCE_S
+    before = work_of(vm)
+    while work_of(vm) == before:
+        if time.perf_counter() > patience_s:
+            raise RuntimeError(f"the guest does nothing: {vm.status}")
+        vm.wait(0.001)
+    vm.wait(ROUND_S)  # it touches what it will, and writes what the last OFF has left protected
+    alone = work_per_s(vm, rounds, clean=False)
+    vm.log_dirty.enable()
+    tracked = work_per_s(vm, rounds, clean=True)
+    vm.log_dirty.off()
+    vm.pause()
+    return tracked / alone
+
+
+def measure_workloads(kinds: Sequence[Kind], pairs: int, rounds: int) -> dict[str, dict[str, Spread]]:
+    """Return for each workload and tracker the share of its speed that the guest keeps."""
+    kept: dict[str, dict[str, Spread]] = {}
+    for number, (name, workload) in enumerate(WORKLOADS.items(), start=1):
+        say(f"workloads, {number} of {len(WORKLOADS)}: {name}")
+        size_bytes = min(WORKING_SET_BYTES, workload.default_working_set_bytes)
+        config = VmConfig(memory_bytes=WORKLOAD_MEMORY_BYTES, cpus=2 if name == "smp" else 1)
+        shares: dict[str, list[float]] = {kind.tracker: [] for kind in kinds}
+        with guests(kinds, name, config, GuestParams(working_set_bytes=size_bytes)) as machines:
+            for _ in range(pairs):
+                for tracker, vm in machines.items():
+                    shares[tracker].append(kept_once(vm, rounds))
+        kept[name] = {tracker: Spread.of(found) for tracker, found in shares.items()}
+    return kept
+
+
+def print_tables(
+    costs: Mapping[str, Mapping[str, Spread]], kept: Mapping[str, Mapping[str, Spread]], missing: Mapping[str, str]
+) -> None:
+    print(f"{'':<13}" + "".join(f"{f'{heading}, {unit}':>26}" for _, heading, unit, _ in COSTS))
+    for kind in KINDS:
+        if (tracker := kind.tracker) in missing:
+            print(f"{tracker:<13}  not here: {missing[tracker]}")
+            continue
+        cells = (_cell(costs[tracker][name], factor) for name, _, _, factor in COSTS)
+        print(f"{tracker:<13}" + "".join(f"{cell:>26}" for cell in cells))
+    print(f"\nshare of its speed that a guest keeps, CLEAN every {ROUND_S * 1e3:.0f} ms")
+    print(f"{'':<13}" + "".join(f"{tracker:>26}" for tracker in costs))
+    for workload, row in kept.items():
+        print(f"{workload:<13}" + "".join(f"{_cell(row[tracker], 1):>26}" for tracker in costs))
+
+
+def _cell(spread: Spread, factor: float) -> str:
+    median, smallest, largest = (value * factor for value in (spread.median, spread.smallest, spread.largest))
+    return f"{median:.3g} ({smallest:.3g} to {largest:.3g})"
+
+
+def draw(path: Path, costs: Mapping[str, Mapping[str, Spread]], kept: Mapping[str, Mapping[str, Spread]]) -> None:
+    """Write the plot: a panel for each operator, with a logarithmic scale, and one for the workloads."""
+    from matplotlib.figure import Figure
+
+    trackers = list(costs)
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplot_mosaic([[name for name, *_ in COSTS], ["kept"] * len(COSTS)])
+    for name, heading, unit, factor in COSTS:
+        _bars(panels[name], range(len(trackers)), [costs[tracker][name] for tracker in trackers], factor, 0.7)
+        panels[name].set(title=heading, ylabel=unit, yscale="log")
+        panels[name].set_xticks(range(len(trackers)), trackers, rotation=60, ha="right")
+    width = 0.8 / len(trackers)
+    for number, tracker in enumerate(trackers):
+        at = [place + (number + 0.5) * width - 0.4 for place in range(len(kept))]
+        _bars(panels["kept"], at, [row[tracker] for row in kept.values()], 1, width, label=tracker, color=f"C{number}")
+    panels["kept"].set(title=f"what a guest keeps of its speed, CLEAN every {ROUND_S * 1e3:.0f} ms", ylabel="share")
+    panels["kept"].set_xticks(range(len(kept)), kept)
+    panels["kept"].axhline(1, color="gray", linewidth=0.8)
+    panels["kept"].legend(ncols=len(trackers), loc="lower center", bbox_to_anchor=(0.5, -0.25))
+    figure.savefig(path)
+
+
+def _bars(panel, at: Sequence[float], spreads: Sequence[Spread], factor: float, width: float, **more: object) -> None:  # noqa: ANN001
+    medians = [spread.median * factor for spread in spreads]
+    below = [(spread.median - spread.smallest) * factor for spread in spreads]
+    above = [(spread.largest - spread.median) * factor for spread in spreads]
+    panel.bar(at, medians, width, yerr=(below, above), capsize=2, **more)
+
+
+def plot_path(text: str) -> Path:
+    """Check before anything is measured that the plot can be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise argparse.ArgumentTypeError("matplotlib is not installed: pip install 'pageferry[plot]'") from None
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no file name that ends in .png, .svg or .pdf, in a directory")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--plot", type=plot_path, metavar="FILE", help="draw it too: a .png, .svg or .pdf")
+    options = parser.parse_args()
+    times, pairs, rounds = (1, 1, 2) if options.quick else (5, 3, 2)
+    kinds, missing = offered_kinds()
+    for tracker, reason in missing.items():
+        say(f"{tracker} is left out: {reason}")
+    costs = measure_operators(kinds, times)
+    kept = measure_workloads(kinds, pairs, rounds)
+    if options.plot is not None:
+        draw(options.plot, costs, kept)
+    if not options.json:
+        print_tables(costs, kept, missing)
+        return
+    result = {
+        "memory_bytes": MEMORY_BYTES,
+        "touched_bytes": TOUCHED_BYTES,
+        "round_s": ROUND_S,
+        "operators": {tracker: {name: asdict(one) for name, one in row.items()} for tracker, row in costs.items()},
+        "kept": {name: {tracker: asdict(one) for tracker, one in row.items()} for name, row in kept.items()},
+        "missing": missing,
+    }
+    json.dump(result, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()
