@@ -317,7 +317,9 @@ def test_a_clean_that_fails_half_way_loses_no_bit(kvm, manual_protect, monkeypat
         assert gfns(vm.log_dirty.clean()) == gfn(*at) | {3}
 
 
-@pytest.mark.parametrize("request_number", [uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_CLEAR_DIRTY_LOG])
+@pytest.mark.parametrize(
+    "request_number", [uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_CLEAR_DIRTY_LOG], ids=["set", "clear"]
+)
 def test_an_enable_that_fails_half_way_is_off(kvm, manual_protect, monkeypatch, request_number):
     if request_number == uapi.KVM_CLEAR_DIRTY_LOG and not manual_protect & uapi.KVM_DIRTY_LOG_INITIALLY_SET:
         pytest.skip("only what starts all set is cleared")
