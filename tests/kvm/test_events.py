@@ -41,10 +41,13 @@ def test_events_go_through_the_stream_into_another_machine(kvm):
     for events in itertools.product((0, 1, 2), (False, True), (False, True)):
         changes = dict(zip(("interrupt_shadow", "nmi_pending", "nmi_masked"), events, strict=True))
         saved = kvm.guest("spin", **changes).save_state()
+        told = {name: getattr(saved.vcpus[0], name) for name in changes}
+        both = 3 if changes["interrupt_shadow"] else 0  # AMD-V does not tell the two kinds apart
+        assert told in (changes, changes | {"interrupt_shadow": both})
         other = kvm.guest("spin", interrupt_shadow=1, nmi_masked=True)
         other.load_state(decode_machine_state(encode_machine_state(saved)))
         (state,) = other.save_state().vcpus
-        assert {name: getattr(state, name) for name in changes} == changes
+        assert {name: getattr(state, name) for name in changes} == told
 
 
 @pytest.mark.parametrize("exception", [PAGE_FAULT, DEBUG, UNDEFINED], ids=["#PF", "#DB", "#UD"])
