@@ -23,9 +23,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from _trackers_plot import Spread, draw, plot_path
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import Vm, VmConfig, VmStatus
@@ -40,6 +41,7 @@ WORKLOAD_MEMORY_BYTES = 64 << 20
 WORKING_SET_BYTES = 4 << 20
 ROUND_S = 0.1
 PATIENCE_S = 120.0
+KEPT = f"share of its speed that a guest keeps, CLEAN every {ROUND_S * 1e3:.0f} ms"
 #: Where the kernel tells how long a thread was ready to run and did not.
 SCHEDSTAT = Path("/proc/self/schedstat")
 
@@ -51,20 +53,6 @@ COSTS = (
     ("clean_s_per_page", "per dirty page", "ns", 1e9),
     ("peek_s", "PEEK", "ms", 1e3),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """The median of some measurements, and the outermost of them."""
-
-    median: float
-    smallest: float
-    largest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Return the spread of some measurements."""
-        return cls(median=statistics.median(values), smallest=min(values), largest=max(values))
 
 
 def say(line: str) -> None:
@@ -223,7 +211,7 @@ def print_tables(
             continue
         cells = (_cell(costs[tracker][name], factor) for name, _, _, factor in COSTS)
         print(f"{tracker:<13}" + "".join(f"{cell:>24}" for cell in cells))
-    print(f"\nshare of its speed that a guest keeps, CLEAN every {ROUND_S * 1e3:.0f} ms")
+    print(f"\n{KEPT}")
     print(f"{'':<13}" + "".join(f"{tracker:>24}" for tracker in costs))
     for workload, row in kept.items():
         print(f"{workload:<13}" + "".join(f"{_cell(row[tracker], 1):>24}" for tracker in costs))
@@ -233,49 +221,6 @@ def _cell(spread: Spread, factor: float) -> str:
     values = (value * factor for value in (spread.median, spread.smallest, spread.largest))
     median, smallest, largest = (f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.2g}" for value in values)
     return f"{median} {smallest}..{largest}"
-
-
-def draw(path: Path, costs: Mapping[str, Mapping[str, Spread]], kept: Mapping[str, Mapping[str, Spread]]) -> None:
-    """Write the plot: a panel for each operator, with a logarithmic scale, and one for the workloads."""
-    from matplotlib.figure import Figure
-
-    trackers = list(costs)
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplot_mosaic([[name for name, *_ in COSTS], ["kept"] * len(COSTS)])
-    for name, heading, unit, factor in COSTS:
-        _bars(panels[name], range(len(trackers)), [costs[tracker][name] for tracker in trackers], factor, 0.7)
-        panels[name].set(title=heading, ylabel=unit, yscale="log")
-        panels[name].set_xticks(range(len(trackers)), trackers, rotation=60, ha="right")
-    width = 0.8 / len(trackers)
-    for number, tracker in enumerate(trackers):
-        at = [place + (number + 0.5) * width - 0.4 for place in range(len(kept))]
-        _bars(panels["kept"], at, [row[tracker] for row in kept.values()], 1, width, label=tracker, color=f"C{number}")
-    panels["kept"].set(
-        title=f"what a guest keeps of its speed, CLEAN every {ROUND_S * 1e3:.0f} ms", ylabel="share", ylim=(0, 1.5)
-    )
-    panels["kept"].set_xticks(range(len(kept)), kept)
-    panels["kept"].axhline(1, color="gray", linewidth=0.8)
-    panels["kept"].legend(ncols=len(trackers), loc="lower center", bbox_to_anchor=(0.5, -0.25))
-    figure.savefig(path)
-
-
-def _bars(panel, at: Sequence[float], spreads: Sequence[Spread], factor: float, width: float, **more: object) -> None:  # noqa: ANN001
-    medians = [spread.median * factor for spread in spreads]
-    below = [(spread.median - spread.smallest) * factor for spread in spreads]
-    above = [(spread.largest - spread.median) * factor for spread in spreads]
-    panel.bar(at, medians, width, yerr=(below, above), capsize=2, **more)
-
-
-def plot_path(text: str) -> Path:
-    """Check before anything is measured that the plot can be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise argparse.ArgumentTypeError("matplotlib is not installed: pip install 'pageferry[plot]'") from None
-    path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no file name that ends in .png, .svg or .pdf, in a directory")
-    return path
 
 
 def main() -> None:
@@ -291,7 +236,7 @@ def main() -> None:
     costs = measure_operators(kinds, times)
     kept = measure_workloads(kinds, pairs, rounds)
     if options.plot is not None:
-        draw(options.plot, costs, kept)
+        draw(options.plot, COSTS, costs, kept, title=KEPT)
     if not options.json:
         print_tables(costs, kept, missing)
         return
