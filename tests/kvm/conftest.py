@@ -25,8 +25,8 @@ from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
-from pageferry.kvm import KvmVm
-from pageferry.kvm.trackers import AUTOMATIC_BITMAP, DEFAULT_TRACKER
+from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm.trackers import DEFAULT_TRACKER, bitmap_tracker
 from pageferry.uffd import VcpuView, check_userfaultfd
 
 libc = ctypes.CDLL(None)  # releases the interpreter lock during a call
@@ -125,7 +125,7 @@ def make_guest(
     states = vcpus or (start_state(**registers),)
     vm = KvmVm(
         VmConfig(memory_bytes=memory_bytes, cpus=len(states), cpu=cpu, machine=machine),
-        tracker=tracker or (AUTOMATIC_BITMAP if manual_protect is False else DEFAULT_TRACKER),
+        tracker=tracker or (DEFAULT_TRACKER if manual_protect is None else bitmap_tracker(manual_protect)),
     )
     vm.platform.bus.devices += tuple(devices)
     if program is not None:
@@ -202,10 +202,14 @@ def kvm(kvm_support):
         vm.close()
 
 
-@pytest.fixture(params=[True, False], ids=["manual", "automatic"])
+MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
+
+
+@pytest.fixture(params=[MANUAL | INITIALLY_SET, MANUAL, 0], ids=["initially-set", "manual", "automatic"])
 def manual_protect(request, kvm_support):
-    if request.param and not kvm_support.manual_protect:
-        pytest.skip("this KVM has no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+    """What of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 ``kvm-bitmap`` uses; 0: nothing."""
+    if request.param & ~kvm_support.capabilities["KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"]:
+        pytest.skip("this KVM has no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, or less of it")
     return request.param
 
 

@@ -9,9 +9,13 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.core.vm import GuestEnd
-from pageferry.kvm import uapi
+from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm.fds import VmFd
+from pageferry.testing import check_log_dirty
 
 pytestmark = pytest.mark.kvm
+
+MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
 
 # Where a test expects an exact set, the guest's stores and its program lie in different 2 MiB pages of the guest: KVM
 # maps a page that is first *read* writable, and says that it is dirty. Under shadow paging it does so when the guest's
@@ -313,24 +317,80 @@ def test_a_clean_that_fails_half_way_loses_no_bit(kvm, manual_protect, monkeypat
         assert gfns(vm.log_dirty.clean()) == gfn(*at) | {3}
 
 
-def test_an_enable_that_fails_half_way_is_off(kvm, manual_protect, monkeypatch):
+@pytest.mark.parametrize(
+    "request_number", [uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_CLEAR_DIRTY_LOG], ids=["set", "clear"]
+)
+def test_an_enable_that_fails_half_way_is_off(kvm, manual_protect, monkeypatch, request_number):
+    if request_number == uapi.KVM_CLEAR_DIRTY_LOG and not manual_protect & uapi.KVM_DIRTY_LOG_INITIALLY_SET:
+        pytest.skip("only what starts all set is cleared")
     vm = kvm.guest(memory_bytes=4 << 30, manual_protect=manual_protect)
+    real, flags = vm.vm_fd.ioctl, {}
+
+    def ioctl(number, argument=0):
+        setting = number == uapi.KVM_SET_USER_MEMORY_REGION
+        if number == request_number and argument.slot == 1 and (argument.flags if setting else True):
+            raise KvmError(uapi.IOCTL_NAMES[number], 12)
+        result = real(number, argument)
+        if setting:
+            flags[argument.slot] = argument.flags
+        return result
+
     with monkeypatch.context() as patch:
-        real, calls = vm.vm_fd.ioctl, []
-
-        def ioctl(number, argument=0):
-            calls.append((argument.slot, argument.flags))
-            if argument.slot == 1 and argument.flags:
-                raise KvmError("KVM_SET_USER_MEMORY_REGION", 12)
-            return real(number, argument)
-
         patch.setattr(vm.vm_fd, "ioctl", ioctl)
         with pytest.raises(KvmError):
             vm.log_dirty.enable()
     assert not vm.log_dirty.enabled
-    assert calls == [(0, 1), (1, 1), (0, 0)]
+    assert flags.pop(0) == 0  # it was on, and is off again
+    assert not any(flags.values())
     vm.log_dirty.enable()
     assert vm.log_dirty.enabled
+    assert not vm.log_dirty.peek().any()
+
+
+@pytest.mark.parametrize("offered", [0, MANUAL, MANUAL | INITIALLY_SET])
+def test_what_the_kernel_does_not_offer_is_not_used(kvm, kvm_support, monkeypatch, offered):
+    """And the promises of ENABLE, PEEK and CLEAN are kept all the same."""
+    if offered & ~kvm_support.capabilities["KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"]:
+        pytest.skip("this KVM has not so much of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+    check, enable, enabled = VmFd.check_extension, VmFd.enable_cap, []
+
+    def check_extension(vm, capability):
+        found = check(vm, capability)
+        return found & offered if capability == uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 else found
+
+    def enable_cap(vm, capability, argument):
+        if capability == uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
+            enabled.append(argument)
+        enable(vm, capability, argument)
+
+    monkeypatch.setattr(VmFd, "check_extension", check_extension)
+    monkeypatch.setattr(VmFd, "enable_cap", enable_cap)
+    log = kvm.guest().log_dirty
+    assert enabled == ([offered] if offered else [])
+    assert log.manual_protect == bool(offered & MANUAL)
+    assert log.initially_set == bool(offered & INITIALLY_SET)
+    check_log_dirty(KvmVm, checks=["enable-starts-clear", "peek-changes-nothing", "rounds-are-exact"])
+
+
+def test_what_starts_all_set_is_cleared_piece_by_piece(kvm, kvm_support, monkeypatch):
+    if not kvm_support.initially_set:
+        pytest.skip("this KVM cannot start with all bits set")
+    vm = kvm.guest(memory_bytes=(3 << 30) + (130 << 20) + 5 * PAGE_SIZE)
+    calls, real = [], vm.vm_fd.ioctl
+
+    def ioctl(number, argument=0):
+        if number == uapi.KVM_CLEAR_DIRTY_LOG:
+            calls.append((argument.slot, argument.first_page, argument.num_pages))
+        return real(number, argument)
+
+    monkeypatch.setattr(vm.vm_fd, "ioctl", ioctl)
+    vm.log_dirty.enable()
+    piece = 64 << 20 >> PAGE_SHIFT
+    assert calls == [
+        *((0, first, piece) for first in range(0, 3 << 30 >> PAGE_SHIFT, piece)),
+        *((1, 0, piece), (1, piece, piece), (1, 2 * piece, (2 << 20 >> PAGE_SHIFT) + 5)),
+    ]
+    assert not vm.log_dirty.peek().any()
 
 
 def test_far_apart_dirty_words_are_cleared_by_few_calls(kvm, monkeypatch):

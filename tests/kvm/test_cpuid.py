@@ -116,7 +116,7 @@ def test_a_guest_sees_its_table_and_nothing_else(make_vm, askers):
 
 
 @pytest.mark.kvm
-def test_both_machines_answer_alike_by_the_rules_of_the_vendor(kvm_support, askers):
+def test_kvm_and_soft_answer_alike_by_the_rules_of_the_vendor(kvm_support, askers):
     for vendor in (b"GenuineIntel", b"AuthenticAMD", b"HygonGenuine"):
         ebx, edx, ecx = struct.unpack("<III", vendor)
         table = tuple(
@@ -132,7 +132,7 @@ def test_both_machines_answer_alike_by_the_rules_of_the_vendor(kvm_support, aske
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("first", [KvmVm, Domain])
+@pytest.mark.parametrize("first", [KvmVm, Domain], ids=["kvm-soft-kvm", "soft-kvm-soft"])
 def test_a_guest_sees_the_same_cpu_all_the_way(kvm_support, askers, first, journey):
     other = Domain if first is KvmVm else KvmVm
     vm = askers(first)
@@ -155,8 +155,8 @@ def lacking(leaves, leaf, register, bit):
     )
 
 
-def without_vme(system):
-    return lacking(supported_cpuid(system), 1, "edx", 1)
+def without_mmx(leaves):
+    return lacking(leaves, 1, "edx", 23)
 
 
 @pytest.mark.kvm
@@ -164,9 +164,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
     vm = askers(KvmVm)
     vm.resume()
     given = asked(vm)
-    monkeypatch.setattr(
-        "pageferry.kvm.vm.supported_cpuid", lambda system: lacking(supported_cpuid(system), 1, "edx", 1)
-    )
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: without_mmx(supported_cpuid(system)))
     arrived = []
 
     def make_vm(config):
@@ -174,7 +172,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
         return KvmVm(config)
 
     trip = journey(vm, make_vm)
-    with pytest.raises(PeerError, match="this host lacks vme, which the guest was given") as caught:
+    with pytest.raises(PeerError, match="this host lacks mmx, which the guest was given") as caught:
         trip.make()
     assert caught.value.guest_at is GuestAt.SOURCE
     assert caught.value.phase == "hello"
@@ -197,7 +195,7 @@ def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, mo
 
     def lie(encoder, record):
         if isinstance(record, CpuidPolicy):
-            record = CpuidPolicy(leaves=lacking(record.leaves, 1, "edx", 1))
+            record = CpuidPolicy(leaves=without_mmx(record.leaves))
         return plain(encoder, record)
 
     monkeypatch.setattr(Encoder, "record", lie)

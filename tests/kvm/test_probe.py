@@ -1,7 +1,9 @@
 """What ``doctor`` and ``--accel auto`` are told."""
 
+import dataclasses
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import KvmVm, fds, probe
 from pageferry.kvm import probe as probe_function
+from pageferry.vmm import doctor
 
 
 def open_descriptors():
@@ -55,8 +58,6 @@ def test_another_api_version(kvm_support, monkeypatch):
 
 @pytest.mark.kvm
 def test_a_guest_that_does_not_run(kvm_support, monkeypatch):
-    import sys
-
     monkeypatch.setattr(sys.modules["pageferry.kvm.probe"], "_PROGRAM", b"\x0f\x0b")
     with pytest.raises(UnsupportedError, match="did not run") as caught:
         probe_function()
@@ -97,3 +98,20 @@ def test_impossible_machines(kvm_support):
         KvmVm(VmConfig(memory_bytes=(2 << 20) + 1))
     with pytest.raises(UnsupportedError, match="vCPUs"):
         KvmVm(VmConfig(memory_bytes=2 << 20, cpus=0))
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    ("offered", "works", "told"),
+    [(0, False, "whenever it is read"), (1, True, "it cannot start all set"), (3, True, "and starts all set")],
+)
+def test_doctor_tells_how_the_dirty_bitmap_is_cleared(kvm_support, monkeypatch, offered, works, told):
+    less = kvm_support.capabilities | {"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2": offered}
+    found = dataclasses.replace(kvm_support, capabilities=less)
+    assert (found.manual_protect, found.initially_set) == (bool(offered & 1), bool(offered & 2))
+    monkeypatch.setattr(sys.modules["pageferry.kvm.probe"], "probe", lambda: found)
+    monkeypatch.setattr(doctor, "_trial", lambda *_: "")
+    findings = {finding.capability: finding for finding in doctor.examine()}
+    assert findings["kvm-manual-protect"].works is works
+    assert told in findings["kvm-manual-protect"].detail
+    assert works or "nothing is lost" in findings["kvm-manual-protect"].advice

@@ -27,11 +27,13 @@ QEMU = "qemu-system-x86_64"
 #: What must be installed, and the Debian package that has it.
 TOOLS = {QEMU: "qemu-system-x86", "dpkg-deb": "dpkg", "apt-get": "apt"}
 MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "ccp", "kvm_amd")
-#: Every KVM test, and the conformance kit over each tracker of a KVM machine, 1 and 2 vCPUs (3 and 4 take too long).
-SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4-)"
-TESTS = ("tests/kvm", "tests/conformance/test_log_dirty.py", "-k", SELECTION)
+#: Every KVM test, and the conformance kit over each tracker of a KVM machine, 1 and 2 vCPUs (3, 4 and other seeds take
+#: too long). Nothing on the software machine, which does not care what processor this is, and would be one emulator in
+#: another. On a busy host everything takes long: the time-out is for what is stuck.
+SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4- or whatever_the_seed or soft)"
+TESTS = ("tests/kvm", "tests/conformance/test_log_dirty.py", "-k", SELECTION, "--timeout", "900")
 MEMORY_BYTES = 3 << 30
-GIVE_UP_S = 1200
+GIVE_UP_S = 2400
 NOT_RUN = 2
 #: When the machine writes n to the debug exit device, QEMU ends with 2n + 1; the base tells that from its own errors.
 #: A process ends with one byte, so there is room for codes up to the one that stands for any signal.

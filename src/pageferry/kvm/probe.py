@@ -44,8 +44,16 @@ class KvmSupport:
     @property
     def manual_protect(self) -> bool:
         """Whether the dirty bitmap can be cleared by hand."""
-        offered = self.capabilities.get("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 0)
-        return bool(offered & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+        return bool(self._manual_protect & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+
+    @property
+    def initially_set(self) -> bool:
+        """Whether logging can start with all bits set and nothing protected."""
+        return bool(self._manual_protect & uapi.KVM_DIRTY_LOG_INITIALLY_SET)
+
+    @property
+    def _manual_protect(self) -> int:
+        return self.capabilities.get("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 0)
 
 
 def probe(path: Path = DEV_KVM) -> KvmSupport:

@@ -58,23 +58,31 @@ def find_tracker(name: str) -> Tracker:
     return TRACKERS[name]
 
 
-def offers_manual_protect(vm: VmFd) -> bool:
-    """Tell whether the dirty bitmap can be cleared by hand."""
-    offered = vm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
-    return bool(offered & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+def bitmap_tracker(
+    wanted: int = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.KVM_DIRTY_LOG_INITIALLY_SET,
+) -> Tracker:
+    """Return the tracker ``kvm-bitmap``.
+
+    Args:
+        wanted: what of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 to use where the kernel offers it; 0 is the automatic way.
+    """
+    return Tracker(prepare=lambda vm: _prepare_bitmap(vm, wanted), make=lambda vm: _make_bitmap(vm, wanted))
 
 
-def _prepare_bitmap(vm: VmFd) -> None:
-    if offers_manual_protect(vm):
-        vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE)
+def _prepare_bitmap(vm: VmFd, wanted: int) -> None:
+    if used := vm.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & wanted:
+        vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, used)
 
 
-def _make_bitmap(vm: "KvmVm") -> LogDirty:
-    return KvmBitmapLog(vm.vm_fd, vm.memory, vm.slots, manual_protect=offers_manual_protect(vm.vm_fd))
-
-
-def _make_automatic_bitmap(vm: "KvmVm") -> LogDirty:
-    return KvmBitmapLog(vm.vm_fd, vm.memory, vm.slots, manual_protect=False)
+def _make_bitmap(vm: "KvmVm", wanted: int) -> LogDirty:
+    used = vm.vm_fd.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & wanted
+    return KvmBitmapLog(
+        vm.vm_fd,
+        vm.memory,
+        vm.slots,
+        manual_protect=bool(used & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE),
+        initially_set=bool(used & uapi.KVM_DIRTY_LOG_INITIALLY_SET),
+    )
 
 
 def ring_tracker(ring_bytes: int | None = None) -> Tracker:
@@ -117,7 +125,7 @@ def _view(vm: "KvmVm") -> VcpuView:
 
 
 TRACKERS: dict[str, Tracker] = {
-    DEFAULT_TRACKER: Tracker(prepare=_prepare_bitmap, make=_make_bitmap),
+    DEFAULT_TRACKER: bitmap_tracker(),
     "kvm-ring": ring_tracker(),
     "uffd-wp": Tracker(
         prepare=lambda _: check_userfaultfd(), make=lambda vm: WriteProtectLog(_view(vm)), own_mapping=True
@@ -126,5 +134,3 @@ TRACKERS: dict[str, Tracker] = {
         prepare=lambda _: check_pagemap_scan(), make=lambda vm: PagemapScanLog(_view(vm)), own_mapping=True
     ),
 }
-#: How ``kvm-bitmap`` works where the kernel has no manual protect; for tests on one that has.
-AUTOMATIC_BITMAP = Tracker(prepare=lambda _: None, make=_make_automatic_bitmap)

@@ -49,6 +49,7 @@ def examine() -> list[Finding]:
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
         _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
+        _try("kvm-manual-protect", _manual_protect, "use --accel soft"),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in _OTHER_TRACKERS),
         _try("machine-irqchip", partial(_trial, Accel.KVM, machine=MachineModel.IRQCHIP), ""),
         _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
@@ -119,6 +120,21 @@ def _exact_cpuid() -> str:
     if not probe().exact_cpuid:
         raise UnsupportedError("kvm-cpuid", "this KVM changes the CPUID table that a guest is given")
     return "a guest sees the CPUID table it is given"
+
+
+def _manual_protect() -> str:
+    from pageferry.kvm.probe import probe
+
+    support = probe()
+    if not support.manual_protect:
+        raise UnsupportedError(
+            "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+            "tracker kvm-bitmap does without: this KVM clears its dirty bitmap whenever it is read",
+            hint="nothing is lost by it, but a PEEK costs the guest as many faults as a CLEAN; Linux 5.2 has it",
+        )
+    if not support.initially_set:
+        return "the dirty bitmap is cleared by hand; it cannot start all set (Linux 5.7 has that)"
+    return "the dirty bitmap is cleared by hand, and starts all set"
 
 
 def _socket_buffers() -> str:

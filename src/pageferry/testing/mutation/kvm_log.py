@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_START, gfn_of
-from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm import KvmVm
 from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.slots import MemorySlot
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
@@ -36,7 +36,7 @@ def kvm_slot_remade_before_read(vm: KvmVm) -> None:
         def get(slots: Iterable[MemorySlot]) -> DirtyBitmap:
             for slot in slots:
                 slot.set(log._vm)
-                slot.set(log._vm, uapi.KVM_MEM_LOG_DIRTY_PAGES)
+                log._start_logging(slot)
             bitmap: DirtyBitmap = sound(slots)
             return bitmap
 
