@@ -110,7 +110,7 @@ def test_doctor_tells_how_the_dirty_bitmap_is_cleared(kvm_support, monkeypatch, 
     found = dataclasses.replace(kvm_support, capabilities=less)
     assert (found.manual_protect, found.initially_set) == (bool(offered & 1), bool(offered & 2))
     monkeypatch.setattr(sys.modules["pageferry.kvm.probe"], "probe", lambda: found)
-    monkeypatch.setattr(doctor, "_trial", lambda *_: "")
+    monkeypatch.setattr(doctor, "_trial", lambda *_, **__: "")
     findings = {finding.capability: finding for finding in doctor.examine()}
     assert findings["kvm-manual-protect"].works is works
     assert told in findings["kvm-manual-protect"].detail
