@@ -73,6 +73,7 @@ def report(*rounds, fixed_s=0.01, action=Action.STOP_AND_COPY, policy="downtime"
         verified=True,
         verified_pages=16384,
         audited_pages=0,
+        shared_memory=False,
         connections=1,
         compress="none",
         sent_bytes=sum(each.sent_bytes for each in made),

@@ -180,6 +180,8 @@ def _in_words(lines: list[str]) -> Table:
 def _verified(report: Json) -> str:
     if not report["verified"]:
         return "no"
+    if report["shared_memory"]:
+        return "no page was copied: the destination has the same memory, and looked at some of it"
     proven = f"yes: all {report['verified_pages']:,} pages with content are equal, and nothing else is there"
     if not report["audited_pages"]:
         return proven

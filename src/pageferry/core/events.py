@@ -121,6 +121,7 @@ class MigrationReport:
     source's monotonic clock; ``downtime_parts_s`` sums to it. Both None unless the guest moved.
     ``verified``: the destination proved its memory equal; ``verified_pages``: how many pages that were, of which
     ``audited_pages`` were digested while the guest ran and not again at the pause.
+    ``shared_memory``: the destination took over the very memory of the source; no page was copied, a few looked at.
     ``state_bytes``: all state but memory, as sent; ``devices``: each device's part of it. None and empty when the
     attempt ended before. (Loading at the destination is in the part *verify*, which waits for it.)
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
@@ -154,6 +155,7 @@ class MigrationReport:
     verified: bool
     verified_pages: int
     audited_pages: int
+    shared_memory: bool
     fault_count: int | None
     throttled_s: float
     reason: str

@@ -9,11 +9,12 @@ alive: memory is unmapped when the last of them is gone, never under a reader's 
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import platform
 import weakref
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -88,6 +89,10 @@ def atomic_or_u32(hva: int, bits: int) -> None:
         _raise("futex")
 
 
+#: Nobody can make a file with these smaller or larger.
+_FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
 class MemFd:
     """An anonymous, sparse, page-granular file: the storage of guest RAM.
 
@@ -104,7 +109,7 @@ class MemFd:
 
     def __init__(self, name: str, size_bytes: int, *, hugetlb: bool = False) -> None:
         self.size_bytes = size_bytes
-        flags = os.MFD_HUGETLB | _MFD_HUGE_2MB if hugetlb else 0
+        flags = os.MFD_HUGETLB | _MFD_HUGE_2MB if hugetlb else os.MFD_ALLOW_SEALING
         try:
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC | flags)
         except OSError as error:
@@ -116,9 +121,31 @@ class MemFd:
         self._close = weakref.finalize(self, os.close, self.fd)
         try:
             os.ftruncate(self.fd, -(-size_bytes // SIZE_2M) * SIZE_2M if hugetlb else size_bytes)
+            if not hugetlb:
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _FIXED_SIZE)
         except (OSError, OverflowError) as error:
             self._close()
             raise UsageError(f"the host cannot hold {size_bytes} bytes of guest memory") from error
+
+    @classmethod
+    def adopt(cls, fd: int, size_bytes: int) -> Self:
+        """Return the file that another process made with this size, and handed over; the descriptor is ours then.
+
+        Raises:
+            VmError: it is no such file, or could be made smaller under us, which would kill whoever touches it.
+        """
+        memfd = cls.__new__(cls)
+        memfd.fd, memfd.size_bytes = fd, size_bytes
+        memfd._close = weakref.finalize(memfd, os.close, fd)
+        try:
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _FIXED_SIZE == _FIXED_SIZE
+            fits = sealed and os.fstat(fd).st_size == size_bytes
+        except OSError:  # no file that can have seals
+            fits = False
+        if not fits:
+            memfd.close()
+            raise VmError("the memory that was handed over is not a file of the guest's size that stays so")
+        return memfd
 
     def populated(self) -> tuple[GfnArray, GfnArray]:
         """Return the page runs that have storage, ``(starts, lengths)`` in pages of the file, ascending.

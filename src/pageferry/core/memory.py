@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
-from pageferry.core.errors import UsageError, VmError
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -33,6 +33,7 @@ from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_POPULATE_WRITE, HostMappi
 from pageferry.core.hugepages import HugePages, pool_too_small
 
 #: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
+_COPY = "let it be copied: migrate over TCP"
 MIN_MEMORY_BYTES = 2 << 20
 #: The identity map of the guest ABI ends here.
 MAX_MEMORY_BYTES = 127 << 30
@@ -73,6 +74,16 @@ def ram_layout(memory_bytes: int) -> tuple[RamRegion, ...]:
     if memory_bytes <= PCI_HOLE_START:
         return (low,)
     return (low, RamRegion(gpa=PCI_HOLE_END, size_bytes=memory_bytes - PCI_HOLE_START))
+
+
+def storage_bytes(memory_bytes: int) -> int:
+    """Return the size of a file that has RAM at offset gpa, holes included.
+
+    Raises:
+        UsageError: as :func:`ram_layout`.
+    """
+    last = ram_layout(memory_bytes)[-1]
+    return last.gpa + last.size_bytes
 
 
 def _touched(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[GfnArray, GfnArray]:
@@ -123,6 +134,8 @@ class GuestMemory:
     ) -> None:
         self.regions = tuple(regions)
         self.mapping = mapping
+        self.storage: MemFd | None = None
+        """The file with all of RAM at offset gpa, which another process may map too; None where there is none such."""
         self.huge_pages = huge_pages
         self._populated = populated
         self._vcpu_mapping = vcpu_mapping or mapping
@@ -134,8 +147,15 @@ class GuestMemory:
         self.size_bytes = sum(region.size_bytes for region in self.regions)
 
     @classmethod
-    def linear(cls, memory_bytes: int, *, huge_pages: HugePages = HugePages.OFF) -> "GuestMemory":
+    def linear(
+        cls, memory_bytes: int, *, huge_pages: HugePages = HugePages.OFF, storage: MemFd | None = None
+    ) -> "GuestMemory":
         """Make RAM over one memfd whose offset is the gpa (the hole costs nothing: the file is sparse).
+
+        Args:
+            memory_bytes: how much.
+            huge_pages: what to ask of the host.
+            storage: of another process, with its content; None makes a new one.
 
         Raises:
             UsageError: see :func:`ram_layout`, or the host refuses the size.
@@ -144,7 +164,9 @@ class GuestMemory:
         regions = ram_layout(memory_bytes)
         end = regions[-1].gpa + regions[-1].size_bytes
         hugetlb = huge_pages is HugePages.HUGETLB
-        memfd = MemFd("pageferry-ram", end, hugetlb=hugetlb)
+        if storage is not None and (hugetlb or storage.size_bytes != end):
+            raise UnsupportedError("shared-memory", "memory of another kind cannot be taken over", hint=_COPY)
+        memfd = storage or MemFd("pageferry-ram", end, hugetlb=hugetlb)
         mapping = HostMapping(end)
         for region in regions:
             try:
@@ -156,7 +178,9 @@ class GuestMemory:
             if huge_pages is HugePages.THP:
                 mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
         populated = partial(_touched, regions, mapping) if hugetlb else memfd.populated
-        return cls(regions, mapping, populated, huge_pages=huge_pages)
+        memory = cls(regions, mapping, populated, huge_pages=huge_pages)
+        memory.storage = None if hugetlb else memfd
+        return memory
 
     def map_again(self) -> HostMapping:
         """Return a second mapping of all of RAM, laid out as :attr:`mapping`, for a memory made by :meth:`linear`.

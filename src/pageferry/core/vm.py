@@ -12,6 +12,7 @@ from typing import Protocol
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import CpuModel, Leaves
 from pageferry.core.frames import GfnArray
+from pageferry.core.hostmem import MemFd
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 
@@ -32,13 +33,15 @@ class VmConfig:
 
     ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs. ``cpu`` is what CPUID shows: a
     model, to be made of what the machine offers, or the table of a guest that has one already. A guest keeps its
-    ``machine`` model for life.
+    ``machine`` model for life. ``storage``: the memory of another process on this host, to be taken over with its
+    content (as :attr:`GuestMemory.storage` is); a machine that cannot refuses as ``shared-memory``.
     """
 
     memory_bytes: int
     cpus: int = 1
     cpu: CpuModel | Leaves = CpuModel.BASELINE
     machine: MachineModel = MachineModel.PLAIN
+    storage: MemFd | None = None
 
 
 class VmStatus(StrEnum):

@@ -165,6 +165,7 @@ class Attempt(ABC):
         self.status = "setup"
         self.guest_at = GuestAt.SOURCE
         self.frozen = False
+        self._shared = False
         self.report: MigrationReport | None = None
         self.error: MigrationError | None = None
 
@@ -369,6 +370,7 @@ class Attempt(ABC):
             verified=self._prover.verified_pages > 0,
             verified_pages=self._prover.verified_pages,
             audited_pages=self._prover.audited_pages,
+            shared_memory=self._shared,
             fault_count=self._fault_count,
             throttled_s=self._throttle.held_s,
             reason=reason,

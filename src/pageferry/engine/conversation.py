@@ -45,14 +45,14 @@ class Peer:
         """
         self.channel.send([self._encoder.preamble()])
 
-    def send(self, frame: Frame) -> None:
-        """Send one frame.
+    def send(self, frame: Frame, fd: int | None = None) -> None:
+        """Send one frame, and a descriptor with it over a Unix socket.
 
         Raises:
             LocalStreamError: it is not our turn.
             OSError: cut or stalled.
         """
-        self.channel.send([self._encoder.frame(frame)])
+        self.channel.send([self._encoder.frame(frame)], fd)
 
     def receive(self) -> Frame:
         """Return the peer's next frame.

@@ -10,6 +10,7 @@ here, and none ever ran.
 import contextlib
 import secrets
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,9 +30,9 @@ from pageferry.core.errors import (
     VmError,
 )
 from pageferry.core.events import Event, Phase
-from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.hostmem import available_bytes
-from pageferry.core.memory import GuestMemory
+from pageferry.core.frames import PAGE_SIZE, GfnArray
+from pageferry.core.hostmem import MemFd, available_bytes
+from pageferry.core.memory import GuestMemory, storage_bytes
 from pageferry.core.state import MachineState
 from pageferry.core.units import format_size
 from pageferry.core.vm import MachineModel, Vm, VmConfig
@@ -104,6 +105,7 @@ class Destination:
         self._clock = PhaseClock(guarded(on_event))
         self._peer = Peer(channel, Side.DESTINATION)
         self._ours = False
+        self._shared = False
         self._audited: AuditedPages | None = None
 
     def abort(self) -> None:
@@ -182,12 +184,7 @@ class Destination:
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
-            vm = self._make_vm(_config(hello))
-            try:
-                _expect_room(vm.memory, hello)
-            except UsageError:
-                vm.close()
-                raise
+            vm = self._make(hello)
         except (UsageError, VmError) as error:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
@@ -198,9 +195,33 @@ class Destination:
             vm.close()
             raise
 
+    def _make(self, hello: SourceHello) -> Vm:
+        """Make the machine: over the source's own memory where that was handed over and the machine can."""
+        config, fd = _config(hello), self._channel.take_fd()
+        if fd is not None and features.SHARED_MEMORY in hello.features:
+            storage = MemFd.adopt(fd, storage_bytes(hello.memory_bytes))
+            try:
+                vm = self._make_vm(replace(config, storage=storage))
+            except UnsupportedError as error:
+                storage.close()
+                if error.capability != features.SHARED_MEMORY:
+                    raise
+            else:
+                self._shared = True
+                return vm
+        vm = self._make_vm(config)
+        try:
+            _expect_room(vm.memory, hello)
+        except UsageError:
+            vm.close()
+            raise
+        return vm
+
     def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
         # Say what is used of the offer; return the further connections.
-        self._features = features.agree(hello.features, several_connections=self._accept is not None)
+        self._features = features.agree(
+            hello.features, several_connections=self._accept is not None, shared=self._shared
+        )
         if features.AUDIT in self._features:
             self._audited = AuditedPages(vm.memory)
         several = self._accept is not None and features.CONNECTIONS in self._features
@@ -271,10 +292,17 @@ class Destination:
             if frame.last:
                 break
         if not mismatched:
-            gfn = verify.first_nonzero_outside(memory, populated, np.concatenate(starts), np.concatenate(lengths))
-            if gfn is not None:
-                raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
+            self._expect_zero_elsewhere(memory, populated, np.concatenate(starts), np.concatenate(lengths))
             self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
+
+    def _expect_zero_elsewhere(
+        self, memory: GuestMemory, populated: tuple[GfnArray, GfnArray], starts: GfnArray, lengths: GfnArray
+    ) -> None:
+        if self._shared:
+            return  # there is no elsewhere: the memory is one
+        gfn = verify.first_nonzero_outside(memory, populated, starts, lengths)
+        if gfn is not None:
+            raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
 
     def _compare(self, memory: GuestMemory, frame: Digests) -> bool:
         """Compare one frame of digests; on the first difference send MISMATCH and return True.

@@ -10,6 +10,7 @@ from pageferry.stream.packing import Packing, available
 ZERO_PAGES = "zero-pages"
 AUDIT = "audit"
 CONNECTIONS = "connections"
+SHARED_MEMORY = "shared-memory"
 #: Page data packed by the library of that name; at most one of these is offered.
 PACK = {Packing.LZ4: "pack-lz4", Packing.ZSTD: "pack-zstd"}
 
@@ -21,12 +22,12 @@ _RECORDS = {
 }
 
 
-def offer(wire: WireOptions, *, audit: bool) -> tuple[str, ...]:
+def offer(wire: WireOptions, *, audit: bool, shared: bool) -> tuple[str, ...]:
     """Return what a source offers."""
     audits = (AUDIT,) if audit else ()
     several = (CONNECTIONS,) if wire.connections > 1 else ()
     packed = (PACK[wire.compress],) if wire.compress in PACK else ()
-    return (ZERO_PAGES, *audits, *several, *packed)
+    return (ZERO_PAGES, *audits, *several, *packed, *((SHARED_MEMORY,) if shared else ()))
 
 
 def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[str]) -> None:
@@ -45,11 +46,13 @@ def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[s
         raise UsageError(f"the destination cannot unpack {wire.compress}", hint=hint)
 
 
-def agree(offered: Collection[str], *, several_connections: bool) -> tuple[str, ...]:
+def agree(offered: Collection[str], *, several_connections: bool, shared: bool) -> tuple[str, ...]:
     """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
     can = {ZERO_PAGES, AUDIT, *(PACK[packing] for packing in available())}
     if several_connections:
         can.add(CONNECTIONS)
+    if shared:
+        can.add(SHARED_MEMORY)
     used = [feature for feature in offered if feature in can]
     spare = [feature for feature in used if feature in PACK.values()][1:]
     return tuple(feature for feature in used if feature not in spare)

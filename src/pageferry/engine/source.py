@@ -23,6 +23,8 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
+
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, TruncatedError, VmError
@@ -39,6 +41,7 @@ from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
 from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.transport import Channel
+from pageferry.engine.wire import DEFAULT_WIRE
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
     Commit,
@@ -48,7 +51,7 @@ from pageferry.stream.ferry import (
     Side,
     SourceHello,
 )
-from pageferry.stream.format import RecordType
+from pageferry.stream.format import PageType, RecordType
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, packer
@@ -113,6 +116,7 @@ class Source(Attempt):
     def _hello(self, peer: Peer) -> None:
         peer.greet()
         starts, lengths = self._vm.memory.populated()
+        storage = self._vm.memory.storage if self._may_share(peer) else None
         peer.send(
             SourceHello(
                 version=__version__,
@@ -125,23 +129,24 @@ class Source(Attempt):
                 name=self._name,
                 populated=verify.hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
-                features=self._offer,
+                features=self._offer(peer),
                 connections=self._wire.connections,
-            )
+            ),
+            None if storage is None else storage.fd,
         )
         hello = peer.receive()
         if not isinstance(hello, DestinationHello):
             raise self._unexpected(hello)
         self._peer_accel = hello.accel
-        features.check_answer(self._wire, self._offer, hello.features)
+        features.check_answer(self._wire, self._offer(peer), hello.features)
+        self._shared = features.SHARED_MEMORY in hello.features
         self._agreed = features.records_of(hello.features)
         self._prover.agree(hello.features)
         main = self._lane(peer.channel, self._encoder)
         self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
 
-    @property
-    def _offer(self) -> tuple[str, ...]:
-        return features.offer(self._wire, audit=self._prover.may_audit)
+    def _offer(self, peer: Peer) -> tuple[str, ...]:
+        return features.offer(self._wire, audit=self._prover.may_audit, shared=self._may_share(peer))
 
     def _join(self, token: str, index: int) -> Lane:
         channel = self._open()
@@ -162,8 +167,33 @@ class Source(Attempt):
         self._prover.sent(gfns)
         self._sent.add(len(self._sender.rounds), gfns)
 
+    def _may_share(self, peer: Peer) -> bool:
+        """Whether the destination is on this host and may have our memory instead of a copy."""
+        return peer.channel.local and self._vm.memory.storage is not None and self._wire == DEFAULT_WIRE
+
+    def _share(self, peer: Peer) -> None:
+        """Stand in for pre-copy where the destination has our memory: nothing of it is sent, not even what is dirty."""
+        header = self._encoder.header(agreed=self._agreed)
+        static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
+        xalloc = np.array([PageType.XALLOC], np.uint8)  # the format wants to hear of one page, and that it is there
+        peer.channel.send(
+            [header, *(self._encoder.record(record) for record in static), self._encoder.page_data([0], xalloc)]
+        )
+        if not self._go_on.is_set():
+            self.status = HELD
+        while not self._go_on.wait(_HELD_ROUND_S):
+            self._hear(peer)
+            self._expect_alive()
+        self.status = "active"
+        if self._cancelled:
+            raise self._abort("cancelled")
+
     def _precopy(self, peer: Peer) -> None:
         self._expect_alive()
+        if self._shared:
+            self._share(peer)
+            self._stop_reason = "the destination has the same memory"
+            return
         self._stall.begin()
         static = (CpuidPolicy(leaves=self._vm.cpuid), StaticDataEnd())
         header = self._encoder.header(agreed=self._agreed)
@@ -310,6 +340,8 @@ class Source(Attempt):
         self._expect_alive()
 
     def _stop_and_copy(self, peer: Peer) -> None:
+        if self._shared:
+            return
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
         gfns = self._vm.log_dirty.peek().gfns()
         self._prover.cleaned(gfns)
@@ -332,7 +364,7 @@ class Source(Attempt):
 
     def _verify(self, peer: Peer) -> None:
         spent_s = self._clock.now_s() - self._clock.began_s[Phase.PAUSE] + self._state_s / 2  # it is loaded there
-        answer = self._prover.prove(peer, spent_s)
+        answer = self._prover.look(peer) if self._shared else self._prover.prove(peer, spent_s)
         if answer is not None:
             raise self._unexpected(answer)
 

@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -174,7 +175,9 @@ class Channel:
         self.sent_bytes = 0
         self.pacer: Pacer | None = None
         self._aborted = threading.Event()
-        if sock.family != socket.AF_UNIX:
+        self._fds: list[int] = []
+        self.local = sock.family == socket.AF_UNIX
+        if not self.local:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
             try:
@@ -182,8 +185,12 @@ class Channel:
             except OSError:  # needs privilege; the plain form is capped by the system's limit
                 sock.setsockopt(socket.SOL_SOCKET, plain, _SOCKET_BUFFER_BYTES)
 
-    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+    def send(self, buffers: Sequence[bytes | memoryview], fd: int | None = None) -> None:
         """Send all of ``buffers`` in order, gathered, when the pacer allows it.
+
+        Args:
+            buffers: what to send.
+            fd: a descriptor to hand over with the first byte (Unix sockets only); it stays ours too.
 
         Raises:
             OSError: cut or stalled.
@@ -195,8 +202,10 @@ class Channel:
         deadline_s = self.deadline_s()
         while at < len(queue):
             self._until(deadline_s)
-            sent = self._sock.sendmsg(queue[at : at + _MAX_BUFFERS])
+            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+            sent = self._sock.sendmsg(queue[at : at + _MAX_BUFFERS], rights)
             self.sent_bytes += sent
+            fd = None
             while at < len(queue) and sent >= len(queue[at]):
                 sent -= len(queue[at])
                 at += 1
@@ -239,7 +248,15 @@ class Channel:
             OSError: cut or stalled.
         """
         self._until(self.deadline_s() if deadline_s is None else deadline_s)
-        return self._sock.recv(at_most_bytes)
+        if not self.local:
+            return self._sock.recv(at_most_bytes)
+        data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
+        self._fds += fds
+        return data
+
+    def take_fd(self) -> int | None:
+        """Return the last descriptor that the peer handed over, which is the caller's then; None if there is none."""
+        return self._fds.pop() if self._fds else None
 
     def _until(self, deadline_s: float) -> None:
         left_s = deadline_s - time.monotonic()
@@ -274,5 +291,7 @@ class Channel:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, and what was handed over and not taken."""
         self._sock.close()
+        while (fd := self.take_fd()) is not None:
+            os.close(fd)

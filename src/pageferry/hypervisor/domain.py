@@ -57,6 +57,8 @@ class Domain(Machine):
             raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
         if config.machine is not MachineModel.PLAIN:
             raise UnsupportedError("machine", "the software machine has no interrupt controllers", hint=_USE_KVM)
+        if config.storage is not None:
+            raise UnsupportedError("shared-memory", "the soft machine has its frames in an order of its own")
         cpuid = _cpuid_table(config.cpu)
         regions = ram_layout(config.memory_bytes)
         extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)

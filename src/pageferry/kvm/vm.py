@@ -73,7 +73,8 @@ class KvmVm(Machine):
             if not 1 <= config.cpus <= limit:
                 raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
             cpuid = table_for(config.cpu, supported_cpuid(system), where="this host")
-            super().__init__(config, GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages), cpuid)
+            memory = GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages, storage=config.storage)
+            super().__init__(config, memory, cpuid)
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
