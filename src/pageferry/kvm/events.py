@@ -50,13 +50,13 @@ def read_events(fd: VcpuFd) -> dict[str, Any]:
     """Return the fields of ``VcpuState`` that are pending events.
 
     Raises:
-        VmError: the vCPU is in system management mode, or about to be.
+        VmError: the vCPU is in system management mode, or an SMI or INIT waits.
         KvmError: the kernel refused.
     """
     events = uapi.KvmVcpuEvents()
     fd.ioctl(uapi.KVM_GET_VCPU_EVENTS, events)
     if any(bytes(events.smi)):
-        raise VmError("the vCPU has to do with system management mode, which no machine state here holds")
+        raise VmError("the vCPU is in system management mode, or an SMI or INIT waits: no state here holds that")
     pending_event, error_code = _injected(events)
     return {
         "pending_event": pending_event,
