@@ -87,7 +87,11 @@ def compare(rows: Sequence[Sequence[Move | None]], total_target: float) -> list[
         rows: one per repetition: a move by each monitor, ours first; None where it did not come about.
         total_target: of the total time.
     """
-    return [*(_compare(rows, measure) for measure in measures(total_target)), _verification_share(rows)]
+    return [
+        *(_compare(rows, measure) for measure in measures(total_target)),
+        _verification_share(rows, "total time", lambda move: move.total_s, VERIFY_SHARE_TARGET),
+        _verification_share(rows, "downtime", lambda move: move.downtime_s, None),
+    ]
 
 
 def _values(rows: Sequence[Sequence[Move | None]], measure: Measure) -> list[list[float | None]]:
@@ -116,17 +120,19 @@ def _pairs(table: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]
     return pairs
 
 
-def _verification_share(rows: Sequence[Sequence[Move | None]]) -> Comparison:
+def _verification_share(
+    rows: Sequence[Sequence[Move | None]], whole: str, of: Callable[[Move], float], target: float | None
+) -> Comparison:
     moves = [row[0] for row in rows]
-    shares = [move.verify_s / move.total_s for move in moves if move is not None and move.verify_s is not None]
+    shares = [move.verify_s / of(move) for move in moves if move is not None and move.verify_s is not None]
     spread = Spread.of(shares)
     others = len(rows[0]) - 1
     return Comparison(
-        measure="verification, share of total time",
+        measure=f"verification, share of {whole}",
         spreads=(spread, *[None] * others),
         cells=(_cell(spread, "{:.1%}".format), *[UNKNOWN] * others),
         ratio=spread,
-        target=VERIFY_SHARE_TARGET,
+        target=target,
     )
 
 

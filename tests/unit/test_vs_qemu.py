@@ -58,12 +58,13 @@ def test_a_move_that_did_not_come_about_is_no_number():
 
 
 def test_verification_is_a_share_of_our_own_time():
-    share = by_measure(compare([(move(2.0, verify_s=0.3), move(1.0), move(1.0))], 0.5))[
-        "verification, share of total time"
-    ]
-    assert share.ratio.median == 0.15
-    assert share.met is True
-    assert share.cells == ("15.0% (15.0% to 15.0%)", "-", "-")
+    rows = [(move(2.0, verify_s=0.3, downtime_s=0.4), move(1.0), move(1.0))]
+    shares = by_measure(compare(rows, 0.5))
+    total, downtime = shares["verification, share of total time"], shares["verification, share of downtime"]
+    assert (total.ratio.median, total.met) == (0.15, True)
+    assert total.cells == ("15.0% (15.0% to 15.0%)", "-", "-")
+    assert downtime.cells == ("75.0% (75.0% to 75.0%)", "-", "-")
+    assert downtime.met is None
 
 
 def test_the_table_has_a_verdict_where_there_is_a_target():
