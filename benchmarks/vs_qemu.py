@@ -31,7 +31,7 @@ from pageferry.core.units import format_size
 from peers.image import Load
 from peers.monitors import Monitor, Pageferry, Qemu, qemu_shim
 from peers.move import Move, move
-from peers.table import PLAIN_TARGET, Spread, compare, growth_table, markdown
+from peers.table import PLAIN_TARGET, Spread, compare, growth_table, header, lines
 from wire import plain_copy
 
 _MIB = 1 << 20
@@ -101,35 +101,30 @@ def _attempt(monitor: Monitor, load: Load) -> Move | None:
         return None
 
 
-def run_scenario(scenario: Scenario, shim: bytes, terms: Terms) -> tuple[str, dict[str, Any]]:
-    """Move the guest by each monitor in turn, after a warm-up; return a table and all numbers."""
-    monitors = (
-        Pageferry(policy="converge" if scenario.converge else "downtime", limit_s=terms.limit_s, options=terms.options),
-        Qemu(shim=shim, channels=None, converge=scenario.converge, limit_s=terms.limit_s),
-        Qemu(shim=shim, channels=_MULTIFD_CHANNELS, converge=scenario.converge, limit_s=terms.limit_s),
-    )
+def run_scenario(scenario: Scenario, monitors: Sequence[Monitor], terms: Terms) -> tuple[str, dict[str, Any]]:
+    """Move the guest by each monitor in turn, after a warm-up; return lines of a table, and all numbers."""
     rows = []
     for number in range(terms.pairs + 1):
         _say(f"{scenario.title}: {f'repetition {number} of {terms.pairs}' if number else 'warm-up'}")
         rows.append([_attempt(monitor, scenario.load) for monitor in monitors])
     rows = rows[1:]
-    names = [monitor.name for monitor in monitors]
     comparisons = compare(rows, scenario.total_target)
-    failed = [sum(row[column] is None for row in rows) for column in range(len(monitors))]
-    text = [f"**{scenario.title}** ({terms.pairs} repetitions)", "", markdown(names, comparisons)]
-    text += [
-        f"\n{name}: {n} of {terms.pairs} migrations did not come about"
-        for name, n in zip(names, failed, strict=True)
-        if n
-    ]
-    return "\n".join(text), {
+    return lines(scenario.title, rows, comparisons), {
         "scenario": scenario.title,
-        "monitors": names,
-        "repetitions": terms.pairs,
+        "monitors": [monitor.name for monitor in monitors],
         "comparisons": [comparison.to_json() for comparison in comparisons],
-        "failed": failed,
         "moves": [[None if each is None else asdict(each) for each in row] for row in rows],
     }
+
+
+def _monitors(scenario: Scenario, shim: bytes, terms: Terms) -> tuple[Monitor, ...]:
+    converge, limit_s = scenario.converge, terms.limit_s
+    policy = "converge" if converge else "downtime"
+    return (
+        Pageferry(policy=policy, limit_s=limit_s, options=terms.options),
+        Qemu(shim=shim, channels=None, converge=converge, limit_s=limit_s),
+        Qemu(shim=shim, channels=_MULTIFD_CHANNELS, converge=converge, limit_s=limit_s),
+    )
 
 
 def run_growth(sizes_mib: Sequence[int], terms: Terms) -> tuple[str, dict[str, Any]]:
@@ -142,12 +137,7 @@ def run_growth(sizes_mib: Sequence[int], terms: Terms) -> tuple[str, dict[str, A
             _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
             continue
         sizes.append(_grow(load, terms))
-    return growth_table(sizes, terms.pairs), {
-        "scenario": GROWTH,
-        "repetitions": terms.pairs,
-        "target": PLAIN_TARGET,
-        "sizes": sizes,
-    }
+    return growth_table(sizes), {"scenario": GROWTH, "target": PLAIN_TARGET, "sizes": sizes}
 
 
 def _grow(load: Load, terms: Terms) -> dict[str, Any]:
@@ -173,14 +163,18 @@ def _run(wanted: Sequence[str], largest_mib: int, terms: Terms, *, show: bool) -
         with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
             shim = qemu_shim(Path(folder))
     results = []
-    for name in wanted:
-        if name in SCENARIOS:
-            text, numbers = run_scenario(SCENARIOS[name], shim, terms)
-        else:
+    for name in sorted(wanted, key=[*SCENARIOS, GROWTH].index):
+        if name == GROWTH:
             text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], terms)
+            text = f"\n{text}"
+        else:
+            monitors = _monitors(SCENARIOS[name], shim, terms)
+            text, numbers = run_scenario(SCENARIOS[name], monitors, terms)
+            if not results:
+                text = f"{header([monitor.name for monitor in monitors])}\n{text}"
         results.append(numbers)
         if show:
-            print(f"{text}\n", flush=True)
+            print(text, flush=True)
     return results
 
 
@@ -208,7 +202,6 @@ def main() -> int:
     if not 1 <= options.downtime_limit <= 2_000_000:
         parser.error("the downtime limit is between 1 ms and 2000 s, as QEMU has it")
     terms = Terms(pairs=options.pairs, limit_s=options.downtime_limit / 1e3, options=tuple(options.set))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = options.scenarios or known
     try:
         results = _run(wanted, options.largest, terms, show=not options.json)
@@ -219,10 +212,11 @@ def main() -> int:
         _say("vs_qemu: interrupted; what was started is ended")
         return 130
     if options.json:
-        json.dump({"results": results}, sys.stdout, indent=2)
+        json.dump({"terms": asdict(terms), "results": results}, sys.stdout, indent=2)
         print()
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -51,9 +51,11 @@ def move(monitor: Monitor, load: Load) -> Move:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vs-qemu-")))
         source = stack.enter_context(monitor.source(load, folder))
+        source.start()
         wait_filled(source, time.monotonic() + _FILL_S)
         _touch(load.filled_bytes)
         destination = stack.enter_context(monitor.destination(load, folder))
+        destination.start()
         peers = (source, destination)
         uri = monitor.listen(destination)
         for peer in peers:
@@ -109,7 +111,7 @@ def _expect_whole(destination: Peer) -> None:
 
 def _touch(size_bytes: int) -> None:
     """Have a process touch so much memory and give it back: a virtual host hands out faster what was in use lately."""
-    process = multiprocessing.get_context("spawn").Process(target=_touch_here, args=(size_bytes,))
+    process = multiprocessing.get_context("spawn").Process(target=_touch_here, args=(size_bytes,), daemon=True)
     process.start()
     process.join()
 

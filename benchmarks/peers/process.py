@@ -1,13 +1,12 @@
 """One process of a virtual machine monitor: started, asked by QMP, measured through /proc, ended."""
 
 import contextlib
-import ctypes
 import select
 import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,13 +18,21 @@ _END_S = 20.0
 _POLL_S = 0.02
 _CPUCLOCK_SCHED = 2
 _RESET_PEAK = "5"
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends; between fork and exec, so it does no more than that."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off to the end of a block; on the main thread."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: came.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 class Peer(ABC):
@@ -42,6 +49,8 @@ class Peer(ABC):
         self._command = command
         self._control = folder / f"{name}.sock"
         self._output = folder / f"{name}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._qmp: QmpClient | None = None
 
     @abstractmethod
     def _control_options(self, control: Path) -> Sequence[str]:
@@ -52,38 +61,40 @@ class Peer(ABC):
         """Return where guest memory lies in the process's own addresses; None while there is none yet."""
 
     def __enter__(self) -> Self:
-        with self._output.open("wb") as output:
-            # A session of its own: Ctrl-C reaches the benchmark, which ends its children in order. However that itself
-            # ends, perhaps between two lines here, the kernel ends them.
-            self._process = subprocess.Popen(
-                [*self._command, *self._control_options(self._control)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-                preexec_fn=_end_with_parent,
-            )
-        try:
-            self.qmp = self._connect()
-        except BaseException:
-            self._end()
-            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.qmp.close()
-        self._end()
+        with _uninterrupted():
+            self._end()
 
-    def _connect(self) -> QmpClient:
+    def start(self) -> None:
+        """Start the process and connect; the ``with`` block is entered before, so nothing can come in between.
+
+        Raises:
+            VmError: it ended at once, or does not answer.
+        """
+        # A session of its own: Ctrl-C reaches the benchmark, which ends its children in order.
+        command = [*self._command, *self._control_options(self._control)]
+        with _uninterrupted(), self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self._qmp = self._connect(self._process)
+
+    def _connect(self, process: subprocess.Popen[bytes]) -> QmpClient:
         deadline_s = time.monotonic() + _START_S
         while True:
             with contextlib.suppress(VmError):
                 return QmpClient(self._control)
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
+            if process.poll() is not None or time.monotonic() > deadline_s:
                 raise VmError(f"{self.name} did not start: {self.last_words()}")
             time.sleep(_POLL_S)
 
     def _end(self) -> None:
+        if self._process is None:
+            return
+        if self._qmp is not None:
+            self._qmp.close()
         self._process.terminate()
         try:
             self._process.wait(_END_S)
@@ -95,15 +106,29 @@ class Peer(ABC):
         """Return the end of what the process printed, on one line."""
         return " / ".join(self._output.read_text(errors="replace").splitlines()[-3:]) or "it said nothing"
 
+    @property
+    def qmp(self) -> QmpClient:
+        """The connection to its control socket, once it was started."""
+        if self._qmp is None:
+            raise VmError(f"{self.name} was not started")
+        return self._qmp
+
+    @property
+    def pid(self) -> int:
+        """The process, once it was started."""
+        if self._process is None:
+            raise VmError(f"{self.name} was not started")
+        return self._process.pid
+
     # -- measures --------------------------------------------------------------------------------------------------
 
     @property
     def _proc(self) -> Path:
-        return Path("/proc", str(self._process.pid))
+        return Path("/proc", str(self.pid))
 
     def cpu_s(self) -> float:
         """Return the processor time, user and system, of all its threads, ended ones included."""
-        return time.clock_gettime(~self._process.pid << 3 | _CPUCLOCK_SCHED)
+        return time.clock_gettime(~self.pid << 3 | _CPUCLOCK_SCHED)
 
     def vcpu_s(self) -> float:
         """Return the processor time of the threads that run vCPUs."""

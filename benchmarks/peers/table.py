@@ -87,7 +87,11 @@ def compare(rows: Sequence[Sequence[Move | None]], total_target: float) -> list[
         rows: one per repetition: a move by each monitor, ours first; None where it did not come about.
         total_target: of the total time.
     """
-    return [*(_compare(rows, measure) for measure in measures(total_target)), _verification_share(rows)]
+    return [
+        *(_compare(rows, measure) for measure in measures(total_target)),
+        _verification_share(rows, "total time", lambda move: move.total_s, VERIFY_SHARE_TARGET),
+        _verification_share(rows, "downtime", lambda move: move.downtime_s, None),
+    ]
 
 
 def _values(rows: Sequence[Sequence[Move | None]], measure: Measure) -> list[list[float | None]]:
@@ -116,17 +120,19 @@ def _pairs(table: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]
     return pairs
 
 
-def _verification_share(rows: Sequence[Sequence[Move | None]]) -> Comparison:
+def _verification_share(
+    rows: Sequence[Sequence[Move | None]], whole: str, of: Callable[[Move], float], target: float | None
+) -> Comparison:
     moves = [row[0] for row in rows]
-    shares = [move.verify_s / move.total_s for move in moves if move is not None and move.verify_s is not None]
+    shares = [move.verify_s / of(move) for move in moves if move is not None and move.verify_s is not None]
     spread = Spread.of(shares)
     others = len(rows[0]) - 1
     return Comparison(
-        measure="verification, share of total time",
+        measure=f"verification, share of {whole}",
         spreads=(spread, *[None] * others),
         cells=(_cell(spread, "{:.1%}".format), *[UNKNOWN] * others),
         ratio=spread,
-        target=VERIFY_SHARE_TARGET,
+        target=target,
     )
 
 
@@ -136,18 +142,28 @@ def _cell(spread: Spread | None, show: Callable[[float], str]) -> str:
     return f"{show(spread.median)} ({show(spread.low)} to {show(spread.high)})"
 
 
-def markdown(names: Sequence[str], comparisons: Sequence[Comparison]) -> str:
-    """Return a table: medians, in brackets the least and the most."""
-    lines = [["", *names, "ratio", "target", ""], ["---"] * (len(names) + 4)]
+def header(names: Sequence[str]) -> str:
+    """Return the beginning of a table of monitors, ours first; :func:`lines` are the rest."""
+    return _markdown([["guest", "", *names, "ratio", "target", ""], ["---"] * (len(names) + 5)])
+
+
+def lines(title: str, rows: Sequence[Sequence[Move | None]], comparisons: Sequence[Comparison]) -> str:
+    """Return a scenario's lines of the table: medians, in brackets the least and the most."""
+    moved = [sum(move is not None for move in column) for column in zip(*rows, strict=True)]
+    table = [[title, "moved", *(f"{count} of {len(rows)}" for count in moved), "", "", ""]]
     for line in comparisons:
         ratio = UNKNOWN if line.ratio is None else _cell(line.ratio, "{:.2f}".format)
         target = "" if line.target is None else f"{line.target:g}"
         verdict = {True: "met", False: "missed", None: ""}[line.met]
-        lines.append([line.measure, *line.cells, ratio, target, verdict])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table.append(["", line.measure, *line.cells, ratio, target, verdict])
+    return _markdown(table)
 
 
-def growth_table(sizes: Sequence[dict[str, Any]], pairs: int) -> str:
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def growth_table(sizes: Sequence[dict[str, Any]]) -> str:
     """Return a table of ``run_growth``'s sizes: medians, in brackets the least and the most."""
     shown = {
         "total time": ("total_s", format_duration),
@@ -157,10 +173,9 @@ def growth_table(sizes: Sequence[dict[str, Any]], pairs: int) -> str:
         "peak memory, both ends": ("peak_bytes", format_size),
         "throughput, of a copy's": ("of_a_copy", "{:.2f}".format),
     }
-    lines = [["memory", *shown, "target", ""], ["---"] * (len(shown) + 3)]
+    rows = [["memory", *shown, "target", ""], ["---"] * (len(shown) + 3)]
     for size in sizes:
         cells = [_cell(Spread(**size[key]), show) for key, show in shown.values()]
         verdict = "met" if size["of_a_copy"]["median"] >= PLAIN_TARGET else "missed"
-        lines.append([format_size(size["memory_bytes"]), *cells, f"{PLAIN_TARGET:g}", verdict])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"**Idle guests, filled but for 32 MiB, against a plain socket copy** ({pairs} repetitions)\n\n{table}"
+        rows.append([format_size(size["memory_bytes"]), *cells, f"{PLAIN_TARGET:g}", verdict])
+    return f"Idle guests, filled but for 32 MiB, against a plain socket copy:\n\n{_markdown(rows)}"

@@ -2,8 +2,8 @@
 
 import ctypes
 import json
-import math
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from peers import monitors
 from peers.image import PROGRAM, Load, build_image
 from peers.monitors import QEMU, PageferryPeer, QemuPeer, qemu_shim
 from peers.move import Move
-from peers.table import Spread, compare, growth_table, markdown
+from peers.table import Spread, compare, growth_table, header, lines
 from peers.watch import GuestWatch, read_count, wait_filled
 
 MIB = 1 << 20
@@ -32,7 +32,7 @@ def move(total_s, **changed):
     return Move(**{"total_s": total_s, "peak_bytes": 1 << 30, **numbers, **changed})
 
 
-def lines(comparisons):
+def by_measure(comparisons):
     return {line.measure: line for line in comparisons}
 
 
@@ -41,34 +41,40 @@ def lines(comparisons):
 
 def test_the_ratio_is_to_the_better_one_of_the_same_repetition():
     rows = [(move(1.0), move(4.0), move(2.0)), (move(2.0), move(5.0), move(8.0)), (move(9.0), move(10.0), move(30.0))]
-    total = lines(compare(rows, 0.5))["total time"]
+    total = by_measure(compare(rows, 0.5))["total time"]
     assert (total.ratio.median, total.ratio.low, total.ratio.high) == (0.5, 0.4, 0.9)
     assert [spread.median for spread in total.spreads] == [2.0, 5.0, 8.0]
     assert total.met is True
-    assert lines(compare(rows, 0.49))["total time"].met is False
+    assert by_measure(compare(rows, 0.49))["total time"].met is False
 
 
 def test_a_move_that_did_not_come_about_is_no_number():
     rows = [(move(1.0), None, move(4.0)), (None, move(2.0), move(2.0)), (move(3.0), None, None)]
-    total = lines(compare(rows, 0.5))["total time"]
+    total = by_measure(compare(rows, 0.5))["total time"]
     assert total.ratio.median == 0.25
     assert [spread.median for spread in total.spreads] == [2.0, 2.0, 3.0]
-    nothing = lines(compare([(None, None, None)], 0.5))["total time"]
+    nothing = by_measure(compare([(None, None, None)], 0.5))["total time"]
     assert (nothing.ratio, nothing.met, nothing.spreads) == (None, None, (None, None, None))
 
 
 def test_verification_is_a_share_of_our_own_time():
-    share = lines(compare([(move(2.0, verify_s=0.3), move(1.0), move(1.0))], 0.5))["verification, share of total time"]
-    assert share.ratio.median == 0.15
-    assert share.met is True
-    assert share.cells == ("15.0% (15.0% to 15.0%)", "-", "-")
+    rows = [(move(2.0, verify_s=0.3, downtime_s=0.4), move(1.0), move(1.0))]
+    shares = by_measure(compare(rows, 0.5))
+    total, downtime = shares["verification, share of total time"], shares["verification, share of downtime"]
+    assert (total.ratio.median, total.met) == (0.15, True)
+    assert total.cells == ("15.0% (15.0% to 15.0%)", "-", "-")
+    assert downtime.cells == ("75.0% (75.0% to 75.0%)", "-", "-")
+    assert downtime.met is None
 
 
 def test_the_table_has_a_verdict_where_there_is_a_target():
-    rows = [(move(1.0, gap_s=0.2), move(4.0, gap_s=0.1), move(5.0, gap_s=0.4))]
-    table = [line.split("|")[1:-1] for line in markdown(["a", "b", "c"], compare(rows, 0.5)).splitlines()]
+    rows = [(move(1.0, gap_s=0.2), move(4.0, gap_s=0.1), None)]
+    text = f"{header(['a', 'b', 'c'])}\n{lines('the guest', rows, compare(rows, 0.5))}"
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert len({len(cells) for cells in table}) == 1
-    verdicts = {cells[0].strip(): [cell.strip() for cell in cells[4:]] for cells in table}
+    assert table[0][2:5] == ["a", "b", "c"]
+    assert table[2] == ["the guest", "moved", "1 of 1", "1 of 1", "0 of 1", "", "", ""]
+    verdicts = {cells[1]: cells[5:] for cells in table}
     assert verdicts["total time"] == ["0.25 (0.25 to 0.25)", "0.5", "met"]
     assert verdicts["downtime, at the guest"] == ["2.00 (2.00 to 2.00)", "0.25", "missed"]
     assert verdicts["sent"][1:] == ["", ""]
@@ -81,7 +87,7 @@ def test_growth_says_which_sizes_keep_up_with_a_copy():
         {"memory_bytes": size, **numbers, "of_a_copy": {"median": ratio, "low": ratio, "high": ratio}}
         for size, ratio in ((256 * MIB, 0.8), (512 * MIB, 0.79))
     ]
-    first, second = growth_table(sizes, 7).splitlines()[-2:]
+    first, second = growth_table(sizes).splitlines()[-2:]
     assert first.startswith("| 256 MiB |")
     assert first.endswith("| 0.8 | met |")
     assert second.endswith("| 0.8 | missed |")
@@ -149,15 +155,30 @@ def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
         return made_now
 
     monkeypatch.setattr(vs_qemu, "move", attempt)
-    text, numbers = vs_qemu.run_scenario(
-        vs_qemu.SCENARIOS["busy"], b"", vs_qemu.Terms(pairs=1, limit_s=0.3, options=())
-    )
-    assert "| total time | 1.00 s (1.00 s to 1.00 s) | - | 4.00 s (4.00 s to 4.00 s) | 0.25" in text
-    assert text.endswith("\nQEMU: 1 of 1 migrations did not come about")
-    assert numbers["failed"] == [0, 1, 0]
-    assert numbers["moves"][0][1] is None
-    assert not math.isnan(json.loads(json.dumps(numbers))["comparisons"][0]["ratio"]["median"])
-    assert "  QEMU: it stood still" in capsys.readouterr().err
+    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
+    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "busy", "--pairs", "1"])
+    assert vs_qemu.main() == 0
+    said = capsys.readouterr()
+    assert "| total time | 1.00 s (1.00 s to 1.00 s) | - | 4.00 s (4.00 s to 4.00 s) | 0.25" in said.out
+    assert "| moved | 1 of 1 | 0 of 1 | 1 of 1 |" in said.out
+    assert "  QEMU: it stood still" in said.err
+
+
+def test_scenarios_are_lines_of_one_table_and_growth_is_another(monkeypatch, capsys):
+    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load: move(1.0, verify_s=0.1))
+    monkeypatch.setattr(vs_qemu, "plain_copy", lambda size_bytes: 0.5)
+    monkeypatch.setattr(vs_qemu, "available_bytes", lambda: 2 << 30)
+    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
+    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "growth", "idle", "busy", "--pairs", "1"])
+    assert vs_qemu.main() == 0
+    said = capsys.readouterr()
+    table, _, growth = said.out.partition("\n\n")
+    assert [line.split("|")[1].strip() for line in table.splitlines() if "moved" in line] == [
+        vs_qemu.SCENARIOS[name].title for name in ("busy", "idle")
+    ]
+    assert table.count("---") == 8
+    assert growth.count(" missed |") == 2
+    assert "1 GiB: left out, this host has 2 GiB available" in said.err
 
 
 # -- measured from outside ---------------------------------------------------------------------------------------------
@@ -227,11 +248,28 @@ def test_a_guest_that_does_not_fill_its_memory_is_told(monkeypatch):
 
 def test_a_process_that_does_not_start_is_told_with_its_last_words(tmp_path):
     program = [sys.executable, "-c", "print('no such thing here'); raise SystemExit(1)"]
-    with (
-        pytest.raises(VmError, match=r"mine did not start: no such thing here"),
-        PageferryPeer("mine", program, tmp_path),
-    ):
-        pytest.fail("it did not start")
+    with PageferryPeer("mine", program, tmp_path) as peer:
+        with pytest.raises(VmError, match=r"mine was not started"):
+            peer.cpu_s()
+        with pytest.raises(VmError, match=r"mine did not start: no such thing here"):
+            peer.start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_in_the_middle_of_starting_a_process_leaves_none(tmp_path, monkeypatch, number):
+    started = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    peer = PageferryPeer("mine", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path)
+    with pytest.raises(KeyboardInterrupt), peer:
+        peer.start()
+    assert started[0].poll() == -signal.SIGTERM
 
 
 @pytest.fixture
@@ -243,6 +281,7 @@ def guest_process(tmp_path):
 @pytest.mark.kvm
 def test_a_guest_process_is_measured_and_then_ended_by_its_id(guest_process, kvm_support):
     with guest_process as peer:
+        peer.start()
         wait_filled(peer, time.monotonic() + 60)
         with peer.memory_file().open("rb", buffering=0) as file:
             file.seek(peer.hva(abi.INFO_GPA))
@@ -305,6 +344,7 @@ def run_in_qemu(load, shim, folder):
 def test_qemu_runs_the_program_and_gives_it_a_clock(rewritten_bytes, shim, tmp_path):
     load = Load(memory_bytes=64 * MIB, filled_bytes=2 * MIB, rewritten_bytes=rewritten_bytes)
     with run_in_qemu(load, shim, tmp_path) as peer:
+        peer.start()
         wait_filled(peer, time.monotonic() + 120)
         deadline_s = time.monotonic() + 120
         while read_count(peer).work < 512 + 100 and time.monotonic() < deadline_s:
@@ -324,6 +364,7 @@ def test_every_process_ends_when_the_benchmark_is_interrupted(shim, kvm_support)
     children = Path("/proc", str(running.pid), "task", str(running.pid), "children")
     while not (started := children.read_text().split()):
         assert running.poll() is None
+        time.sleep(0.01)
     running.terminate()
     _, said = running.communicate(timeout=120)
     assert running.returncode == 130
