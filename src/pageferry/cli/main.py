@@ -1,9 +1,10 @@
 """The ``pageferry`` command.
 
-Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration did not happen
-and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for; 6 a
-guest process or its socket failed; 8 the guest ended with a code other than 0; 9 the guest crashed; 130 a demo or
-migration was interrupted, and the guest is at the source.
+Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration or save did not
+happen and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for;
+6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or not whole; 8 the guest ended with a code
+other than 0; 9 the guest crashed; 10 two streams differ; 130 a demo, migration or save was interrupted, and the guest
+is at the source.
 """
 
 import json
@@ -24,10 +25,20 @@ from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
+from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.plot import PlotFile
-from pageferry.cli.view import ProgressView, lessons, oracle_line, outlook_line, summary
+from pageferry.cli.streams import STANDARD_INPUT, opened
+from pageferry.cli.view import ProgressView, ReadingView, lessons, oracle_line, outlook_line, summary
 from pageferry.core.cpuid import CpuModel
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PageferryError,
+    RemoteStreamError,
+    UnsupportedError,
+    UsageError,
+)
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
@@ -35,6 +46,7 @@ from pageferry.core.units import format_size, parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.attempt import HELD
 from pageferry.engine.prove import VerifyMode
+from pageferry.engine.saved_guest import SavedGuest
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.engine.wire import WireOptions
 from pageferry.guests.boot import GuestParams
@@ -42,6 +54,7 @@ from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
 from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel, Machines, choose_machines
+from pageferry.vmm.arguments import file_uri
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.doctor import examine
 from pageferry.vmm.process import GuestProcess
@@ -112,6 +125,8 @@ def _exit_code(error: BaseException) -> int:
         return 4 if error.guest_at is GuestAt.UNKNOWN else 3
     if isinstance(error, UnsupportedError):
         return 5
+    if isinstance(error, RemoteStreamError):
+        return 7
     return 6 if isinstance(error, PageferryError) else 1
 
 
@@ -383,6 +398,10 @@ def migrate_guest(
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     options |= _wire_options(bandwidth, connections, compress) | ({"x-hold": True} if hold else {})
+    _migrate(control, uri, options, as_json, plot)
+
+
+def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
     _end_as_by_ctrl_c()
     with _plot_file(plot) as file, QmpClient(control) as client:
 
@@ -432,6 +451,74 @@ def limits(
 
 
 @app.command()
+def save(
+    file: Annotated[Path, typer.Argument(help="The file to make; an earlier one is replaced when this is whole.")],
+    control: ControlOption,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Stop the guest here when it is saved; without it, it runs on: a snapshot.")
+    ] = False,
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    as_json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
+    options = _policy_options(policy, downtime_limit, max_rounds, deadline, None) | ({"x-stop": True} if stop else {})
+    _migrate(control, file_uri(file), options, as_json, plot)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `pageferry save` made.")],
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="Let it run at once; its memory is read when it is touched, and meanwhile.")
+    ] = False,
+    accel: AccelOption = Accel.AUTO,
+    tracker: TrackerOption = None,
+    huge_pages: HugePagesOption = HugePages.OFF,
+    oracle: OracleOption = None,
+    control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
+) -> None:
+    """Run a guest from a file, from where it was saved. The file stays as it is."""
+    machines = choose_machines(accel, tracker, huge_pages, oracle)
+    with SavedGuest(file) as saved, _guest_process(machines, control) as process:
+        if lazy:
+            process.restore_lazily(saved)
+        else:
+            with ReadingView(_err) as view:
+                process.restore(saved, view.show)
+            saved.close()
+        process.start()
+        code = process.wait()
+    raise typer.Exit(code)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A stream, also packed by xz or gzip; - is standard input.")],
+    diff: Annotated[str | None, typer.Option(help="Another one: tell what differs.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check it: no table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show, check or compare libxc migration streams, Xen's own included; name the record and byte of what is wrong."""
+    if diff is not None:
+        if check or file == diff == STANDARD_INPUT:
+            raise UsageError("--diff compares two streams", hint="it checks both; only one can be standard input")
+        found = compared(file, diff, _err)
+        _json(found) if as_json else print_differences(found, file, diff, _out)
+        raise typer.Exit(0 if found["same"] else 10)
+    with opened(file, _err) as read:
+        if as_json:
+            print_json(file, read, records=not check)
+        elif check:
+            print_verdict(file, read, _out)
+        else:
+            print_table(file, read, _out)
+
+
+@app.command()
 def status(control: ControlOption, as_json: JsonOption = False) -> None:
     """Tell what a guest process is doing."""
     with QmpClient(control) as client:
@@ -452,6 +539,8 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
             memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
         _out.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
+        if state["unread_pages"]:
+            _out.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
         _print_oracle(state, _out)
     if state["migration"] is not None:
         _out.print(outlook_line(state["migration"]), markup=False, soft_wrap=True)
