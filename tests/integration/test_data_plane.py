@@ -202,7 +202,7 @@ def test_zero_pages_travel_by_name(guests, move):
 
 
 def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeypatch):
-    monkeypatch.setattr(features, "agree", lambda offered, several_connections: ())
+    monkeypatch.setattr(features, "agree", lambda offered, **_: ())
     vm = guests("idle")
     fill(vm, FREE, 1)
     trip = move(vm)
@@ -216,7 +216,7 @@ def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeyp
 
 
 def test_a_destination_that_takes_up_what_was_not_offered_is_refused(guests, move, monkeypatch):
-    monkeypatch.setattr(features, "agree", lambda offered, several_connections: ("teleport",))
+    monkeypatch.setattr(features, "agree", lambda offered, **_: ("teleport",))
     monkeypatch.setattr(features, "records_of", lambda agreed: frozenset())
     vm = guests("idle")
     trip = move(vm)

@@ -568,7 +568,7 @@ def test_a_destination_believes_no_audit_that_it_has_not_seen(guests, inn, monke
 
 def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(guests, inn, monkeypatch):
     vm = running(guests, "idle")
-    monkeypatch.setattr(features_module, "agree", lambda offered, several_connections: ())
+    monkeypatch.setattr(features_module, "agree", lambda offered, **_: ())
     source = attempt(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
     with pytest.raises(PeerError, match="cannot audit"):
         source.run()
