@@ -161,27 +161,32 @@ def work_of(vm: Vm) -> int:
 
 
 def work_per_s(vm: Vm, rounds: int, *, clean: bool) -> float:
-    """Return the work that a running guest does per second in so many rounds, or in as many as it needs to do any."""
-    began_s, before = guest_clock_s(vm), work_of(vm)
-    for number in range(1, int(PATIENCE_S / ROUND_S)):
+    """Return the work that a guest does per second in so many rounds, or in as many as it needs to do any.
+
+    It is paused before and after: a thread that waits for a processor would not have been charged for that yet.
+    """
+    began_s, before, number = guest_clock_s(vm), work_of(vm), 0
+    give_up_s = time.perf_counter() + PATIENCE_S
+    vm.resume()
+    while number < rounds or work_of(vm) == before:
+        if time.perf_counter() > give_up_s:
+            raise RuntimeError(f"the guest does nothing: {vm.status}")
+        number += 1
         while (left_s := began_s + number * ROUND_S - guest_clock_s(vm)) > 0:
             vm.wait(max(left_s, 0.001))
         if clean:
             vm.log_dirty.clean()
-        if (work := work_of(vm) - before) and number >= rounds:
-            return work / (guest_clock_s(vm) - began_s)
-    raise RuntimeError(f"the guest does nothing: {vm.status}")
+    vm.pause()
+    return (work_of(vm) - before) / (guest_clock_s(vm) - began_s)
 
 
 def kept_once(vm: Vm, rounds: int) -> float:
     """Return the share of its speed that a guest keeps under log-dirty; it is paused before and after."""
-    vm.resume()
     work_per_s(vm, 1, clean=False)  # it touches what it will, and writes what the last OFF has left protected
     alone = work_per_s(vm, rounds, clean=False)
     vm.log_dirty.enable()
     tracked = work_per_s(vm, rounds, clean=True)
     vm.log_dirty.off()
-    vm.pause()
     return tracked / alone
 
 
