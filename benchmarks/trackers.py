@@ -11,7 +11,7 @@ of the same machine just before.
 
 Trackers alternate, so that a slow minute hits all of them. Shown are medians, and the smallest..largest value seen.
 Operators cost processor time. For the guest's time, what its vCPUs had to wait for a busy processor of the host is not
-counted, nor what the handler had to that resolves their faults.
+counted; that uffd-wp's handler has to wait for one is part of its cost, so a busy host makes it look worse.
 A tracker that does not work here gets a row that says what is missing; without KVM that is four of them.
 """
 
@@ -66,10 +66,10 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def guest_clock_s(vm: Vm) -> float:
-    """Return the seconds of a clock that stands still while vCPUs, or the handler of their faults, want a processor."""
+    """Return the seconds of a clock that stands still while the guest's vCPUs wait for a processor of the host."""
     waited_ns = 0
     for thread in threading.enumerate() if SCHEDSTAT.exists() else ():
-        if "vcpu" in thread.name or thread.name == "uffd-handler":
+        if "vcpu" in thread.name:
             waited_ns += int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[1])
     return time.perf_counter() - waited_ns / vm.config.cpus / 1e9
 
