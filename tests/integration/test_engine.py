@@ -44,9 +44,9 @@ from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine import attempt as attempt_module
 from pageferry.engine import audit as audit_module
+from pageferry.engine import copying
 from pageferry.engine import features as features_module
 from pageferry.engine import prove as prove_module
-from pageferry.engine import source as source_module
 from pageferry.engine import verify as verify_module
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
@@ -718,7 +718,7 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
 
 def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypatch):
     vm = running(guests)
-    monkeypatch.setattr("pageferry.engine.destination.available_bytes", lambda: 40_000)
+    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 40_000)
     source = attempt(vm, inn.open())
     with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
         source.run()
@@ -1053,7 +1053,7 @@ def test_a_machine_model_that_nobody_knows_is_refused_by_name(inn):
 
 
 def test_a_round_cleans_part_by_part_and_reports_what_it_found(guests, inn, monkeypatch):
-    monkeypatch.setattr(source_module, "_CHUNK_PAGES", 1024)
+    monkeypatch.setattr(copying, "_CHUNK_PAGES", 1024)
     vm = running(guests, "hotset")
     cleaned, clean_range = [], vm.log_dirty.clean_range
 
@@ -1165,7 +1165,7 @@ class Wants:
 
 
 def test_an_attempt_that_is_held_is_ready_and_waits(guests, inn, monkeypatch):
-    monkeypatch.setattr(source_module, "_HELD_ROUND_S", 0.001)
+    monkeypatch.setattr(copying, "_HELD_ROUND_S", 0.001)
     vm = running(guests, "kv")
     policy = DowntimePolicy(limit_s=3600, max_rounds=4)  # rounds of an attempt that is held do not count
     source = attempt(vm, inn.open(), policy, hold=True)

@@ -132,6 +132,7 @@ class MigrationReport:
     ``paused_at_s``: when the pause began, since the migration began; None if it never did.
     ``guest_time``: where the guest's time went besides the downtime; None if there was no pre-copy.
     ``explanation``: the same in words; None until they were found (:mod:`pageferry.core.explain`).
+    ``file``: where to, if it was no migration but a save; the downtime of one that let the guest run on ends there.
     """
 
     status: str
@@ -162,6 +163,7 @@ class MigrationReport:
     paused_at_s: float | None
     guest_time: GuestTime | None
     explanation: Explanation | None
+    file: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

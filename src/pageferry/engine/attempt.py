@@ -1,9 +1,9 @@
-"""Attempt: what others may ask of a migration that leaves this host, and what is left when it ends.
+"""Attempt: what others may ask of a guest's copy to somewhere else, and what is left when it ends.
 
-The phases are in :mod:`pageferry.engine.source`. Postcondition on success: the guest runs (or is paused, if it was)
-at the destination; here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused
-as it was, log-dirty is off, and another attempt starts afresh. After COMMIT without an answer: frozen here,
-``guest_at`` is UNKNOWN.
+The phases are in :mod:`pageferry.engine.source` (to another process) and :mod:`pageferry.engine.save` (to a file, which
+has postconditions of its own). Postcondition on success: the guest runs (or is paused, if it was) at the destination;
+here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused as it was, log-dirty
+is off, and another attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at`` is UNKNOWN.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pageferry.core.errors import GuestAt, MigrationError, PeerError, PolicyAbort, VmError
+from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, VmError
 from pageferry.core.events import (
     DOWNTIME_PHASES,
     DeviceCost,
@@ -30,27 +30,21 @@ from pageferry.core.guest_time import WorkSample
 from pageferry.core.policies import with_limits
 from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
 from pageferry.core.vm import Vm
-from pageferry.engine.failures import as_migration_error
 from pageferry.engine.guest_time import StallMeter
+from pageferry.engine.outlet import Outlet
 from pageferry.engine.pacer import Pacer
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.prove import Prover, VerifyMode
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.send_counts import SendCounts
 from pageferry.engine.throttle import Throttle
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
-from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
+from pageferry.engine.wire import WireOptions
 from pageferry.stream.codec import Encoder
-from pageferry.stream.ferry import Frame
 
 _log = logging.getLogger(__name__)
 
 #: The status of an attempt that is ready and waits to be told to go on; QEMU's word.
 HELD = "pre-switchover"
-
-
-def _ignore(_: Event) -> None:
-    """See nothing."""
 
 
 def _explained(report: MigrationReport) -> MigrationReport:
@@ -97,14 +91,11 @@ class Outlook:
 
 
 class Attempt(ABC):
-    """One attempt to move a guest away; the phases are a subclass's.
+    """One attempt to copy a guest away; the phases are a subclass's.
 
     Args:
         vm: the guest; running or paused.
-        endpoint: where the destination listens.
         policy: decides after each round.
-        name: what the guest is called, for people.
-        timeout_s: how long the connection may stand still.
         verify: when memory is digested; None: as fits the downtime limit.
         wire: how pages may travel.
         hold: do not pause the guest before :meth:`go_on`, however ready all is; rounds go on meanwhile.
@@ -113,25 +104,22 @@ class Attempt(ABC):
             paused it since. None: the rate is taken from the handshake.
     """
 
+    _downtime_phases: tuple[Phase, ...] = DOWNTIME_PHASES
+    _file: str | None = None
+
     def __init__(
         self,
         vm: Vm,
-        endpoint: Endpoint,
         policy: Policy,
         *,
-        name: str = "guest",
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        verify: VerifyMode | None = None,
-        wire: WireOptions = DEFAULT_WIRE,
-        hold: bool = False,
-        on_event: Callable[[Event], None] = _ignore,
-        work_before: WorkSample | None = None,
+        verify: VerifyMode | None,
+        wire: WireOptions,
+        hold: bool,
+        on_event: Callable[[Event], None],
+        work_before: WorkSample | None,
     ) -> None:
         self._vm = vm
-        self._endpoint = endpoint
         self._policy = policy
-        self._name = name
-        self._timeout_s = timeout_s
         self._wire = wire
         self._on_event = guarded(on_event)
         self._clock = PhaseClock(self._on_event)
@@ -139,7 +127,7 @@ class Attempt(ABC):
         self._cancelled = False
         self._committed = False
         self._armed = False
-        self._channels: list[Channel] = []
+        self._channels: list[Outlet] = []
         self._pacer = Pacer(wire.bandwidth_bytes_per_s)
         self._go_on = threading.Event()
         if not hold:
@@ -305,9 +293,11 @@ class Attempt(ABC):
             at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
             if self._cancelled:
                 raise PolicyAbort("cancelled", phase=str(self._clock.current), guest_at=at) from error
-            raise as_migration_error(
-                error, phase=self._clock.current, guest_at=at, peer=str(self._endpoint), timeout_s=self._timeout_s
-            ) from error
+            raise self._as_migration_error(error, at) from error
+
+    @abstractmethod
+    def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
+        """Return what to raise from an error that is no MigrationError."""
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
@@ -347,7 +337,7 @@ class Attempt(ABC):
         downtime_s, parts = None, None
         if self._running_at_s is not None:
             downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
-            parts = self._clock.parts_s(DOWNTIME_PHASES, self._running_at_s)
+            parts = self._clock.parts_s(self._downtime_phases, self._running_at_s)
         report = MigrationReport(
             status=status,
             guest_at=self.guest_at,
@@ -377,6 +367,7 @@ class Attempt(ABC):
             paused_at_s=self._paused_at_s(),
             guest_time=self._stall.result(),
             explanation=None,
+            file=self._file,
         )
         self.report = _explained(report)
         self.status = status
@@ -389,8 +380,3 @@ class Attempt(ABC):
 
     def _abort(self, reason: str) -> PolicyAbort:
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
-
-    def _unexpected(self, frame: Frame) -> PeerError:
-        what = f"the destination answered {type(frame).__name__} out of turn"
-        at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
-        return PeerError(what, phase=str(self._clock.current), guest_at=at)

@@ -29,11 +29,8 @@ from pageferry.core.errors import (
     VmError,
 )
 from pageferry.core.events import Event, Phase
-from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.hostmem import available_bytes
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
-from pageferry.core.units import format_size
 from pageferry.core.vm import MachineModel, Vm, VmConfig
 from pageferry.engine import features, verify
 from pageferry.engine.arrivals import Arrivals
@@ -42,6 +39,7 @@ from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.joining import Accept, take_in
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.populator import Populator
+from pageferry.engine.room import expect_room
 from pageferry.engine.sections import Sections, read_stream
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Decoder
@@ -184,7 +182,7 @@ class Destination:
         try:
             vm = self._make_vm(_config(hello))
             try:
-                _expect_room(vm.memory, hello)
+                expect_room(vm.memory, hello.populated_pages)
             except UsageError:
                 vm.close()
                 raise
@@ -320,15 +318,3 @@ def _config(hello: SourceHello) -> VmConfig:
             hint="a newer release of pageferry at this end may know it",
         ) from error
     return VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid, machine=machine)
-
-
-def _expect_room(memory: GuestMemory, hello: SourceHello) -> None:
-    if memory.reserved:
-        return
-    needed_bytes = hello.populated_pages * PAGE_SIZE
-    available = available_bytes()
-    if available is not None and needed_bytes > available:
-        raise UsageError(
-            f"the guest holds {format_size(needed_bytes)}, this host has {format_size(available)} available",
-            hint="free memory here, or choose another destination",
-        )

@@ -10,8 +10,8 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import page_words, zero_pages
 from pageferry.engine.audit import Proof
+from pageferry.engine.outlet import Outlet
 from pageferry.engine.page_coder import Coded, PageCoder
-from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Encoder
 from pageferry.stream.format import MAX_DIGESTS, MAX_PAGES_PER_RECORD, PageType
 from pageferry.stream.records import Audit, End, ZeroPages
@@ -48,7 +48,7 @@ class Lane:
     def __init__(
         self,
         memory: GuestMemory,
-        channel: Channel,
+        channel: Outlet,
         encoder: Encoder,
         coder: PageCoder,
         *,

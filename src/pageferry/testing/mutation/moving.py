@@ -11,7 +11,6 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
 from pageferry.engine.arrivals import Arrivals
-from pageferry.engine.conversation import Peer
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel
@@ -59,8 +58,8 @@ class ReadBeforeClean(Source):
         machine: Any = _Instead(vm, log_dirty=self._late)
         super().__init__(machine, *args, **options)
 
-    def _send_round(self, peer: Peer, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
-        stats = super()._send_round(peer, chunks, **options)
+    def _send_round(self, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
+        stats = super()._send_round(chunks, **options)
         if stats.index:
             self._late.really_clean()
         return stats
@@ -74,8 +73,8 @@ class ReadBeforeClean(Source):
 class ZeroPagesSkipped(Source):
     """Pages of zeros are not sent in any round: the destination's memory starts as zeros."""
 
-    def _send_round(self, peer: Peer, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
-        return super()._send_round(peer, map(self._not_zero, chunks), **options)
+    def _send_round(self, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
+        return super()._send_round(map(self._not_zero, chunks), **options)
 
     def _not_zero(self, gfns: GfnArray) -> GfnArray:
         views = self._vm.memory.page_views(gfns)
@@ -90,9 +89,9 @@ class ZeroPagesSkipped(Source):
 class FinalRoundSkipped(Source):
     """When the last round left nothing dirty, the pause has nothing to copy."""
 
-    def _stop_and_copy(self, peer: Peer) -> None:
+    def _stop_and_copy(self) -> None:
         if self._sender.rounds[-1].remaining_pages:
-            super()._stop_and_copy(peer)
+            super()._stop_and_copy()
 
 
 @fault(
@@ -105,7 +104,7 @@ class StalePageCache(Source):
 
     _cache: dict[int, bytes] | None = None
 
-    def _send_round(self, peer: Peer, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
+    def _send_round(self, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:  # noqa: ANN401
         memory = self._vm.memory
         cache = self._cache = {} if self._cache is None else self._cache
 
@@ -117,7 +116,7 @@ class StalePageCache(Source):
 
         stale: Any = _Instead(memory, views=views)
         self._lanes._main._coder._memory = stale  # type: ignore[attr-defined]  # the plain one
-        return super()._send_round(peer, chunks, **options)
+        return super()._send_round(chunks, **options)
 
 
 @fault(
