@@ -1,9 +1,10 @@
 """The ``pageferry`` command.
 
-Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration did not happen
-and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for; 6 a
-guest process or its socket failed; 8 the guest ended with a code other than 0; 9 the guest crashed; 130 a demo or
-migration was interrupted, and the guest is at the source.
+Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration or save did not
+happen and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for;
+6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or not whole; 8 the guest ended with a code
+other than 0; 9 the guest crashed; 10 two streams differ; 130 a demo, migration or save was interrupted, and the guest
+is at the source.
 """
 
 import json
@@ -24,10 +25,19 @@ from pageferry import __version__
 from pageferry.cli import demo as demo_room
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
+from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.plot import PlotFile
+from pageferry.cli.streams import STANDARD_INPUT, opened
 from pageferry.cli.view import ProgressView, lessons, oracle_line, outlook_line, summary
 from pageferry.core.cpuid import CpuModel
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PageferryError,
+    RemoteStreamError,
+    UnsupportedError,
+    UsageError,
+)
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
@@ -112,6 +122,8 @@ def _exit_code(error: BaseException) -> int:
         return 4 if error.guest_at is GuestAt.UNKNOWN else 3
     if isinstance(error, UnsupportedError):
         return 5
+    if isinstance(error, RemoteStreamError):
+        return 7
     return 6 if isinstance(error, PageferryError) else 1
 
 
@@ -383,6 +395,10 @@ def migrate_guest(
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     options |= _wire_options(bandwidth, connections, compress) | ({"x-hold": True} if hold else {})
+    _migrate(control, uri, options, as_json, plot)
+
+
+def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
     _end_as_by_ctrl_c()
     with _plot_file(plot) as file, QmpClient(control) as client:
 
@@ -429,6 +445,29 @@ def limits(
         raise UsageError("no limit was given", hint="--downtime-limit, --max-rounds, --deadline or --bandwidth")
     with QmpClient(control) as client:
         client.execute("migrate-set-parameters", **given)
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A stream, also packed by xz or gzip; - is standard input.")],
+    diff: Annotated[str | None, typer.Option(help="Another one: tell what differs.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check it: no table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show, check or compare libxc migration streams, Xen's own included; name the record and byte of what is wrong."""
+    if diff is not None:
+        if check or file == diff == STANDARD_INPUT:
+            raise UsageError("--diff compares two streams", hint="it checks both; only one can be standard input")
+        found = compared(file, diff, _err)
+        _json(found) if as_json else print_differences(found, file, diff, _out)
+        raise typer.Exit(0 if found["same"] else 10)
+    with opened(file, _err) as read:
+        if as_json:
+            print_json(file, read, records=not check)
+        elif check:
+            print_verdict(file, read, _out)
+        else:
+            print_table(file, read, _out)
 
 
 @app.command()

@@ -110,12 +110,16 @@ class UnsupportedError(VmError):
 
 
 class StreamError(PageferryError):
-    """A migration stream is wrong; ``record`` names the record and ``offset`` is its first byte, where known."""
+    """A migration stream is wrong; ``record`` names the record and ``offset`` is its first byte, where known.
+
+    ``reason`` is the message without them.
+    """
 
     def __init__(self, message: str, *, record: str = "", offset: int | None = None, hint: str = "") -> None:
         where = f" in {record}" if record else ""
         at = "" if offset is None else f" at byte {offset}"
         super().__init__(f"{message}{where}{at}", hint=hint)
+        self.reason = message
         self.record = record
         self.offset = offset
 

@@ -15,8 +15,10 @@ from types import MappingProxyType
 
 from pageferry.core.errors import LocalStreamError, RecordError
 from pageferry.core.state import DescriptorTable, DeviceState, MachineState, Segment, VcpuState
+from pageferry.stream.format import padding_bytes
 from pageferry.stream.hvm_entries import Entry, Typecode, join_entries, split_entries
 from pageferry.stream.hvm_vcpu import VCPU_TYPECODES, decode_vcpu_entries, encode_vcpu_entries
+from pageferry.stream.records import HvmContext
 
 #: HEADER: magic u32, version u32, changeset u64, cpuid u32, gtsc_khz u32.
 HEADER_BODY = Struct("<IIQII")
@@ -185,6 +187,24 @@ def decode_machine_state(data: bytes) -> MachineState:
         for n in range(len(cpus))
     )
     return MachineState(vcpus=vcpus, devices=_decode_devices(devices), kvm_clock_ns=_decode_clock(clocks))
+
+
+def state_in_stream(record: HvmContext, *, end_offset: int) -> MachineState:
+    """Return the machine in an HVM_CONTEXT record of a stream.
+
+    Args:
+        record: the record.
+        end_offset: of the first byte in the stream after it.
+
+    Raises:
+        RecordError: as :func:`decode_machine_state`, with offsets in the stream.
+    """
+    size_bytes = len(record.data)
+    try:
+        return decode_machine_state(record.data)
+    except RecordError as error:
+        offset = end_offset - padding_bytes(size_bytes) - size_bytes + (error.offset or 0)
+        raise RecordError(error.reason, record=error.record, offset=offset) from error
 
 
 def _check_header(entry: Entry) -> None:
