@@ -173,7 +173,20 @@ def test_a_running_guest_ends_by_ctrl_c(tmp_path):
 def test_help_and_version_tell():
     result = cli("--help")
     assert result.returncode == 0
-    for command in ("demo", "run", "receive", "migrate", "status", "pause", "resume", "quit", "doctor"):
+    for command in (
+        "demo",
+        "run",
+        "receive",
+        "migrate",
+        "save",
+        "restore",
+        "inspect",
+        "status",
+        "pause",
+        "resume",
+        "quit",
+        "doctor",
+    ):
         assert command in result.stdout
         assert cli(command, "--help").returncode == 0
     assert cli("--version").stdout.startswith("pageferry ")

@@ -21,7 +21,7 @@ class Interrupted(Exception):  # not an error: the user's wish, after it was ful
 
 
 def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], None]) -> Json:
-    """Migrate and return the report; ``options`` are the extra arguments of the ``migrate`` command.
+    """Migrate, or save, and return the report; ``options`` are the extra arguments of the ``migrate`` command.
 
     Ctrl-C cancels: the guest stays at the source.
 

@@ -28,7 +28,7 @@ from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.streams import STANDARD_INPUT, opened
-from pageferry.cli.view import ProgressView, lessons, oracle_line, outlook_line, summary
+from pageferry.cli.view import ProgressView, ReadingView, lessons, oracle_line, outlook_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import (
     GuestAt,
@@ -38,6 +38,7 @@ from pageferry.core.errors import (
     UnsupportedError,
     UsageError,
 )
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policies import POLICIES, make_policy
@@ -45,6 +46,7 @@ from pageferry.core.units import format_size, parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.attempt import HELD
 from pageferry.engine.prove import VerifyMode
+from pageferry.engine.saved_guest import SavedGuest
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.engine.wire import WireOptions
 from pageferry.guests.boot import GuestParams
@@ -52,6 +54,7 @@ from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
 from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel, Machines, choose_machines
+from pageferry.vmm.arguments import file_uri
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.doctor import examine
 from pageferry.vmm.process import GuestProcess
@@ -448,6 +451,51 @@ def limits(
 
 
 @app.command()
+def save(
+    file: Annotated[Path, typer.Argument(help="The file to make; an earlier one is replaced when this is whole.")],
+    control: ControlOption,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Stop the guest here when it is saved; without it, it runs on: a snapshot.")
+    ] = False,
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    as_json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
+    options = _policy_options(policy, downtime_limit, max_rounds, deadline, None) | ({"x-stop": True} if stop else {})
+    _migrate(control, file_uri(file), options, as_json, plot)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `pageferry save` made.")],
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="Let it run at once; its memory is read when it is touched, and meanwhile.")
+    ] = False,
+    accel: AccelOption = Accel.AUTO,
+    tracker: TrackerOption = None,
+    huge_pages: HugePagesOption = HugePages.OFF,
+    oracle: OracleOption = None,
+    control: Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")] = None,
+) -> None:
+    """Run a guest from a file, from where it was saved. The file stays as it is."""
+    machines = choose_machines(accel, tracker, huge_pages, oracle)
+    with SavedGuest(file) as saved, _guest_process(machines, control) as process:
+        if lazy:
+            process.restore_lazily(saved)
+        else:
+            with ReadingView(_err) as view:
+                process.restore(saved, view.show)
+            saved.close()
+        process.start()
+        code = process.wait()
+    raise typer.Exit(code)
+
+
+@app.command()
 def inspect(
     file: Annotated[str, typer.Argument(help="A stream, also packed by xz or gzip; - is standard input.")],
     diff: Annotated[str | None, typer.Option(help="Another one: tell what differs.")] = None,
@@ -491,6 +539,8 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
             memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
         _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
         _out.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
+        if state["unread_pages"]:
+            _out.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
         _print_oracle(state, _out)
     if state["migration"] is not None:
         _out.print(outlook_line(state["migration"]), markup=False, soft_wrap=True)

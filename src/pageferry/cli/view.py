@@ -78,6 +78,30 @@ def eta_in_words(eta_s: float | None, reason: str) -> str:
     return f"{words} ({reason})" if reason else words
 
 
+class ReadingView:
+    """A bar for pages that are read from a file; a context manager.
+
+    Args:
+        console: where to draw (standard error).
+    """
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TransferSpeedColumn())
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("reading", total=None)
+
+    def __enter__(self) -> "ReadingView":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, done_pages: int, pages: int) -> None:
+        """Show how far it is."""
+        self._bar.update(self._task, completed=done_pages * PAGE_SIZE, total=pages * PAGE_SIZE)
+
+
 def round_line(stats: Json, decision: Json | None) -> str:
     """Return one line about a round that ended."""
     label = "stop-and-copy" if stats["final"] else f"round {stats['index']:<2}"
@@ -118,8 +142,11 @@ def summary(report: Json) -> Group:
     facts = Table.grid(padding=(0, 2))
     sent_bytes = sum(each["sent_bytes"] for each in report["rounds"])
     rows = [
-        ("guest", f"{format_size(report['memory_bytes'])}, now at the {report['guest_at']}"),
-        ("machines", f"{report['source_accel']} → {report['destination_accel']}, tracker {report['tracker']}"),
+        ("guest", f"{format_size(report['memory_bytes'])}, {_whereabouts(report)}"),
+        (
+            "machines",
+            f"{report['source_accel']} → {report['destination_accel'] or 'file'}, tracker {report['tracker']}",
+        ),
         ("policy", f"{report['policy']}: {report['reason']}"),
         ("total", format_duration(report["total_s"])),
         ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds{_zeros(report)}{_packed(report)}"),
@@ -136,9 +163,20 @@ def summary(report: Json) -> Group:
         parts += [Text(), _timeline(report)]
     if report["downtime_s"] is not None:
         parts += [Text(), _downtime(report)]
+    what = "migration" if report["file"] is None else "save"
     if lines := _sentences(report):
         parts += [Text(), _in_words(lines)]
-    return Group(Panel(Group(*parts), title=f"migration {report['status']}", expand=False))
+    return Group(Panel(Group(*parts), title=f"{what} {report['status']}", expand=False))
+
+
+def _destination(report: Json) -> str:
+    return str(report["destination_accel"]) if report["file"] is None else "file"
+
+
+def _whereabouts(report: Json) -> str:
+    if report["file"] is None:
+        return f"now at the {report['guest_at']}"
+    return f"saved to {report['file']}; here it {'runs on' if report['guest_at'] == 'source' else 'is stopped'}"
 
 
 def _zeros(report: Json) -> str:

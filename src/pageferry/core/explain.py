@@ -49,7 +49,8 @@ def _outcome(report: MigrationReport) -> str:
     if report.status == "cancelled":
         return f"It was cancelled {after}; the guest is at the source."
     if report.status != "completed":
-        return f"It did not move the guest, {after}: {report.reason}."
+        what = "move" if report.file is None else "save"
+        return f"It did not {what} the guest, {after}: {report.reason}."
     return f"It stopped the guest {after}: {report.reason}.{_downtime(report)}"
 
 

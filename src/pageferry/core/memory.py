@@ -128,6 +128,7 @@ class GuestMemory:
         self._vcpu_mapping = vcpu_mapping or mapping
         self._on_write: Callable[[GfnArray], None] | None = None
         self._writes = _WritesUnderWay()
+        self._fetch: Callable[[GfnArray], None] | None = None
         self._removed: DirtyBitmap | None = None  # made at the first removal
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
         """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
@@ -189,6 +190,10 @@ class GuestMemory:
     def on_write(self, mark: Callable[[GfnArray], None] | None) -> None:
         """Set who is told of frames written through this object (a LogDirty's ``mark``), or nobody."""
         self._on_write = mark
+
+    def on_touch(self, fetch: Callable[[GfnArray], None] | None) -> None:
+        """Set who brings the content of frames before anybody here touches them, or nobody: all of it is there."""
+        self._fetch = fetch
 
     @property
     def unmarked_writes(self) -> int:
@@ -292,6 +297,7 @@ class GuestMemory:
         """
         if starts.size and not (self._inside(starts, lengths) and self._none_removed(starts, lengths)):
             raise VmError("a run of frames is not inside guest memory")
+        self._expect_there(lambda: expand_runs(starts, lengths))
         view = self.mapping.view
         begins = (starts << np.uint64(PAGE_SHIFT)).tolist()
         ends = ((starts + lengths) << np.uint64(PAGE_SHIFT)).tolist()
@@ -331,3 +337,9 @@ class GuestMemory:
     def _check(self, gpa: int, size_bytes: int) -> None:
         if gpa < 0 or size_bytes < 0 or not self.is_ram(gpa, size_bytes):
             raise VmError(f"guest-physical range {gpa:#x}+{size_bytes:#x} is not RAM")
+        self._expect_there(lambda: gfns_touched(gpa, size_bytes))
+
+    def _expect_there(self, gfns: Callable[[], GfnArray]) -> None:
+        fetch = self._fetch  # looked at once: it may be over in the next moment
+        if fetch is not None:
+            fetch(gfns())

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import CpuModel, Leaves
 from pageferry.core.frames import GfnArray
@@ -135,6 +138,27 @@ class LogDirty(Protocol):
         """Return the counters; does not disturb the bitmap. Needs log-dirty on."""
 
 
+class Arrival(Protocol):
+    """Guest memory none of which is there yet, and how it gets there; made by :meth:`Vm.await_memory`."""
+
+    def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
+        """Give frames their content, and let whoever waits for them go on; any thread.
+
+        Args:
+            gfns: uint64[n], ascending; none was installed before.
+            content: uint8[4096 n], one after another.
+
+        Raises:
+            VmError: the host refused.
+        """
+
+    def finish(self) -> None:
+        """Let what was not installed be zeros: all of memory is there. Called once; nothing is installed after it."""
+
+    def close(self) -> None:
+        """Free what served this, after :meth:`finish`; not from ``fetch``, nor while ``fetch`` waits for the caller."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestEnd:
     """Why a guest stopped for good: its exit code (SHUTDOWN), or one line on what it did (CRASHED)."""
@@ -230,6 +254,19 @@ class Vm(Protocol):
 
         Raises:
             VmError: this machine cannot hold that state (wrong number of vCPUs, a device it lacks, ...).
+        """
+
+    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
+        """Let all of RAM be absent: whoever touches a frame waits until ``fetch`` has installed it.
+
+        The guest has not run and nobody has touched its memory.
+
+        Args:
+            fetch: called with frames (uint64[n] ascending, some of them perhaps installed already), on the thread that
+                touches them or one that serves it; returns when they are installed.
+
+        Raises:
+            UnsupportedError: this host or machine cannot; says why.
         """
 
     def remove_pages(self, gfns: GfnArray) -> None:

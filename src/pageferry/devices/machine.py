@@ -12,7 +12,7 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import RunControl, Vcpu
 from pageferry.core.state import MachineState, VcpuState
-from pageferry.core.vm import GuestEnd, LogDirty, VmConfig, VmStatus
+from pageferry.core.vm import Arrival, GuestEnd, LogDirty, VmConfig, VmStatus
 from pageferry.devices.platform import Platform
 
 
@@ -67,6 +67,10 @@ class Machine(ABC):
     @abstractmethod
     def _free(self) -> None:
         """Free what the machine holds; no vCPU will run again. Called once."""
+
+    @abstractmethod
+    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
+        """Let all of RAM be absent until ``fetch`` has brought it."""
 
     @property
     def log_dirty(self) -> LogDirty:

@@ -45,7 +45,11 @@ def _pool() -> ThreadPoolExecutor:
 
 def digest_runs(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> Digests:
     """Return the digest of each run, on all cores and mostly without the interpreter lock."""
-    views = memory.views(starts, lengths)
+    return digest_views(memory.views(starts, lengths), lengths)
+
+
+def digest_views(views: list[memoryview], lengths: GfnArray) -> Digests:
+    """Return the digest of each view, of so many pages, as :func:`digest_runs` does of guest memory."""
     if not views:
         return NO_DIGESTS
     # Tasks of about 2 MiB each, however short the runs are.

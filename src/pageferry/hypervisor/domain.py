@@ -5,6 +5,8 @@ walkers use it. The *guest* face is :class:`GuestMemory`: the same frames mapped
 foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever writes through it marks (law 4).
 """
 
+from collections.abc import Callable
+
 from pageferry.core.cpu_features import table_for
 from pageferry.core.cpuid import SOFT_CPU, CpuModel, Leaves, of_vcpu
 from pageferry.core.errors import UnsupportedError
@@ -13,7 +15,7 @@ from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.core.vm import Arrival, MachineModel, VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.domctl import ShadowOpArguments, shadow_op
@@ -21,6 +23,7 @@ from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M, P2MType
+from pageferry.hypervisor.pages_to_come import PagesToCome
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
 from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
@@ -192,6 +195,10 @@ class Domain(Machine):
     def shadow_op(self, op: int, arguments: ShadowOpArguments | None = None) -> int:
         """Perform XEN_DOMCTL_shadow_op; see :mod:`.domctl`."""
         return shadow_op(self, op, arguments)
+
+    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
+        """Let all of RAM be absent: not present to the nested walk, which every access of a vCPU begins with."""
+        return PagesToCome(self.memory, self.p2m, fetch)
 
     def remove_pages(self, gfns: GfnArray) -> None:
         """Take frames away from the guest, as its balloon would."""

@@ -22,6 +22,8 @@ before it is linked, and a table frame is released only while the domain is stop
 Source: RFC design 1 and "p2m_set_l1e_flags"; AMD APM volume 2, nested paging; Xen ``p2m-pt.c`` for the recalculation.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -89,14 +91,20 @@ class P2M:
             raise P2MError("the paging pool is empty", gfn=0)
         self.root_mfn = root
         self._root = root << 9  # as an index into words
+        self.fetch: Callable[[int], None] | None = None
+        """Brings the content of a frame that is looked for, where memory is still to come; None: all of it is there."""
         self.global_logdirty = False
         """What recalculation makes of changeable RAM: ram_logdirty, or ram_rw."""
 
     def lookup(self, gfn: int) -> tuple[int, int]:
         """Return ``(mfn, type)`` of a frame, as plain ints; the mfn means nothing unless the type has one.
 
-        Any thread, no lock. Pending recalculation is seen as done.
+        Any thread, no lock. Pending recalculation is seen as done. A frame whose content is still to come is not
+        present to the walk: it is brought first.
         """
+        fetch = self.fetch
+        if fetch is not None:
+            fetch(gfn)
         words = self._words
         if gfn >= MAX_GFN:
             return 0, 0

@@ -4,16 +4,18 @@ Source: kernel ``api.rst``: KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, KVM_SET_T
 """
 
 import ctypes
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
 from pageferry.core.cpu_features import table_for
 from pageferry.core.cpuid import of_vcpu
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.frames import GfnArray
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.core.vm import Arrival, MachineModel, VmConfig
 from pageferry.devices.machine import Machine
 from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.clock import read_clock, write_clock
@@ -25,6 +27,7 @@ from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
+from pageferry.uffd import MissingPages
 
 #: Four pages below 4 GiB, in the PCI hole and away from every device: scratch that VMX needs on some hosts.
 _IDENTITY_MAP_GPA = 0xFFFB_C000
@@ -120,6 +123,10 @@ class KvmVm(Machine):
     def accel(self) -> str:
         """``kvm``."""
         return "kvm"
+
+    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
+        """Let all of RAM be absent, by userfaultfd."""
+        return MissingPages(self.memory, (self.memory.mapping, self.vcpu_mapping), fetch)
 
     def _save_vcpus(self) -> tuple[VcpuState, ...]:
         now = vcpu_state.host_tsc(self.vcpus[0].fd)

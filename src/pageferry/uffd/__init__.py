@@ -1,4 +1,4 @@
-"""Log-dirty by the host's page tables: userfaultfd write protection and PAGEMAP_SCAN, for guests whose vCPUs are KVM's.
+"""The host's page tables at work for guests whose vCPUs are KVM's: log-dirty, and pages that come when touched.
 
 KVM follows the host's page tables: a vCPU writes a page only while the host's entry for it is writable. So protecting
 the *host's* mapping is log-dirty without KVM's help. What is protected is a mapping of RAM that only the vCPUs use;
@@ -7,8 +7,9 @@ faults, and marks as ever.
 """
 
 from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
+from pageferry.uffd.missing_pages import MissingPages
 from pageferry.uffd.pagemap_log import PagemapScanLog
 from pageferry.uffd.view import VcpuView
 from pageferry.uffd.write_protect_log import WriteProtectLog
 
-__all__ = ["PagemapScanLog", "VcpuView", "WriteProtectLog", "check_pagemap_scan", "check_userfaultfd"]
+__all__ = ["MissingPages", "PagemapScanLog", "VcpuView", "WriteProtectLog", "check_pagemap_scan", "check_userfaultfd"]

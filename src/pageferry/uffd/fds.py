@@ -94,14 +94,43 @@ class UffdFd(_Fd):
             ) from error
         self._messages = bytearray(_BATCH * uapi.UFFD_MSG.itemsize)
 
-    def register(self, hva: int, size_bytes: int) -> None:
-        """Let write protection of a range be ours; nothing is protected yet.
+    def register(self, hva: int, size_bytes: int, mode: int = uapi.UFFDIO_REGISTER_MODE_WP) -> None:
+        """Let faults of a range be ours: by write protection (nothing is protected yet), or on missing pages.
 
         Raises:
             UffdError: the kernel refused.
         """
         where = uapi.UffdioRange(start=hva, len=size_bytes)
-        self.ioctl(uapi.UFFDIO_REGISTER, uapi.UffdioRegister(range=where, mode=uapi.UFFDIO_REGISTER_MODE_WP))
+        self.ioctl(uapi.UFFDIO_REGISTER, uapi.UffdioRegister(range=where, mode=mode))
+
+    def copy(self, hva: int, content: NDArray[np.uint8]) -> None:
+        """Give missing pages their content, each as one step, and wake whoever waits for one of them here.
+
+        Args:
+            hva: of the first page; the range was registered for missing pages, and none of them is there yet.
+            content: uint8[n], whole pages.
+
+        Raises:
+            UffdError: the kernel refused; some of them may be there.
+        """
+        at = 0
+        while at < content.size:
+            # SAFETY: the kernel reads the rest of the array during the call; this frame holds it.
+            request = uapi.UffdioCopy(dst=hva + at, src=content.ctypes.data + at, len=content.size - at)
+            try:
+                self.ioctl(uapi.UFFDIO_COPY, request)
+            except UffdError as error:
+                if error.errno != errno.EAGAIN:  # somebody is changing the address space: soon over
+                    raise
+            at += max(request.copy, 0)
+
+    def wake(self, hva: int, size_bytes: int) -> None:
+        """Let whoever waits for a page of a range try again.
+
+        Raises:
+            UffdError: the kernel refused.
+        """
+        self.ioctl(uapi.UFFDIO_WAKE, uapi.UffdioRange(start=hva, len=size_bytes))
 
     def unregister(self, hva: int, size_bytes: int) -> None:
         """Make a range writable again and wake whoever waits for a page of it; ours or not.

@@ -17,10 +17,12 @@ UFFD_PAGEFAULT_FLAG_WP = 1 << 1
 
 # features
 UFFD_FEATURE_PAGEFAULT_FLAG_WP = 1 << 0
+UFFD_FEATURE_MISSING_SHMEM = 1 << 5
 UFFD_FEATURE_WP_HUGETLBFS_SHMEM = 1 << 12
 UFFD_FEATURE_WP_UNPOPULATED = 1 << 13
 UFFD_FEATURE_WP_ASYNC = 1 << 15
 
+UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1
 UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
 
@@ -51,6 +53,12 @@ class UffdioWriteprotect(ctypes.Structure):
     """``struct uffdio_writeprotect``."""
 
     _fields_ = (("range", UffdioRange), ("mode", u64))
+
+
+class UffdioCopy(ctypes.Structure):
+    """``struct uffdio_copy``; ``copy`` is how many bytes were copied, or an error."""
+
+    _fields_ = (("dst", u64), ("src", u64), ("len", u64), ("mode", u64), ("copy", ctypes.c_int64))
 
 
 class PmScanArg(ctypes.Structure):
@@ -94,6 +102,7 @@ UFFDIO_API = _ioc(_READ | _WRITE, UFFD_API, 0x3F, ctypes.sizeof(UffdioApi))
 UFFDIO_REGISTER = _ioc(_READ | _WRITE, UFFD_API, 0x00, ctypes.sizeof(UffdioRegister))
 UFFDIO_UNREGISTER = _ioc(_READ, UFFD_API, 0x01, ctypes.sizeof(UffdioRange))
 UFFDIO_WAKE = _ioc(_READ, UFFD_API, 0x02, ctypes.sizeof(UffdioRange))
+UFFDIO_COPY = _ioc(_READ | _WRITE, UFFD_API, 0x03, ctypes.sizeof(UffdioCopy))
 UFFDIO_WRITEPROTECT = _ioc(_READ | _WRITE, UFFD_API, 0x06, ctypes.sizeof(UffdioWriteprotect))
 USERFAULTFD_IOC_NEW = _ioc(0, UFFD_API, 0x00, 0)
 PAGEMAP_SCAN = _ioc(_READ | _WRITE, ord("f"), 16, ctypes.sizeof(PmScanArg))

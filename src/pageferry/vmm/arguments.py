@@ -2,11 +2,33 @@
 
 import math
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pageferry.vmm.qmp import QmpError
 
 Choice = TypeVar("Choice", bound=StrEnum)
+
+_FILE = "file:"
+
+
+def file_uri(path: Path) -> str:
+    """Return what names a file in ``migrate``, as QEMU does."""
+    return f"{_FILE}{path.absolute()}"
+
+
+def saved_to(uri: str) -> Path | None:
+    """Return the file that a ``file:`` URI names, or None: it is the address of a process.
+
+    Raises:
+        QmpError: it names no absolute path.
+    """
+    if not uri.startswith(_FILE):
+        return None
+    path = Path(uri.removeprefix(_FILE))
+    if not path.is_absolute() or "\0" in uri:
+        raise QmpError(f"not a file: {uri!r}", hint="write file:/absolute/path")
+    return path
 
 
 class Arguments:

@@ -2,7 +2,8 @@
 
 It owns the Vm, runs at most one migration at a time on a thread of its own, and translates between QMP's words (as
 QEMU uses them) and the engine's. The run states are QEMU's: ``running``, ``paused``, ``inmigrate`` (waiting for a
-guest), ``finish-migrate`` (the stop-and-copy), ``postmigrate`` (the guest has left), ``shutdown``, ``guest-panicked``.
+guest), ``finish-migrate`` (the stop-and-copy), ``postmigrate`` (the guest has left), ``shutdown``, ``guest-panicked``,
+``io-error`` (a page cannot be read from the file that the guest is restored from).
 """
 
 import base64
@@ -20,10 +21,15 @@ from pageferry.core.cpuid import cpu_name, model_of
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
 from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import make_policy
+from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
-from pageferry.engine.attempt import HELD
+from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.destination import Destination
+from pageferry.engine.lazy import LazyRestore
 from pageferry.engine.prove import VerifyMode
+from pageferry.engine.restore import restore, restore_lazily
+from pageferry.engine.save import Save
+from pageferry.engine.saved_guest import SavedGuest
 from pageferry.engine.source import Source
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.engine.wire import WireOptions
@@ -33,7 +39,7 @@ from pageferry.guests.elf import Program
 from pageferry.stream.packing import Packing
 from pageferry.testing.cross_check import CrossCheck
 from pageferry.vmm.accel import Machines
-from pageferry.vmm.arguments import Arguments
+from pageferry.vmm.arguments import Arguments, saved_to
 from pageferry.vmm.console import ConsoleFollower, ConsoleTail
 from pageferry.vmm.migrate_info import migrate_info
 from pageferry.vmm.qmp import QmpError, QmpServer
@@ -80,7 +86,8 @@ class GuestProcess:
         self._name = "incoming"
         self._console = ConsoleTail()
         self._work = WorkMeter()
-        self._source: Source | None = None
+        self._source: Attempt | None = None
+        self._lazy: LazyRestore | None = None
         self._migration: threading.Thread | None = None
         self._announced_stop = False
         self._announced_status = ""
@@ -109,6 +116,32 @@ class GuestProcess:
             raise
         self._adopt(vm, program.name)
         self._booted = True
+
+    def restore(self, saved: SavedGuest, on_progress: Callable[[int, int], None]) -> None:
+        """Make the machine of a guest in a file and fill it; it does not run yet.
+
+        Raises:
+            PageferryError: no machine here can hold it, or the file cannot be read; nothing is left behind.
+        """
+        self._adopt(restore(saved, self._machines.make_vm, on_progress=on_progress), saved.path.stem)
+        self._booted = True
+
+    def restore_lazily(self, saved: SavedGuest) -> None:
+        """As :meth:`restore`, but its memory is read when it is touched, and in any case; the file is closed then.
+
+        Raises:
+            UnsupportedError: this host cannot wait for pages.
+            PageferryError: as for :meth:`restore`.
+        """
+        vm, self._lazy = restore_lazily(saved, self._machines.make_vm, on_failure=self._restore_stopped)
+        self._adopt(vm, saved.path.stem)
+        self._booted = True
+
+    def _restore_stopped(self, error: PageferryError) -> None:
+        """A page that somebody waits for cannot be read: the guest stands still until somebody resumes it."""
+        self._say(f"{error}; the guest is paused: put it right, then pageferry resume")
+        self._event("STOP")
+        self._guest().pause()
 
     def start(self) -> None:
         """Serve the control socket and let the guest run, if there is one."""
@@ -145,7 +178,8 @@ class GuestProcess:
                 continue
             if vm.end is not None:
                 return self._guest_ended(vm)
-            self._work.sample(vm)
+            if self._lazy is None or self._lazy.done:  # to look might be to wait
+                self._work.sample(vm)
         return 0
 
     def quit(self) -> None:
@@ -162,10 +196,17 @@ class GuestProcess:
         if self._migration is not None:
             self._migration.join()
         self._console.end("the guest process has ended")
+        self._give_up_restore()
         if self._server is not None:
             self._server.close()
         if self._vm is not None:
             self._vm.close()
+
+    def _give_up_restore(self) -> None:
+        if self._lazy is not None and self._vm is not None:
+            if self._lazy.failure is None:  # else it stands still
+                self._vm.pause()
+            self._lazy.close()
 
     def _guest_ended(self, vm: Vm) -> int:
         end = vm.end
@@ -271,13 +312,28 @@ class GuestProcess:
 
     def _migrate(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)
-        endpoint = Endpoint.parse(args.text("uri"))
-        policy = make_policy(
-            args.text("x-policy", "downtime"),
-            downtime_limit_s=args.number("x-downtime-limit-s"),
-            max_rounds=args.integer("x-max-rounds"),
-            deadline_s=args.number("x-deadline-s"),
-        )
+        uri = args.text("uri")
+        file = saved_to(uri)
+        make = self._moving(args, Endpoint.parse(uri)) if file is None else self._saving(args, file)
+        args.done()
+        with self._lock:
+            vm = self._guest()
+            if self._is_migrating():
+                raise QmpError("There's a migration process in progress")
+            if self._lazy is not None and not self._lazy.done:
+                hint = "try again later; status tells how much is left"
+                raise QmpError("the guest's memory is still being read from its file", hint=hint)
+            self._check_here()
+            self._source = make(vm)
+            self._work.forget()
+            self._announced_stop = False
+            self._migration = threading.Thread(target=self._migrate_main, args=(self._source,), name="migrate")
+            self._migration.daemon = True
+            self._event("MIGRATION", {"status": "setup"})
+            self._migration.start()
+
+    def _moving(self, args: Arguments, endpoint: Endpoint) -> Callable[[Vm], Attempt]:
+        policy = _policy(args)
         verify = args.choice("x-verify", VerifyMode)
         timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
         wire = WireOptions(
@@ -286,32 +342,27 @@ class GuestProcess:
             compress=_packing(args.text("x-compress", Packing.NONE)),
         )
         hold = args.flag("x-hold")
-        args.done()
-        with self._lock:
-            vm = self._guest()
-            if self._is_migrating():
-                raise QmpError("There's a migration process in progress")
-            self._check_here()
-            self._source = Source(
-                vm,
-                endpoint,
-                policy,
-                name=self._name,
-                timeout_s=timeout_s,
-                verify=verify,
-                wire=wire,
-                hold=hold,
-                on_event=self._on_engine_event,
-                work_before=self._work.oldest(),
-            )
-            self._work.forget()
-            self._announced_stop = False
-            self._migration = threading.Thread(target=self._migrate_main, args=(self._source,), name="migrate")
-            self._migration.daemon = True
-            self._event("MIGRATION", {"status": "setup"})
-            self._migration.start()
+        return lambda vm: Source(
+            vm,
+            endpoint,
+            policy,
+            name=self._name,
+            timeout_s=timeout_s,
+            verify=verify,
+            wire=wire,
+            hold=hold,
+            on_event=self._on_engine_event,
+            work_before=self._work.oldest(),
+        )
 
-    def _migrate_main(self, source: Source) -> None:
+    def _saving(self, args: Arguments, file: Path) -> Callable[[Vm], Attempt]:
+        policy = _policy(args)
+        stop = args.flag("x-stop")
+        return lambda vm: Save(
+            vm, file, policy, stop=stop, on_event=self._on_engine_event, work_before=self._work.oldest()
+        )
+
+    def _migrate_main(self, source: Attempt) -> None:
         try:
             report = source.run()
         except MigrationError as error:
@@ -326,17 +377,23 @@ class GuestProcess:
             _log.exception("a migration ended by a defect")
             self._event("MIGRATION", {"status": "failed"})
             return
-        with self._lock:  # who follows later is refused
-            self._console.end("the guest has moved to another process; attach to it there")
+        if report.guest_at is GuestAt.DESTINATION:
+            with self._lock:  # who follows later is refused
+                self._console.end(self._where_it_went())
         self._event("MIGRATION", {"status": "completed"})
-        self._say(f"the guest has moved: {report.total_s:.2f} s in total, {(report.downtime_s or 0) * 1e3:.1f} ms down")
+        what = "moved" if report.file is None else f"been saved to {report.file}"
+        down = "" if report.downtime_s is None else f", {report.downtime_s * 1e3:.1f} ms down"
+        self._say(f"the guest has {what}: {report.total_s:.2f} s in total{down}")
 
     def _on_engine_event(self, event: Event) -> None:
-        if isinstance(event, PhaseBegan) and event.phase is Phase.HELLO:
+        begins = Phase.PRECOPY if isinstance(self._source, Save) else Phase.HELLO
+        if isinstance(event, PhaseBegan) and event.phase is begins:
             self._event("MIGRATION", {"status": "active"})
         if isinstance(event, PhaseBegan) and event.phase is Phase.PAUSE and self._is_running():
             self._announced_stop = True
             self._event("STOP")
+        if isinstance(event, PhaseBegan) and event.phase is Phase.HANDOFF:
+            self._announce_snapshot()
         if isinstance(event, RoundEnded):
             self._event("MIGRATION_PASS", {"pass": event.stats.index + 1})
             self._announce_status()
@@ -357,7 +414,7 @@ class GuestProcess:
             self._event("MIGRATION", {"status": status})
         self._announced_status = status
 
-    def _migrating(self) -> Source:
+    def _migrating(self) -> Attempt:
         if self._source is None or not self._is_migrating():
             raise QmpError("there is no migration in progress")
         return self._source
@@ -383,6 +440,12 @@ class GuestProcess:
         if state != HELD or source.status not in (HELD, "active"):
             raise QmpError(f"the migration is not in state {state!r} but {source.status!r}")
         source.go_on()
+
+    def _announce_snapshot(self) -> None:
+        """Tell that the guest runs on, if it does, while the file that holds it now is finished."""
+        if self._announced_stop and self._source is not None and not self._source.frozen and self._is_running():
+            self._announced_stop = False
+            self._event("RESUME")
 
     def _query_migrate(self, arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments(arguments).done()
@@ -434,7 +497,18 @@ class GuestProcess:
 
     def _check_not_moved(self) -> None:
         if self._guest_at() is GuestAt.DESTINATION:
-            raise QmpError("the guest has moved to another process")
+            hint = "if nobody restored it: pageferry resume --force" if isinstance(self._source, Save) else ""
+            raise QmpError(self._where_it_went(), hint=hint)
+
+    def _where_it_went(self) -> str:
+        if isinstance(self._source, Save):
+            return f"the guest was saved to {self._source.path} and stopped here; restore it from there"
+        return "the guest has moved to another process; attach to it there"
+
+    def _may_be_here(self) -> bool:
+        """Whether a guest that left may be taken back by somebody who knows that it runs nowhere else."""
+        at = self._guest_at()
+        return at is GuestAt.UNKNOWN or (at is GuestAt.DESTINATION and isinstance(self._source, Save))
 
     def run_state(self) -> str:
         """Return QEMU's word for what this process is doing."""
@@ -445,6 +519,8 @@ class GuestProcess:
             return "postmigrate"
         if vm.status is VmStatus.CRASHED:
             return "guest-panicked"
+        if self._lazy is not None and self._lazy.failure is not None:
+            return "io-error"
         if vm.status is VmStatus.RUNNING and self._source is not None and self._source.frozen:
             return "finish-migrate"
         return str(vm.status)
@@ -475,9 +551,11 @@ class GuestProcess:
         args = Arguments(arguments)
         force = args.flag("x-force")
         args.done()
+        if self._lazy is not None:
+            self._lazy.retry()  # before the lock: whoever holds it may wait for a page
         with self._lock:
             vm = self._guest()
-            if force and self._source is not None and self._guest_at() is GuestAt.UNKNOWN:
+            if force and self._source is not None and self._may_be_here():
                 self._source.take_back()
             self._check_here()
             if vm.status is not VmStatus.RUNNING:
@@ -512,6 +590,11 @@ class GuestProcess:
         self._check_not_moved()
         return {"taken": self._guest().type_console(data)}
 
+    def _work_done(self, vm: Vm) -> list[int]:
+        if self._lazy is not None and self._lazy.failure is not None:
+            return []  # to look might be to wait
+        return [status.work for status in read_status(vm.memory, vm.config.cpus)]
+
     def _query_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
         Arguments(arguments).done()
         result: dict[str, Any] = {
@@ -532,7 +615,8 @@ class GuestProcess:
                 "tracker": vm.log_dirty.tracker,
                 "huge_pages": str(vm.memory.huge_pages),
                 "huge_bytes": vm.memory.huge_bytes(),
-                "work": [status.work for status in read_status(vm.memory, vm.config.cpus)],
+                "unread_pages": None if self._lazy is None else self._lazy.left_pages,
+                "work": self._work_done(vm),
                 "exit_code": None if vm.end is None else vm.end.exit_code,
                 "crash": None if vm.end is None else vm.end.crash,
                 "oracle": self._oracle(),
@@ -542,3 +626,12 @@ class GuestProcess:
     def _oracle(self) -> dict[str, Any] | None:
         log = None if self._vm is None else self._vm.log_dirty
         return {"trackers": log.tracker, **asdict(log.counts())} if isinstance(log, CrossCheck) else None
+
+
+def _policy(args: Arguments) -> Policy:
+    return make_policy(
+        args.text("x-policy", "downtime"),
+        downtime_limit_s=args.number("x-downtime-limit-s"),
+        max_rounds=args.integer("x-max-rounds"),
+        deadline_s=args.number("x-deadline-s"),
+    )

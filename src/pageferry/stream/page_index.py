@@ -1,0 +1,67 @@
+"""PageIndex: where in a stream the content of each page is that counts in the end.
+
+Source: docs/stream.md, part 1, PAGE_DATA: the last one of a pfn counts.
+"""
+
+import numpy as np
+
+from pageferry.core.frames import PAGE_SIZE, GfnArray
+from pageferry.stream.format import BodyError, PageType, carries_data
+from pageferry.stream.records import PageDataHeader
+
+#: What ``places`` holds in place of an offset (no page data is at 0: a stream begins with headers).
+UNNAMED = 0
+ZERO = -1
+GONE = -2
+
+
+class PageIndex:
+    """Follows the PAGE_DATA of one stream.
+
+    ``places`` is int64[gfn_limit]: for each frame the offset of its 4,096 bytes, or ``UNNAMED`` (not in the stream),
+    ``ZERO`` (memory without content) or ``GONE`` (no page is there).
+
+    Args:
+        gfn_limit: frames at or past it are not followed; the stream's reader refuses them where they have memory.
+    """
+
+    def __init__(self, gfn_limit: int) -> None:
+        self.places = np.zeros(gfn_limit, np.int64)
+        self.named_limit = 0
+        """One more than the last frame that was named."""
+
+    def note(self, header: PageDataHeader, payload_offset: int) -> None:
+        """Follow one record.
+
+        Args:
+            header: the record.
+            payload_offset: of the first byte of its page data in the stream.
+
+        Raises:
+            BodyError: a page is broken: nobody has its content.
+        """
+        if (broken := header.types == PageType.BROKEN).any():
+            raise BodyError(f"gfn {int(header.pfns[np.argmax(broken)]):#x} is broken memory, which cannot be restored")
+        data = carries_data(header.types)
+        places = np.where(header.types == PageType.XTAB, GONE, ZERO).astype(np.int64)
+        places[data] = payload_offset + PAGE_SIZE * np.arange(np.count_nonzero(data))
+        inside = header.pfns < self.places.size
+        pfns, places = header.pfns[inside], places[inside]
+        if not pfns.size:
+            return
+        self.named_limit = max(self.named_limit, int(pfns.max()) + 1)
+        if np.unique(pfns).size == pfns.size:
+            self._put(pfns, places)
+        else:
+            for at in range(pfns.size):  # one after another, so that the last one counts; nobody writes such a record
+                self._put(pfns[at : at + 1], places[at : at + 1])
+
+    def _put(self, pfns: GfnArray, places: np.typing.NDArray[np.int64]) -> None:
+        # To allocate a page that has content already changes nothing.
+        known = (places == ZERO) & (self.places[pfns] > 0)
+        self.places[pfns[~known]] = places[~known]
+
+    def with_data(self) -> GfnArray:
+        """Return the frames that have content, in the order in which it lies in the stream."""
+        gfns = np.flatnonzero(self.places[: self.named_limit] > 0)
+        return gfns[np.argsort(self.places[gfns])].astype(np.uint64)

@@ -1,0 +1,342 @@
+"""A guest that runs before its memory was read: each page is there when it is touched, and in the end all of it is."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.frames import gpa_of
+from pageferry.core.hugepages import HugePages
+from pageferry.core.policies import XenPolicy
+from pageferry.core.vm import VmStatus
+from pageferry.engine import lazy as lazy_module
+from pageferry.engine.lazy import LazyRestore
+from pageferry.engine.restore import restore_lazily
+from pageferry.engine.save import Save
+from pageferry.engine.saved_guest import SavedGuest
+from pageferry.guests.abi import read_status
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import KvmVm
+from pageferry.uffd.fds import UffdFd
+from pageferry.vmm.accel import Accel, choose_machines
+from pageferry.vmm.process import GuestProcess
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_client import QmpClient
+
+MiB = 1 << 20
+GIVE_UP_S = 60
+
+
+def slots(vm):
+    return read_status(vm.memory, vm.config.cpus)
+
+
+def until(condition, what):
+    patience = threading.Event()
+    for _ in range(GIVE_UP_S * 1000):
+        if result := condition():
+            return result
+        patience.wait(0.001)
+    return pytest.fail(f"no {what}")
+
+
+def runs_on(vm):
+    """Every vCPU does more work, and none finds anything wrong."""
+    before = slots(vm)
+
+    def worked():
+        assert vm.end is None, (vm.end, slots(vm))
+        return all(now.work > then.work for now, then in zip(slots(vm), before, strict=True))
+
+    return until(worked, "work")
+
+
+@pytest.fixture
+def saved(guests, tmp_path):
+    """Saves a guest that has worked; returns its file and the guest, which stands still since then."""
+
+    def make(*arguments, **options):
+        vm = guests(*arguments, **options)
+        vm.resume()
+        assert runs_on(vm)
+        vm.pause()
+        path = tmp_path / "guest.bin"
+        Save(vm, path, XenPolicy(), on_event=lambda _: None).run()
+        return path, vm
+
+    return make
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The thread that reads the rest waits for this; so only what is touched comes."""
+    gate = threading.Event()
+    read_all = LazyRestore._read_all
+
+    def waits(lazy):
+        gate.wait()
+        read_all(lazy)
+
+    monkeypatch.setattr(LazyRestore, "_read_all", waits)
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def restored():
+    """Restores lazily; ends what came of it."""
+    made = []
+
+    def make(path, make_vm, on_failure=lambda _: None):
+        vm, lazy = restore_lazily(SavedGuest(path), make_vm, on_failure=on_failure)
+        made.append((vm, lazy))
+        return vm, lazy
+
+    yield make
+    for vm, lazy in made:
+        if lazy.failure is None:
+            vm.pause()
+        lazy.close()
+        vm.close()
+
+
+def expect_all_there(vm, lazy, original):
+    """All of memory came, equal to the original's, and nothing waits for anything any more."""
+    until(lambda: lazy.done, "end of the restore")
+    assert lazy.left_pages == 0
+    vm.memory.on_touch(lambda _: pytest.fail("somebody still waits for pages"))
+    vm.memory.on_touch(None)
+    gfns = np.union1d(expand_runs(*original.memory.populated()), expand_runs(*vm.memory.populated()))
+    for gfn in gfns.tolist():
+        assert vm.memory.read(gpa_of(gfn), 4096) == original.memory.read(gpa_of(gfn), 4096), hex(gfn)
+
+
+@pytest.fixture(params=["kvm", "uffd-wp", "hap", "shadow"])
+def machine(request):
+    """Every way in which a vCPU finds its memory."""
+    if request.param in ("kvm", "uffd-wp"):
+        request.getfixturevalue("kvm_support")
+        tracker = "kvm-bitmap" if request.param == "kvm" else request.param
+        return lambda config: KvmVm(config, tracker=tracker)
+    return lambda config: Domain(config, paging_mode=request.param)
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("dma", 1), ("smp", 2)])
+def test_only_what_is_touched_is_read_while_the_rest_waits(saved, held, restored, machine, workload, cpus):
+    path, original = saved(workload, cpus=cpus, working_set_bytes=8 * MiB, memory_bytes=64 * MiB)
+    vm, lazy = restored(path, machine)
+    pages = lazy.left_pages
+    assert slots(vm) == slots(original)
+    vm.resume()
+    assert runs_on(vm)
+    assert 0 < lazy.left_pages < pages
+    assert not lazy.done
+    held.set()
+    until(lambda: lazy.done, "end of the restore")
+    assert runs_on(vm)
+    report = Save(vm, path, XenPolicy(), on_event=lambda _: None).run()  # it is a guest like any other
+    assert report.verified
+    assert runs_on(vm)
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_a_guest_that_does_not_run_gets_all_of_its_memory(saved, restored, machine):
+    path, original = saved("hotset")
+    vm, lazy = restored(path, machine)
+    expect_all_there(vm, lazy, original)
+    vm.resume()
+    assert runs_on(vm)
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_code_that_is_no_vcpu_finds_what_it_touches(saved, held, restored, machine):
+    """Reads, writes of a part of a page, copies and views; also of pages that have no content."""
+    path, original = saved("idle")
+    populated = expand_runs(*original.memory.populated()).tolist()
+    first, last = gpa_of(populated[0]), gpa_of(populated[-1])
+    vm, lazy = restored(path, machine)
+    memory, size = vm.memory, original.memory.size_bytes
+    assert memory.read(first, 4096) == original.memory.read(first, 4096)
+    memory.write(last + 1, b"x")
+    whole = original.memory.read(last, 4096)
+    assert memory.read(last, 4096) == whole[:1] + b"x" + whole[2:]
+    assert not any(memory.read(size - 8192, 4096))
+    memory.copy_within(first, size - 4096, 4096)
+    assert bytes(memory.page_views(np.array([(size >> 12) - 1], np.uint64))[0]) == original.memory.read(first, 4096)
+    assert lazy.left_pages > 0 or len(populated) < 3
+    held.set()
+    until(lambda: lazy.done, "end of the restore")
+    assert memory.read(last, 4096) == whole[:1] + b"x" + whole[2:]
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_many_who_touch_the_same_pages_at_once_all_find_them(saved, restored, machine, monkeypatch):
+    monkeypatch.setattr(lazy_module, "_PIECE_PAGES", 3)
+    path, original = saved("kv")
+    vm, lazy = restored(path, machine)
+    gfns = expand_runs(*original.memory.populated())
+    wrong = []
+
+    def look(seed):
+        order = np.random.default_rng(seed).permutation(gfns).tolist()
+        read, expected = vm.memory.read, original.memory.read
+        wrong.extend(gfn for gfn in order if read(gpa_of(gfn), 4096) != expected(gpa_of(gfn), 4096))
+
+    threads = [threading.Thread(target=look, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    expect_all_there(vm, lazy, original)
+
+
+class Disk:
+    """Reads of files fail while it is broken."""
+
+    def __init__(self, monkeypatch):
+        self.broken = False
+        self._preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", self._read)
+
+    def _read(self, fd, views, offset):
+        if self.broken:
+            raise OSError(5, "Input/output error")
+        return self._preadv(fd, views, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    return Disk(monkeypatch)
+
+
+@pytest.fixture
+def stopped(saved, held, restored, machine, disk):
+    """A guest that stands still for a page that cannot be read, and what tells of the next such page."""
+    path, _ = saved("kv")
+    told = threading.Event()
+
+    def failed(error):
+        assert f"cannot read {path} at byte" in str(error)
+        told.set()
+        vm.pause()
+
+    vm, lazy = restored(path, machine, failed)
+    disk.broken = True
+    vm.resume()
+    assert told.wait(GIVE_UP_S)
+    until(lambda: vm.status is VmStatus.PAUSED, "pause")
+    return vm, lazy, told
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk, held):
+    vm, lazy, told = stopped
+    assert lazy.failure is not None
+    told.clear()
+    lazy.retry()
+    vm.resume()
+    assert told.wait(GIVE_UP_S)  # in vain
+    until(lambda: vm.status is VmStatus.PAUSED, "pause")
+    disk.broken = False
+    lazy.retry()
+    vm.resume()
+    assert runs_on(vm)
+    held.set()
+    until(lambda: lazy.done, "end of the restore")
+    assert runs_on(vm)
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_a_restore_that_is_given_up_while_somebody_waits_for_a_page_leaves_nobody_waiting(stopped, held):
+    vm, lazy, _ = stopped
+    held.set()
+    lazy.close()
+    lazy.close()
+    with pytest.raises(VmError, match="the guest was given up before its memory was read"):
+        lazy.fetch(vm.memory.all_ram().gfns())
+    assert "uffd-handler" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_the_process_tells_of_it_and_goes_on_when_told(saved, held, tmp_path, disk):
+    path, _ = saved("kv")
+    messages = []
+    machines = choose_machines(Accel.SOFT)
+    process = GuestProcess(machines, tmp_path / "control", on_console=lambda _: None, on_message=messages.append)
+    try:
+        process.restore_lazily(SavedGuest(path))
+        disk.broken = True
+        process.start()
+        with QmpClient(tmp_path / "control") as client:
+            until(lambda: client.execute("query-status")["status"] == "io-error", "io-error")
+            (message,) = until(lambda: messages, "message")
+            assert message.endswith("Input/output error; the guest is paused: put it right, then pageferry resume")
+            state = client.execute("x-query-guest")
+            assert state["work"] == []
+            assert state["unread_pages"] > 0
+            with pytest.raises(QmpError, match="still being read from its file"):
+                client.execute("migrate", uri=f"file:{tmp_path}/other")
+            disk.broken = False
+            client.execute("cont")
+            until(lambda: client.execute("query-status")["status"] == "running", "running")
+            held.set()
+            until(lambda: client.execute("x-query-guest")["unread_pages"] == 0, "end of the restore")
+            before = client.execute("x-query-guest")["work"]
+            until(lambda: client.execute("x-query-guest")["work"] > before, "work")
+    finally:
+        held.set()
+        process.close()
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_a_process_that_ends_in_the_middle_of_it_ends(saved, held, tmp_path, disk):
+    path, _ = saved("kv")
+    process = GuestProcess(choose_machines(Accel.SOFT), None, on_console=lambda _: None, on_message=lambda _: None)
+    process.restore_lazily(SavedGuest(path))
+    disk.broken = True
+    process.start()
+    until(lambda: process.run_state() == "io-error", "io-error")
+    held.set()
+    process.close()
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_what_cannot_wait_for_pages_is_refused_with_a_hint(saved, restored, monkeypatch, kvm_support):
+    path, _ = saved("idle")
+
+    def none(*_):
+        raise UnsupportedError("userfaultfd", "this kernel has no userfaultfd", hint="something about trackers")
+
+    monkeypatch.setattr(UffdFd, "__init__", none)
+    with pytest.raises(UnsupportedError, match="no userfaultfd") as refused:
+        restored(path, KvmVm)
+    assert refused.value.hint == "restore it without --lazy"
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_a_pool_of_huge_pages_is_refused(saved, restored, hugetlb_pool, kvm_support):
+    path, _ = saved("idle", memory_bytes=8 * MiB, working_set_bytes=MiB)
+    with pytest.raises(UnsupportedError, match="hugetlb pool cannot come one by one"):
+        restored(path, lambda config: KvmVm(config, huge_pages=HugePages.HUGETLB))
+
+
+@pytest.mark.parametrize("accel", ["soft"])
+def test_a_state_that_does_not_fit_leaves_nothing(saved, machine, monkeypatch):
+    path, _ = saved("idle")
+    made = []
+
+    def make(config):
+        made.append(machine(config))
+        monkeypatch.setattr(made[-1], "load_state", lambda _: (_ for _ in ()).throw(VmError("no such device")))
+        return made[-1]
+
+    with pytest.raises(VmError, match="no such device"):
+        restore_lazily(SavedGuest(path), make, on_failure=lambda _: None)
+    with pytest.raises(VmError):
+        made[0].resume()
+    assert "uffd-handler" not in {thread.name for thread in threading.enumerate()}

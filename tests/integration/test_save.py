@@ -1,0 +1,482 @@
+"""Saving a running guest to a file and restoring it: what the file is, and every way to fail."""
+
+import functools
+import io
+import os
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.cpuid import CpuModel
+from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UnsupportedError, UsageError, VmError
+from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded
+from pageferry.core.frames import gpa_of
+from pageferry.core.policies import DowntimePolicy, XenPolicy
+from pageferry.core.vm import MachineModel, VmConfig, VmStatus
+from pageferry.engine import save as save_module
+from pageferry.engine.file_sink import FileSink
+from pageferry.engine.restore import restore
+from pageferry.engine.save import Save
+from pageferry.engine.saved_guest import SavedGuest
+from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor.domain import Domain
+from pageferry.kvm import KvmVm
+from pageferry.stream.codec import NEED_DATA, Decoder
+from pageferry.stream.format import PageType
+from pageferry.stream.records import (
+    CpuidPolicy,
+    End,
+    HvmContext,
+    HvmParams,
+    PageData,
+    StaticDataEnd,
+    StreamHeader,
+    TscInfo,
+)
+from pageferry.stream.walk import Walk
+from pageferry.testing.mark_faults import MarksNothing
+from pageferry.testing.operators import STRAY_GFN
+
+MiB = 1 << 20
+
+
+def slots(vm):
+    return read_status(vm.memory, vm.config.cpus)
+
+
+def runs_on(vm):
+    """Every vCPU does more work, and none finds anything wrong."""
+    before = slots(vm)
+    patience = threading.Event()
+    for _ in range(20_000):
+        assert vm.end is None, (vm.end, slots(vm))
+        if all(now.work > then.work for now, then in zip(slots(vm), before, strict=True)):
+            return True
+        patience.wait(0.001)
+    return False
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "guest.bin"
+
+
+@pytest.fixture
+def restored():
+    """Restores files, and closes what came of them."""
+    made = []
+
+    def make(path, make_vm, **options):
+        with SavedGuest(path) as saved:
+            made.append(restore(saved, make_vm, **options))
+        return made[-1]
+
+    yield make
+    for vm in made:
+        vm.close()
+
+
+@pytest.fixture
+def running(guests):
+    def make(*arguments, **options):
+        vm = guests(*arguments, **options)
+        vm.resume()
+        assert runs_on(vm)
+        return vm
+
+    return make
+
+
+def attempt(vm, path, policy=None, *, stop=False, on_event=lambda _: None):
+    return Save(vm, path, policy or XenPolicy(), stop=stop, on_event=on_event)
+
+
+def expect_as_before(vm, path, save):
+    """The guest runs on, log-dirty off, there is no file, and the next attempt works."""
+    assert save.report.status in ("failed", "cancelled")
+    assert save.report.guest_at is save.guest_at is GuestAt.SOURCE
+    assert (save.report.downtime_s, save.frozen) == (None, False)
+    assert not vm.log_dirty.enabled
+    assert os.listdir(path.parent) == []
+    assert runs_on(vm)
+    assert attempt(vm, path).run().status == "completed"
+    assert runs_on(vm)
+
+
+OTHER = {"kvm": Domain, "soft": KvmVm}
+
+
+@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("dma", 1), ("timers", 1), ("smp", 2)])
+def test_a_guest_goes_through_a_file_to_the_other_machine_while_it_runs_on(
+    running, path, restored, accel, workload, cpus, kvm_support
+):
+    vm = running(workload, cpus=cpus)
+    events = []
+    report = attempt(vm, path, on_event=events.append).run()
+    assert vm.status is VmStatus.RUNNING
+    assert not vm.log_dirty.enabled
+    assert runs_on(vm)
+
+    assert (report.status, report.guest_at, report.file) == ("completed", GuestAt.SOURCE, str(path))
+    assert report.verified
+    assert report.downtime_s == pytest.approx(sum(report.downtime_parts_s.values()))
+    assert set(report.downtime_parts_s) == {"pause", "stop-and-copy", "state", "verify"}
+    assert [e.stats for e in events if isinstance(e, RoundEnded)] == list(report.rounds)
+    assert [e.phase for e in events if isinstance(e, PhaseBegan)] == [p for p in Phase if p is not Phase.HELLO]
+    assert os.listdir(path.parent) == [path.name]
+
+    seen = []
+    there = restored(path, OTHER[accel], on_progress=lambda done, pages: seen.append((done, pages)))
+    assert there.status is VmStatus.PAUSED
+    assert seen[-1][0] == seen[-1][1] <= report.verified_pages  # a page that was only read has storage and no content
+    first = slots(there)
+    there.resume()
+    assert runs_on(there)
+    again = restored(path, OTHER[accel])  # the file is as it was
+    assert slots(again) == first
+
+
+def test_the_file_is_a_pure_stream_that_names_every_page_and_holds_the_populated_ones(guests, path):
+    vm = guests("kv")
+    vm.resume()
+    assert runs_on(vm)
+    vm.pause()
+    report = attempt(vm, path).run()
+    assert vm.status is VmStatus.PAUSED
+    decoder = Decoder()
+    data = path.read_bytes()
+    decoder.feed(data)
+    events = []
+    while (event := decoder.next_event()) is not NEED_DATA:
+        events.append(event)
+    assert decoder.offset == len(data)
+    assert Counter(map(type, events)) == {
+        StreamHeader: 1,
+        CpuidPolicy: 1,
+        StaticDataEnd: 1,
+        PageData: sum(isinstance(event, PageData) for event in events),
+        TscInfo: 1,
+        HvmParams: 1,
+        HvmContext: 1,
+        End: 1,
+    }
+    pages = [event for event in events if isinstance(event, PageData)]
+    kinds = np.concatenate([event.types for event in pages])
+    gfns = np.concatenate([event.pfns for event in pages])
+    populated = expand_runs(*vm.memory.populated())
+    assert np.array_equal(np.unique(gfns), vm.memory.all_ram().gfns())
+    assert set(kinds.tolist()) == {PageType.NOTAB, PageType.XALLOC}
+    with_data = np.unique(gfns[kinds == PageType.NOTAB])
+    assert np.isin(with_data, populated).all()
+    assert not any(map(any, vm.memory.page_views(np.setdiff1d(populated, with_data))))
+    assert report.verified_pages == populated.size
+    for event in pages:  # of a guest that stands still every content is the last
+        views = vm.memory.page_views(event.pfns[event.types == PageType.NOTAB])
+        assert event.payload == b"".join(views)
+    assert len(data) < (populated.size + 64) * 4096 + 8 * vm.memory.pages + MiB
+
+
+def test_a_guest_beyond_the_hole_is_no_larger_in_a_file_than_what_it_touched(guests, path, restored, make_vm):
+    vm = guests("idle", memory_bytes=4096 * MiB)
+    vm.resume()
+    assert runs_on(vm)
+    report = attempt(vm, path).run()
+    assert path.stat().st_size < report.verified_pages * 4096 + 8 * vm.memory.pages + 4 * MiB
+    there = restored(path, make_vm)
+    assert there.config == VmConfig(memory_bytes=4096 * MiB, cpus=1, cpu=vm.cpuid)
+    assert there.memory.regions == vm.memory.regions
+    there.resume()
+    assert runs_on(there)
+
+
+def test_pages_sent_many_times_and_pages_that_became_zero_are_as_at_the_pause(running, path, restored, make_vm):
+    vm = running("hotset")
+    vm.pause()
+    last = int(expand_runs(*vm.memory.populated())[-1])
+    often, once = gpa_of(last + 16), gpa_of(last + 17)
+    vm.memory.write(once, b"content" * 64)
+
+    def write(event):
+        if isinstance(event, RoundBegan) and not event.final:
+            vm.memory.write(often, bytes([event.index + 1]) * 4096)
+            vm.memory.write(once, bytes(4096))
+
+    report = attempt(vm, path, XenPolicy(max_rounds=4, min_dirty_pages=0), on_event=write).run()
+    there = restored(path, make_vm)
+    for gfn in expand_runs(*vm.memory.populated()).tolist():
+        assert there.memory.read(gpa_of(gfn), 4096) == vm.memory.read(gpa_of(gfn), 4096), hex(gfn)
+    assert there.memory.read(often, 1) == bytes([len(report.rounds) - 1])
+    assert not any(there.memory.read(once, 4096))
+
+
+def test_a_balloon_goes_with_the_guest(running, path, restored, accel, kvm_support):
+    if accel != "soft":
+        pytest.skip("a machine of soft has a balloon")
+    vm = running("idle", memory_bytes=32 * MiB)
+    gone = np.array([5000, 5001, 6000, 8191], np.uint64)
+    vm.physmap.decrease_reservation(gone)
+    attempt(vm, path).run()
+    there = restored(path, Domain)
+    assert there.memory.removed().tolist() == gone.tolist()
+    assert there.memory.size_bytes == vm.memory.size_bytes
+    there.resume()
+    assert runs_on(there)
+    with pytest.raises(UnsupportedError, match="gave 4 pages back cannot live on kvm"):
+        restored(path, KvmVm)
+
+
+def test_an_earlier_file_stays_until_the_next_is_whole(running, path, restored, make_vm):
+    vm = running("kv")
+    attempt(vm, path).run()
+    first = path.read_bytes()
+    work = slots(restored(path, make_vm))[0].work
+    with pytest.raises(PolicyAbort):
+        attempt(vm, path, DowntimePolicy(limit_s=1e-9)).run()
+    assert path.read_bytes() == first
+    assert runs_on(vm)
+    attempt(vm, path).run()
+    assert slots(restored(path, make_vm))[0].work > work
+
+
+def test_a_guest_that_is_stopped_stays_stopped_until_somebody_knows_better(running, path, restored, make_vm):
+    vm = running("kv")
+    save = attempt(vm, path, stop=True)
+    with pytest.raises(VmError, match="no guest to take back"):
+        save.take_back()
+    report = save.run()
+    assert (report.status, report.guest_at, report.downtime_s) == ("completed", GuestAt.DESTINATION, None)
+    assert report.verified
+    assert save.frozen
+    vm.resume()
+    stopped_at = slots(vm)
+    there = restored(path, make_vm)
+    assert slots(there) == stopped_at == slots(vm)
+    there.resume()
+    assert runs_on(there)
+    assert slots(vm) == stopped_at
+    save.take_back()
+    assert (save.guest_at, save.frozen) == (GuestAt.SOURCE, False)
+    assert runs_on(vm)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", [Phase.PRECOPY, Phase.STOP_AND_COPY, Phase.STATE, Phase.HANDOFF])
+@pytest.mark.parametrize("stop", [False, True])
+def test_cancelled_in_any_phase_the_guest_runs_on_and_nothing_is_left(running, path, phase, stop):
+    vm = running("kv")
+
+    def cancel(event):
+        if isinstance(event, PhaseBegan) and event.phase is phase:
+            assert save.cancel()
+
+    save = attempt(vm, path, on_event=cancel, stop=stop)
+    with pytest.raises(PolicyAbort, match="cancelled"):
+        save.run()
+    assert save.report.status == "cancelled"
+    expect_as_before(vm, path, save)
+    assert not save.handing_over
+
+
+def test_too_late_to_cancel_when_the_file_is_whole(running, path):
+    vm = running("kv")
+    save = attempt(vm, path)
+    save.run()
+    assert not save.cancel()
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_disk_that_fills_up_leaves_the_guest_running_and_no_file(running, path, monkeypatch, stop):
+    vm = running("kv")
+    monkeypatch.setattr(FileSink, "free_bytes", lambda _: 1 << 60)
+    send = FileSink.send
+
+    def full(sink, buffers):
+        if sink.sent_bytes > 4096:
+            raise OSError(28, "No space left on device")
+        send(sink, buffers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSink, "send", full)
+        save = attempt(vm, path, stop=stop)
+        with pytest.raises(MigrationError, match=r"cannot write .*guest.bin: No space left on device \(phase pre-copy"):
+            save.run()
+    expect_as_before(vm, path, save)
+
+
+@pytest.mark.parametrize("step", ["settle", "commit"])
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_disk_that_breaks_at_the_end_leaves_the_guest_running_and_no_file(running, path, monkeypatch, step, stop):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    vm = running("kv")
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSink, step, broken)
+        save = attempt(vm, path, stop=stop)
+        with pytest.raises(MigrationError, match=r"Input/output error \(phase handoff, guest at source\)"):
+            save.run()
+    expect_as_before(vm, path, save)
+
+
+def test_a_file_system_without_room_is_refused_before_anything_is_written(running, path, monkeypatch):
+    vm = running("kv")
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSink, "free_bytes", lambda _: 4096)
+        save = attempt(vm, path)
+        with pytest.raises(MigrationError, match=r"the guest holds .* has 4 KiB free \(phase connect"):
+            save.run()
+    assert save.traffic().sent_bytes == 0
+    expect_as_before(vm, path, save)
+
+
+def last_page(content):
+    """Where the last page data of a stream is."""
+    pages = [
+        each for each in Walk(io.BytesIO(content).readinto) if each.name == "PAGE_DATA" and each.event.payload_bytes
+    ]
+    return pages[-1].offset + 8 + pages[-1].body_bytes - 100
+
+
+def damage(sink, settle, offset_of):
+    settle(sink)
+    content = os.pread(sink.fileno(), os.fstat(sink.fileno()).st_size, 0)
+    at = offset_of(content)
+    os.pwrite(sink.fileno(), bytes([content[at] ^ 1]), at)
+
+
+@pytest.mark.parametrize(
+    ("offset_of", "says"),
+    [
+        (last_page, "the file is not the guest at the pause: .* pages at gfn"),
+        (lambda content: len(content) - 8, "in "),  # END
+        (lambda content: len(content) - 40, "the file does not hold the state|in HVM_CONTEXT"),  # the last device
+    ],
+    ids=["page", "end", "state"],
+)
+def test_what_the_disk_wrote_wrongly_is_found_and_is_no_file(running, path, monkeypatch, offset_of, says):
+    vm = running("kv")
+    vm.pause()  # so that every content in the file counts
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSink, "settle", functools.partialmethod(damage, FileSink.settle, offset_of))
+        save = attempt(vm, path)
+        with pytest.raises(MigrationError, match=says):
+            save.run()
+    assert not save.report.verified
+    assert vm.status is VmStatus.PAUSED
+    vm.resume()
+    expect_as_before(vm, path, save)
+
+
+def test_a_page_that_the_tracker_lost_is_found(running, path):
+    vm = running("idle")
+    sound = vm.log_dirty
+    populated = expand_runs(*vm.memory.populated())
+
+    def write_unmarked(event):
+        if isinstance(event, RoundEnded) and event.stats.index == 0:
+            vm.memory.write(gpa_of(int(populated[-1])), b"lost")
+
+    vm.replace_tracker(MarksNothing(vm))
+    save = attempt(vm, path, on_event=write_unmarked)
+    with pytest.raises(MigrationError, match="the file is not the guest at the pause"):
+        save.run()
+    vm.replace_tracker(sound)
+    expect_as_before(vm, path, save)
+
+
+def test_content_where_the_guest_has_none_is_found(running, path, monkeypatch):
+    vm = running("idle")
+    of = save_module.AtPause.of.__func__
+
+    def forgets(cls, memory, context):
+        found = of(cls, memory, context)
+        return cls(
+            starts=found.starts[:-1],
+            lengths=found.lengths[:-1],
+            digests=found.digests[:-1],
+            removed=found.removed,
+            context=context,
+        )
+
+    vm.memory.write(gpa_of(STRAY_GFN), b"content")
+    with monkeypatch.context() as patch:
+        patch.setattr(save_module.AtPause, "of", classmethod(forgets))
+        save = attempt(vm, path)
+        with pytest.raises(MigrationError, match="the file has content where the guest had none: first difference"):
+            save.run()
+    expect_as_before(vm, path, save)
+
+
+def test_where_a_guest_cannot_be_saved(running, tmp_path):
+    vm = running("kv")
+    for path, says in (
+        (tmp_path, "no regular file"),
+        (tmp_path / "no" / "folder", "cannot write .*folder: No such file"),
+    ):
+        save = attempt(vm, path)
+        with pytest.raises(MigrationError, match=says):
+            save.run()
+        assert runs_on(vm)
+    assert os.listdir(tmp_path) == []
+
+
+# -- restoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_lacks_a_feature_of_the_guest_refuses_it(path, restored, kvm_support, tmp_path):
+    vm = KvmVm(VmConfig(memory_bytes=8 * MiB, cpu=CpuModel.HOST))
+    boot(vm, load_workload("idle"), params=GuestParams(working_set_bytes=MiB))
+    attempt(vm, path).run()
+    vm.close()
+    with pytest.raises(UnsupportedError, match="the software machine lacks "):
+        restored(path, Domain)
+    there = restored(path, KvmVm)
+    there.resume()
+    assert runs_on(there)
+
+
+def test_a_machine_with_interrupt_controllers_is_made_again(path, restored, kvm_support):
+    vm = KvmVm(VmConfig(memory_bytes=8 * MiB, machine=MachineModel.IRQCHIP))
+    boot(vm, load_workload("kv"), params=GuestParams(working_set_bytes=MiB))
+    vm.resume()
+    assert runs_on(vm)
+    attempt(vm, path).run()
+    vm.close()
+    there = restored(path, KvmVm)
+    assert there.config.machine is MachineModel.IRQCHIP
+    there.resume()
+    assert runs_on(there)
+    with pytest.raises(UnsupportedError):
+        restored(path, Domain)
+
+
+def test_a_host_without_room_refuses(running, path, restored, make_vm, monkeypatch):
+    attempt(running("kv"), path).run()
+    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 4096)
+    with pytest.raises(UsageError, match="this host has 4 KiB available"):
+        restored(path, make_vm)
+
+
+def test_what_cannot_be_read_is_no_guest(running, path, restored, make_vm, monkeypatch):
+    attempt(running("kv"), path).run()
+    made = []
+
+    def broken(fd, views, offset):
+        raise OSError(5, "Input/output error")
+
+    def make(config):
+        made.append(make_vm(config))
+        return made[-1]
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(VmError, match=r"cannot read .*guest.bin at byte \d+: Input/output error"):
+        restored(path, make)
+    with pytest.raises(VmError):
+        made[0].resume()

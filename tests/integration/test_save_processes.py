@@ -1,0 +1,310 @@
+"""Saving and restoring by the command line: real processes, killed and out of room at every moment."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from pageferry.core.errors import VmError
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_client import QmpClient
+
+PAGEFERRY = [sys.executable, "-m", "pageferry"]
+LIMIT = ("--downtime-limit", "600000")  # the host's speed decides nothing
+
+#: A policy of a user's own that never stops copying.
+ENDLESS = """
+from pageferry.core.policy import Action, Decision
+
+class Endless:
+    name = "endless"
+
+    def decide(self, progress):
+        return Decision(action=Action.NEXT_ROUND, reason="for ever")
+"""
+
+
+def wait_for(condition, what, patience_s=60):
+    pause = threading.Event()
+    deadline_s = time.monotonic() + patience_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline_s, f"no {what}"
+        pause.wait(0.01)
+    return result
+
+
+class Process:
+    """A pageferry process with a control socket."""
+
+    def __init__(self, folder, name, *arguments):
+        self.control = folder / f"{name}.sock"
+        self.log = folder / f"{name}.log"
+        with self.log.open("wb") as log:
+            command = [*PAGEFERRY, *map(str, arguments), "--control", str(self.control)]
+            environment = os.environ | {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
+            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        wait_for(self._answers, "control socket")
+        assert self.popen.poll() is None, self.log.read_text()
+
+    def _answers(self):
+        try:
+            QmpClient(self.control).close()
+        except VmError:
+            return self.popen.poll() is not None
+        return True
+
+    def ask(self, command, **arguments):
+        with QmpClient(self.control) as client:
+            return client.execute(command, **arguments)
+
+    def status(self):
+        return self.ask("query-status")["status"]
+
+    def work(self):
+        return sum(self.ask("x-query-guest")["work"])
+
+    def runs_on(self):
+        before = self.work()
+        wait_for(lambda: self.work() > before, f"work in {self.log.read_text()}")
+        return self.status() == "running"
+
+    def kill(self):
+        self.popen.send_signal(signal.SIGKILL)
+        self.popen.wait()
+
+    def end(self):
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+@pytest.fixture
+def start(tmp_path):
+    made = []
+    (tmp_path / "endless.py").write_text(ENDLESS)
+
+    def make(*arguments):
+        made.append(Process(tmp_path, f"p{len(made)}", *arguments))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.end()
+
+
+@pytest.fixture
+def guest(start):
+    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--accel", "soft")
+    assert process.runs_on()
+    return process
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "files").mkdir()
+    return tmp_path / "files" / "guest.bin"
+
+
+def cli(*arguments, **options):
+    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+def save(process, file, *arguments, **options):
+    return cli("save", "--control", process.control, file, *LIMIT, *arguments, **options)
+
+
+def one_line(result):
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("hint:", "machine:", "round", "stop"))]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("pageferry: ")
+    return lines[0]
+
+
+def test_a_guest_travels_by_files_between_the_machines(start, file, kvm_support):
+    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--accel", "kvm")
+    for step, accel in enumerate(("soft", "kvm", "soft")):
+        assert process.runs_on()
+        result = save(process, file, "--json")
+        assert result.returncode == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert (report["status"], report["guest_at"], report["file"]) == ("completed", "source", str(file))
+        assert report["verified"] is True
+        assert process.runs_on()  # a snapshot
+        process.end()
+        assert os.listdir(file.parent) == [file.name], step
+        process = start("restore", file, "--accel", accel)
+        assert process.ask("x-query-guest")["accel"] == accel
+        assert process.ask("x-query-guest")["name"] == "guest"
+    assert process.runs_on()
+
+
+def test_a_person_sees_what_was_saved_and_where(guest, file):
+    result = save(guest, file.name, cwd=file.parent)
+    assert result.returncode == 0, result.stderr
+    for word in ("save completed", "saved to", "here it runs on", "verified", "downtime"):
+        assert word in result.stdout
+    assert "round 0" in result.stderr
+    assert file.exists()
+
+
+def test_a_guest_that_was_stopped_does_not_run_here_unless_it_is_forced(guest, start, file):
+    result = save(guest, file, "--stop")
+    assert result.returncode == 0, result.stderr
+    assert "here it is stopped" in result.stdout
+    assert guest.status() == "postmigrate"
+    for command in ("resume", "pause"):
+        refused = cli(command, "--control", guest.control)
+        assert refused.returncode == 6
+        assert f"was saved to {file} and stopped here" in one_line(refused)
+    assert "was saved to" in one_line(save(guest, file))
+    there = start("restore", file, "--accel", "soft")
+    assert there.runs_on()
+    there.end()
+    assert cli("resume", "--force", "--control", guest.control).returncode == 0
+    assert guest.runs_on()
+
+
+def test_events_tell_of_the_pause_and_that_it_is_over(guest, file):
+    with QmpClient(guest.control) as client:
+        client.execute("migrate", **{"uri": f"file:{file}", "x-policy": "xen"})
+        seen, statuses = [], []
+        for event in client.events():
+            seen.append(event["event"])
+            if event["event"] == "MIGRATION":
+                statuses.append(event["data"]["status"])
+            if event["event"] == "MIGRATION" and event["data"]["status"] == "completed":
+                break
+    assert [name for name in seen if name in ("STOP", "RESUME")] == ["STOP", "RESUME"]
+    assert statuses == ["setup", "active", "completed"]
+
+
+def endless(guest, file):
+    """Begin a save that would go on for ever; return when it has written something."""
+    guest.ask("migrate", **{"uri": f"file:{file}", "x-policy": "endless:Endless"})
+    part = file.with_name(f"{file.name}.part")
+    wait_for(lambda: part.exists() and part.stat().st_size > 1 << 20, "page in the file")
+
+
+def test_a_process_killed_while_it_saves_leaves_the_earlier_file(guest, start, file):
+    assert save(guest, file).returncode == 0
+    before = file.read_bytes()
+    endless(guest, file)
+    guest.kill()
+    assert file.read_bytes() == before
+    there = start("restore", file, "--accel", "soft")
+    assert there.runs_on()
+    result = save(there, file)  # what the killed one left is no obstacle
+    assert result.returncode == 0, result.stderr
+    assert os.listdir(file.parent) == [file.name]
+
+
+def test_ctrl_c_ends_a_save_and_the_guest_runs_on(guest, file):
+    command = [*PAGEFERRY, "save", "--control", str(guest.control), str(file), "--policy", "endless:Endless"]
+    saving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in saving.stderr:
+        if line.startswith("round 1"):
+            break
+    saving.send_signal(signal.SIGINT)
+    _, errors = saving.communicate(timeout=60)
+    assert saving.returncode == 130
+    assert "cancelled; the guest runs on at the source" in errors
+    assert os.listdir(file.parent) == []
+    assert guest.runs_on()
+
+
+def test_two_that_save_to_one_file_do_not_disturb_each_other(guest, start, file):
+    endless(guest, file)
+    other = start("run", "idle", "--memory", "8M", "--accel", "soft")
+    refused = save(other, file)
+    assert refused.returncode == 3
+    assert "is being written already (phase connect, guest at source)" in one_line(refused)
+    assert "a migration process in progress" in one_line(save(guest, file))
+    guest.ask("migrate_cancel")
+    wait_for(lambda: not os.listdir(file.parent), "end of the save")
+    assert guest.runs_on()
+
+
+def test_a_file_that_may_not_grow_so_long_leaves_the_guest_running(guest, file):
+    old = resource.prlimit(guest.popen.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(guest.popen.pid, resource.RLIMIT_FSIZE, (1 << 20, old[1]))
+    result = save(guest, file)
+    assert result.returncode == 3, result.stderr
+    assert f"cannot write {file}: File too large" in one_line(result)
+    assert "hint: nothing is left of it" in result.stderr
+    assert os.listdir(file.parent) == []
+    assert guest.runs_on()
+    resource.prlimit(guest.popen.pid, resource.RLIMIT_FSIZE, old)
+    assert save(guest, file).returncode == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_is_full_leaves_the_guest_running(guest, small_disk):
+    # The guest holds less than the disk has; what is sent again and again does not fit.
+    file = small_disk / "guest.bin"
+    guest.ask("migrate", **{"uri": f"file:{file}", "x-policy": "endless:Endless"})
+    wait_for(lambda: guest.ask("query-migrate")["status"] == "failed", "end of the disk")
+    assert "No space left on device" in guest.ask("query-migrate")["error-desc"]
+    assert os.listdir(small_disk) == []
+    assert guest.runs_on()
+
+
+NOT_WHOLE = {
+    "half": (lambda data: data[: len(data) // 2], "the stream stops after"),
+    "one byte less": (lambda data: data[:-1], "in record header at byte"),
+    "record": (lambda data: data[:40] + b"\xee" + data[41:], "in record type 0xee at byte 40"),
+    "other file": (lambda data: b"\x7fELF" + data[4:], "this is no libxc migration stream"),
+    "empty": (lambda data: b"", "the stream stops after 0 bytes"),
+}
+
+
+def test_a_file_that_is_not_whole_is_refused_before_anything_runs(guest, file):
+    assert save(guest, file).returncode == 0
+    whole = file.read_bytes()
+    for change, says in NOT_WHOLE.values():
+        file.write_bytes(change(whole))
+        refused = cli("restore", file, "--accel", "soft")
+        assert refused.returncode == 7
+        assert refused.stdout == ""
+        assert says in one_line(refused)
+
+
+def test_bad_names_are_refused_in_one_line(guest, tmp_path):
+    assert "no regular file" in one_line(save(guest, tmp_path))
+    assert "No such file or directory" in one_line(save(guest, tmp_path / "none" / "x"))
+    assert cli("restore", tmp_path / "none", "--accel", "soft").returncode == 2
+    for uri in ("file:relative", "file:"):
+        with pytest.raises(QmpError, match="not a file"):
+            guest.ask("migrate", uri=uri)
+    with pytest.raises(QmpError, match="x-stop"):
+        guest.ask("migrate", **{"uri": "tcp:127.0.0.1:1", "x-stop": True})
+    assert guest.runs_on()
+
+
+def test_a_guest_runs_while_its_memory_is_read(guest, start, file):
+    assert save(guest, file).returncode == 0
+    there = start("restore", file, "--lazy", "--accel", "soft")
+    assert there.runs_on()
+    wait_for(lambda: there.ask("x-query-guest")["unread_pages"] == 0, "end of the restore")
+    assert "still to be read" not in cli("status", "--control", there.control).stdout
+    result = wait_for(lambda: (r := save(there, file)).returncode == 0 and r, "save")
+    assert "save completed" in result.stdout
+    assert there.runs_on()
