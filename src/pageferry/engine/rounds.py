@@ -93,6 +93,8 @@ class PageSender:
             zero_pages=sent.zero_pages,
             packed_pages=sent.packed_pages,
             packed_bytes=sent.packed_bytes,
+            delta_pages=sent.delta_pages,
+            delta_bytes=sent.delta_bytes,
             sent_bytes=sent_bytes,
             duration_s=self._now_s() - began_s,
             remaining_pages=self.remaining_pages,

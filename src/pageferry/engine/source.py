@@ -37,6 +37,7 @@ from pageferry.engine.guest_time import Stall
 from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.page_cache import PageCache
 from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Encoder
@@ -154,7 +155,9 @@ class Source(Attempt):
         memory, packing = self._vm.memory, self._wire.compress
         coder: PageCoder = PlainCoder(memory, encoder)
         if packing is not Packing.NONE:
-            coder = PackingCoder(memory, encoder, packer(packing))
+            share_bytes = self._wire.delta_cache_bytes // self._wire.connections
+            cache = PageCache(share_bytes, memory.gfn_limit) if share_bytes else None
+            coder = PackingCoder(memory, encoder, packer(packing), cache)
         says_zero = RecordType.ZERO_PAGES in self._agreed
         return Lane(memory, channel, encoder, coder, says_zero=says_zero, on_sent=self._on_sent)
 
