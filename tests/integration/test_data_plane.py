@@ -257,6 +257,21 @@ def test_a_capped_migration_is_no_faster_than_the_cap_from_the_first_byte_to_the
         assert stats.sent_bytes <= 1.05 * cap * (stats.duration_s + 2 * BURST_S)
 
 
+@pytest.mark.parametrize("later", [8 << 20, None])
+def test_a_cap_that_changes_during_a_round_leaves_no_page_out(guests, move, later):
+    vm = guests("idle")
+    fill(vm, FREE, 1)
+    trip = move(vm)
+
+    def change(event):
+        if isinstance(event, RoundProgress):
+            trip.source._pacer.set_rate(later)
+
+    report = trip.run(Steps(1, lambda index: None), wire=WireOptions(bandwidth_bytes_per_s=16 << 20), on_event=change)
+    trip.expect_equal()
+    assert report.rounds[0].sent_pages == report.rounds[0].dirty_pages
+
+
 def test_a_cancel_does_not_wait_for_the_cap(guests, move):
     vm = guests("idle")
     fill(vm, FREE, 1)

@@ -81,10 +81,12 @@ class Lane:
             OSError: cut or stalled.
         """
         sent = Sent()
-        for at in range(0, gfns.size, self.batch_pages):
+        at = 0
+        while at < gfns.size:  # the cap, and with it the size of a batch, may change meanwhile
             batch = gfns[at : at + self.batch_pages]
             sent += self._send_batch(batch, fresh=fresh)
             self._on_sent(batch)
+            at += batch.size
         return sent
 
     def send_proof(self, proof: Proof) -> None:
