@@ -34,7 +34,7 @@ from pageferry.stream.ferry import Conversation, FerryDecoder, Join, Side, Sourc
 from pageferry.stream.format import EXTENSIONS, PageType
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, available, packer
-from pageferry.stream.records import Audit, PackedPages, PageData, ZeroPages
+from pageferry.stream.records import Audit, DeltaPages, PackedPages, PageData, ZeroPages
 
 #: Frames that no guest program touches.
 FREE = np.arange(6000, 6400, dtype=np.uint64)
@@ -255,6 +255,21 @@ def test_a_capped_migration_is_no_faster_than_the_cap_from_the_first_byte_to_the
     assert report.sent_bytes <= 1.05 * cap * (report.total_s + BURST_S)
     for stats in report.rounds:  # the stop-and-copy too
         assert stats.sent_bytes <= 1.05 * cap * (stats.duration_s + 2 * BURST_S)
+
+
+@pytest.mark.parametrize("later", [8 << 20, None])
+def test_a_cap_that_changes_during_a_round_leaves_no_page_out(guests, move, later):
+    vm = guests("idle")
+    fill(vm, FREE, 1)
+    trip = move(vm)
+
+    def change(event):
+        if isinstance(event, RoundProgress):
+            trip.source._pacer.set_rate(later)
+
+    report = trip.run(Steps(1, lambda index: None), wire=WireOptions(bandwidth_bytes_per_s=16 << 20), on_event=change)
+    trip.expect_equal()
+    assert report.rounds[0].sent_pages == report.rounds[0].dirty_pages
 
 
 def test_a_cancel_does_not_wait_for_the_cap(guests, move):
@@ -625,3 +640,61 @@ def test_an_offer_of_two_packings_is_answered_with_one(packing):
     assert used[0] == "zero-pages"
     assert len(used) == 2
     assert features.packing_of(used) in available()
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_of_a_page_that_is_sent_again_and_again_only_the_change_travels(guests, move, packing, connections):
+    vm = guests("idle")
+    fill_random(vm, WIDE, 1)
+
+    def change(index):
+        for gfn in WIDE.tolist():
+            vm.memory.write(gfn * PAGE_SIZE + 8 * index, bytes([index + 1]))
+
+    trip = move(vm)
+    wire = WireOptions(compress=packing, delta_cache_bytes=64 << 20, connections=connections)
+    report = trip.run(Steps(3, change), wire=wire)
+    trip.expect_equal()
+    # Round 0 is not remembered, round 1 is; the stop-and-copy is the third sending after that.
+    assert [stats.delta_pages for stats in report.rounds] == [0, 0, WIDE.size, WIDE.size]
+    deltas = [
+        event
+        for connection in range(connections)
+        for event in trip.taped.records(connection=connection)
+        if isinstance(event, DeltaPages)
+    ]
+    assert sum(event.pfns.size for event in deltas) == sum(stats.delta_pages for stats in report.rounds)
+    on_the_wire = sum(8 + -(-(8 + 8 * event.pfns.size + len(event.data)) // 8) * 8 for event in deltas)
+    assert on_the_wire == sum(stats.delta_bytes for stats in report.rounds) < 2 * WIDE.size * PAGE_SIZE // 10
+    assert report.delta_cache_bytes == 64 << 20
+    traffic = trip.source.traffic()
+    assert (traffic.delta_pages, traffic.delta_bytes) == (2 * WIDE.size, on_the_wire)
+
+
+@pytest.mark.parametrize("workload", ["hotset", "kv"])
+def test_a_running_guest_moves_by_its_changes(guests, move, packing, workload):
+    vm = guests(workload)
+    vm.resume()
+    trip = move(vm)
+    wire = WireOptions(compress=packing, delta_cache_bytes=4 << 20)  # smaller than what it writes
+    report = trip.run(Steps(5, lambda index: None), wire=wire, verify=VerifyMode.AUDIT)
+    assert report.verified
+    assert read_status(trip.there.memory, 1)[0].work >= read_status(vm.memory, 1)[0].work
+
+
+def test_a_destination_that_takes_no_deltas_is_not_migrated_to(guests, move, packing, monkeypatch):
+    sound = features.agree
+    monkeypatch.setattr(features, "agree", lambda offer, **how: tuple(set(sound(offer, **how)) - {"delta"}))
+    vm = guests("idle")
+    with pytest.raises(MigrationError, match="takes no deltas") as failed:
+        move(vm).run(wire=WireOptions(compress=packing, delta_cache_bytes=4 << 20))
+    assert failed.value.hint == "leave out --delta-cache"
+    assert failed.value.guest_at is GuestAt.SOURCE
+
+
+def test_a_delta_cache_without_a_packing_or_too_small_for_a_batch_is_refused(packing):
+    with pytest.raises(UsageError, match="a delta cache needs a packing"):
+        WireOptions(delta_cache_bytes=64 << 20)
+    with pytest.raises(UsageError, match="delta cache of 8388607 bytes is too small") as small:
+        WireOptions(delta_cache_bytes=(8 << 20) - 1, compress=packing, connections=2)
+    assert "at least 8 MiB" in small.value.hint

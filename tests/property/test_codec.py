@@ -49,6 +49,7 @@ from pageferry.stream.hvm_context import decode_machine_state, encode_machine_st
 from pageferry.stream.records import (
     BodyError,
     CpuidPolicy,
+    DeltaPages,
     End,
     HvmContext,
     HvmParams,
@@ -95,7 +96,8 @@ def streams(draw):
     if draw(st.booleans()):
         packed = draw(st.sets(st.integers(0, (1 << 52) - 1), min_size=1, max_size=6))
         data = draw(st.binary(min_size=1, max_size=50))
-        write(encoder.record(PackedPages(pfns=np.array(sorted(packed), np.uint64), data=data)))
+        kind = draw(st.sampled_from([PackedPages, DeltaPages]))
+        write(encoder.record(kind(pfns=np.array(sorted(packed), np.uint64), data=data)))
     if draw(st.booleans()):
         body = draw(st.binary(max_size=20))
         write(struct.pack("<II", draw(st.integers(1 << 31, (1 << 32) - 1)), len(body)) + body + bytes(-len(body) % 8))
@@ -115,8 +117,8 @@ def comparable(event):
         return event.offset, event.pfns.tolist(), event.types.tolist(), payload
     if isinstance(event, ZeroPages):
         return event.pfns.tolist()
-    if isinstance(event, PackedPages):
-        return event.pfns.tolist(), event.data
+    if isinstance(event, PackedPages | DeltaPages):
+        return type(event), event.pfns.tolist(), event.data
     return event
 
 

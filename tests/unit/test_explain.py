@@ -76,6 +76,7 @@ def report(*rounds, fixed_s=0.01, action=Action.STOP_AND_COPY, policy="downtime"
         shared_memory=False,
         connections=1,
         compress="none",
+        delta_cache_bytes=0,
         sent_bytes=sum(each.sent_bytes for each in made),
         bandwidth_bytes_per_s=None,
         fault_count=None,

@@ -15,6 +15,7 @@ from pageferry.stream.records import (
     TYPE_OF,
     Audit,
     CpuidPolicy,
+    DeltaPages,
     End,
     HvmContext,
     HvmParams,
@@ -152,18 +153,22 @@ def test_zero_pages_byte_by_byte():
         events[3].pfns[0] = 1
 
 
-def test_packed_pages_byte_by_byte():
+@pytest.mark.parametrize(("kind", "number"), [(PackedPages, 0x50470002), (DeltaPages, 0x50470003)])
+def test_packed_pages_byte_by_byte(kind, number):
     encoder = Encoder()
-    encoder.header(agreed={RecordType.PACKED_PAGES})
+    encoder.header(agreed={number})
     encoder.record(StaticDataEnd())
-    whole = encoder.record(PackedPages(pfns=np.array([7, 9], np.uint64), data=b"small"))
-    assert whole == struct.pack("<IIII2Q", 0x50470002, 29, 2, 0, 7, 9) + b"small\0\0\0"
-    assert encoder.offset == 40 + 8 + len(whole)
-    _, events = drain(HEADER + STATIC + whole, agreed={RecordType.PACKED_PAGES})
-    assert events[2].pfns.tolist() == [7, 9]
-    assert events[2].data == b"small"
+    encoder.page_data([0])
+    before = encoder.offset
+    whole = encoder.record(kind(pfns=np.array([7, 9], np.uint64), data=b"small"))
+    assert whole == struct.pack("<IIII2Q", number, 29, 2, 0, 7, 9) + b"small\0\0\0"
+    assert encoder.offset == before + len(whole)
+    _, events = drain(HEADER + STATIC + ONE_PAGE + whole, agreed={number})
+    assert isinstance(events[3], kind)
+    assert events[3].pfns.tolist() == [7, 9]
+    assert events[3].data == b"small"
     with pytest.raises(ValueError, match="read-only"):
-        events[2].pfns[0] = 1
+        events[3].pfns[0] = 1
 
 
 ONE = np.array([1], np.uint64)
@@ -172,7 +177,10 @@ ONE = np.array([1], np.uint64)
 AUDIT = Audit(first_gfns=ONE, pages=np.array([1], np.uint32), digests=np.zeros((1, 16), np.uint8))
 
 
-@pytest.mark.parametrize("record_of_ours", [ZeroPages(pfns=ONE), PackedPages(pfns=ONE, data=b"x"), AUDIT])
+OURS = [ZeroPages(pfns=ONE), PackedPages(pfns=ONE, data=b"x"), DeltaPages(pfns=ONE, data=b"x"), AUDIT]
+
+
+@pytest.mark.parametrize("record_of_ours", OURS)
 def test_an_extension_needs_an_agreement_at_both_ends_and_is_mandatory_if_it_changes_memory(record_of_ours):
     extension = TYPE_OF[type(record_of_ours)]
     assert extension in fmt.EXTENSIONS
@@ -215,9 +223,10 @@ def test_wrong_zero_pages(body, match):
         (struct.pack("<IIQ", 1, 0, 5) + PAGE, "4096 bytes are not 1 pages packed"),
     ],
 )
-def test_wrong_packed_pages(body, match):
-    data = HEADER + STATIC + record(RecordType.PACKED_PAGES, body)
-    refused(data, RecordError, match, agreed={RecordType.PACKED_PAGES}, gfn_limit=100)
+@pytest.mark.parametrize("number", [RecordType.PACKED_PAGES, RecordType.DELTA_PAGES])
+def test_wrong_packed_pages(body, match, number):
+    data = HEADER + STATIC + ONE_PAGE + record(number, body)
+    refused(data, RecordError, match, agreed={number}, gfn_limit=100)
 
 
 def test_encoder_counts_the_page_data_that_the_caller_sends():

@@ -90,7 +90,9 @@ def test_packed_pages_come_where_page_data_does_and_stand_for_it(role):
         assert answer is None if why is None else why in answer, past
     order = Order(role, 3, EXTENSIONS)
     order.passed(RecordType.STATIC_DATA_END)
+    assert "too early" in order.check(RecordType.DELTA_PAGES)
     order.passed(RecordType.PACKED_PAGES)
+    assert order.check(RecordType.DELTA_PAGES) is None
     assert order.check(RecordType.TSC_INFO) is None
     assert order.check(RecordType.ZERO_PAGES) is None
 

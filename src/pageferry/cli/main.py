@@ -241,12 +241,18 @@ def _policy_options(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _wire_options(bandwidth: str, connections: int, compress: Packing) -> dict[str, Any]:
-    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth), connections=connections, compress=compress)
+def _wire_options(bandwidth: str, connections: int, compress: Packing, delta_cache: str | None) -> dict[str, Any]:
+    wire = WireOptions(
+        bandwidth_bytes_per_s=parse_rate(bandwidth),
+        connections=connections,
+        compress=compress,
+        delta_cache_bytes=0 if delta_cache is None else parse_size(delta_cache),
+    )
     options = {
         "x-bandwidth": wire.bandwidth_bytes_per_s,
         "x-connections": wire.connections,
         "x-compress": str(wire.compress),
+        "x-delta-cache": wire.delta_cache_bytes or None,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -388,6 +394,9 @@ def migrate_guest(
     compress: Annotated[
         Packing, typer.Option(help="Pack page data: for a wire that is slower than the CPU.")
     ] = Packing.NONE,
+    delta_cache: Annotated[
+        str | None, typer.Option(help="Memory to remember sent pages in, e.g. 64M, to send changes only (--compress).")
+    ] = None,
     plot: PlotOption = None,
     hold: Annotated[
         bool, typer.Option("--hold", help="When all is ready, wait for `pageferry switch` before the guest is paused.")
@@ -397,7 +406,7 @@ def migrate_guest(
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
-    options |= _wire_options(bandwidth, connections, compress) | ({"x-hold": True} if hold else {})
+    options |= _wire_options(bandwidth, connections, compress, delta_cache) | ({"x-hold": True} if hold else {})
     _migrate(control, uri, options, as_json, plot)
 
 

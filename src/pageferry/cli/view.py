@@ -185,10 +185,12 @@ def _zeros(report: Json) -> str:
 
 
 def _packed(report: Json) -> str:
-    pages = sum(each["packed_pages"] for each in report["rounds"])
-    packed_bytes = sum(each["packed_bytes"] for each in report["rounds"])
-    what = f"{format_size(pages * PAGE_SIZE)} packed by {report['compress']} into {format_size(packed_bytes)}"
-    return f", {what}" if pages else ""
+    said = ""
+    for name, how in (("packed", f"packed by {report['compress']}"), ("delta", "sent as changes")):
+        pages = sum(each[f"{name}_pages"] for each in report["rounds"])
+        taken = sum(each[f"{name}_bytes"] for each in report["rounds"])
+        said += f", {format_size(pages * PAGE_SIZE)} {how} in {format_size(taken)}" if pages else ""
+    return said
 
 
 def lessons(report: Json) -> list[str]:

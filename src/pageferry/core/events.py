@@ -148,6 +148,7 @@ class MigrationReport:
     sent_bytes: int
     connections: int
     compress: str
+    delta_cache_bytes: int
     bandwidth_bytes_per_s: int | None
     downtime_s: float | None
     downtime_parts_s: dict[str, float] | None

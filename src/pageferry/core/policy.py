@@ -25,7 +25,8 @@ class RoundStats:
     ``dirty_pages``: pages that it found dirty, each part of memory looked at just before it was sent (round 0: pages
     with storage).
     ``sent_pages``/``sent_bytes``: what went over the wire, headers included in the bytes. ``zero_pages``: how many of
-    the pages were sent as a mere word that they are zero; ``packed_pages``: how many packed, in ``packed_bytes``.
+    the pages were sent as a mere word that they are zero; ``packed_pages``: how many packed, in ``packed_bytes``;
+    ``delta_pages``: of how many only what had changed, in ``delta_bytes``.
     ``remaining_pages``: pages dirty when it ended. The final round is the stop-and-copy: nothing remains.
     """
 
@@ -39,6 +40,8 @@ class RoundStats:
     zero_pages: int = 0
     packed_pages: int = 0
     packed_bytes: int = 0
+    delta_pages: int = 0
+    delta_bytes: int = 0
 
     @property
     def moved_bytes(self) -> int:

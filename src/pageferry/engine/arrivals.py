@@ -12,7 +12,7 @@ from pageferry.engine.shares import connection_of
 from pageferry.engine.transport import Channel
 from pageferry.stream.format import BodyError, PageType, carries_data
 from pageferry.stream.packing import Packing, packer
-from pageferry.stream.records import Audit, PackedPages, PageDataHeader, ZeroPages
+from pageferry.stream.records import Audit, DeltaPages, PackedPages, PageDataHeader, ZeroPages
 
 
 class Arrivals:
@@ -105,6 +105,16 @@ class Arrivals:
         """
         self._check(record.pfns, "PACKED_PAGES", None)
         self._words[record.pfns] = self._unpacked(record.data, record.pfns.size, "PACKED_PAGES")
+        self._arrived(record.pfns)
+
+    def delta_pages(self, record: DeltaPages) -> None:
+        """Change pages by what is unpacked.
+
+        Raises:
+            RecordError: as :meth:`packed_pages`.
+        """
+        self._check(record.pfns, "DELTA_PAGES", None)
+        self._words[record.pfns] ^= self._unpacked(record.data, record.pfns.size, "DELTA_PAGES")  # each page once
         self._arrived(record.pfns)
 
     def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:

@@ -60,8 +60,9 @@ class Traffic:
     """How far an attempt is, in counts.
 
     ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended; in those, ``sent_pages`` went, ``zero_pages`` of
-    them by name only, ``packed_pages`` packed in ``packed_bytes``. ``remaining_pages``: of the round under way; between
-    rounds, what was dirty at the last look. ``sent_bytes``: over the wire so far, all of the conversation.
+    them by name only, ``packed_pages`` in ``packed_bytes``, and of ``delta_pages`` the changes in ``delta_bytes``.
+    ``remaining_pages``: of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``: over
+    the wire so far, all of the conversation.
     """
 
     memory_bytes: int
@@ -70,6 +71,8 @@ class Traffic:
     zero_pages: int
     packed_pages: int
     packed_bytes: int
+    delta_pages: int
+    delta_bytes: int
     remaining_pages: int
     sent_bytes: int
 
@@ -174,6 +177,8 @@ class Attempt(ABC):
             zero_pages=sum(stats.zero_pages for stats in rounds),
             packed_pages=sum(stats.packed_pages for stats in rounds),
             packed_bytes=sum(stats.packed_bytes for stats in rounds),
+            delta_pages=sum(stats.delta_pages for stats in rounds),
+            delta_bytes=sum(stats.delta_bytes for stats in rounds),
             remaining_pages=self._sender.remaining_pages,
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
@@ -352,6 +357,7 @@ class Attempt(ABC):
             sent_bytes=self.traffic().sent_bytes,
             connections=self._wire.connections,
             compress=str(self._wire.compress),
+            delta_cache_bytes=self._wire.delta_cache_bytes,
             bandwidth_bytes_per_s=self._pacer.rate_bytes_per_s,
             downtime_s=downtime_s,
             downtime_parts_s=parts,

@@ -13,12 +13,15 @@ CONNECTIONS = "connections"
 SHARED_MEMORY = "shared-memory"
 #: Page data packed by the library of that name; at most one of these is offered.
 PACK = {Packing.LZ4: "pack-lz4", Packing.ZSTD: "pack-zstd"}
+#: What changed in a page that is sent again, packed as agreed: goes with one of the above.
+DELTA = "delta"
 
 #: feature -> the record that it allows in the stream.
 _RECORDS = {
     ZERO_PAGES: RecordType.ZERO_PAGES,
     AUDIT: RecordType.AUDIT,
     **dict.fromkeys(PACK.values(), RecordType.PACKED_PAGES),
+    DELTA: RecordType.DELTA_PAGES,
 }
 
 
@@ -27,7 +30,8 @@ def offer(wire: WireOptions, *, audit: bool, shared: bool) -> tuple[str, ...]:
     audits = (AUDIT,) if audit else ()
     several = (CONNECTIONS,) if wire.connections > 1 else ()
     packed = (PACK[wire.compress],) if wire.compress in PACK else ()
-    return (ZERO_PAGES, *audits, *several, *packed, *((SHARED_MEMORY,) if shared else ()))
+    deltas = (DELTA,) if wire.delta_cache_bytes else ()
+    return (ZERO_PAGES, *audits, *several, *packed, *deltas, *((SHARED_MEMORY,) if shared else ()))
 
 
 def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[str]) -> None:
@@ -44,11 +48,13 @@ def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[s
     if packing_of(used) is not wire.compress:
         hint = "there: pip install 'pageferry[compress]'; or leave out --compress"
         raise UsageError(f"the destination cannot unpack {wire.compress}", hint=hint)
+    if wire.delta_cache_bytes and DELTA not in used:
+        raise UsageError("the destination takes no deltas", hint="leave out --delta-cache")
 
 
 def agree(offered: Collection[str], *, several_connections: bool, shared: bool) -> tuple[str, ...]:
     """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
-    can = {ZERO_PAGES, AUDIT, *(PACK[packing] for packing in available())}
+    can = {ZERO_PAGES, AUDIT, DELTA, *(PACK[packing] for packing in available())}
     if several_connections:
         can.add(CONNECTIONS)
     if shared:

@@ -19,12 +19,14 @@ from pageferry.stream.records import Audit, End, ZeroPages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """What was sent: ``pages`` in all; ``zero_pages`` of them by name only; ``packed_pages`` in ``packed_bytes``."""
+    """What was sent: ``pages`` in all; ``zero_pages`` of them by name only; the others as in :class:`Coded`."""
 
     pages: int = 0
     zero_pages: int = 0
     packed_pages: int = 0
     packed_bytes: int = 0
+    delta_pages: int = 0
+    delta_bytes: int = 0
 
     def __add__(self, other: "Sent") -> "Sent":
         return Sent(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(Sent)})
@@ -79,10 +81,12 @@ class Lane:
             OSError: cut or stalled.
         """
         sent = Sent()
-        for at in range(0, gfns.size, self.batch_pages):
+        at = 0
+        while at < gfns.size:  # the cap, and with it the size of a batch, may change meanwhile
             batch = gfns[at : at + self.batch_pages]
             sent += self._send_batch(batch, fresh=fresh)
             self._on_sent(batch)
+            at += batch.size
         return sent
 
     def send_proof(self, proof: Proof) -> None:
@@ -118,8 +122,9 @@ class Lane:
         self.channel.send([self._encoder.record(End())])
 
     def _send_batch(self, gfns: GfnArray, *, fresh: bool) -> Sent:
-        zero, coded, coded_pages = self._coded(gfns, look_for_zeros=fresh or self._says_zero)
+        zero, coded, coded_pages = self._coded(gfns, fresh=fresh)
         if zero.size:
+            self._coder.forget(zero)
             name = self._named(zero, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=zero))
             self.channel.send([name])
         self.channel.send(coded.buffers)
@@ -128,19 +133,22 @@ class Lane:
             zero_pages=zero.size,
             packed_pages=coded.packed_pages,
             packed_bytes=coded.packed_bytes,
+            delta_pages=coded.delta_pages,
+            delta_bytes=coded.delta_bytes,
         )
 
     def _named(self, gfns: GfnArray, page_type: PageType) -> bytes:
         return self._encoder.page_data(gfns, np.full(gfns.size, page_type, np.uint8))
 
-    def _coded(self, gfns: GfnArray, *, look_for_zeros: bool) -> tuple[GfnArray, Coded, int]:
+    def _coded(self, gfns: GfnArray, *, fresh: bool) -> tuple[GfnArray, Coded, int]:
         # Of the frames that are RAM (the guest may have given some back meanwhile) those that are zero, and the records
         # and number of the others.
         while True:
             present = gfns[self._memory.are_ram(gfns)]
-            zero = zero_pages(self._words, present) if look_for_zeros else np.zeros(present.size, np.bool_)
+            zero = zero_pages(self._words, present) if fresh or self._says_zero else np.zeros(present.size, np.bool_)
             others = present[~zero]
             try:
-                return present[zero], self._coder.code(others) if others.size else Coded(buffers=()), others.size
+                coded = self._coder.code(others, fresh=fresh) if others.size else Coded(buffers=())
+                return present[zero], coded, others.size
             except VmError:
                 continue  # one more was given back between the lines

@@ -73,10 +73,12 @@ class PageSender:
         reported = Sent()
         for gfns in chunks:
             dirty_pages += gfns.size
-            for at in range(0, gfns.size, lanes.batch_pages):
+            at = 0
+            while at < gfns.size:  # the size of a batch may change meanwhile
                 before_record()
                 batch = gfns[at : at + lanes.batch_pages]
                 lanes.send(batch, fresh=index == 0)
+                at += batch.size
                 passed_pages += batch.size
                 self.remaining_pages = max(expected_pages, dirty_pages) - passed_pages
                 reported = lanes.sent - sent_before
@@ -93,6 +95,8 @@ class PageSender:
             zero_pages=sent.zero_pages,
             packed_pages=sent.packed_pages,
             packed_bytes=sent.packed_bytes,
+            delta_pages=sent.delta_pages,
+            delta_bytes=sent.delta_bytes,
             sent_bytes=sent_bytes,
             duration_s=self._now_s() - began_s,
             remaining_pages=self.remaining_pages,

@@ -13,7 +13,7 @@ from pageferry.stream.codec import Decoder
 from pageferry.stream.format import RecordType
 from pageferry.stream.intake import Need
 from pageferry.stream.order import Role
-from pageferry.stream.records import Audit, Event, PackedPages, PageDataHeader, StreamHeader, ZeroPages
+from pageferry.stream.records import Audit, DeltaPages, Event, PackedPages, PageDataHeader, StreamHeader, ZeroPages
 
 #: How soon the reader of one connection hears that another failed.
 _POLL_S = 0.1
@@ -85,6 +85,8 @@ def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity
             arrivals.zero_pages(event)
         elif isinstance(event, PackedPages):
             arrivals.packed_pages(event)
+        elif isinstance(event, DeltaPages):
+            arrivals.delta_pages(event)
         elif not isinstance(event, StreamHeader):
             yield event
 

@@ -38,6 +38,7 @@ from pageferry.engine.failures import as_migration_error
 from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.page_cache import PageCache
 from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
@@ -189,7 +190,9 @@ class Source(Copying):
         memory, packing = self._vm.memory, self._wire.compress
         coder: PageCoder = PlainCoder(memory, encoder)
         if packing is not Packing.NONE:
-            coder = PackingCoder(memory, encoder, packer(packing))
+            share_bytes = self._wire.delta_cache_bytes // self._wire.connections
+            cache = PageCache(share_bytes, memory.gfn_limit) if share_bytes else None
+            coder = PackingCoder(memory, encoder, packer(packing), cache)
         says_zero = RecordType.ZERO_PAGES in self._agreed
         return Lane(memory, channel, encoder, coder, says_zero=says_zero, on_sent=self._on_sent)
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from pageferry.core.errors import UsageError
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
+from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import Packing, packer
 
 #: Below this the largest frame of digests would take a peer's whole patience.
@@ -16,8 +18,9 @@ class WireOptions:
     """How pages may travel.
 
     ``bandwidth_bytes_per_s``: a cap on all that is sent, from the first byte to the last, the stop-and-copy included;
-    None: as fast as the wire is. ``connections``: how many to use, 1 to 16; a destination that takes one only is not
-    migrated to. ``compress``: how page data is packed; a destination that cannot unpack it is not migrated to.
+    None: as fast as the wire is. ``connections``: how many to use, 1 to 16. ``compress``: how page data is packed.
+    ``delta_cache_bytes``: how much memory for what was sent, so that of a page that is sent again only what changed is;
+    0: none. A destination that cannot do what is asked for is not migrated to.
 
     Raises:
         UsageError: a value is not possible.
@@ -27,12 +30,22 @@ class WireOptions:
     bandwidth_bytes_per_s: int | None = None
     connections: int = 1
     compress: Packing = Packing.NONE
+    delta_cache_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.connections <= MAX_CONNECTIONS:
             raise UsageError(f"{self.connections} connections are not possible", hint=f"1 to {MAX_CONNECTIONS}")
         if self.compress is not Packing.NONE:
             packer(self.compress)
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.delta_cache_bytes and self.compress is Packing.NONE:
+            raise UsageError("a delta cache needs a packing", hint="add --compress lz4 or zstd")
+        least = self.connections * MAX_PAGES_PER_RECORD * PAGE_SIZE
+        if 0 < self.delta_cache_bytes < least:
+            what = f"a delta cache of {self.delta_cache_bytes} bytes is too small"
+            raise UsageError(what, hint=f"at least {format_size(least)}, or leave it out")
         bandwidth = self.bandwidth_bytes_per_s
         if bandwidth is not None and bandwidth < MIN_BANDWIDTH_BYTES_PER_S:
             hint = f"at least {format_size(MIN_BANDWIDTH_BYTES_PER_S)}/s, or 0 for no limit"

@@ -12,6 +12,7 @@ from pageferry.stream.format import BodyError, RecordType
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
+    DeltaPages,
     Event,
     PackedPages,
     PageData,
@@ -237,7 +238,7 @@ class Decoder:
         if any(data[self._length :]):
             raise BodyError("the padding is not 0")
         event = parse_body(self._type, data[: self._length])
-        if isinstance(event, ZeroPages | PackedPages):
+        if isinstance(event, ZeroPages | PackedPages | DeltaPages):
             self._check_inside(event.pfns)
         self._finish_record()
         return event

@@ -102,10 +102,11 @@ class RecordType(IntEnum):
     AUDIT = 0xD046_0001  # optional, and ours
     ZERO_PAGES = 0x5047_0001
     PACKED_PAGES = 0x5047_0002
+    DELTA_PAGES = 0x5047_0003
 
 
 #: Records that are not Xen's: only in a stream whose two ends agreed on them. What changes memory is mandatory.
-EXTENSIONS = frozenset({RecordType.ZERO_PAGES, RecordType.PACKED_PAGES, RecordType.AUDIT})
+EXTENSIONS = frozenset({RecordType.ZERO_PAGES, RecordType.PACKED_PAGES, RecordType.DELTA_PAGES, RecordType.AUDIT})
 
 
 class PageType(IntEnum):
@@ -133,6 +134,7 @@ BODY_BYTES: dict[RecordType, tuple[int, int]] = {
     RecordType.MSR_POLICY: (MSR_ENTRY.size, MAX_MSR_ENTRIES * MSR_ENTRY.size),
     RecordType.ZERO_PAGES: (PAGE_DATA_HEAD.size + 8, PAGE_DATA_HEAD.size + MAX_PAGES_PER_RECORD * 8),
     RecordType.PACKED_PAGES: (PAGE_DATA_HEAD.size + 9, MAX_PACKED_BODY_BYTES),
+    RecordType.DELTA_PAGES: (PAGE_DATA_HEAD.size + 9, MAX_PACKED_BODY_BYTES),
 }
 
 _KNOWN_PAGE_TYPES = np.zeros(16, np.bool_)

@@ -42,6 +42,7 @@ TABLE: dict[tuple[int, RecordType], Rule] = {
     (3, _R.AUDIT): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     (3, _R.ZERO_PAGES): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     (3, _R.PACKED_PAGES): Rule(after=(_R.STATIC_DATA_END,), never_after=_STATE),
+    (3, _R.DELTA_PAGES): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     **{(version, state): Rule(after=(_R.PAGE_DATA,), never_after=(state,)) for version in (2, 3) for state in _STATE},
     **{(version, _R.END): Rule(after=_NEEDED) for version in (2, 3)},
 }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.stream import format as fmt
-from pageferry.stream import run_digests
+from pageferry.stream import page_array, run_digests
 from pageferry.stream.format import BodyError, RecordType
 
 
@@ -115,6 +115,14 @@ class PackedPages:
     data: bytes = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeltaPages:
+    """DELTA_PAGES: what changed in pages, XORed with what was said of them last, packed; fields as PackedPages."""
+
+    pfns: GfnArray
+    data: bytes = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TscInfo:
     """TSC_INFO: how the guest's time stamp counter was provided. ``nsec`` is the guest's time in ns (u64)."""
@@ -155,7 +163,17 @@ class SkippedRecord:
 
 #: Records that an encoder writes whole.
 PlainRecord: TypeAlias = (
-    CpuidPolicy | MsrPolicy | StaticDataEnd | Audit | ZeroPages | PackedPages | TscInfo | HvmParams | HvmContext | End
+    CpuidPolicy
+    | MsrPolicy
+    | StaticDataEnd
+    | Audit
+    | ZeroPages
+    | PackedPages
+    | DeltaPages
+    | TscInfo
+    | HvmParams
+    | HvmContext
+    | End
 )
 #: What a decoder returns.
 Event: TypeAlias = StreamHeader | PlainRecord | PageDataHeader | PageData | SkippedRecord
@@ -167,6 +185,7 @@ TYPE_OF: dict[type[PlainRecord], RecordType] = {
     Audit: RecordType.AUDIT,
     ZeroPages: RecordType.ZERO_PAGES,
     PackedPages: RecordType.PACKED_PAGES,
+    DeltaPages: RecordType.DELTA_PAGES,
     TscInfo: RecordType.TSC_INFO,
     HvmParams: RecordType.HVM_PARAMS,
     HvmContext: RecordType.HVM_CONTEXT,
@@ -189,9 +208,9 @@ def body_of(record: PlainRecord) -> bytes:
             given = np.zeros(len(record.first_gfns), np.bool_)
             return run_digests.pack(record.first_gfns, record.pages, record.digests, given, 0)
         case ZeroPages():
-            return _page_array(record.pfns)
-        case PackedPages():
-            return _page_array(record.pfns) + record.data
+            return page_array.pack(record.pfns)
+        case PackedPages() | DeltaPages():
+            return page_array.pack(record.pfns) + record.data
         case TscInfo():
             return fmt.TSC_INFO.pack(record.mode, record.khz, record.nsec, record.incarnation, 0)
         case HvmParams():
@@ -224,7 +243,11 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
         case RecordType.ZERO_PAGES:
             return _parse_zero_pages(body)
         case RecordType.PACKED_PAGES:
-            return _parse_packed_pages(body)
+            pfns, data = _parse_packed(body)
+            return PackedPages(pfns=pfns, data=data)
+        case RecordType.DELTA_PAGES:
+            pfns, data = _parse_packed(body)
+            return DeltaPages(pfns=pfns, data=data)
         case RecordType.TSC_INFO:
             mode, khz, nsec, incarnation, reserved = fmt.TSC_INFO.unpack(body)
             _reserved(reserved)
@@ -249,38 +272,18 @@ def _parse_audit(body: bytes) -> Audit:
     return Audit(first_gfns=first_gfns, pages=pages, digests=digests)
 
 
-def _page_array(pfns: GfnArray) -> bytes:
-    return fmt.PAGE_DATA_HEAD.pack(pfns.size, 0) + pfns.astype("<u8").tobytes()
-
-
-def _parse_page_array(body: bytes) -> tuple[GfnArray, bytes]:
-    # The pages that a record of ours names, and what follows.
-    count, reserved = fmt.PAGE_DATA_HEAD.unpack_from(body)
-    _reserved(reserved)
-    end = fmt.PAGE_DATA_HEAD.size + count * 8
-    if not 0 < count <= fmt.MAX_PAGES_PER_RECORD or len(body) < end:
-        raise BodyError(f"a body of {len(body)} bytes does not hold {count} pages")
-    pfns = np.frombuffer(body, "<u8", count, fmt.PAGE_DATA_HEAD.size).astype(np.uint64)
-    if int(pfns.max()) > fmt.PFN_MASK:
-        raise BodyError(f"entry {int(np.argmax(pfns > fmt.PFN_MASK))}: bits 63 to 52 are not 0")
-    if (pfns[1:] <= pfns[:-1]).any():
-        raise BodyError("the pages do not ascend")
-    pfns.flags.writeable = False
-    return pfns, body[end:]
-
-
 def _parse_zero_pages(body: bytes) -> ZeroPages:
-    pfns, rest = _parse_page_array(body)
+    pfns, rest = page_array.parse(body)
     if rest:
         raise BodyError(f"a body of {len(body)} bytes holds more than {pfns.size} pages")
     return ZeroPages(pfns=pfns)
 
 
-def _parse_packed_pages(body: bytes) -> PackedPages:
-    pfns, data = _parse_page_array(body)
+def _parse_packed(body: bytes) -> tuple[GfnArray, bytes]:
+    pfns, data = page_array.parse(body)
     if not 0 < len(data) < pfns.size * PAGE_SIZE:
         raise BodyError(f"{len(data)} bytes are not {pfns.size} pages packed")
-    return PackedPages(pfns=pfns, data=data)
+    return pfns, data
 
 
 def _parse_hvm_params(body: bytes) -> HvmParams:

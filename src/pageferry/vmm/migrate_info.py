@@ -40,7 +40,12 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
 
 def _packed(attempt: Attempt) -> dict[str, int]:
     traffic = attempt.traffic()
-    return {"pages": traffic.packed_pages, "bytes": traffic.packed_bytes}
+    return {
+        "pages": traffic.packed_pages,
+        "bytes": traffic.packed_bytes,
+        "delta-pages": traffic.delta_pages,
+        "delta-bytes": traffic.delta_bytes,
+    }
 
 
 def _ram(attempt: Attempt) -> dict[str, Any]:

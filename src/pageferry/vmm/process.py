@@ -340,6 +340,7 @@ class GuestProcess:
             bandwidth_bytes_per_s=args.integer("x-bandwidth"),
             connections=args.integer("x-connections") or 1,
             compress=_packing(args.text("x-compress", Packing.NONE)),
+            delta_cache_bytes=args.integer("x-delta-cache") or 0,
         )
         hold = args.flag("x-hold")
         return lambda vm: Source(
