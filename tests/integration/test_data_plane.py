@@ -59,10 +59,10 @@ class Taped:
         tape, send = bytearray(), channel.send
         self.tapes.append(tape)
 
-        def tee(buffers):
+        def tee(buffers, fd=None):
             copies = [bytes(buffer) for buffer in buffers]  # the guest may write meanwhile: send what is on the tape
             tape.extend(b"".join(copies))
-            send(copies)
+            send(copies, fd)
 
         channel.send = tee
         return channel
@@ -452,7 +452,7 @@ def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_v
 
 def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests, move, monkeypatch):
     sound = features.agree
-    monkeypatch.setattr(features, "agree", lambda offer, several_connections: sound(offer, several_connections=False))
+    monkeypatch.setattr(features, "agree", lambda offer, **can: sound(offer, **(can | {"several_connections": False})))
     vm = guests("idle")
     with pytest.raises(MigrationError, match="takes one connection only") as failed:
         move(vm).run(wire=WireOptions(connections=2))
@@ -636,7 +636,7 @@ def test_packed_data_that_is_not_what_it_should_be_ends_the_migration(guests, mo
 
 def test_an_offer_of_two_packings_is_answered_with_one(packing):
     both = ("zero-pages", *features.PACK.values())
-    used = features.agree(both, several_connections=False)
+    used = features.agree(both, several_connections=False, shared=False)
     assert used[0] == "zero-pages"
     assert len(used) == 2
     assert features.packing_of(used) in available()
