@@ -174,12 +174,15 @@ def test_a_guest_that_was_stopped_does_not_run_here_unless_it_is_forced(guest, s
 def test_events_tell_of_the_pause_and_that_it_is_over(guest, file):
     with QmpClient(guest.control) as client:
         client.execute("migrate", **{"uri": f"file:{file}", "x-policy": "xen"})
-        seen = []
+        seen, statuses = [], []
         for event in client.events():
             seen.append(event["event"])
+            if event["event"] == "MIGRATION":
+                statuses.append(event["data"]["status"])
             if event["event"] == "MIGRATION" and event["data"]["status"] == "completed":
                 break
     assert [name for name in seen if name in ("STOP", "RESUME")] == ["STOP", "RESUME"]
+    assert statuses == ["setup", "active", "completed"]
 
 
 def endless(guest, file):

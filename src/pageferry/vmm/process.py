@@ -386,7 +386,8 @@ class GuestProcess:
         self._say(f"the guest has {what}: {report.total_s:.2f} s in total{down}")
 
     def _on_engine_event(self, event: Event) -> None:
-        if isinstance(event, PhaseBegan) and event.phase is Phase.HELLO:
+        begins = Phase.PRECOPY if isinstance(self._source, Save) else Phase.HELLO
+        if isinstance(event, PhaseBegan) and event.phase is begins:
             self._event("MIGRATION", {"status": "active"})
         if isinstance(event, PhaseBegan) and event.phase is Phase.PAUSE and self._is_running():
             self._announced_stop = True
@@ -559,6 +560,8 @@ class GuestProcess:
             self._check_here()
             if vm.status is not VmStatus.RUNNING:
                 vm.resume()
+            if self._lazy is not None:
+                self._lazy.retry()  # what failed again meanwhile paused the guest before it was resumed
             self._event("RESUME")
 
     def _migrate_cancel(self, arguments: dict[str, Any]) -> None:
