@@ -20,6 +20,7 @@ from pageferry.engine.saved_guest import SavedGuest
 from pageferry.guests.abi import read_status
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
+from pageferry.testing.operators import STRAY_GFN
 from pageferry.uffd.fds import UffdFd
 from pageferry.vmm.accel import Accel, choose_machines
 from pageferry.vmm.process import GuestProcess
@@ -63,6 +64,7 @@ def saved(guests, tmp_path):
         vm.resume()
         assert runs_on(vm)
         vm.pause()
+        vm.memory.write(gpa_of(STRAY_GFN), b"a page that the guest never touches")
         path = tmp_path / "guest.bin"
         Save(vm, path, XenPolicy(), on_event=lambda _: None).run()
         return path, vm
@@ -238,13 +240,13 @@ def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk, 
     vm, lazy, told = stopped
     assert lazy.failure is not None
     told.clear()
-    lazy.retry()
     vm.resume()
+    lazy.retry()
     assert told.wait(GIVE_UP_S)  # in vain
     until(lambda: vm.status is VmStatus.PAUSED, "pause")
     disk.broken = False
-    lazy.retry()
     vm.resume()
+    lazy.retry()
     assert runs_on(vm)
     held.set()
     until(lambda: lazy.done, "end of the restore")

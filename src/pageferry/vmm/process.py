@@ -561,6 +561,8 @@ class GuestProcess:
             self._check_here()
             if vm.status is not VmStatus.RUNNING:
                 vm.resume()
+            if self._lazy is not None:
+                self._lazy.retry()  # what failed again meanwhile paused the guest before it was resumed
             self._event("RESUME")
 
     def _migrate_cancel(self, arguments: dict[str, Any]) -> None:
