@@ -229,14 +229,16 @@ def test_interrupt_controllers_that_the_machine_has_not_are_said_with_a_hint():
 def test_demo_of_a_guest_with_interrupt_controllers(kvm_support):
     if not kvm_support.capabilities["KVM_CAP_IRQCHIP"]:
         pytest.skip("this KVM has no KVM_CAP_IRQCHIP")
-    result = cli("demo", "--accel", "kvm", "--machine", "irqchip", "--memory", "32M", "--json")
+    result = cli(
+        "demo", "--accel", "kvm", "--machine", "irqchip", "--memory", "32M", "--downtime-limit", "60000", "--json"
+    )
     assert result.returncode == 0, result.stderr
     devices = [device["name"] for device in json.loads(result.stdout)["devices"]]
     assert devices[-4:] == ["kvm-pic0", "kvm-pic1", "kvm-ioapic", "kvm-pit"]
 
 
 def test_demo_prints_one_json_object(accel):
-    result = cli("demo", "--accel", accel, "--memory", "64M", "--json")
+    result = cli("demo", "--accel", accel, "--memory", "64M", "--downtime-limit", "60000", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["status"] == "completed"
@@ -252,7 +254,9 @@ def test_demo_prints_one_json_object(accel):
 
 
 def test_a_demo_that_the_oracle_watches(accel):
-    result = cli("demo", "--accel", accel, "--oracle", "digests", "--memory", "32M", "--json")
+    result = cli(
+        "demo", "--accel", accel, "--oracle", "digests", "--memory", "32M", "--downtime-limit", "60000", "--json"
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["status"], report["tracker"].partition(" ")[2]) == ("completed", "against digests")
@@ -301,7 +305,20 @@ def test_a_disk_that_is_full_spoils_the_picture_and_not_the_migration(tmp_path):
 
 
 def test_demo_of_a_guest_with_two_vcpus(accel):
-    result = cli("demo", "--accel", accel, "--memory", "64M", "--cpus", "2", "--workload", "smp", "--json")
+    result = cli(
+        "demo",
+        "--accel",
+        accel,
+        "--memory",
+        "64M",
+        "--cpus",
+        "2",
+        "--workload",
+        "smp",
+        "--downtime-limit",
+        "60000",
+        "--json",
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["status"] == "completed"
     assert "and 2 vCPUs" in result.stderr
