@@ -60,6 +60,9 @@ def complaint(result, code):
         (("migrate", "tcp://127.0.0.1", "--control", "/tmp/x"), "not an address"),
         (("migrate", "tcp://127.0.0.1:1"), "control"),
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--bandwidth", "fast"), "not a size: 'fast'"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--connections", "17"), "--connections"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--compress", "zip"), "zip"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--delta-cache", "64M"), "needs a packing"),
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--bandwidth", "1K"), "1024 bytes a second is too"),
         (
             ("run", "idle", "--accel", "soft", "--control", "/nonexistent/folder/x"),

@@ -18,6 +18,7 @@ from pageferry.core.errors import VmError
 from pageferry.engine.transport import Endpoint
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import RecordType
+from pageferry.stream.packing import available
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -152,6 +153,28 @@ def test_a_guest_moves_by_the_command_line(processes, accel):
     assert cli("quit", "--control", source.control).returncode == 0
     assert source.popen.wait(20) == 0
     assert not source.control.exists()
+
+
+def test_a_guest_moves_packed_over_several_connections_by_the_command_line(processes):
+    packing = next(iter(available()), None)
+    if packing is None:
+        pytest.skip("neither lz4 nor zstd is installed")
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    wire = ("--bandwidth", "256M", "--connections", "3", "--compress", packing, "--delta-cache", "64M")
+    result = migrate(source, str(destination.endpoint()), "--policy", "xen", *wire, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["connections"], report["compress"], report["delta_cache_bytes"]) == (3, str(packing), 64 << 20)
+    assert report["bandwidth_bytes_per_s"] == 256 << 20
+    assert report["verified"] is True
+    packed = sum(each["packed_pages"] for each in report["rounds"])
+    state = source.ask("query-migrate")
+    assert state["x-pageferry-packed"]["pages"] == packed > 0
+    zeros = sum(each["zero_pages"] for each in report["rounds"])
+    assert state["ram"]["duplicate"] == zeros
+    assert state["ram"]["normal"] + zeros == sum(each["sent_pages"] for each in report["rounds"])
+    assert destination.runs_on()
 
 
 def tour(folder, made, *stops):
