@@ -7,6 +7,7 @@ import pytest
 
 from pageferry.core.errors import UsageError
 from pageferry.engine.file_sink import FileSink
+from pageferry.stream.codec import Encoder
 
 
 @pytest.fixture
@@ -22,15 +23,33 @@ def write(path, *data):
 
 
 def test_it_has_its_name_only_when_it_is_committed(path):
-    path.write_bytes(b"what was")
+    before = Encoder().header() + b"what was"
+    path.write_bytes(before)
     sink = write(path, b"one", memoryview(b"two"), b"", b"three")
     assert sink.sent_bytes == 11
-    assert path.read_bytes() == b"what was"
+    assert path.read_bytes() == before
     sink.commit()
     sink.close()
     assert path.read_bytes() == b"onetwothree"
     assert os.listdir(path.parent) == [path.name]
     sink.close()
+
+
+@pytest.mark.parametrize("content", [b"a letter", b"x" * 4096, bytes(24), Encoder().header()[:23]])
+def test_what_is_no_saved_guest_is_not_replaced(path, content):
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is no saved guest"):
+        FileSink(path)
+    assert path.read_bytes() == content
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_an_empty_file_is_replaced(path):
+    path.touch()
+    sink = write(path, b"one")
+    sink.commit()
+    sink.close()
+    assert path.read_bytes() == b"one"
 
 
 def test_more_buffers_than_one_call_takes_arrive_in_order(path):

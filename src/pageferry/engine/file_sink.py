@@ -15,9 +15,19 @@ from pathlib import Path
 
 from pageferry.core.errors import UsageError
 from pageferry.engine.pacer import Pacer
+from pageferry.stream.format import IMAGE_HEADER, IMAGE_ID, MARKER
 
 _MAX_BUFFERS = 1024  # IOV_MAX
 _MODE = 0o600
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether what is there is empty or a libxc stream, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        begin = file.read(IMAGE_HEADER.size)
+    if not begin:
+        return True
+    return len(begin) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(begin)[:2] == (MARKER, IMAGE_ID)
 
 
 class FileSink:
@@ -27,7 +37,7 @@ class FileSink:
         path: what it will be called; what is there now stays until :meth:`commit`.
 
     Raises:
-        UsageError: something else than a file is there, or another process is writing it.
+        UsageError: something else than an earlier one is there, or another process is writing it.
         OSError: the folder does not exist or refuses.
     """
 
@@ -35,6 +45,10 @@ class FileSink:
         with contextlib.suppress(FileNotFoundError):
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise UsageError(f"{path} is no regular file", hint="a guest is saved to a file of its own")
+            if not _may_replace(path):
+                raise UsageError(
+                    f"{path} is there and is no saved guest", hint="choose another name, or remove it first"
+                )
         self.path = path
         self.part = path.with_name(f"{path.name}.part")
         self.pacer: Pacer | None = None
