@@ -82,12 +82,20 @@ NUMBERS = {
 }
 
 
-UFFD_SIZES = {"UffdioApi": 24, "UffdioRange": 16, "UffdioRegister": 32, "UffdioWriteprotect": 24, "PmScanArg": 96}
+UFFD_SIZES = {
+    "UffdioApi": 24,
+    "UffdioRange": 16,
+    "UffdioRegister": 32,
+    "UffdioCopy": 40,
+    "UffdioWriteprotect": 24,
+    "PmScanArg": 96,
+}
 UFFD_NUMBERS = {
     "UFFDIO_API": 0xC018AA3F,
     "UFFDIO_REGISTER": 0xC020AA00,
     "UFFDIO_UNREGISTER": 0x8010AA01,
     "UFFDIO_WAKE": 0x8010AA02,
+    "UFFDIO_COPY": 0xC028AA03,
     "UFFDIO_WRITEPROTECT": 0xC018AA06,
     "USERFAULTFD_IOC_NEW": 0xAA00,
     "PAGEMAP_SCAN": 0xC0606610,
