@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from npt_image import ImageError, build_image
@@ -31,10 +32,13 @@ MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "ccp", "kvm_amd")
 #: too long). Nothing on the software machine, which does not care what processor this is, and would be one emulator in
 #: another. On a busy host everything takes long: the time-out is for what is stuck.
 SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4- or whatever_the_seed or soft)"
-TESTS = ("tests/kvm", "tests/conformance/test_log_dirty.py", "-k", SELECTION, "--timeout", "900")
+#: One machine for each, at once: emulated processors share one thread of the host.
+PARTS = (("tests/kvm",), ("tests/conformance/test_log_dirty.py",))
+OPTIONS = ("-k", SELECTION, "--timeout", "900")
 MEMORY_BYTES = 3 << 30
 GIVE_UP_S = 2400
 NOT_RUN = 2
+_machines: list[subprocess.Popen[bytes]] = []
 #: When the machine writes n to the debug exit device, QEMU ends with 2n + 1; the base tells that from its own errors.
 #: A process ends with one byte, so there is room for codes up to the one that stands for any signal.
 _EXIT_PORT = 0xF4
@@ -69,47 +73,70 @@ printf "\\\\$(printf %o $(({base} + code)))" | dd of=/dev/port bs=1 seek={port} 
 def main(arguments: Sequence[str]) -> int:
     """Run the tests; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", help=f"arguments for pytest (after --) instead of: {shlex.join(TESTS)}")
-    tests = parser.parse_args(arguments).tests or TESTS
+    usual = " and ".join(shlex.join([*part, *OPTIONS]) for part in PARTS)
+    parser.add_argument("tests", nargs="*", help=f"arguments for pytest (after --) instead of: {usual}")
+    asked = parser.parse_args(arguments).tests
+    parts = [asked] if asked else [[*part, *OPTIONS] for part in PARTS]
     if missing := [package for tool, package in TOOLS.items() if shutil.which(tool) is None]:
         print(f"test-npt: {', '.join(missing)} not installed: sudo apt-get install {' '.join(missing)}")
         return NOT_RUN
     try:
-        kernel, initramfs = build_image(CACHE, modules=MODULES, init=init_script(tests))
+        kernel, initramfs = build_image(CACHE, modules=MODULES, init=init_script(parts))
     except ImageError as error:
         print(f"test-npt: {error}\n  hint: {error.hint}")
         return NOT_RUN
     began = time.monotonic()
-    code = run_machine(kernel, initramfs)
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(run_machine, kernel, initramfs, part) for part in range(len(parts))]
+        try:
+            codes = [each.result() for each in running]
+        except BaseException:  # Ctrl-C, SIGTERM: or the emulators would outlive this process
+            for machine in _machines:
+                machine.kill()
+            raise
+    code = max(codes)
     print(f"test-npt: exit code {code} after {time.monotonic() - began:.0f} s")
     return code
 
 
-def init_script(tests: Sequence[str]) -> str:
-    """Return what the machine's first process does: mount the host's files, run pytest, end the machine."""
+def init_script(parts: Sequence[Sequence[str]]) -> str:
+    """Return what a machine's first process does: mount the host's files, run its part of the tests, end the machine.
+
+    Machine number i has ``part=i`` on its kernel's command line, and does ``parts[i]``: arguments for pytest.
+    """
     settings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT / "src"), "PAGEFERRY_REQUIRE_KVM": "1"}
     environment = [f"{name}={value}" for name, value in settings.items()]
+    pytest = ["/usr/bin/env", *environment, sys.executable, "-m", "pytest"]
+    cases = [f"*part={number}*) exec {shlex.join([*pytest, *tests])};;" for number, tests in enumerate(parts)]
     steps = (
         f"cd {shlex.quote(str(PROJECT))}",
         "{ grep -q Y /sys/module/kvm_amd/parameters/npt || { echo 'no nested paging in this machine'; exit 2; }; }",
-        f"exec {shlex.join(['/usr/bin/env', *environment, sys.executable, '-m', 'pytest', *tests])}",
+        f"case $(cat /proc/cmdline) in {' '.join(cases)} esac",
     )
     command = shlex.quote(" && ".join(steps))
     return _INIT.format(command=command, base=_EXIT_BASE, port=_EXIT_PORT, most=_EXIT_BY_SIGNAL)
 
 
-def run_machine(kernel: Path, initramfs: Path) -> int:
-    """Boot the image, show what the tests print, and return pytest's exit code; NOT_RUN when the machine gave none."""
-    log = CACHE / "kernel.log"
-    machine = subprocess.Popen(qemu_command(kernel, initramfs, log), stdin=subprocess.DEVNULL)
-    try:
-        ended = machine.wait(GIVE_UP_S)
-    except subprocess.TimeoutExpired:
-        print(f"test-npt: no result after {GIVE_UP_S} s; given up")
-        return NOT_RUN
-    finally:
-        machine.kill()
-        machine.wait()
+def run_machine(kernel: Path, initramfs: Path, part: int) -> int:
+    """Boot the image, show what the tests print, and return pytest's exit code; NOT_RUN when the machine gave none.
+
+    The first machine's tests are shown as they go, those of the others when they have ended.
+    """
+    log, output = CACHE / f"kernel{part}.log", CACHE / f"tests{part}.log"
+    with output.open("wb") as file:
+        command = qemu_command(kernel, initramfs, log, part)
+        machine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file if part else None)
+        _machines.append(machine)
+        try:
+            ended = machine.wait(GIVE_UP_S)
+        except subprocess.TimeoutExpired:
+            print(f"test-npt: no result after {GIVE_UP_S} s; given up")
+            return NOT_RUN
+        finally:
+            machine.kill()
+            machine.wait()
+    if part:
+        print(output.read_text(errors="replace"))
     code = (ended >> 1) - _EXIT_BASE
     if ended & 1 and code >= 0:
         return code
@@ -118,7 +145,7 @@ def run_machine(kernel: Path, initramfs: Path) -> int:
     return NOT_RUN
 
 
-def qemu_command(kernel: Path, initramfs: Path, log: Path) -> list[str]:
+def qemu_command(kernel: Path, initramfs: Path, log: Path, part: int) -> list[str]:
     """Return the emulator's command line: two processors with SVM, a serial port for the kernel, one for the tests.
 
     Both run on one thread: on two, the machine was seen to hang under QEMU 7.2, it seems while the kernel patched its
@@ -128,7 +155,8 @@ def qemu_command(kernel: Path, initramfs: Path, log: Path) -> list[str]:
     return [
         *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-accel", "tcg,thread=single", "-cpu", "max,-smap", "-smp", "2", "-m", f"{MEMORY_BYTES >> 20}M"),
-        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append", "console=ttyS0 panic=-1 tsc=reliable"),
+        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append"),
+        f"console=ttyS0 panic=-1 tsc=reliable part={part}",
         *("-serial", f"file:{log}", "-serial", "stdio"),
         *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
@@ -136,5 +164,8 @@ def qemu_command(kernel: Path, initramfs: Path, log: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(NOT_RUN))  # or the emulator would outlive this process
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(NOT_RUN)

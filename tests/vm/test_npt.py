@@ -102,7 +102,7 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(tool, monkeyp
 
 
 def emulator(tmp_path, monkeypatch, *, script):
-    (tmp_path / "kernel.log").write_text("panic: of the kernel\n")
+    (tmp_path / "kernel0.log").write_text("panic: of the kernel\n")
     monkeypatch.setattr(npt, "CACHE", tmp_path)
     monkeypatch.setattr(npt, "qemu_command", lambda *_: [sys.executable, "-c", script])
 
@@ -110,13 +110,13 @@ def emulator(tmp_path, monkeypatch, *, script):
 @pytest.mark.parametrize("code", [0, 1, 5])
 def test_the_exit_code_of_the_tests_comes_back(tmp_path, monkeypatch, code):
     emulator(tmp_path, monkeypatch, script=f"raise SystemExit({(0x40 + code) * 2 + 1})")
-    assert npt.run_machine(tmp_path, tmp_path) == code
+    assert npt.run_machine(tmp_path, tmp_path, 0) == code
 
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_a_machine_without_a_result_is_a_failure_and_shows_its_kernel_log(tmp_path, monkeypatch, capsys, status):
     emulator(tmp_path, monkeypatch, script=f"raise SystemExit({status})")
-    assert npt.run_machine(tmp_path, tmp_path) == npt.NOT_RUN
+    assert npt.run_machine(tmp_path, tmp_path, 0) == npt.NOT_RUN
     assert "panic: of the kernel" in capsys.readouterr().out
 
 
@@ -131,12 +131,12 @@ def test_a_machine_that_never_ends_is_given_up_and_killed(tmp_path, monkeypatch)
     emulator(tmp_path, monkeypatch, script="import threading; threading.Event().wait()")
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(npt, "GIVE_UP_S", 0)
-    assert npt.run_machine(tmp_path, tmp_path) == npt.NOT_RUN
+    assert npt.run_machine(tmp_path, tmp_path, 0) == npt.NOT_RUN
     assert started[0].returncode == -9
 
 
 def test_the_first_process_is_a_shell_script_that_runs_the_tests_asked_for(tmp_path):
-    script = npt.init_script(["tests/kvm", "-k", "one and 'two'"])
+    script = npt.init_script([["tests/kvm", "-k", "one and 'two'"], ["tests/other"]])
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
     line = next(line for line in script.splitlines() if line.startswith("chroot"))
     arguments = subprocess.run(
@@ -146,3 +146,21 @@ def test_the_first_process_is_a_shell_script_that_runs_the_tests_asked_for(tmp_p
         check=True,
     )
     assert "-k 'one and '\"'\"'two'\"'\"''" in arguments.stdout
+    assert "*part=1*) exec" in arguments.stdout
+
+
+def test_each_machine_does_its_part_and_the_worst_exit_code_counts(tmp_path, monkeypatch, capfd):
+    (tmp_path / "kernel0.log").write_text("")
+
+    def command(kernel, initramfs, log, part):
+        return [sys.executable, "-c", f"print('part', {part}); raise SystemExit({(0x40 + part) * 2 + 1})"]
+
+    monkeypatch.setattr(npt, "CACHE", tmp_path)
+    monkeypatch.setattr(npt, "qemu_command", command)
+    monkeypatch.setattr(npt, "build_image", lambda *_, **__: (tmp_path, tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert npt.main([]) == 1
+    said = capfd.readouterr().out
+    assert "part 0" in said
+    assert "part 1" in said
+    assert "exit code 1 after" in said
