@@ -48,10 +48,10 @@ def test_xen_stops_when_three_times_the_memory_was_sent():
 def test_downtime_counts_what_is_left_and_the_fixed_part():
     policy = DowntimePolicy(limit_s=0.3)
     # 100,000 pages a second: 20,000 pages are 0.2 s
-    fits = progress(stats(0, sent=100_000, remaining=20_000), fixed_s=0.09)
+    fits = progress(stats(0, sent=100_000, remaining=14_000), fixed_s=0.15)
     assert fits.expected_downtime_s == pytest.approx(0.29)
     assert policy.decide(fits).action is Action.STOP_AND_COPY
-    assert policy.decide(progress(stats(0, sent=100_000, remaining=20_000), fixed_s=0.11)).action is Action.NEXT_ROUND
+    assert policy.decide(progress(stats(0, sent=100_000, remaining=14_000), fixed_s=0.17)).action is Action.NEXT_ROUND
 
 
 def test_downtime_gives_up_with_the_reason_when_it_cannot_converge():
@@ -69,6 +69,54 @@ def test_downtime_gives_up_soon_when_the_fixed_part_alone_is_too_long():
     decision = policy.decide(progress(*rounds, fixed_s=0.4))
     assert decision.action is Action.ABORT
     assert "verification alone" in decision.reason
+
+
+# -- a pause that fits and shrinks -------------------------------------------------------------------------------------
+
+
+def remaining_after(*left):
+    """Rounds of 100,000 pages a second that leave so many pages."""
+    sent = (100_000, *left)
+    return [stats(i, sent=sent[i], remaining=left[i], duration_s=sent[i] / 100_000) for i in range(len(left))]
+
+
+@pytest.mark.parametrize("policy", [DowntimePolicy(limit_s=0.3), ConvergePolicy(limit_s=0.3)])
+@pytest.mark.parametrize(
+    ("left", "fixed_s", "goes_on"),
+    [
+        ((20_000,), 0.01, True),
+        ((18_000,), 0.1, True),
+        ((10_000,), 0.101, False),  # copying is the smaller part of the pause
+        ((49,), 0.0, False),
+        ((18_000, 9_000), 0.01, True),
+        ((20_000, 10_001), 0.01, False),
+        ((20_000, 10_000, 5_001), 0.01, False),
+        ((90_000, 80_000, 20_000), 0.01, True),  # only rounds since it fits count
+        ((20_000, 90_000, 20_000), 0.01, False),  # it did once, and then the guest wrote more: never again
+    ],
+)
+def test_a_pause_that_fits_is_put_off_while_each_round_halves_it(policy, left, fixed_s, goes_on):
+    decision = policy.decide(progress(*remaining_after(*left), fixed_s=fixed_s, throttle=0.25))
+    assert decision.action is (Action.NEXT_ROUND if goes_on else Action.STOP_AND_COPY)
+    if goes_on:
+        assert "fits and shrinks" in decision.reason
+        assert decision.throttle == (0.25 if policy.name == "converge" else 0.0)
+
+
+def test_the_last_round_allowed_is_not_put_off():
+    rounds = remaining_after(20_000)
+    assert DowntimePolicy(max_rounds=1).decide(progress(*rounds)).action is Action.STOP_AND_COPY
+    assert ConvergePolicy(max_rounds=1).decide(progress(*rounds)).action is Action.STOP_AND_COPY
+
+
+@given(dirty=st.floats(0, 400_000), hot=st.integers(0, 29_000), fixed_s=st.floats(0, 0.01))
+def test_putting_off_sends_less_than_twice_what_remained_and_never_lengthens_the_pause(dirty, hot, fixed_s):
+    """The guest's hot set fits the limit from the beginning."""
+    policy = DowntimePolicy(limit_s=0.3)
+    decision, rounds, _ = guest(wire=100_000, dirty=dirty, hot=hot, policy=policy, fixed_s=fixed_s)
+    assert decision.action is Action.STOP_AND_COPY
+    assert sum(each.sent_pages for each in rounds[1:]) <= 2 * rounds[0].remaining_pages
+    assert rounds[-1].remaining_pages <= rounds[0].remaining_pages
 
 
 @given(

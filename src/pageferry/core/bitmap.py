@@ -26,9 +26,12 @@ def runs_of(gfns: GfnArray, *, max_pages: int | None = None) -> tuple[GfnArray, 
     """
     if gfns.size == 0:
         return np.empty(0, np.uint64), np.empty(0, np.uint64)
-    first = np.concatenate(([0], np.flatnonzero(np.diff(gfns) != 1) + 1))
-    starts = gfns[first]
-    lengths = np.diff(np.append(first, gfns.size)).astype(np.uint64)
+    if int(gfns[-1]) - int(gfns[0]) == gfns.size - 1:  # one run, as most batches of a guest's memory are
+        starts, lengths = gfns[:1].copy(), np.array([gfns.size], np.uint64)
+    else:
+        first = np.concatenate(([0], np.flatnonzero(gfns[1:] - gfns[:-1] != 1) + 1))
+        starts = gfns[first]
+        lengths = np.diff(np.append(first, gfns.size)).astype(np.uint64)
     return (starts, lengths) if max_pages is None else split_runs(starts, lengths, max_pages)
 
 

@@ -38,9 +38,10 @@ def zero_pages(words: PageWords, gfns: GfnArray) -> NDArray[np.bool_]:
         gfns: uint64[n], strictly ascending, RAM.
     """
     zero = np.zeros(gfns.size, np.bool_)
-    suspects = np.flatnonzero(words[gfns, _SAMPLES[0]] == 0)
+    rows = gfns.astype(np.intp)
+    suspects = np.flatnonzero(words[rows, _SAMPLES[0]] == 0)
     for sample in _SAMPLES[1:]:
-        suspects = suspects[words[gfns[suspects], sample] == 0]
+        suspects = suspects[words[rows[suspects], sample] == 0]
     if suspects.size:
         zero[suspects] = _or_of_pages(words, gfns[suspects]) == 0
     return zero

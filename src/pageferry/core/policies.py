@@ -8,6 +8,7 @@ remained, and do not go on when no round comes nearer to it.
 
 import importlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from pageferry.core.errors import UsageError
@@ -22,7 +23,8 @@ _PATIENCE_ROUNDS = 8
 _NO_GAIN = 0.95
 #: Fewer dirty pages than this are not worth another round.
 _FEW_PAGES = 50
-#: What a throttled round is to leave, as a share of what it has to send.
+#: What a throttled round is to leave, and what one at the least that is made although a pause would fit, as a share of
+#: what it has to send.
 _WANTED_SHARE = 0.5
 _POLICY_HINT = "a class with decide(progress) in a module on PYTHONPATH; see docs/policies.md"
 _MIN_THROTTLE, _MAX_THROTTLE = 0.05, 0.95
@@ -86,8 +88,9 @@ class XenPolicy:
 class DowntimePolicy:
     """Stop when what is left, at the measured rate, plus the measured fixed costs, fits ``limit_s``.
 
-    After ``max_rounds`` rounds that never fitted, or when no round comes nearer any more, it gives up and leaves the
-    guest where it is: it does not break the promise that its name makes.
+    It goes on for a while where that shortens the pause a lot (:func:`_nears`). After ``max_rounds`` rounds that never
+    fitted, or when no round comes nearer any more, it gives up and leaves the guest where it is: it does not break the
+    promise that its name makes.
     """
 
     limit_s: float = 0.3
@@ -106,6 +109,8 @@ class DowntimePolicy:
         """Compare the expected downtime with the limit."""
         expected = f"{progress.expected_downtime_s * 1e3:.0f} ms expected, {self.limit_s * 1e3:.0f} ms allowed"
         if progress.expected_downtime_s <= self.limit_s:
+            if len(progress.rounds) < self.max_rounds and _nears(progress, self.limit_s):
+                return _next_round(f"the downtime fits and shrinks: {expected}")
             return _stop(f"the downtime fits: {expected}")
         if why := _beyond(progress, self.limit_s):
             return _abort(why)
@@ -143,6 +148,8 @@ class ConvergePolicy:
         """Compare with the limit; hold the guest back as far as the last round shows that it must be."""
         expected = f"{progress.expected_downtime_s * 1e3:.0f} ms expected, {self.limit_s * 1e3:.0f} ms allowed"
         if progress.expected_downtime_s <= self.limit_s:
+            if len(progress.rounds) < self.max_rounds and _nears(progress, self.limit_s):
+                return _next_round(f"the downtime fits and shrinks: {expected}", progress.throttle)
             return _stop(f"the downtime fits: {expected}")
         if why := _beyond(progress, self.limit_s):
             return _abort(why)
@@ -201,6 +208,22 @@ class DeadlinePolicy:
         if progress.rounds_since_low_water >= _PATIENCE_ROUNDS:
             return _stop(f"no round comes nearer: {_low_water(progress)}")
         return _next_round(f"{left_s:.2f} s are left")
+
+
+def _nears(progress: Progress, limit_s: float) -> bool:
+    """Tell whether another round is worth its time although a pause now would fit ``limit_s``.
+
+    It is as long as copying what remains would be the greater part of the pause, and every round since the first after
+    which a pause would have fitted left at most half of what it had to send. So all such rounds together send less than
+    twice what remained at the first; and a guest that writes more again is taken the next time it fits.
+    """
+    rate = progress.wire_bytes_per_s
+    if not rate or progress.last.remaining_pages < _FEW_PAGES or progress.expected_downtime_s < 2 * progress.fixed_s:
+        return False
+    fitting_pages = (limit_s - progress.fixed_s) * rate / PAGE_SIZE
+    left = [stats.remaining_pages for stats in progress.rounds]
+    first = next(index for index, pages in enumerate(left) if pages <= fitting_pages)
+    return all(after <= _WANTED_SHARE * before for before, after in pairwise(left[first:]))
 
 
 def _beyond(progress: Progress, limit_s: float) -> str:

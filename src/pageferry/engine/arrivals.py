@@ -48,6 +48,7 @@ class Arrivals:
         self._connections = connections
         self._packer = None if packing is Packing.NONE else packer(packing)
         self.removed = DirtyBitmap(memory.gfn_limit)
+        self._any_removed = False
 
     def page_data(self, header: PageDataHeader) -> None:
         """Take one PAGE_DATA record: receive its page data.
@@ -57,7 +58,9 @@ class Arrivals:
             OSError: cut or stalled.
         """
         gone = header.pfns[header.types == PageType.XTAB]
-        self.removed.set(gone[self._memory.are_ram(gone)])  # what was never RAM here is not worth a word
+        if gone.size:
+            self.removed.set(gone[self._memory.are_ram(gone)])  # what was never RAM here is not worth a word
+            self._any_removed = True
         allocated = header.pfns[header.types == PageType.XALLOC]  # zeros, as they are from the beginning
         gfns = header.pfns[carries_data(header.types)]
         self._check(np.concatenate([gfns, allocated]), "PAGE_DATA", header.offset)
@@ -92,8 +95,11 @@ class Arrivals:
             raise AuditMismatchError(int(record.first_gfns[index]), int(pages[index]))
 
     def _arrived(self, gfns: GfnArray) -> None:
+        if not gfns.size:
+            return
         self._memory.wrote(gfns)
-        self.removed.clear(gfns)
+        if self._any_removed:
+            self.removed.clear(gfns)
         if self._audited is not None:
             self._audited.arrived(gfns)
 
@@ -130,7 +136,7 @@ class Arrivals:
         inside = self._memory.are_ram(gfns)
         if not inside.all():
             raise RecordError(f"gfn {int(gfns[~inside][0]):#x} is outside the guest", record=record, offset=offset)
-        ours = connection_of(gfns, self._connections) == self._index
+        ours = connection_of(gfns, self._connections) == self._index if self._connections > 1 else inside
         if not ours.all():
             strange = int(gfns[~ours][0])
             raise RecordError(f"gfn {strange:#x} belongs on another connection", record=record, offset=offset)

@@ -31,7 +31,7 @@ from pageferry.engine import verify
 #: that it has so many pieces at the most: each costs two PEEKs, of the whole guest.
 _PIECE_PAGES = 8192
 _MAX_PIECES = 256
-_WORD_BITS = 64
+_REGION_WORDS = PAGES_PER_2M // 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -152,16 +152,15 @@ class Auditor:
 
     def oldest(self, at_most_pages: int) -> DirtyBitmap:
         """Return proven frames, at most so many: those of the 2 MiB regions that were proven longest ago."""
-        chosen = DirtyBitmap(self._memory.gfn_limit)
-        gfns = self.proven().gfns()
-        regions = (gfns // np.uint64(PAGES_PER_2M)).astype(np.int64)
-        counts = np.bincount(regions, minlength=self._proven_at.size)
+        chosen = self.proven()
+        per_word = np.bitwise_count(chosen.words)
+        regions = np.arange(per_word.size) // _REGION_WORDS
+        counts = np.add.reduceat(per_word, np.arange(0, per_word.size, _REGION_WORDS), dtype=np.int64)
         order = np.argsort(self._proven_at, kind="stable")
         order = order[counts[order] > 0]
-        fits = order[np.cumsum(counts[order]) <= at_most_pages]
-        wanted = np.zeros(self._proven_at.size, np.bool_)
-        wanted[fits] = True
-        chosen.set(gfns[wanted[regions]])
+        wanted = np.zeros(counts.size, np.bool_)
+        wanted[order[np.cumsum(counts[order]) <= at_most_pages]] = True
+        chosen.words[~wanted[regions]] = 0
         return chosen
 
     def _nothing_more_by_waiting(self) -> bool:
@@ -244,7 +243,7 @@ class AuditMismatchError(VerifyError):
 
 
 class AuditedPages:
-    """The destination's half: which frames were proven and have not arrived anew since. For threads of any number.
+    """The destination's half: which frames arrived, and which of them were proven since. For threads of any number.
 
     Args:
         memory: the guest's, here.
@@ -254,11 +253,23 @@ class AuditedPages:
         self._memory = memory
         self._lock = threading.Lock()
         self._proven = DirtyBitmap(memory.gfn_limit)
+        self._any_proven = False
+        self._arrived = DirtyBitmap(memory.gfn_limit)
 
     def arrived(self, gfns: GfnArray) -> None:
         """These frames (uint64[n]) have new content."""
         with self._lock:
-            self._proven.clear(gfns)
+            self._arrived.set(gfns)
+            if self._any_proven:
+                self._proven.clear(gfns)
+
+    def all_arrived(self) -> tuple[GfnArray, GfnArray] | None:
+        """Return the runs of RAM that ever arrived; None where nothing was proven yet, so that nobody audits here."""
+        with self._lock:
+            if not self._any_proven:
+                return None
+            self._arrived &= self._memory.all_ram()
+            return self._arrived.runs()
 
     def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> int | None:
         """Digest the runs here; return the index of the first that differs, or None: then they are proven.
@@ -270,11 +281,16 @@ class AuditedPages:
         if index is None:
             with self._lock:
                 self._proven.set_runs(first_gfns, pages)
+                self._any_proven = True
         return index
 
     def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
         """Tell whether every frame of the runs is proven, as it is now."""
-        return bool(_all_in_runs(self._proven, first_gfns, pages).all())
+        wanted = DirtyBitmap(self._proven.nbits)
+        if (first_gfns + pages > wanted.nbits).any():
+            return False
+        wanted.set_runs(first_gfns, pages)
+        return not (wanted - self._proven).any()
 
 
 def _within_regions(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray]:
@@ -288,19 +304,10 @@ def _within_regions(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnA
     return starts[order], np.concatenate((head, rest_lengths))[order]
 
 
-def _bits_of_runs(bitmap: DirtyBitmap, starts: GfnArray, lengths: GfnArray) -> NDArray[np.int64]:
-    """Return for each run how many of its frames are set."""
-    if not starts.size:
-        return np.zeros(0, np.int64)
-    bits = bitmap.test_many(expand_runs(starts, lengths)).astype(np.int64)
-    ends = np.cumsum(lengths.astype(np.int64))
-    return np.add.reduceat(bits, ends - lengths.astype(np.int64))
-
-
 def _any_in_runs(bitmap: DirtyBitmap, starts: GfnArray, lengths: GfnArray) -> NDArray[np.bool_]:
-    return _bits_of_runs(bitmap, starts, lengths) > 0
-
-
-def _all_in_runs(bitmap: DirtyBitmap, starts: GfnArray, lengths: GfnArray) -> NDArray[np.bool_]:
-    whole: NDArray[np.bool_] = _bits_of_runs(bitmap, starts, lengths) == lengths.astype(np.int64)
-    return whole
+    """Tell for each run whether one of its frames is set."""
+    if not starts.size:
+        return np.zeros(0, np.bool_)
+    bits = bitmap.test_many(expand_runs(starts, lengths))
+    counts = lengths.astype(np.int64)
+    return np.logical_or.reduceat(bits, np.cumsum(counts) - counts)

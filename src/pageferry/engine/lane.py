@@ -1,7 +1,7 @@
 """Lane: the way of pages from guest memory to one connection."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,10 +29,10 @@ class Sent:
     delta_bytes: int = 0
 
     def __add__(self, other: "Sent") -> "Sent":
-        return Sent(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(Sent)})
+        return Sent(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
 
     def __sub__(self, other: "Sent") -> "Sent":
-        return Sent(**{each.name: getattr(self, each.name) - getattr(other, each.name) for each in fields(Sent)})
+        return Sent(**{name: getattr(self, name) - getattr(other, name) for name in self.__slots__})
 
 
 class Lane:

@@ -56,11 +56,13 @@ class Lanes:
         Raises:
             OSError: a connection was cut or stalled.
         """
-        lanes = connection_of(gfns, self._count)
-        for index, worker in enumerate(self._others, 1):
-            if (part := gfns[lanes == index]).size:
-                worker.send(part, fresh=fresh)
-        self._main_sent += self._main.send(gfns[lanes == 0], fresh=fresh)
+        if self._others:
+            lanes = connection_of(gfns, self._count)
+            for index, worker in enumerate(self._others, 1):
+                if (part := gfns[lanes == index]).size:
+                    worker.send(part, fresh=fresh)
+            gfns = gfns[lanes == 0]
+        self._main_sent += self._main.send(gfns, fresh=fresh)
 
     def send_proof(self, proof: Proof) -> None:
         """Send digests, each on the lane of its pages: a run lies in one piece of 2 MiB.

@@ -2,8 +2,10 @@
 
 Everything with storage is proven equal at the destination before it may run. ``full``: all of it is digested at the
 pause, so what is proven does not rest on the tracker. ``audit``: what lies still is digested while the guest runs
-(:mod:`pageferry.engine.audit`); at the pause only the rest is, and of the audited pages as many again as the downtime
-limit leaves time for, those first whose proof is oldest.
+(:mod:`pageferry.engine.audit`); at the pause only the rest is, and of the audited pages as many again as make the pause
+a quarter longer and fit the downtime limit, those first whose proof is oldest. What has storage is looked up then too,
+where the proof is not to rest on the tracker; otherwise it is what had some at the last look, and all that the tracker
+reported since.
 """
 
 import contextlib
@@ -31,8 +33,11 @@ _WAIT_S = 0.05
 _LOOKED_AT = 64
 #: Digesting at the pause is the default when it is expected to take no more than this share of the downtime limit.
 _FULL_SHARE = 0.5
-#: How much of the time that the limit leaves is spent on proving audited pages again: the other end may be slower.
+#: How much of the time that the limit leaves is spent on proving audited pages again, for the other end may be slower;
+#: and how much of the time that the pause takes in any case, for downtime under the limit is downtime too.
 _AGAIN_SHARE = 0.25
+#: How much of its time measuring may take.
+_MEASURING_SHARE = 0.05
 
 
 class VerifyMode(StrEnum):
@@ -62,6 +67,7 @@ class Prover:
         self._pages_per_s: float | None = None
         self._populated = DirtyBitmap(vm.memory.gfn_limit)  # as last found, and how long finding it took
         self._found_s = 0.0
+        self._measure_at_s = now_s()
         self.verified_pages = 0
         """How many pages were proven in all, once they all are."""
         self.audited_pages = 0
@@ -94,7 +100,8 @@ class Prover:
             self._auditor.close()
 
     def cleaned(self, gfns: GfnArray) -> None:
-        """A CLEAN returned these frames (uint64[n])."""
+        """A CLEAN returned these frames (uint64[n]), or the last PEEK."""
+        self._populated.set(gfns)
         if self._auditor is not None:
             self._auditor.cleaned(gfns)
 
@@ -106,14 +113,18 @@ class Prover:
     def prepare(self) -> None:
         """Measure what a proof takes, and begin to audit if that is what is wanted and needed.
 
-        Call it again before every round, for the guest may have grown. It takes some 20 ms per GiB: between the end of
-        a round and the pause the guest would write as long, and all that is more to send at the pause.
+        Call it before every round, for the host's speed may change. It takes up to 20 ms per GiB, in which the guest
+        writes, and does nothing where that is much beside the rounds since the last time.
         """
         began_s = self._now_s()
-        self._populated = self._find_populated()
+        if began_s < self._measure_at_s:
+            return
+        self._populated = self._find_populated()  # a page that gets storage from here on is dirty by then
         self._found_s = self._now_s() - began_s
         sample = verify.sample_runs(*self._populated.runs(max_pages=PAGES_PER_2M))
         self._pages_per_s = digest_pages_per_s(self._vm.memory, *sample, self._now_s) or self._pages_per_s
+        ended_s = self._now_s()
+        self._measure_at_s = ended_s + (ended_s - began_s) / _MEASURING_SHARE
         if self._auditor is None or self._audits:
             return
         limit_s = self.limit_s
@@ -145,6 +156,7 @@ class Prover:
         fresh = self._populated | dirty
         if self._audits and self._auditor is not None:
             fresh -= self._auditor.proven() - dirty
+            return (1 + _AGAIN_SHARE) * self._digest_s(fresh.count())
         return self._found_s + self._digest_s(fresh.count())
 
     def prove(self, peer: Peer, spent_s: float) -> Frame | None:
@@ -160,7 +172,11 @@ class Prover:
         Raises:
             PeerError: the destination's memory is not ours.
         """
-        populated = self._find_populated()
+        if self._audits:
+            populated = self._populated
+            populated &= self._vm.memory.all_ram()
+        else:
+            populated = self._find_populated()
         audited = self._not_again(populated, spent_s)
         starts, lengths, is_audited = _merged(populated - audited, audited)
         if not starts.size:
@@ -231,8 +247,9 @@ class Prover:
         audited &= populated
         if self.limit_s is None or self._pages_per_s is None:
             return audited
-        left_s = self.limit_s - spent_s - self._digest_s((populated - audited).count())
-        return audited - self._auditor.oldest(max(0, int(_AGAIN_SHARE * left_s * self._pages_per_s)))
+        spent_s += self._digest_s((populated - audited).count())
+        again_s = _AGAIN_SHARE * min(spent_s, self.limit_s - spent_s)
+        return audited - self._auditor.oldest(max(0, int(again_s * self._pages_per_s)))
 
     def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:
         gfns = verify.different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)

@@ -13,6 +13,8 @@ _COUNTED_CELLS = 1 << 16
 _ROWS = 64
 _TOLD_CELLS = 256
 
+_MOST = np.iinfo(np.uint16).max
+
 #: A page is hot that was sent again at least this share as often as the page that was sent most often.
 _HOT_SHARE = 0.5
 #: Hot pages are told in so many ranges, cells of the heat map lie in so many areas.
@@ -51,7 +53,8 @@ class SendCounts:
         """
         if not gfns.size:
             return
-        cells = (gfns >> np.uint64(self._cell_shift)).astype(np.int64)
+        where = gfns.astype(np.intp)
+        cells = where >> self._cell_shift
         first = int(cells[0])
         pages = np.bincount(cells - first)
         with self._lock:
@@ -60,8 +63,8 @@ class SendCounts:
                 self._halve_rows()
             row = self._rows[index // self._rounds_per_row]
             row[first : first + pages.size] += pages.astype(np.uint32)
-            counts = self._sent[gfns]
-            self._sent[gfns] = counts + (counts < np.iinfo(np.uint16).max)
+            counts = self._sent[where]
+            self._sent[where] = counts + (counts < _MOST)
 
     def result(self) -> SentPages:
         """Return what was counted so far."""
