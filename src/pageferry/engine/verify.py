@@ -55,7 +55,7 @@ def digest_views(views: list[memoryview], lengths: GfnArray) -> Digests:
     # Tasks of about 2 MiB each, however short the runs are.
     edges = np.flatnonzero(np.diff(np.cumsum(lengths) // np.uint64(PAGES_PER_2M), append=np.uint64(1 << 62))) + 1
     tasks = [views[begin:end] for begin, end in pairwise([0, *edges.tolist()])]
-    digests = b"".join(_pool().map(_digest_all, tasks))
+    digests = b"".join(map(_digest_all, tasks) if len(tasks) == 1 else _pool().map(_digest_all, tasks))
     return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
 
 
