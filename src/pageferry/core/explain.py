@@ -153,7 +153,7 @@ def _limit(report: MigrationReport) -> tuple[str, ...]:
     index = next(index for index, each in enumerate(expected_ms) if each <= limit_ms)
     fixed_ms = report.round_ends[index].fixed_s * 1e3
     return (
-        f"A downtime limit of {limit_ms} ms would have let it stop after round {index}: {expected_ms[index]:.0f} ms "
+        f"A downtime limit of {limit_ms} ms would have been met after round {index}: {expected_ms[index]:.0f} ms "
         f"were expected then, {fixed_ms:.0f} ms of them for state and verification.",
     )
 
