@@ -23,18 +23,18 @@ from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
-from pageferry.engine.sections import Activity, read_stream
+from pageferry.engine.sections import Activity, Sections, read_stream
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint, accept_within
 from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
 from pageferry.guests.abi import read_status
 from pageferry.stream import packing as packing_module
 from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.ferry import Conversation, FerryDecoder, Join, Side, SourceHello
+from pageferry.stream.ferry import Conversation, FerryDecoder, Join, Reached, Side, SourceHello
 from pageferry.stream.format import EXTENSIONS, PageType
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, available, packer
-from pageferry.stream.records import Audit, DeltaPages, PackedPages, PageData, ZeroPages
+from pageferry.stream.records import Audit, DeltaPages, Fence, PackedPages, PageData, ZeroPages
 
 #: Frames that no guest program touches.
 FREE = np.arange(6000, 6400, dtype=np.uint64)
@@ -536,8 +536,74 @@ def test_a_connection_with_nothing_to_carry_is_not_stalled_while_another_carries
             return False
 
     with pytest.raises(TimeoutError):
-        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity))
+        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity, print))
     assert stalls == [30, 60, 90]
+
+
+# -- fences ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monkeypatch, connections):
+    """The last connection takes its pages in only when the first waits for it."""
+    wait_reached, page_data = Sections.wait_reached, Arrivals.page_data
+    waits = threading.Event()
+    rounds = []
+
+    def wait(self, number):
+        waits.set()
+        wait_reached(self, number)
+
+    def take(self, header):
+        if self._index == 2:
+            assert waits.wait(60)
+        page_data(self, header)
+
+    def compare(index):
+        gfns = expand_runs(*vm.memory.populated())
+        ours, theirs = (memory.page_views(gfns) for memory in (vm.memory, trip.made[0].memory))
+        rounds.append([int(g) for g, a, b in zip(gfns, ours, theirs, strict=True) if bytes(a) != bytes(b)])
+        waits.clear()
+        fill(vm, WIDE, index + 2)
+
+    monkeypatch.setattr(Sections, "wait_reached", wait)
+    monkeypatch.setattr(Arrivals, "page_data", take)
+    vm = guests("idle")
+    fill(vm, WIDE, 1)
+    trip = move(vm)
+    trip.run(Steps(3, compare), wire=WireOptions(connections=connections))
+    trip.expect_equal()
+    assert rounds == [[], [], []]
+    fences = [
+        [each.number for each in trip.taped.records(connection=i) if isinstance(each, Fence)]
+        for i in range(connections)
+    ]
+    assert fences == [[0, 1, 2]] * connections
+
+
+def test_a_destination_that_does_not_know_fences_is_not_waited_for(guests, move, monkeypatch):
+    agree = features.agree
+    monkeypatch.setattr(features, "agree", lambda *given, **options: tuple(set(agree(*given, **options)) - {"fence"}))
+    trip = move(guests("idle"))
+    trip.run()
+    trip.expect_equal()
+    assert not any(isinstance(record, Fence) for record in trip.taped.records())
+
+
+def test_an_answer_to_another_fence_ends_the_migration(guests, move, monkeypatch):
+    send = Peer.send
+
+    def lie(self, frame, fd=None):
+        send(self, Reached(number=frame.number + 1) if isinstance(frame, Reached) else frame, fd)
+
+    monkeypatch.setattr(Peer, "send", lie)
+    vm = guests("idle")
+    trip = move(vm)
+    with pytest.raises(MigrationError, match="the destination answered Reached out of turn") as failed:
+        trip.run()
+    assert failed.value.guest_at is GuestAt.SOURCE
+    monkeypatch.undo()
+    expect_as_before(vm, move)
 
 
 # -- packed pages ------------------------------------------------------------------------------------------------------

@@ -118,10 +118,13 @@ def test_the_destination_ends_with_what_the_source_has(way, story, batch):
             lane.send(frames[at : at + batch], fresh=fresh)
         change(here, during)
         dirty, fresh = {gfn for gfn, *_ in during}, False
+    lane.send_fence(7)
     lane.finish()
     arrivals = Arrivals(THERE, pipe, packing=packing)
     decoder = Decoder(zero_copy=True, gfn_limit=PAGES, agreed=EXTENSIONS, role=Role.SECTION)
-    assert [type(event) for event in read_stream(pipe, decoder, arrivals, Activity())] == [StaticDataEnd, End]
+    fences = []
+    events = [type(event) for event in read_stream(pipe, decoder, arrivals, Activity(), fences.append)]
+    assert (events, fences) == ([StaticDataEnd, End], [7])
     assert np.array_equal(here[:USED], there[:USED])
 
 

@@ -17,6 +17,7 @@ from pageferry.stream.records import (
     CpuidPolicy,
     DeltaPages,
     End,
+    Fence,
     HvmContext,
     HvmParams,
     MsrEntry,
@@ -178,13 +179,14 @@ AUDIT = Audit(first_gfns=ONE, pages=np.array([1], np.uint32), digests=np.zeros((
 
 
 OURS = [ZeroPages(pfns=ONE), PackedPages(pfns=ONE, data=b"x"), DeltaPages(pfns=ONE, data=b"x"), AUDIT]
+OURS += [Fence(number=1)]
 
 
 @pytest.mark.parametrize("record_of_ours", OURS)
 def test_an_extension_needs_an_agreement_at_both_ends_and_is_mandatory_if_it_changes_memory(record_of_ours):
     extension = TYPE_OF[type(record_of_ours)]
     assert extension in fmt.EXTENSIONS
-    assert bool(extension & fmt.OPTIONAL) == (extension is RecordType.AUDIT)
+    assert bool(extension & fmt.OPTIONAL) == (extension in (RecordType.AUDIT, RecordType.FENCE))
     with pytest.raises(LocalStreamError, match="not agreed on"):
         with_page().record(record_of_ours)
     refused(HEADER + STATIC + ONE_PAGE + record(extension, struct.pack("<IIQ", 1, 0, 1)), OrderError, "not agreed on")

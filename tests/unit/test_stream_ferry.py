@@ -32,6 +32,7 @@ from pageferry.stream.ferry import (
     Joined,
     Mismatch,
     Phase,
+    Reached,
     Ready,
     Refuse,
     Running,
@@ -183,6 +184,7 @@ def test_a_refusal_may_come_before_the_hello_is_read(ends):
 
 EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
 EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(token="t", index=15), Joined()]
+EXAMPLES += [Reached(number=7)]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
     (Phase.GREETING, SOURCE): {SourceHello, Join},
@@ -190,7 +192,7 @@ ALLOWED = {
     (Phase.ANSWERING, SOURCE): set(),
     (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
     (Phase.STREAMING, SOURCE): set(),
-    (Phase.STREAMING, DESTINATION): {Mismatch, Failed},
+    (Phase.STREAMING, DESTINATION): {Reached, Mismatch, Failed},
     (Phase.DIGESTING, SOURCE): {Digests, Failed},
     (Phase.DIGESTING, DESTINATION): {Mismatch, Failed},
     (Phase.COMPARING, SOURCE): {Failed},
@@ -390,6 +392,7 @@ def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
         FrameType.RUNNING: Phase.COMMITTED,
         FrameType.JOIN: Phase.GREETING,
         FrameType.JOINED: Phase.JOINING,
+        FrameType.REACHED: Phase.STREAMING,
     }
     advance(ends, phases.get(frame_type, Phase.COMPARING))
     from_source = (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT, FrameType.JOIN)

@@ -81,6 +81,16 @@ def test_zero_pages_come_where_page_data_does_and_only_where_both_ends_agreed(ro
 
 
 @pytest.mark.parametrize("role", [Role.WRITER, Role.READER])
+def test_a_fence_comes_where_page_data_does(role):
+    for past, why in (("s", "too early"), ("sP", None), ("sPP", None), ("sPt", "too late")):
+        order = Order(role, 3, EXTENSIONS)
+        for letter in past:
+            order.passed(LETTERS[letter])
+        answer = order.check(RecordType.FENCE)
+        assert answer is None if why is None else why in answer, past
+
+
+@pytest.mark.parametrize("role", [Role.WRITER, Role.READER])
 def test_packed_pages_come_where_page_data_does_and_stand_for_it(role):
     for past, why in (("", "too early"), ("s", None), ("sP", None), ("sPt", "too late")):
         order = Order(role, 3, EXTENSIONS)
@@ -104,6 +114,7 @@ def test_a_section_has_pages_and_nothing_else():
         ("s", RecordType.STATIC_DATA_END, "only once"),
         ("s", RecordType.PAGE_DATA, None),
         ("s", RecordType.ZERO_PAGES, None),
+        ("s", RecordType.FENCE, None),
         ("sP", RecordType.PAGE_DATA, None),
         ("sP", RecordType.TSC_INFO, "no such record"),
         ("sP", RecordType.HVM_CONTEXT, "no such record"),

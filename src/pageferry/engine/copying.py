@@ -35,6 +35,9 @@ class Copying(Attempt):
     def _before_rounds(self, gfns: GfnArray) -> None:
         """Do what is due when log-dirty is on; ``gfns`` (uint64[n]) will be sent first."""
 
+    def _settle(self, number: int) -> None:
+        """Wait until whatever was sent in round ``number`` is in place; raise to end the attempt."""
+
     def _expect_alive(self) -> None:
         end = self._vm.end
         if end is not None:
@@ -155,6 +158,7 @@ class Copying(Attempt):
                 return 0
             self._before_record()
             self._prover.catch_up(self._lanes, self._before_record)
+            self._settle(len(self._sender.rounds))
             return self._vm.log_dirty.peek().count()
 
         return self._sender.send(

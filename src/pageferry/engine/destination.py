@@ -53,6 +53,7 @@ from pageferry.stream.ferry import (
     Failed,
     Frame,
     Mismatch,
+    Reached,
     Ready,
     Refuse,
     Running,
@@ -252,7 +253,12 @@ class Destination:
             gfn_limit=memory.gfn_limit,
             agreed=agreed,
         ) as sections:
-            for event in read_stream(self._channel, decoder, arrivals, sections.activity):
+
+            def reached(number: int) -> None:
+                sections.wait_reached(number)
+                self._peer.send(Reached(number=number))
+
+            for event in read_stream(self._channel, decoder, arrivals, sections.activity, reached):
                 if isinstance(event, CpuidPolicy):
                     policy = event
                 elif isinstance(event, StaticDataEnd):

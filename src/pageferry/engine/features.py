@@ -9,6 +9,7 @@ from pageferry.stream.packing import Packing, available
 
 ZERO_PAGES = "zero-pages"
 AUDIT = "audit"
+FENCE = "fence"
 CONNECTIONS = "connections"
 SHARED_MEMORY = "shared-memory"
 #: Page data packed by the library of that name; at most one of these is offered.
@@ -20,6 +21,7 @@ DELTA = "delta"
 _RECORDS = {
     ZERO_PAGES: RecordType.ZERO_PAGES,
     AUDIT: RecordType.AUDIT,
+    FENCE: RecordType.FENCE,
     **dict.fromkeys(PACK.values(), RecordType.PACKED_PAGES),
     DELTA: RecordType.DELTA_PAGES,
 }
@@ -31,7 +33,7 @@ def offer(wire: WireOptions, *, audit: bool, shared: bool) -> tuple[str, ...]:
     several = (CONNECTIONS,) if wire.connections > 1 else ()
     packed = (PACK[wire.compress],) if wire.compress in PACK else ()
     deltas = (DELTA,) if wire.delta_cache_bytes else ()
-    return (ZERO_PAGES, *audits, *several, *packed, *deltas, *((SHARED_MEMORY,) if shared else ()))
+    return (ZERO_PAGES, FENCE, *audits, *several, *packed, *deltas, *((SHARED_MEMORY,) if shared else ()))
 
 
 def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[str]) -> None:
@@ -54,7 +56,7 @@ def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[s
 
 def agree(offered: Collection[str], *, several_connections: bool, shared: bool) -> tuple[str, ...]:
     """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
-    can = {ZERO_PAGES, AUDIT, DELTA, *(PACK[packing] for packing in available())}
+    can = {ZERO_PAGES, FENCE, AUDIT, DELTA, *(PACK[packing] for packing in available())}
     if several_connections:
         can.add(CONNECTIONS)
     if shared:

@@ -14,7 +14,7 @@ from pageferry.engine.outlet import Outlet
 from pageferry.engine.page_coder import Coded, PageCoder
 from pageferry.stream.codec import Encoder
 from pageferry.stream.format import MAX_DIGESTS, MAX_PAGES_PER_RECORD, PageType
-from pageferry.stream.records import Audit, End, ZeroPages
+from pageferry.stream.records import Audit, End, Fence, ZeroPages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +112,14 @@ class Lane:
         """
         for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
             self.channel.send([self._named(gfns[at : at + MAX_PAGES_PER_RECORD], PageType.XTAB)])
+
+    def send_fence(self, number: int) -> None:
+        """Ask the destination to say when it is here.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.record(Fence(number=number))])
 
     def finish(self) -> None:
         """End a section.

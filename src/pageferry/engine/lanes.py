@@ -28,7 +28,8 @@ class Lanes:
     def __init__(self, main: Lane, others: Sequence[Lane] = ()) -> None:
         self._main = main
         self._others = [_Worker(lane) for lane in others]
-        self._count = 1 + len(self._others)
+        self._all = (main, *others)
+        self._count = len(self._all)
         self._main_sent = Sent()
 
     @property
@@ -87,8 +88,13 @@ class Lanes:
     def send_removed(self, gfns: GfnArray) -> None:
         """As :meth:`Lane.send_removed`, each page on its lane; after a :meth:`barrier`."""
         lanes = connection_of(gfns, self._count)
-        for index, lane in enumerate([self._main, *(worker.lane for worker in self._others)]):
+        for index, lane in enumerate(self._all):
             lane.send_removed(gfns[lanes == index])
+
+    def send_fence(self, number: int) -> None:
+        """As :meth:`Lane.send_fence`, on every lane; after a :meth:`barrier`."""
+        for lane in self._all:
+            lane.send_fence(number)
 
     def finish(self) -> None:
         """End the sections, after a :meth:`barrier`; the main stream goes on.

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import GuestAt, TransportError, TruncatedError
@@ -13,7 +14,16 @@ from pageferry.stream.codec import Decoder
 from pageferry.stream.format import RecordType
 from pageferry.stream.intake import Need
 from pageferry.stream.order import Role
-from pageferry.stream.records import Audit, DeltaPages, Event, PackedPages, PageDataHeader, StreamHeader, ZeroPages
+from pageferry.stream.records import (
+    Audit,
+    DeltaPages,
+    Event,
+    Fence,
+    PackedPages,
+    PageDataHeader,
+    StreamHeader,
+    ZeroPages,
+)
 
 #: How soon the reader of one connection hears that another failed.
 _POLL_S = 0.1
@@ -47,11 +57,24 @@ class Activity:
                 raise self.failure
             if channel.readable(_POLL_S):
                 return
-            if self._now_s() - self._last_s >= channel.timeout_s:
-                raise TimeoutError("stalled")
+            self.check(channel.timeout_s)
+
+    def check(self, timeout_s: float) -> None:
+        """Raise what is wrong.
+
+        Raises:
+            TimeoutError: nothing came in on any connection for ``timeout_s``.
+            Exception: the failure of another connection.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self._now_s() - self._last_s >= timeout_s:
+            raise TimeoutError("stalled")
 
 
-def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity: Activity) -> Iterator[Event]:
+def read_stream(
+    channel: Channel, decoder: Decoder, arrivals: Arrivals, activity: Activity, reached: Callable[[int], None]
+) -> Iterator[Event]:
     """Read a stream, or a section, up to END: pages go where they belong, all else is yielded.
 
     Args:
@@ -59,6 +82,7 @@ def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity
         decoder: of it, with ``zero_copy``.
         arrivals: takes the pages.
         activity: of all connections together.
+        reached: called with the number of each FENCE, when all that came before it is in place.
 
     Raises:
         RemoteStreamError: it is not a legal one, or stops before END.
@@ -81,6 +105,8 @@ def read_stream(channel: Channel, decoder: Decoder, arrivals: Arrivals, activity
             decoder.payload_received()
         elif isinstance(event, Audit):
             arrivals.audit(event)
+        elif isinstance(event, Fence):
+            reached(event.number)
         elif isinstance(event, ZeroPages):
             arrivals.zero_pages(event)
         elif isinstance(event, PackedPages):
@@ -118,6 +144,8 @@ class Sections:
         self._others = others
         self._gfn_limit = gfn_limit
         self._agreed = agreed
+        self._reached = [-1] * len(others)
+        self._changed = threading.Condition()
         self._arrivals = [make_arrivals(channel, index) for index, channel in enumerate(others, 1)]
         self.activity = Activity()
         self._threads = [
@@ -144,6 +172,18 @@ class Sections:
         if failure is not None and failure is not error:
             raise failure from error
 
+    def wait_reached(self, number: int) -> None:
+        """Wait until all these connections have come to a FENCE.
+
+        Raises:
+            TimeoutError: nothing came in on any of them for as long as it may stand still.
+            Exception: the failure of one of them.
+        """
+        with self._changed:
+            while any(reached < number for reached in self._reached):
+                self._changed.wait(_POLL_S)
+                self.activity.check(self._others[0].timeout_s)
+
     def removed(self) -> DirtyBitmap:
         """Return the frames of these connections' pages that the source has none for, once all is read."""
         gone = DirtyBitmap(self._gfn_limit)
@@ -155,13 +195,18 @@ class Sections:
         channel = self._others[index]
         decoder = Decoder(zero_copy=True, gfn_limit=self._gfn_limit, agreed=self._agreed, role=Role.SECTION)
         try:
-            for _ in read_stream(channel, decoder, self._arrivals[index], self.activity):
+            for _ in read_stream(channel, decoder, self._arrivals[index], self.activity, partial(self._note, index)):
                 pass  # the end of static data, and optional records that nobody here knows
         except (OSError, TruncatedError) as error:
             what = "stood still" if isinstance(error, TimeoutError) else "was cut"
             self._fail(TransportError(f"connection {index + 1} {what}", phase=Phase.PRECOPY, guest_at=GuestAt.SOURCE))
         except Exception as error:
             self._fail(error)
+
+    def _note(self, index: int, number: int) -> None:
+        with self._changed:
+            self._reached[index] = number
+            self._changed.notify_all()
 
     def _fail(self, error: Exception) -> None:
         self.activity.failure = self.activity.failure or error

@@ -49,6 +49,7 @@ from pageferry.stream.ferry import (
     DestinationHello,
     Frame,
     Mismatch,
+    Reached,
     Running,
     Side,
     SourceHello,
@@ -233,6 +234,16 @@ class Source(Copying):
             frame = peer.receive()
             if isinstance(frame, Mismatch):
                 raise self._prover.mismatch(frame, len(self._sender.rounds))
+            raise self._unexpected(frame)
+
+    def _settle(self, number: int) -> None:
+        if RecordType.FENCE not in self._agreed:
+            return
+        self._lanes.send_fence(number)
+        frame = self._peer.receive()
+        if isinstance(frame, Mismatch):
+            raise self._prover.mismatch(frame, number)
+        if frame != Reached(number=number):
             raise self._unexpected(frame)
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@
       | SOURCE_HELLO --------------------------------------> |
       | <----------------- DESTINATION_HELLO (or REFUSE, end) |
       | libxc stream, unframed: headers, records, END -----> |    guest runs until the last round, then is paused
+      | <----------------------------------- REACHED, of each FENCE in it
       | DIGESTS ... DIGESTS(last) -------------------------> |
       |                                        compares its own
       | <-------------------------- MISMATCH, if one differs |
@@ -59,6 +60,7 @@ from pageferry.stream.ferry_frames import (
     Join,
     Joined,
     Mismatch,
+    Reached,
     Ready,
     Refuse,
     Running,
@@ -83,6 +85,7 @@ __all__ = [
     "Joined",
     "Mismatch",
     "Phase",
+    "Reached",
     "Ready",
     "Refuse",
     "Running",

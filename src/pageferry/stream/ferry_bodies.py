@@ -34,6 +34,7 @@ from pageferry.stream.ferry_frames import (
     Join,
     Joined,
     Mismatch,
+    Reached,
     Ready,
     Refuse,
     Running,
@@ -41,6 +42,7 @@ from pageferry.stream.ferry_frames import (
 )
 from pageferry.stream.format import MAX_RANGE_PAGES, PFN_MASK, BodyError
 
+_MAX_U32 = (1 << 32) - 1
 _TEXTS = frozenset({"name", "reason", "hint"})
 
 
@@ -242,6 +244,10 @@ def _parse_refuse(body: bytes) -> Refuse:
     return Refuse(reason=fields.text("reason"), hint=fields.text("hint", ""))
 
 
+def _parse_reached(body: bytes) -> Reached:
+    return Reached(number=_Fields(body).integer("number", 0, _MAX_U32))
+
+
 def _parse_ready(body: bytes) -> Ready:
     return Ready(verified_pages=_Fields(body).integer("verified_pages", 0, PFN_MASK))
 
@@ -262,6 +268,7 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.REFUSE: _parse_refuse,
     FrameType.DIGESTS: _parse_digests,
     FrameType.MISMATCH: _parse_mismatch,
+    FrameType.REACHED: _parse_reached,
     FrameType.READY: _parse_ready,
     FrameType.COMMIT: _parse_commit,
     FrameType.RUNNING: lambda _: Running(),

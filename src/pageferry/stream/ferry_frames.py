@@ -43,6 +43,7 @@ class FrameType(IntEnum):
     FAILED = 0x5046_0009
     JOIN = 0x5046_000A
     JOINED = 0x5046_000B
+    REACHED = 0x5046_0013
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,13 @@ class Mismatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """The destination has taken in whatever came before the FENCE of this number, on every connection."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The destination's memory and state are complete and proven; it waits for the commit."""
 
@@ -167,7 +175,18 @@ class Joined:
 
 
 Frame: TypeAlias = (
-    SourceHello | DestinationHello | Refuse | Digests | Mismatch | Ready | Commit | Running | Failed | Join | Joined
+    SourceHello
+    | DestinationHello
+    | Refuse
+    | Digests
+    | Mismatch
+    | Ready
+    | Commit
+    | Running
+    | Failed
+    | Join
+    | Joined
+    | Reached
 )
 
 TYPE_OF: dict[type[Frame], FrameType] = {
@@ -182,6 +201,7 @@ TYPE_OF: dict[type[Frame], FrameType] = {
     Failed: FrameType.FAILED,
     Join: FrameType.JOIN,
     Joined: FrameType.JOINED,
+    Reached: FrameType.REACHED,
 }
 #: Longest body of each frame, in bytes.
 MAX_BODY_BYTES: dict[FrameType, int] = {
@@ -196,4 +216,5 @@ MAX_BODY_BYTES: dict[FrameType, int] = {
     FrameType.FAILED: MAX_MESSAGE_BYTES,
     FrameType.JOIN: MAX_MESSAGE_BYTES,
     FrameType.JOINED: 0,
+    FrameType.REACHED: MAX_MESSAGE_BYTES,
 }

@@ -52,6 +52,7 @@ TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.ANSWERING, _D, _F.DESTINATION_HELLO): _P.STREAMING,
     (_P.ANSWERING, _D, _F.REFUSE): _P.CLOSED,
     (_P.STREAMING, _D, _F.MISMATCH): _P.CLOSED,  # of an AUDIT record; the source can only close
+    (_P.STREAMING, _D, _F.REACHED): _P.STREAMING,  # of a FENCE record
     (_P.DIGESTING, _S, _F.DIGESTS): _P.DIGESTING,
     (_P.DIGESTING, _D, _F.MISMATCH): _P.MISMATCHED,
     (_P.COMPARING, _D, _F.MISMATCH): _P.MISMATCHED,

@@ -30,6 +30,8 @@ RUN_DIGESTS_HEAD = Struct("<II")
 #: One range in them, and the flag of one whose digest is not given because an AUDIT record had it.
 RUN_DIGEST = np.dtype([("first_gfn", "<u8"), ("pages", "<u4"), ("flags", "<u4"), ("digest", "u1", (16,))])
 RUN_AUDITED = 1 << 0
+#: FENCE: number u32, reserved u32.
+FENCE = Struct("<II")
 #: Head of HVM_PARAMS: count u32, reserved u32.
 HVM_PARAMS_HEAD = Struct("<II")
 #: One entry of HVM_PARAMS: index u64, value u64.
@@ -100,13 +102,16 @@ class RecordType(IntEnum):
     CPUID_POLICY = 0x11
     MSR_POLICY = 0x12
     AUDIT = 0xD046_0001  # optional, and ours
+    FENCE = 0xD046_0002  # optional, and ours
     ZERO_PAGES = 0x5047_0001
     PACKED_PAGES = 0x5047_0002
     DELTA_PAGES = 0x5047_0003
 
 
 #: Records that are not Xen's: only in a stream whose two ends agreed on them. What changes memory is mandatory.
-EXTENSIONS = frozenset({RecordType.ZERO_PAGES, RecordType.PACKED_PAGES, RecordType.DELTA_PAGES, RecordType.AUDIT})
+EXTENSIONS = frozenset(
+    {RecordType.ZERO_PAGES, RecordType.PACKED_PAGES, RecordType.DELTA_PAGES, RecordType.AUDIT, RecordType.FENCE}
+)
 
 
 class PageType(IntEnum):
@@ -131,6 +136,7 @@ BODY_BYTES: dict[RecordType, tuple[int, int]] = {
         RUN_DIGESTS_HEAD.size + RUN_DIGEST.itemsize,
         RUN_DIGESTS_HEAD.size + MAX_DIGESTS * RUN_DIGEST.itemsize,
     ),
+    RecordType.FENCE: (FENCE.size, FENCE.size),
     RecordType.MSR_POLICY: (MSR_ENTRY.size, MAX_MSR_ENTRIES * MSR_ENTRY.size),
     RecordType.ZERO_PAGES: (PAGE_DATA_HEAD.size + 8, PAGE_DATA_HEAD.size + MAX_PAGES_PER_RECORD * 8),
     RecordType.PACKED_PAGES: (PAGE_DATA_HEAD.size + 9, MAX_PACKED_BODY_BYTES),

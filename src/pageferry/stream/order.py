@@ -40,6 +40,7 @@ TABLE: dict[tuple[int, RecordType], Rule] = {
     (3, _R.PAGE_DATA): Rule(after=(_R.STATIC_DATA_END,), never_after=_STATE),
     (2, _R.PAGE_DATA): Rule(never_after=_STATE),
     (3, _R.AUDIT): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
+    (3, _R.FENCE): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     (3, _R.ZERO_PAGES): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),
     (3, _R.PACKED_PAGES): Rule(after=(_R.STATIC_DATA_END,), never_after=_STATE),
     (3, _R.DELTA_PAGES): Rule(after=(_R.PAGE_DATA,), never_after=_STATE),

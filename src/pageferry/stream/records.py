@@ -94,6 +94,13 @@ class Audit:
     digests: NDArray[np.uint8]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence:
+    """FENCE: the destination is to say when it has taken in all that came before it; ``number`` is u32."""
+
+    number: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ZeroPages:
     """ZERO_PAGES: these pages are all zeros now, whatever they were.
@@ -167,6 +174,7 @@ PlainRecord: TypeAlias = (
     | MsrPolicy
     | StaticDataEnd
     | Audit
+    | Fence
     | ZeroPages
     | PackedPages
     | DeltaPages
@@ -183,6 +191,7 @@ TYPE_OF: dict[type[PlainRecord], RecordType] = {
     MsrPolicy: RecordType.MSR_POLICY,
     StaticDataEnd: RecordType.STATIC_DATA_END,
     Audit: RecordType.AUDIT,
+    Fence: RecordType.FENCE,
     ZeroPages: RecordType.ZERO_PAGES,
     PackedPages: RecordType.PACKED_PAGES,
     DeltaPages: RecordType.DELTA_PAGES,
@@ -207,6 +216,8 @@ def body_of(record: PlainRecord) -> bytes:
         case Audit():
             given = np.zeros(len(record.first_gfns), np.bool_)
             return run_digests.pack(record.first_gfns, record.pages, record.digests, given, 0)
+        case Fence():
+            return fmt.FENCE.pack(record.number, 0)
         case ZeroPages():
             return page_array.pack(record.pfns)
         case PackedPages() | DeltaPages():
@@ -240,6 +251,10 @@ def parse_body(record_type: RecordType, body: bytes) -> PlainRecord:
             return MsrPolicy(entries=tuple(MsrEntry(index=i, flags=f, value=v) for i, f, v in rows))
         case RecordType.AUDIT:
             return _parse_audit(body)
+        case RecordType.FENCE:
+            number, reserved = fmt.FENCE.unpack(body)
+            _reserved(reserved)
+            return Fence(number=number)
         case RecordType.ZERO_PAGES:
             return _parse_zero_pages(body)
         case RecordType.PACKED_PAGES:
