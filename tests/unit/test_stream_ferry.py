@@ -22,6 +22,7 @@ from pageferry.stream.ferry import (
     NEED_DATA,
     PROTOCOL_VERSION,
     Commit,
+    Complete,
     Conversation,
     DestinationHello,
     Digests,
@@ -31,12 +32,18 @@ from pageferry.stream.ferry import (
     Join,
     Joined,
     Mismatch,
+    Missing,
+    Pages,
     Phase,
     Ready,
+    Recover,
+    Recovered,
     Refuse,
     Running,
     Side,
     SourceHello,
+    Switch,
+    Wanted,
     what_it_looks_like,
 )
 from pageferry.stream.ferry_bodies import body_of, parse_body
@@ -78,6 +85,9 @@ def digests(*first_gfns, pages=16, last=False):
     )
 
 
+MISSING = Missing(first_gfns=np.array([1, 16], np.uint64), pages=np.array([2, 1], np.uint64))
+WANTED = Wanted(gfns=np.array([1, 16], np.uint64), urgent=True)
+PAGES = Pages(gfns=np.array([1, 16], np.uint64), data=np.arange(8192, dtype=np.uint8), digest=bytes(range(16)))
 MISMATCH = Mismatch(first_gfn=16, page_digests=np.array([1, 1 << 63], np.uint64))
 
 
@@ -128,6 +138,13 @@ def advance(ends, phase):
         source.tell(destination, Join(token="t", index=1))
         if phase is Phase.JOINED:
             destination.tell(source, Joined())
+    elif phase in (Phase.SWITCHED, Phase.FETCHING):
+        advance(ends, Phase.READY)
+        source.tell(destination, Switch())
+        if phase is Phase.FETCHING:
+            destination.tell(source, Running())
+    elif phase is Phase.RECOVERING:
+        source.tell(destination, Recover(token="t"))
     elif phase is not Phase.GREETING:
         for reached, step in steps:
             step()
@@ -160,6 +177,30 @@ def test_a_whole_conversation(ends):
         end.decoder.eof()
 
 
+def test_a_conversation_that_switches_and_is_cut_and_goes_on(ends):
+    source, destination = ends
+    advance(ends, Phase.DIGESTING)
+    heard = source.tell(destination, MISSING)
+    assert (heard.first_gfns.tolist(), heard.pages.tolist()) == ([1, 16], [2, 1])
+    source.tell(destination, digests(32, last=True))
+    destination.tell(source, Ready(verified_pages=16))
+    assert source.tell(destination, Switch(paused=True)) == Switch(paused=True)
+    assert destination.tell(source, Running()) == Running()
+    source, destination = again = End(Side.SOURCE), End(Side.DESTINATION)
+    source.decoder.feed(destination.encoder.preamble())
+    destination.decoder.feed(source.encoder.preamble())
+    assert source.tell(destination, Recover(token="t")) == Recover(token="t")
+    assert destination.tell(source, Recovered()) == Recovered()
+    wanted = destination.tell(source, WANTED)
+    assert (wanted.gfns.tolist(), wanted.urgent) == ([1, 16], True)
+    came = source.tell(destination, PAGES)
+    assert (came.gfns.tolist(), came.digest) == ([1, 16], PAGES.digest)
+    assert came.data.tobytes() == PAGES.data.tobytes()
+    assert destination.tell(source, Complete()) == Complete()
+    for end in again:
+        end.decoder.eof()
+
+
 def test_a_mismatch_ends_with_failed(ends):
     source, destination = ends
     advance(ends, Phase.DIGESTING)
@@ -183,21 +224,22 @@ def test_a_refusal_may_come_before_the_hello_is_read(ends):
 
 EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
 EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(token="t", index=15), Joined()]
+EXAMPLES += [MISSING, Switch(), WANTED, PAGES, Complete(), Recover(token="t"), Recovered()]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
-    (Phase.GREETING, SOURCE): {SourceHello, Join},
+    (Phase.GREETING, SOURCE): {SourceHello, Join, Recover},
     (Phase.GREETING, DESTINATION): {Refuse, Failed},
     (Phase.ANSWERING, SOURCE): set(),
     (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
     (Phase.STREAMING, SOURCE): set(),
     (Phase.STREAMING, DESTINATION): {Mismatch, Failed},
-    (Phase.DIGESTING, SOURCE): {Digests, Failed},
+    (Phase.DIGESTING, SOURCE): {Missing, Digests, Failed},
     (Phase.DIGESTING, DESTINATION): {Mismatch, Failed},
     (Phase.COMPARING, SOURCE): {Failed},
     (Phase.COMPARING, DESTINATION): {Mismatch, Ready, Failed},
     (Phase.MISMATCHED, SOURCE): {Digests, Failed},
     (Phase.MISMATCHED, DESTINATION): {Failed},
-    (Phase.READY, SOURCE): {Commit, Failed},
+    (Phase.READY, SOURCE): {Commit, Switch, Failed},
     (Phase.READY, DESTINATION): {Failed},
     (Phase.COMMITTED, SOURCE): set(),
     (Phase.COMMITTED, DESTINATION): {Running, Failed},
@@ -209,6 +251,12 @@ ALLOWED = {
     (Phase.JOINING, DESTINATION): {Joined, Refuse, Failed},
     (Phase.JOINED, SOURCE): set(),
     (Phase.JOINED, DESTINATION): set(),
+    (Phase.SWITCHED, SOURCE): set(),
+    (Phase.SWITCHED, DESTINATION): {Running, Failed},
+    (Phase.FETCHING, SOURCE): {Pages},
+    (Phase.FETCHING, DESTINATION): {Wanted, Complete},
+    (Phase.RECOVERING, SOURCE): set(),
+    (Phase.RECOVERING, DESTINATION): {Recovered, Refuse},
 }
 
 
@@ -390,9 +438,17 @@ def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
         FrameType.RUNNING: Phase.COMMITTED,
         FrameType.JOIN: Phase.GREETING,
         FrameType.JOINED: Phase.JOINING,
+        FrameType.MISSING: Phase.DIGESTING,
+        FrameType.SWITCH: Phase.READY,
+        FrameType.WANTED: Phase.FETCHING,
+        FrameType.PAGES: Phase.FETCHING,
+        FrameType.COMPLETE: Phase.FETCHING,
+        FrameType.RECOVER: Phase.GREETING,
+        FrameType.RECOVERED: Phase.RECOVERING,
     }
     advance(ends, phases.get(frame_type, Phase.COMPARING))
     from_source = (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT, FrameType.JOIN)
+    from_source += (FrameType.MISSING, FrameType.SWITCH, FrameType.PAGES, FrameType.RECOVER)
     listener = ends[1 if frame_type in from_source else 0]
     length = 0xFFFF_FFFF if excess is None else MAX_BODY_BYTES[frame_type] + excess
     tracemalloc.start()
@@ -514,6 +570,26 @@ def digest_body(rows, *, count=None, flags=0, extra=b"", digest=bytes(16)):
         (FrameType.COMMIT, b"", "body of 0 bytes, not 8"),
         (FrameType.COMMIT, struct.pack("<II", 2, 0), "flags 0x2"),
         (FrameType.COMMIT, struct.pack("<II", 1, 1), "reserved 0x1"),
+        (FrameType.MISSING, b"1234567", "too short"),
+        (FrameType.MISSING, struct.pack("<II", 0, 0), "does not hold 0 entries"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 2, 0, 0, 1), "does not hold 2 entries"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 1, 0, 1), "reserved"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, 0, 0), "a run is empty"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, 1 << 52, 1), "past the largest gfn"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, 1, (1 << 64) - 1), "past the largest gfn"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, (1 << 52) - 1, 2), "past the largest gfn"),
+        (FrameType.MISSING, struct.pack("<IIQQQQ", 2, 0, 0, 2, 1, 1), "do not ascend"),
+        (FrameType.SWITCH, b"", "body of 0 bytes, not 8"),
+        (FrameType.SWITCH, struct.pack("<II", 2, 0), "flags 0x2"),
+        (FrameType.WANTED, struct.pack("<II", 0, 0), "does not hold 0 entries"),
+        (FrameType.WANTED, struct.pack("<II65Q", 65, 0, *range(65)), "does not hold 65 entries"),
+        (FrameType.WANTED, struct.pack("<IIQ", 1, 2, 0), "flags 0x2"),
+        (FrameType.WANTED, struct.pack("<IIQQ", 2, 0, 5, 5), "do not ascend"),
+        (FrameType.WANTED, struct.pack("<IIQ", 1, 0, 1 << 52), "too large"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0) + bytes(4095), "does not hold 1 entries"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 1, bytes(16), 0) + bytes(4096), "reserved"),
+        (FrameType.PAGES, struct.pack("<II16sQQ", 2, 0, bytes(16), 1, 0) + bytes(8192), "do not ascend"),
+        (FrameType.RECOVER, b"{}", "token is missing"),
         (FrameType.REFUSE, b'{"hint":"x"}', "reason is missing"),
         (FrameType.FAILED, b'{"reason":null}', "reason is no text"),
         (FrameType.FAILED, b'{"reason":"x","gfn":-1}', "gfn is no integer"),
@@ -531,7 +607,10 @@ def test_layouts_have_the_sizes_of_the_specification():
     assert [RUN_DIGEST.fields[name][1] for name in RUN_DIGEST.names] == [0, 8, 12, 16]
     assert body_of(digests(7, last=True)) == struct.pack("<IIQII", 1, 1, 7, 16, 0) + bytes(range(16))
     assert body_of(MISMATCH) == struct.pack("<QIIQQ", 16, 2, 0, 1, 1 << 63)
-    assert body_of(Commit(paused=True)) == struct.pack("<II", 1, 0)
+    assert body_of(Commit(paused=True)) == body_of(Switch(paused=True)) == struct.pack("<II", 1, 0)
+    assert body_of(MISSING) == struct.pack("<IIQQQQ", 2, 0, 1, 2, 16, 1)
+    assert body_of(WANTED) == struct.pack("<IIQQ", 2, 1, 1, 16)
+    assert body_of(PAGES) == struct.pack("<II16sQQ", 2, 0, bytes(range(16)), 1, 16) + PAGES.data.tobytes()
 
 
 @pytest.mark.parametrize(

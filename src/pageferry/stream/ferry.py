@@ -25,6 +25,23 @@ A further connection of the same migration, before the stream begins::
       | <-------------------------- JOINED (or REFUSE, end)  |
       | a section of the libxc stream, unframed -----------> |
 
+In post-copy some pages are missing when the guest switches; they come when they are asked for::
+
+    source                                              destination
+      | MISSING ... DIGESTS ... DIGESTS(last) ------------> |
+      | <--------------------------------------------- READY |
+      | SWITCH(paused?) -----------------------------------> |
+      | <------------------------------------------- RUNNING |
+      | <-------------------------------------------- WANTED |
+      | PAGES ---------------------------------------------> |    and so on
+      | <------------------------------------------ COMPLETE |
+
+    a new connection, when that one was cut:
+      | preambles, as above                                  |
+      | RECOVER(token) ------------------------------------> |
+      | <------------------------- RECOVERED (or REFUSE, end) |
+      | <-------------------------------------------- WANTED |
+
 Either side may end it with FAILED when its turn allows (``ferry_order.TABLE``), or by closing the connection.
 A destination that sends FAILED promises that the guest has not run there and never will; this holds after COMMIT too.
 
@@ -66,12 +83,14 @@ from pageferry.stream.ferry_frames import (
 )
 from pageferry.stream.ferry_order import Conversation, Phase, Side
 from pageferry.stream.ferry_peer import what_it_looks_like
+from pageferry.stream.ferry_postcopy import Complete, Missing, Pages, Recover, Recovered, Switch, Wanted
 from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 
 __all__ = [
     "NEED_DATA",
     "Commit",
+    "Complete",
     "Conversation",
     "DestinationHello",
     "Digests",
@@ -82,12 +101,18 @@ __all__ = [
     "Join",
     "Joined",
     "Mismatch",
+    "Missing",
+    "Pages",
     "Phase",
     "Ready",
+    "Recover",
+    "Recovered",
     "Refuse",
     "Running",
     "Side",
     "SourceHello",
+    "Switch",
+    "Wanted",
     "what_it_looks_like",
 ]
 
