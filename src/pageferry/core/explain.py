@@ -7,7 +7,7 @@ the function says.
 import math
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import Explanation, MigrationReport, Phase, RoundEnd
+from pageferry.core.events import Explanation, MigrationReport, Phase, PostcopyStats, RoundEnd
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import GuestTime
 from pageferry.core.policies import ConvergePolicy, DowntimePolicy
@@ -51,7 +51,18 @@ def _outcome(report: MigrationReport) -> str:
     if report.status != "completed":
         what = "move" if report.file is None else "save"
         return f"It did not {what} the guest, {after}: {report.reason}."
+    if report.postcopy is not None:
+        return f"It switched the guest {after}: {report.reason}.{_after_switch(report.postcopy)}"
     return f"It stopped the guest {after}: {report.reason}.{_downtime(report)}"
+
+
+def _after_switch(postcopy: PostcopyStats) -> str:
+    """Return what came after the switch."""
+    cuts = f" The connection was cut {postcopy.cuts} times meanwhile, and the guest stood still." * (postcopy.cuts > 0)
+    return (
+        f" {postcopy.missing_pages:,} pages came in {format_duration(postcopy.duration_s)} while it ran; it waited for "
+        f"{postcopy.urgent_pages:,} of them.{cuts}"
+    )
 
 
 def _downtime(report: MigrationReport) -> str:

@@ -21,6 +21,8 @@ from pageferry.core.events import (
     MigrationEnded,
     MigrationReport,
     Phase,
+    PostcopyPaused,
+    PostcopyStats,
     RoundEnd,
 )
 from pageferry.core.explain import explain
@@ -31,13 +33,16 @@ from pageferry.core.policies import with_limits
 from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.guest_time import StallMeter
+from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.outlet import Outlet
 from pageferry.engine.pacer import Pacer
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.prove import Prover, VerifyMode
+from pageferry.engine.recovery import Recovery
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.send_counts import SendCounts
 from pageferry.engine.throttle import Throttle
+from pageferry.engine.transport import Endpoint
 from pageferry.engine.wire import WireOptions
 from pageferry.stream.codec import Encoder
 
@@ -153,6 +158,10 @@ class Attempt(ABC):
         self._began_s: float | None = None
         self._running_at_s: float | None = None
         self._stop_reason = ""
+        self._left: LeftBehind | None = None
+        self._recovery = Recovery()
+        self._cuts = 0
+        self._cut_reason = ""
         self.status = "setup"
         self.guest_at = GuestAt.SOURCE
         self.frozen = False
@@ -179,7 +188,7 @@ class Attempt(ABC):
             packed_bytes=sum(stats.packed_bytes for stats in rounds),
             delta_pages=sum(stats.delta_pages for stats in rounds),
             delta_bytes=sum(stats.delta_bytes for stats in rounds),
-            remaining_pages=self._sender.remaining_pages,
+            remaining_pages=self._sender.remaining_pages if self._left is None else self._left.left_pages,
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
 
@@ -248,6 +257,34 @@ class Attempt(ABC):
                 channel.abort()
         return True
 
+    @property
+    def postcopy_paused(self) -> str | None:
+        """Why the guest stands still at the destination while pages of it are here, or None."""
+        return self._cut_reason if self._recovery.waiting else None
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether the guest runs at the destination and needs pages that are here only."""
+        return self._left is not None and self._running_at_s is not None and self.report is None
+
+    def recover(self, endpoint: Endpoint) -> bool:
+        """Go on with a migration that was cut after the switch; from any thread.
+
+        Returns:
+            False when it does not wait for that.
+        """
+        return self._recovery.ask(endpoint)
+
+    def abandon(self) -> None:
+        """Give up whatever is under way, from any thread: a guest that has switched without all its pages is lost.
+
+        An answer to the commit is still waited for.
+        """
+        self._recovery.abandon()
+        if not self.cancel() and self.guest_at is GuestAt.DESTINATION:
+            for channel in self._channels:
+                channel.abort()
+
     def take_back(self) -> None:
         """Declare that the guest is here after an attempt that ended UNKNOWN.
 
@@ -305,6 +342,16 @@ class Attempt(ABC):
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
         """Return what to raise from an error that is no MigrationError."""
 
+    def _pause_postcopy(self, error: Exception) -> None:
+        """Say that the connection is lost while the guest is there and pages of it are here."""
+        for channel in self._channels:
+            channel.abort()
+        self._cuts += self.status == "postcopy-active"
+        self._cut_reason = self._as_migration_error(error, GuestAt.DESTINATION).reason
+        self.status = "postcopy-paused"
+        self._recovery.begin()
+        self._on_event(PostcopyPaused(reason=self._cut_reason))
+
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
         self._stall.end()
@@ -313,7 +360,8 @@ class Attempt(ABC):
         self._prover.close()
         self._throttle.close()
         if self._committed:
-            self.guest_at = GuestAt.UNKNOWN
+            if self.guest_at is not GuestAt.DESTINATION:
+                self.guest_at = GuestAt.UNKNOWN
             return
         try:
             self._disarm()
@@ -364,7 +412,7 @@ class Attempt(ABC):
             state_bytes=self._state_bytes,
             devices=self._devices,
             verified=self._prover.verified_pages > 0,
-            verified_pages=self._prover.verified_pages,
+            verified_pages=self._prover.verified_pages + self._arrived_pages(),
             audited_pages=self._prover.audited_pages,
             shared_memory=self._shared,
             fault_count=self._fault_count,
@@ -376,6 +424,7 @@ class Attempt(ABC):
             guest_time=self._stall.result(),
             explanation=None,
             file=self._file,
+            postcopy=self._postcopy(),
         )
         self.report = _explained(report)
         self.status = status
@@ -385,6 +434,19 @@ class Attempt(ABC):
     def _paused_at_s(self) -> float | None:
         paused_s = self._clock.began_s.get(Phase.PAUSE)
         return None if paused_s is None or self._began_s is None else paused_s - self._began_s
+
+    def _arrived_pages(self) -> int:
+        return 0 if self._left is None else self._left.pages - self._left.left_pages
+
+    def _postcopy(self) -> PostcopyStats | None:
+        if self._left is None or self._running_at_s is None:
+            return None
+        return PostcopyStats(
+            missing_pages=self._left.pages,
+            urgent_pages=self._left.urgent_pages,
+            duration_s=self._clock.now_s() - self._running_at_s,
+            cuts=self._cuts,
+        )
 
     def _abort(self, reason: str) -> PolicyAbort:
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)

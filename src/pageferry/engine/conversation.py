@@ -1,5 +1,7 @@
 """Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
 
+import threading
+
 from pageferry.engine.transport import Channel
 from pageferry.stream.ferry import (
     Conversation,
@@ -24,7 +26,7 @@ class PeerFailedError(Exception):
 
 
 class Peer:
-    """The other side of a connection.
+    """The other side of a connection. Any threads may send; one may receive meanwhile.
 
     Args:
         channel: connected.
@@ -36,6 +38,8 @@ class Peer:
         self._conversation = Conversation(side)
         self._encoder = FerryEncoder(self._conversation)
         self._decoder = FerryDecoder(self._conversation)
+        self._sending = threading.Lock()  # frames leave in the order in which they were encoded
+        self._turn = threading.Lock()
 
     def greet(self) -> None:
         """Send our preamble; both sides do so at once.
@@ -52,7 +56,10 @@ class Peer:
             LocalStreamError: it is not our turn.
             OSError: cut or stalled.
         """
-        self.channel.send([self._encoder.frame(frame)], fd)
+        with self._sending:
+            with self._turn:
+                data = self._encoder.frame(frame)
+            self.channel.send([data], fd)
 
     def receive(self) -> Frame:
         """Return the peer's next frame.
@@ -64,7 +71,8 @@ class Peer:
         """
         deadline_s = self.channel.deadline_s()
         while True:
-            frame = self._decoder.next_event()
+            with self._turn:
+                frame = self._decoder.next_event()
             if not isinstance(frame, Need):
                 break
             data = self.channel.receive_some(self._decoder.wanted_bytes, deadline_s)

@@ -15,6 +15,9 @@
       | -- COMMIT ------------------------------------> |  from here on the source never runs it again by itself
       | <---------------------------------- RUNNING -- |  downtime ends
 
+Where the policy decides for post-copy, what is dirty at the freeze stays here: it is named before DIGESTS, SWITCH
+stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.fetcher`).
+
 What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """
 
@@ -25,10 +28,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.errors import GuestAt, MigrationError, PeerError, TruncatedError, VmError
-from pageferry.core.events import Event, Phase
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PageferryError,
+    PeerError,
+    TransportError,
+    TruncatedError,
+    VmError,
+)
+from pageferry.core.events import Event, Phase, PostcopyRecovered
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policy import Policy
+from pageferry.core.policy import Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features, verify
 from pageferry.engine.attempt import HELD
@@ -38,9 +49,11 @@ from pageferry.engine.failures import as_migration_error
 from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.page_cache import PageCache
 from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.prove import VerifyMode
+from pageferry.engine.recovery import come_back
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
 from pageferry.stream.codec import Encoder
@@ -52,6 +65,7 @@ from pageferry.stream.ferry import (
     Running,
     Side,
     SourceHello,
+    Switch,
 )
 from pageferry.stream.format import PageType, RecordType
 from pageferry.stream.order import Role
@@ -84,6 +98,7 @@ class Source(Copying):
 
     _peer: Peer
     _agreed: frozenset[RecordType]
+    _token = ""
 
     def __init__(
         self,
@@ -124,7 +139,10 @@ class Source(Copying):
                 self._verify(peer)
         with phase(Phase.HANDOFF):
             self._handoff(peer)
-        self._leave(peer)
+        if self._left is not None:
+            with phase(Phase.POSTCOPY):
+                self._serve(peer, self._left)
+        self._leave()
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
         peer = str(self._endpoint)
@@ -171,13 +189,20 @@ class Source(Copying):
         self._peer_accel = hello.accel
         features.check_answer(self._wire, self._offer(peer), hello.features)
         self._shared = features.SHARED_MEMORY in hello.features
+        self._token = hello.token
+        self._may_switch = features.POSTCOPY in hello.features
         self._agreed = features.records_of(hello.features)
         self._prover.agree(hello.features)
         main = self._lane(peer.channel, self._encoder)
         self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
 
     def _offer(self, peer: Peer) -> tuple[str, ...]:
-        return features.offer(self._wire, audit=self._prover.may_audit, shared=self._may_share(peer))
+        return features.offer(
+            self._wire,
+            audit=self._prover.may_audit,
+            shared=self._may_share(peer),
+            postcopy=may_switch(self._policy),
+        )
 
     def _join(self, token: str, index: int) -> Lane:
         channel = self._open()
@@ -258,7 +283,10 @@ class Source(Copying):
 
     def _verify(self, peer: Peer) -> None:
         spent_s = self._clock.now_s() - self._clock.began_s[Phase.PAUSE] + self._state_s / 2  # it is loaded there
-        answer = self._prover.look(peer) if self._shared else self._prover.prove(peer, spent_s)
+        missing = None if self._left is None else self._left.missing
+        if self._left is not None:
+            self._left.announce(peer)
+        answer = self._prover.look(peer) if self._shared else self._prover.prove(peer, spent_s, missing)
         if answer is not None:
             raise self._unexpected(answer)
 
@@ -268,7 +296,7 @@ class Source(Copying):
                 raise self._abort("cancelled")
             paused = self._vm.status is VmStatus.PAUSED
             self._committed = True
-        peer.send(Commit(paused=paused))
+        peer.send(Commit(paused=paused) if self._left is None else Switch(paused=paused))
         try:
             answer = peer.receive()
         except PeerFailedError:
@@ -279,12 +307,42 @@ class Source(Copying):
         self._running_at_s = self._clock.now_s()
         self.guest_at = GuestAt.DESTINATION
 
+    def _serve(self, peer: Peer, left: LeftBehind) -> None:
+        """Answer for the pages that are missing there, over as many connections as it takes."""
+        self.status = "postcopy-active"
+        while True:
+            try:
+                left.serve(peer)
+                return
+            except (OSError, PageferryError, PeerFailedError) as error:
+                self._pause_postcopy(error)
+            peer = self._recovered()
+
+    def _recovered(self) -> Peer:
+        """Wait until somebody says where to connect, and the destination is there."""
+        while (endpoint := self._recovery.wait()) is not None:
+            self.status = "postcopy-recover"
+            self._endpoint = endpoint
+            try:
+                peer = come_back(self._open(), self._token)
+            except (OSError, PageferryError, PeerFailedError) as error:
+                self._pause_postcopy(error)
+                continue
+            self.status = "postcopy-active"
+            self._on_event(PostcopyRecovered())
+            return peer
+        raise TransportError(
+            "given up before all pages had gone, and the guest is lost",
+            phase=str(Phase.POSTCOPY),
+            guest_at=GuestAt.DESTINATION,
+        )
+
     def _unexpected(self, frame: Frame) -> PeerError:
         what = f"the destination answered {type(frame).__name__} out of turn"
         at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
         return PeerError(what, phase=str(self._clock.current), guest_at=at)
 
-    def _leave(self, peer: Peer) -> None:
+    def _leave(self) -> None:
         """The guest is gone: free what served its migration; it stays frozen here."""
         self._disarm()
         for channel in self._channels:

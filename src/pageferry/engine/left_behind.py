@@ -1,0 +1,74 @@
+"""LeftBehind: the source's side of post-copy: pages that were not sent when the guest switched, and go when asked for.
+
+The guest is frozen here and never runs here again, so a page is what it was at the pause however late it goes.
+"""
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap, runs_of
+from pageferry.core.errors import RemoteStreamError
+from pageferry.core.frames import GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.engine.conversation import Peer
+from pageferry.stream.ferry import Complete, Missing, Pages, Wanted
+from pageferry.stream.ferry_postcopy import MAX_MISSING_RUNS, digest_of
+
+
+class LeftBehind:
+    """The pages of one guest that come after the switch.
+
+    Args:
+        memory: the guest's, which stands still for ever.
+        gfns: uint64[n], ascending, n at least 1, all of them RAM.
+    """
+
+    def __init__(self, memory: GuestMemory, gfns: GfnArray) -> None:
+        self._memory = memory
+        self.missing = DirtyBitmap.of(memory.gfn_limit, gfns)
+        """Which pages."""
+        self._gone = DirtyBitmap(memory.gfn_limit)
+        self.urgent_pages = 0
+        """How many were asked for because somebody waited for them."""
+
+    @property
+    def pages(self) -> int:
+        """How many pages there are in all."""
+        return self.missing.count()
+
+    @property
+    def left_pages(self) -> int:
+        """How many were never sent."""
+        return (self.missing - self._gone).count()
+
+    def announce(self, peer: Peer) -> None:
+        """Tell the destination which pages are missing.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        starts, lengths = self.missing.runs()
+        for at in range(0, starts.size, MAX_MISSING_RUNS):
+            part = slice(at, at + MAX_MISSING_RUNS)
+            peer.send(Missing(first_gfns=starts[part], pages=lengths[part]))
+
+    def serve(self, peer: Peer) -> None:
+        """Answer the destination until it needs nothing more.
+
+        Raises:
+            RemoteStreamError: it says something else, or asks for a page that is not missing.
+            OSError: cut or stalled; call it again with another connection.
+        """
+        while True:
+            frame = peer.receive()
+            if isinstance(frame, Complete):
+                return
+            if not isinstance(frame, Wanted) or not self._are_missing(frame.gfns):
+                raise RemoteStreamError(f"the destination sent {type(frame).__name__}, which asks for no missing page")
+            data = np.frombuffer(b"".join(self._memory.views(*runs_of(frame.gfns))), np.uint8)
+            peer.send(Pages(gfns=frame.gfns, data=data, digest=digest_of(frame.gfns, data)))
+            self._gone.set(frame.gfns)
+            if frame.urgent:
+                self.urgent_pages += frame.gfns.size
+
+    def _are_missing(self, gfns: GfnArray) -> bool:
+        return int(gfns[-1]) < self.missing.nbits and bool(self.missing.test_many(gfns).all())

@@ -1,0 +1,231 @@
+"""PageFetcher on both machines, against a source that the test plays: what is no page of the source's is not taken."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import RecordError, RemoteStreamError, UnsupportedError, VmError
+from pageferry.core.frames import PAGE_SIZE, gpa_of
+from pageferry.core.hugepages import HugePages
+from pageferry.core.vm import VmConfig
+from pageferry.engine.fetcher import PageFetcher, can_wait
+from pageferry.engine.left_behind import LeftBehind
+from pageferry.kvm import KvmVm
+from pageferry.stream.ferry import Complete, Pages, Running, Wanted
+from pageferry.stream.ferry_postcopy import digest_of
+from pageferry.uffd.fds import UffdFd
+
+GIVE_UP_S = 30
+MISSING = np.array([3, 4, 5, 100, 101, 1000], np.uint64)
+
+
+def content(gfns):
+    """What the source has: each page full of its own number."""
+    return gfns.astype(np.uint64).repeat(PAGE_SIZE // 8).view(np.uint8)
+
+
+def answer(gfns):
+    return Pages(gfns=gfns, data=content(gfns), digest=digest_of(gfns, content(gfns)))
+
+
+class Source:
+    """The peer of a destination: answers what is asked, unless it is told to say something else."""
+
+    def __init__(self, *says):
+        self.heard = []
+        self.waiting = []
+        self.says = list(says)
+        self.asked = threading.Semaphore(0)
+
+    def send(self, frame):
+        self.heard.append(frame)
+        self.waiting.append(frame)
+        self.asked.release()
+
+    def receive(self):
+        assert self.asked.acquire(timeout=GIVE_UP_S)
+        said = self.says.pop(0) if self.says else answer
+        if isinstance(said, Exception):
+            raise said
+        wanted = self.waiting.pop(0)
+        return said(wanted.gfns) if callable(said) else said
+
+
+@pytest.fixture
+def vm(make_vm):
+    made = make_vm(VmConfig(memory_bytes=8 << 20))
+    for gfn in (3, 4, 7, 100):  # what pre-copy brought: old where it is missing
+        made.memory.write(gpa_of(gfn), b"old" + bytes([gfn]) * (PAGE_SIZE - 3))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fetcher(vm):
+    made = PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+    yield made
+    made.close()
+
+
+def expect_all(vm):
+    for gfn in MISSING.tolist():
+        assert vm.memory.read(gpa_of(gfn), PAGE_SIZE) == content(np.array([gfn])).tobytes()
+    assert vm.memory.read(gpa_of(7), 4) == b"old\7"
+    assert vm.memory.read(gpa_of(8), PAGE_SIZE) == bytes(PAGE_SIZE)
+
+
+def test_all_pages_come_once_and_then_nothing_waits(vm, fetcher):
+    source = Source()
+    fetcher.take_all(source)
+    assert isinstance(source.heard[-1], Complete)
+    assert fetcher.left_pages == 0
+    assert vm.memory._fetch is None
+    expect_all(vm)
+    asked = np.concatenate([frame.gfns for frame in source.heard[:-1]])
+    assert sorted(asked.tolist()) == MISSING.tolist()
+
+
+def test_memory_that_nobody_touched_waits_for_no_source(vm, fetcher):
+    assert vm.memory.read(gpa_of(500), PAGE_SIZE) == bytes(PAGE_SIZE)
+    vm.memory.write(gpa_of(501), b"new")
+    assert vm.memory.read(gpa_of(7), 4) == b"old\7"
+    fetcher.take_all(Source())
+    assert vm.memory.read(gpa_of(501), 4) == b"new\0"
+    expect_all(vm)
+
+
+def expect_waiting(fetcher):
+    patience = threading.Event()
+    for _ in range(GIVE_UP_S * 1000):
+        if fetcher._in_need:
+            return
+        patience.wait(0.001)
+    pytest.fail("nobody waits")
+
+
+def wrong_digest(gfns):
+    return Pages(gfns=gfns, data=content(gfns), digest=bytes(16))
+
+
+def other_content(gfns):
+    return Pages(gfns=gfns, data=content(gfns + np.uint64(1)), digest=digest_of(gfns, content(gfns)))
+
+
+def other_pages(gfns):
+    return answer(np.array([7], np.uint64))
+
+
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [
+        (wrong_digest, RecordError),
+        (other_content, RecordError),
+        (other_pages, RecordError),
+        (Running(), RemoteStreamError),
+        (ConnectionResetError(), ConnectionResetError),
+    ],
+)
+def test_what_is_no_page_of_the_source_is_not_taken_and_the_next_connection_goes_on(vm, fetcher, says, error):
+    with pytest.raises(error):
+        fetcher.take_all(Source(says))
+    assert fetcher.left_pages == MISSING.size
+    fetcher.take_all(Source())
+    expect_all(vm)
+
+
+def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next(vm, fetcher):
+    came = []
+    reader = threading.Thread(target=lambda: came.append(vm.memory.read_u64(gpa_of(1000))))
+    reader.start()
+    expect_waiting(fetcher)
+    with pytest.raises(ConnectionResetError):
+        fetcher.take_all(Source(ConnectionResetError()))
+    source = Source(ConnectionResetError())
+    with pytest.raises(ConnectionResetError):
+        fetcher.take_all(source)
+    first = next(frame for frame in source.heard if isinstance(frame, Wanted))
+    assert (first.gfns.tolist(), first.urgent) == ([1000], True)
+    assert not came
+    fetcher.take_all(Source())
+    reader.join(GIVE_UP_S)
+    assert came == [1000]
+
+
+def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, fetcher):
+    failed = []
+
+    def read():
+        try:
+            vm.memory.read(gpa_of(1000), 1)
+        except VmError as error:
+            failed.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    expect_waiting(fetcher)
+    fetcher.close()
+    reader.join(GIVE_UP_S)
+    assert len(failed) == 1
+
+
+def test_a_page_that_is_installed_is_marked(vm, fetcher):
+    """Law 4: whoever tracks this guest meanwhile hears of it."""
+    marked = []
+    vm.memory.on_write(marked.append)
+    fetcher.take_all(Source())
+    vm.memory.on_write(None)
+    assert sorted(np.concatenate(marked).tolist()) == MISSING.tolist()
+
+
+@pytest.mark.parametrize("gfns", [[2], [3, 7], [1 << 40]])
+def test_a_source_gives_no_page_that_it_has_not_kept(vm, gfns):
+    left = LeftBehind(vm.memory, MISSING)
+    peer = Source()
+    peer.receive = lambda: Wanted(gfns=np.array(gfns, np.uint64))
+    with pytest.raises(RemoteStreamError, match="asks for no missing page"):
+        left.serve(peer)
+    assert not peer.heard
+    assert left.left_pages == MISSING.size
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_host_without_userfaultfd_is_found_out_by_trying(vm, accel, monkeypatch):
+    assert can_wait(vm)
+
+    def refuse(self, features=0):
+        raise UnsupportedError("userfaultfd", "no", hint="")
+
+    monkeypatch.setattr(UffdFd, "__init__", refuse)
+    assert not can_wait(vm)
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel, monkeypatch):
+    """A huge page that is not taken apart would be zeros in place of absent: that is refused."""
+    monkeypatch.setattr(vm.memory.mapping, "advise", lambda at, size_bytes, advice: None)
+    with pytest.raises(UnsupportedError, match="cannot be taken apart"):
+        PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_pages_of_huge_pages_come_one_by_one(accel, kvm_support, thp):
+    vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.THP)
+    try:
+        vm.memory.write(0, b"old!" * (vm.memory.size_bytes // 4))
+        assert vm.memory.huge_bytes() > 0
+        fetcher = PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+        fetcher.take_all(Source())
+        for gfn in MISSING.tolist():
+            assert vm.memory.read_u64(gpa_of(gfn)) == gfn
+        assert vm.memory.read(gpa_of(7), 4) == b"old!"
+    finally:
+        vm.close()
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_pool_of_huge_pages_is_refused(accel, kvm_support, hugetlb_pool):
+    vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.HUGETLB)
+    assert not can_wait(vm)
+    vm.close()

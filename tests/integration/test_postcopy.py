@@ -1,0 +1,480 @@
+"""Post-copy over real machines and real sockets: nothing is lost, nothing late overwrites, whatever is cut and when."""
+
+import random
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import GuestAt, MigrationError, VmError
+from pageferry.core.events import MigrationEnded, PostcopyPaused, PostcopyRecovered
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.policies import XenPolicy
+from pageferry.core.policy import Action, Decision
+from pageferry.core.vm import VmStatus
+from pageferry.engine import destination as destination_module
+from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.destination import Destination
+from pageferry.engine.fetcher import PageFetcher
+from pageferry.engine.left_behind import LeftBehind
+from pageferry.engine.prove import Prover, VerifyMode
+from pageferry.engine.recovery import come_back
+from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel, Endpoint, accept_within
+from pageferry.engine.wire import WireOptions
+from pageferry.guests.abi import read_status
+from pageferry.hypervisor import audit
+from pageferry.hypervisor.domain import Domain
+from pageferry.stream.ferry import Join, Side
+from pageferry.stream.ferry_frames import FrameType
+
+MiB = 1 << 20
+GIVE_UP_S = 60
+
+
+def slots(vm):
+    return read_status(vm.memory, vm.config.cpus)
+
+
+def until(condition, what):
+    patience = threading.Event()
+    for _ in range(GIVE_UP_S * 1000):
+        if result := condition():
+            return result
+        patience.wait(0.001)
+    return pytest.fail(f"no {what}")
+
+
+def runs_on(vm):
+    """Every vCPU does more work, and none finds anything wrong."""
+    before = slots(vm)
+
+    def worked():
+        assert vm.end is None, (vm.end, slots(vm))
+        return all(now.work > then.work for now, then in zip(slots(vm), before, strict=True))
+
+    return until(worked, "work")
+
+
+#: Memory that no guest here uses: 4 MiB, written by the host just before the switch, so it is missing then.
+LATE_GPA, LATE_PAGES = 24 * MiB, 1024
+LATE = np.arange(LATE_PAGES, dtype=np.uint64).repeat(PAGE_SIZE // 8).tobytes()
+
+
+class Switch:
+    """One round, in which ``LATE`` is written, then post-copy."""
+
+    name = "switch"
+    switches = True
+
+    def __init__(self, vm):
+        self.vm = vm
+
+    def decide(self, progress):
+        self.vm.memory.write(LATE_GPA, LATE)
+        return Decision(action=Action.POST_COPY, reason="so")
+
+
+class Inn:
+    """A destination on a thread, which takes a source back in."""
+
+    def __init__(self, make_vm, accel):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint(host="127.0.0.1", port=self.listener.getsockname()[1])
+        self.accel = accel
+        self.events = []
+        self.made = []
+        self.arrived = threading.Event()
+        self.destination = self.vm = self.error = None
+        self._make_vm = make_vm
+
+    def _make(self, config):
+        self.made.append(self._make_vm(config))
+        return self.made[-1]
+
+    def _arrive(self, vm, name):
+        self.vm = vm
+        self.arrived.set()
+
+    def open(self):
+        self.error = None
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+        return self.endpoint
+
+    def _serve(self):
+        sock, _ = self.listener.accept()
+        self.destination = Destination(
+            Channel(sock, 10),
+            self._make,
+            accel=self.accel,
+            accept=lambda wait_s: accept_within(self.listener, wait_s, 10),
+            on_event=self.events.append,
+            before_run=self._arrive,
+        )
+        try:
+            self.destination.run()
+        except MigrationError as error:
+            self.error = error
+
+    def done(self):
+        self.thread.join(GIVE_UP_S)
+        assert not self.thread.is_alive()
+        assert self.error is None, self.error
+        return self.vm
+
+    def close(self):
+        if self.destination is not None:
+            self.destination.abort()
+        self.listener.close()
+        self.thread.join(GIVE_UP_S)
+        for vm in self.made:
+            if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
+                audit.check(vm)
+            vm.close()
+
+
+@pytest.fixture
+def inn(make_vm, accel):
+    made = Inn(make_vm, accel)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def leave():
+    """Moves guests on threads of their own; gives up what is left of it."""
+    made = []
+
+    def go(vm, uri, policy=None, **options):
+        endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
+        source = Source(vm, endpoint, policy or Switch(vm), timeout_s=10, **options)
+
+        def run():
+            try:
+                source.run()
+            except MigrationError:
+                assert source.error is not None
+
+        thread = threading.Thread(target=run)
+        made.append((source, thread))
+        thread.start()
+        return source
+
+    yield go
+    for source, thread in made:
+        source.abandon()
+        thread.join(GIVE_UP_S)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The destination asks for nothing but what is touched, until this is set."""
+    gate = threading.Event()
+    ask_ahead = PageFetcher._ask_ahead
+    monkeypatch.setattr(PageFetcher, "_ask_ahead", lambda fetcher: ask_ahead(fetcher) if gate.is_set() else None)
+    yield gate
+    gate.set()
+
+
+def running(guests, *arguments, **options):
+    vm = guests(*arguments, **options)
+    vm.resume()
+    assert runs_on(vm)
+    return vm
+
+
+def report_of(source):
+    return until(lambda: source.report, "end of the migration")
+
+
+@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("hotset", 1), ("dma", 1), ("smp", 2), ("timers", 1)])
+def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus):
+    vm = running(guests, workload, cpus=cpus)
+    events = []
+    source = leave(vm, inn.open(), on_event=events.append)
+    report = report_of(source)
+    there = inn.done()
+    assert runs_on(there)
+    assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    assert report.postcopy.missing_pages >= LATE_PAGES
+    assert report.postcopy.cuts == 0
+    assert report.verified_pages == expand_runs(*vm.memory.populated()).size
+    assert report.downtime_s == pytest.approx(sum(report.downtime_parts_s.values()))
+    assert report.total_s > report.downtime_s + report.postcopy.duration_s
+    assert events[-1] == MigrationEnded(report=report)
+    frozen_work = slots(vm)
+    vm.resume()
+    assert slots(vm) == frozen_work
+
+
+def pages_there(inn):
+    return LATE_PAGES - int(inn.destination._fetcher._missing.test_many(late_gfns()).sum())
+
+
+def late_gfns():
+    return np.arange(LATE_GPA // PAGE_SIZE, LATE_GPA // PAGE_SIZE + LATE_PAGES, dtype=np.uint64)
+
+
+def test_only_what_is_touched_comes_while_the_rest_waits(guests, inn, leave, held):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    assert runs_on(inn.vm)
+    assert pages_there(inn) == 0
+    at = 700
+    assert inn.vm.memory.read_u64(LATE_GPA + at * PAGE_SIZE) == at
+    assert pages_there(inn) == 1
+    assert source.status == "postcopy-active"
+    assert source.report is None
+    held.set()
+    inn.vm.memory.read(LATE_GPA, PAGE_SIZE)  # whatever comes lets it go on
+    assert report_of(source).postcopy.urgent_pages >= 2
+    assert inn.done() is inn.vm
+
+
+def test_what_is_written_here_before_a_page_has_come_stays(guests, inn, leave, held):
+    """A host's write, a copy of a part, and one through a view: all before the page came, none is overwritten."""
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    memory = inn.vm.memory
+    memory.write(LATE_GPA + 8, b"written!")
+    memory.copy_within(LATE_GPA + 5 * PAGE_SIZE, LATE_GPA + PAGE_SIZE + 16, 8)
+    memory.views(np.array([LATE_GPA // PAGE_SIZE + 2], np.uint64), np.array([1], np.uint64))[0][8:16] = b"viewed!!"
+    memory.write(LATE_GPA - 4, b"straddle")  # the page before has no storage anywhere
+    held.set()
+    memory.read(LATE_GPA + 9 * PAGE_SIZE, 1)
+    report_of(source)
+    inn.done()
+    expected = bytearray(LATE)
+    expected[8:16], expected[PAGE_SIZE + 16 : PAGE_SIZE + 24] = b"written!", (5).to_bytes(8, "little")
+    expected[2 * PAGE_SIZE + 8 : 2 * PAGE_SIZE + 16] = b"viewed!!"
+    expected[:4] = b"ddle"
+    assert memory.read(LATE_GPA, len(LATE)) == expected
+    assert memory.read(LATE_GPA - 8, 8) == b"\0\0\0\0stra"
+    assert runs_on(inn.vm)
+
+
+@pytest.fixture
+def scissors(monkeypatch):
+    """Cuts each connection of post-copy when so many bytes of pages have gone on it, in the middle of a frame."""
+    budgets = []
+    serve = LeftBehind.serve
+
+    def serve_some(left, peer):
+        channel = peer.channel
+        send, left_bytes = channel.send, [budgets.pop(0) if budgets else None]
+
+        def send_some(buffers, fd=None):
+            data = b"".join(buffers)
+            if left_bytes[0] is not None and len(data) > left_bytes[0]:
+                send([data[: left_bytes[0]]])
+                channel.abort()
+                raise ConnectionResetError("cut by the test")
+            if left_bytes[0] is not None:
+                left_bytes[0] -= len(data)
+            send(buffers)
+
+        channel.send = send_some
+        serve(left, peer)
+
+    monkeypatch.setattr(LeftBehind, "serve", serve_some)
+    return budgets
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("smp", 2)])
+def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(guests, inn, leave, scissors, seed, workload, cpus):
+    cuts = [random.Random(seed * 10 + i).randrange(LATE_PAGES * PAGE_SIZE // 4) for i in range(3)]
+    scissors += cuts
+    vm = running(guests, workload, cpus=cpus)
+    events = []
+    source = leave(vm, inn.open(), on_event=events.append)
+    for number in range(1, len(cuts) + 1):
+        until(lambda: source.postcopy_paused, "pause")
+        assert source.status == "postcopy-paused"
+        until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in events) == n, "word of it")
+        assert source.guest_at is GuestAt.DESTINATION
+        until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in inn.events) == n, "pause there")
+        assert inn.vm.status is VmStatus.RUNNING  # the user's pause is his own
+        assert inn.vm.run_control.held
+        assert source.recover(inn.endpoint)
+    report = report_of(source)
+    there = inn.done()
+    assert not source.recover(inn.endpoint)
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(there)
+    assert (report.status, report.postcopy.cuts) == ("completed", len(cuts))
+    assert report.verified_pages == expand_runs(*vm.memory.populated()).size
+    assert sum(isinstance(event, PostcopyRecovered) for event in inn.events) == len(cuts)
+
+
+def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, scissors):
+    scissors.append(0)
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    until(lambda: source.postcopy_paused, "pause")
+    for token in ("", "0" * 32):
+        channel = inn.endpoint.connect(10)
+        with pytest.raises(PeerFailedError, match="waits for the rest of its pages"):
+            come_back(channel, token)
+        channel.close()
+    stranger = Peer(inn.endpoint.connect(10), Side.SOURCE)
+    stranger.greet()
+    stranger.send(Join(token="x", index=1))
+    with pytest.raises(PeerFailedError, match="waits for the rest of its pages"):
+        stranger.receive()
+    stranger.channel.close()
+    assert source.recover(inn.endpoint)
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, scissors):
+    scissors.append(0)
+    vm = running(guests, "kv")
+    events = []
+    source = leave(vm, inn.open(), on_event=events.append)
+    until(lambda: source.postcopy_paused, "pause")
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        nobody = Endpoint(host="127.0.0.1", port=gone.getsockname()[1])
+    assert source.recover(nobody)
+    until(lambda: sum(isinstance(event, PostcopyPaused) for event in events) == 2, "second pause")
+    assert source.postcopy_paused.startswith("the connection to tcp://127.0.0.1:")
+    assert source.recover(inn.endpoint)
+    report = report_of(source)
+    assert (report.status, report.postcopy.cuts) == ("completed", 1)
+    assert runs_on(inn.done())
+
+
+def test_law_6_a_source_that_gives_up_after_the_switch_never_runs_the_guest(guests, inn, leave, held):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    until(lambda: source.keeps_pages, "switch")
+    assert not source.cancel()
+    source.abandon()
+    report = report_of(source)
+    assert (report.status, report.guest_at) == ("failed", GuestAt.DESTINATION)
+    assert "the guest is lost" in report.reason
+    with pytest.raises(VmError):
+        source.take_back()
+    frozen_work = slots(vm)
+    vm.resume()
+    assert slots(vm) == frozen_work
+    until(lambda: inn.destination.waits_for_source, "pause there")
+    assert inn.destination.missing_pages >= LATE_PAGES - 1
+    inn.destination.abort()
+    inn.thread.join(GIVE_UP_S)
+    assert inn.error.guest_at is GuestAt.DESTINATION
+    assert "the guest is lost" in inn.error.reason
+
+
+def test_a_guest_that_ends_there_needs_no_more_pages(guests, inn, leave, held):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    until(lambda: source.keeps_pages, "switch")
+    inn.destination.release()
+    assert report_of(source).status == "completed"
+    assert inn.done() is inn.vm
+    until(lambda: inn.vm.memory._fetch is None, "end of the waiting")
+
+
+@pytest.mark.parametrize("frame", [FrameType.MISSING, FrameType.READY])
+def test_a_cut_before_the_switch_leaves_the_guest_here(guests, inn, leave, wires, frame):
+    vm = running(guests, "kv")
+    wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
+    source = leave(vm, wire.uri)
+    assert wire.held.wait(GIVE_UP_S)
+    wire.cut()
+    wire.release()
+    report = report_of(source)
+    assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
+    assert not vm.log_dirty.enabled
+    assert runs_on(vm)
+    inn.thread.join(GIVE_UP_S)
+    assert inn.vm is None
+    source = leave(vm, inn.open())
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_law_6_an_unanswered_switch_ends_unknown_and_paused(guests, inn, leave, wires):
+    vm = running(guests, "kv")
+    wire = wires(inn.open(), hold_at=int(FrameType.SWITCH).to_bytes(4, "little"))
+    source = leave(vm, wire.uri)
+    assert wire.held.wait(GIVE_UP_S)
+    wire.cut()
+    wire.release()
+    assert (report_of(source).status, source.guest_at) == ("failed", GuestAt.UNKNOWN)
+    frozen_work = slots(vm)
+    vm.resume()
+    assert slots(vm) == frozen_work
+    inn.thread.join(GIVE_UP_S)
+    assert inn.error.guest_at is GuestAt.SOURCE
+    assert inn.vm is None
+    source.take_back()
+    assert runs_on(vm)
+
+
+def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave, monkeypatch):
+    monkeypatch.setattr(destination_module, "can_wait", lambda vm: False)
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert report_of(source).guest_at is GuestAt.SOURCE
+    assert source.error.phase == "hello"
+    assert "cannot let a guest wait for its pages" in source.error.reason
+    assert runs_on(vm)
+
+
+def test_a_page_that_is_said_to_be_missing_and_proven_is_neither(guests, inn, leave, monkeypatch):
+    prove = Prover.prove
+    monkeypatch.setattr(Prover, "prove", lambda prover, peer, spent_s, missing: prove(prover, peer, spent_s))
+    vm = running(guests, "kv")
+    vm.pause()
+    vm.memory.write(LATE_GPA, LATE)  # so what is old there is equal too
+    source = leave(vm, inn.open())
+    assert report_of(source).guest_at is GuestAt.SOURCE
+    assert "proven that is missing" in source.error.reason
+    vm.resume()
+    assert runs_on(vm)
+
+
+def test_a_guest_switches_while_it_is_audited_over_several_connections(guests, inn, leave):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open(), verify=VerifyMode.AUDIT, wire=WireOptions(connections=3))
+    report = report_of(source)
+    assert report.status == "completed"
+    assert inn.done().memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(inn.vm)
+
+
+def test_a_guest_that_its_user_paused_switches_and_stays_paused(guests, inn, leave):
+    vm = running(guests, "kv")
+    vm.pause()
+    source = leave(vm, inn.open())
+    assert report_of(source).status == "completed"
+    there = inn.done()
+    assert there.status is VmStatus.PAUSED
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    there.resume()
+    assert runs_on(there)
+
+
+def test_a_guest_that_has_switched_moves_on(guests, inn, leave, make_vm, accel):
+    """What it is afterwards is a guest like any other."""
+    vm = running(guests, "smp", cpus=2)
+    assert report_of(leave(vm, inn.open())).status == "completed"
+    there = inn.done()
+    second = Inn(make_vm, accel)
+    try:
+        assert report_of(leave(there, second.open(), XenPolicy())).status == "completed"
+        assert runs_on(second.done())
+    finally:
+        second.close()
