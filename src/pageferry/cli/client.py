@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
+from pageferry.core.events import Phase
 from pageferry.vmm.process import ENGINE_EVENT
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
@@ -28,6 +29,7 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
     Raises:
         QmpError: the guest process refused to begin.
         MigrationFailedError: it did not succeed.
+        PostcopyPausedError: it was cut after the switch, and can go on.
         Interrupted: it was cancelled by Ctrl-C.
         VmError: the guest process went away.
     """
@@ -37,9 +39,11 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
     except KeyboardInterrupt:
         with contextlib.suppress(QmpError):  # too late: it ends by itself
             client.execute("migrate_cancel")
-            _follow(client, show)
+        _follow(client, show)
     state = client.execute("query-migrate")
     report = state.get("x-pageferry-report")
+    if report is None and "x-postcopy-paused" in state:
+        raise PostcopyPausedError(state["x-postcopy-paused"])
     if report is None:
         raise VmError("the migration ended by a defect in the guest process; its log says more")
     if report["status"] == "cancelled":
@@ -60,11 +64,23 @@ class MigrationFailedError(MigrationError):
         self.report = report
 
 
+class PostcopyPausedError(MigrationError):
+    """A migration in another process was cut after the switch: the guest stands still at the destination."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}; the guest stands still there, and pages of it are only here",
+            phase=str(Phase.POSTCOPY),
+            guest_at=GuestAt.DESTINATION,
+            hint="pageferry migrate --recover; if this guest process ends before, the guest is lost",
+        )
+
+
 def _follow(client: QmpClient, show: Callable[[Json], None]) -> None:
     for event in client.events():
         if event["event"] == ENGINE_EVENT:
             show(event["data"])
         elif event["event"] == "MIGRATION":
-            if event["data"]["status"] in ("completed", "failed", "cancelled"):
+            if event["data"]["status"] in ("completed", "failed", "cancelled", "postcopy-paused"):
                 return
             show({"type": "Status", **event["data"]})

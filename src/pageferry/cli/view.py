@@ -152,6 +152,8 @@ def summary(report: Json) -> Group:
         ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds{_zeros(report)}{_packed(report)}"),
         ("verified", _verified(report)),
     ]
+    if report["postcopy"] is not None:
+        rows.append(("post-copy", _postcopy(report["postcopy"])))
     if report["state_bytes"] is not None:
         rows.append(("state", _state(report)))
     if report["fault_count"] is not None:
@@ -177,6 +179,14 @@ def _whereabouts(report: Json) -> str:
     if report["file"] is None:
         return f"now at the {report['guest_at']}"
     return f"saved to {report['file']}; here it {'runs on' if report['guest_at'] == 'source' else 'is stopped'}"
+
+
+def _postcopy(postcopy: Json) -> str:
+    cuts = f", {postcopy['cuts']} cuts" if postcopy["cuts"] else ""
+    return (
+        f"{postcopy['missing_pages']:,} pages came after the switch in {format_duration(postcopy['duration_s'])}, "
+        f"{postcopy['urgent_pages']:,} of them were waited for{cuts}"
+    )
 
 
 def _zeros(report: Json) -> str:

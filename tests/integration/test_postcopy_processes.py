@@ -1,0 +1,181 @@
+"""Post-copy between real processes: cut, gone on with, and lost, as the command line and the control socket tell it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pageferry.core.errors import VmError
+from pageferry.engine.transport import Endpoint
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_client import QmpClient
+
+PAGEFERRY = [sys.executable, "-m", "pageferry"]
+GIVE_UP_S = 60
+#: Switches as soon as so much is dirty that something is missing for certain, however slow the guest is.
+POLICY = """
+from pageferry.core.policy import Action, Decision
+
+class Switch:
+    switches = True
+
+    def decide(self, progress):
+        action = Action.POST_COPY if progress.last.remaining_pages >= 64 else Action.NEXT_ROUND
+        return Decision(action=action, reason="so")
+"""
+PAGES = int(FrameType.PAGES).to_bytes(4, "little")
+
+
+def until(condition, what):
+    patience = threading.Event()
+    for _ in range(GIVE_UP_S * 100):
+        if result := condition():
+            return result
+        patience.wait(0.01)
+    return pytest.fail(f"no {what}")
+
+
+class Process:
+    """A guest process, and what its control socket says."""
+
+    def __init__(self, folder, name, *arguments):
+        self.control = folder / f"{name}.sock"
+        self.log = folder / f"{name}.log"
+        with self.log.open("wb") as log:
+            command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
+            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        until(self._answers, f"control socket: {self.log.read_text()}")
+
+    def _answers(self):
+        assert self.popen.poll() is None, self.log.read_text()
+        try:
+            QmpClient(self.control).close()
+        except VmError:
+            return False
+        return True
+
+    def ask(self, command, **arguments):
+        with QmpClient(self.control) as client:
+            return client.execute(command, **arguments)
+
+    def work(self):
+        return sum(self.ask("x-query-guest")["work"])
+
+    def runs_on(self):
+        before = self.work()
+        return until(lambda: self.work() > before, f"work: {self.log.read_text()}")
+
+    def migration(self):
+        return self.ask("query-migrate")["status"]
+
+    def endpoint(self):
+        return Endpoint.parse(self.ask("x-query-guest")["listening"])
+
+    def end(self):
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+@pytest.fixture
+def pair(tmp_path, accel, monkeypatch):
+    """A source whose guest works, and a destination."""
+    (tmp_path / "switching.py").write_text(POLICY)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    made = []
+    try:
+        made.append(Process(tmp_path, "source", "run", "kv", "--memory", "32M", "--accel", accel))
+        made.append(Process(tmp_path, "destination", "receive", "tcp://127.0.0.1:0", "--accel", accel))
+        made[0].runs_on()
+        yield made
+    finally:
+        for process in made:
+            process.end()
+
+
+def cli(*arguments):
+    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=GIVE_UP_S)
+
+
+def migrate(source, uri, *arguments):
+    return cli("migrate", "--control", source.control, uri, *arguments)
+
+
+SWITCH = ("--policy", "switching:Switch", "--json")
+
+
+def cut_after_the_switch(source, destination, wires):
+    """Migrate until the first page after the switch is under way, and cut there; return what the command said."""
+    wire = wires(destination.endpoint(), hold_at=PAGES)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri, *SWITCH)))
+    thread.start()
+    assert wire.held.wait(GIVE_UP_S)
+    assert source.migration() == "postcopy-active"
+    assert destination.ask("x-query-guest")["missing_pages"] >= 64
+    wire.cut()
+    wire.release()
+    thread.join(GIVE_UP_S)
+    assert results, "the command line hangs"
+    return results[0]
+
+
+def test_a_guest_switches_by_the_command_line(pair):
+    source, destination = pair
+    result = migrate(source, str(destination.endpoint()), *SWITCH)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["status"], report["guest_at"]) == ("completed", "destination")
+    assert report["postcopy"]["missing_pages"] >= 64
+    assert "It switched the guest after" in report["explanation"]["outcome"]
+    assert destination.runs_on()
+    until(lambda: destination.ask("x-query-guest")["missing_pages"] == 0, "end of the pages")
+    assert cli("quit", "--control", source.control).returncode == 0
+
+
+def test_a_cut_after_the_switch_is_recovered(pair, wires):
+    source, destination = pair
+    result = cut_after_the_switch(source, destination, wires)
+    assert result.returncode == 11, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "the guest stands still there, and pages of it are only here" in result.stderr
+    assert "hint: pageferry migrate --recover" in result.stderr
+    assert source.migration() == "postcopy-paused"
+    until(lambda: destination.ask("query-status")["status"] == "paused", "pause there")
+    state = destination.ask("x-query-guest")
+    assert (state["work"], state["missing_pages"] > 0) == ([], True)
+    for process, command in ((source, "quit"), (source, "cont"), (source, "stop"), (destination, "stop")):
+        with pytest.raises(QmpError, match=r"needs pages|has moved|stands still"):
+            process.ask(command)
+    again = migrate(source, "tcp://127.0.0.1:1", "--recover")  # nobody there: it waits on
+    assert again.returncode == 11, again.stderr
+    assert "cannot connect" in again.stderr or "was cut" in again.stderr
+    recovered = migrate(source, str(destination.endpoint()), "--recover", "--json")
+    assert recovered.returncode == 0, recovered.stderr
+    report = json.loads(recovered.stdout)
+    assert (report["status"], report["postcopy"]["cuts"]) == ("completed", 1)
+    assert destination.runs_on()
+    assert destination.ask("query-status")["status"] == "running"
+    refused = migrate(source, "tcp://127.0.0.1:1", "--recover")
+    assert refused.returncode == 6
+    assert "no migration here was cut after the switch" in refused.stderr
+    assert cli("quit", "--control", source.control).returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_source_that_dies_after_the_switch_leaves_a_guest_that_stands_still(pair, wires, number):
+    source, destination = pair
+    assert cut_after_the_switch(source, destination, wires).returncode == 11
+    source.popen.send_signal(number)
+    source.popen.wait(GIVE_UP_S)
+    assert destination.ask("query-status")["status"] in ("running", "paused")
+    until(lambda: destination.ask("query-status")["status"] == "paused", "pause there")
+    assert destination.ask("x-query-guest")["missing_pages"] >= 64
+    assert cli("quit", "--control", destination.control).returncode == 0
+    assert destination.popen.wait(GIVE_UP_S) == 0
+    assert "the guest is lost" in destination.log.read_text()
