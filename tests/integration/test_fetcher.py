@@ -1,12 +1,13 @@
 """PageFetcher on both machines, against a source that the test plays: what is no page of the source's is not taken."""
 
+import errno
 import threading
 
 import numpy as np
 import pytest
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import RecordError, RemoteStreamError, UnsupportedError, VmError
+from pageferry.core.errors import RecordError, RemoteStreamError, UffdError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.hugepages import HugePages
 from pageferry.core.vm import VmConfig
@@ -15,6 +16,7 @@ from pageferry.engine.left_behind import LeftBehind
 from pageferry.kvm import KvmVm
 from pageferry.stream.ferry import Complete, Pages, Running, Wanted
 from pageferry.stream.ferry_postcopy import digest_of
+from pageferry.uffd import uapi
 from pageferry.uffd.fds import UffdFd
 
 GIVE_UP_S = 30
@@ -117,12 +119,17 @@ def other_pages(gfns):
     return answer(np.array([7], np.uint64))
 
 
+def pages_of_nobody(gfns):
+    return answer(np.array([1 << 40], np.uint64))
+
+
 @pytest.mark.parametrize(
     ("says", "error"),
     [
         (wrong_digest, RecordError),
         (other_content, RecordError),
         (other_pages, RecordError),
+        (pages_of_nobody, RecordError),
         (Running(), RemoteStreamError),
         (ConnectionResetError(), ConnectionResetError),
     ],
@@ -177,6 +184,29 @@ def test_a_page_that_is_installed_is_marked(vm, fetcher):
     fetcher.take_all(Source())
     vm.memory.on_write(None)
     assert sorted(np.concatenate(marked).tolist()) == MISSING.tolist()
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, fetcher, accel, monkeypatch):
+    """Of a run of three the first was installed, and written by the guest before the others could be."""
+    ioctl = UffdFd.ioctl
+
+    def one_page_only(uffd, request, argument):
+        if request == uapi.UFFDIO_COPY and argument.len > PAGE_SIZE:
+            argument.len = PAGE_SIZE
+            ioctl(uffd, request, argument)
+            vm.memory.mapping.view[gpa_of(3) : gpa_of(3) + 8] = b"written!"
+            raise UffdError("UFFDIO_COPY", errno.ENOMEM)
+        return ioctl(uffd, request, argument)
+
+    monkeypatch.setattr(UffdFd, "ioctl", one_page_only)
+    with pytest.raises(UffdError):
+        fetcher.take_all(Source())
+    monkeypatch.setattr(UffdFd, "ioctl", ioctl)
+    fetcher.take_all(Source())
+    assert vm.memory.read(gpa_of(3), 8) == b"written!"
+    assert vm.memory.read_u64(gpa_of(3) + 8) == 3
+    assert [vm.memory.read_u64(gpa_of(gfn)) for gfn in (4, 5)] == [4, 5]
 
 
 @pytest.mark.parametrize("gfns", [[2], [3, 7], [1 << 40]])

@@ -148,11 +148,11 @@ class Arrival(Protocol):
         """Give frames their content, and let whoever waits for them go on; any thread.
 
         Args:
-            gfns: uint64[n], ascending; none was installed before.
+            gfns: uint64[n], ascending; none was installed by a call that returned.
             content: uint8[4096 n], one after another.
 
         Raises:
-            VmError: the host refused.
+            VmError: the host refused; the same call may be made again, and harms no frame that was installed.
         """
 
     def finish(self) -> None:

@@ -176,7 +176,7 @@ class PageFetcher:
             self._peer = None  # whoever receives finds it out as well
 
     def _take(self, frame: Pages) -> None:
-        if not self._asked.test_many(frame.gfns).all():
+        if int(frame.gfns[-1]) >= self._asked.nbits or not self._asked.test_many(frame.gfns).all():
             raise RecordError("a page came that was not asked for", record="PAGES")
         if digest_of(frame.gfns, frame.data) != frame.digest:
             raise RecordError("pages are not what they were at the source", record="PAGES")

@@ -72,7 +72,7 @@ class MissingPages:
         """Give frames their content, and wake whoever waits for them.
 
         Args:
-            gfns: uint64[n], ascending; none was installed before.
+            gfns: uint64[n], ascending; one that was installed before, by a call that failed, keeps what it holds.
             content: uint8[4096 n], one after another.
 
         Raises:
