@@ -35,12 +35,11 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
     """
     try:
         client.execute("migrate", uri=uri, **options)
-        _follow(client, show)
+        state = _follow(client, show)
     except KeyboardInterrupt:
         with contextlib.suppress(QmpError):  # too late: it ends by itself
             client.execute("migrate_cancel")
-        _follow(client, show)
-    state = client.execute("query-migrate")
+        state = _follow(client, show)
     report = state.get("x-pageferry-report")
     if report is None and "x-postcopy-paused" in state:
         raise PostcopyPausedError(state["x-postcopy-paused"])
@@ -76,11 +75,17 @@ class PostcopyPausedError(MigrationError):
         )
 
 
-def _follow(client: QmpClient, show: Callable[[Json], None]) -> None:
+def _follow(client: QmpClient, show: Callable[[Json], None]) -> Json:
+    # Return how it stands when it is over, or waits for somebody to recover it.
     for event in client.events():
         if event["event"] == ENGINE_EVENT:
             show(event["data"])
         elif event["event"] == "MIGRATION":
-            if event["data"]["status"] in ("completed", "failed", "cancelled", "postcopy-paused"):
-                return
+            status = event["data"]["status"]
+            if status in ("completed", "failed", "cancelled", "postcopy-paused"):
+                state: Json = client.execute("query-migrate")
+                if status != "postcopy-paused" or "x-postcopy-paused" in state:
+                    return state
+                continue  # somebody has recovered it meanwhile
             show({"type": "Status", **event["data"]})
+    raise AssertionError("events never end")

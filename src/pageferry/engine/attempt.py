@@ -388,6 +388,8 @@ class Attempt(ABC):
             self.frozen = False
 
     def _finish(self, status: str, reason: str) -> MigrationReport:
+        assert self._began_s is not None
+        ended_s = self._clock.now_s()
         downtime_s, parts = None, None
         if self._running_at_s is not None:
             downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
@@ -401,7 +403,7 @@ class Attempt(ABC):
             policy=self._policy.name,
             memory_bytes=self._vm.memory.size_bytes,
             rounds=tuple(self._sender.rounds),
-            total_s=self.elapsed_s,
+            total_s=ended_s - self._began_s,
             sent_bytes=self.traffic().sent_bytes,
             connections=self._wire.connections,
             compress=str(self._wire.compress),
@@ -424,7 +426,7 @@ class Attempt(ABC):
             guest_time=self._stall.result(),
             explanation=None,
             file=self._file,
-            postcopy=self._postcopy(),
+            postcopy=self._postcopy(ended_s),
         )
         self.report = _explained(report)
         self.status = status
@@ -438,13 +440,13 @@ class Attempt(ABC):
     def _arrived_pages(self) -> int:
         return 0 if self._left is None else self._left.pages - self._left.left_pages
 
-    def _postcopy(self) -> PostcopyStats | None:
+    def _postcopy(self, ended_s: float) -> PostcopyStats | None:
         if self._left is None or self._running_at_s is None:
             return None
         return PostcopyStats(
             missing_pages=self._left.pages,
             urgent_pages=self._left.urgent_pages,
-            duration_s=self._clock.now_s() - self._running_at_s,
+            duration_s=ended_s - self._running_at_s,
             cuts=self._cuts,
         )
 

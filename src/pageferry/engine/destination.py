@@ -9,6 +9,7 @@ only :meth:`Destination.abort` ends it, and the guest is lost.
 """
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -67,6 +68,8 @@ from pageferry.stream.ferry import (
 )
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.records import CpuidPolicy, HvmContext, StaticDataEnd
+
+_log = logging.getLogger(__name__)
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -402,28 +405,44 @@ class Destination:
             try:
                 fetcher.take_all(self._peer)
                 return
-            except (OSError, PageferryError, PeerFailedError) as error:
-                if self._released:
-                    fetcher.close()  # another vCPU than the one that ended the guest may wait for a page
-                    return
+            except Exception as error:  # whatever it is: what has come stays, and another connection may do better
+                if not isinstance(error, OSError | PageferryError | PeerFailedError):
+                    _log.exception("post-copy was cut by a defect")
+                reason = f"the connection was cut: {error}"
+            self._peer.channel.close()
+            if not self._released:
                 hold = Hold(vm)
                 self._waits = True
-                self._peer.channel.close()
-                self._on_event(PostcopyPaused(reason=f"the connection was cut: {error}"))
-            self._peer = self._recovered()
+                self._on_event(PostcopyPaused(reason=reason))
+            if not self._reconnected():
+                fetcher.close()  # another vCPU than the one that ended the guest may wait for a page
+                return
             hold.end()
             self._waits = False
             self._on_event(PostcopyRecovered())
 
-    def _recovered(self) -> Peer:
-        while not self._aborted and self._accept is not None:
+    def _is_over(self) -> bool:
+        return self._aborted or self._released
+
+    def _reconnected(self) -> bool:
+        """Wait for the source; tell whether it is there, or the guest has ended and needs it no more.
+
+        Raises:
+            TransportError: the attempt was aborted.
+        """
+        while self._accept is not None and not self._is_over():
             try:
                 channel = self._accept(POLL_S)
             except OSError:
                 break
             peer = None if channel is None else take_back_in(channel, self._token)
             if peer is not None:
-                return peer
+                self._peer = peer
+                if self._is_over():  # says somebody who knew only the connection before
+                    peer.channel.abort()
+                return True
+        if self._released:
+            return False
         why = "given up before all pages had come, and the guest is lost"
         raise TransportError(why, phase=self._phase, guest_at=GuestAt.DESTINATION)
 
