@@ -43,13 +43,13 @@ def until(condition, what):
 class Process:
     """A guest process, and what its control socket says."""
 
-    def __init__(self, folder, name, *arguments):
+    def __init__(self, popen, folder, name, *arguments):
         self.control = folder / f"{name}.sock"
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as log:
-            command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
-            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        until(self._answers, f"control socket: {self.log.read_text()}")
+            command = [*PAGEFERRY, *arguments, "--control", self.control]
+            self.popen = popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        until(self._answers, "control socket")
 
     def _answers(self):
         assert self.popen.poll() is None, self.log.read_text()
@@ -68,7 +68,7 @@ class Process:
 
     def runs_on(self):
         before = self.work()
-        return until(lambda: self.work() > before, f"work: {self.log.read_text()}")
+        return until(lambda: self.work() > before, "work")
 
     def migration(self):
         return self.ask("query-migrate")["status"]
@@ -76,26 +76,16 @@ class Process:
     def endpoint(self):
         return Endpoint.parse(self.ask("x-query-guest")["listening"])
 
-    def end(self):
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.popen.wait()
-
 
 @pytest.fixture
-def pair(tmp_path, accel, monkeypatch):
+def pair(tmp_path, accel, monkeypatch, popen):
     """A source whose guest works, and a destination."""
     (tmp_path / "switching.py").write_text(POLICY)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    made = []
-    try:
-        made.append(Process(tmp_path, "source", "run", "kv", "--memory", "32M", "--accel", accel))
-        made.append(Process(tmp_path, "destination", "receive", "tcp://127.0.0.1:0", "--accel", accel))
-        made[0].runs_on()
-        yield made
-    finally:
-        for process in made:
-            process.end()
+    source = Process(popen, tmp_path, "source", "run", "kv", "--memory", "32M", "--accel", accel)
+    destination = Process(popen, tmp_path, "destination", "receive", "tcp://127.0.0.1:0", "--accel", accel)
+    source.runs_on()
+    return source, destination
 
 
 def cli(*arguments):
