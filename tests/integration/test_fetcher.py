@@ -19,7 +19,8 @@ from pageferry.stream.ferry_postcopy import digest_of
 from pageferry.uffd import uapi
 from pageferry.uffd.fds import UffdFd
 
-GIVE_UP_S = 30
+#: How long to wait for what is sure to come, however busy the host is.
+GIVE_UP_S = 150
 MISSING = np.array([3, 4, 5, 100, 101, 1000], np.uint64)
 
 

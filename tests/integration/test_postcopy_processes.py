@@ -16,7 +16,8 @@ from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 
 PAGEFERRY = [sys.executable, "-m", "pageferry"]
-GIVE_UP_S = 60
+#: How long to wait for what is sure to come, however busy the host is.
+GIVE_UP_S = 150
 #: Switches as soon as so much is dirty that something is missing for certain, however slow the guest is.
 POLICY = """
 from pageferry.core.policy import Action, Decision
