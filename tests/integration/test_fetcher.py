@@ -14,7 +14,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.engine.fetcher import PageFetcher, can_wait
 from pageferry.engine.left_behind import LeftBehind
 from pageferry.kvm import KvmVm
-from pageferry.stream.ferry import Complete, Pages, Running, Wanted
+from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
 from pageferry.stream.ferry_postcopy import digest_of
 from pageferry.uffd import uapi
 from pageferry.uffd.fds import UffdFd
@@ -29,8 +29,15 @@ def content(gfns):
     return gfns.astype(np.uint64).repeat(PAGE_SIZE // 8).view(np.uint8)
 
 
+def pages(gfns, zero=(), digest=None):
+    """PAGES and the content that follows it; ``zero``: gfns of it that are said to be so."""
+    is_zero = np.isin(gfns, np.array(zero, np.uint64))
+    data = content(gfns[~is_zero])
+    return Pages(gfns=gfns, zero=is_zero, digest=digest or digest_of(gfns, is_zero, [data.data])), data
+
+
 def answer(gfns):
-    return Pages(gfns=gfns, data=content(gfns), digest=digest_of(gfns, content(gfns)))
+    return pages(gfns)
 
 
 class Source:
@@ -53,7 +60,13 @@ class Source:
         if isinstance(said, Exception):
             raise said
         wanted = self.waiting.pop(0)
-        return said(wanted.gfns) if callable(said) else said
+        if not callable(said):
+            return said
+        frame, self.content = said(wanted.gfns)
+        return frame
+
+    def receive_content(self, view):
+        view[:] = self.content.data
 
 
 @pytest.fixture
@@ -82,12 +95,30 @@ def expect_all(vm):
 def test_all_pages_come_once_and_then_nothing_waits(vm, fetcher):
     source = Source()
     fetcher.take_all(source)
-    assert isinstance(source.heard[-1], Complete)
     assert fetcher.left_pages == 0
     assert vm.memory._fetch is None
     expect_all(vm)
-    asked = np.concatenate([frame.gfns for frame in source.heard[:-1]])
+    asked = np.concatenate([frame.gfns for frame in source.heard])
     assert sorted(asked.tolist()) == MISSING.tolist()
+    fetcher.say_complete(Source(Dropped()))
+
+
+def test_a_page_that_is_zero_comes_by_name(vm, fetcher):
+    fetcher.take_all(Source(lambda gfns: pages(gfns, zero=[4, 1000])))
+    assert [vm.memory.read(gpa_of(gfn), PAGE_SIZE) for gfn in (4, 1000)] == [bytes(PAGE_SIZE)] * 2
+    assert [vm.memory.read_u64(gpa_of(gfn)) for gfn in (3, 5, 100, 101)] == [3, 5, 100, 101]
+
+
+@pytest.mark.parametrize(
+    ("says", "error"), [(Running(), RemoteStreamError), (ConnectionResetError(), ConnectionResetError)]
+)
+def test_a_source_that_does_not_say_that_it_has_heard_is_told_again(vm, fetcher, says, error):
+    fetcher.take_all(Source())
+    with pytest.raises(error):
+        fetcher.say_complete(Source(says))
+    again = Source(Dropped())
+    fetcher.say_complete(again)
+    assert isinstance(again.heard[-1], Complete)
 
 
 def test_memory_that_nobody_touched_waits_for_no_source(vm, fetcher):
@@ -109,11 +140,16 @@ def expect_waiting(fetcher):
 
 
 def wrong_digest(gfns):
-    return Pages(gfns=gfns, data=content(gfns), digest=bytes(16))
+    return pages(gfns, digest=bytes(16))
 
 
 def other_content(gfns):
-    return Pages(gfns=gfns, data=content(gfns + np.uint64(1)), digest=digest_of(gfns, content(gfns)))
+    frame, data = pages(gfns)
+    return frame, np.concatenate([data[PAGE_SIZE:], data[:PAGE_SIZE]])
+
+
+def zero_instead(gfns):
+    return pages(gfns, zero=gfns.tolist(), digest=pages(gfns)[0].digest)
 
 
 def other_pages(gfns):
@@ -129,6 +165,7 @@ def pages_of_nobody(gfns):
     [
         (wrong_digest, RecordError),
         (other_content, RecordError),
+        (zero_instead, RecordError),
         (other_pages, RecordError),
         (pages_of_nobody, RecordError),
         (Running(), RemoteStreamError),
@@ -159,6 +196,10 @@ def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next
     fetcher.take_all(Source())
     reader.join(GIVE_UP_S)
     assert came == [1000]
+    told = Source(Dropped())
+    fetcher.say_complete(told)
+    assert told.heard[-1].waits == 1
+    assert 0 < told.heard[-1].longest_ns == told.heard[-1].waited_ns
 
 
 def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, fetcher):
@@ -219,6 +260,30 @@ def test_a_source_gives_no_page_that_it_has_not_kept(vm, gfns):
         left.serve(peer)
     assert not peer.heard
     assert left.left_pages == MISSING.size
+
+
+def test_a_source_sends_content_of_pages_that_have_some_and_names_the_others(vm):
+    for gfn in (3, 4, 100):
+        vm.memory.write(gpa_of(gfn), bytes(PAGE_SIZE))
+    vm.memory.write(gpa_of(5), b"five")
+    left = LeftBehind(vm.memory, MISSING)
+    said = [Wanted(gfns=MISSING, urgent=True), Complete(waits=1, waited_ns=2, longest_ns=2)]
+    sent = []
+
+    class Destination:
+        def receive(self):
+            return said.pop(0)
+
+        def send(self, frame, content=()):
+            sent.append((frame, b"".join(content)))
+
+    left.serve(Destination())
+    (frame, data), (last, _) = sent
+    assert frame.gfns[~frame.zero].tolist() == [5]
+    assert data == b"five" + bytes(PAGE_SIZE - 4)
+    assert frame.digest == digest_of(MISSING, frame.zero, [memoryview(data)])
+    assert isinstance(last, Dropped)
+    assert (left.left_pages, left.urgent_pages, left.waits.waits) == (0, MISSING.size, 1)
 
 
 @pytest.mark.parametrize("accel", ["kvm"])

@@ -16,7 +16,8 @@ from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmStatus
 from pageferry.engine import destination as destination_module
 from pageferry.engine import recovery
-from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine import source as source_module
+from pageferry.engine.conversation import Peer, PeerRefusedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.fetcher import PageFetcher
 from pageferry.engine.left_behind import LeftBehind
@@ -89,6 +90,8 @@ class Inn:
         self.events = []
         self.made = []
         self.arrived = threading.Event()
+        self.here = threading.Event()
+        self.dropped = set()
         self.destination = self.vm = self.error = None
         self._make_vm = make_vm
 
@@ -113,11 +116,14 @@ class Inn:
             self._make,
             accel=self.accel,
             accept=lambda wait_s: accept_within(self.listener, wait_s, GIVE_UP_S),
+            dropped=self.dropped,
             on_event=self.events.append,
             before_run=self._arrive,
         )
         try:
             self.destination.run()
+            self.here.set()
+            self.destination.see_off()
         except MigrationError as error:
             self.error = error
 
@@ -339,13 +345,13 @@ def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, sciss
     pause_of(source)
     for token in ("", "0" * 32):
         channel = inn.endpoint.connect(GIVE_UP_S)
-        with pytest.raises(PeerFailedError, match="waits for the rest of its pages"):
+        with pytest.raises(PeerRefusedError, match="belongs to another source"):
             come_back(channel, token)
         channel.close()
     stranger = Peer(inn.endpoint.connect(GIVE_UP_S), Side.SOURCE)
     stranger.greet()
     stranger.send(Join(token="x", index=1))
-    with pytest.raises(PeerFailedError, match="waits for the rest of its pages"):
+    with pytest.raises(PeerRefusedError, match="belongs to another source"):
         stranger.receive()
     stranger.channel.close()
     assert source.recover(inn.endpoint)
@@ -373,10 +379,10 @@ def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, sci
 def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, inn, leave, monkeypatch):
     take, defects = PageFetcher._take, [ZeroDivisionError("a defect")]
 
-    def take_or_fail(fetcher, frame):
+    def take_or_fail(fetcher, peer, frame):
         if defects:
             raise defects.pop()
-        take(fetcher, frame)
+        take(fetcher, peer, frame)
 
     monkeypatch.setattr(PageFetcher, "_take", take_or_fail)
     vm = running(guests, "kv")
@@ -462,22 +468,120 @@ def test_a_cut_before_the_switch_leaves_the_guest_here(guests, inn, leave, wires
     assert runs_on(inn.done())
 
 
-def test_law_6_an_unanswered_switch_ends_unknown_and_paused(guests, inn, leave, wires):
+def cut_at(guests, inn, leave, wires, frame):
+    """A guest whose connection is cut as this frame is under way, and its source, which does not know where it is."""
     vm = running(guests, "kv")
-    wire = wires(inn.open(), hold_at=int(FrameType.SWITCH).to_bytes(4, "little"))
+    wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
     source = leave(vm, wire.uri)
     assert wire.held.wait(GIVE_UP_S)
     wire.cut()
     wire.release()
-    assert (report_of(source).status, source.guest_at) == ("failed", GuestAt.UNKNOWN)
+    pause_of(source)
+    assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
     frozen_work = slots(vm)
     vm.resume()
     assert slots(vm) == frozen_work
+    return vm, source
+
+
+def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guests, inn, leave, wires):
+    vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
     inn.thread.join(GIVE_UP_S)
     assert inn.error.guest_at is GuestAt.SOURCE
     assert inn.vm is None
     source.take_back()
+    assert (report_of(source).status, source.guest_at) == ("failed", GuestAt.SOURCE)
     assert runs_on(vm)
+
+
+def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn, leave, wires):
+    """The destination knows that it dropped the guest, and promises it."""
+    vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
+    inn.thread.join(GIVE_UP_S)
+    inn.open()
+    assert source.recover(inn.endpoint)
+    report = report_of(source)
+    assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
+    assert "never ran there" in report.reason
+    assert source.guest_at is GuestAt.SOURCE
+    assert not vm.log_dirty.enabled
+    assert runs_on(vm)
+    inn.thread.join(GIVE_UP_S)
+    assert inn.vm is None
+    assert report_of(leave(vm, inn.open())).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_law_6_a_switch_that_was_heard_of_is_recovered(guests, inn, leave, wires):
+    _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
+    assert inn.arrived.wait(GIVE_UP_S)
+    assert source.recover(inn.endpoint)
+    report = report_of(source)
+    there = inn.done()
+    assert (report.status, report.guest_at, report.postcopy.cuts) == ("completed", GuestAt.DESTINATION, 1)
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(there)
+    with pytest.raises(VmError):
+        source.take_back()
+
+
+def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests, inn, leave, wires, make_vm, accel):
+    _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
+    other = Inn(make_vm, accel)
+    try:
+        for answers in range(1, 3):
+            assert source.recover(other.open())
+            other.thread.join(GIVE_UP_S)
+            pause_of(source)
+            assert "no guest of that migration is here" in source.postcopy_paused, answers
+            assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
+    finally:
+        other.close()
+    assert source.recover(inn.endpoint)
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, leave, wires, monkeypatch):
+    _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
+    asking, go_on = threading.Event(), threading.Event()
+
+    def come_back_slowly(channel, token):
+        asking.set()
+        assert go_on.wait(GIVE_UP_S)
+        return come_back(channel, token)
+
+    monkeypatch.setattr(source_module, "come_back", come_back_slowly)
+    try:
+        assert source.recover(inn.endpoint)
+        assert asking.wait(GIVE_UP_S)
+        with pytest.raises(VmError, match="no guest to take back"):
+            source.take_back()
+    finally:
+        go_on.set()
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+@pytest.mark.parametrize("frame", [FrameType.COMPLETE, FrameType.DROPPED])
+def test_a_last_word_that_was_lost_is_said_again(guests, inn, leave, wires, frame):
+    vm = running(guests, "kv")
+    wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
+    source = leave(vm, wire.uri)
+    assert inn.here.wait(GIVE_UP_S)
+    assert inn.destination.missing_pages == 0
+    assert wire.held.wait(GIVE_UP_S)
+    wire.cut()
+    wire.release()
+    assert runs_on(inn.vm)
+    if frame is FrameType.COMPLETE:
+        pause_of(source)
+        assert source.recover(inn.endpoint)
+        inn.done()
+    report = report_of(source)
+    assert (report.status, report.verified_pages) == ("completed", expand_runs(*vm.memory.populated()).size)
+    assert not inn.destination.waits_for_source
+    assert runs_on(inn.vm)
 
 
 def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave, monkeypatch):

@@ -29,7 +29,6 @@ class Switch:
         action = Action.POST_COPY if progress.last.remaining_pages >= 64 else Action.NEXT_ROUND
         return Decision(action=action, reason="so")
 """
-PAGES = int(FrameType.PAGES).to_bytes(4, "little")
 
 
 def until(condition, what):
@@ -97,18 +96,19 @@ def migrate(source, uri, *arguments):
     return cli("migrate", "--control", source.control, uri, *arguments)
 
 
-SWITCH = ("--policy", "switching:Switch", "--json")
+SWITCH = ("--policy", "switching:Switch", "--json", "--timeout", GIVE_UP_S)
 
 
-def cut_after_the_switch(source, destination, wires):
-    """Migrate until the first page after the switch is under way, and cut there; return what the command said."""
-    wire = wires(destination.endpoint(), hold_at=PAGES)
+def cut_at(frame, source, destination, wires):
+    """Migrate until such a frame is under way, and cut there; return what the command said."""
+    wire = wires(destination.endpoint(), hold_at=int(frame).to_bytes(4, "little"))
     results = []
     thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri, *SWITCH)))
     thread.start()
     assert wire.held.wait(GIVE_UP_S)
-    assert source.migration() == "postcopy-active"
-    assert destination.ask("x-query-guest")["missing_pages"] >= 64
+    if frame is FrameType.PAGES:
+        assert source.migration() == "postcopy-active"
+        assert destination.ask("x-query-guest")["missing_pages"] >= 64
     wire.cut()
     wire.release()
     thread.join(GIVE_UP_S)
@@ -131,7 +131,7 @@ def test_a_guest_switches_by_the_command_line(pair):
 
 def test_a_cut_after_the_switch_is_recovered(pair, wires):
     source, destination = pair
-    result = cut_after_the_switch(source, destination, wires)
+    result = cut_at(FrameType.PAGES, source, destination, wires)
     assert result.returncode == 11, result.stderr
     assert "Traceback" not in result.stderr
     assert "the guest stands still there, and pages of it are only here" in result.stderr
@@ -158,10 +158,60 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
     assert cli("quit", "--control", source.control).returncode == 0
 
 
+def test_a_switch_whose_answer_was_lost_is_recovered(pair, wires):
+    source, destination = pair
+    result = cut_at(FrameType.RUNNING, source, destination, wires)
+    assert result.returncode == 4, result.stderr
+    assert "whether the guest has switched is not known" in result.stderr
+    assert "hint: pageferry migrate --recover finds out" in result.stderr
+    for command, why in (("cont", "is not known"), ("quit", "needs pages"), ("migrate_cancel", "is not known")):
+        with pytest.raises(QmpError, match=why):
+            source.ask(command)
+    recovered = migrate(source, str(destination.endpoint()), "--recover", "--json")
+    assert recovered.returncode == 0, recovered.stderr
+    assert json.loads(recovered.stdout)["postcopy"]["cuts"] == 1
+    assert destination.runs_on()
+
+
+def test_a_switch_that_was_lost_leaves_the_guest_here(pair, wires):
+    source, destination = pair
+    assert cut_at(FrameType.SWITCH, source, destination, wires).returncode == 4
+    recovered = migrate(source, str(destination.endpoint()), "--recover")
+    assert recovered.returncode == 3, recovered.stderr
+    assert "never ran there" in recovered.stderr
+    assert source.runs_on()
+    assert destination.ask("query-status")["status"] == "inmigrate"
+    assert migrate(source, str(destination.endpoint()), *SWITCH).returncode == 0
+    assert destination.runs_on()
+
+
+def test_a_guest_that_surely_runs_nowhere_is_taken_back(pair, wires):
+    source, destination = pair
+    assert cut_at(FrameType.SWITCH, source, destination, wires).returncode == 4
+    destination.popen.kill()
+    destination.popen.wait()
+    forced = cli("resume", "--force", "--control", source.control)
+    assert forced.returncode == 0, forced.stderr
+    assert source.runs_on()
+
+
+def test_the_last_word_that_was_lost_is_said_again(pair, wires):
+    source, destination = pair
+    result = cut_at(FrameType.COMPLETE, source, destination, wires)
+    assert result.returncode == 11, result.stderr
+    assert destination.runs_on()
+    state = destination.ask("x-query-guest")
+    assert state["missing_pages"] == 0
+    recovered = migrate(source, state["listening"], "--recover")
+    assert recovered.returncode == 0, recovered.stderr
+    until(lambda: destination.ask("x-query-guest")["listening"] is None, "end of the listening")
+    assert cli("quit", "--control", source.control).returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_source_that_dies_after_the_switch_leaves_a_guest_that_stands_still(pair, wires, number):
     source, destination = pair
-    assert cut_after_the_switch(source, destination, wires).returncode == 11
+    assert cut_at(FrameType.PAGES, source, destination, wires).returncode == 11
     source.popen.send_signal(number)
     source.popen.wait(GIVE_UP_S)
     assert destination.ask("query-status")["status"] in ("running", "paused")

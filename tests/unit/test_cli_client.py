@@ -23,7 +23,8 @@ class Client:
 
 
 DONE = {"status": "completed", "x-pageferry-report": {"status": "completed"}}
-PAUSED = {"status": "postcopy-paused", "x-postcopy-paused": "the connection was cut"}
+REASON = "the connection was cut"
+PAUSED = {"status": "postcopy-paused", "x-postcopy-paused": {"reason": REASON, "guest_at": "destination"}}
 
 
 def test_a_pause_after_the_switch_ends_the_command():

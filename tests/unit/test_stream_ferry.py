@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import xxhash
 
 from pageferry.core.cpuid import MAX_LEAVES, SOFT_CPU, CpuidLeaf
 from pageferry.core.errors import (
@@ -17,6 +18,7 @@ from pageferry.core.errors import (
     TruncatedError,
     VersionError,
 )
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.stream.ferry import (
     MAGIC,
     NEED_DATA,
@@ -26,6 +28,7 @@ from pageferry.stream.ferry import (
     Conversation,
     DestinationHello,
     Digests,
+    Dropped,
     Failed,
     FerryDecoder,
     FerryEncoder,
@@ -56,6 +59,7 @@ from pageferry.stream.ferry_frames import (
     TYPE_OF,
     FrameType,
 )
+from pageferry.stream.ferry_postcopy import digest_of
 from pageferry.stream.format import MAX_DIGESTS, PFN_MASK, RUN_DIGEST, BodyError, RecordType
 
 HELLO = SourceHello(
@@ -87,7 +91,9 @@ def digests(*first_gfns, pages=16, last=False):
 
 MISSING = Missing(first_gfns=np.array([1, 16], np.uint64), pages=np.array([2, 1], np.uint64))
 WANTED = Wanted(gfns=np.array([1, 16], np.uint64), urgent=True)
-PAGES = Pages(gfns=np.array([1, 16], np.uint64), data=np.arange(8192, dtype=np.uint8), digest=bytes(range(16)))
+PAGES = Pages(gfns=np.array([1, 16], np.uint64), zero=np.array([False, True]), digest=bytes(range(16)))
+CONTENT = np.arange(PAGE_SIZE, dtype=np.uint16).astype(np.uint8)
+COMPLETE = Complete(waits=3, waited_ns=500, longest_ns=400)
 MISMATCH = Mismatch(first_gfn=16, page_digests=np.array([1, 1 << 63], np.uint64))
 
 
@@ -138,11 +144,13 @@ def advance(ends, phase):
         source.tell(destination, Join(token="t", index=1))
         if phase is Phase.JOINED:
             destination.tell(source, Joined())
-    elif phase in (Phase.SWITCHED, Phase.FETCHING):
+    elif phase in (Phase.SWITCHED, Phase.FETCHING, Phase.COMPLETE):
         advance(ends, Phase.READY)
         source.tell(destination, Switch())
-        if phase is Phase.FETCHING:
+        if phase is not Phase.SWITCHED:
             destination.tell(source, Running())
+        if phase is Phase.COMPLETE:
+            destination.tell(source, COMPLETE)
     elif phase is Phase.RECOVERING:
         source.tell(destination, Recover(token="t"))
     elif phase is not Phase.GREETING:
@@ -194,9 +202,12 @@ def test_a_conversation_that_switches_and_is_cut_and_goes_on(ends):
     wanted = destination.tell(source, WANTED)
     assert (wanted.gfns.tolist(), wanted.urgent) == ([1, 16], True)
     came = source.tell(destination, PAGES)
-    assert (came.gfns.tolist(), came.digest) == ([1, 16], PAGES.digest)
-    assert came.data.tobytes() == PAGES.data.tobytes()
-    assert destination.tell(source, Complete()) == Complete()
+    assert (came.gfns.tolist(), came.zero.tolist(), came.digest) == ([1, 16], [False, True], PAGES.digest)
+    offset = destination.decoder.offset
+    destination.decoder.content_passed(PAGE_SIZE)
+    assert destination.decoder.offset == offset + PAGE_SIZE
+    assert destination.tell(source, COMPLETE) == COMPLETE
+    assert source.tell(destination, Dropped()) == Dropped()
     for end in again:
         end.decoder.eof()
 
@@ -224,7 +235,7 @@ def test_a_refusal_may_come_before_the_hello_is_read(ends):
 
 EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
 EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(token="t", index=15), Joined()]
-EXAMPLES += [MISSING, Switch(), WANTED, PAGES, Complete(), Recover(token="t"), Recovered()]
+EXAMPLES += [MISSING, Switch(), WANTED, PAGES, COMPLETE, Dropped(), Recover(token="t"), Recovered()]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
     (Phase.GREETING, SOURCE): {SourceHello, Join, Recover},
@@ -256,7 +267,9 @@ ALLOWED = {
     (Phase.FETCHING, SOURCE): {Pages},
     (Phase.FETCHING, DESTINATION): {Wanted, Complete},
     (Phase.RECOVERING, SOURCE): set(),
-    (Phase.RECOVERING, DESTINATION): {Recovered, Refuse},
+    (Phase.COMPLETE, SOURCE): {Pages, Dropped},
+    (Phase.COMPLETE, DESTINATION): set(),
+    (Phase.RECOVERING, DESTINATION): {Recovered, Refuse, Failed},
 }
 
 
@@ -445,10 +458,11 @@ def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
         FrameType.COMPLETE: Phase.FETCHING,
         FrameType.RECOVER: Phase.GREETING,
         FrameType.RECOVERED: Phase.RECOVERING,
+        FrameType.DROPPED: Phase.COMPLETE,
     }
     advance(ends, phases.get(frame_type, Phase.COMPARING))
     from_source = (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT, FrameType.JOIN)
-    from_source += (FrameType.MISSING, FrameType.SWITCH, FrameType.PAGES, FrameType.RECOVER)
+    from_source += (FrameType.MISSING, FrameType.SWITCH, FrameType.PAGES, FrameType.RECOVER, FrameType.DROPPED)
     listener = ends[1 if frame_type in from_source else 0]
     length = 0xFFFF_FFFF if excess is None else MAX_BODY_BYTES[frame_type] + excess
     tracemalloc.start()
@@ -586,9 +600,13 @@ def digest_body(rows, *, count=None, flags=0, extra=b"", digest=bytes(16)):
         (FrameType.WANTED, struct.pack("<IIQ", 1, 2, 0), "flags 0x2"),
         (FrameType.WANTED, struct.pack("<IIQQ", 2, 0, 5, 5), "do not ascend"),
         (FrameType.WANTED, struct.pack("<IIQ", 1, 0, 1 << 52), "too large"),
-        (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0) + bytes(4095), "does not hold 1 entries"),
-        (FrameType.PAGES, struct.pack("<II16sQ", 1, 1, bytes(16), 0) + bytes(4096), "reserved"),
-        (FrameType.PAGES, struct.pack("<II16sQQ", 2, 0, bytes(16), 1, 0) + bytes(8192), "do not ascend"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 2, 0, bytes(16), 0), "does not hold 2 entries"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 1, bytes(16), 0), "reserved"),
+        (FrameType.PAGES, struct.pack("<II16sQQ", 2, 0, bytes(16), 1, 0xE << 60), "do not ascend"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0xD << 60), "too large"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0xE << 60 | 1 << 52), "too large"),
+        (FrameType.COMPLETE, bytes(16), "body of 16 bytes, not 24"),
+        (FrameType.COMPLETE, struct.pack("<QQQ", 1, 2, 3), "one wait was longer than all of them"),
         (FrameType.RECOVER, b"{}", "token is missing"),
         (FrameType.REFUSE, b'{"hint":"x"}', "reason is missing"),
         (FrameType.FAILED, b'{"reason":null}', "reason is no text"),
@@ -610,7 +628,13 @@ def test_layouts_have_the_sizes_of_the_specification():
     assert body_of(Commit(paused=True)) == body_of(Switch(paused=True)) == struct.pack("<II", 1, 0)
     assert body_of(MISSING) == struct.pack("<IIQQQQ", 2, 0, 1, 2, 16, 1)
     assert body_of(WANTED) == struct.pack("<IIQQ", 2, 1, 1, 16)
-    assert body_of(PAGES) == struct.pack("<II16sQQ", 2, 0, bytes(range(16)), 1, 16) + PAGES.data.tobytes()
+    assert body_of(PAGES) == struct.pack("<II16sQQ", 2, 0, bytes(range(16)), 1, 0xE << 60 | 16)
+    assert body_of(COMPLETE) == struct.pack("<QQQ", 3, 500, 400)
+
+
+def test_the_digest_of_pages_is_of_what_stands_in_the_frame_and_after_it():
+    expected = xxhash.xxh3_128_digest(struct.pack("<QQ", 1, 0xE << 60 | 16) + CONTENT.tobytes())
+    assert digest_of(PAGES.gfns, PAGES.zero, [CONTENT[:5].data, CONTENT[5:].data]) == expected
 
 
 @pytest.mark.parametrize(

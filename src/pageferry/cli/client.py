@@ -42,7 +42,7 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
         state = _follow(client, show)
     report = state.get("x-pageferry-report")
     if report is None and "x-postcopy-paused" in state:
-        raise PostcopyPausedError(state["x-postcopy-paused"])
+        raise PostcopyPausedError(**state["x-postcopy-paused"])
     if report is None:
         raise VmError("the migration ended by a defect in the guest process; its log says more")
     if report["status"] == "cancelled":
@@ -64,15 +64,16 @@ class MigrationFailedError(MigrationError):
 
 
 class PostcopyPausedError(MigrationError):
-    """A migration in another process was cut after the switch: the guest stands still at the destination."""
+    """A migration in another process was cut at the switch or after it, and waits for somebody to recover it."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"{reason}; the guest stands still there, and pages of it are only here",
-            phase=str(Phase.POSTCOPY),
-            guest_at=GuestAt.DESTINATION,
-            hint="pageferry migrate --recover; if this guest process ends before, the guest is lost",
-        )
+    def __init__(self, reason: str, guest_at: str) -> None:
+        at = GuestAt(guest_at)
+        what = "the guest stands still there, and pages of it are only here"
+        hint = "pageferry migrate --recover; if this guest process ends before, the guest is lost"
+        if at is GuestAt.UNKNOWN:
+            what = "whether the guest has switched is not known"
+            hint = "pageferry migrate --recover finds out; if it surely runs nowhere: pageferry resume --force"
+        super().__init__(f"{reason}; {what}", phase=str(Phase.POSTCOPY), guest_at=at, hint=hint)
 
 
 def _follow(client: QmpClient, show: Callable[[Json], None]) -> Json:

@@ -160,6 +160,7 @@ class Attempt(ABC):
         self._stop_reason = ""
         self._left: LeftBehind | None = None
         self._recovery = Recovery()
+        self._ended = threading.Event()
         self._cuts = 0
         self._cut_reason = ""
         self.status = "setup"
@@ -259,13 +260,13 @@ class Attempt(ABC):
 
     @property
     def postcopy_paused(self) -> str | None:
-        """Why the guest stands still at the destination while pages of it are here, or None."""
+        """Why pages that the guest needs at the destination are here without a connection, or None."""
         return self._cut_reason if self._recovery.waiting else None
 
     @property
     def keeps_pages(self) -> bool:
-        """Whether the guest runs at the destination and needs pages that are here only."""
-        return self._left is not None and self._running_at_s is not None and self.report is None
+        """Whether the guest may run at the destination and need pages that are here only."""
+        return self._left is not None and self._committed and self.report is None
 
     def recover(self, endpoint: Endpoint) -> bool:
         """Go on with a migration that was cut after the switch; from any thread.
@@ -286,13 +287,15 @@ class Attempt(ABC):
                 channel.abort()
 
     def take_back(self) -> None:
-        """Declare that the guest is here after an attempt that ended UNKNOWN.
+        """Declare that the guest is here after an attempt that ended UNKNOWN, or waits for somebody to find out.
 
         The caller knows that the destination does not run it and never will.
 
         Raises:
             VmError: the attempt did not end UNKNOWN.
         """
+        if self.guest_at is GuestAt.UNKNOWN and self._recovery.end():
+            self._ended.wait()
         if self.guest_at is not GuestAt.UNKNOWN or self.report is None or self._running_at_s is not None:
             raise VmError("there is no guest to take back")
         self.guest_at = GuestAt.SOURCE
@@ -343,11 +346,13 @@ class Attempt(ABC):
         """Return what to raise from an error that is no MigrationError."""
 
     def _pause_postcopy(self, error: Exception) -> None:
-        """Say that the connection is lost while the guest is there and pages of it are here."""
+        """Say that the connection is lost while pages are here that the guest needs at the destination."""
         for channel in self._channels:
             channel.abort()
-        self._cuts += self.status == "postcopy-active"
-        self._cut_reason = self._as_migration_error(error, GuestAt.DESTINATION).reason
+        self._cuts += self.status != "postcopy-recover"
+        if not isinstance(error, MigrationError):
+            error = self._as_migration_error(error, self.guest_at)
+        self._cut_reason = error.reason
         self.status = "postcopy-paused"
         self._recovery.begin()
         self._on_event(PostcopyPaused(reason=self._cut_reason))
@@ -430,6 +435,7 @@ class Attempt(ABC):
         )
         self.report = _explained(report)
         self.status = status
+        self._ended.set()
         self._on_event(MigrationEnded(report=self.report))
         return self.report
 

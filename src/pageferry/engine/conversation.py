@@ -1,6 +1,7 @@
 """Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
 
 import threading
+from collections.abc import Sequence
 
 from pageferry.engine.transport import Channel
 from pageferry.stream.ferry import (
@@ -23,6 +24,10 @@ class PeerFailedError(Exception):
         self.reason = reason
         self.hint = hint
         self.gfn = gfn
+
+
+class PeerRefusedError(PeerFailedError):
+    """The peer refused. In answer to RECOVER that says nothing about where the guest is."""
 
 
 class Peer:
@@ -49,8 +54,8 @@ class Peer:
         """
         self.channel.send([self._encoder.preamble()])
 
-    def send(self, frame: Frame, fd: int | None = None) -> None:
-        """Send one frame, and a descriptor with it over a Unix socket.
+    def send(self, frame: Frame, fd: int | None = None, content: Sequence[memoryview] = ()) -> None:
+        """Send one frame, and a descriptor with it over a Unix socket, or page content after it.
 
         Raises:
             LocalStreamError: it is not our turn.
@@ -59,7 +64,7 @@ class Peer:
         with self._sending:
             with self._turn:
                 data = self._encoder.frame(frame)
-            self.channel.send([data], fd)
+            self.channel.send([data, *content], fd)
 
     def receive(self) -> Frame:
         """Return the peer's next frame.
@@ -81,10 +86,20 @@ class Peer:
                 raise ConnectionResetError("the peer closed the connection")
             self._decoder.feed(data)
         if isinstance(frame, Refuse):
-            raise PeerFailedError(frame.reason, frame.hint)
+            raise PeerRefusedError(frame.reason, frame.hint)
         if isinstance(frame, Failed):
             raise PeerFailedError(frame.reason, frame.hint, frame.gfn)
         return frame
+
+    def receive_content(self, view: memoryview) -> None:
+        """Fill ``view`` with the page content that follows the frame which was received last.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.receive_into([view])
+        with self._turn:
+            self._decoder.content_passed(len(view))
 
     def stream_passed(self, stream_bytes: int) -> None:
         """Say that the libxc stream, of so many bytes, is over; frames follow again."""

@@ -60,6 +60,7 @@ from pageferry.stream.ferry import (
     Mismatch,
     Missing,
     Ready,
+    Recover,
     Refuse,
     Running,
     Side,
@@ -91,6 +92,7 @@ class Destination:
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         accel: what kind of machine it makes.
         accept: where further connections of the same migration come from; None: it takes one only.
+        dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
         on_event: sees phases begin and end.
         before_run: called with the Vm and the guest's name when it is ours, just before it runs.
     """
@@ -102,6 +104,7 @@ class Destination:
         *,
         accel: str,
         accept: Accept | None = None,
+        dropped: set[str] | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
         before_run: Callable[[Vm, str], None] = _ignore_arrival,
     ) -> None:
@@ -109,6 +112,7 @@ class Destination:
         self._make_vm = make_vm
         self._accel = accel
         self._accept = accept
+        self._dropped = set() if dropped is None else dropped
         self._features: tuple[str, ...] = ()
         self._before_run = before_run
         self._on_event = guarded(on_event)
@@ -166,15 +170,34 @@ class Destination:
             if self._fetcher is not None:
                 with self._clock.phase(Phase.POSTCOPY):
                     self._fetch_rest(vm, self._fetcher)
+            else:
+                self._peer.channel.close()
             return vm
         except BaseException:
+            self._peer.channel.close()
             if self._fetcher is not None:
                 self._fetcher.close()
             if vm is not None and not self._ours:
                 vm.close()
+                if self._fetcher is not None:
+                    self._dropped.add(self._token)
             raise
-        finally:
-            self._peer.channel.close()
+
+    def see_off(self) -> None:
+        """Tell the source, after :meth:`run`, that it may drop its copy, over as many connections as it takes.
+
+        Returns when it has. The guest needs nothing of it any more: whoever is aborted here leaves a source that
+        believes itself cut.
+        """
+        while self._fetcher is not None and not self._is_over():
+            try:
+                self._fetcher.say_complete(self._peer)
+                break
+            except (OSError, PageferryError, PeerFailedError):
+                self._peer.channel.close()
+            if not self._reconnected():
+                break
+        self._peer.channel.close()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -218,6 +241,8 @@ class Destination:
         self._peer.greet()
         hello = self._peer.receive()
         self._channel.timeout_s = patience_s
+        if isinstance(hello, Recover):
+            raise self._not_here(hello)
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
@@ -231,6 +256,18 @@ class Destination:
         except BaseException:
             vm.close()
             raise
+
+    def _not_here(self, recover: Recover) -> PeerError:
+        """Answer a source that comes back for a guest that is not here; return what to raise."""
+        if recover.token in self._dropped:
+            reason = "the guest had not all arrived when the connection was cut, and never ran there"
+            self._peer.send(Failed(reason=reason))
+        else:
+            hint = "if it surely runs nowhere: pageferry resume --force at the source"
+            self._peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
+        self._channel.finish()
+        what = "a source came back for a guest that is not here"
+        return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 
     def _make(self, hello: SourceHello) -> Vm:
         """Make the machine: over the source's own memory where that was handed over and the machine can."""
@@ -401,6 +438,8 @@ class Destination:
         Raises:
             TransportError: the attempt was aborted.
         """
+        if self._released:  # by somebody whose turn it was not yet
+            fetcher.release(self._peer)
         while True:
             try:
                 fetcher.take_all(self._peer)
@@ -415,21 +454,20 @@ class Destination:
                 self._waits = True
                 self._on_event(PostcopyPaused(reason=reason))
             if not self._reconnected():
-                fetcher.close()  # another vCPU than the one that ended the guest may wait for a page
-                return
+                break
             hold.end()
             self._waits = False
             self._on_event(PostcopyRecovered())
+        if not self._released:
+            why = "given up before all pages had come, and the guest is lost"
+            raise TransportError(why, phase=self._phase, guest_at=GuestAt.DESTINATION)
+        fetcher.close()  # another vCPU than the one that ended the guest may wait for a page
 
     def _is_over(self) -> bool:
         return self._aborted or self._released
 
     def _reconnected(self) -> bool:
-        """Wait for the source; tell whether it is there, or the guest has ended and needs it no more.
-
-        Raises:
-            TransportError: the attempt was aborted.
-        """
+        """Wait for the source; tell whether it is there. If not, it is not waited for any more."""
         while self._accept is not None and not self._is_over():
             try:
                 channel = self._accept(POLL_S)
@@ -441,10 +479,7 @@ class Destination:
                 if self._is_over():  # says somebody who knew only the connection before
                     peer.channel.abort()
                 return True
-        if self._released:
-            return False
-        why = "given up before all pages had come, and the guest is lost"
-        raise TransportError(why, phase=self._phase, guest_at=GuestAt.DESTINATION)
+        return False
 
 
 def _known(

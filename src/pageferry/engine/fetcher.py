@@ -8,8 +8,9 @@ does so afterwards. So nothing that is written here is ever overwritten by a pag
 comes twice, unasked or with another digest than its own is no page: the connection is given up, and nothing is lost.
 """
 
-import contextlib
+import logging
 import threading
+import time
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from pageferry.core.errors import LocalStreamError, RecordError, RemoteStreamErr
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.vm import Vm
 from pageferry.engine.conversation import Peer
-from pageferry.stream.ferry import Complete, Pages, Wanted
+from pageferry.stream.ferry import Complete, Dropped, Pages, Wanted
 from pageferry.stream.ferry_postcopy import MAX_WANTED_PAGES, digest_of
+
+_log = logging.getLogger(__name__)
 
 #: How many pages may be under way for nobody in need: 1 MiB, what a page in need may wait behind.
 _AHEAD_PAGES = 256
@@ -69,6 +72,9 @@ class PageFetcher:
         self._peer: Peer | None = None
         self._abandoned = False
         self._over = False
+        self._waits, self._waited_ns, self._longest_ns = 0, 0, 0
+        self._content = np.empty(MAX_WANTED_PAGES * PAGE_SIZE, np.uint8)
+        self._zeros = np.zeros(MAX_WANTED_PAGES * PAGE_SIZE, np.uint8)
         self._arrival = vm.await_memory(self.fetch, missing)
 
     @property
@@ -94,16 +100,23 @@ class PageFetcher:
             if not wanted.size:
                 return
             self._in_need.append(wanted)
+            began_ns = time.monotonic_ns()
             try:
                 self._ask(wanted, urgent=True)
                 self._changed.wait_for(lambda: self._abandoned or not self._missing.test_many(wanted).any())
             finally:
                 self._in_need = [each for each in self._in_need if each is not wanted]
+                self._count_wait(time.monotonic_ns() - began_ns)
         if self._abandoned:
             raise VmError("the guest was given up before all its pages had come")
 
+    def _count_wait(self, waited_ns: int) -> None:
+        self._waits += 1
+        self._waited_ns += waited_ns
+        self._longest_ns = max(self._longest_ns, waited_ns)
+
     def take_all(self, peer: Peer) -> None:
-        """Ask for pages and take them until all are there, then say so; on one thread at a time.
+        """Ask for pages and take them until all are there; on one thread at a time.
 
         Raises:
             RemoteStreamError: the source sent something else, or another page than its own.
@@ -122,13 +135,27 @@ class PageFetcher:
                 frame = peer.receive()
                 if not isinstance(frame, Pages):
                     raise RemoteStreamError(f"the source sent {type(frame).__name__} in place of pages")
-                self._take(frame)
+                self._take(peer, frame)
         finally:
             with self._changed:
                 self._peer = None
         self.close()
-        with contextlib.suppress(OSError):  # whatever becomes of the connection now, the guest has all it needs
-            peer.send(Complete())
+
+    def say_complete(self, peer: Peer) -> None:
+        """Tell the source, after :meth:`take_all`, that it may drop its copy; return when it has.
+
+        Raises:
+            RemoteStreamError: the source sent something else.
+            OSError: cut or stalled: whether it has heard is not known. Call it again with another connection.
+        """
+        peer.send(self._complete())
+        answer = peer.receive()
+        if not isinstance(answer, Dropped):
+            raise RemoteStreamError(f"the source sent {type(answer).__name__} after it was told that all is here")
+
+    def _complete(self) -> Complete:
+        with self._changed:
+            return Complete(waits=self._waits, waited_ns=self._waited_ns, longest_ns=self._longest_ns)
 
     def close(self) -> None:
         """End the waiting: all pages have come, or the guest, which is held and will not run again, is given up."""
@@ -143,14 +170,18 @@ class PageFetcher:
 
     def release(self, peer: Peer) -> None:
         """Tell the source that no more pages are needed, since the guest has ended; :meth:`take_all` ends."""
-        with contextlib.suppress(OSError, LocalStreamError):  # it may be gone, or everything has come
-            peer.send(Complete())
+        try:
+            peer.send(self._complete())
+        except LocalStreamError:
+            return  # it is not our turn yet, or everything has come: whoever's turn it is says it
+        except OSError:
+            _log.debug("the source of a guest that has ended is gone")
         peer.channel.finish()
 
     def _make_zero(self, gfns: GfnArray) -> None:
         zero = gfns[self._absent.test_many(gfns) & ~self._missing.test_many(gfns)]
         if zero.size and not self._over:
-            self._arrival.install(zero, np.zeros(zero.size * PAGE_SIZE, np.uint8))
+            self._install_zero(zero)
             self._absent.clear(zero)
 
     def _ask_in_need(self, gfns: GfnArray) -> None:
@@ -175,18 +206,24 @@ class PageFetcher:
         except OSError:
             self._peer = None  # whoever receives finds it out as well
 
-    def _take(self, frame: Pages) -> None:
-        if int(frame.gfns[-1]) >= self._asked.nbits or not self._asked.test_many(frame.gfns).all():
+    def _take(self, peer: Peer, frame: Pages) -> None:
+        gfns, others = frame.gfns, frame.gfns[~frame.zero]
+        if int(gfns[-1]) >= self._asked.nbits or not self._asked.test_many(gfns).all():
             raise RecordError("a page came that was not asked for", record="PAGES")
-        if digest_of(frame.gfns, frame.data) != frame.digest:
+        content = self._content[: others.size * PAGE_SIZE]
+        peer.receive_content(content.data)
+        if digest_of(gfns, frame.zero, [content.data]) != frame.digest:
             raise RecordError("pages are not what they were at the source", record="PAGES")
+        # Nobody else installs these, and who waits for them looks only when their bits are clear.
+        self._arrival.install(others, content)
+        self._install_zero(gfns[frame.zero])
         with self._changed:
-            if self._over:
-                return
-            self._arrival.install(frame.gfns, frame.data)
-            self._missing.clear(frame.gfns)
-            self._absent.clear(frame.gfns)
-            self._asked.clear(frame.gfns)
-            self._asked_pages -= frame.gfns.size
+            self._missing.clear(gfns)
+            self._absent.clear(gfns)
+            self._asked.clear(gfns)
+            self._asked_pages -= gfns.size
             self._changed.notify_all()
-        self._vm.memory.wrote(frame.gfns)
+        self._vm.memory.wrote(gfns)
+
+    def _install_zero(self, gfns: GfnArray) -> None:
+        self._arrival.install(gfns, self._zeros[: gfns.size * PAGE_SIZE])

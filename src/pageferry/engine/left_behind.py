@@ -3,14 +3,15 @@
 The guest is frozen here and never runs here again, so a page is what it was at the pause however late it goes.
 """
 
-import numpy as np
+import contextlib
 
 from pageferry.core.bitmap import DirtyBitmap, runs_of
 from pageferry.core.errors import RemoteStreamError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
+from pageferry.core.page_words import page_words, zero_pages
 from pageferry.engine.conversation import Peer
-from pageferry.stream.ferry import Complete, Missing, Pages, Wanted
+from pageferry.stream.ferry import Complete, Dropped, Missing, Pages, Wanted
 from pageferry.stream.ferry_postcopy import MAX_MISSING_RUNS, digest_of
 
 
@@ -24,11 +25,14 @@ class LeftBehind:
 
     def __init__(self, memory: GuestMemory, gfns: GfnArray) -> None:
         self._memory = memory
+        self._words = page_words(memory)
         self.missing = DirtyBitmap.of(memory.gfn_limit, gfns)
         """Which pages."""
         self._gone = DirtyBitmap(memory.gfn_limit)
         self.urgent_pages = 0
         """How many were asked for because somebody waited for them."""
+        self.waits = Complete()
+        """What the destination told of its waiting when it had everything."""
 
     @property
     def pages(self) -> int:
@@ -61,11 +65,16 @@ class LeftBehind:
         while True:
             frame = peer.receive()
             if isinstance(frame, Complete):
+                self.waits = frame
+                with contextlib.suppress(OSError):  # whoever has not heard it asks again, and nothing is here to go
+                    peer.send(Dropped())
                 return
             if not isinstance(frame, Wanted) or not self._are_missing(frame.gfns):
                 raise RemoteStreamError(f"the destination sent {type(frame).__name__}, which asks for no missing page")
-            data = np.frombuffer(b"".join(self._memory.views(*runs_of(frame.gfns))), np.uint8)
-            peer.send(Pages(gfns=frame.gfns, data=data, digest=digest_of(frame.gfns, data)))
+            zero = zero_pages(self._words, frame.gfns)
+            content = self._memory.views(*runs_of(frame.gfns[~zero]))
+            pages = Pages(gfns=frame.gfns, zero=zero, digest=digest_of(frame.gfns, zero, content))
+            peer.send(pages, content=content)
             self._gone.set(frame.gfns)
             if frame.urgent:
                 self.urgent_pages += frame.gfns.size

@@ -18,7 +18,8 @@ def come_back(channel: Channel, token: str) -> Peer:
     """Go on with the migration of this token over a new connection; the source's side.
 
     Raises:
-        PeerFailedError: the destination does not wait for it.
+        PeerRefusedError: no guest of this migration is there; another destination may have it.
+        PeerFailedError: this is the destination, and the guest never ran there and never will.
         RemoteStreamError: it answers something else.
         OSError: cut or stalled.
     """
@@ -41,7 +42,7 @@ def take_back_in(channel: Channel, token: str) -> Peer | None:
             peer.send(Recovered())
             channel.timeout_s = patience_s
             return peer
-        peer.send(Refuse(reason="a guest here waits for the rest of its pages", hint="pageferry migrate --recover"))
+        peer.send(Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there"))
         channel.finish()
     channel.close()
     return None
@@ -82,6 +83,11 @@ class Recovery:
         """Whether it waits now."""
         return self._waiting
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether :meth:`abandon` was called."""
+        return self._abandoned
+
     def ask(self, endpoint: Endpoint) -> bool:
         """Say where to connect; from any thread. Return whether anybody waited for it."""
         with self._changed:
@@ -97,6 +103,15 @@ class Recovery:
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
+
+    def end(self) -> bool:
+        """End the wait as :meth:`abandon` does, if it waits now. Return whether it did."""
+        with self._changed:
+            if self._waiting:
+                self._waiting = False
+                self.abandon()
+                return True
+            return False
 
     def begin(self) -> None:
         """Begin to wait: from here on :meth:`ask` is heard."""

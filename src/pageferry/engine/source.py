@@ -43,7 +43,7 @@ from pageferry.core.policy import Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features, verify
 from pageferry.engine.attempt import HELD
-from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.conversation import Peer, PeerFailedError, PeerRefusedError
 from pageferry.engine.copying import HELD_ROUND_S, Copying
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.joining import join
@@ -138,7 +138,7 @@ class Source(Copying):
             with phase(Phase.VERIFY):
                 self._verify(peer)
         with phase(Phase.HANDOFF):
-            self._handoff(peer)
+            peer = self._handoff(peer)
         if self._left is not None:
             with phase(Phase.POSTCOPY):
                 self._serve(peer, self._left)
@@ -290,26 +290,36 @@ class Source(Copying):
         if answer is not None:
             raise self._unexpected(answer)
 
-    def _handoff(self, peer: Peer) -> None:
+    def _handoff(self, peer: Peer) -> Peer:
+        """Hand the guest over; return the connection on which the destination may ask for pages."""
         with self._commit_lock:
             if self._cancelled:
                 raise self._abort("cancelled")
             paused = self._vm.status is VmStatus.PAUSED
             self._committed = True
-        peer.send(Commit(paused=paused) if self._left is None else Switch(paused=paused))
         try:
+            peer.send(Commit(paused=paused) if self._left is None else Switch(paused=paused))
             answer = peer.receive()
+            if not isinstance(answer, Running):
+                raise self._unexpected(answer)
         except PeerFailedError:
             self._committed = False  # a destination that says so promises that the guest never runs there
             raise
-        if not isinstance(answer, Running):
-            raise self._unexpected(answer)
+        except (OSError, PageferryError) as error:
+            if self._left is None:
+                raise
+            self.guest_at = GuestAt.UNKNOWN
+            self._pause_postcopy(error)
+            peer = self._recovered()
         self._running_at_s = self._clock.now_s()
         self.guest_at = GuestAt.DESTINATION
+        return peer
 
     def _serve(self, peer: Peer, left: LeftBehind) -> None:
         """Answer for the pages that are missing there, over as many connections as it takes."""
         self.status = "postcopy-active"
+        if self._recovery.abandoned:  # before the answer to SWITCH was there
+            peer.channel.abort()
         while True:
             try:
                 left.serve(peer)
@@ -319,23 +329,30 @@ class Source(Copying):
             peer = self._recovered()
 
     def _recovered(self) -> Peer:
-        """Wait until somebody says where to connect, and the destination is there."""
+        """Wait until somebody says where to connect, and the destination is there.
+
+        Raises:
+            PeerFailedError: where the guest is was not known, and it is here.
+            TransportError: nobody will say it.
+        """
         while (endpoint := self._recovery.wait()) is not None:
             self.status = "postcopy-recover"
             self._endpoint = endpoint
             try:
                 peer = come_back(self._open(), self._token)
             except (OSError, PageferryError, PeerFailedError) as error:
+                promised = isinstance(error, PeerFailedError) and not isinstance(error, PeerRefusedError)
+                if promised and self.guest_at is GuestAt.UNKNOWN:
+                    self._committed, self.guest_at = False, GuestAt.SOURCE
+                    raise
                 self._pause_postcopy(error)
                 continue
             self.status = "postcopy-active"
             self._on_event(PostcopyRecovered())
             return peer
-        raise TransportError(
-            "given up before all pages had gone, and the guest is lost",
-            phase=str(Phase.POSTCOPY),
-            guest_at=GuestAt.DESTINATION,
-        )
+        lost = "given up before all pages had gone, and the guest is lost"
+        reason = lost if self.guest_at is GuestAt.DESTINATION else self._cut_reason
+        raise TransportError(reason, phase=str(self._clock.current), guest_at=self.guest_at)
 
     def _unexpected(self, frame: Frame) -> PeerError:
         what = f"the destination answered {type(frame).__name__} out of turn"

@@ -39,7 +39,7 @@ from pageferry.stream.ferry_frames import (
     Running,
     SourceHello,
 )
-from pageferry.stream.ferry_postcopy import Complete, Missing, Pages, Recover, Recovered, Switch, Wanted
+from pageferry.stream.ferry_postcopy import Complete, Dropped, Missing, Pages, Recover, Recovered, Switch, Wanted
 from pageferry.stream.format import MAX_RANGE_PAGES, PFN_MASK, BodyError
 
 _TEXTS = frozenset({"name", "reason", "hint"})
@@ -58,11 +58,11 @@ def body_of(frame: Frame) -> bytes:
         case Mismatch():
             head = MISMATCH_HEAD.pack(frame.first_gfn, len(frame.page_digests), 0)
             return head + frame.page_digests.astype("<u8").tobytes()
-        case Missing() | Wanted() | Pages():
+        case Missing() | Wanted() | Pages() | Complete():
             return ferry_postcopy.pack(frame)
         case Commit() | Switch():
             return COMMIT_BODY.pack(COMMIT_PAUSED if frame.paused else 0, 0)
-        case Running() | Joined() | Complete() | Recovered():
+        case Running() | Joined() | Dropped() | Recovered():
             return b""
         case _:
             fields = {name: getattr(frame, name) for name in frame.__slots__}
@@ -275,7 +275,8 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.SWITCH: lambda body: Switch(paused=_paused(body)),
     FrameType.WANTED: ferry_postcopy.parse_wanted,
     FrameType.PAGES: ferry_postcopy.parse_pages,
-    FrameType.COMPLETE: lambda _: Complete(),
+    FrameType.COMPLETE: ferry_postcopy.parse_complete,
+    FrameType.DROPPED: lambda _: Dropped(),
     FrameType.RECOVER: lambda body: Recover(token=_Fields(body).name("token")),
     FrameType.RECOVERED: lambda _: Recovered(),
 }

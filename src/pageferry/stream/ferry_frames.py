@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from pageferry.core.cpuid import Leaves
 from pageferry.core.frames import GfnArray
 from pageferry.stream.ferry_postcopy import (
+    COMPLETE_BODY,
     MAX_MISSING_BYTES,
     MAX_PAGES_BYTES,
     MAX_WANTED_BYTES,
     Complete,
+    Dropped,
     Missing,
     Pages,
     Recover,
@@ -62,6 +64,7 @@ class FrameType(IntEnum):
     COMPLETE = 0x5046_0010
     RECOVER = 0x5046_0011
     RECOVERED = 0x5046_0012
+    DROPPED = 0x5046_0013
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +207,7 @@ Frame: TypeAlias = (
     | Complete
     | Recover
     | Recovered
+    | Dropped
 )
 
 TYPE_OF: dict[type[Frame], FrameType] = {
@@ -225,6 +229,7 @@ TYPE_OF: dict[type[Frame], FrameType] = {
     Complete: FrameType.COMPLETE,
     Recover: FrameType.RECOVER,
     Recovered: FrameType.RECOVERED,
+    Dropped: FrameType.DROPPED,
 }
 #: Longest body of each frame, in bytes.
 MAX_BODY_BYTES: dict[FrameType, int] = {
@@ -243,7 +248,8 @@ MAX_BODY_BYTES: dict[FrameType, int] = {
     FrameType.SWITCH: COMMIT_BODY.size,
     FrameType.WANTED: MAX_WANTED_BYTES,
     FrameType.PAGES: MAX_PAGES_BYTES,
-    FrameType.COMPLETE: 0,
+    FrameType.COMPLETE: COMPLETE_BODY.size,
     FrameType.RECOVER: MAX_MESSAGE_BYTES,
     FrameType.RECOVERED: 0,
+    FrameType.DROPPED: 0,
 }

@@ -41,12 +41,13 @@ class Phase(StrEnum):
     JOINED = "joined"
     SWITCHED = "switched"
     FETCHING = "fetching"
+    COMPLETE = "complete"
     RECOVERING = "recovering"
 
 
 _P, _S, _D = Phase, Side.SOURCE, Side.DESTINATION
 #: Where a destination cannot promise any more that the guest never runs there, or has nobody to promise it to.
-_NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.RECOVERING)
+_NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE)
 
 #: (phase, sender, frame) -> next phase. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
 #: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame; on a further
@@ -72,7 +73,9 @@ TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.SWITCHED, _D, _F.RUNNING): _P.FETCHING,
     (_P.FETCHING, _D, _F.WANTED): _P.FETCHING,
     (_P.FETCHING, _S, _F.PAGES): _P.FETCHING,
-    (_P.FETCHING, _D, _F.COMPLETE): _P.RUNNING,
+    (_P.FETCHING, _D, _F.COMPLETE): _P.COMPLETE,
+    (_P.COMPLETE, _S, _F.PAGES): _P.COMPLETE,  # they were under way to a guest that has ended
+    (_P.COMPLETE, _S, _F.DROPPED): _P.RUNNING,
     (_P.GREETING, _S, _F.RECOVER): _P.RECOVERING,
     (_P.RECOVERING, _D, _F.RECOVERED): _P.FETCHING,
     (_P.RECOVERING, _D, _F.REFUSE): _P.CLOSED,

@@ -3,6 +3,7 @@
 The normative text is ``docs/stream.md``, part 2.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from struct import Struct
 
@@ -10,8 +11,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pageferry.core.frames import PAGE_SIZE, GfnArray
-from pageferry.stream.format import PFN_MASK, BodyError
+from pageferry.core.frames import GfnArray
+from pageferry.stream.format import PAGE_TYPE_SHIFT, PFN_MASK, BodyError, PageType
 
 #: count u32, flags u32.
 COUNT_HEAD = Struct("<II")
@@ -23,7 +24,10 @@ WANTED_URGENT = 1 << 0
 DIGEST_BYTES = 16
 MAX_MISSING_BYTES = COUNT_HEAD.size + MAX_MISSING_RUNS * MISSING_RUN.itemsize
 MAX_WANTED_BYTES = COUNT_HEAD.size + MAX_WANTED_PAGES * 8
-MAX_PAGES_BYTES = COUNT_HEAD.size + DIGEST_BYTES + MAX_WANTED_PAGES * (8 + PAGE_SIZE)
+MAX_PAGES_BYTES = COUNT_HEAD.size + DIGEST_BYTES + MAX_WANTED_PAGES * 8
+#: waits u64, waited_ns u64, longest_ns u64.
+COMPLETE_BODY = Struct("<QQQ")
+_ZERO = np.uint64(PageType.XALLOC << PAGE_TYPE_SHIFT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,19 +62,32 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pages:
-    """The answer to one WANTED: the same ``gfns``, and ``data`` uint8[4096 n], one page after another.
+    """The answer to one WANTED: the same ``gfns``, and which of them are ``zero``, bool[n].
 
-    ``digest`` is 16 bytes: xxh3-128 of the gfns, as they are in the frame, followed by the data.
+    The content of the others follows the frame, 4,096 bytes each. ``digest`` is 16 bytes: :func:`digest_of` all that.
     """
 
     gfns: GfnArray
-    data: NDArray[np.uint8]
+    zero: NDArray[np.bool_]
     digest: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Complete:
-    """The destination needs nothing more: every missing page has come, or the guest has ended there."""
+    """The destination needs nothing more: every missing page has come, or the guest has ended there.
+
+    ``waits``: how often somebody there had to wait for a page; ``waited_ns``: how long, all of it added up;
+    ``longest_ns``: the longest of them.
+    """
+
+    waits: int = 0
+    waited_ns: int = 0
+    longest_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """The source has COMPLETE, and keeps no page any longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +102,25 @@ class Recovered:
     """The guest is here and waits for its pages; WANTED follows."""
 
 
-def digest_of(gfns: GfnArray, data: NDArray[np.uint8]) -> bytes:
-    """Return what :attr:`Pages.digest` must be, 16 bytes."""
-    digest = xxhash.xxh3_128(gfns.astype("<u8").data)
-    digest.update(data.data)
+def digest_of(gfns: GfnArray, zero: NDArray[np.bool_], content: Sequence[memoryview]) -> bytes:
+    """Return what :attr:`Pages.digest` must be, 16 bytes: of the entries, as they are in the frame, and the content.
+
+    Args:
+        gfns: uint64[n].
+        zero: bool[n].
+        content: of those that are not zero, one after another, in pieces of any size.
+    """
+    digest = xxhash.xxh3_128(_entries(gfns, zero).data)
+    for piece in content:
+        digest.update(piece)
     return digest.digest()
 
 
-def pack(frame: Missing | Wanted | Pages) -> bytes:
+def _entries(gfns: GfnArray, zero: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    return (gfns | np.where(zero, _ZERO, np.uint64(0))).astype("<u8")
+
+
+def pack(frame: Missing | Wanted | Pages | Complete) -> bytes:
     """Return the frame's body. What the parsers below would refuse is not caught here."""
     match frame:
         case Missing():
@@ -103,8 +131,9 @@ def pack(frame: Missing | Wanted | Pages) -> bytes:
             flags = WANTED_URGENT if frame.urgent else 0
             return COUNT_HEAD.pack(len(frame.gfns), flags) + frame.gfns.astype("<u8").tobytes()
         case Pages():
-            head = COUNT_HEAD.pack(len(frame.gfns), 0) + frame.digest
-            return b"".join((head, frame.gfns.astype("<u8").tobytes(), frame.data.data))
+            return COUNT_HEAD.pack(len(frame.gfns), 0) + frame.digest + _entries(frame.gfns, frame.zero).tobytes()
+        case Complete():
+            return COMPLETE_BODY.pack(frame.waits, frame.waited_ns, frame.longest_ns)
 
 
 def _counted(body: bytes, most: int, entry_bytes: int, fixed_bytes: int = 0) -> tuple[int, int]:
@@ -117,8 +146,7 @@ def _counted(body: bytes, most: int, entry_bytes: int, fixed_bytes: int = 0) -> 
     return count, flags
 
 
-def _gfns(body: bytes, count: int, offset: int) -> GfnArray:
-    gfns = np.frombuffer(body, "<u8", count, offset).astype(np.uint64)
+def _checked(gfns: GfnArray) -> GfnArray:
     if (gfns[1:] <= gfns[:-1]).any() or int(gfns[-1]) > PFN_MASK:
         raise BodyError("the gfns do not ascend, or one is too large")
     return gfns
@@ -153,7 +181,8 @@ def parse_wanted(body: bytes) -> Wanted:
     count, flags = _counted(body, MAX_WANTED_PAGES, 8)
     if flags & ~WANTED_URGENT:
         raise BodyError(f"flags {flags:#x}")
-    return Wanted(gfns=_gfns(body, count, COUNT_HEAD.size), urgent=bool(flags))
+    gfns = np.frombuffer(body, "<u8", count, COUNT_HEAD.size).astype(np.uint64)
+    return Wanted(gfns=_checked(gfns), urgent=bool(flags))
 
 
 def parse_pages(body: bytes) -> Pages:
@@ -162,12 +191,25 @@ def parse_pages(body: bytes) -> Pages:
     Raises:
         BodyError: the body is malformed.
     """
-    count, flags = _counted(body, MAX_WANTED_PAGES, 8 + PAGE_SIZE, DIGEST_BYTES)
+    count, flags = _counted(body, MAX_WANTED_PAGES, 8, DIGEST_BYTES)
     if flags:
         raise BodyError("a reserved field is not 0")
     at = COUNT_HEAD.size + DIGEST_BYTES
-    return Pages(
-        gfns=_gfns(body, count, at),
-        data=np.frombuffer(body, np.uint8, offset=at + 8 * count),
-        digest=body[COUNT_HEAD.size : at],
-    )
+    entries = np.frombuffer(body, "<u8", count, at).astype(np.uint64)
+    zero = entries & ~np.uint64(PFN_MASK) == _ZERO
+    gfns = np.where(zero, entries & np.uint64(PFN_MASK), entries)
+    return Pages(gfns=_checked(gfns), zero=zero, digest=body[COUNT_HEAD.size : at])
+
+
+def parse_complete(body: bytes) -> Complete:
+    """Return the COMPLETE frame with this body.
+
+    Raises:
+        BodyError: the body is malformed.
+    """
+    if len(body) != COMPLETE_BODY.size:
+        raise BodyError(f"a body of {len(body)} bytes, not {COMPLETE_BODY.size}")
+    waits, waited_ns, longest_ns = COMPLETE_BODY.unpack(body)
+    if longest_ns > waited_ns:
+        raise BodyError("one wait was longer than all of them")
+    return Complete(waits=waits, waited_ns=waited_ns, longest_ns=longest_ns)

@@ -57,6 +57,12 @@ _log = logging.getLogger(__name__)
 _PROGRESS_INTERVAL_S = 0.05
 _POLL_S = 0.05
 _RECOVER_HINT = "at the source: pageferry migrate --recover"
+#: Why a migration that has committed is not cancelled, by where the guest is.
+_TOO_LATE = {
+    GuestAt.SOURCE: "the guest is being handed over",
+    GuestAt.UNKNOWN: "whether the guest has switched is not known",
+    GuestAt.DESTINATION: "the guest has switched, and its pages follow",
+}
 
 #: The event that carries the engine's own events, for progress; ``type`` is the event's class name.
 ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
@@ -102,6 +108,7 @@ class GuestProcess:
         self._announced_status = ""
         self._next_progress_s = 0.0
         self._incoming: Destination | None = None
+        self._dropped: set[str] = set()
         self._receiver: threading.Thread | None = None
         self._endpoint: Endpoint | None = None
         self._listener: socket.socket | None = None
@@ -277,12 +284,19 @@ class GuestProcess:
             self._machines.make_vm,
             accel=self._machines.accel,
             accept=self._accept_more,
+            dropped=self._dropped,
             on_event=self._on_incoming_event,
             before_run=self._arrived,
         )
         self._event("MIGRATION", {"status": "active"})
         try:
-            vm = self._incoming.run()
+            self._arrive(self._incoming)
+        finally:
+            self._incoming = None
+
+    def _arrive(self, incoming: Destination) -> None:
+        try:
+            vm = incoming.run()
         except PageferryError as error:
             self._event("MIGRATION", {"status": "failed"})
             if isinstance(error, MigrationError) and error.guest_at is GuestAt.DESTINATION:
@@ -292,12 +306,11 @@ class GuestProcess:
             self._console.end("the guest did not arrive")
             self._say(f"no guest received: {error}; waiting for another attempt")
             return
-        finally:
-            self._incoming = None
         self._event("MIGRATION", {"status": "completed"})
         if vm.status is VmStatus.RUNNING:
             self._event("RESUME")
         self._say("a guest has arrived and is ours")
+        incoming.see_off()
 
     def _accept_more(self, wait_s: float) -> Channel | None:
         listener = self._listener
@@ -431,7 +444,10 @@ class GuestProcess:
     def _on_engine_event(self, event: Event) -> None:
         self._announce_postcopy(event)
         if isinstance(event, PostcopyPaused):
-            self._say(f"{event.reason}; the guest stands still there and needs pages that are here ({_RECOVER_HINT})")
+            where = "the guest stands still there and needs pages that are here"
+            if self._guest_at() is GuestAt.UNKNOWN:
+                where = "whether the guest runs there is not known; if it does, it needs pages that are here"
+            self._say(f"{event.reason}; {where} ({_RECOVER_HINT})")
         begins = Phase.PRECOPY if isinstance(self._source, Save) else Phase.HELLO
         if isinstance(event, PhaseBegan) and event.phase is begins:
             self._event("MIGRATION", {"status": "active"})
@@ -535,11 +551,13 @@ class GuestProcess:
     def _check_here(self) -> None:
         at = self._guest_at()
         self._check_not_moved()
-        if self._is_migrating() and self._source is not None and self._source.handing_over:
-            raise QmpError("the guest is being handed over")
         if at is GuestAt.UNKNOWN:
             hint = "see whether the destination runs it; if it surely does not: pageferry resume --force"
+            if self._is_migrating():
+                hint = f"pageferry migrate --recover finds out; {hint}"
             raise QmpError("whether the guest has moved is not known", hint=hint)
+        if self._is_migrating() and self._source is not None and self._source.handing_over:
+            raise QmpError("the guest is being handed over")
 
     def _check_not_moved(self) -> None:
         if self._guest_at() is GuestAt.DESTINATION:
@@ -617,7 +635,7 @@ class GuestProcess:
     def _migrate_cancel(self, arguments: dict[str, Any]) -> None:
         Arguments(arguments).done()
         if self._source is not None and self._is_migrating() and not self._source.cancel():
-            raise QmpError("too late to cancel: the guest is being handed over")
+            raise QmpError(f"too late to cancel: {_TOO_LATE[self._guest_at()]}")
 
     def _waits_for_source(self) -> bool:
         incoming = self._incoming
@@ -631,7 +649,7 @@ class GuestProcess:
         Arguments(arguments).done()
         if self._source is not None and self._source.keeps_pages:
             hint = "wait until they have gone; end the process by a signal only if the guest may be lost"
-            raise QmpError("the guest runs at the destination and needs pages that are here only", hint=hint)
+            raise QmpError("the guest needs pages at the destination that are here only", hint=hint)
         self._event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self.quit()
 
