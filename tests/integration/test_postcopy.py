@@ -3,6 +3,7 @@
 import random
 import socket
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pageferry.core.events import MigrationEnded, PostcopyPaused, PostcopyRecove
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
-from pageferry.core.vm import VmStatus
+from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import destination as destination_module
 from pageferry.engine import recovery
 from pageferry.engine import source as source_module
@@ -27,10 +28,13 @@ from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint, accept_within
 from pageferry.engine.wire import WireOptions
 from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.ferry import Join, Side
 from pageferry.stream.ferry_frames import FrameType
+from pageferry.testing import StampOracle
 
 MiB = 1 << 20
 #: How long to wait for what is sure to come, however busy the host is.
@@ -336,6 +340,115 @@ def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(guests, inn, le
     assert (report.status, report.postcopy.cuts) == ("completed", len(cuts))
     assert report.verified_pages == expand_runs(*vm.memory.populated()).size
     assert sum(isinstance(event, PostcopyRecovered) for event in inn.events) == len(cuts)
+
+
+@dataclass
+class Cut:
+    """What happens to one connection: cut when so many bytes have gone on it in one direction.
+
+    ``quiet``: the destination asks there for nothing but what somebody waits for.
+    """
+
+    by: Side
+    after_bytes: int
+    quiet: bool = False
+
+
+@pytest.fixture
+def shears(monkeypatch):
+    """Cuts connections of post-copy, the first of these the first, in the middle of whatever is being said."""
+    cuts = []
+    serve, take_all, ask_ahead = LeftBehind.serve, PageFetcher.take_all, PageFetcher._ask_ahead
+    turns = {side: iter(range(1 << 30)) for side in Side}
+
+    def cut_of(side, channel):
+        number = next(turns[side])
+        cut = cuts[number] if number < len(cuts) else None
+        if cut is not None and cut.by is side:
+            send, left_bytes = channel.send, cut.after_bytes
+
+            def send_some(buffers, fd=None):
+                nonlocal left_bytes
+                data = b"".join(buffers)
+                if len(data) > left_bytes:
+                    send([data[:left_bytes]])
+                    channel.abort()
+                    raise ConnectionResetError("cut by the test")
+                left_bytes -= len(data)
+                send(buffers)
+
+            channel.send = send_some
+        return cut
+
+    def serve_some(left, peer):
+        cut_of(Side.SOURCE, peer.channel)
+        serve(left, peer)
+
+    def take_some(fetcher, peer):
+        cut = cut_of(Side.DESTINATION, peer.channel)
+        fetcher.quiet = cut is not None and cut.quiet
+        take_all(fetcher, peer)
+
+    monkeypatch.setattr(LeftBehind, "serve", serve_some)
+    monkeypatch.setattr(PageFetcher, "take_all", take_some)
+    monkeypatch.setattr(PageFetcher, "_ask_ahead", lambda fetcher: None if fetcher.quiet else ask_ahead(fetcher))
+    return cuts
+
+
+class SwitchWithAll:
+    """Switches after a round in which the guest was busy; all that it works on is to come then."""
+
+    name = "switch"
+    switches = True
+
+    def __init__(self, vm, gfns):
+        self.vm = vm
+        self.gfns = gfns
+
+    def decide(self, progress):
+        before = slots(self.vm)[0].work
+        until(lambda: slots(self.vm)[0].work > before + 2, "rounds")
+        self.vm.memory.wrote(self.gfns)
+        return Decision(action=Action.POST_COPY, reason="so")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, shears, seed):
+    """What it should have is played through on the host, round by round (docs/guest-abi.md, ``stamp``)."""
+    dice = random.Random(seed)
+    pages = 2048
+    for _ in range(dice.randrange(3)):  # these while there is surely much left that is waited for
+        by, most = dice.choice([(Side.SOURCE, 30 * PAGE_SIZE), (Side.DESTINATION, 600)])
+        shears.append(Cut(by, dice.randrange(most), quiet=True))
+    for _ in range(dice.randrange(1, 5)):
+        by, most = dice.choice([(Side.SOURCE, pages * PAGE_SIZE), (Side.DESTINATION, pages * 10)])
+        shears.append(Cut(by, int(most ** dice.random())))
+    vm = make_vm(VmConfig(memory_bytes=32 * MiB))
+    try:
+        params = GuestParams(working_set_bytes=pages * PAGE_SIZE, rate=300, seed=seed)
+        oracle = StampOracle(boot(vm, load_workload("stamp"), params=params))
+        vm.resume()
+        runs_on(vm)
+        source = leave(vm, inn.open(), SwitchWithAll(vm, oracle.gfns))
+        while until(lambda: source.report or source.postcopy_paused, "end or pause") != source.report:
+            assert source.recover(inn.endpoint)
+        there = inn.done()
+        left_at = slots(vm)[0].work
+    finally:
+        vm.close()
+    report = source.report
+    assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION), report.reason
+    assert report.postcopy.missing_pages >= pages
+    assert min(1, len(shears)) <= report.postcopy.cuts <= len(shears)
+    there.attach_sync(True)
+    assert there.wait(GIVE_UP_S) is VmStatus.PAUSED, there.end
+    rounds = there.sync_value()
+    repeated = slots(there)[0].work - rounds  # the one under way, if we came between its sync point and its answer
+    assert repeated in (0, 1)
+    assert rounds >= left_at
+    for number in range(1, rounds + 1):
+        oracle.played(number)
+    assert oracle.wrong_gfns(there.memory).size == 0
 
 
 def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, scissors):
