@@ -10,7 +10,7 @@ import pytest
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
-from pageferry.core.events import MigrationEnded, PostcopyPaused, PostcopyRecovered
+from pageferry.core.events import MigrationEnded, PostcopyPaused, PostcopyProgress, PostcopyRecovered
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
@@ -229,8 +229,14 @@ def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus
     assert runs_on(there)
     assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
     assert there.memory.read(LATE_GPA, len(LATE)) == LATE
-    assert report.postcopy.missing_pages >= LATE_PAGES
-    assert report.postcopy.cuts == 0
+    late = report.postcopy
+    assert late.missing_pages == late.sent_pages >= LATE_PAGES
+    assert late.missing_pages >= late.urgent_pages
+    assert (late.cuts, late.cut_s) == (0, 0.0)
+    assert late.waited_s >= late.longest_wait_s >= 0.0
+    progress = [event for event in events if isinstance(event, PostcopyProgress)]
+    assert [event.sent_pages for event in progress] == sorted({event.sent_pages for event in progress})
+    assert (progress[-1].sent_pages, progress[-1].missing_pages) == (late.sent_pages, late.missing_pages)
     assert report.verified_pages == expand_runs(*vm.memory.populated()).size
     assert report.downtime_s == pytest.approx(sum(report.downtime_parts_s.values()))
     assert report.total_s == pytest.approx(report.paused_at_s + report.downtime_s + report.postcopy.duration_s)
@@ -259,6 +265,11 @@ def test_only_what_is_touched_comes_while_the_rest_waits(guests, inn, leave, hel
     assert pages_there(inn) == 1
     assert source.status == "postcopy-active"
     assert source.report is None
+    left_bytes = source.traffic().remaining_pages * PAGE_SIZE
+    outlook = source.outlook()
+    assert outlook.eta_s == pytest.approx(left_bytes / outlook.wire_bytes_per_s, rel=0.5)
+    assert outlook.eta_reason == "the guest runs there already, and the rest follows"
+    assert (outlook.expected_downtime_s, outlook.dirty_bytes_per_s) == (None, 0.0)
     held.set()
     inn.vm.memory.read(LATE_GPA, PAGE_SIZE)  # whatever comes lets it go on
     assert report_of(source).postcopy.urgent_pages >= 2
@@ -294,7 +305,7 @@ def scissors(monkeypatch):
     budgets = []
     serve = LeftBehind.serve
 
-    def serve_some(left, peer):
+    def serve_some(left, peer, on_progress):
         channel = peer.channel
         send, left_bytes = channel.send, [budgets.pop(0) if budgets else None]
 
@@ -309,7 +320,7 @@ def scissors(monkeypatch):
             send(buffers)
 
         channel.send = send_some
-        serve(left, peer)
+        serve(left, peer, on_progress)
 
     monkeypatch.setattr(LeftBehind, "serve", serve_some)
     return budgets
@@ -325,6 +336,7 @@ def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(guests, inn, le
     source = leave(vm, inn.open(), on_event=events.append)
     for number in range(1, len(cuts) + 1):
         pause_of(source)
+        assert (source.outlook().eta_s, "migrate --recover" in source.outlook().eta_reason) == (None, True)
         assert source.status == "postcopy-paused"
         until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in events) == n, "word of it")
         assert source.guest_at is GuestAt.DESTINATION
@@ -380,9 +392,9 @@ def shears(monkeypatch):
             channel.send = send_some
         return cut
 
-    def serve_some(left, peer):
+    def serve_some(left, peer, on_progress):
         cut_of(Side.SOURCE, peer.channel)
-        serve(left, peer)
+        serve(left, peer, on_progress)
 
     def take_some(fetcher, peer):
         cut = cut_of(Side.DESTINATION, peer.channel)

@@ -139,7 +139,14 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
     assert source.migration() == "postcopy-paused"
     until(lambda: destination.ask("query-status")["status"] == "paused", "pause there")
     state = destination.ask("x-query-guest")
-    assert (state["work"], state["missing_pages"] > 0) == ([], True)
+    assert (state["work"], state["missing_pages"] > 0, state["waits_for_source"]) == ([], True, True)
+    said = cli("status", "--control", destination.control).stdout
+    assert "the guest stands still: the connection to its source was cut" in said
+    assert "If that process has ended, the guest is lost" in said
+    info = source.ask("query-migrate")
+    assert (info["x-eta-s"], info["x-guest-at"]) == (None, "destination")
+    assert info["ram"]["remaining"] >= 64 * 4096
+    assert "migrate --recover" in cli("status", "--control", source.control).stdout
     for process, command in ((source, "quit"), (source, "cont"), (source, "stop"), (destination, "stop")):
         with pytest.raises(QmpError, match=r"needs pages|has moved|stands still"):
             process.ask(command)
@@ -156,6 +163,35 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
     assert refused.returncode == 6
     assert "no migration here was cut after the switch" in refused.stderr
     assert cli("quit", "--control", source.control).returncode == 0
+
+
+@pytest.mark.parametrize(("times", "code"), [(1, 0), (2, 11)])
+def test_ctrl_c_after_the_switch_says_that_it_is_too_late(pair, wires, popen, times, code):
+    source, destination = pair
+    wire = wires(destination.endpoint(), hold_at=int(FrameType.PAGES).to_bytes(4, "little"))
+    command = [*PAGEFERRY, "migrate", "--control", source.control, wire.uri, *SWITCH]
+    client = popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert wire.held.wait(GIVE_UP_S)
+    said = ""
+    client.send_signal(signal.SIGINT)
+    while "too late to cancel" not in said:
+        line = client.stderr.readline()
+        assert line, said
+        said += line
+    assert "the guest has switched, and its pages follow; Ctrl-C again leaves it" in said
+    assert (
+        "are still coming from its source; if that process ends"
+        in cli("status", "--control", destination.control).stdout
+    )
+    if times == 2:
+        client.send_signal(signal.SIGINT)
+        assert "the migration goes on by itself" in client.stderr.read()
+        assert client.wait(GIVE_UP_S) == code
+    wire.release()
+    with client.stderr:
+        assert client.wait(GIVE_UP_S) == code
+    until(lambda: source.migration() == "completed", "end")
+    assert destination.runs_on()
 
 
 def test_a_switch_whose_answer_was_lost_is_recovered(pair, wires):

@@ -28,7 +28,7 @@ from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.streams import STANDARD_INPUT, opened
-from pageferry.cli.view import ProgressView, ReadingView, lessons, oracle_line, outlook_line, summary
+from pageferry.cli.view import ProgressView, ReadingView, lessons, missing_line, oracle_line, outlook_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import (
     GuestAt,
@@ -410,7 +410,7 @@ def migrate_guest(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, before the switch."""
+    """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     options |= _wire_options(bandwidth, connections, compress, delta_cache) | ({"x-hold": True} if hold else {})
@@ -559,7 +559,7 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
             _out.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
         _print_oracle(state, _out)
         if state["missing_pages"]:
-            _out.print(f"{state['missing_pages']:,} pages are still coming from its source", markup=False)
+            _out.print(missing_line(state), markup=False, soft_wrap=True)
     if state["migration"] is not None:
         _out.print(outlook_line(state["migration"]), markup=False, soft_wrap=True)
 

@@ -109,6 +109,19 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PostcopyProgress:
+    """Some pages have gone after the switch.
+
+    ``missing_pages``: how many had not been sent then, of which ``sent_pages`` have gone by now; ``urgent_pages`` of
+    these because somebody waited for them.
+    """
+
+    missing_pages: int
+    sent_pages: int
+    urgent_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PostcopyPaused:
     """The connection was cut after the switch: the guest stands still at the destination, its pages are kept here."""
 
@@ -124,15 +137,24 @@ class PostcopyRecovered:
 class PostcopyStats:
     """What came after the switch.
 
-    ``missing_pages``: pages that had not been sent when the guest switched. ``urgent_pages``: of these, asked for
-    because somebody waited for them. ``duration_s``: from the switch until all had come. ``cuts``: how often the
-    connection was lost meanwhile.
+    ``missing_pages``: pages that had not been sent when the guest switched. Of these, ``sent_pages`` have gone (all,
+    unless the guest ended or was given up), ``zero_pages`` of them by name only, and ``urgent_pages`` because somebody
+    waited for them. ``duration_s``: from when the guest ran at the destination until the end.
+    ``cuts``: how often the connection was lost, for ``cut_s`` in all: there the guest stood still.
+    ``waits``: how often a vCPU, or a device for it, waited for a page; ``waited_s``: guest time lost so, all vCPUs
+    together, a wait during a cut to its end; ``longest_wait_s``: the longest. None: the destination never told.
     """
 
     missing_pages: int
+    sent_pages: int
+    zero_pages: int
     urgent_pages: int
     duration_s: float
     cuts: int
+    cut_s: float
+    waits: int | None
+    waited_s: float | None
+    longest_wait_s: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +241,7 @@ Event = (
     | RoundBegan
     | RoundProgress
     | RoundEnded
+    | PostcopyProgress
     | PostcopyPaused
     | PostcopyRecovered
     | MigrationEnded

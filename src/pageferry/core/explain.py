@@ -57,12 +57,18 @@ def _outcome(report: MigrationReport) -> str:
 
 
 def _after_switch(postcopy: PostcopyStats) -> str:
-    """Return what came after the switch."""
-    cuts = f" The connection was cut {postcopy.cuts} times meanwhile, and the guest stood still." * (postcopy.cuts > 0)
-    return (
-        f" {postcopy.missing_pages:,} pages came in {format_duration(postcopy.duration_s)} while it ran; it waited for "
-        f"{postcopy.urgent_pages:,} of them.{cuts}"
-    )
+    """Return what came after the switch, and how long the guest waited for it."""
+    words = f" {postcopy.sent_pages:,} pages came in the {format_duration(postcopy.duration_s)} after that"
+    if postcopy.waits and postcopy.waited_s is not None and postcopy.longest_wait_s is not None:
+        each = format_duration(postcopy.waited_s / postcopy.waits)
+        words += (
+            f"; it waited {postcopy.waits:,} times for some of them, {format_duration(postcopy.waited_s)} of its time "
+            f"in all: {each} each, {format_duration(postcopy.longest_wait_s)} at most"
+        )
+    if postcopy.cuts:
+        times = "once" if postcopy.cuts == 1 else f"{postcopy.cuts} times"
+        words += f". The connection was cut {times}, and it stood still for {format_duration(postcopy.cut_s)}"
+    return f"{words}."
 
 
 def _downtime(report: MigrationReport) -> str:

@@ -33,6 +33,7 @@ from pageferry.core.policies import with_limits
 from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.guest_time import StallMeter
+from pageferry.engine.late_counts import LateCounts
 from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.outlet import Outlet
 from pageferry.engine.pacer import Pacer
@@ -87,8 +88,9 @@ class Outlook:
     """How fast an attempt goes, and when it will be over.
 
     ``wire_bytes_per_s``: None before anything was sent. ``dirty_bytes_per_s``: by the guest in the last round, distinct
-    pages only. ``expected_downtime_s``: of a pause now. ``eta_s``: seconds to the end, None when none is in sight;
-    ``eta_reason``: why not, or why it was moved back last; empty while it only counts down.
+    pages only; 0 after a switch. ``expected_downtime_s``: of a pause now; None after a switch. ``eta_s``: seconds to
+    the end, None when none is in sight; ``eta_reason``: why not, or why it was moved back last; empty while it only
+    counts down.
     """
 
     wire_bytes_per_s: float | None
@@ -161,7 +163,7 @@ class Attempt(ABC):
         self._left: LeftBehind | None = None
         self._recovery = Recovery()
         self._ended = threading.Event()
-        self._cuts = 0
+        self._late_counts: LateCounts | None = None
         self._cut_reason = ""
         self.status = "setup"
         self.guest_at = GuestAt.SOURCE
@@ -201,6 +203,8 @@ class Attempt(ABC):
         now = self._sender.under_way()
         if now is not None and now.elapsed_s > 0 and (measured is None or now.moved_bytes >= RATE_SAMPLE_BYTES):
             wire = now.moved_bytes / now.elapsed_s
+        if self._late_counts is not None and self._committed:
+            return self._late_outlook(self._late_counts, wire)
         pace = Pace(
             remaining_bytes=self._sender.remaining_pages * PAGE_SIZE,
             wire_bytes_per_s=wire,
@@ -218,6 +222,13 @@ class Attempt(ABC):
                 eta_s=None if held else eta_s,
                 eta_reason="it is ready, and held until it is told to go on" if held else self._eta.reason,
             )
+
+    def _late_outlook(self, late: LateCounts, precopy_bytes_per_s: float | None) -> Outlook:
+        with self._eta_lock:
+            wire, eta_s, reason = late.tell(precopy_bytes_per_s)
+        return Outlook(
+            wire_bytes_per_s=wire, dirty_bytes_per_s=0.0, expected_downtime_s=None, eta_s=eta_s, eta_reason=reason
+        )
 
     def change_limits(self, given: dict[str, float | int], bandwidth: WireOptions | None = None) -> None:
         """Change limits of the attempt while it runs, from any thread; all of them or none.
@@ -349,7 +360,8 @@ class Attempt(ABC):
         """Say that the connection is lost while pages are here that the guest needs at the destination."""
         for channel in self._channels:
             channel.abort()
-        self._cuts += self.status != "postcopy-recover"
+        if self._late_counts is not None:
+            self._late_counts.cut()
         if not isinstance(error, MigrationError):
             error = self._as_migration_error(error, self.guest_at)
         self._cut_reason = error.reason
@@ -395,6 +407,8 @@ class Attempt(ABC):
     def _finish(self, status: str, reason: str) -> MigrationReport:
         assert self._began_s is not None
         ended_s = self._clock.now_s()
+        if self._left is not None:
+            self._sent.add(len(self._sender.rounds), self._left.gone.gfns())
         downtime_s, parts = None, None
         if self._running_at_s is not None:
             downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
@@ -419,7 +433,7 @@ class Attempt(ABC):
             state_bytes=self._state_bytes,
             devices=self._devices,
             verified=self._prover.verified_pages > 0,
-            verified_pages=self._prover.verified_pages + self._arrived_pages(),
+            verified_pages=self._prover.verified_pages + (0 if self._left is None else self._left.sent_pages),
             audited_pages=self._prover.audited_pages,
             shared_memory=self._shared,
             fault_count=self._fault_count,
@@ -443,18 +457,10 @@ class Attempt(ABC):
         paused_s = self._clock.began_s.get(Phase.PAUSE)
         return None if paused_s is None or self._began_s is None else paused_s - self._began_s
 
-    def _arrived_pages(self) -> int:
-        return 0 if self._left is None else self._left.pages - self._left.left_pages
-
     def _postcopy(self, ended_s: float) -> PostcopyStats | None:
-        if self._left is None or self._running_at_s is None:
+        if self._late_counts is None or self._running_at_s is None:
             return None
-        return PostcopyStats(
-            missing_pages=self._left.pages,
-            urgent_pages=self._left.urgent_pages,
-            duration_s=ended_s - self._running_at_s,
-            cuts=self._cuts,
-        )
+        return self._late_counts.stats(self._running_at_s, ended_s)
 
     def _abort(self, reason: str) -> PolicyAbort:
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)

@@ -11,6 +11,7 @@ from pageferry.engine import estimates
 from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.guest_time import Stall
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.late_counts import LateCounts
 from pageferry.engine.left_behind import LeftBehind
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, PlainRecord, StaticDataEnd, TscInfo
@@ -185,7 +186,9 @@ class Copying(Attempt):
         self._prover.cleaned(gfns)
         if self._switches:
             gfns, left = gfns[:0], gfns[self._vm.memory.are_ram(gfns)]
-            self._left = LeftBehind(self._vm.memory, left) if left.size else None
+            if left.size:
+                self._left = LeftBehind(self._vm.memory, left)
+                self._late_counts = LateCounts(self._left, self._clock.now_s)
         stats = self._send_round([gfns], expected_pages=gfns.size, final=True)
         self._lanes.send_removed(self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))

@@ -59,6 +59,8 @@ class PageFetcher:
         self._vm = vm
         self._changed = threading.Condition()
         self._missing = missing
+        self.left_pages = missing.count()
+        """How many pages are still missing."""
         self._absent = vm.memory.all_ram()
         there = DirtyBitmap(missing.nbits)
         there.set_runs(*vm.memory.populated())
@@ -76,11 +78,6 @@ class PageFetcher:
         self._content = np.empty(MAX_WANTED_PAGES * PAGE_SIZE, np.uint8)
         self._zeros = np.zeros(MAX_WANTED_PAGES * PAGE_SIZE, np.uint8)
         self._arrival = vm.await_memory(self.fetch, missing)
-
-    @property
-    def left_pages(self) -> int:
-        """How many pages are still missing."""
-        return self._missing.count()
 
     def fetch(self, gfns: GfnArray) -> None:
         """Return when these frames (uint64[n]) are there; any thread but the one that is in :meth:`take_all`.
@@ -129,7 +126,7 @@ class PageFetcher:
             if self._in_need:
                 self._ask_in_need(np.unique(np.concatenate(self._in_need)))
         try:
-            while self._missing.any():
+            while self.left_pages:
                 with self._changed:
                     self._ask_ahead()
                 frame = peer.receive()
@@ -163,7 +160,7 @@ class PageFetcher:
             if self._over:
                 return
             self._over = True
-            self._abandoned = self._missing.any()
+            self._abandoned = self.left_pages > 0
             self._arrival.finish()
             self._changed.notify_all()
         self._arrival.close()
@@ -219,6 +216,7 @@ class PageFetcher:
         self._install_zero(gfns[frame.zero])
         with self._changed:
             self._missing.clear(gfns)
+            self.left_pages -= gfns.size
             self._absent.clear(gfns)
             self._asked.clear(gfns)
             self._asked_pages -= gfns.size

@@ -4,6 +4,7 @@ The guest is frozen here and never runs here again, so a page is what it was at 
 """
 
 import contextlib
+from collections.abc import Callable
 
 from pageferry.core.bitmap import DirtyBitmap, runs_of
 from pageferry.core.errors import RemoteStreamError
@@ -28,21 +29,23 @@ class LeftBehind:
         self._words = page_words(memory)
         self.missing = DirtyBitmap.of(memory.gfn_limit, gfns)
         """Which pages."""
-        self._gone = DirtyBitmap(memory.gfn_limit)
+        self.pages = int(gfns.size)
+        """How many there are in all."""
+        self.sent_pages = 0
+        """How many have gone, each counted once."""
+        self.gone = DirtyBitmap(memory.gfn_limit)
+        """Which have gone."""
         self.urgent_pages = 0
         """How many were asked for because somebody waited for them."""
-        self.waits = Complete()
+        self.zero_pages = 0
+        """How many were zero, and went by name."""
+        self.waits: Complete | None = None
         """What the destination told of its waiting when it had everything."""
-
-    @property
-    def pages(self) -> int:
-        """How many pages there are in all."""
-        return self.missing.count()
 
     @property
     def left_pages(self) -> int:
         """How many were never sent."""
-        return (self.missing - self._gone).count()
+        return self.pages - self.sent_pages
 
     def announce(self, peer: Peer) -> None:
         """Tell the destination which pages are missing.
@@ -55,8 +58,12 @@ class LeftBehind:
             part = slice(at, at + MAX_MISSING_RUNS)
             peer.send(Missing(first_gfns=starts[part], pages=lengths[part]))
 
-    def serve(self, peer: Peer) -> None:
+    def serve(self, peer: Peer, on_progress: Callable[[], None]) -> None:
         """Answer the destination until it needs nothing more.
+
+        Args:
+            peer: the destination.
+            on_progress: called after each answer.
 
         Raises:
             RemoteStreamError: it says something else, or asks for a page that is not missing.
@@ -75,9 +82,16 @@ class LeftBehind:
             content = self._memory.views(*runs_of(frame.gfns[~zero]))
             pages = Pages(gfns=frame.gfns, zero=zero, digest=digest_of(frame.gfns, zero, content))
             peer.send(pages, content=content)
-            self._gone.set(frame.gfns)
-            if frame.urgent:
-                self.urgent_pages += frame.gfns.size
+            self._count(pages, urgent=frame.urgent)
+            on_progress()
+
+    def _count(self, pages: Pages, *, urgent: bool) -> None:
+        fresh = ~self.gone.test_many(pages.gfns)  # what a cut lost goes again
+        self.gone.set(pages.gfns)
+        self.sent_pages += int(fresh.sum())
+        self.zero_pages += int((pages.zero & fresh).sum())
+        if urgent:
+            self.urgent_pages += int(fresh.sum())
 
     def _are_missing(self, gfns: GfnArray) -> bool:
         return int(gfns[-1]) < self.missing.nbits and bool(self.missing.test_many(gfns).all())

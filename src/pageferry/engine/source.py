@@ -37,7 +37,7 @@ from pageferry.core.errors import (
     TruncatedError,
     VmError,
 )
-from pageferry.core.events import Event, Phase, PostcopyRecovered
+from pageferry.core.events import Event, Phase, PostcopyProgress, PostcopyRecovered
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
@@ -49,6 +49,7 @@ from pageferry.engine.failures import as_migration_error
 from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.late_counts import LateCounts
 from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.page_cache import PageCache
 from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
@@ -139,9 +140,9 @@ class Source(Copying):
                 self._verify(peer)
         with phase(Phase.HANDOFF):
             peer = self._handoff(peer)
-        if self._left is not None:
+        if self._left is not None and self._late_counts is not None:
             with phase(Phase.POSTCOPY):
-                self._serve(peer, self._left)
+                self._serve(peer, self._left, self._late_counts)
         self._leave()
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
@@ -315,14 +316,22 @@ class Source(Copying):
         self.guest_at = GuestAt.DESTINATION
         return peer
 
-    def _serve(self, peer: Peer, left: LeftBehind) -> None:
+    def _serve(self, peer: Peer, left: LeftBehind, late: LateCounts) -> None:
         """Answer for the pages that are missing there, over as many connections as it takes."""
+
+        def on_progress() -> None:
+            progress = PostcopyProgress(
+                missing_pages=left.pages, sent_pages=left.sent_pages, urgent_pages=left.urgent_pages
+            )
+            self._on_event(progress)
+
         self.status = "postcopy-active"
         if self._recovery.abandoned:  # before the answer to SWITCH was there
             peer.channel.abort()
         while True:
             try:
-                left.serve(peer)
+                late.connected()
+                left.serve(peer, on_progress)
                 return
             except (OSError, PageferryError, PeerFailedError) as error:
                 self._pause_postcopy(error)

@@ -24,6 +24,7 @@ from pageferry.core.events import (
     Phase,
     PhaseBegan,
     PostcopyPaused,
+    PostcopyProgress,
     PostcopyRecovered,
     RoundEnded,
     RoundProgress,
@@ -459,13 +460,13 @@ class GuestProcess:
         if isinstance(event, RoundEnded):
             self._event("MIGRATION_PASS", {"pass": event.stats.index + 1})
             self._announce_status()
-        if isinstance(event, RoundProgress):
+        if isinstance(event, RoundProgress | PostcopyProgress):
             now_s = time.monotonic()
             if now_s < self._next_progress_s:
                 return
             self._next_progress_s = now_s + _PROGRESS_INTERVAL_S
         data = {"type": type(event).__name__, **asdict(event)}
-        if isinstance(event, RoundProgress) and self._source is not None:
+        if isinstance(event, RoundProgress | PostcopyProgress) and self._source is not None:
             outlook = self._source.outlook()
             data |= {"eta_s": outlook.eta_s, "eta_reason": outlook.eta_reason}
         self._event(ENGINE_EVENT, data)
@@ -698,6 +699,7 @@ class GuestProcess:
                 "huge_bytes": vm.memory.huge_bytes(),
                 "unread_pages": None if self._lazy is None else self._lazy.left_pages,
                 "missing_pages": self._missing_pages(),
+                "waits_for_source": self._waits_for_source(),
                 "work": self._work_done(vm),
                 "exit_code": None if vm.end is None else vm.end.exit_code,
                 "crash": None if vm.end is None else vm.end.crash,
