@@ -484,7 +484,7 @@ def test_an_audit_follows_each_page_on_its_connection(guests, move, connections)
         records = [record for record in trip.taped.records(connection=index) if isinstance(record, Audit)]
         audited.append((np.concatenate([record.first_gfns for record in records]) // 512 % connections).tolist())
     assert [set(each) for each in audited] == [{index} for index in range(connections)]
-    assert 0 < report.audited_pages < report.verified_pages
+    assert 0 < report.audited_pages <= report.verified_pages
 
 
 @pytest.mark.parametrize("connection", [0, 1, 2])
@@ -555,7 +555,7 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
         wait_reached(self, number)
 
     def take(self, header):
-        if self._index == 2:
+        if self._index == 2 and len(rounds) < 3:  # nobody waits in the stop-and-copy
             assert waits.wait(60)
         page_data(self, header)
 
@@ -574,11 +574,9 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
     trip.run(Steps(3, compare), wire=WireOptions(connections=connections))
     trip.expect_equal()
     assert rounds == [[], [], []]
-    fences = [
-        [each.number for each in trip.taped.records(connection=i) if isinstance(each, Fence)]
-        for i in range(connections)
-    ]
-    assert fences == [[0, 1, 2]] * connections
+    for index in range(connections):
+        records = trip.taped.records(connection=index)
+        assert [record.number for record in records if isinstance(record, Fence)] == [0, 1, 2]
 
 
 def test_a_destination_that_does_not_know_fences_is_not_waited_for(guests, move, monkeypatch):

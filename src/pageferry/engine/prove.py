@@ -159,12 +159,13 @@ class Prover:
             return (1 + _AGAIN_SHARE) * self._digest_s(fresh.count())
         return self._found_s + self._digest_s(fresh.count())
 
-    def prove(self, peer: Peer, spent_s: float) -> Frame | None:
+    def prove(self, peer: Peer, spent_s: float, missing: DirtyBitmap | None = None) -> Frame | None:
         """Prove at the pause whatever is not proven.
 
         Args:
             peer: the stream has passed.
             spent_s: how long the guest stands still already, what is still to come besides this included.
+            missing: pages that come after the switch, each with its own digest; they are not proven here.
 
         Returns:
             None when the destination found everything equal; otherwise what it answered.
@@ -177,6 +178,8 @@ class Prover:
             populated &= self._vm.memory.all_ram()
         else:
             populated = self._find_populated()
+        if missing is not None:
+            populated -= missing
         audited = self._not_again(populated, spent_s)
         starts, lengths, is_audited = _merged(populated - audited, audited)
         if not starts.size:
