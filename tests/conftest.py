@@ -24,6 +24,8 @@ from pageferry.hypervisor.paging import Paging
 from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.trackers import ring_tracker
+from pageferry.testing import machines
+from pageferry.testing.machines import KINDS
 
 MiB = 1 << 20
 
@@ -105,6 +107,16 @@ def accel(request):
 def make_vm(accel):
     """Makes a machine of the accel under test from a VmConfig."""
     return KvmVm if accel == "kvm" else Domain
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request):
+    """Every kind of machine, with each of its trackers."""
+    try:
+        machines.expect_works(request.param)
+    except (UnsupportedError, VmError) as error:
+        pytest.skip(f"{request.param.name}: {error}")
+    return request.param
 
 
 @pytest.fixture
