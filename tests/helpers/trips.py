@@ -1,6 +1,7 @@
 """Migrations between two machines in one process: the other end, policies that count, a copy of what is sent."""
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,9 +17,11 @@ from pageferry.engine.transport import Channel, Endpoint, accept_within
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.ferry import Conversation, FerryDecoder, Join, Side, SourceHello
+from pageferry.stream.ferry import Conversation, Digests, FerryDecoder, Join, Side, SourceHello
+from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import EXTENSIONS
 from pageferry.stream.order import Role
+from pageferry.stream.records import End
 
 #: How long a connection may stand still where no test is about that.
 TIMEOUT_S = 60
@@ -108,6 +111,26 @@ class Rounds:
         return Decision(action=Action.STOP_AND_COPY if enough else Action.NEXT_ROUND, reason="counted")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A record on a tape: bytes ``begin`` to ``end`` of that connection."""
+
+    connection: int
+    begin: int
+    end: int
+    event: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sending:
+    """One call that sent: when it began and came back, on which connection, and where its first byte is on the tape."""
+
+    began_s: float
+    ended_s: float
+    connection: int
+    begin: int
+
+
 @dataclass
 class Taped:
     """An endpoint that keeps a copy of what the source sends, connection by connection."""
@@ -116,13 +139,15 @@ class Taped:
     before_connect: Callable[[int], None] = lambda index: None
     tapes: list[bytearray] = field(default_factory=list)
     channels: list[Channel] = field(default_factory=list)
+    sendings: list[Sending] = field(default_factory=list)
 
     def __str__(self):
         return str(self.endpoint)
 
     def connect(self, timeout_s, given_up):
         """Connect, with a tape."""
-        self.before_connect(len(self.tapes))
+        connection = len(self.tapes)
+        self.before_connect(connection)
         channel = self.endpoint.connect(timeout_s, given_up)
         self.channels.append(channel)
         tape, send = bytearray(), channel.send
@@ -130,24 +155,52 @@ class Taped:
 
         def tee(buffers, fd=None):
             copies = [bytes(buffer) for buffer in buffers]  # the guest may write meanwhile: send what is on the tape
+            began_s, begin = time.monotonic(), len(tape)
             tape.extend(b"".join(copies))
             send(copies, fd)
+            sending = Sending(began_s=began_s, ended_s=time.monotonic(), connection=connection, begin=begin)
+            self.sendings.append(sending)
 
         channel.send = tee
         return channel
 
-    def records(self, agreed=EXTENSIONS, connection=0):
-        """The records of the stream on a tape, or of the section there, which a strict reader takes."""
-        hello = FerryDecoder(Conversation(Side.DESTINATION))
-        hello.feed(bytes(self.tapes[connection]))
-        assert isinstance(hello.next_event(), Join if connection else SourceHello)
+    def placed(self, agreed=EXTENSIONS, connection=0):
+        """Return the records of the stream on a tape, or of the section there, which a strict reader takes.
+
+        And the frames that follow the stream, of a migration that came so far.
+        """
+        tape = bytes(self.tapes[connection])
+        conversation = Conversation(Side.DESTINATION)
+        frames, at = FerryDecoder(conversation), 0
+        while (hello := frames.next_event()) is NEED_DATA:
+            wanted = frames.wanted_bytes
+            frames.feed(tape[at : at + wanted])
+            at += wanted
+        assert isinstance(hello, Join if connection else SourceHello)
         stream = Decoder(agreed=agreed, role=Role.SECTION if connection else Role.READER)
-        stream.feed(hello.trailing_data)
-        events = []
+        stream.feed(tape[at:])
+        records, begin = [], at
         while (event := stream.next_event()) is not NEED_DATA:
-            events.append(event)
-        assert stream.ended
-        return events
+            end = at + stream.offset
+            records.append(Placed(connection=connection, begin=begin, end=end, event=event))
+            begin = end
+        if connection or not stream.ended:
+            return records, []
+        conversation.passed(Side.DESTINATION, FrameType.DESTINATION_HELLO)
+        conversation.stream_passed(stream.offset)
+        frames.feed(tape[begin:])
+        found = []
+        while (frame := frames.next_event()) is not NEED_DATA:
+            found.append(frame)
+            if isinstance(frame, Digests) and frame.last:
+                conversation.passed(Side.DESTINATION, FrameType.READY)
+        return records, found
+
+    def records(self, agreed=EXTENSIONS, connection=0):
+        """Return the records alone, of a whole stream."""
+        records, _ = self.placed(agreed, connection)
+        assert isinstance(records[-1].event, End)
+        return [record.event for record in records]
 
 
 class Move:

@@ -5,8 +5,6 @@ import functools
 import socket
 import struct
 import threading
-import time
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -37,9 +35,7 @@ from pageferry.core.events import (
     RoundEnded,
     RoundProgress,
 )
-from pageferry.core.explain import explain
 from pageferry.core.frames import gpa_of
-from pageferry.core.guest_time import WorkSample, lost_s
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
@@ -63,8 +59,7 @@ from pageferry.kvm import KvmVm
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
-from pageferry.stream.format import PageType
-from pageferry.stream.records import CpuidPolicy, StaticDataEnd, ZeroPages
+from pageferry.stream.records import CpuidPolicy, StaticDataEnd
 from pageferry.testing.cross_check import CrossCheck
 from pageferry.testing.mark_faults import MarksNothing
 from pageferry.testing.operators import STRAY_GFN
@@ -141,75 +136,6 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
         assert not sent or sent[-1] == stats.sent_pages
     if accel == "soft" and workload != "dma":  # one fault for each page that a vCPU made dirty, no more and no less
         assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
-
-
-class CountingEncoder(Encoder):
-    """Counts by itself which pages each record carries."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = Counter()
-
-    def page_data(self, gfns, types=None):
-        told = gfns if types is None else gfns[types != PageType.XTAB]
-        self.sent.update(told.tolist())
-        return super().page_data(gfns, types)
-
-    def record(self, record):
-        if isinstance(record, ZeroPages):
-            self.sent.update(record.pfns.tolist())
-        return super().record(record)
-
-
-def test_the_report_counts_each_page_as_often_as_it_was_sent(running, inn):
-    vm = running("hotset")
-    source = attempt(vm, inn.open())
-    encoder = source._encoder = CountingEncoder()
-    report = source.run()
-    inn.outcome()
-    assert report.sent.pages == len(encoder.sent)
-    assert report.sent.rewritten_pages == sum(n > 1 for n in encoder.sent.values())
-    assert report.sent.again_pages == sum(n - 1 for n in encoder.sent.values())
-    for hot in report.sent.hot:
-        assert hot.sent_pages == sum(encoder.sent[gfn] for gfn in range(hot.first_gfn, hot.first_gfn + hot.pages))
-    heat = report.sent.heat
-    for index, (first, last) in enumerate(zip(heat.first_gfns, heat.last_gfns, strict=True)):
-        cell = range(first, last + 1)
-        assert heat.pages[index] == sum(gfn in encoder.sent for gfn in cell)
-        assert sum(row[index] for row in heat.rows) == sum(encoder.sent[gfn] for gfn in cell)
-    sent = [stats.sent_pages for stats in report.rounds]
-    assert [sum(row) for row in heat.rows] == sent[: len(heat.rows)]
-    assert not any(sent[len(heat.rows) :])  # a guest that got no time to write leaves nothing for the last round
-
-
-def test_the_report_tells_where_the_guests_time_went_by_the_guests_own_count(running, inn):
-    vm = running("hotset")
-    at_pause = []
-
-    def look(event):
-        if isinstance(event, PhaseBegan) and event.phase is Phase.STOP_AND_COPY:
-            at_pause.append(sum(work(vm)))
-
-    before = WorkSample(at_s=time.monotonic() - 10, work=-10_000_000)
-    source = attempt(vm, inn.open(), on_event=look, work_before=before)
-    report = source.run()
-    inn.outcome()
-    spent = report.guest_time
-    first, last = source._stall._first, source._stall._last
-    assert [last.work] == at_pause
-    assert spent.work_before_per_s == (first.work - before.work) / (first.at_s - before.at_s)
-    assert spent.work_during_per_s == (last.work - first.work) / (last.at_s - first.at_s)
-    assert spent.lost_s == lost_s(spent.precopy_s, spent.work_before_per_s, spent.work_during_per_s)
-    assert 0 < spent.rehearsal_s + spent.enable_s + spent.clean_s < spent.precopy_s < report.total_s
-    assert spent.work_after_per_s is None
-    ends = report.round_ends
-    assert [end.decision.action for end in ends] == [Action.NEXT_ROUND] * (len(ends) - 1) + [Action.STOP_AND_COPY]
-    assert len(ends) == len(report.rounds) - 1
-    assert sorted(end.work for end in ends) == [end.work for end in ends]
-    assert ends[-1].work <= at_pause[0]
-    assert [end.ended_s for end in ends] == sorted(end.ended_s for end in ends)
-    assert report.explanation == explain(report)
-    assert any("of pre-copy the guest did" in line for line in report.explanation.guest_time)
 
 
 def test_a_failure_to_find_words_changes_no_outcome(running, inn, monkeypatch):
