@@ -3,6 +3,7 @@
 import re
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -124,9 +125,12 @@ def test_a_capped_migration_is_no_faster_than_the_cap_from_the_first_byte_to_the
     fill(vm, FREE, 1)
     vm.resume()
     trip = move(vm)
+    began_s = time.monotonic()
     report = trip.run(wire=WireOptions(bandwidth_bytes_per_s=cap))
     assert report.verified
     assert report.sent_bytes == len(trip.taped.tapes[0])
+    for sending in trip.taped.sendings:  # at no moment more than the cap allows until then, however late a thread is
+        assert sending.begin <= 1.05 * cap * (sending.ended_s - began_s + BURST_S)
     assert report.bandwidth_bytes_per_s == cap
     assert report.sent_bytes <= 1.05 * cap * (report.total_s + BURST_S)
     for stats in report.rounds:  # the stop-and-copy too
