@@ -4,15 +4,14 @@ import contextlib
 import fcntl
 import functools
 import os
-import socket
 import subprocess
 import sys
-import threading
 import weakref
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from proxy import Wire
 
 from pageferry.core.errors import KvmError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE
@@ -26,6 +25,8 @@ from pageferry.hypervisor.paging import Paging
 from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.trackers import ring_tracker
+from pageferry.testing import machines
+from pageferry.testing.machines import KINDS
 
 MiB = 1 << 20
 
@@ -107,6 +108,16 @@ def accel(request):
 def make_vm(accel):
     """Makes a machine of the accel under test from a VmConfig."""
     return KvmVm if accel == "kvm" else Domain
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def kind(request):
+    """Every kind of machine, with each of its trackers."""
+    try:
+        machines.expect_works(request.param)
+    except (UnsupportedError, VmError) as error:
+        pytest.skip(f"{request.param.name}: {error}")
+    return request.param
 
 
 @pytest.fixture
@@ -205,84 +216,6 @@ def hugetlb_pool():
         if left() < POOL_PAGES:
             pytest.skip(f"the host could set aside only {left()} pages of 2 MiB")
         yield left
-
-
-class Wire:
-    """A TCP proxy: what goes in at ``uri`` comes out at the target, until the test decides otherwise.
-
-    ``cut_after_bytes``: both connections are cut when so many bytes went from source to destination.
-    ``hold_at``: the bytes of that marker, and what follows, are not forwarded (in either direction) until ``release``;
-    ``held`` is set when that happened. One connection only.
-    """
-
-    def __init__(self, target, *, cut_after_bytes=None, hold_at=None):
-        self.target = target
-        self.cut_after_bytes = cut_after_bytes
-        self.hold_at = hold_at
-        self.held = threading.Event()
-        self.forwarded_bytes = 0
-        self._released = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._sockets = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def _accept(self):
-        try:
-            inner, _ = self._listener.accept()
-        except OSError:
-            return
-        outer = socket.create_connection(self.target)
-        self._sockets = [inner, outer]
-        for forward, pair in ((True, (inner, outer)), (False, (outer, inner))):
-            self._threads.append(threading.Thread(target=self._pump, args=(*pair, forward)))
-            self._threads[-1].start()
-
-    def _pump(self, source, sink, forward):
-        tail = b""
-        try:
-            while data := source.recv(1 << 16):
-                if forward and self.cut_after_bytes is not None:
-                    data = data[: self.cut_after_bytes - self.forwarded_bytes]
-                if self.hold_at is not None:
-                    at = (tail + data).find(self.hold_at) - len(tail)
-                    if at >= -len(tail):
-                        sink.sendall(data[: max(at, 0)])
-                        self.held.set()
-                        self._released.wait()
-                        data = data[max(at, 0) :]
-                    tail = (tail + data)[-len(self.hold_at) + 1 :]
-                sink.sendall(data)
-                if forward:
-                    self.forwarded_bytes += len(data)
-                    if self.forwarded_bytes == self.cut_after_bytes:
-                        self.cut()
-                        return
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.cut()
-
-    def release(self):
-        self._released.set()
-
-    def cut(self):
-        for sock in self._sockets:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-
-    def close(self):
-        self.release()
-        self.cut()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in list(self._threads):
-            thread.join()
-        for sock in self._sockets:
-            sock.close()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
-from pageferry.testing import check_log_dirty, machines
+from pageferry.testing import check_log_dirty
 from pageferry.testing.machines import KINDS
 
 ODD = (4 << 20) + 7 * 4096
@@ -22,15 +22,6 @@ CHECKS = [
 MADV_DONTNEED = 4
 MADV_COLLAPSE = 25
 UNTOUCHED_BYTE = 0x320 << 12  # RAM that no guest of the kit touches
-
-
-@pytest.fixture(params=KINDS, ids=str)
-def kind(request):
-    try:
-        machines.expect_works(request.param)
-    except (UnsupportedError, VmError) as error:
-        pytest.skip(f"{request.param.name}: {error}")
-    return request.param
 
 
 def test_a_tracker_is_exact_over_transparent_huge_pages(kind, thp):

@@ -9,14 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from processes import GIVE_UP_S, PAGEFERRY, cli
 
 from pageferry.kvm import probe
-
-PAGEFERRY = [sys.executable, "-m", "pageferry"]
-
-
-def cli(*arguments, **options):
-    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
 def complaint(result, code):
@@ -161,16 +156,12 @@ def test_a_failed_demo_still_reports(tmp_path):
     assert "report: The wire moved " in result.stderr
 
 
-def test_a_running_guest_ends_by_ctrl_c(tmp_path):
-    idle = subprocess.Popen(
-        [*PAGEFERRY, "run", "idle", "--memory", "16M", "--accel", "soft"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def test_a_running_guest_ends_by_ctrl_c(background):
+    idle = background("run", "idle", "--memory", "16M", "--accel", "soft")
     assert b"idle" in idle.stdout.readline()
     idle.send_signal(2)
-    assert idle.wait(30) == 0
-    idle.communicate()
+    idle.communicate(timeout=GIVE_UP_S)
+    assert idle.returncode == 0
 
 
 def test_help_and_version_tell():

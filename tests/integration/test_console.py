@@ -1,7 +1,6 @@
 """`pageferry console` as a person and a script use it: a terminal, a pipe, a migration, and peers that misbehave."""
 
 import base64
-import contextlib
 import os
 import pty
 import select
@@ -13,57 +12,16 @@ import termios
 import threading
 
 import pytest
+from processes import GIVE_UP_S, PAGEFERRY, cli, reap
 
-from pageferry.core.errors import VmError
-from pageferry.engine.transport import Endpoint
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 
-PAGEFERRY = [sys.executable, "-m", "pageferry"]
-PATIENCE_S = 20
-
-
-class Guest:
-    """A guest process whose own standard output is kept."""
-
-    def __init__(self, folder, name, *arguments):
-        self.control = folder / f"{name}.sock"
-        self.output = folder / f"{name}.out"
-        with self.output.open("wb") as output:
-            command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
-            self.popen = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, start_new_session=True)
-        self.client = None
-
-    def ready(self):
-        pause = threading.Event()
-        for _ in range(PATIENCE_S * 100):
-            with contextlib.suppress(VmError):
-                self.client = QmpClient(self.control)
-                return self
-            assert self.popen.poll() is None, self.popen.stderr.read()
-            pause.wait(0.01)
-        raise AssertionError("no control socket")
-
-    def end(self):
-        if self.client is not None:
-            self.client.close()
-        self.popen.kill()
-        self.popen.wait()
-        self.popen.stderr.close()
-
 
 @pytest.fixture
-def start(tmp_path, accel):
-    made = []
-
-    def start(*arguments):
-        made.append(Guest(tmp_path, f"guest{len(made)}", *arguments, "--accel", accel))
-        return made[-1].ready()
-
-    yield start
-    for guest in made:
-        guest.end()
+def start(start, accel):
+    return lambda *arguments: start(*arguments, "--accel", accel)
 
 
 @pytest.fixture
@@ -92,7 +50,7 @@ class Console:
     def read_until(self, text):
         """Read on until ``text``; return everything read since the last call, ``text`` included."""
         while text not in self.seen:
-            readable, _, _ = select.select([self.reader], [], [], PATIENCE_S)
+            readable, _, _ = select.select([self.reader], [], [], GIVE_UP_S)
             assert readable, f"no {text!r} in {self.seen[-300:]!r}"
             data = os.read(self.reader, 1 << 16)
             assert data, f"the end instead of {text!r}: {self.seen!r}"
@@ -107,14 +65,10 @@ class Console:
         return termios.tcgetattr(self.slave)
 
     def wait(self):
-        return self.popen.wait(PATIENCE_S)
+        return self.popen.wait(GIVE_UP_S)
 
     def close(self):
-        self.popen.kill()
-        self.popen.wait()
-        for stream in (self.popen.stdin, self.popen.stdout):
-            if stream is not None:
-                stream.close()
+        reap(self.popen)
         if self.master is not None:
             os.close(self.master)
             os.close(self.slave)
@@ -162,7 +116,7 @@ def test_a_guest_process_that_dies_leaves_the_terminal_as_it_was(echo, attach):
     guest = echo()
     console = attach(guest)
     console.read_until(b"seed 1\r\n")
-    guest.popen.kill()
+    guest.end()
     console.read_until(b"went away")
     assert console.wait() == 6
     assert console.settings() == console.before
@@ -176,7 +130,7 @@ def test_a_terminal_that_is_hung_up_detaches(echo, attach):
     os.close(console.slave)
     console.master = None
     assert console.wait() == 0
-    assert guest.client.execute("query-status")["running"]
+    assert guest.ask("query-status")["running"]
 
 
 def test_a_pipe_is_typed_whole_however_long_and_output_goes_on_after_its_end(echo, attach):
@@ -189,7 +143,7 @@ def test_a_pipe_is_typed_whole_however_long_and_output_goes_on_after_its_end(ech
     with QmpClient(guest.control) as client:
         client.execute("x-console-write", data=base64.b64encode(b"by another\r").decode())
     console.read_until(b"801: by another\n")
-    guest.client.execute("quit")
+    guest.ask("quit")
     console.read_until(b"the guest process has ended")
     assert console.wait() == 0
 
@@ -209,13 +163,11 @@ def test_with_its_standard_input_closed(echo):
     try:
         while b"seed 1" not in popen.stdout.readline():
             assert popen.poll() is None
-        guest.client.execute("quit")
+        guest.ask("quit")
         assert b"the guest process has ended" in popen.stdout.read()
-        assert popen.wait(PATIENCE_S) == 0
+        assert popen.wait(GIVE_UP_S) == 0
     finally:
-        popen.kill()
-        popen.wait()
-        popen.stdout.close()
+        reap(popen)
 
 
 def test_two_may_look_and_both_may_type(echo, attach):
@@ -234,7 +186,7 @@ def test_a_guest_that_never_reads_does_not_keep_anybody(start, attach):
     console = attach(guest)
     console.read_until(b"seed 1\r\n")
     full = base64.b64encode(bytes(8192)).decode()
-    while guest.client.execute("x-console-write", data=full)["taken"]:
+    while guest.ask("x-console-write", data=full)["taken"]:
         pass
     console.type(b"x" * 4096)
     console.type(b"y" * 10)
@@ -247,30 +199,24 @@ def test_a_guest_that_never_reads_does_not_keep_anybody(start, attach):
 def test_input_typed_before_and_after_a_migration_is_answered_once(echo, start, attach):
     source, destination = echo(), start("receive", "tcp://127.0.0.1:0")
     with pytest.raises(QmpError, match="no guest is here yet"):
-        destination.client.execute("x-console-follow")
+        destination.ask("x-console-follow")
     console = attach(source)
     console.read_until(b"seed 1\r\n")
     console.type(b"one\r")
     console.read_until(b"1: one\r\n")
-    source.client.execute("stop")
+    source.ask("stop")
     typed = b"two\r" + b"three is longer than the receiver holds\rfo"
-    assert source.client.execute("x-console-write", data=base64.b64encode(typed).decode()) == {"taken": len(typed)}
-    source.client.execute("migrate", uri=destination.client.execute("x-query-guest")["listening"])
+    assert source.ask("x-console-write", data=base64.b64encode(typed).decode()) == {"taken": len(typed)}
+    source.ask("migrate", uri=destination.ask("x-query-guest")["listening"])
     console.read_until(b"the guest has moved to another process")
     assert console.wait() == 0
     assert console.settings() == console.before
-    refused = subprocess.run(
-        [*PAGEFERRY, "console", "--control", str(source.control)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-    )
+    refused = cli("console", "--control", source.control, stdin=subprocess.DEVNULL)
     assert refused.returncode == 6
     assert "has moved" in refused.stderr
     there = attach(destination)
     there.read_until(b"attached")
-    destination.client.execute("cont")
+    destination.ask("cont")
     there.type(b"ur\r")
     there.read_until(b"\r\n")
     assert there.read_until(b"4: four\r\n") == b"2: two\r\n3: three is longer than the receiver holds\r\n4: four\r\n"
@@ -282,12 +228,11 @@ def test_while_the_guest_is_frozen_input_waits_and_is_not_lost(echo, start, atta
     source, destination = echo(), start("receive", "tcp://127.0.0.1:0")
     console = attach(source, terminal=False)
     console.read_until(b"seed 1\n")
-    endpoint = Endpoint.parse(destination.client.execute("x-query-guest")["listening"])
-    wire = wires(endpoint, hold_at=int(FrameType.READY).to_bytes(4, "little"))
-    source.client.execute("migrate", uri=wire.uri)
-    assert wire.held.wait(PATIENCE_S)
+    wire = wires(destination.endpoint(), hold_at=int(FrameType.READY).to_bytes(4, "little"))
+    source.ask("migrate", uri=wire.uri)
+    assert wire.held.wait(GIVE_UP_S)
     data = base64.b64encode(b"too early\r").decode()
-    assert source.client.execute("x-console-write", data=data) == {"taken": 0}
+    assert source.ask("x-console-write", data=data) == {"taken": 0}
     console.type(b"patience\r")
     wire.cut()
     wire.release()
@@ -301,12 +246,13 @@ def test_while_the_guest_is_frozen_input_waits_and_is_not_lost(echo, start, atta
 def test_bad_input_is_refused_and_harms_nobody(echo, attach, arguments, says):
     guest = echo()
     with pytest.raises(QmpError, match=says):
-        guest.client.execute("x-console-write", **arguments)
+        guest.ask("x-console-write", **arguments)
     with pytest.raises(QmpError, match="unexpected"):
-        guest.client.execute("x-console-follow", from_the="start")
-    guest.client.execute("x-console-follow")
-    with pytest.raises(QmpError, match="follows something already"):
-        guest.client.execute("x-console-follow")
+        guest.ask("x-console-follow", from_the="start")
+    with QmpClient(guest.control) as client:
+        client.execute("x-console-follow")
+        with pytest.raises(QmpError, match="follows something already"):
+            client.execute("x-console-follow")
     console = attach(guest)
     console.read_until(b"seed 1\r\n")
     console.type(b"unharmed\r")

@@ -1,22 +1,20 @@
 """How pages travel: every way there is ends in equal memory, and the report says what an independent count says."""
 
-import contextlib
 import re
 import socket
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
 
 import numpy as np
 import pytest
+from at_work import runs_on, work
+from trips import Rounds
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError
 from pageferry.core.events import Phase, RoundProgress
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policies import XenPolicy
-from pageferry.core.policy import Action, Decision
 from pageferry.core.token_bucket import BURST_S
 from pageferry.engine import features, lanes
 from pageferry.engine.arrivals import Arrivals
@@ -24,137 +22,17 @@ from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.destination import Destination
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.sections import Activity, Sections, read_stream
-from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint, accept_within
+from pageferry.engine.transport import Channel, Endpoint
 from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
-from pageferry.guests.abi import read_status
 from pageferry.stream import packing as packing_module
-from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.ferry import Conversation, FerryDecoder, Join, Reached, Side, SourceHello
-from pageferry.stream.format import EXTENSIONS, PageType
-from pageferry.stream.order import Role
+from pageferry.stream.codec import Decoder
+from pageferry.stream.ferry import Join, Reached, Side, SourceHello
+from pageferry.stream.format import PageType
 from pageferry.stream.packing import Packing, available, packer
 from pageferry.stream.records import Audit, DeltaPages, Fence, PackedPages, PageData, ZeroPages
 
 #: Frames that no guest program touches.
 FREE = np.arange(6000, 6400, dtype=np.uint64)
-
-
-@dataclass
-class Taped:
-    """An endpoint that keeps a copy of what the source sends, connection by connection."""
-
-    endpoint: Endpoint
-    before_connect: Callable[[int], None] = lambda index: None
-    tapes: list[bytearray] = field(default_factory=list)
-    channels: list[Channel] = field(default_factory=list)
-
-    def __str__(self):
-        return str(self.endpoint)
-
-    def connect(self, timeout_s, given_up):
-        self.before_connect(len(self.tapes))
-        channel = self.endpoint.connect(timeout_s, given_up)
-        self.channels.append(channel)
-        tape, send = bytearray(), channel.send
-        self.tapes.append(tape)
-
-        def tee(buffers, fd=None):
-            copies = [bytes(buffer) for buffer in buffers]  # the guest may write meanwhile: send what is on the tape
-            tape.extend(b"".join(copies))
-            send(copies, fd)
-
-        channel.send = tee
-        return channel
-
-    def records(self, agreed=EXTENSIONS, connection=0):
-        """The records of the stream on a tape, or of the section there, which a strict reader takes."""
-        hello = FerryDecoder(Conversation(Side.DESTINATION))
-        hello.feed(bytes(self.tapes[connection]))
-        assert isinstance(hello.next_event(), Join if connection else SourceHello)
-        stream = Decoder(agreed=agreed, role=Role.SECTION if connection else Role.READER)
-        stream.feed(hello.trailing_data)
-        events = []
-        while (event := stream.next_event()) is not NEED_DATA:
-            events.append(event)
-        assert stream.ended
-        return events
-
-
-class Steps:
-    """A policy that makes so many rounds; after each it calls ``after_round(index)``."""
-
-    name = "steps"
-
-    def __init__(self, rounds, after_round):
-        self._rounds = rounds
-        self._after_round = after_round
-
-    def decide(self, progress):
-        self._after_round(progress.last.index)
-        done = len(progress.rounds) >= self._rounds
-        return Decision(action=Action.STOP_AND_COPY if done else Action.NEXT_ROUND, reason="steps")
-
-
-class Move:
-    """One migration of ``vm`` to a machine of its kind over TCP; ``there`` is the Vm that arrived, or the error."""
-
-    def __init__(self, vm, make_vm, accel):
-        self.vm = vm
-        self._make_vm = make_vm
-        self._accel = accel
-        self.there = None
-        self.made = []
-        self.accepted = []
-        self.taped = None
-
-    def _make(self, config):
-        self.made.append(self._make_vm(config))
-        return self.made[-1]
-
-    def _serve(self, listener):
-        try:
-            channel = self.first = Channel(listener.accept()[0], 10)
-            self.there = Destination(
-                channel, self._make, accel=self._accel, accept=lambda wait_s: self._accept(listener, wait_s)
-            ).run()
-        except MigrationError as error:
-            self.there = error
-
-    def _accept(self, listener, wait_s):
-        channel = accept_within(listener, wait_s, 10)
-        if channel is not None:
-            self.accepted.append(channel)
-        return channel
-
-    def run(self, policy=None, *, before_connect=lambda index: None, **options):
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            server = threading.Thread(target=self._serve, args=(listener,))
-            server.start()
-            self.taped = Taped(Endpoint(host="127.0.0.1", port=listener.getsockname()[1]), before_connect)
-            try:
-                self.source = Source(self.vm, self.taped, policy or XenPolicy(), timeout_s=10, **options)
-                return self.source.run()
-            finally:
-                server.join()
-
-    def expect_equal(self):
-        assert not isinstance(self.there, MigrationError), self.there
-        gfns = expand_runs(*self.vm.memory.populated())
-        ours, theirs = (memory.page_views(gfns) for memory in (self.vm.memory, self.there.memory))
-        assert [int(g) for g, a, b in zip(gfns, ours, theirs, strict=True) if bytes(a) != bytes(b)] == []
-
-
-@pytest.fixture
-def move(guests, make_vm, accel):
-    with contextlib.ExitStack() as stack:
-
-        def begin(vm):
-            trip = Move(vm, make_vm, accel)
-            stack.callback(lambda: [each.close() for each in trip.made])
-            return trip
-
-        yield begin
 
 
 def fill(vm, gfns, value):
@@ -188,7 +66,7 @@ def test_zero_pages_travel_by_name(guests, move):
             fill(vm, FREE[150:200:2], 0)
 
     trip = move(vm)
-    report = trip.run(Steps(3, change))
+    report = trip.run(Rounds(3, change))
     trip.expect_equal()
     first, later = named_zero(trip.taped.records())
     assert set(FREE[:100].tolist()) <= set(first)
@@ -206,7 +84,7 @@ def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeyp
     vm = guests("idle")
     fill(vm, FREE, 1)
     trip = move(vm)
-    report = trip.run(Steps(2, lambda index: fill(vm, FREE, 0) if index == 0 else None))
+    report = trip.run(Rounds(2, lambda index: fill(vm, FREE, 0) if index == 0 else None))
     trip.expect_equal()
     events = trip.taped.records(agreed=())
     assert named_zero(events)[1] == []
@@ -235,8 +113,8 @@ def test_a_running_guest_among_zero_pages_arrives_equal(guests, move, workload):
     report = trip.run()
     assert report.verified
     assert report.rounds[0].zero_pages >= FREE.size
-    before = read_status(vm.memory, 1)[0].work
-    assert read_status(trip.there.memory, 1)[0].work >= before
+    before = work(vm)
+    assert work(trip.there) >= before
 
 
 # -- bandwidth ---------------------------------------------------------------------------------------------------------
@@ -248,9 +126,12 @@ def test_a_capped_migration_is_no_faster_than_the_cap_from_the_first_byte_to_the
     fill(vm, FREE, 1)
     vm.resume()
     trip = move(vm)
+    began_s = time.monotonic()
     report = trip.run(wire=WireOptions(bandwidth_bytes_per_s=cap))
     assert report.verified
     assert report.sent_bytes == len(trip.taped.tapes[0])
+    for sending in trip.taped.sendings:  # at no moment more than the cap allows until then, however late a thread is
+        assert sending.begin <= 1.05 * cap * (sending.ended_s - began_s + BURST_S)
     assert report.bandwidth_bytes_per_s == cap
     assert report.sent_bytes <= 1.05 * cap * (report.total_s + BURST_S)
     for stats in report.rounds:  # the stop-and-copy too
@@ -267,7 +148,7 @@ def test_a_cap_that_changes_during_a_round_leaves_no_page_out(guests, move, late
         if isinstance(event, RoundProgress):
             trip.source._pacer.set_rate(later)
 
-    report = trip.run(Steps(1, lambda index: None), wire=WireOptions(bandwidth_bytes_per_s=16 << 20), on_event=change)
+    report = trip.run(Rounds(1), wire=WireOptions(bandwidth_bytes_per_s=16 << 20), on_event=change)
     trip.expect_equal()
     assert report.rounds[0].sent_pages == report.rounds[0].dirty_pages
 
@@ -315,7 +196,7 @@ def test_every_page_travels_on_its_own_connection_in_order(guests, move, connect
         fill(vm, WIDE[index::7], 0)
 
     trip = move(vm)
-    report = trip.run(Steps(4, change), wire=WireOptions(connections=connections))
+    report = trip.run(Rounds(4, change), wire=WireOptions(connections=connections))
     trip.expect_equal()
     assert report.verified
     assert report.connections == len(trip.taped.tapes) == connections
@@ -340,7 +221,7 @@ def test_a_running_guest_moves_over_several_connections(guests, move, workload):
     report = trip.run(wire=WireOptions(connections=3, bandwidth_bytes_per_s=64 << 20))
     assert report.verified
     assert report.sent_bytes <= 1.05 * (64 << 20) * (report.total_s + BURST_S)  # all of them together
-    assert read_status(trip.there.memory, 1)[0].work >= read_status(vm.memory, 1)[0].work
+    assert work(trip.there) >= work(vm)
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
@@ -354,11 +235,11 @@ def test_a_lost_connection_fails_the_migration_whichever_it_is(guests, move, sid
     def cut(index):
         fill(vm, WIDE, 2 + index)
         if index == when:
-            channels = trip.taped.channels if side == "source" else [trip.first, *trip.accepted]
+            channels = trip.taped.channels if side == "source" else trip.inn.channels
             channels[connection].abort()
 
     with pytest.raises(MigrationError) as failed:
-        trip.run(Steps(6, cut), wire=WireOptions(connections=3))
+        trip.run(Rounds(6, cut), wire=WireOptions(connections=3))
     assert failed.value.guest_at is GuestAt.SOURCE
     assert "cut" in str(failed.value)
     assert isinstance(trip.there, MigrationError)
@@ -477,7 +358,8 @@ def test_an_audit_follows_each_page_on_its_connection(guests, move, connections)
     vm.resume()
     trip = move(vm)
     wire = WireOptions(connections=connections)
-    report = trip.run(Steps(4, lambda index: None), verify=VerifyMode.AUDIT, wire=wire)
+    policy = Rounds(4, lambda index: runs_on(vm))  # so there is something left for the stop-and-copy
+    report = trip.run(policy, verify=VerifyMode.AUDIT, wire=wire)
     assert report.verified
     audited = []
     for index in range(connections):
@@ -504,7 +386,7 @@ def test_a_wrong_page_is_found_while_the_guest_runs_whichever_connection_it_came
     vm.resume()
     trip = move(vm)
     with pytest.raises(MigrationError, match="memory is not ours") as failed:
-        trip.run(Steps(1000, lambda index: None), wire=WireOptions(connections=3), verify=VerifyMode.AUDIT)
+        trip.run(Rounds(1000), wire=WireOptions(connections=3), verify=VerifyMode.AUDIT)
     assert failed.value.phase == Phase.PRECOPY
     assert int(failed.value.__cause__.gfn) // 512 % 3 == connection
     monkeypatch.undo()
@@ -561,7 +443,7 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
 
     def compare(index):
         gfns = expand_runs(*vm.memory.populated())
-        ours, theirs = (memory.page_views(gfns) for memory in (vm.memory, trip.made[0].memory))
+        ours, theirs = (memory.page_views(gfns) for memory in (vm.memory, trip.inn.made[0].memory))
         rounds.append([int(g) for g, a, b in zip(gfns, ours, theirs, strict=True) if bytes(a) != bytes(b)])
         waits.clear()
         fill(vm, WIDE, index + 2)
@@ -571,7 +453,7 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
     vm = guests("idle")
     fill(vm, WIDE, 1)
     trip = move(vm)
-    trip.run(Steps(3, compare), wire=WireOptions(connections=connections))
+    trip.run(Rounds(3, compare), wire=WireOptions(connections=connections))
     trip.expect_equal()
     assert rounds == [[], [], []]
     for index in range(connections):
@@ -638,7 +520,7 @@ def test_packed_pages_arrive_and_those_that_do_not_get_smaller_go_as_they_are(gu
             fill_random(vm, large[::2], 6)
 
     trip = move(vm)
-    report = trip.run(Steps(3, change), wire=WireOptions(compress=packing, connections=connections))
+    report = trip.run(Rounds(3, change), wire=WireOptions(compress=packing, connections=connections))
     trip.expect_equal()
     assert report.compress == str(packing)
     packed, plain = [], []
@@ -663,7 +545,7 @@ def test_a_running_guest_moves_packed(guests, move, packing, workload):
     report = trip.run(wire=WireOptions(compress=packing))
     assert report.verified
     assert report.rounds[0].packed_pages
-    assert read_status(trip.there.memory, 1)[0].work >= read_status(vm.memory, 1)[0].work
+    assert work(trip.there) >= work(vm)
 
 
 def test_a_destination_without_the_library_is_not_migrated_to(guests, move, packing, monkeypatch):
@@ -717,7 +599,7 @@ def test_of_a_page_that_is_sent_again_and_again_only_the_change_travels(guests, 
 
     trip = move(vm)
     wire = WireOptions(compress=packing, delta_cache_bytes=64 << 20, connections=connections)
-    report = trip.run(Steps(3, change), wire=wire)
+    report = trip.run(Rounds(3, change), wire=wire)
     trip.expect_equal()
     # Round 0 is not remembered, round 1 is; the stop-and-copy is the third sending after that.
     assert [stats.delta_pages for stats in report.rounds] == [0, 0, WIDE.size, WIDE.size]
@@ -741,9 +623,9 @@ def test_a_running_guest_moves_by_its_changes(guests, move, packing, workload):
     vm.resume()
     trip = move(vm)
     wire = WireOptions(compress=packing, delta_cache_bytes=4 << 20)  # smaller than what it writes
-    report = trip.run(Steps(5, lambda index: None), wire=wire, verify=VerifyMode.AUDIT)
+    report = trip.run(Rounds(5), wire=wire, verify=VerifyMode.AUDIT)
     assert report.verified
-    assert read_status(trip.there.memory, 1)[0].work >= read_status(vm.memory, 1)[0].work
+    assert work(trip.there) >= work(vm)
 
 
 def test_a_destination_that_takes_no_deltas_is_not_migrated_to(guests, move, packing, monkeypatch):

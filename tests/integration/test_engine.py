@@ -5,12 +5,12 @@ import functools
 import socket
 import struct
 import threading
-import time
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from at_work import runs_on, work
+from trips import TIMEOUT_S, Rounds, Running
 
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
@@ -35,9 +35,7 @@ from pageferry.core.events import (
     RoundEnded,
     RoundProgress,
 )
-from pageferry.core.explain import explain
 from pageferry.core.frames import gpa_of
-from pageferry.core.guest_time import WorkSample, lost_s
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
@@ -49,12 +47,10 @@ from pageferry.engine import features as features_module
 from pageferry.engine import prove as prove_module
 from pageferry.engine import verify as verify_module
 from pageferry.engine.conversation import Peer, PeerFailedError
-from pageferry.engine.destination import Destination
 from pageferry.engine.prove import Prover, VerifyMode
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint
+from pageferry.engine.transport import Endpoint
 from pageferry.engine.wire import WireOptions
-from pageferry.guests.abi import read_status
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
@@ -63,8 +59,7 @@ from pageferry.kvm import KvmVm
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
-from pageferry.stream.format import PageType
-from pageferry.stream.records import CpuidPolicy, StaticDataEnd, ZeroPages
+from pageferry.stream.records import CpuidPolicy, StaticDataEnd
 from pageferry.testing.cross_check import CrossCheck
 from pageferry.testing.mark_faults import MarksNothing
 from pageferry.testing.operators import STRAY_GFN
@@ -74,108 +69,18 @@ def marker(frame_type):
     return struct.pack("<I", frame_type)
 
 
-def work(vm):
-    return read_status(vm.memory, 1)[0].work
-
-
-def runs_on(vm):
-    """The guest does more work, and its own checks find nothing wrong."""
-    before = work(vm)
-    patience = threading.Event()
-    for _ in range(20_000):
-        assert vm.end is None, vm.end
-        if work(vm) > before:
-            return True
-        patience.wait(0.001)
-    return False
-
-
-def slots(vm):
-    return read_status(vm.memory, vm.config.cpus)
-
-
-def all_run_on(vm):
-    """Every vCPU does more work, and none finds anything wrong."""
-    before = slots(vm)
-    patience = threading.Event()
-    for _ in range(20_000):
-        assert vm.end is None, (vm.end, slots(vm))
-        if all(now.work > then.work for now, then in zip(slots(vm), before, strict=True)):
-            return True
-        patience.wait(0.001)
-    return False
-
-
-def running(guests, *arguments, **options):
-    """Return a guest that runs and has done some work."""
-    vm = guests(*arguments, **options)
-    vm.resume()
-    assert runs_on(vm)
-    return vm
-
-
 @contextlib.contextmanager
 def cut_when_held(wire):
     """Cut the wire as soon as it holds what it was told to hold; what is held is lost."""
-    cutter = threading.Thread(target=lambda: (wire.held.wait(20), wire.cut()))
+    cutter = threading.Thread(target=lambda: (wire.held.wait(TIMEOUT_S), wire.cut()))
     cutter.start()
     yield
     cutter.join()
 
 
-class Inn:
-    """A destination that takes in one guest after another, each on a thread."""
-
-    def __init__(self, make_vm, accel):
-        self.make_vm = make_vm
-        self.accel = accel
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint(host="127.0.0.1", port=self.listener.getsockname()[1])
-        self.vm = None
-        self.error = None
-        self._made = []
-        self._thread = None
-
-    def _make(self, config):
-        self._made.append(self.make_vm(config))
-        return self._made[-1]
-
-    def open(self, **options):
-        def serve():
-            sock, _ = self.listener.accept()
-            try:
-                self.vm = Destination(Channel(sock, 10), self._make, accel=self.accel, **options).run()
-            except MigrationError as error:
-                self.error = error
-
-        self.vm = self.error = None
-        self._thread = threading.Thread(target=serve)
-        self._thread.start()
-        return self.endpoint
-
-    def outcome(self):
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-        return self.vm or self.error
-
-    def close(self):
-        self.listener.close()
-        for vm in self._made:
-            if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
-                audit.check(vm)
-            vm.close()
-
-
-@pytest.fixture
-def inn(make_vm, accel):
-    made = Inn(make_vm, accel)
-    yield made
-    made.close()
-
-
 def attempt(vm, uri, policy=None, **options):
     endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
-    return Source(vm, endpoint, policy or XenPolicy(), timeout_s=options.pop("timeout_s", 10), **options)
+    return Source(vm, endpoint, policy or XenPolicy(), timeout_s=options.pop("timeout_s", TIMEOUT_S), **options)
 
 
 def expect_as_before(vm, inn, source):
@@ -235,88 +140,19 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
         assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
 
 
-class CountingEncoder(Encoder):
-    """Counts by itself which pages each record carries."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = Counter()
-
-    def page_data(self, gfns, types=None):
-        told = gfns if types is None else gfns[types != PageType.XTAB]
-        self.sent.update(told.tolist())
-        return super().page_data(gfns, types)
-
-    def record(self, record):
-        if isinstance(record, ZeroPages):
-            self.sent.update(record.pfns.tolist())
-        return super().record(record)
-
-
-def test_the_report_counts_each_page_as_often_as_it_was_sent(guests, inn):
-    vm = running(guests, "hotset")
-    source = attempt(vm, inn.open())
-    encoder = source._encoder = CountingEncoder()
-    report = source.run()
-    inn.outcome()
-    assert report.sent.pages == len(encoder.sent)
-    assert report.sent.rewritten_pages == sum(n > 1 for n in encoder.sent.values())
-    assert report.sent.again_pages == sum(n - 1 for n in encoder.sent.values())
-    for hot in report.sent.hot:
-        assert hot.sent_pages == sum(encoder.sent[gfn] for gfn in range(hot.first_gfn, hot.first_gfn + hot.pages))
-    heat = report.sent.heat
-    for index, (first, last) in enumerate(zip(heat.first_gfns, heat.last_gfns, strict=True)):
-        cell = range(first, last + 1)
-        assert heat.pages[index] == sum(gfn in encoder.sent for gfn in cell)
-        assert sum(row[index] for row in heat.rows) == sum(encoder.sent[gfn] for gfn in cell)
-    sent = [stats.sent_pages for stats in report.rounds]
-    assert [sum(row) for row in heat.rows] == sent[: len(heat.rows)]
-    assert not any(sent[len(heat.rows) :])  # a guest that got no time to write leaves nothing for the last round
-
-
-def test_the_report_tells_where_the_guests_time_went_by_the_guests_own_count(guests, inn):
-    vm = running(guests, "hotset")
-    at_pause = []
-
-    def look(event):
-        if isinstance(event, PhaseBegan) and event.phase is Phase.STOP_AND_COPY:
-            at_pause.append(work(vm))
-
-    before = WorkSample(at_s=time.monotonic() - 10, work=-10_000_000)
-    source = attempt(vm, inn.open(), on_event=look, work_before=before)
-    report = source.run()
-    inn.outcome()
-    spent = report.guest_time
-    first, last = source._stall._first, source._stall._last
-    assert [last.work] == at_pause
-    assert spent.work_before_per_s == (first.work - before.work) / (first.at_s - before.at_s)
-    assert spent.work_during_per_s == (last.work - first.work) / (last.at_s - first.at_s)
-    assert spent.lost_s == lost_s(spent.precopy_s, spent.work_before_per_s, spent.work_during_per_s)
-    assert 0 < spent.rehearsal_s + spent.enable_s + spent.clean_s < spent.precopy_s < report.total_s
-    assert spent.work_after_per_s is None
-    ends = report.round_ends
-    assert [end.decision.action for end in ends] == [Action.NEXT_ROUND] * (len(ends) - 1) + [Action.STOP_AND_COPY]
-    assert len(ends) == len(report.rounds) - 1
-    assert sorted(end.work for end in ends) == [end.work for end in ends]
-    assert ends[-1].work <= at_pause[0]
-    assert [end.ended_s for end in ends] == sorted(end.ended_s for end in ends)
-    assert report.explanation == explain(report)
-    assert any("of pre-copy the guest did" in line for line in report.explanation.guest_time)
-
-
-def test_a_failure_to_find_words_changes_no_outcome(guests, inn, monkeypatch):
+def test_a_failure_to_find_words_changes_no_outcome(running, inn, monkeypatch):
     def fail(report):
         raise ZeroDivisionError
 
     monkeypatch.setattr(attempt_module, "explain", fail)
-    vm = running(guests)
+    vm = running()
     report = attempt(vm, inn.open()).run()
     assert (report.status, report.explanation) == ("completed", None)
     assert runs_on(inn.outcome())
 
 
-def test_a_page_that_the_tracker_lost_ends_the_migration_and_the_guest_stays(guests, inn):
-    vm = running(guests, "kv")
+def test_a_page_that_the_tracker_lost_ends_the_migration_and_the_guest_stays(running, inn):
+    vm = running("kv")
     vm.replace_tracker(CrossCheck(MarksNothing(vm), None, vm.memory, still=lambda: vm.run_control.still))
 
     def write_unmarked(event):
@@ -338,21 +174,21 @@ def test_a_page_that_the_tracker_lost_ends_the_migration_and_the_guest_stays(gue
 def test_a_guest_with_several_vcpus_moves_and_each_runs_on(guests, inn, accel, cpus, workload):
     vm = guests(workload, cpus=cpus)
     vm.resume()
-    assert all_run_on(vm)
+    assert runs_on(vm)
     source = attempt(vm, inn.open())
     report = source.run()
     there = inn.outcome()
     assert isinstance(there, type(vm)), there
     assert (report.status, report.verified) == ("completed", True)
     assert there.config.cpus == cpus
-    assert [new.work >= old.work for new, old in zip(slots(there), slots(vm), strict=True)] == [True] * cpus
-    assert all_run_on(there)
+    assert all(new >= old for new, old in zip(work(there), work(vm), strict=True))
+    assert runs_on(there)
     if accel == "soft":  # one counted fault for each page that vCPUs made dirty, however many of them at a time
         assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
 
 
-def test_law_7_memory_is_equal_at_the_pause(guests, inn):
-    vm = running(guests, "random", working_set_bytes=8 << 20)
+def test_law_7_memory_is_equal_at_the_pause(running, inn):
+    vm = running("random", working_set_bytes=8 << 20)
     taken = {}
 
     def before_run(there, name):
@@ -368,8 +204,8 @@ def test_law_7_memory_is_equal_at_the_pause(guests, inn):
     assert taken == {"equal": True, "name": "rnd"}
 
 
-def test_a_paused_guest_stays_paused(guests, inn):
-    vm = running(guests)
+def test_a_paused_guest_stays_paused(running, inn):
+    vm = running()
     vm.pause()
     before = work(vm)
     report = attempt(vm, inn.open(), DowntimePolicy()).run()
@@ -381,34 +217,29 @@ def test_a_paused_guest_stays_paused(guests, inn):
     assert runs_on(there)
 
 
-def test_there_and_back_again(guests, make_vm, accel):
+def test_there_and_back_again(guests, inn):
     vm = guests("kv")
     vm.resume()
     for _ in range(3):
-        inn = Inn(make_vm, accel)
         attempt(vm, inn.open()).run()
         vm, old = inn.outcome(), vm
         old.close()
         assert runs_on(vm)
-        inn.listener.close()
-    vm.close()
 
 
 @pytest.mark.parametrize("workload", ["kv", "timers"])
-def test_from_machine_to_machine_and_from_mode_to_mode(guests, kvm_support, accel, workload):
+def test_from_machine_to_machine_and_from_mode_to_mode(running, inns, kvm_support, workload):
     """The same running guest on real hardware, on nested paging in software and on shadow paging, one after another."""
-    vm = running(guests, workload)
+    vm = running(workload)
     shadow = functools.partial(Domain, paging_mode="shadow")
     for make_there, name in ((KvmVm, "kvm"), (shadow, "soft"), (Domain, "soft"), (shadow, "soft"), (KvmVm, "kvm")):
-        inn = Inn(make_there, name)
+        inn = inns(make_there, name)
         report = attempt(vm, inn.open()).run()
         vm, old = inn.outcome(), vm
         old.close()
         assert (report.source_accel, report.destination_accel) == (old.accel, name)
         assert report.verified
         assert runs_on(vm)
-        inn.listener.close()
-    vm.close()
 
 
 def corrupting(inn, change):
@@ -430,23 +261,9 @@ def corrupting(inn, change):
     return plain
 
 
-class Rounds:
-    """A policy that goes on for so many rounds, with a downtime limit that it does not look at."""
-
-    name = "rounds"
-
-    def __init__(self, rounds, limit_s=None):
-        self.rounds = rounds
-        self.limit_s = limit_s
-
-    def decide(self, progress):
-        enough = len(progress.rounds) >= self.rounds
-        return Decision(action=Action.STOP_AND_COPY if enough else Action.NEXT_ROUND, reason="enough")
-
-
 @pytest.mark.parametrize("workload", ["kv", "random", "sweep", "idle"])
-def test_an_audit_proves_memory_while_the_guest_runs(guests, inn, workload):
-    vm = running(guests, workload)
+def test_an_audit_proves_memory_while_the_guest_runs(running, inn, workload):
+    vm = running(workload)
     equal = []
 
     def before_run(there, name):
@@ -468,15 +285,15 @@ def test_an_audit_proves_memory_while_the_guest_runs(guests, inn, workload):
     assert max(1, lay_still - zeros) <= report.audited_pages <= lay_still
 
 
-def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(guests, inn, monkeypatch):
+def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(running, inn, monkeypatch):
     monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda *_: 1e6)
-    vm = running(guests, "idle")
+    vm = running("idle")
     report = attempt(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
     assert isinstance(inn.outcome(), type(vm))
     assert (report.verified, report.audited_pages) == (True, 0)
 
 
-def test_the_destination_finds_what_has_storage_while_the_source_does(guests, inn, monkeypatch):
+def test_the_destination_finds_what_has_storage_while_the_source_does(running, inn, monkeypatch):
     calls = []
 
     def noted(owner, name):
@@ -491,7 +308,7 @@ def test_the_destination_finds_what_has_storage_while_the_source_does(guests, in
 
     noted(verify_module, "digest_runs")
     noted(GuestMemory, "populated")
-    vm = running(guests, "idle")
+    vm = running("idle")
     attempt(vm, inn.open(), Rounds(2), verify=VerifyMode.FULL).run()
     assert isinstance(inn.outcome(), type(vm))
     assert calls[:2] == ["populated", "digest_runs"]
@@ -500,8 +317,8 @@ def test_the_destination_finds_what_has_storage_while_the_source_does(guests, in
 
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("verify", VerifyMode)
-def test_nothing_is_measured_between_a_round_and_the_pause(guests, inn, monkeypatch, verify, rounds):
-    vm = running(guests, "idle")
+def test_nothing_is_measured_between_a_round_and_the_pause(running, inn, monkeypatch, verify, rounds):
+    vm = running("idle")
     calls = []
 
     def noted(owner, name):
@@ -545,16 +362,16 @@ def test_measuring_takes_a_twentieth_of_the_time_at_most(guests, monkeypatch):
 
 
 @pytest.mark.parametrize(("limit_s", "audits"), [(1e-6, True), (3600.0, False), (None, False)])
-def test_by_itself_it_audits_where_the_limit_is_too_small_for_all(guests, inn, limit_s, audits):
-    vm = running(guests, "idle")
-    report = attempt(vm, inn.open(), Rounds(2, limit_s)).run()
+def test_by_itself_it_audits_where_the_limit_is_too_small_for_all(running, inn, limit_s, audits):
+    vm = running("idle")
+    report = attempt(vm, inn.open(), Rounds(2, limit_s=limit_s)).run()
     assert isinstance(inn.outcome(), type(vm))
     assert report.verified
     assert (report.audited_pages > 0) == audits
 
 
-def test_an_audit_finds_a_lost_page_while_the_guest_runs(guests, inn, monkeypatch):
-    vm = running(guests, "idle")
+def test_an_audit_finds_a_lost_page_while_the_guest_runs(running, inn, monkeypatch):
+    vm = running("idle")
     sound = vm.log_dirty
     vm.replace_tracker(MarksNothing(vm))
     vm.memory.write(gpa_of(STRAY_GFN), b"sent in round 0")
@@ -579,8 +396,8 @@ def test_an_audit_finds_a_lost_page_while_the_guest_runs(guests, inn, monkeypatc
     expect_as_before(vm, inn, source)
 
 
-def test_a_destination_believes_no_audit_that_it_has_not_seen(guests, inn, monkeypatch):
-    vm = running(guests, "idle")
+def test_a_destination_believes_no_audit_that_it_has_not_seen(running, inn, monkeypatch):
+    vm = running("idle")
     everything = vm.memory.all_ram()
     monkeypatch.setattr(audit_module.Auditor, "proven", lambda self: everything.copy())
     monkeypatch.setattr(audit_module.Auditor, "due", lambda self: None)
@@ -593,8 +410,8 @@ def test_a_destination_believes_no_audit_that_it_has_not_seen(guests, inn, monke
     expect_as_before(vm, inn, source)
 
 
-def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(guests, inn, monkeypatch):
-    vm = running(guests, "idle")
+def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, inn, monkeypatch):
+    vm = running("idle")
     monkeypatch.setattr(features_module, "agree", lambda offered, **_: ())
     source = attempt(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
     with pytest.raises(PeerError, match="cannot audit"):
@@ -606,8 +423,8 @@ def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(guests, i
     assert (report.verified, report.audited_pages) == (True, 0)
 
 
-def test_a_mismatch_names_the_first_gfn_and_fails_closed(guests, inn):
-    vm = running(guests)
+def test_a_mismatch_names_the_first_gfn_and_fails_closed(running, inn):
+    vm = running()
 
     def flip(memory):
         for gfn in (0x10, 0x101, 0x102):
@@ -623,8 +440,8 @@ def test_a_mismatch_names_the_first_gfn_and_fails_closed(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_page_that_only_the_destination_has_fails_closed(guests, inn):
-    vm = running(guests)
+def test_a_page_that_only_the_destination_has_fails_closed(running, inn):
+    vm = running()
     last_gfn = vm.memory.gfn_limit - 1
     assert last_gfn not in expand_runs(*vm.memory.populated()).tolist()
     plain = corrupting(inn, lambda memory: memory.write(last_gfn * 4096 + 4095, b"\1"))
@@ -639,8 +456,8 @@ def test_a_page_that_only_the_destination_has_fails_closed(guests, inn):
 
 
 @pytest.mark.parametrize("cut_after_bytes", [0, 10, 16, 100, 300, 500, 5_000, 150_000])
-def test_a_cut_leaves_the_guest_here(guests, inn, wires, cut_after_bytes):
-    vm = running(guests)
+def test_a_cut_leaves_the_guest_here(running, inn, wires, cut_after_bytes):
+    vm = running()
     wire = wires(inn.open(), cut_after_bytes=cut_after_bytes or 1)
     source = attempt(vm, wire.uri)
     with pytest.raises(MigrationError) as caught:
@@ -653,8 +470,8 @@ def test_a_cut_leaves_the_guest_here(guests, inn, wires, cut_after_bytes):
 @pytest.mark.parametrize(
     "frame", [FrameType.DESTINATION_HELLO, FrameType.DIGESTS, FrameType.READY], ids=lambda f: f.name
 )
-def test_a_cut_before_the_commit_leaves_the_guest_here(guests, inn, wires, frame):
-    vm = running(guests)
+def test_a_cut_before_the_commit_leaves_the_guest_here(running, inn, wires, frame):
+    vm = running()
     wire = wires(inn.open(), hold_at=marker(frame))
     source = attempt(vm, wire.uri)
     with cut_when_held(wire), pytest.raises(TransportError, match="cut"):
@@ -664,8 +481,8 @@ def test_a_cut_before_the_commit_leaves_the_guest_here(guests, inn, wires, frame
     expect_as_before(vm, inn, source)
 
 
-def test_a_stall_is_noticed(guests, inn, wires):
-    vm = running(guests)
+def test_a_stall_is_noticed(running, inn, wires):
+    vm = running()
     wire = wires(inn.open(), hold_at=marker(FrameType.READY))
     source = attempt(vm, wire.uri, timeout_s=0.5)
     with pytest.raises(TransportError, match=r"stood still for 0\.5 s"):
@@ -676,8 +493,8 @@ def test_a_stall_is_noticed(guests, inn, wires):
     expect_as_before(vm, inn, source)
 
 
-def test_law_6_an_unanswered_commit_ends_unknown_and_paused(guests, inn, wires):
-    vm = running(guests)
+def test_law_6_an_unanswered_commit_ends_unknown_and_paused(running, inn, wires):
+    vm = running()
     wire = wires(inn.open(), hold_at=marker(FrameType.RUNNING))
     source = attempt(vm, wire.uri)
     with cut_when_held(wire), pytest.raises(TransportError) as caught:
@@ -696,8 +513,8 @@ def test_law_6_an_unanswered_commit_ends_unknown_and_paused(guests, inn, wires):
         source.take_back()
 
 
-def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(guests, inn, wires):
-    vm = running(guests)
+def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(running, inn, wires):
+    vm = running()
     wire = wires(inn.open(), hold_at=marker(FrameType.COMMIT))
     source = attempt(vm, wire.uri)
     with cut_when_held(wire), pytest.raises(TransportError) as caught:
@@ -712,8 +529,8 @@ def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(guests,
     assert runs_on(inn.outcome())
 
 
-def test_a_destination_that_fails_after_the_commit_gives_the_guest_back(guests, inn):
-    vm = running(guests)
+def test_a_destination_that_fails_after_the_commit_gives_the_guest_back(running, inn):
+    vm = running()
 
     def refuse(there, name):
         raise VmError("no room at the inn after all")
@@ -743,8 +560,8 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypatch):
-    vm = running(guests)
+def test_a_host_without_room_refuses_before_the_first_page(running, inn, monkeypatch):
+    vm = running()
     monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 40_000)
     source = attempt(vm, inn.open())
     with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
@@ -755,8 +572,8 @@ def test_a_host_without_room_refuses_before_the_first_page(guests, inn, monkeypa
     expect_as_before(vm, inn, source)
 
 
-def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(guests, inn, monkeypatch):
-    vm = running(guests)
+def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(running, inn, monkeypatch):
+    vm = running()
     tracker = type(vm.log_dirty)
     broken = {"peek": tracker.peek, "stats": tracker.stats}
 
@@ -780,18 +597,18 @@ def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(guests
     expect_as_before(vm, inn, source)
 
 
-def test_observers_cannot_end_a_migration(guests, inn):
+def test_observers_cannot_end_a_migration(running, inn):
     def look(event):
         raise RuntimeError("I saw nothing")
 
-    vm = running(guests)
+    vm = running()
     report = attempt(vm, inn.open(on_event=look), on_event=look).run()
     assert report.status == "completed"
     assert runs_on(inn.outcome())
 
 
-def test_a_guest_that_runs_there_is_there_whatever_fails_here(guests, inn, monkeypatch):
-    vm = running(guests)
+def test_a_guest_that_runs_there_is_there_whatever_fails_here(running, inn, monkeypatch):
+    vm = running()
 
     def fail(self):
         raise VmError("cannot be turned off")
@@ -872,8 +689,8 @@ class Never:
         return Decision(action=Action.NEXT_ROUND, reason="on and on")
 
 
-def test_a_cancel_leaves_the_guest_here(guests, inn):
-    vm = running(guests, "hotset")
+def test_a_cancel_leaves_the_guest_here(running, inn):
+    vm = running("hotset")
     source = attempt(vm, inn.open(), Never(lambda index: source.cancel() if index == 2 else None))
     with pytest.raises(PolicyAbort, match="cancelled"):
         source.run()
@@ -882,8 +699,8 @@ def test_a_cancel_leaves_the_guest_here(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_policy_that_gives_up_leaves_the_guest_here(guests, inn):
-    vm = running(guests, "hotset")
+def test_a_policy_that_gives_up_leaves_the_guest_here(running, inn):
+    vm = running("hotset")
     source = attempt(vm, inn.open(), DowntimePolicy(limit_s=1e-9))
     with pytest.raises(PolicyAbort, match="verification alone"):
         source.run()
@@ -891,8 +708,8 @@ def test_a_policy_that_gives_up_leaves_the_guest_here(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_guest_that_ends_during_the_migration_stays_ended(guests, inn):
-    vm = running(guests, "stamp")
+def test_a_guest_that_ends_during_the_migration_stays_ended(running, inn):
+    vm = running("stamp")
 
     def crash(index):
         vm.freeze()
@@ -1039,18 +856,18 @@ def irqchip(kvm_support):
 def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, irqchip):
     vm = guests("smp", cpus=2, machine=MachineModel.IRQCHIP)
     vm.resume()
-    assert all_run_on(vm)
+    assert runs_on(vm)
     for _ in range(2):
         assert attempt(vm, inn.open()).run().verified
         vm = inn.outcome()
         assert vm.config.machine is MachineModel.IRQCHIP
-        assert all_run_on(vm)
+        assert runs_on(vm)
 
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("accel", ["kvm"])
-def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the_first_page(guests, inn, irqchip):
-    vm = running(guests, "kv", machine=MachineModel.IRQCHIP)
+def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the_first_page(running, inn, irqchip):
+    vm = running("kv", machine=MachineModel.IRQCHIP)
     make_vm, inn.make_vm = inn.make_vm, Domain
     source = attempt(vm, inn.open())
     with pytest.raises(PeerError, match="the software machine has no interrupt controllers") as caught:
@@ -1079,9 +896,9 @@ def test_a_machine_model_that_nobody_knows_is_refused_by_name(inn):
 # -- rounds in chunks, and a guest that is held back -------------------------------------------------------------------
 
 
-def test_a_round_cleans_part_by_part_and_reports_what_it_found(guests, inn, monkeypatch):
+def test_a_round_cleans_part_by_part_and_reports_what_it_found(running, inn, monkeypatch):
     monkeypatch.setattr(copying, "_CHUNK_PAGES", 1024)
-    vm = running(guests, "hotset")
+    vm = running("hotset")
     cleaned, clean_range = [], vm.log_dirty.clean_range
 
     def watched(gfns):
@@ -1117,21 +934,21 @@ class Holds(Never):
     def decide(self, progress):
         if progress.last.index == 3:
             assert progress.throttle == 0.9
-            assert self._held.wait(20)
+            assert self._held.wait(TIMEOUT_S)
             return Decision(action=self._action, reason="enough")
         return Decision(action=Action.NEXT_ROUND, reason="on", throttle=0.9)
 
 
-def test_a_guest_that_was_held_back_arrives_and_is_free(guests, inn, monkeypatch):
-    vm = running(guests, "hotset")
+def test_a_guest_that_was_held_back_arrives_and_is_free(running, inn, monkeypatch):
+    vm = running("hotset")
     report = attempt(vm, inn.open(), Holds(Action.STOP_AND_COPY, vm, monkeypatch)).run()
     assert report.verified
     assert report.throttled_s > 0
     assert runs_on(inn.outcome())
 
 
-def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(guests, inn, monkeypatch):
-    vm = running(guests, "hotset")
+def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(running, inn, monkeypatch):
+    vm = running("hotset")
     source = attempt(vm, inn.open(), Holds(Action.ABORT, vm, monkeypatch))
     with pytest.raises(PolicyAbort, match="enough"):
         source.run()
@@ -1141,7 +958,7 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(guests, i
     assert source.report.throttled_s > 0
 
 
-def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(guests, inn):
+def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(running, inn):
     class Breaks:
         name = "breaks"
 
@@ -1150,7 +967,7 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(guests, inn)
                 raise UsageError("policy breaks failed: KeyError()", hint="mend it")
             return Decision(action=Action.NEXT_ROUND, reason="on", throttle=0.9)
 
-    vm = running(guests, "hotset")
+    vm = running("hotset")
     with pytest.raises(MigrationError, match=r"^.*policy breaks failed") as caught:
         attempt(vm, inn.open(), Breaks()).run()
     assert (caught.value.guest_at, caught.value.hint) == (GuestAt.SOURCE, "mend it")
@@ -1159,44 +976,12 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(guests, inn)
         vm.thaw()
 
 
-class Wants:
-    """Waits until an attempt has a status or is over, without asking the clock what is enough."""
-
-    def __init__(self, source):
-        self._source = source
-        self.error = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self):
-        try:
-            self._source.run()
-        except MigrationError as error:
-            self.error = error
-
-    def status(self, wanted):
-        patience = threading.Event()
-        while self._source.report is None and self._source.status != wanted:
-            patience.wait(0.001)
-        assert self._source.status == wanted
-
-    def rounds(self, count):
-        patience = threading.Event()
-        while self._source.report is None and len(self._source._sender.rounds) < count:
-            patience.wait(0.001)
-
-    def end(self):
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-        return self._source.report
-
-
-def test_an_attempt_that_is_held_is_ready_and_waits(guests, inn, monkeypatch):
+def test_an_attempt_that_is_held_is_ready_and_waits(running, inn, monkeypatch):
     monkeypatch.setattr(copying, "HELD_ROUND_S", 0.001)
-    vm = running(guests, "kv")
+    vm = running("kv")
     policy = DowntimePolicy(limit_s=3600, max_rounds=4)  # rounds of an attempt that is held do not count
     source = attempt(vm, inn.open(), policy, hold=True)
-    moving = Wants(source)
+    moving = Running(source)
     moving.status("pre-switchover")
     moving.rounds(12)
     assert (source.status, source.frozen, source.guest_at) == ("pre-switchover", False, GuestAt.SOURCE)
@@ -1209,10 +994,10 @@ def test_an_attempt_that_is_held_is_ready_and_waits(guests, inn, monkeypatch):
     assert runs_on(inn.outcome())
 
 
-def test_an_attempt_that_is_held_can_be_cancelled(guests, inn):
-    vm = running(guests, "kv")
+def test_an_attempt_that_is_held_can_be_cancelled(running, inn):
+    vm = running("kv")
     source = attempt(vm, inn.open(), DowntimePolicy(limit_s=3600), hold=True)
-    moving = Wants(source)
+    moving = Running(source)
     moving.status("pre-switchover")
     assert source.cancel()
     assert moving.end().status == "cancelled"
@@ -1220,8 +1005,8 @@ def test_an_attempt_that_is_held_can_be_cancelled(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_limits_change_while_it_runs(guests, inn):
-    vm = running(guests, "kv")
+def test_limits_change_while_it_runs(running, inn):
+    vm = running("kv")
     endless = DowntimePolicy(limit_s=1e-9, max_rounds=1_000_000)
     endpoint = inn.open()
     source = attempt(vm, endpoint, endless, on_event=lambda event: changes(event))
@@ -1241,8 +1026,8 @@ def test_limits_change_while_it_runs(guests, inn):
     assert isinstance(inn.outcome(), type(vm))
 
 
-def test_the_outlook_is_of_what_was_measured(guests, inn):
-    vm = running(guests, "idle")
+def test_the_outlook_is_of_what_was_measured(running, inn):
+    vm = running("idle")
     seen = []
     source = attempt(
         vm,

@@ -3,13 +3,12 @@
 import pytest
 
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import XenPolicy
 from pageferry.hypervisor.domain import Domain
-from pageferry.testing import check_log_dirty, machines, soak
+from pageferry.testing import check_log_dirty, soak
 from pageferry.testing.lab import Lab
-from pageferry.testing.machines import KINDS, Kind
+from pageferry.testing.machines import Kind
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 SIZES = {
@@ -22,15 +21,6 @@ SIZES = {
 }
 PAGES = 120
 SOFT = Kind(accel="soft", tracker="hap", make_vm=Domain)
-
-
-@pytest.fixture(params=KINDS, ids=str)
-def kind(request):
-    try:
-        machines.expect_works(request.param)
-    except (UnsupportedError, VmError) as error:
-        pytest.skip(f"{request.param.name}: {error}")
-    return request.param
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from at_work import runs_on, slots, until
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UnsupportedError, VmError
@@ -17,7 +18,6 @@ from pageferry.engine.lazy import LazyRestore
 from pageferry.engine.restore import restore_lazily
 from pageferry.engine.save import Save
 from pageferry.engine.saved_guest import SavedGuest
-from pageferry.guests.abi import read_status
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.testing.operators import STRAY_GFN
@@ -31,38 +31,12 @@ MiB = 1 << 20
 GIVE_UP_S = 60
 
 
-def slots(vm):
-    return read_status(vm.memory, vm.config.cpus)
-
-
-def until(condition, what):
-    patience = threading.Event()
-    for _ in range(GIVE_UP_S * 1000):
-        if result := condition():
-            return result
-        patience.wait(0.001)
-    return pytest.fail(f"no {what}")
-
-
-def runs_on(vm):
-    """Every vCPU does more work, and none finds anything wrong."""
-    before = slots(vm)
-
-    def worked():
-        assert vm.end is None, (vm.end, slots(vm))
-        return all(now.work > then.work for now, then in zip(slots(vm), before, strict=True))
-
-    return until(worked, "work")
-
-
 @pytest.fixture
-def saved(guests, tmp_path):
+def saved(running, tmp_path):
     """Saves a guest that has worked; returns its file and the guest, which stands still since then."""
 
     def make(*arguments, **options):
-        vm = guests(*arguments, **options)
-        vm.resume()
-        assert runs_on(vm)
+        vm = running(*arguments, **options)
         vm.pause()
         vm.memory.write(gpa_of(STRAY_GFN), b"a page that the guest never touches")
         path = tmp_path / "guest.bin"

@@ -6,122 +6,36 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from at_work import until
+from processes import GIVE_UP_S, cli, one_line
 from qemu.qmp import ExecuteError, QMPClient
 
-from pageferry.core.errors import VmError
-from pageferry.engine.transport import Endpoint
+from pageferry.core.token_bucket import BURST_S
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import RecordType
 from pageferry.stream.packing import available
 from pageferry.vmm.qmp import QmpError
-from pageferry.vmm.qmp_client import QmpClient
 
-PAGEFERRY = [sys.executable, "-m", "pageferry"]
 GUEST = ("kv", "--memory", "32M", "--working-set", "4M")
 
 
-def wait_for(condition, what, patience_s=30):
-    """Wait for another process to make something true."""
-    pause = threading.Event()
-    deadline_s = time.monotonic() + patience_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline_s, f"no {what}"
-        pause.wait(0.01)
-    return result
-
-
-class Process:
-    """A pageferry process with a control socket."""
-
-    def __init__(self, folder, name, *arguments):
-        self.control = folder / f"{name}.sock"
-        self.log = folder / f"{name}.log"
-        with self.log.open("wb") as log:
-            command = [*PAGEFERRY, *arguments, "--control", str(self.control)]
-            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            wait_for(self._answers, "control socket")
-            assert self.popen.poll() is None, self.log.read_text()
-        except BaseException:
-            self.end()
-            raise
-
-    def _answers(self):
-        try:
-            QmpClient(self.control).close()
-        except VmError:
-            return self.popen.poll() is not None
-        return True
-
-    def ask(self, command, **arguments):
-        with QmpClient(self.control) as client:
-            return client.execute(command, **arguments)
-
-    def status(self):
-        return self.ask("query-status")["status"]
-
-    def work(self):
-        return sum(self.ask("x-query-guest")["work"])
-
-    def runs_on(self):
-        before = self.work()
-        wait_for(lambda: self.work() > before, f"work in {self.log.read_text()}")
-        return self.status() == "running"
-
-    def endpoint(self):
-        return Endpoint.parse(self.ask("x-query-guest")["listening"])
-
-    def kill(self):
-        self.popen.send_signal(signal.SIGKILL)
-        self.popen.wait()
-
-    def end(self):
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.popen.wait()
-
-
 @pytest.fixture
-def processes(tmp_path, accel):
-    made = []
-
+def processes(start, accel):
     def make(kind):
-        name = f"{kind}{len(made)}"
         arguments = ("run", *GUEST) if kind == "source" else ("receive", "tcp://127.0.0.1:0")
-        made.append(Process(tmp_path, name, *arguments, "--accel", accel))
-        return made[-1]
+        return start(*arguments, "--accel", accel)
 
-    yield make
-    for process in made:
-        process.end()
-
-
-def cli(*arguments, **options):
-    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options)
+    return make
 
 
 def migrate(source, uri, *arguments):
     limit = () if "--policy" in arguments else ("--downtime-limit", "60000")  # the host's speed decides nothing
     return cli("migrate", "--control", source.control, uri, *limit, *arguments)
-
-
-def one_line(result):
-    """A failure says one line (and perhaps a hint), no traceback, nothing on stdout."""
-    assert "Traceback" not in result.stderr
-    lines = [
-        line
-        for line in result.stderr.splitlines()
-        if not line.startswith(("hint:", "report:", "machine:", "round", "stop"))
-    ]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("pageferry: ")
-    return lines[0]
 
 
 def test_a_guest_moves_by_the_command_line(processes, accel):
@@ -151,7 +65,7 @@ def test_a_guest_moves_by_the_command_line(processes, accel):
     assert "has moved" in one_line(again)
     assert cli("resume", "--control", source.control).returncode == 6
     assert cli("quit", "--control", source.control).returncode == 0
-    assert source.popen.wait(20) == 0
+    assert source.popen.wait(GIVE_UP_S) == 0
     assert not source.control.exists()
 
 
@@ -177,45 +91,60 @@ def test_a_guest_moves_packed_over_several_connections_by_the_command_line(proce
     assert destination.runs_on()
 
 
-def tour(folder, made, *stops):
+def test_a_cap_holds_between_two_processes(processes, wires):
+    """From above: how much of it a loaded host uses, the report tells (from below: tests/property/test_pacer.py)."""
+    source, destination = processes("source"), processes("destination")
+    assert source.runs_on()
+    cap = 4 << 20  # so low that any host could send more
+    wire = wires(destination.endpoint())
+    began_s = time.monotonic()
+    result = migrate(source, wire.uri, "--policy", "xen", "--max-rounds", "1", "--bandwidth", "4M", "--json")
+    passed_s = time.monotonic() - began_s
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    wire.close()
+    assert report["sent_bytes"] == wire.forwarded_bytes
+    assert report["sent_bytes"] <= 1.05 * cap * (report["total_s"] + BURST_S)
+    assert report["total_s"] <= passed_s
+    for each in report["rounds"]:
+        assert each["sent_bytes"] <= 1.05 * cap * (each["duration_s"] + 2 * BURST_S)
+    first = report["rounds"][0]
+    share = first["sent_bytes"] / first["duration_s"] / cap
+    (words,) = report["explanation"]["rates"]
+    assert f"({share:.0%} of the 4 MiB/s that --bandwidth allowed)" in words
+    assert destination.runs_on()
+
+
+def tour(start, *stops):
     """Run a guest at the first stop (options) and move it from each to the next; yield each process that has it."""
     first, *others = stops
-    made.append(Process(folder, "stop0", "run", "kv", "--memory", "8M", "--working-set", "1M", *first))
-    assert made[-1].runs_on()
-    yield made[-1]
-    for number, options in enumerate(others, 1):
-        there = Process(folder, f"stop{number}", "receive", "tcp://127.0.0.1:0", *options)
-        made.append(there)
-        result = migrate(made[-2], str(there.endpoint()), "--json")
+    here = start("run", "kv", "--memory", "8M", "--working-set", "1M", *first)
+    assert here.runs_on()
+    yield here
+    for options in others:
+        there = start("receive", "tcp://127.0.0.1:0", *options)
+        result = migrate(here, str(there.endpoint()), "--json")
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)["verified"] is True
         assert there.runs_on()
-        made[-2].end()
-        yield there
+        here.end()
+        here = there
+        yield here
 
 
-@pytest.fixture
-def made():
-    processes = []
-    yield processes
-    for process in processes:
-        process.end()
-
-
-def test_a_guest_crosses_accels_and_paging_modes(tmp_path, made, kvm_support):
+def test_a_guest_crosses_accels_and_paging_modes(start, kvm_support):
     kvm, soft = ("--accel", "kvm"), ("--accel", "soft", "--tracker")
     seen = []
-    for process in tour(tmp_path, made, kvm, (*soft, "hap"), (*soft, "shadow"), (*soft, "hap"), kvm):
+    for process in tour(start, kvm, (*soft, "hap"), (*soft, "shadow"), (*soft, "hap"), kvm):
         state = process.ask("x-query-guest")
         seen.append((state["accel"], state["tracker"]))
         assert f"vCPUs 1, CPU baseline ({state['cpu_name']})" in cli("status", "--control", process.control).stdout
     assert seen == [("kvm", "kvm-bitmap"), ("soft", "hap"), ("soft", "shadow"), ("soft", "hap"), ("kvm", "kvm-bitmap")]
 
 
-def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(tmp_path, made, kvm_support):
-    made.append(Process(tmp_path, "source", "run", *GUEST, "--accel", "kvm", "--cpu", "host"))
-    made.append(Process(tmp_path, "soft", "receive", "tcp://127.0.0.1:0", "--accel", "soft"))
-    source, soft = made
+def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(start, kvm_support):
+    source = start("run", *GUEST, "--accel", "kvm", "--cpu", "host")
+    soft = start("receive", "tcp://127.0.0.1:0", "--accel", "soft")
     assert source.ask("x-query-guest")["cpu"] == "host"
     result = migrate(source, str(soft.endpoint()))
     assert result.returncode == 3
@@ -227,10 +156,10 @@ def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(tmp_path,
     assert soft.status() == "inmigrate"
 
 
-def test_huge_pages_at_each_end_are_its_own_affair(tmp_path, thp, hugetlb_pool, made, kvm_support):
+def test_huge_pages_at_each_end_are_its_own_affair(start, thp, hugetlb_pool, kvm_support):
     kvm = ("--accel", "kvm", "--hugepages")
     stops = ((*kvm, "hugetlb"), ("--accel", "soft", "--hugepages", "thp"), kvm[:2], (*kvm, "hugetlb"))
-    for process, expected in zip(tour(tmp_path, made, *stops), ("hugetlb", "thp", "off", "hugetlb"), strict=True):
+    for process, expected in zip(tour(start, *stops), ("hugetlb", "thp", "off", "hugetlb"), strict=True):
         state = process.ask("x-query-guest")
         text = cli("status", "--control", process.control).stdout
         assert state["huge_pages"] == expected
@@ -243,10 +172,9 @@ def test_huge_pages_at_each_end_are_its_own_affair(tmp_path, thp, hugetlb_pool, 
             assert f"in huge pages, {expected})" in text
 
 
-def test_a_destination_without_huge_pages_left_refuses_and_waits_on(tmp_path, hugetlb_pool, made, kvm_support):
-    made.append(Process(tmp_path, "a", "run", "kv", "--memory", "64M", "--working-set", "1M"))
-    made.append(Process(tmp_path, "b", "receive", "tcp://127.0.0.1:0", "--accel", "kvm", "--hugepages", "hugetlb"))
-    source, destination = made
+def test_a_destination_without_huge_pages_left_refuses_and_waits_on(start, hugetlb_pool, kvm_support):
+    source = start("run", "kv", "--memory", "64M", "--working-set", "1M")
+    destination = start("receive", "tcp://127.0.0.1:0", "--accel", "kvm", "--hugepages", "hugetlb")
     for _ in range(2):
         refused = migrate(source, str(destination.endpoint()))
         assert refused.returncode == 3, refused.stderr
@@ -286,7 +214,7 @@ def test_pause_and_resume(processes):
     assert cli("resume", "--control", source.control).returncode == 0
     assert source.runs_on()
     source.popen.terminate()
-    assert source.popen.wait(20) == 0
+    assert source.popen.wait(GIVE_UP_S) == 0
 
 
 def u32(number):
@@ -310,11 +238,11 @@ def kill_during(marker, victim, source, destination, wires):
     results = []
     thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri)))
     thread.start()
-    assert wire.held.wait(30)
-    (source if victim == "source" else destination).kill()
+    assert wire.held.wait(GIVE_UP_S)
+    (source if victim == "source" else destination).end()
     wire.cut()  # what is held is lost
     wire.release()
-    thread.join(60)
+    thread.join(GIVE_UP_S)
     assert results, "the command line hangs"
     return results[0]
 
@@ -353,7 +281,7 @@ def test_a_killed_source_leaves_the_destination_waiting(processes, wires, phase)
     assert source.runs_on()
     result = kill_during(BEFORE_COMMIT[phase], "source", source, destination, wires)
     assert result.returncode == 6, result.stderr
-    wait_for(lambda: "no guest received" in destination.log.read_text(), "message")
+    until(lambda: "no guest received" in destination.log.read_text(), "message")
     assert destination.status() == "inmigrate"
     other = processes("source")
     assert other.runs_on()
@@ -365,7 +293,7 @@ def test_a_source_killed_after_the_commit_leaves_one_guest_at_the_destination(pr
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
     kill_during(u32(FrameType.RUNNING), "source", source, destination, wires)
-    wait_for(lambda: destination.status() == "running", "guest at the destination")
+    until(lambda: destination.status() == "running", "guest at the destination")
     assert destination.runs_on()
 
 
@@ -376,24 +304,19 @@ def test_a_kill_in_mid_stream(processes, wires):
     result = migrate(source, wire.uri)
     assert result.returncode == 3, result.stderr
     assert source.runs_on()
-    destination.kill()
+    destination.end()
     assert migrate(source, str(processes("destination").endpoint())).returncode == 0
 
 
-def test_ctrl_c_cancels_and_the_guest_runs_on(processes, wires):
+def test_ctrl_c_cancels_and_the_guest_runs_on(processes, wires, background):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
     wire = wires(destination.endpoint(), hold_at=u32(FrameType.READY))
-    client = subprocess.Popen(
-        [*PAGEFERRY, "migrate", "--control", str(source.control), wire.uri],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert wire.held.wait(30)
+    client = background("migrate", "--control", source.control, wire.uri, text=True)
+    assert wire.held.wait(GIVE_UP_S)
     assert source.status() == "finish-migrate"
     client.send_signal(signal.SIGINT)
-    _, err = client.communicate(timeout=30)
+    _, err = client.communicate(timeout=GIVE_UP_S)
     assert client.returncode == 130, err
     assert "the guest runs on at the source" in err
     assert source.runs_on()
@@ -406,32 +329,26 @@ def test_nobody_pauses_a_guest_that_is_being_handed_over(processes, wires):
     wire = wires(destination.endpoint(), hold_at=u32(FrameType.RUNNING))
     thread = threading.Thread(target=migrate, args=(source, wire.uri))
     thread.start()
-    assert wire.held.wait(30)
+    assert wire.held.wait(GIVE_UP_S)
     for command in ("pause", "resume"):
         assert "being handed over" in one_line(cli(command, "--control", source.control))
     wire.release()
-    thread.join(60)
+    thread.join(GIVE_UP_S)
     assert destination.runs_on()
 
 
-def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_path, accel):
+def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_path, accel, background):
     control = tmp_path / "x.sock"
-    command = [*PAGEFERRY, "run", *GUEST, "--control", str(control), "--accel", accel]
     for leaves in (False, True):
-        popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        try:
-            if leaves:
-                popen.stdout.close()
-            wait_for(control.is_socket, "control socket")
-            wait_for(lambda: json.loads(cli("status", "--control", control, "--json").stdout)["work"][0] > 0, "work")
-            assert cli("pause", "--control", control).returncode == 0
-            assert cli("resume", "--control", control).returncode == 0
-            assert cli("quit", "--control", control).returncode == 0
-            assert popen.wait(20) == 0
-        finally:
-            popen.kill()
-            popen.wait()
+        popen = background("run", *GUEST, "--control", control, "--accel", accel, stderr=subprocess.DEVNULL)
+        if leaves:
             popen.stdout.close()
+        until(control.is_socket, "control socket")
+        until(lambda: json.loads(cli("status", "--control", control, "--json").stdout)["work"][0] > 0, "work")
+        assert cli("pause", "--control", control).returncode == 0
+        assert cli("resume", "--control", control).returncode == 0
+        assert cli("quit", "--control", control).returncode == 0
+        assert popen.wait(GIVE_UP_S) == 0
 
 
 def test_the_threads_of_the_vcpus_are_told(processes):
@@ -486,7 +403,7 @@ def test_an_existing_qmp_client_works(processes):
     assert state["x-pageferry-report"]["guest_at"] == "destination"
     assert [name for name in seen if name in ("STOP", "RESUME", "MIGRATION")][:3] == ["STOP", "RESUME", "MIGRATION"]
     assert "MIGRATION_PASS" in seen
-    assert source.popen.wait(20) == 0
+    assert source.popen.wait(GIVE_UP_S) == 0
     assert destination.runs_on()
 
 
@@ -513,18 +430,14 @@ def test_the_control_socket_survives_garbage(processes):
     assert source.runs_on()
 
 
-def test_a_control_socket_left_behind_is_taken_over_and_a_living_one_is_not(tmp_path, processes):
+def test_a_control_socket_left_behind_is_taken_over_and_a_living_one_is_not(start, processes):
     source = processes("source")
     taken = cli("run", *GUEST, "--control", source.control, "--accel", "soft")
     assert taken.returncode == 2
     assert "cannot listen on the control socket" in one_line(taken)
-    source.kill()
+    source.end()
     assert source.control.is_socket()
-    heir = Process(tmp_path, source.control.stem, "run", *GUEST, "--accel", "soft")
-    try:
-        assert heir.runs_on()
-    finally:
-        heir.end()
+    assert start("run", *GUEST, "--accel", "soft", name=source.control.stem).runs_on()
 
 
 def test_a_migration_that_is_held_is_watched_limited_and_let_go(processes):
@@ -537,7 +450,7 @@ def test_a_migration_that_is_held_is_watched_limited_and_let_go(processes):
         target=lambda: done.append(migrate(source, destination.ask("x-query-guest")["listening"], "--hold"))
     )
     thread.start()
-    wait_for(lambda: source.ask("query-migrate").get("status") == "pre-switchover", "ready migration")
+    until(lambda: source.ask("query-migrate").get("status") == "pre-switchover", "ready migration")
     assert source.runs_on()
     status = cli("status", "--control", source.control)
     assert "migration pre-switchover: " in status.stdout
@@ -549,7 +462,7 @@ def test_a_migration_that_is_held_is_watched_limited_and_let_go(processes):
     assert "no limit was given" in one_line(cli("limits", "--control", source.control))
     assert cli("limits", "--control", source.control, "--bandwidth", "1G", "--downtime-limit", "70000").returncode == 0
     assert cli("switch", "--control", source.control).returncode == 0
-    thread.join(60)
+    thread.join(GIVE_UP_S)
     assert done[0].returncode == 0, done[0].stderr
     assert done[0].stderr.count("held; `pageferry switch` lets it go on") == 1
     assert destination.runs_on()
@@ -563,8 +476,8 @@ def test_a_migration_is_cancelled_from_elsewhere(processes):
         target=lambda: done.append(migrate(source, destination.ask("x-query-guest")["listening"], "--hold"))
     )
     thread.start()
-    wait_for(lambda: source.ask("query-migrate").get("status") == "pre-switchover", "ready migration")
+    until(lambda: source.ask("query-migrate").get("status") == "pre-switchover", "ready migration")
     assert cli("cancel", "--control", source.control).returncode == 0
-    thread.join(60)
+    thread.join(GIVE_UP_S)
     assert done[0].returncode == 130
     assert source.runs_on()

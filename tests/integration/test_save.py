@@ -3,11 +3,11 @@
 import functools
 import io
 import os
-import threading
 from collections import Counter
 
 import numpy as np
 import pytest
+from at_work import runs_on, slots
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import CpuModel
@@ -21,7 +21,6 @@ from pageferry.engine.file_sink import FileSink
 from pageferry.engine.restore import restore
 from pageferry.engine.save import Save
 from pageferry.engine.saved_guest import SavedGuest
-from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
@@ -45,22 +44,6 @@ from pageferry.testing.operators import STRAY_GFN
 MiB = 1 << 20
 
 
-def slots(vm):
-    return read_status(vm.memory, vm.config.cpus)
-
-
-def runs_on(vm):
-    """Every vCPU does more work, and none finds anything wrong."""
-    before = slots(vm)
-    patience = threading.Event()
-    for _ in range(20_000):
-        assert vm.end is None, (vm.end, slots(vm))
-        if all(now.work > then.work for now, then in zip(slots(vm), before, strict=True)):
-            return True
-        patience.wait(0.001)
-    return False
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "guest.bin"
@@ -79,17 +62,6 @@ def restored():
     yield make
     for vm in made:
         vm.close()
-
-
-@pytest.fixture
-def running(guests):
-    def make(*arguments, **options):
-        vm = guests(*arguments, **options)
-        vm.resume()
-        assert runs_on(vm)
-        return vm
-
-    return make
 
 
 def attempt(vm, path, policy=None, *, stop=False, on_event=lambda _: None):

@@ -5,17 +5,14 @@ import os
 import resource
 import signal
 import subprocess
-import sys
-import threading
-import time
 
 import pytest
+from at_work import until
+from processes import GIVE_UP_S, cli, one_line
 
-from pageferry.core.errors import VmError
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 
-PAGEFERRY = [sys.executable, "-m", "pageferry"]
 LIMIT = ("--downtime-limit", "600000")  # the host's speed decides nothing
 
 #: A policy of a user's own that never stops copying.
@@ -30,72 +27,9 @@ class Endless:
 """
 
 
-def wait_for(condition, what, patience_s=60):
-    pause = threading.Event()
-    deadline_s = time.monotonic() + patience_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline_s, f"no {what}"
-        pause.wait(0.01)
-    return result
-
-
-class Process:
-    """A pageferry process with a control socket."""
-
-    def __init__(self, folder, name, *arguments):
-        self.control = folder / f"{name}.sock"
-        self.log = folder / f"{name}.log"
-        with self.log.open("wb") as log:
-            command = [*PAGEFERRY, *map(str, arguments), "--control", str(self.control)]
-            environment = os.environ | {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
-            self.popen = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        wait_for(self._answers, "control socket")
-        assert self.popen.poll() is None, self.log.read_text()
-
-    def _answers(self):
-        try:
-            QmpClient(self.control).close()
-        except VmError:
-            return self.popen.poll() is not None
-        return True
-
-    def ask(self, command, **arguments):
-        with QmpClient(self.control) as client:
-            return client.execute(command, **arguments)
-
-    def status(self):
-        return self.ask("query-status")["status"]
-
-    def work(self):
-        return sum(self.ask("x-query-guest")["work"])
-
-    def runs_on(self):
-        before = self.work()
-        wait_for(lambda: self.work() > before, f"work in {self.log.read_text()}")
-        return self.status() == "running"
-
-    def kill(self):
-        self.popen.send_signal(signal.SIGKILL)
-        self.popen.wait()
-
-    def end(self):
-        if self.popen.poll() is None:
-            self.popen.kill()
-        self.popen.wait()
-
-
-@pytest.fixture
-def start(tmp_path):
-    made = []
+@pytest.fixture(autouse=True)
+def endless_policy(tmp_path):
     (tmp_path / "endless.py").write_text(ENDLESS)
-
-    def make(*arguments):
-        made.append(Process(tmp_path, f"p{len(made)}", *arguments))
-        return made[-1]
-
-    yield make
-    for process in made:
-        process.end()
 
 
 @pytest.fixture
@@ -111,20 +45,8 @@ def file(tmp_path):
     return tmp_path / "files" / "guest.bin"
 
 
-def cli(*arguments, **options):
-    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
-
-
 def save(process, file, *arguments, **options):
     return cli("save", "--control", process.control, file, *LIMIT, *arguments, **options)
-
-
-def one_line(result):
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("hint:", "machine:", "round", "stop"))]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("pageferry: ")
-    return lines[0]
 
 
 def test_a_guest_travels_by_files_between_the_machines(start, file, kvm_support):
@@ -189,14 +111,14 @@ def endless(guest, file):
     """Begin a save that would go on for ever; return when it has written something."""
     guest.ask("migrate", **{"uri": f"file:{file}", "x-policy": "endless:Endless"})
     part = file.with_name(f"{file.name}.part")
-    wait_for(lambda: part.exists() and part.stat().st_size > 1 << 20, "page in the file")
+    until(lambda: part.exists() and part.stat().st_size > 1 << 20, "page in the file")
 
 
 def test_a_process_killed_while_it_saves_leaves_the_earlier_file(guest, start, file):
     assert save(guest, file).returncode == 0
     before = file.read_bytes()
     endless(guest, file)
-    guest.kill()
+    guest.end()
     assert file.read_bytes() == before
     there = start("restore", file, "--accel", "soft")
     assert there.runs_on()
@@ -205,14 +127,13 @@ def test_a_process_killed_while_it_saves_leaves_the_earlier_file(guest, start, f
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_ctrl_c_ends_a_save_and_the_guest_runs_on(guest, file):
-    command = [*PAGEFERRY, "save", "--control", str(guest.control), str(file), "--policy", "endless:Endless"]
-    saving = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_ends_a_save_and_the_guest_runs_on(guest, file, background):
+    saving = background("save", "--control", guest.control, file, "--policy", "endless:Endless", text=True)
     for line in saving.stderr:
         if line.startswith("round 1"):
             break
     saving.send_signal(signal.SIGINT)
-    _, errors = saving.communicate(timeout=60)
+    _, errors = saving.communicate(timeout=GIVE_UP_S)
     assert saving.returncode == 130
     assert "cancelled; the guest runs on at the source" in errors
     assert os.listdir(file.parent) == []
@@ -227,7 +148,7 @@ def test_two_that_save_to_one_file_do_not_disturb_each_other(guest, start, file)
     assert "is being written already (phase connect, guest at source)" in one_line(refused)
     assert "a migration process in progress" in one_line(save(guest, file))
     guest.ask("migrate_cancel")
-    wait_for(lambda: not os.listdir(file.parent), "end of the save")
+    until(lambda: not os.listdir(file.parent), "end of the save")
     assert guest.runs_on()
 
 
@@ -261,7 +182,7 @@ def test_a_disk_that_is_full_leaves_the_guest_running(guest, small_disk):
     # The guest holds less than the disk has; what is sent again and again does not fit.
     file = small_disk / "guest.bin"
     guest.ask("migrate", **{"uri": f"file:{file}", "x-policy": "endless:Endless"})
-    wait_for(lambda: guest.ask("query-migrate")["status"] == "failed", "end of the disk")
+    until(lambda: guest.ask("query-migrate")["status"] == "failed", "end of the disk")
     assert "No space left on device" in guest.ask("query-migrate")["error-desc"]
     assert os.listdir(small_disk) == []
     assert guest.runs_on()
@@ -303,8 +224,8 @@ def test_a_guest_runs_while_its_memory_is_read(guest, start, file):
     assert save(guest, file).returncode == 0
     there = start("restore", file, "--lazy", "--accel", "soft")
     assert there.runs_on()
-    wait_for(lambda: there.ask("x-query-guest")["unread_pages"] == 0, "end of the restore")
+    until(lambda: there.ask("x-query-guest")["unread_pages"] == 0, "end of the restore")
     assert "still to be read" not in cli("status", "--control", there.control).stdout
-    result = wait_for(lambda: (r := save(there, file)).returncode == 0 and r, "save")
+    result = until(lambda: (r := save(there, file)).returncode == 0 and r, "save")
     assert "save completed" in result.stdout
     assert there.runs_on()

@@ -1,73 +1,27 @@
 """A guest changes hands on one host: its memory goes by descriptor, and no page is copied."""
 
 import contextlib
+import itertools
 import os
 import socket
-import threading
 
 import pytest
+from at_work import runs_on, work
+from trips import TIMEOUT_S, Running
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MemFd
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint
-from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 
 pytestmark = pytest.mark.kvm
-
-
-def work(vm):
-    return sum(slot.work for slot in read_status(vm.memory, vm.config.cpus))
-
-
-def runs_on(vm):
-    before, patience = work(vm), threading.Event()
-    while work(vm) <= before:
-        assert vm.end is None, vm.end
-        patience.wait(0.001)
-    return True
-
-
-class Inn:
-    """A destination at a Unix socket, for one guest."""
-
-    def __init__(self, path, make_vm, accel):
-        self.endpoint = Endpoint(path=str(path))
-        self._make_vm = make_vm
-        self.made = []
-        self._accel = accel
-        self._listener = self.endpoint.listen()
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-        self.guest = None
-
-    def _make(self, config):
-        self.made.append(self._make_vm(config))
-        return self.made[-1]
-
-    def _serve(self):
-        try:
-            self.guest = Destination(Channel(self._listener.accept()[0], 10), self._make, accel=self._accel).run()
-        except MigrationError as error:
-            self.guest = error
-
-    def outcome(self):
-        self._thread.join(60)
-        assert not self._thread.is_alive()
-        return self.guest
-
-    def close(self):
-        self._thread.join(60)
-        self._listener.close()
-        self.endpoint.remove()
 
 
 @pytest.fixture
@@ -90,18 +44,20 @@ def guest(kvm_support, stack):
 
 
 @pytest.fixture
-def inn(tmp_path, stack):
+def inn(inns, tmp_path):
+    """Opens destinations at Unix sockets, each for one guest."""
+    numbers = itertools.count()
+
     def make(make_vm=KvmVm, accel="kvm"):
-        inn = Inn(tmp_path / "inn.sock", make_vm, accel)
-        stack.callback(lambda: [vm.close() for vm in inn.made])
-        stack.callback(inn.close)
-        return inn
+        there = inns(make_vm, accel, Endpoint(path=str(tmp_path / f"{next(numbers)}.sock")))
+        there.open()
+        return there
 
     return make
 
 
 def move(vm, inn, **options):
-    return Source(vm, inn.endpoint, XenPolicy(), timeout_s=10, **options)
+    return Source(vm, inn.endpoint, XenPolicy(), timeout_s=TIMEOUT_S, **options)
 
 
 @pytest.mark.parametrize("tracker", ["kvm-bitmap", "kvm-ring", "pagemap-scan"])
@@ -122,23 +78,19 @@ def test_no_page_is_copied_and_the_guest_runs_on(guest, inn, tracker):
     assert arrived.memory.populated()[0].size
 
 
-def test_a_guest_goes_on_from_hand_to_hand_and_is_then_copied(guest, tmp_path, stack):
+def test_a_guest_goes_on_from_hand_to_hand_and_is_then_copied(guest, inn):
     vm = guest()
-    for number in range(3):
-        there = Inn(tmp_path / f"{number}.sock", KvmVm, "kvm")
-        stack.callback(lambda there=there: [vm.close() for vm in there.made])
+    for _ in range(3):
+        there = inn()
         move(vm, there).run()
         old, vm = vm, there.outcome()
         assert isinstance(vm, KvmVm), vm
         old.close()
-        there.close()
         assert runs_on(vm)
-    soft = Inn(tmp_path / "soft.sock", Domain, "soft")
-    stack.callback(lambda: [vm.close() for vm in soft.made])
+    soft = inn(Domain, "soft")
     report = move(vm, soft).run()
     assert (report.shared_memory, report.verified) == (False, True)
     assert runs_on(soft.outcome())
-    soft.close()
 
 
 def test_a_paused_guest_stays_paused(guest, inn):
@@ -186,22 +138,11 @@ def test_machines_that_cannot_share_copy(guest, inn, first, second):
 def test_one_that_is_held_waits_and_can_be_cancelled(guest, inn):
     vm, there = guest(), inn()
     source = move(vm, there, hold=True)
-    errors = []
-
-    def run():
-        with pytest.raises(MigrationError, match="cancelled"):
-            source.run()
-        errors.append(source.report.status)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    patience = threading.Event()
-    while source.status != "pre-switchover":
-        patience.wait(0.001)
+    moving = Running(source)
+    moving.status("pre-switchover")
     assert runs_on(vm)
     source.cancel()
-    thread.join(60)
-    assert errors == ["cancelled"]
+    assert moving.end().status == "cancelled"
     assert runs_on(vm)
 
 

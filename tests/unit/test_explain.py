@@ -132,7 +132,7 @@ def test_the_wires_rate_is_set_against_the_guests():
     )
     assert explain(report((256, 0))).rates == ("The wire moved 1 MiB/s, the guest dirtied 0 B/s or more.",)
     assert explain(report((256, 0), bandwidth_bytes_per_s=2 * MiB)).rates == (
-        "The wire moved 1 MiB/s (--bandwidth allowed 2 MiB/s), the guest dirtied 0 B/s or more.",
+        "The wire moved 1 MiB/s (50% of the 2 MiB/s that --bandwidth allowed), the guest dirtied 0 B/s or more.",
     )
     assert explain(report((0, 0))).rates == ()
     assert explain(failed()).rates == ()

@@ -137,6 +137,15 @@ def test_what_is_wrong_is_named_after_what_was_right(capsys):
         print_verdict("it", reader(bytes(100)), told)
 
 
+@pytest.mark.parametrize("index", range(9))
+def test_whichever_record_is_wrong_it_is_named_with_its_offset(index):
+    data = bytearray(OURS.read_bytes())
+    record = list(walked("", reader(data)))[index + 1]
+    data[record.offset] = 0x77
+    with pytest.raises(WrongStreamError, match=rf"^it: record {index}: .* at byte {record.offset}$"):
+        print_verdict("it", reader(data), console())
+
+
 def test_an_optional_record_is_shown_and_passed_over():
     data = OURS.read_bytes()
     end = list(walked("", reader(data)))[-1].offset

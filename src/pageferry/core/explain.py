@@ -92,8 +92,9 @@ def _rates(report: MigrationReport) -> tuple[str, ...]:
         return ()
     dirtied = sum(stats.remaining_pages for stats in rounds) * PAGE_SIZE / duration_s
     cap = report.bandwidth_bytes_per_s
-    wire = f"{format_size(sent_bytes / duration_s)}/s"
-    wire += "" if cap is None else f" (--bandwidth allowed {format_size(cap)}/s)"
+    rate = sent_bytes / duration_s
+    wire = f"{format_size(rate)}/s"
+    wire += "" if cap is None else f" ({rate / cap:.0%} of the {format_size(cap)}/s that --bandwidth allowed)"
     line = f"The wire moved {wire}, the guest dirtied {format_size(dirtied)}/s or more"
     if report.sent.rewritten_pages:
         line += f", in {format_size(report.sent.rewritten_pages * PAGE_SIZE)} that were sent more than once"

@@ -1,4 +1,4 @@
-"""HeldBits: the dirty bits that a tracker over the kernel has in its own hands."""
+"""HeldBits: the dirty bits that a tracker over the kernel has in its own hands, and the operators that need no more."""
 
 import threading
 
@@ -88,3 +88,29 @@ class HeldBits:
         """
         with self._lock:
             return self.expect_on().take(gfns)
+
+
+class HeldLog:
+    """The operators that are a matter of the held bits alone; base of every tracker over the kernel."""
+
+    _held: HeldBits
+
+    @property
+    def enabled(self) -> bool:
+        """Whether log-dirty is on."""
+        return self._held.on
+
+    def mark(self, gfns: GfnArray) -> None:
+        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
+
+        Frames that are not RAM are ignored.
+        """
+        self._held.mark(gfns)
+
+    def give_back(self, bitmap: DirtyBitmap) -> None:
+        """Set again the bits that a failed round had taken with ``clean()``.
+
+        Raises:
+            LogDirtyError: log-dirty is off.
+        """
+        self._held.add(bitmap)

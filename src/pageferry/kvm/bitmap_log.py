@@ -54,8 +54,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError
-from pageferry.core.frames import GfnArray
-from pageferry.core.held_bits import HeldBits
+from pageferry.core.held_bits import HeldBits, HeldLog
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.kvm import uapi
@@ -73,7 +72,7 @@ def _hva(words: NDArray[np.uint64]) -> int:
     return int(words.__array_interface__["data"][0])
 
 
-class KvmBitmapLog:
+class KvmBitmapLog(HeldLog):
     """Log-dirty by KVM's bitmap; implements :class:`pageferry.core.vm.LogDirty`.
 
     Args:
@@ -105,11 +104,6 @@ class KvmBitmapLog:
     def tracker(self) -> str:
         """The tracker's name."""
         return "kvm-bitmap"
-
-    @property
-    def enabled(self) -> bool:
-        """Whether log-dirty is on."""
-        return self._held.on
 
     def enable(self) -> None:
         """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on.
@@ -197,21 +191,6 @@ class KvmBitmapLog:
             finally:  # what KVM has forgotten is ours now: of the range, or (automatic) of whole slots
                 self._held.add(bitmap)
             return self._held.take(gfns)
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
-
-        Frames that are not RAM are ignored.
-        """
-        self._held.mark(gfns)
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Set again the bits that a failed round had taken with ``clean()``.
-
-        Raises:
-            LogDirtyError: log-dirty is off.
-        """
-        self._held.add(bitmap)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters. KVM counts page faults of every cause together: ``fault_count`` is not known.

@@ -55,8 +55,7 @@ import threading
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError
-from pageferry.core.frames import GfnArray
-from pageferry.core.held_bits import HeldBits
+from pageferry.core.held_bits import HeldBits, HeldLog
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.kvm import uapi
@@ -68,7 +67,7 @@ from pageferry.kvm.slots import MemorySlot
 _log = logging.getLogger(__name__)
 
 
-class KvmRingLog:
+class KvmRingLog(HeldLog):
     """Log-dirty by KVM's dirty rings; implements :class:`pageferry.core.vm.LogDirty`.
 
     ``full_exits`` counts how often a vCPU found its ring full, since the machine was made.
@@ -95,11 +94,6 @@ class KvmRingLog:
     def tracker(self) -> str:
         """The tracker's name."""
         return "kvm-ring"
-
-    @property
-    def enabled(self) -> bool:
-        """Whether log-dirty is on."""
-        return self._held.on
 
     def enable(self) -> None:
         """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on.
@@ -210,21 +204,6 @@ class KvmRingLog:
             if dirty:  # else no page of the range is writable: a harvested one has its bit set until it is reset
                 self._reset()
             return self._held.take(gfns)
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
-
-        Frames that are not RAM are ignored.
-        """
-        self._held.mark(gfns)
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Set again the bits that a failed round had taken with ``clean()``.
-
-        Raises:
-            LogDirtyError: log-dirty is off.
-        """
-        self._held.add(bitmap)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters. ``fault_count`` is not known: see the module.

@@ -29,14 +29,16 @@ Bugs that really lost dirty pages, in KVM, QEMU, Xen and others, and some that n
 invites, put into this implementation one at a time; and what finds each. `make mutants` runs them all and prints this
 table (`python -m pageferry.testing.mutants --markdown` in this form).
 
-*Breaks* is the law of [design.md](design.md#laws) that the fault breaks, or the plain meaning of an operator, or of
-save and load. *Caught by* is the first check that fails; the checks of that law are tried first, then the others.
-*After* counts the checks tried, and the CLEANs in all of them together; where a guest runs free that number varies.
+*Breaks* is the law of [design.md](design.md#laws) that the fault breaks, or the plain meaning of an operator, of save
+and load, or of the report. *Caught by* is the first check that fails; the checks of that law are tried first, then the
+others. *After* counts the checks tried, and the CLEANs in all of them together; where a guest runs free that number
+varies.
 
 The faults are in `pageferry.testing.mutation`: one function each, which replaces one step of one machine. Those of the
 software hypervisor and of KVM fall to the conformance kit (or to the audit, the paging pool and moves of each device,
-where the kit cannot look), those of the engine to migrations that are disturbed at the worst moment. The faults of a
-*tracker* stand in front of a sound one and need no implementation to break: they prove the published kit alone.
+where the kit cannot look), those of the engine to migrations and saves that are disturbed at the worst moment. The
+faults of a *tracker* stand in front of a sound one and need no implementation to break: they prove the published kit
+alone.
 """
 
 _TITLES = {

@@ -29,14 +29,13 @@ from typing import ClassVar
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, UffdError
-from pageferry.core.frames import GfnArray
-from pageferry.core.held_bits import HeldBits
+from pageferry.core.held_bits import HeldBits, HeldLog
 from pageferry.core.vm import LogDirtyStats
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.view import VcpuView
 
 
-class UffdLog(ABC):
+class UffdLog(HeldLog, ABC):
     """Base of the trackers here; implements :class:`pageferry.core.vm.LogDirty`.
 
     Args:
@@ -56,11 +55,6 @@ class UffdLog(ABC):
     @abstractmethod
     def tracker(self) -> str:
         """The tracker's name."""
-
-    @property
-    def enabled(self) -> bool:
-        """Whether log-dirty is on."""
-        return self._held.on
 
     def enable(self) -> None:
         """ENABLE: all bits clear, all RAM NOT WRITABLE, the guest runs on. What it writes meanwhile is dirty.
@@ -147,21 +141,6 @@ class UffdLog(ABC):
             finally:  # what is protected again is in `taken` alone
                 self._held.add(taken)
             return self._held.take(gfns)
-
-    def mark(self, gfns: GfnArray) -> None:
-        """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
-
-        Frames that are not RAM are ignored.
-        """
-        self._held.mark(gfns)
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Set again the bits that a failed round had taken with ``clean()``.
-
-        Raises:
-            LogDirtyError: log-dirty is off.
-        """
-        self._held.add(bitmap)
 
     def stats(self) -> LogDirtyStats:
         """Return the counters.

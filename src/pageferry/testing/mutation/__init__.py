@@ -2,7 +2,8 @@
 
 Not part of the published kit, which knows no implementation. To add a fault: one function, decorated, in
 :mod:`.tracking` or :mod:`.tables` (the software hypervisor's log-dirty, and its P2M), :mod:`.writers` (its writers that
-are no vCPU's own), :mod:`.kvm_log`, :mod:`.kvm_ring`, :mod:`.uffd`, :mod:`.pagemap` or :mod:`.moving` (the engine).
+are no vCPU's own), :mod:`.kvm_log`, :mod:`.kvm_ring`, :mod:`.uffd`, :mod:`.pagemap`, or of the engine
+:mod:`.moving`, :mod:`.proving` (the proof, and the report) or :mod:`.travelling` (encoders, connections, files).
 """
 
 from pageferry.testing.mutation.fault import Fault, Room

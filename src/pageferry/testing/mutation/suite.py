@@ -1,9 +1,10 @@
 """All faults, and for each what has to find it."""
 
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
-from pageferry.engine.destination import Destination
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import DEFAULT_TRACKER
@@ -19,15 +20,18 @@ from pageferry.testing.mutation import (
     kvm_ring,
     moving,
     pagemap,
+    proving,
     ranges,
     ring_ranges,
     tables,
     tracking,
+    travelling,
     uffd,
     writers,
 )
 from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
-from pageferry.testing.mutation.migrations import Engine, migration_checks
+from pageferry.testing.mutation.migrations import migration_checks
+from pageferry.testing.mutation.trips import Engine
 
 _SEED = 1
 _UFFD_TRACKERS = ("uffd-wp", "pagemap-scan")
@@ -46,7 +50,10 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 
 DECLARED: tuple[Fault, ...] = tuple(
     fault
-    for room in (tracking, ranges, tables, writers, devices, moving, kvm_log, kvm_ring, ring_ranges, uffd, pagemap)
+    for room in (
+        *(tracking, ranges, tables, writers, devices, kvm_log, kvm_ring, ring_ranges, uffd, pagemap),
+        *(moving, proving, travelling),
+    )
     for fault in room.fault.all()
 )
 """All faults in the implementation, whatever it has of them."""
@@ -61,13 +68,21 @@ def checks_of(fault: Fault) -> tuple[Check, ...]:
     """Return the checks that a fault must fall to, in the order to try them: those of the law that it breaks first."""
     if fault.room is Room.TRACKER:
         return conformance.CHECKS
-    if fault.room is not Room.ENGINE:
+    if fault.room is Room.ENGINE:
+        known = migration_checks(_engine_of(fault))
+    else:
         known = conformance.CHECKS if fault.on_kvm else _ON_SOFT
-        return tuple(sorted(known, key=lambda check: check.law != fault.law))
-    broken = fault.inject
-    return migration_checks(
-        Engine(destination=broken) if issubclass(broken, Destination) else Engine(source=broken)  # type: ignore[arg-type]
-    )
+    return tuple(sorted(known, key=lambda check: check.law != fault.law))
+
+
+def _engine_of(fault: Fault) -> Engine:
+    """Return the engine with one part broken: that which the fault's class is derived from."""
+    sound = Engine()
+    for part in fields(Engine):
+        if issubclass(fault.inject, getattr(sound, part.name)):  # type: ignore[arg-type]  # the fault is a class
+            broken: dict[str, Any] = {part.name: fault.inject}
+            return replace(sound, **broken)
+    raise AssertionError(f"{fault.name} breaks nothing of the engine's")
 
 
 def lab_of(fault: Fault) -> Lab:

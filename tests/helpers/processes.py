@@ -1,0 +1,103 @@
+"""Processes of pageferry: how the tests start, watch and surely end them."""
+
+import os
+import subprocess
+import sys
+
+from at_work import until
+
+from pageferry.core.errors import VmError
+from pageferry.engine.transport import Endpoint
+from pageferry.vmm.qmp_client import QmpClient
+
+PAGEFERRY = [sys.executable, "-m", "pageferry"]
+#: How long a process may take for what it is sure to do.
+GIVE_UP_S = 120
+POLL_S = 0.01
+
+
+def reap(popen):
+    """End a process, if it has not ended, and leave nothing of it behind."""
+    popen.kill()
+    popen.wait()
+    for stream in (popen.stdin, popen.stdout, popen.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def cli(*arguments, **options):
+    """Run a command of pageferry's to its end."""
+    options = {"capture_output": True, "text": True, "timeout": GIVE_UP_S, "check": False, **options}
+    return subprocess.run([*PAGEFERRY, *map(str, arguments)], **options)
+
+
+def one_line(result):
+    """A failure says one line (and perhaps a hint and what it did so far), no traceback; return the line."""
+    assert "Traceback" not in result.stderr
+    besides = ("hint:", "report:", "machine:", "round", "stop")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(besides)]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("pageferry: ")
+    return lines[0]
+
+
+class Process:
+    """A process with a control socket; whoever makes one ends it (the fixture ``start`` does).
+
+    What its guest prints is in the file ``output``, what it says itself in ``log``. It finds modules in ``folder``.
+    """
+
+    def __init__(self, folder, name, *arguments):
+        self.control = folder / f"{name}.sock"
+        self.output = folder / f"{name}.out"
+        self.log = folder / f"{name}.log"
+        command = [*PAGEFERRY, *map(str, arguments), "--control", str(self.control)]
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        with self.output.open("wb") as output, self.log.open("wb") as log:
+            self.popen = subprocess.Popen(
+                command, stdout=output, stderr=log, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
+            )
+        try:
+            self.until(self._answers, "control socket")
+        except BaseException:
+            self.end()
+            raise
+
+    def _answers(self):
+        assert self.popen.poll() is None, self.log.read_text()
+        try:
+            QmpClient(self.control).close()
+        except VmError:
+            return False
+        return True
+
+    def until(self, condition, what):
+        """Wait for what the process is to do."""
+        return until(condition, lambda: f"{what}: {self.log.read_text()}", POLL_S)
+
+    def ask(self, command, **arguments):
+        """Ask at the control socket."""
+        with QmpClient(self.control) as client:
+            return client.execute(command, **arguments)
+
+    def status(self):
+        """What the guest does."""
+        return self.ask("query-status")["status"]
+
+    def work(self):
+        """The operations that the guest has done."""
+        return sum(self.ask("x-query-guest")["work"])
+
+    def runs_on(self):
+        """The guest does more work."""
+        before = self.work()
+        self.until(lambda: self.work() > before, "work")
+        return self.status() == "running"
+
+    def endpoint(self):
+        """Where it waits for a guest."""
+        return Endpoint.parse(self.ask("x-query-guest")["listening"])
+
+    def end(self):
+        """End it, now and without a word; may be repeated."""
+        reap(self.popen)

@@ -1,0 +1,260 @@
+"""Migrations between two machines in one process: the other end, policies that count, a copy of what is sent."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from at_work import until
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import MigrationError
+from pageferry.core.policies import XenPolicy
+from pageferry.core.policy import Action, Decision
+from pageferry.engine.destination import Destination
+from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel, Endpoint, accept_within
+from pageferry.hypervisor import audit
+from pageferry.hypervisor.domain import Domain
+from pageferry.stream.codec import NEED_DATA, Decoder
+from pageferry.stream.ferry import Conversation, Digests, FerryDecoder, Join, Side, SourceHello
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.format import EXTENSIONS
+from pageferry.stream.order import Role
+from pageferry.stream.records import End
+
+#: How long a connection may stand still where no test is about that.
+TIMEOUT_S = 60
+LOOPBACK = Endpoint(host="127.0.0.1")
+
+
+class Inn:
+    """A destination on a thread: takes in one guest after another, each as ``make_vm`` makes it.
+
+    ``made`` are the machines, ``channels`` the connections of the last guest, ``vm`` that guest, or ``error`` what
+    became of it instead.
+    """
+
+    def __init__(self, make_vm, accel, endpoint=LOOPBACK):
+        self.make_vm = make_vm
+        self.accel = accel
+        self._listener = endpoint.listen()
+        self.endpoint = endpoint.bound(self._listener)
+        self.made = []
+        self.channels = []
+        self.vm = self.error = None
+        self._thread = None
+
+    def _make(self, config):
+        self.made.append(self.make_vm(config))
+        return self.made[-1]
+
+    def _accept(self, wait_s):
+        channel = accept_within(self._listener, wait_s, TIMEOUT_S)
+        if channel is not None:
+            self.channels.append(channel)
+        return channel
+
+    def _serve(self, options):
+        try:
+            self.channels.append(Channel(self._listener.accept()[0], TIMEOUT_S))
+            there = Destination(self.channels[0], self._make, accel=self.accel, accept=self._accept, **options)
+            self.vm = there.run()
+        except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
+            self.error = error
+
+    def open(self, **options):
+        """Wait for a guest, on a thread; return where. ``options`` are the Destination's."""
+        self.vm = self.error = None
+        self.channels = []
+        self._thread = threading.Thread(target=self._serve, args=(options,))
+        self._thread.start()
+        return self.endpoint
+
+    def outcome(self):
+        """Return the guest that arrived, or the error, when it is clear which."""
+        self._thread.join()
+        return self.vm or self.error
+
+    def close(self):
+        """Take in nobody any more, and give everything back."""
+        self._listener.shutdown(2)
+        for channel in self.channels:
+            channel.abort()
+        if self._thread is not None:
+            self._thread.join()
+        self._listener.close()
+        self.endpoint.remove()
+        for vm in self.made:
+            if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
+                audit.check(vm)
+            vm.close()
+
+
+class Rounds:
+    """A policy that makes so many rounds; after each it calls ``after_round(index)``.
+
+    ``limit_s``: a downtime limit that it does not look at.
+    """
+
+    name = "rounds"
+
+    def __init__(self, rounds, after_round=lambda index: None, *, limit_s=None):
+        self.limit_s = limit_s
+        self._rounds = rounds
+        self._after_round = after_round
+
+    def decide(self, progress):
+        """Count."""
+        self._after_round(progress.last.index)
+        enough = len(progress.rounds) >= self._rounds
+        return Decision(action=Action.STOP_AND_COPY if enough else Action.NEXT_ROUND, reason="counted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A record on a tape: bytes ``begin`` to ``end`` of that connection."""
+
+    connection: int
+    begin: int
+    end: int
+    event: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sending:
+    """One call that sent: when it began and came back, on which connection, and where its first byte is on the tape."""
+
+    began_s: float
+    ended_s: float
+    connection: int
+    begin: int
+
+
+@dataclass
+class Taped:
+    """An endpoint that keeps a copy of what the source sends, connection by connection."""
+
+    endpoint: Endpoint
+    before_connect: Callable[[int], None] = lambda index: None
+    tapes: list[bytearray] = field(default_factory=list)
+    channels: list[Channel] = field(default_factory=list)
+    sendings: list[Sending] = field(default_factory=list)
+
+    def __str__(self):
+        return str(self.endpoint)
+
+    def connect(self, timeout_s, given_up):
+        """Connect, with a tape."""
+        connection = len(self.tapes)
+        self.before_connect(connection)
+        channel = self.endpoint.connect(timeout_s, given_up)
+        self.channels.append(channel)
+        tape, send = bytearray(), channel.send
+        self.tapes.append(tape)
+
+        def tee(buffers, fd=None):
+            copies = [bytes(buffer) for buffer in buffers]  # the guest may write meanwhile: send what is on the tape
+            began_s, begin = time.monotonic(), len(tape)
+            tape.extend(b"".join(copies))
+            send(copies, fd)
+            sending = Sending(began_s=began_s, ended_s=time.monotonic(), connection=connection, begin=begin)
+            self.sendings.append(sending)
+
+        channel.send = tee
+        return channel
+
+    def placed(self, agreed=EXTENSIONS, connection=0):
+        """Return the records of the stream on a tape, or of the section there, which a strict reader takes.
+
+        And the frames that follow the stream, of a migration that came so far.
+        """
+        tape = bytes(self.tapes[connection])
+        conversation = Conversation(Side.DESTINATION)
+        frames, at = FerryDecoder(conversation), 0
+        while (hello := frames.next_event()) is NEED_DATA:
+            wanted = frames.wanted_bytes
+            frames.feed(tape[at : at + wanted])
+            at += wanted
+        assert isinstance(hello, Join if connection else SourceHello)
+        stream = Decoder(agreed=agreed, role=Role.SECTION if connection else Role.READER)
+        stream.feed(tape[at:])
+        records, begin = [], at
+        while (event := stream.next_event()) is not NEED_DATA:
+            end = at + stream.offset
+            records.append(Placed(connection=connection, begin=begin, end=end, event=event))
+            begin = end
+        if connection or not stream.ended:
+            return records, []
+        conversation.passed(Side.DESTINATION, FrameType.DESTINATION_HELLO)
+        conversation.stream_passed(stream.offset)
+        frames.feed(tape[begin:])
+        found = []
+        while (frame := frames.next_event()) is not NEED_DATA:
+            found.append(frame)
+            if isinstance(frame, Digests) and frame.last:
+                conversation.passed(Side.DESTINATION, FrameType.READY)
+        return records, found
+
+    def records(self, agreed=EXTENSIONS, connection=0):
+        """Return the records alone, of a whole stream."""
+        records, _ = self.placed(agreed, connection)
+        assert isinstance(records[-1].event, End)
+        return [record.event for record in records]
+
+
+class Move:
+    """One migration of ``vm`` to an inn, taped; ``there`` is the Vm that arrived, or the error."""
+
+    def __init__(self, vm, inn):
+        self.vm = vm
+        self.inn = inn
+        self.there = None
+        self.taped = None
+        self.source = None
+
+    def run(self, policy=None, *, before_connect=lambda index: None, **options):
+        """Move the guest; return the report."""
+        self.taped = Taped(self.inn.open(), before_connect)
+        try:
+            self.source = Source(self.vm, self.taped, policy or XenPolicy(), timeout_s=TIMEOUT_S, **options)
+            return self.source.run()
+        finally:
+            self.there = self.inn.outcome()
+
+    def expect_equal(self):
+        """The memories are equal where the source has storage."""
+        assert not isinstance(self.there, Exception), self.there
+        gfns = expand_runs(*self.vm.memory.populated())
+        ours, theirs = (memory.page_views(gfns) for memory in (self.vm.memory, self.there.memory))
+        assert [int(g) for g, a, b in zip(gfns, ours, theirs, strict=True) if bytes(a) != bytes(b)] == []
+
+
+class Running:
+    """An attempt on a thread of its own."""
+
+    def __init__(self, source):
+        self._source = source
+        self.error = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self._source.run()
+        except MigrationError as error:
+            self.error = error
+
+    def status(self, wanted):
+        """Wait for a status."""
+        until(lambda: self._source.report is not None or self._source.status == wanted, wanted)
+        assert self._source.status == wanted
+
+    def rounds(self, count):
+        """Wait for so many rounds."""
+        until(lambda: self._source.report is not None or self._source.traffic().rounds >= count, f"{count} rounds")
+
+    def end(self):
+        """Wait for the end; return the report."""
+        self._thread.join()
+        return self._source.report

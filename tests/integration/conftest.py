@@ -1,0 +1,77 @@
+"""What the tests of whole migrations share; the classes are in tests/helpers."""
+
+import subprocess
+
+import pytest
+from at_work import runs_on
+from processes import PAGEFERRY, Process, reap
+from trips import LOOPBACK, Inn, Move
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts processes with a control socket, by the arguments of the command line, and ends them."""
+    made = []
+
+    def begin(*arguments, name=None):
+        made.append(Process(tmp_path, name or f"process{len(made)}", *arguments))
+        return made[-1]
+
+    yield begin
+    for process in made:
+        process.end()
+
+
+@pytest.fixture
+def background():
+    """Starts commands of pageferry's that go on while the test does; what they print comes through pipes."""
+    made = []
+
+    def begin(*arguments, **options):
+        command = [*PAGEFERRY, *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        made.append(subprocess.Popen(command, **options))
+        return made[-1]
+
+    yield begin
+    for popen in made:
+        reap(popen)
+
+
+@pytest.fixture
+def inns():
+    """Opens destinations, and closes them."""
+    made = []
+
+    def open_one(make_vm, accel, endpoint=LOOPBACK):
+        made.append(Inn(make_vm, accel, endpoint))
+        return made[-1]
+
+    yield open_one
+    for inn in made:
+        inn.close()
+
+
+@pytest.fixture
+def inn(inns, make_vm, accel):
+    """A destination of the accel under test."""
+    return inns(make_vm, accel)
+
+
+@pytest.fixture
+def move(inns, make_vm, accel):
+    """Makes taped migrations of a guest to a machine of its kind."""
+    return lambda vm: Move(vm, inns(make_vm, accel))
+
+
+@pytest.fixture
+def running(guests):
+    """Makes guests that run and have done some work."""
+
+    def make(*arguments, **options):
+        vm = guests(*arguments, **options)
+        vm.resume()
+        assert runs_on(vm)
+        return vm
+
+    return make
