@@ -43,6 +43,7 @@ from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.stream.ferry import Digests
+from pageferry.stream.format import FENCE, RECORD_HEADER
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.packing import Packing, available, packer
 from pageferry.stream.records import DeltaPages, HvmContext, PackedPages
@@ -54,6 +55,7 @@ CAP = 256 * MiB
 PACKING = next(iter(available()), Packing.NONE)
 CACHE_BYTES = 0 if PACKING is Packing.NONE else 64 * MiB
 ROUNDING_S = 1e-6
+FENCE_BYTES = RECORD_HEADER.size + FENCE.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +325,15 @@ def pages_on_the_tape(seen):
 def bytes_of_the_records_on_the_tape(seen):
     for stats, (records, passed) in zip(seen.report.rounds, seen.per_round, strict=True):
         pages = sum(record.end - record.begin for record in records)
-        if seen.scenario.verify is VerifyMode.FULL:  # nothing but pages
-            assert pages == passed
+        if seen.scenario.verify is VerifyMode.FULL:  # nothing but pages and, at its end, a FENCE
+            assert pages == passed - (0 if stats.final else FENCE_BYTES)
         assert pages <= stats.sent_bytes <= passed
+
+
+@counted("postcopy")
+def nothing_comes_after_the_switch(seen):
+    # Those that switch are counted in test_postcopy.
+    assert seen.report.postcopy is None
 
 
 @counted("rounds.packed_pages", "rounds.packed_bytes", "rounds.delta_pages", "rounds.delta_bytes")
