@@ -128,7 +128,9 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
     assert [r.final for r in report.rounds] == [False] * (len(report.rounds) - 1) + [True]
     assert all(r.sent_bytes > (r.sent_pages - r.zero_pages) * 4096 for r in report.rounds if r.sent_pages)
     assert events[-1] == MigrationEnded(report=report)
-    assert [e.phase for e in events if isinstance(e, PhaseBegan)] == list(Phase)
+    assert [e.phase for e in events if isinstance(e, PhaseBegan)] == [
+        phase for phase in Phase if phase is not Phase.POSTCOPY
+    ]
     assert [e.stats for e in events if isinstance(e, RoundEnded)] == list(report.rounds)
     for stats in report.rounds:
         sent = [e.sent_pages for e in events if isinstance(e, RoundProgress) and e.index == stats.index]

@@ -291,7 +291,7 @@ def test_what_cannot_wait_for_pages_is_refused_with_a_hint(saved, restored, monk
     monkeypatch.setattr(UffdFd, "__init__", none)
     with pytest.raises(UnsupportedError, match="no userfaultfd") as refused:
         restored(path, KvmVm)
-    assert refused.value.hint == "restore it without --lazy"
+    assert "no --lazy" in refused.value.hint
 
 
 @pytest.mark.parametrize("accel", ["soft"])

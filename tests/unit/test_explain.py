@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import MigrationReport, RoundEnd
+from pageferry.core.events import MigrationReport, PostcopyStats, RoundEnd
 from pageferry.core.explain import explain
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import GuestTime
@@ -279,3 +279,36 @@ def test_a_pause_that_was_mostly_verification_is_told():
     )
     audited = replace(made, audited_pages=8192)
     assert explain(audited).advice == (f"{begin} 32 MiB equal was most of it.",)
+
+
+LATE = PostcopyStats(
+    missing_pages=5000,
+    sent_pages=5000,
+    zero_pages=10,
+    urgent_pages=40,
+    duration_s=2.5,
+    cuts=0,
+    cut_s=0.0,
+    waits=50,
+    waited_s=0.2,
+    longest_wait_s=0.03,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "; it waited 50 times for some of them, 200.0 ms of its time in all: 4.0 ms each, 30.0 ms at most."),
+        ({"waits": None, "waited_s": None, "longest_wait_s": None}, "."),
+        ({"waits": 0, "waited_s": 0.0, "longest_wait_s": 0.0}, "."),
+        (
+            {"waits": 0, "waited_s": 0.0, "cuts": 1, "cut_s": 1.5},
+            ". The connection was cut once, and it stood still for 1.50 s.",
+        ),
+        ({"waits": 0, "cuts": 2, "cut_s": 1.5}, ". The connection was cut 2 times, and it stood still for 1.50 s."),
+    ],
+)
+def test_what_came_after_the_switch_and_what_it_cost(changes, words):
+    made = report((100_000, 50_000), action=Action.POST_COPY, postcopy=replace(LATE, **changes))
+    outcome = "It switched the guest after 1 round of pre-copy: it fits. 5,000 pages came in the 2.50 s after that"
+    assert explain(made).outcome == outcome + words

@@ -58,6 +58,7 @@ def report(**changes):
         },
         "explanation": WORDS,
         "reason": "it </script> fits",
+        "postcopy": None,
     }
     return made | changes
 
@@ -86,6 +87,20 @@ def test_the_bars_are_the_rounds_where_they_were():
     assert [bar.sent_bytes_per_s for bar in bars] == [5 * MiB, 2 * MiB, pytest.approx(2.5 * MiB)]
     assert [bar.dirty_bytes_per_s for bar in bars] == [0.5 * MiB, 0.5 * MiB, None]
     assert [(bar.throttle, bar.final) for bar in bars] == [(0.0, False), (0.4, False), (0.0, True)]
+
+
+def test_what_came_after_the_switch_has_a_bar_to_the_end_and_a_row():
+    heat = report()["sent"]["heat"]
+    switched = report(
+        postcopy={"duration_s": 0.125, "sent_pages": 640, "zero_pages": 320},
+        sent={"heat": heat | {"rows": [*heat["rows"], [64, 0, 512]]}},
+    )
+    bar = picture(switched).bars[-1]
+    assert (bar.label, bar.began_s, bar.ended_s, bar.sent_pages) == ("post-copy", 3.375, 3.5, 640)
+    assert (bar.sent_bytes_per_s, bar.dirty_bytes_per_s, bar.final) == (10 * MiB, None, False)
+    assert picture(switched).heat.rows == ("round 0", "round 1", "stop-and-copy", "post-copy")
+    assert picture(switched).heat.shares[-1] == (0.0625, 0.0, 1.0)
+    assert b"post-copy: 640 pages in 125.0 ms" in page(picture(switched))
 
 
 def test_the_downtimes_parts_follow_one_another():

@@ -7,8 +7,16 @@ from hypothesis import strategies as st
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, XenPolicy, make_policy, with_limits
-from pageferry.core.policy import Action, Decision, Progress, RoundStats
+from pageferry.core.policies import (
+    ConvergePolicy,
+    DeadlinePolicy,
+    DowntimePolicy,
+    PostcopyPolicy,
+    XenPolicy,
+    make_policy,
+    with_limits,
+)
+from pageferry.core.policy import Action, Decision, Progress, RoundStats, may_switch
 
 
 def stats(index, *, sent, remaining, duration_s=1.0):
@@ -277,3 +285,50 @@ def test_a_users_own_policy_keeps_its_limits():
 
     with pytest.raises(UsageError, match="limits of policy own:Policy are its own"):
         with_limits(Own(), {"max_rounds": 3})
+
+
+def test_postcopy_stops_where_the_pause_fits():
+    policy = PostcopyPolicy(limit_s=0.3)
+    fits = progress(stats(0, sent=100_000, remaining=20_000), fixed_s=0.09)
+    assert policy.decide(fits).action is Action.STOP_AND_COPY
+    assert policy.decide(progress(stats(0, sent=100_000, remaining=20_000), fixed_s=0.11)).action is Action.NEXT_ROUND
+
+
+def test_postcopy_switches_after_its_rounds_and_says_what_is_left():
+    rounds = [stats(i, sent=100_000, remaining=90_000 - 1_500 * i) for i in range(3)]
+    assert [PostcopyPolicy().decide(progress(*rounds[:n])).action for n in (1, 2)] == [Action.NEXT_ROUND] * 2
+    decision = PostcopyPolicy().decide(progress(*rounds))
+    assert decision.action is Action.POST_COPY
+    assert "356.4 MB are left to come after the switch" in decision.reason
+    assert PostcopyPolicy(max_rounds=1).decide(progress(rounds[0])).action is Action.POST_COPY
+
+
+def test_postcopy_makes_no_round_that_brings_it_no_nearer():
+    rounds = [stats(0, sent=100_000, remaining=50_000), stats(1, sent=50_000, remaining=60_000)]
+    assert PostcopyPolicy(max_rounds=9).decide(progress(*rounds)).action is Action.POST_COPY
+
+
+@given(st.lists(st.integers(0, 100_000), min_size=1, max_size=12))
+def test_postcopy_always_ends(remaining):
+    rounds = [stats(i, sent=100_000, remaining=pages) for i, pages in enumerate(remaining)]
+    decision = PostcopyPolicy(max_rounds=len(rounds)).decide(progress(*rounds, fixed_s=1.0))
+    assert decision.action is Action.POST_COPY
+
+
+def test_only_a_policy_that_says_so_may_switch():
+    class Own:
+        switches = True
+
+        def decide(self, progress):
+            raise NotImplementedError
+
+    assert [may_switch(policy) for policy in (PostcopyPolicy(), Own(), XenPolicy(), DowntimePolicy())] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(UsageError, match="positive limit"):
+        PostcopyPolicy(limit_s=0)
+    with pytest.raises(UsageError, match="the postcopy policy has no deadline"):
+        make_policy("postcopy", deadline_s=1.0)

@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import xxhash
 
 from pageferry.core.cpuid import MAX_LEAVES, SOFT_CPU, CpuidLeaf
 from pageferry.core.errors import (
@@ -17,26 +18,35 @@ from pageferry.core.errors import (
     TruncatedError,
     VersionError,
 )
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.stream.ferry import (
     MAGIC,
     NEED_DATA,
     PROTOCOL_VERSION,
     Commit,
+    Complete,
     Conversation,
     DestinationHello,
     Digests,
+    Dropped,
     Failed,
     FerryDecoder,
     FerryEncoder,
     Join,
     Joined,
     Mismatch,
+    Missing,
+    Pages,
     Phase,
     Ready,
+    Recover,
+    Recovered,
     Refuse,
     Running,
     Side,
     SourceHello,
+    Switch,
+    Wanted,
     what_it_looks_like,
 )
 from pageferry.stream.ferry_bodies import body_of, parse_body
@@ -49,6 +59,7 @@ from pageferry.stream.ferry_frames import (
     TYPE_OF,
     FrameType,
 )
+from pageferry.stream.ferry_postcopy import digest_of
 from pageferry.stream.format import MAX_DIGESTS, PFN_MASK, RUN_DIGEST, BodyError, RecordType
 
 HELLO = SourceHello(
@@ -78,6 +89,11 @@ def digests(*first_gfns, pages=16, last=False):
     )
 
 
+MISSING = Missing(first_gfns=np.array([1, 16], np.uint64), pages=np.array([2, 1], np.uint64))
+WANTED = Wanted(gfns=np.array([1, 16], np.uint64), urgent=True)
+PAGES = Pages(gfns=np.array([1, 16], np.uint64), zero=np.array([False, True]), digest=bytes(range(16)))
+CONTENT = np.arange(PAGE_SIZE, dtype=np.uint16).astype(np.uint8)
+COMPLETE = Complete(waits=3, waited_ns=500, longest_ns=400)
 MISMATCH = Mismatch(first_gfn=16, page_digests=np.array([1, 1 << 63], np.uint64))
 
 
@@ -128,6 +144,15 @@ def advance(ends, phase):
         source.tell(destination, Join(token="t", index=1))
         if phase is Phase.JOINED:
             destination.tell(source, Joined())
+    elif phase in (Phase.SWITCHED, Phase.FETCHING, Phase.COMPLETE):
+        advance(ends, Phase.READY)
+        source.tell(destination, Switch())
+        if phase is not Phase.SWITCHED:
+            destination.tell(source, Running())
+        if phase is Phase.COMPLETE:
+            destination.tell(source, COMPLETE)
+    elif phase is Phase.RECOVERING:
+        source.tell(destination, Recover(token="t"))
     elif phase is not Phase.GREETING:
         for reached, step in steps:
             step()
@@ -160,6 +185,33 @@ def test_a_whole_conversation(ends):
         end.decoder.eof()
 
 
+def test_a_conversation_that_switches_and_is_cut_and_goes_on(ends):
+    source, destination = ends
+    advance(ends, Phase.DIGESTING)
+    heard = source.tell(destination, MISSING)
+    assert (heard.first_gfns.tolist(), heard.pages.tolist()) == ([1, 16], [2, 1])
+    source.tell(destination, digests(32, last=True))
+    destination.tell(source, Ready(verified_pages=16))
+    assert source.tell(destination, Switch(paused=True)) == Switch(paused=True)
+    assert destination.tell(source, Running()) == Running()
+    source, destination = again = End(Side.SOURCE), End(Side.DESTINATION)
+    source.decoder.feed(destination.encoder.preamble())
+    destination.decoder.feed(source.encoder.preamble())
+    assert source.tell(destination, Recover(token="t")) == Recover(token="t")
+    assert destination.tell(source, Recovered()) == Recovered()
+    wanted = destination.tell(source, WANTED)
+    assert (wanted.gfns.tolist(), wanted.urgent) == ([1, 16], True)
+    came = source.tell(destination, PAGES)
+    assert (came.gfns.tolist(), came.zero.tolist(), came.digest) == ([1, 16], [False, True], PAGES.digest)
+    offset = destination.decoder.offset
+    destination.decoder.content_passed(PAGE_SIZE)
+    assert destination.decoder.offset == offset + PAGE_SIZE
+    assert destination.tell(source, COMPLETE) == COMPLETE
+    assert source.tell(destination, Dropped()) == Dropped()
+    for end in again:
+        end.decoder.eof()
+
+
 def test_a_mismatch_ends_with_failed(ends):
     source, destination = ends
     advance(ends, Phase.DIGESTING)
@@ -183,21 +235,22 @@ def test_a_refusal_may_come_before_the_hello_is_read(ends):
 
 EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
 EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(token="t", index=15), Joined()]
+EXAMPLES += [MISSING, Switch(), WANTED, PAGES, COMPLETE, Dropped(), Recover(token="t"), Recovered()]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
-    (Phase.GREETING, SOURCE): {SourceHello, Join},
+    (Phase.GREETING, SOURCE): {SourceHello, Join, Recover},
     (Phase.GREETING, DESTINATION): {Refuse, Failed},
     (Phase.ANSWERING, SOURCE): set(),
     (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
     (Phase.STREAMING, SOURCE): set(),
     (Phase.STREAMING, DESTINATION): {Mismatch, Failed},
-    (Phase.DIGESTING, SOURCE): {Digests, Failed},
+    (Phase.DIGESTING, SOURCE): {Missing, Digests, Failed},
     (Phase.DIGESTING, DESTINATION): {Mismatch, Failed},
     (Phase.COMPARING, SOURCE): {Failed},
     (Phase.COMPARING, DESTINATION): {Mismatch, Ready, Failed},
     (Phase.MISMATCHED, SOURCE): {Digests, Failed},
     (Phase.MISMATCHED, DESTINATION): {Failed},
-    (Phase.READY, SOURCE): {Commit, Failed},
+    (Phase.READY, SOURCE): {Commit, Switch, Failed},
     (Phase.READY, DESTINATION): {Failed},
     (Phase.COMMITTED, SOURCE): set(),
     (Phase.COMMITTED, DESTINATION): {Running, Failed},
@@ -209,6 +262,14 @@ ALLOWED = {
     (Phase.JOINING, DESTINATION): {Joined, Refuse, Failed},
     (Phase.JOINED, SOURCE): set(),
     (Phase.JOINED, DESTINATION): set(),
+    (Phase.SWITCHED, SOURCE): set(),
+    (Phase.SWITCHED, DESTINATION): {Running, Failed},
+    (Phase.FETCHING, SOURCE): {Pages},
+    (Phase.FETCHING, DESTINATION): {Wanted, Complete},
+    (Phase.RECOVERING, SOURCE): set(),
+    (Phase.COMPLETE, SOURCE): {Pages, Dropped},
+    (Phase.COMPLETE, DESTINATION): set(),
+    (Phase.RECOVERING, DESTINATION): {Recovered, Refuse, Failed},
 }
 
 
@@ -390,9 +451,18 @@ def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
         FrameType.RUNNING: Phase.COMMITTED,
         FrameType.JOIN: Phase.GREETING,
         FrameType.JOINED: Phase.JOINING,
+        FrameType.MISSING: Phase.DIGESTING,
+        FrameType.SWITCH: Phase.READY,
+        FrameType.WANTED: Phase.FETCHING,
+        FrameType.PAGES: Phase.FETCHING,
+        FrameType.COMPLETE: Phase.FETCHING,
+        FrameType.RECOVER: Phase.GREETING,
+        FrameType.RECOVERED: Phase.RECOVERING,
+        FrameType.DROPPED: Phase.COMPLETE,
     }
     advance(ends, phases.get(frame_type, Phase.COMPARING))
     from_source = (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT, FrameType.JOIN)
+    from_source += (FrameType.MISSING, FrameType.SWITCH, FrameType.PAGES, FrameType.RECOVER, FrameType.DROPPED)
     listener = ends[1 if frame_type in from_source else 0]
     length = 0xFFFF_FFFF if excess is None else MAX_BODY_BYTES[frame_type] + excess
     tracemalloc.start()
@@ -514,6 +584,30 @@ def digest_body(rows, *, count=None, flags=0, extra=b"", digest=bytes(16)):
         (FrameType.COMMIT, b"", "body of 0 bytes, not 8"),
         (FrameType.COMMIT, struct.pack("<II", 2, 0), "flags 0x2"),
         (FrameType.COMMIT, struct.pack("<II", 1, 1), "reserved 0x1"),
+        (FrameType.MISSING, b"1234567", "too short"),
+        (FrameType.MISSING, struct.pack("<II", 0, 0), "does not hold 0 entries"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 2, 0, 0, 1), "does not hold 2 entries"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 1, 0, 1), "reserved"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, 0, 0), "a run is empty"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, 1 << 52, 1), "past the largest gfn"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, 1, (1 << 64) - 1), "past the largest gfn"),
+        (FrameType.MISSING, struct.pack("<IIQQ", 1, 0, (1 << 52) - 1, 2), "past the largest gfn"),
+        (FrameType.MISSING, struct.pack("<IIQQQQ", 2, 0, 0, 2, 1, 1), "do not ascend"),
+        (FrameType.SWITCH, b"", "body of 0 bytes, not 8"),
+        (FrameType.SWITCH, struct.pack("<II", 2, 0), "flags 0x2"),
+        (FrameType.WANTED, struct.pack("<II", 0, 0), "does not hold 0 entries"),
+        (FrameType.WANTED, struct.pack("<II65Q", 65, 0, *range(65)), "does not hold 65 entries"),
+        (FrameType.WANTED, struct.pack("<IIQ", 1, 2, 0), "flags 0x2"),
+        (FrameType.WANTED, struct.pack("<IIQQ", 2, 0, 5, 5), "do not ascend"),
+        (FrameType.WANTED, struct.pack("<IIQ", 1, 0, 1 << 52), "too large"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 2, 0, bytes(16), 0), "does not hold 2 entries"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 1, bytes(16), 0), "reserved"),
+        (FrameType.PAGES, struct.pack("<II16sQQ", 2, 0, bytes(16), 1, 0xE << 60), "do not ascend"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0xD << 60), "too large"),
+        (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0xE << 60 | 1 << 52), "too large"),
+        (FrameType.COMPLETE, bytes(16), "body of 16 bytes, not 24"),
+        (FrameType.COMPLETE, struct.pack("<QQQ", 1, 2, 3), "one wait was longer than all of them"),
+        (FrameType.RECOVER, b"{}", "token is missing"),
         (FrameType.REFUSE, b'{"hint":"x"}', "reason is missing"),
         (FrameType.FAILED, b'{"reason":null}', "reason is no text"),
         (FrameType.FAILED, b'{"reason":"x","gfn":-1}', "gfn is no integer"),
@@ -531,7 +625,16 @@ def test_layouts_have_the_sizes_of_the_specification():
     assert [RUN_DIGEST.fields[name][1] for name in RUN_DIGEST.names] == [0, 8, 12, 16]
     assert body_of(digests(7, last=True)) == struct.pack("<IIQII", 1, 1, 7, 16, 0) + bytes(range(16))
     assert body_of(MISMATCH) == struct.pack("<QIIQQ", 16, 2, 0, 1, 1 << 63)
-    assert body_of(Commit(paused=True)) == struct.pack("<II", 1, 0)
+    assert body_of(Commit(paused=True)) == body_of(Switch(paused=True)) == struct.pack("<II", 1, 0)
+    assert body_of(MISSING) == struct.pack("<IIQQQQ", 2, 0, 1, 2, 16, 1)
+    assert body_of(WANTED) == struct.pack("<IIQQ", 2, 1, 1, 16)
+    assert body_of(PAGES) == struct.pack("<II16sQQ", 2, 0, bytes(range(16)), 1, 0xE << 60 | 16)
+    assert body_of(COMPLETE) == struct.pack("<QQQ", 3, 500, 400)
+
+
+def test_the_digest_of_pages_is_of_what_stands_in_the_frame_and_after_it():
+    expected = xxhash.xxh3_128_digest(struct.pack("<QQ", 1, 0xE << 60 | 16) + CONTENT.tobytes())
+    assert digest_of(PAGES.gfns, PAGES.zero, [CONTENT[:5].data, CONTENT[5:].data]) == expected
 
 
 @pytest.mark.parametrize(

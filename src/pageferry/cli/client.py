@@ -1,10 +1,10 @@
 """The client's side of the control socket: start a migration, follow it to its end, whatever that is."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
+from pageferry.core.events import Phase
 from pageferry.vmm.process import ENGINE_EVENT
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
@@ -23,23 +23,25 @@ class Interrupted(Exception):  # not an error: the user's wish, after it was ful
 def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], None]) -> Json:
     """Migrate, or save, and return the report; ``options`` are the extra arguments of the ``migrate`` command.
 
-    Ctrl-C cancels: the guest stays at the source.
+    Ctrl-C cancels: the guest stays at the source. Where it is too late for that, ``show`` is told why (``type``
+    Notice, ``text``), and a second one leaves the migration to itself.
 
     Raises:
         QmpError: the guest process refused to begin.
         MigrationFailedError: it did not succeed.
+        PostcopyPausedError: it was cut after the switch, and can go on.
         Interrupted: it was cancelled by Ctrl-C.
+        LeftAloneError: it was too late for that, and it goes on.
         VmError: the guest process went away.
     """
     try:
         client.execute("migrate", uri=uri, **options)
-        _follow(client, show)
+        state = _follow(client, show)
     except KeyboardInterrupt:
-        with contextlib.suppress(QmpError):  # too late: it ends by itself
-            client.execute("migrate_cancel")
-            _follow(client, show)
-    state = client.execute("query-migrate")
+        state = _cancelled(client, show)
     report = state.get("x-pageferry-report")
+    if report is None and "x-postcopy-paused" in state:
+        raise PostcopyPausedError(state["x-postcopy-paused"], GuestAt(state["x-guest-at"]))
     if report is None:
         raise VmError("the migration ended by a defect in the guest process; its log says more")
     if report["status"] == "cancelled":
@@ -60,11 +62,54 @@ class MigrationFailedError(MigrationError):
         self.report = report
 
 
-def _follow(client: QmpClient, show: Callable[[Json], None]) -> None:
+class PostcopyPausedError(MigrationError):
+    """A migration in another process was cut at the switch or after it, and waits for somebody to recover it."""
+
+    def __init__(self, reason: str, guest_at: GuestAt) -> None:
+        what = "the guest stands still there, and pages of it are only here"
+        hint = "pageferry migrate --recover; if this guest process ends before, the guest is lost"
+        if guest_at is GuestAt.UNKNOWN:
+            what = "whether the guest has switched is not known"
+            hint = "pageferry migrate --recover finds out; if it surely runs nowhere: pageferry resume --force"
+        super().__init__(f"{reason}; {what}", phase=str(Phase.POSTCOPY), guest_at=guest_at, hint=hint)
+
+
+class LeftAloneError(MigrationError):
+    """A migration in another process is past its switch, and goes on without whoever followed it."""
+
+    def __init__(self, guest_at: GuestAt) -> None:
+        super().__init__(
+            "it is too late to cancel, and the migration goes on by itself",
+            phase=str(Phase.POSTCOPY),
+            guest_at=guest_at,
+            hint="pageferry status tells how far it is",
+        )
+
+
+def _cancelled(client: QmpClient, show: Callable[[Json], None]) -> Json:
+    # Cancel and follow to the end, or follow on if that is refused.
+    try:
+        client.execute("migrate_cancel")
+    except QmpError as error:
+        show({"type": "Notice", "text": f"{error}; Ctrl-C again leaves it to go on by itself"})
+        try:
+            return _follow(client, show)
+        except KeyboardInterrupt:
+            raise LeftAloneError(GuestAt(client.execute("query-migrate")["x-guest-at"])) from None
+    return _follow(client, show)
+
+
+def _follow(client: QmpClient, show: Callable[[Json], None]) -> Json:
+    # Return how it stands when it is over, or waits for somebody to recover it.
     for event in client.events():
         if event["event"] == ENGINE_EVENT:
             show(event["data"])
         elif event["event"] == "MIGRATION":
-            if event["data"]["status"] in ("completed", "failed", "cancelled"):
-                return
+            status = event["data"]["status"]
+            if status in ("completed", "failed", "cancelled", "postcopy-paused"):
+                state: Json = client.execute("query-migrate")
+                if status != "postcopy-paused" or "x-postcopy-paused" in state:
+                    return state
+                continue  # somebody has recovered it meanwhile
             show({"type": "Status", **event["data"]})
+    raise AssertionError("events never end")

@@ -3,8 +3,8 @@
 Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration or save did not
 happen and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for;
 6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or not whole; 8 the guest ended with a code
-other than 0; 9 the guest crashed; 10 two streams differ; 130 a demo, migration or save was interrupted, and the guest
-is at the source.
+other than 0; 9 the guest crashed; 10 two streams differ; 11 the guest has switched, and needs pages that are still at
+the source; 130 a demo, migration or save was interrupted, and the guest is at the source.
 """
 
 import json
@@ -28,7 +28,7 @@ from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.streams import STANDARD_INPUT, opened
-from pageferry.cli.view import ProgressView, ReadingView, lessons, oracle_line, outlook_line, summary
+from pageferry.cli.view import ProgressView, ReadingView, lessons, missing_line, oracle_line, outlook_line, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import (
     GuestAt,
@@ -107,8 +107,12 @@ MachineOption = Annotated[
 ]
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]
-LimitOption = Annotated[float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge; default 300).")]
-RoundsOption = Annotated[int | None, typer.Option(help="Rounds at the most (downtime 30, converge 60, xen 5).")]
+LimitOption = Annotated[
+    float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge, postcopy; default 300).")
+]
+RoundsOption = Annotated[
+    int | None, typer.Option(help="Rounds at the most (downtime 30, converge 60, xen 5, postcopy 3).")
+]
 DeadlineOption = Annotated[float | None, typer.Option(help="Seconds from beginning to end (deadline).")]
 VerifyOption = Annotated[
     VerifyMode | None,
@@ -123,7 +127,7 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, UsageError):
         return 2
     if isinstance(error, MigrationError):
-        return 4 if error.guest_at is GuestAt.UNKNOWN else 3
+        return {GuestAt.SOURCE: 3, GuestAt.UNKNOWN: 4, GuestAt.DESTINATION: 11}[error.guest_at]
     if isinstance(error, UnsupportedError):
         return 5
     if isinstance(error, RemoteStreamError):
@@ -402,13 +406,16 @@ def migrate_guest(
     hold: Annotated[
         bool, typer.Option("--hold", help="When all is ready, wait for `pageferry switch` before the guest is paused.")
     ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Go on with a post-copy whose connection was cut; needs no other option.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Migrate a guest live; Ctrl-C cancels and leaves it running where it is."""
+    """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
     Endpoint.parse(uri)
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     options |= _wire_options(bandwidth, connections, compress, delta_cache) | ({"x-hold": True} if hold else {})
-    _migrate(control, uri, options, as_json, plot)
+    _migrate(control, uri, {"resume": True} if recover else options, as_json, plot)
 
 
 def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
@@ -555,6 +562,8 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
         if state["unread_pages"]:
             _out.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
         _print_oracle(state, _out)
+        if state["missing_pages"]:
+            _out.print(missing_line(state), markup=False, soft_wrap=True)
     if state["migration"] is not None:
         _out.print(outlook_line(state["migration"]), markup=False, soft_wrap=True)
 

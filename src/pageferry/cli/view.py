@@ -57,6 +57,10 @@ class ProgressView:
         elif kind == "RoundProgress" and self._task is not None:
             eta = eta_in_words(event.get("eta_s"), event.get("eta_reason", ""))
             self._bar.update(self._task, completed=event["sent_pages"] * PAGE_SIZE, eta=eta)
+        elif kind == "PostcopyProgress":
+            self._show_late(event)
+        elif kind == "Notice":
+            self._console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
         elif kind == "Status":
             self._hold(event["status"] == HELD)
         elif kind == "RoundEnded":
@@ -65,6 +69,12 @@ class ProgressView:
                 self._task = None
             if not self._held:
                 self._console.print(round_line(event["stats"], event["decision"]), highlight=False, soft_wrap=True)
+
+    def _show_late(self, event: Json) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task("post-copy", total=event["missing_pages"] * PAGE_SIZE, eta="")
+        eta = eta_in_words(event["eta_s"], event["eta_reason"])
+        self._bar.update(self._task, completed=event["sent_pages"] * PAGE_SIZE, eta=eta)
 
     def _hold(self, held: bool) -> None:
         if held and not self._held:
@@ -128,6 +138,17 @@ def outlook_line(migration: Json) -> str:
     return ", ".join([*words, eta_in_words(migration["x-eta-s"], migration["x-eta-reason"])])
 
 
+def missing_line(guest: Json) -> str:
+    """Return what it means that pages of a guest have not come yet: the answer to ``x-query-guest``."""
+    pages = f"{guest['missing_pages']:,} pages ({format_size(guest['missing_pages'] * PAGE_SIZE)})"
+    if not guest["waits_for_source"]:
+        return f"{pages} are still coming from its source; if that process ends before, the guest is lost"
+    return (
+        f"the guest stands still: the connection to its source was cut, and {pages} are only there. At the source: "
+        "pageferry migrate --recover. If that process has ended, the guest is lost: end this one by pageferry quit"
+    )
+
+
 def oracle_line(oracle: Json) -> str:
     """Return one line about what the tracker oracle compared: ``oracle`` of ``x-query-guest``."""
     rounds = f"{oracle['rounds']} round{'s' if oracle['rounds'] != 1 else ''}"
@@ -152,6 +173,8 @@ def summary(report: Json) -> Group:
         ("sent", f"{format_size(sent_bytes)} in {len(report['rounds'])} rounds{_zeros(report)}{_packed(report)}"),
         ("verified", _verified(report)),
     ]
+    if report["postcopy"] is not None:
+        rows.append(("post-copy", _postcopy(report["postcopy"])))
     if report["state_bytes"] is not None:
         rows.append(("state", _state(report)))
     if report["fault_count"] is not None:
@@ -177,6 +200,17 @@ def _whereabouts(report: Json) -> str:
     if report["file"] is None:
         return f"now at the {report['guest_at']}"
     return f"saved to {report['file']}; here it {'runs on' if report['guest_at'] == 'source' else 'is stopped'}"
+
+
+def _postcopy(postcopy: Json) -> str:
+    cuts = f"; {postcopy['cuts']} cuts, {format_duration(postcopy['cut_s'])}" if postcopy["cuts"] else ""
+    waits = f", {postcopy['urgent_pages']:,} of them were waited for"
+    if postcopy["waits"]:
+        waits += (
+            f", {format_duration(postcopy['waited_s'])} in all, {format_duration(postcopy['longest_wait_s'])} at most"
+        )
+    when = f"after the switch in {format_duration(postcopy['duration_s'])}"
+    return f"{postcopy['sent_pages']:,} pages came {when}{waits}{cuts}"
 
 
 def _zeros(report: Json) -> str:
@@ -240,16 +274,21 @@ def _state(report: Json) -> str:
 
 
 def _timeline(report: Json) -> Table:
-    rounds = report["rounds"]
-    span = sum(each["duration_s"] for each in rounds) or 1.0
+    rows = [
+        ("stop-and-copy" if each["final"] else f"round {each['index']}", each["sent_pages"], each["duration_s"])
+        for each in report["rounds"]
+    ]
+    if (late := report["postcopy"]) is not None:
+        rows.append(("post-copy", late["sent_pages"], late["duration_s"]))
+    span = sum(duration_s for _, _, duration_s in rows) or 1.0
     table = Table.grid(padding=(0, 1))
     table.add_row(Text("rounds over time", style="bold"), "", "", "")
     at = 0.0
-    for each in rounds:
-        label = "stop-and-copy" if each["final"] else f"round {each['index']}"
-        end = at + each["duration_s"]
-        bar = Bar(span, at, max(end, at + span / _PICTURE_WIDTH / 4), width=_PICTURE_WIDTH, color=_color(each["final"]))
-        table.add_row(label, bar, f"{each['sent_pages']:>9,} pages", format_duration(each["duration_s"]).rjust(9))
+    for label, pages, duration_s in rows:
+        end = at + duration_s
+        color = _color(label == "stop-and-copy")
+        bar = Bar(span, at, max(end, at + span / _PICTURE_WIDTH / 4), width=_PICTURE_WIDTH, color=color)
+        table.add_row(label, bar, f"{pages:>9,} pages", format_duration(duration_s).rjust(9))
         at = end
     return table
 

@@ -14,7 +14,10 @@ from pageferry.core.sent_pages import SentPages
 
 
 class Phase(StrEnum):
-    """The phases of a migration, in order; the source goes through all, the destination through its own."""
+    """The phases of a migration, in order; the source goes through all, the destination through its own.
+
+    POSTCOPY only where pages are missing at the handoff.
+    """
 
     CONNECT = "connect"
     HELLO = "hello"
@@ -24,6 +27,7 @@ class Phase(StrEnum):
     STATE = "state"
     VERIFY = "verify"
     HANDOFF = "handoff"
+    POSTCOPY = "post-copy"
 
 
 #: The phases in which the guest stands still: the parts of the downtime.
@@ -105,6 +109,55 @@ class Explanation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PostcopyProgress:
+    """Some pages have gone after the switch.
+
+    ``missing_pages``: how many had not been sent then, of which ``sent_pages`` have gone by now; ``urgent_pages`` of
+    these because somebody waited for them.
+    """
+
+    missing_pages: int
+    sent_pages: int
+    urgent_pages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostcopyPaused:
+    """The connection was cut after the switch: the guest stands still at the destination, its pages are kept here."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostcopyRecovered:
+    """There is a connection again, and the guest runs on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostcopyStats:
+    """What came after the switch.
+
+    ``missing_pages``: pages that had not been sent when the guest switched. Of these, ``sent_pages`` have gone (all,
+    unless the guest ended or was given up), ``zero_pages`` of them by name only, and ``urgent_pages`` because somebody
+    waited for them. ``duration_s``: from when the guest ran at the destination until the end.
+    ``cuts``: how often the connection was lost, for ``cut_s`` in all: there the guest stood still.
+    ``waits``: how often a vCPU, or a device for it, waited for a page; ``waited_s``: guest time lost so, all vCPUs
+    together, a wait during a cut to its end; ``longest_wait_s``: the longest. None: the destination never told.
+    """
+
+    missing_pages: int
+    sent_pages: int
+    zero_pages: int
+    urgent_pages: int
+    duration_s: float
+    cuts: int
+    cut_s: float
+    waits: int | None
+    waited_s: float | None
+    longest_wait_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCost:
     """What one device added to the downtime at the source: the size of its state and how long saving it took."""
 
@@ -132,6 +185,7 @@ class MigrationReport:
     ``round_ends``: one for each of ``rounds`` that ended with a decision. ``sent``: how often which pages were sent.
     ``paused_at_s``: when the pause began, since the migration began; None if it never did.
     ``guest_time``: where the guest's time went besides the downtime; None if there was no pre-copy.
+    ``postcopy``: what came after the switch; None where nothing was missing then.
     ``explanation``: the same in words; None until they were found (:mod:`pageferry.core.explain`).
     ``file``: where to, if it was no migration but a save; the downtime of one that let the guest run on ends there.
     """
@@ -167,6 +221,7 @@ class MigrationReport:
     guest_time: GuestTime | None
     explanation: Explanation | None
     file: str | None = None
+    postcopy: PostcopyStats | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -180,4 +235,14 @@ class MigrationEnded:
     report: MigrationReport
 
 
-Event = PhaseBegan | PhaseEnded | RoundBegan | RoundProgress | RoundEnded | MigrationEnded
+Event = (
+    PhaseBegan
+    | PhaseEnded
+    | RoundBegan
+    | RoundProgress
+    | RoundEnded
+    | PostcopyProgress
+    | PostcopyPaused
+    | PostcopyRecovered
+    | MigrationEnded
+)

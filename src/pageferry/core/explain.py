@@ -7,7 +7,7 @@ the function says.
 import math
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import Explanation, MigrationReport, Phase, RoundEnd
+from pageferry.core.events import Explanation, MigrationReport, Phase, PostcopyStats, RoundEnd
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import GuestTime
 from pageferry.core.policies import ConvergePolicy, DowntimePolicy
@@ -51,7 +51,24 @@ def _outcome(report: MigrationReport) -> str:
     if report.status != "completed":
         what = "move" if report.file is None else "save"
         return f"It did not {what} the guest, {after}: {report.reason}."
+    if report.postcopy is not None:
+        return f"It switched the guest {after}: {report.reason}.{_after_switch(report.postcopy)}"
     return f"It stopped the guest {after}: {report.reason}.{_downtime(report)}"
+
+
+def _after_switch(postcopy: PostcopyStats) -> str:
+    """Return what came after the switch, and how long the guest waited for it."""
+    words = f" {postcopy.sent_pages:,} pages came in the {format_duration(postcopy.duration_s)} after that"
+    if postcopy.waits and postcopy.waited_s is not None and postcopy.longest_wait_s is not None:
+        each = format_duration(postcopy.waited_s / postcopy.waits)
+        words += (
+            f"; it waited {postcopy.waits:,} times for some of them, {format_duration(postcopy.waited_s)} of its time "
+            f"in all: {each} each, {format_duration(postcopy.longest_wait_s)} at most"
+        )
+    if postcopy.cuts:
+        times = "once" if postcopy.cuts == 1 else f"{postcopy.cuts} times"
+        words += f". The connection was cut {times}, and it stood still for {format_duration(postcopy.cut_s)}"
+    return f"{words}."
 
 
 def _downtime(report: MigrationReport) -> str:

@@ -1,4 +1,4 @@
-"""The policies: ``xen``, ``downtime``, ``deadline``, ``converge``, and a user's own.
+"""The policies: ``xen``, ``downtime``, ``deadline``, ``converge``, ``postcopy``, and a user's own.
 
 Each is a small frozen object with one pure method; see :class:`pageferry.core.policy.Policy`. What they have in common
 is what goes wrong without it: a policy that waits for "less than the limit" and nothing else can pass by the moment
@@ -12,7 +12,7 @@ from typing import Any
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policy import Action, Decision, Policy, Progress, downtime_limit_s
+from pageferry.core.policy import Action, Decision, Policy, Progress, downtime_limit_s, may_switch
 
 #: So often the fixed costs must have been measured before they alone are a reason to give up.
 _FIXED_ROUNDS = 3
@@ -203,6 +203,43 @@ class DeadlinePolicy:
         return _next_round(f"{left_s:.2f} s are left")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostcopyPolicy:
+    """As ``downtime`` for ``max_rounds`` rounds; if the pause still does not fit then, switch, and copy the rest after.
+
+    It always ends, whatever the guest writes, and neither holds the guest back nor makes its pause longer; after the
+    switch the guest waits for each page that it touches before it has come.
+    """
+
+    limit_s: float = 0.3
+    max_rounds: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.limit_s > 0 or self.max_rounds < 1:
+            raise UsageError("the postcopy policy needs a positive limit and at least one round")
+
+    @property
+    def name(self) -> str:
+        """``postcopy``."""
+        return "postcopy"
+
+    @property
+    def switches(self) -> bool:
+        """Whether it may decide for post-copy."""
+        return True
+
+    def decide(self, progress: Progress) -> Decision:
+        """Stop if the pause fits, go on while a round may bring it nearer, switch then."""
+        expected = f"{progress.expected_downtime_s * 1e3:.0f} ms expected, {self.limit_s * 1e3:.0f} ms allowed"
+        if progress.expected_downtime_s <= self.limit_s:
+            return _stop(f"the downtime fits: {expected}")
+        no_gain = len(progress.rounds) > 1 and not progress.at_low_water
+        if len(progress.rounds) < self.max_rounds and not no_gain:
+            return _next_round(expected)
+        left = f"{progress.last.remaining_pages * PAGE_SIZE / 1e6:.1f} MB are left to come after the switch"
+        return Decision(action=Action.POST_COPY, reason=f"{left}; {expected}")
+
+
 def _beyond(progress: Progress, limit_s: float) -> str:
     """Return why no pause can fit ``limit_s``, whatever the guest writes; empty when one may."""
     if progress.fixed_s <= limit_s or len(progress.rounds) < _FIXED_ROUNDS:
@@ -214,6 +251,7 @@ def _beyond(progress: Progress, limit_s: float) -> str:
 POLICIES: dict[str, tuple[type[Any], dict[str, str]]] = {
     "downtime": (DowntimePolicy, {"downtime_limit_s": "limit_s", "max_rounds": "max_rounds"}),
     "converge": (ConvergePolicy, {"downtime_limit_s": "limit_s", "max_rounds": "max_rounds"}),
+    "postcopy": (PostcopyPolicy, {"downtime_limit_s": "limit_s", "max_rounds": "max_rounds"}),
     "deadline": (DeadlinePolicy, {"deadline_s": "deadline_s"}),
     "xen": (XenPolicy, {"max_rounds": "max_rounds"}),
 }
@@ -290,6 +328,11 @@ class _UsersOwn:
     def limit_s(self) -> float | None:
         """The downtime limit of the user's policy, if it says so."""
         return downtime_limit_s(self.policy)
+
+    @property
+    def switches(self) -> bool:
+        """Whether the user's policy may decide for post-copy."""
+        return may_switch(self.policy)
 
     def decide(self, progress: Progress) -> Decision:
         """Ask the user's policy.

@@ -119,6 +119,7 @@ class Action(StrEnum):
 
     NEXT_ROUND = "next-round"
     STOP_AND_COPY = "stop-and-copy"
+    POST_COPY = "post-copy"
     ABORT = "abort"
 
 
@@ -148,6 +149,11 @@ class Policy(Protocol):
 
     def decide(self, progress: Progress) -> Decision:
         """Decide what follows the round that just ended; ``progress.rounds`` is not empty."""
+
+
+def may_switch(policy: Policy) -> bool:
+    """Tell whether a policy may decide for post-copy, which it says by an attribute ``switches``."""
+    return bool(getattr(policy, "switches", False))
 
 
 def downtime_limit_s(policy: Policy) -> float | None:

@@ -142,17 +142,17 @@ class LogDirty(Protocol):
 
 
 class Arrival(Protocol):
-    """Guest memory none of which is there yet, and how it gets there; made by :meth:`Vm.await_memory`."""
+    """Guest memory that is not all there yet, and how it gets there; made by :meth:`Vm.await_memory`."""
 
     def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
         """Give frames their content, and let whoever waits for them go on; any thread.
 
         Args:
-            gfns: uint64[n], ascending; none was installed before.
+            gfns: uint64[n], ascending; none was installed by a call that returned.
             content: uint8[4096 n], one after another.
 
         Raises:
-            VmError: the host refused.
+            VmError: the host refused; the same call may be made again, and harms no frame that was installed.
         """
 
     def finish(self) -> None:
@@ -259,17 +259,20 @@ class Vm(Protocol):
             VmError: this machine cannot hold that state (wrong number of vCPUs, a device it lacks, ...).
         """
 
-    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
-        """Let all of RAM be absent: whoever touches a frame waits until ``fetch`` has installed it.
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+        """Let RAM be absent: whoever touches such a frame waits until ``fetch`` has installed it.
 
-        The guest has not run and nobody has touched its memory.
+        The guest has not run, and nobody touches its memory during the call.
 
         Args:
+            absent: what of RAM, and what these frames hold is given up; None: all of it, and nobody has touched it yet.
+                A frame without storage is absent in any case.
             fetch: called with frames (uint64[n] ascending, some of them perhaps installed already), on the thread that
                 touches them or one that serves it; returns when they are installed.
 
         Raises:
             UnsupportedError: this host or machine cannot; says why.
+            VmError: the host refused otherwise. What the frames of ``absent`` hold is lost in both cases.
         """
 
     def remove_pages(self, gfns: GfnArray) -> None:

@@ -6,6 +6,7 @@ A machine of its own kind (``kvm``, ``soft``) makes its vCPUs and its tracker an
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import Leaves
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import GfnArray
@@ -69,8 +70,8 @@ class Machine(ABC):
         """Free what the machine holds; no vCPU will run again. Called once."""
 
     @abstractmethod
-    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
-        """Let all of RAM be absent until ``fetch`` has brought it."""
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+        """Let frames be absent until ``fetch`` has brought them."""
 
     @property
     def log_dirty(self) -> LogDirty:

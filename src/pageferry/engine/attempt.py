@@ -21,6 +21,8 @@ from pageferry.core.events import (
     MigrationEnded,
     MigrationReport,
     Phase,
+    PostcopyPaused,
+    PostcopyStats,
     RoundEnd,
 )
 from pageferry.core.explain import explain
@@ -31,13 +33,17 @@ from pageferry.core.policies import with_limits
 from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
 from pageferry.core.vm import Vm
 from pageferry.engine.guest_time import StallMeter
+from pageferry.engine.late_counts import LateCounts
+from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.outlet import Outlet
 from pageferry.engine.pacer import Pacer
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.prove import Prover, VerifyMode
+from pageferry.engine.recovery import Recovery
 from pageferry.engine.rounds import PageSender
 from pageferry.engine.send_counts import SendCounts
 from pageferry.engine.throttle import Throttle
+from pageferry.engine.transport import Endpoint
 from pageferry.engine.wire import WireOptions
 from pageferry.stream.codec import Encoder
 
@@ -82,8 +88,9 @@ class Outlook:
     """How fast an attempt goes, and when it will be over.
 
     ``wire_bytes_per_s``: None before anything was sent. ``dirty_bytes_per_s``: by the guest in the last round, distinct
-    pages only. ``expected_downtime_s``: of a pause now. ``eta_s``: seconds to the end, None when none is in sight;
-    ``eta_reason``: why not, or why it was moved back last; empty while it only counts down.
+    pages only; 0 after a switch. ``expected_downtime_s``: of a pause now; None after a switch. ``eta_s``: seconds to
+    the end, None when none is in sight; ``eta_reason``: why not, or why it was moved back last; empty while it only
+    counts down.
     """
 
     wire_bytes_per_s: float | None
@@ -153,6 +160,11 @@ class Attempt(ABC):
         self._began_s: float | None = None
         self._running_at_s: float | None = None
         self._stop_reason = ""
+        self._left: LeftBehind | None = None
+        self._recovery = Recovery()
+        self._ended = threading.Event()
+        self._late_counts: LateCounts | None = None
+        self._cut_reason = ""
         self.status = "setup"
         self.guest_at = GuestAt.SOURCE
         self.frozen = False
@@ -179,7 +191,7 @@ class Attempt(ABC):
             packed_bytes=sum(stats.packed_bytes for stats in rounds),
             delta_pages=sum(stats.delta_pages for stats in rounds),
             delta_bytes=sum(stats.delta_bytes for stats in rounds),
-            remaining_pages=self._sender.remaining_pages,
+            remaining_pages=self._sender.remaining_pages if self._left is None else self._left.left_pages,
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
 
@@ -191,6 +203,8 @@ class Attempt(ABC):
         now = self._sender.under_way()
         if now is not None and now.elapsed_s > 0 and (measured is None or now.moved_bytes >= RATE_SAMPLE_BYTES):
             wire = now.moved_bytes / now.elapsed_s
+        if self._late_counts is not None and self._committed:
+            return self._late_outlook(self._late_counts, wire)
         pace = Pace(
             remaining_bytes=self._sender.remaining_pages * PAGE_SIZE,
             wire_bytes_per_s=wire,
@@ -208,6 +222,13 @@ class Attempt(ABC):
                 eta_s=None if held else eta_s,
                 eta_reason="it is ready, and held until it is told to go on" if held else self._eta.reason,
             )
+
+    def _late_outlook(self, late: LateCounts, precopy_bytes_per_s: float | None) -> Outlook:
+        with self._eta_lock:
+            wire, eta_s, reason = late.tell(precopy_bytes_per_s)
+        return Outlook(
+            wire_bytes_per_s=wire, dirty_bytes_per_s=0.0, expected_downtime_s=None, eta_s=eta_s, eta_reason=reason
+        )
 
     def change_limits(self, given: dict[str, float | int], bandwidth: WireOptions | None = None) -> None:
         """Change limits of the attempt while it runs, from any thread; all of them or none.
@@ -248,14 +269,44 @@ class Attempt(ABC):
                 channel.abort()
         return True
 
+    @property
+    def postcopy_paused(self) -> str | None:
+        """Why pages that the guest needs at the destination are here without a connection, or None."""
+        return self._cut_reason if self._recovery.waiting else None
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether the guest may run at the destination and need pages that are here only."""
+        return self._left is not None and self._committed and self.report is None
+
+    def recover(self, endpoint: Endpoint) -> bool:
+        """Go on with a migration that was cut after the switch; from any thread.
+
+        Returns:
+            False when it does not wait for that.
+        """
+        return self._recovery.ask(endpoint)
+
+    def abandon(self) -> None:
+        """Give up whatever is under way, from any thread: a guest that has switched without all its pages is lost.
+
+        An answer to the commit is still waited for.
+        """
+        self._recovery.abandon()
+        if not self.cancel() and self.guest_at is GuestAt.DESTINATION:
+            for channel in self._channels:
+                channel.abort()
+
     def take_back(self) -> None:
-        """Declare that the guest is here after an attempt that ended UNKNOWN.
+        """Declare that the guest is here after an attempt that ended UNKNOWN, or waits for somebody to find out.
 
         The caller knows that the destination does not run it and never will.
 
         Raises:
             VmError: the attempt did not end UNKNOWN.
         """
+        if self.guest_at is GuestAt.UNKNOWN and self._recovery.end():
+            self._ended.wait()
         if self.guest_at is not GuestAt.UNKNOWN or self.report is None or self._running_at_s is not None:
             raise VmError("there is no guest to take back")
         self.guest_at = GuestAt.SOURCE
@@ -305,6 +356,19 @@ class Attempt(ABC):
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
         """Return what to raise from an error that is no MigrationError."""
 
+    def _pause_postcopy(self, error: Exception) -> None:
+        """Say that the connection is lost while pages are here that the guest needs at the destination."""
+        for channel in self._channels:
+            channel.abort()
+        if self._late_counts is not None:
+            self._late_counts.cut()
+        if not isinstance(error, MigrationError):
+            error = self._as_migration_error(error, self.guest_at)
+        self._cut_reason = error.reason
+        self.status = "postcopy-paused"
+        self._recovery.begin()
+        self._on_event(PostcopyPaused(reason=self._cut_reason))
+
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the commit is out. Whatever else fails, the guest runs on."""
         self._stall.end()
@@ -313,7 +377,8 @@ class Attempt(ABC):
         self._prover.close()
         self._throttle.close()
         if self._committed:
-            self.guest_at = GuestAt.UNKNOWN
+            if self.guest_at is not GuestAt.DESTINATION:
+                self.guest_at = GuestAt.UNKNOWN
             return
         try:
             self._disarm()
@@ -340,6 +405,10 @@ class Attempt(ABC):
             self.frozen = False
 
     def _finish(self, status: str, reason: str) -> MigrationReport:
+        assert self._began_s is not None
+        ended_s = self._clock.now_s()
+        if self._left is not None:
+            self._sent.add(len(self._sender.rounds), self._left.gone.gfns())
         downtime_s, parts = None, None
         if self._running_at_s is not None:
             downtime_s = self._running_at_s - self._clock.began_s[Phase.PAUSE]
@@ -353,7 +422,7 @@ class Attempt(ABC):
             policy=self._policy.name,
             memory_bytes=self._vm.memory.size_bytes,
             rounds=tuple(self._sender.rounds),
-            total_s=self.elapsed_s,
+            total_s=ended_s - self._began_s,
             sent_bytes=self.traffic().sent_bytes,
             connections=self._wire.connections,
             compress=str(self._wire.compress),
@@ -364,7 +433,7 @@ class Attempt(ABC):
             state_bytes=self._state_bytes,
             devices=self._devices,
             verified=self._prover.verified_pages > 0,
-            verified_pages=self._prover.verified_pages,
+            verified_pages=self._prover.verified_pages + (0 if self._left is None else self._left.sent_pages),
             audited_pages=self._prover.audited_pages,
             shared_memory=self._shared,
             fault_count=self._fault_count,
@@ -376,15 +445,22 @@ class Attempt(ABC):
             guest_time=self._stall.result(),
             explanation=None,
             file=self._file,
+            postcopy=self._postcopy(ended_s),
         )
         self.report = _explained(report)
         self.status = status
+        self._ended.set()
         self._on_event(MigrationEnded(report=self.report))
         return self.report
 
     def _paused_at_s(self) -> float | None:
         paused_s = self._clock.began_s.get(Phase.PAUSE)
         return None if paused_s is None or self._began_s is None else paused_s - self._began_s
+
+    def _postcopy(self, ended_s: float) -> PostcopyStats | None:
+        if self._late_counts is None or self._running_at_s is None:
+            return None
+        return self._late_counts.stats(self._running_at_s, ended_s)
 
     def _abort(self, reason: str) -> PolicyAbort:
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)

@@ -11,6 +11,8 @@ from pageferry.engine import estimates
 from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.guest_time import Stall
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.late_counts import LateCounts
+from pageferry.engine.left_behind import LeftBehind
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, PlainRecord, StaticDataEnd, TscInfo
 
@@ -25,6 +27,8 @@ class Copying(Attempt):
     """An attempt in rounds; a subclass says where to, and opens ``_lanes``."""
 
     _judged_rounds: int | None = None
+    _may_switch = False
+    _switches = False
     _lanes: Lanes
 
     def _before_record(self) -> None:
@@ -81,7 +85,10 @@ class Copying(Attempt):
             self._on_event(RoundEnded(stats=stats, decision=decision))
             if decision.action is Action.ABORT:
                 raise self._abort(decision.reason)
-            if decision.action is Action.STOP_AND_COPY:
+            if decision.action is Action.POST_COPY and not self._may_switch:
+                raise self._abort(f"the policy wants post-copy, which was not agreed on: {decision.reason}")
+            if decision.action in (Action.STOP_AND_COPY, Action.POST_COPY):
+                self._switches = decision.action is Action.POST_COPY
                 self._stop_reason = decision.reason
                 self._prover.close()
                 return
@@ -96,7 +103,7 @@ class Copying(Attempt):
         if self._go_on.is_set():
             self.status = "active"
             return decision
-        if decision.action is not Action.STOP_AND_COPY:
+        if decision.action not in (Action.STOP_AND_COPY, Action.POST_COPY):
             return decision
         if self.status != HELD:
             self._judged_rounds = len(self._sender.rounds)
@@ -177,6 +184,11 @@ class Copying(Attempt):
         # Nobody writes any more: PEEK is enough, and a failure from here on has no bits to give back.
         gfns = self._vm.log_dirty.peek().gfns()
         self._prover.cleaned(gfns)
+        if self._switches:
+            gfns, left = gfns[:0], gfns[self._vm.memory.are_ram(gfns)]
+            if left.size:
+                self._left = LeftBehind(self._vm.memory, left)
+                self._late_counts = LateCounts(self._left, self._clock.now_s)
         stats = self._send_round([gfns], expected_pages=gfns.size, final=True)
         self._lanes.send_removed(self._vm.memory.removed())
         self._on_event(RoundEnded(stats=stats, decision=None))

@@ -3,11 +3,13 @@
 Page data is received straight into the guest's memory. A second thread gives storage to the pages that the source
 says it has, ahead of their arrival: on most hosts the first touch of memory costs more than the copy.
 
-Postcondition on success: the guest is here and runs (or is paused, if it was). Postcondition on failure: no guest is
-here, and none ever ran.
+Postcondition on success: the guest is here and runs (or is paused, if it was), with all of its memory. Postcondition on
+failure: no guest is here, and none ever ran. In post-copy the guest is here and runs before all of its pages are; then
+only :meth:`Destination.abort` ends it, and the guest is lost.
 """
 
 import contextlib
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from pageferry import __version__
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -29,7 +32,7 @@ from pageferry.core.errors import (
     VerifyError,
     VmError,
 )
-from pageferry.core.events import Event, Phase
+from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovered
 from pageferry.core.frames import GfnArray
 from pageferry.core.hostmem import MemFd
 from pageferry.core.memory import GuestMemory, storage_bytes
@@ -39,9 +42,11 @@ from pageferry.engine import features, verify
 from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.audit import AuditedPages, AuditMismatchError
 from pageferry.engine.conversation import Peer, PeerFailedError
-from pageferry.engine.joining import Accept, take_in
+from pageferry.engine.fetcher import PageFetcher, can_wait
+from pageferry.engine.joining import POLL_S, Accept, take_in
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.populator import Populator
+from pageferry.engine.recovery import Hold, take_back_in
 from pageferry.engine.room import expect_room
 from pageferry.engine.sections import Sections, read_stream
 from pageferry.engine.transport import Channel
@@ -53,14 +58,19 @@ from pageferry.stream.ferry import (
     Failed,
     Frame,
     Mismatch,
+    Missing,
     Ready,
+    Recover,
     Refuse,
     Running,
     Side,
     SourceHello,
+    Switch,
 )
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.records import CpuidPolicy, HvmContext, StaticDataEnd
+
+_log = logging.getLogger(__name__)
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -82,6 +92,7 @@ class Destination:
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         accel: what kind of machine it makes.
         accept: where further connections of the same migration come from; None: it takes one only.
+        dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
         on_event: sees phases begin and end.
         before_run: called with the Vm and the guest's name when it is ours, just before it runs.
     """
@@ -93,6 +104,7 @@ class Destination:
         *,
         accel: str,
         accept: Accept | None = None,
+        dropped: set[str] | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
         before_run: Callable[[Vm, str], None] = _ignore_arrival,
     ) -> None:
@@ -100,17 +112,41 @@ class Destination:
         self._make_vm = make_vm
         self._accel = accel
         self._accept = accept
+        self._dropped = set() if dropped is None else dropped
         self._features: tuple[str, ...] = ()
         self._before_run = before_run
-        self._clock = PhaseClock(guarded(on_event))
+        self._on_event = guarded(on_event)
+        self._clock = PhaseClock(self._on_event)
         self._peer = Peer(channel, Side.DESTINATION)
         self._ours = False
         self._shared = False
+        self._aborted = False
+        self._released = False
+        self._waits = False
+        self._token = ""
+        self._fetcher: PageFetcher | None = None
         self._audited: AuditedPages | None = None
 
     def abort(self) -> None:
-        """End the attempt, from any thread; without effect once the guest is ours."""
-        self._channel.abort()
+        """End the attempt, from any thread; a guest that is ours and not all here is lost."""
+        self._aborted = True
+        self._peer.channel.abort()
+
+    @property
+    def missing_pages(self) -> int:
+        """How many pages are still at the source; from the switch on it only falls."""
+        return 0 if self._fetcher is None else self._fetcher.left_pages
+
+    @property
+    def waits_for_source(self) -> bool:
+        """Whether the guest is ours and stands still, for pages of it are at a source that is gone."""
+        return self._waits
+
+    def release(self) -> None:
+        """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
+        if self._fetcher is not None:
+            self._released = True
+            self._fetcher.release(self._peer)
 
     def run(self) -> Vm:
         """Take the guest in; call once.
@@ -128,16 +164,40 @@ class Destination:
                 with self._clock.phase(Phase.STATE):
                     vm.load_state(state)
                 with self._clock.phase(Phase.VERIFY):
-                    self._verify(vm.memory)
+                    self._verify(vm)
                 with self._clock.phase(Phase.HANDOFF):
                     self._handoff(vm, hello)
+            if self._fetcher is not None:
+                with self._clock.phase(Phase.POSTCOPY):
+                    self._fetch_rest(vm, self._fetcher)
+            else:
+                self._peer.channel.close()
             return vm
         except BaseException:
+            self._peer.channel.close()
+            if self._fetcher is not None:
+                self._fetcher.close()
             if vm is not None and not self._ours:
                 vm.close()
+                if self._fetcher is not None:
+                    self._dropped.add(self._token)
             raise
-        finally:
-            self._channel.close()
+
+    def see_off(self) -> None:
+        """Tell the source, after :meth:`run`, that it may drop its copy, over as many connections as it takes.
+
+        Returns when it has. The guest needs nothing of it any more: whoever is aborted here leaves a source that
+        believes itself cut.
+        """
+        while self._fetcher is not None and not self._is_over():
+            try:
+                self._fetcher.say_complete(self._peer)
+                break
+            except (OSError, PageferryError, PeerFailedError):
+                self._peer.channel.close()
+            if not self._reconnected():
+                break
+        self._peer.channel.close()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -181,6 +241,8 @@ class Destination:
         self._peer.greet()
         hello = self._peer.receive()
         self._channel.timeout_s = patience_s
+        if isinstance(hello, Recover):
+            raise self._not_here(hello)
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
@@ -194,6 +256,18 @@ class Destination:
         except BaseException:
             vm.close()
             raise
+
+    def _not_here(self, recover: Recover) -> PeerError:
+        """Answer a source that comes back for a guest that is not here; return what to raise."""
+        if recover.token in self._dropped:
+            reason = "the guest had not all arrived when the connection was cut, and never ran there"
+            self._peer.send(Failed(reason=reason))
+        else:
+            hint = "if it surely runs nowhere: pageferry resume --force at the source"
+            self._peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
+        self._channel.finish()
+        what = "a source came back for a guest that is not here"
+        return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 
     def _make(self, hello: SourceHello) -> Vm:
         """Make the machine: over the source's own memory where that was handed over and the machine can."""
@@ -219,13 +293,15 @@ class Destination:
 
     def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
         # Say what is used of the offer; return the further connections.
+        offered = features.POSTCOPY in hello.features and self._accept is not None and not self._shared
+        postcopy = offered and can_wait(vm)
         self._features = features.agree(
-            hello.features, several_connections=self._accept is not None, shared=self._shared
+            hello.features, several_connections=self._accept is not None, shared=self._shared, postcopy=postcopy
         )
         if features.AUDIT in self._features:
             self._audited = AuditedPages(vm.memory)
         several = self._accept is not None and features.CONNECTIONS in self._features
-        token = secrets.token_hex(16) if several else ""
+        self._token = token = secrets.token_hex(16) if several or postcopy else ""
         self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=self._features, token=token))
         if self._accept is None or not several:
             return []
@@ -276,13 +352,18 @@ class Destination:
             packing=features.packing_of(self._features),
         )
 
-    def _verify(self, memory: GuestMemory) -> None:
+    def _verify(self, vm: Vm) -> None:
+        memory = vm.memory
+        missing = DirtyBitmap(memory.gfn_limit)
         starts: list[np.typing.NDArray[np.uint64]] = []
         lengths: list[np.typing.NDArray[np.uint64]] = []
         mismatched = False
         populated = memory.populated()  # while the source looks for the same there: the guest stands still meanwhile
         while True:
             frame = self._peer.receive()
+            if isinstance(frame, Missing) and features.POSTCOPY in self._features and not starts:
+                missing |= self._named_missing(memory, frame)
+                continue
             if not isinstance(frame, Digests):
                 raise self._unexpected(frame)
             if not mismatched:
@@ -292,7 +373,11 @@ class Destination:
             if frame.last:
                 break
         if not mismatched:
-            self._expect_zero_elsewhere(memory, populated, np.concatenate(starts), np.concatenate(lengths))
+            self._expect_zero_elsewhere(
+                memory, populated, *_known(np.concatenate(starts), np.concatenate(lengths), missing)
+            )
+            if missing.any():
+                self._fetcher = PageFetcher(vm, missing)
             self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
 
     def _expect_zero_elsewhere(
@@ -303,6 +388,16 @@ class Destination:
         gfn = verify.first_nonzero_outside(memory, populated, starts, lengths)
         if gfn is not None:
             raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
+
+    def _named_missing(self, memory: GuestMemory, frame: Missing) -> DirtyBitmap:
+        end = int(frame.first_gfns[-1] + frame.pages[-1])
+        if end > memory.gfn_limit:
+            raise RecordError(f"gfn {end - 1:#x} is outside the guest", record="MISSING")
+        named = DirtyBitmap(memory.gfn_limit)
+        named.set_runs(frame.first_gfns, frame.pages)
+        if (named - memory.all_ram()).any():
+            raise RecordError("a page is not RAM", record="MISSING")
+        return named
 
     def _compare(self, memory: GuestMemory, frame: Digests) -> bool:
         """Compare one frame of digests; on the first difference send MISMATCH and return True.
@@ -328,7 +423,7 @@ class Destination:
 
     def _handoff(self, vm: Vm, hello: SourceHello) -> None:
         commit = self._peer.receive()
-        if not isinstance(commit, Commit):
+        if not isinstance(commit, Commit if self._fetcher is None else Switch):
             raise self._unexpected(commit)
         self._before_run(vm, hello.name)
         if not commit.paused:
@@ -336,6 +431,71 @@ class Destination:
         self._ours = True  # whether or not the source hears of it
         with contextlib.suppress(OSError):
             self._peer.send(Running())
+
+    def _fetch_rest(self, vm: Vm, fetcher: PageFetcher) -> None:
+        """Have the missing pages come, over as many connections as it takes; the guest stands still between two.
+
+        Raises:
+            TransportError: the attempt was aborted.
+        """
+        if self._released:  # by somebody whose turn it was not yet
+            fetcher.release(self._peer)
+        while True:
+            try:
+                fetcher.take_all(self._peer)
+                return
+            except Exception as error:  # whatever it is: what has come stays, and another connection may do better
+                if not isinstance(error, OSError | PageferryError | PeerFailedError):
+                    _log.exception("post-copy was cut by a defect")
+                reason = f"the connection was cut: {error}"
+            self._peer.channel.close()
+            if not self._released:
+                hold = Hold(vm)
+                self._waits = True
+                self._on_event(PostcopyPaused(reason=reason))
+            if not self._reconnected():
+                break
+            hold.end()
+            self._waits = False
+            self._on_event(PostcopyRecovered())
+        if not self._released:
+            why = "given up before all pages had come, and the guest is lost"
+            raise TransportError(why, phase=self._phase, guest_at=GuestAt.DESTINATION)
+        fetcher.close()  # another vCPU than the one that ended the guest may wait for a page
+
+    def _is_over(self) -> bool:
+        return self._aborted or self._released
+
+    def _reconnected(self) -> bool:
+        """Wait for the source; tell whether it is there. If not, it is not waited for any more."""
+        while self._accept is not None and not self._is_over():
+            try:
+                channel = self._accept(POLL_S)
+            except OSError:
+                break
+            peer = None if channel is None else take_back_in(channel, self._token)
+            if peer is not None:
+                self._peer = peer
+                if self._is_over():  # says somebody who knew only the connection before
+                    peer.channel.abort()
+                return True
+        return False
+
+
+def _known(
+    starts: np.typing.NDArray[np.uint64], lengths: np.typing.NDArray[np.uint64], missing: DirtyBitmap
+) -> tuple[np.typing.NDArray[np.uint64], np.typing.NDArray[np.uint64]]:
+    """Return the runs of what was proven or is missing.
+
+    Raises:
+        VerifyError: a page is both.
+    """
+    known = DirtyBitmap(missing.nbits)
+    known.set_runs(starts, lengths)
+    known |= missing
+    if known.count() != int(lengths.sum()) + missing.count():
+        raise VerifyError("a page is proven that is missing", gfn=None)
+    return known.runs()
 
 
 def _config(hello: SourceHello) -> VmConfig:

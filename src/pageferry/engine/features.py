@@ -15,6 +15,7 @@ SHARED_MEMORY = "shared-memory"
 PACK = {Packing.LZ4: "pack-lz4", Packing.ZSTD: "pack-zstd"}
 #: What changed in a page that is sent again, packed as agreed: goes with one of the above.
 DELTA = "delta"
+POSTCOPY = "postcopy"
 
 #: feature -> the record that it allows in the stream.
 _RECORDS = {
@@ -25,13 +26,15 @@ _RECORDS = {
 }
 
 
-def offer(wire: WireOptions, *, audit: bool, shared: bool) -> tuple[str, ...]:
+def offer(wire: WireOptions, *, audit: bool, shared: bool, postcopy: bool = False) -> tuple[str, ...]:
     """Return what a source offers."""
     audits = (AUDIT,) if audit else ()
     several = (CONNECTIONS,) if wire.connections > 1 else ()
     packed = (PACK[wire.compress],) if wire.compress in PACK else ()
     deltas = (DELTA,) if wire.delta_cache_bytes else ()
-    return (ZERO_PAGES, *audits, *several, *packed, *deltas, *((SHARED_MEMORY,) if shared else ()))
+    shares = (SHARED_MEMORY,) if shared else ()
+    switches = (POSTCOPY,) if postcopy else ()
+    return (ZERO_PAGES, *audits, *several, *packed, *deltas, *shares, *switches)
 
 
 def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[str]) -> None:
@@ -50,15 +53,22 @@ def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[s
         raise UsageError(f"the destination cannot unpack {wire.compress}", hint=hint)
     if wire.delta_cache_bytes and DELTA not in used:
         raise UsageError("the destination takes no deltas", hint="leave out --delta-cache")
+    if POSTCOPY in offered and not {POSTCOPY, SHARED_MEMORY} & set(used):
+        hint = "pageferry doctor there tells why; or another policy"
+        raise UsageError("the destination cannot let a guest wait for its pages", hint=hint)
 
 
-def agree(offered: Collection[str], *, several_connections: bool, shared: bool) -> tuple[str, ...]:
+def agree(
+    offered: Collection[str], *, several_connections: bool, shared: bool, postcopy: bool = False
+) -> tuple[str, ...]:
     """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
     can = {ZERO_PAGES, AUDIT, DELTA, *(PACK[packing] for packing in available())}
     if several_connections:
         can.add(CONNECTIONS)
     if shared:
         can.add(SHARED_MEMORY)
+    if postcopy:
+        can.add(POSTCOPY)
     used = [feature for feature in offered if feature in can]
     spare = [feature for feature in used if feature in PACK.values()][1:]
     return tuple(feature for feature in used if feature not in spare)

@@ -13,7 +13,8 @@ from pageferry.stream.ferry import Join, Joined, Refuse, Side
 #: Accepts a connection: None when none came within so many seconds.
 Accept = Callable[[float], Channel | None]
 
-_POLL_S = 0.1
+#: How long to wait for a connection before looking at anything else.
+POLL_S = 0.1
 #: While somebody else who connected says nothing, nobody can join.
 _PATIENCE_S = 2.0
 
@@ -56,7 +57,7 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
                 raise ConnectionResetError("the source left before all its connections had joined")
             if time.monotonic() > deadline_s:
                 raise TimeoutError("stalled")
-            channel = accept(_POLL_S)
+            channel = accept(POLL_S)
             if channel is not None:
                 index = _index_of(channel, token, {*range(1, connections)} - joined.keys())
                 if index is not None:

@@ -147,12 +147,13 @@ class Prover:
             fresh -= self._auditor.proven() - dirty
         return self._found_s + self._digest_s(fresh.count())
 
-    def prove(self, peer: Peer, spent_s: float) -> Frame | None:
+    def prove(self, peer: Peer, spent_s: float, missing: DirtyBitmap | None = None) -> Frame | None:
         """Prove at the pause whatever is not proven.
 
         Args:
             peer: the stream has passed.
             spent_s: how long the guest stands still already, what is still to come besides this included.
+            missing: pages that come after the switch, each with its own digest; they are not proven here.
 
         Returns:
             None when the destination found everything equal; otherwise what it answered.
@@ -161,6 +162,8 @@ class Prover:
             PeerError: the destination's memory is not ours.
         """
         populated = self._find_populated()
+        if missing is not None:
+            populated -= missing
         audited = self._not_again(populated, spent_s)
         starts, lengths, is_audited = _merged(populated - audited, audited)
         if not starts.size:

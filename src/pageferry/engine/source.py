@@ -15,6 +15,9 @@
       | -- COMMIT ------------------------------------> |  from here on the source never runs it again by itself
       | <---------------------------------- RUNNING -- |  downtime ends
 
+Where the policy decides for post-copy, what is dirty at the freeze stays here: it is named before DIGESTS, SWITCH
+stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.fetcher`).
+
 What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """
 
@@ -25,22 +28,33 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.errors import GuestAt, MigrationError, PeerError, TruncatedError, VmError
-from pageferry.core.events import Event, Phase
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PageferryError,
+    PeerError,
+    TransportError,
+    TruncatedError,
+    VmError,
+)
+from pageferry.core.events import Event, Phase, PostcopyProgress, PostcopyRecovered
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policy import Policy
+from pageferry.core.policy import Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features, verify
 from pageferry.engine.attempt import HELD
-from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.conversation import Peer, PeerFailedError, PeerRefusedError
 from pageferry.engine.copying import HELD_ROUND_S, Copying
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.joining import join
 from pageferry.engine.lane import Lane
 from pageferry.engine.lanes import Lanes
+from pageferry.engine.late_counts import LateCounts
+from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.page_cache import PageCache
 from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.prove import VerifyMode
+from pageferry.engine.recovery import come_back
 from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
 from pageferry.stream.codec import Encoder
@@ -52,6 +66,7 @@ from pageferry.stream.ferry import (
     Running,
     Side,
     SourceHello,
+    Switch,
 )
 from pageferry.stream.format import PageType, RecordType
 from pageferry.stream.order import Role
@@ -84,6 +99,7 @@ class Source(Copying):
 
     _peer: Peer
     _agreed: frozenset[RecordType]
+    _token = ""
 
     def __init__(
         self,
@@ -123,8 +139,11 @@ class Source(Copying):
             with phase(Phase.VERIFY):
                 self._verify(peer)
         with phase(Phase.HANDOFF):
-            self._handoff(peer)
-        self._leave(peer)
+            peer = self._handoff(peer)
+        if self._left is not None and self._late_counts is not None:
+            with phase(Phase.POSTCOPY):
+                self._serve(peer, self._left, self._late_counts)
+        self._leave()
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
         peer = str(self._endpoint)
@@ -171,13 +190,20 @@ class Source(Copying):
         self._peer_accel = hello.accel
         features.check_answer(self._wire, self._offer(peer), hello.features)
         self._shared = features.SHARED_MEMORY in hello.features
+        self._token = hello.token
+        self._may_switch = features.POSTCOPY in hello.features
         self._agreed = features.records_of(hello.features)
         self._prover.agree(hello.features)
         main = self._lane(peer.channel, self._encoder)
         self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
 
     def _offer(self, peer: Peer) -> tuple[str, ...]:
-        return features.offer(self._wire, audit=self._prover.may_audit, shared=self._may_share(peer))
+        return features.offer(
+            self._wire,
+            audit=self._prover.may_audit,
+            shared=self._may_share(peer),
+            postcopy=may_switch(self._policy),
+        )
 
     def _join(self, token: str, index: int) -> Lane:
         channel = self._open()
@@ -258,33 +284,91 @@ class Source(Copying):
 
     def _verify(self, peer: Peer) -> None:
         spent_s = self._clock.now_s() - self._clock.began_s[Phase.PAUSE] + self._state_s / 2  # it is loaded there
-        answer = self._prover.look(peer) if self._shared else self._prover.prove(peer, spent_s)
+        missing = None if self._left is None else self._left.missing
+        if self._left is not None:
+            self._left.announce(peer)
+        answer = self._prover.look(peer) if self._shared else self._prover.prove(peer, spent_s, missing)
         if answer is not None:
             raise self._unexpected(answer)
 
-    def _handoff(self, peer: Peer) -> None:
+    def _handoff(self, peer: Peer) -> Peer:
+        """Hand the guest over; return the connection on which the destination may ask for pages."""
         with self._commit_lock:
             if self._cancelled:
                 raise self._abort("cancelled")
             paused = self._vm.status is VmStatus.PAUSED
             self._committed = True
-        peer.send(Commit(paused=paused))
         try:
+            peer.send(Commit(paused=paused) if self._left is None else Switch(paused=paused))
             answer = peer.receive()
+            if not isinstance(answer, Running):
+                raise self._unexpected(answer)
         except PeerFailedError:
             self._committed = False  # a destination that says so promises that the guest never runs there
             raise
-        if not isinstance(answer, Running):
-            raise self._unexpected(answer)
+        except (OSError, PageferryError) as error:
+            if self._left is None:
+                raise
+            self.guest_at = GuestAt.UNKNOWN
+            self._pause_postcopy(error)
+            peer = self._recovered()
         self._running_at_s = self._clock.now_s()
         self.guest_at = GuestAt.DESTINATION
+        return peer
+
+    def _serve(self, peer: Peer, left: LeftBehind, late: LateCounts) -> None:
+        """Answer for the pages that are missing there, over as many connections as it takes."""
+
+        def on_progress() -> None:
+            progress = PostcopyProgress(
+                missing_pages=left.pages, sent_pages=left.sent_pages, urgent_pages=left.urgent_pages
+            )
+            self._on_event(progress)
+
+        self.status = "postcopy-active"
+        if self._recovery.abandoned:  # before the answer to SWITCH was there
+            peer.channel.abort()
+        while True:
+            try:
+                late.connected()
+                left.serve(peer, on_progress)
+                return
+            except (OSError, PageferryError, PeerFailedError) as error:
+                self._pause_postcopy(error)
+            peer = self._recovered()
+
+    def _recovered(self) -> Peer:
+        """Wait until somebody says where to connect, and the destination is there.
+
+        Raises:
+            PeerFailedError: where the guest is was not known, and it is here.
+            TransportError: nobody will say it.
+        """
+        while (endpoint := self._recovery.wait()) is not None:
+            self.status = "postcopy-recover"
+            self._endpoint = endpoint
+            try:
+                peer = come_back(self._open(), self._token)
+            except (OSError, PageferryError, PeerFailedError) as error:
+                promised = isinstance(error, PeerFailedError) and not isinstance(error, PeerRefusedError)
+                if promised and self.guest_at is GuestAt.UNKNOWN:
+                    self._committed, self.guest_at = False, GuestAt.SOURCE
+                    raise
+                self._pause_postcopy(error)
+                continue
+            self.status = "postcopy-active"
+            self._on_event(PostcopyRecovered())
+            return peer
+        lost = "given up before all pages had gone, and the guest is lost"
+        reason = lost if self.guest_at is GuestAt.DESTINATION else self._cut_reason
+        raise TransportError(reason, phase=str(self._clock.current), guest_at=self.guest_at)
 
     def _unexpected(self, frame: Frame) -> PeerError:
         what = f"the destination answered {type(frame).__name__} out of turn"
         at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
         return PeerError(what, phase=str(self._clock.current), guest_at=at)
 
-    def _leave(self, peer: Peer) -> None:
+    def _leave(self) -> None:
         """The guest is gone: free what served its migration; it stays frozen here."""
         self._disarm()
         for channel in self._channels:

@@ -7,6 +7,7 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever wr
 
 from collections.abc import Callable
 
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpu_features import table_for
 from pageferry.core.cpuid import SOFT_CPU, CpuModel, Leaves, of_vcpu
 from pageferry.core.errors import UnsupportedError
@@ -198,8 +199,8 @@ class Domain(Machine):
         """Perform XEN_DOMCTL_shadow_op; see :mod:`.domctl`."""
         return shadow_op(self, op, arguments)
 
-    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
-        """Let all of RAM be absent: not present to the nested walk, which every access of a vCPU begins with."""
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+        """Let frames be absent: not present to the nested walk, which every access of a vCPU begins with."""
         return PagesToCome(self.memory, self.p2m, fetch)
 
     def remove_pages(self, gfns: GfnArray) -> None:

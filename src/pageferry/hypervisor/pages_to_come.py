@@ -16,7 +16,7 @@ from pageferry.hypervisor.p2m import P2M
 
 
 class PagesToCome:
-    """All of a guest's RAM, none of it there yet; implements :class:`pageferry.core.vm.Arrival`.
+    """A guest's RAM that is not all there yet; implements :class:`pageferry.core.vm.Arrival`.
 
     Args:
         memory: the guest's.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpu_features import table_for
 from pageferry.core.cpuid import of_vcpu
 from pageferry.core.errors import UnsupportedError
@@ -125,9 +126,9 @@ class KvmVm(Machine):
         """``kvm``."""
         return "kvm"
 
-    def await_memory(self, fetch: Callable[[GfnArray], None]) -> Arrival:
-        """Let all of RAM be absent, by userfaultfd."""
-        return MissingPages(self.memory, (self.memory.mapping, self.vcpu_mapping), fetch)
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+        """Let frames be absent, by userfaultfd."""
+        return MissingPages(self.memory, (self.memory.mapping, self.vcpu_mapping), fetch, absent)
 
     def _save_vcpus(self) -> tuple[VcpuState, ...]:
         now = vcpu_state.host_tsc(self.vcpus[0].fd)

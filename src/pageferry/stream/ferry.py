@@ -25,6 +25,24 @@ A further connection of the same migration, before the stream begins::
       | <-------------------------- JOINED (or REFUSE, end)  |
       | a section of the libxc stream, unframed -----------> |
 
+In post-copy some pages are missing when the guest switches; they come when they are asked for::
+
+    source                                              destination
+      | MISSING ... DIGESTS ... DIGESTS(last) ------------> |
+      | <--------------------------------------------- READY |
+      | SWITCH(paused?) -----------------------------------> |
+      | <------------------------------------------- RUNNING |
+      | <-------------------------------------------- WANTED |
+      | PAGES, and their content, unframed ----------------> |    and so on
+      | <------------------------------------------ COMPLETE |
+      | DROPPED -------------------------------------------> |
+
+    a new connection, when that one was cut:
+      | preambles, as above                                  |
+      | RECOVER(token) ------------------------------------> |
+      | <-------------- RECOVERED (or FAILED, or REFUSE: end) |
+      | <-------------------------------------------- WANTED |
+
 Either side may end it with FAILED when its turn allows (``ferry_order.TABLE``), or by closing the connection.
 A destination that sends FAILED promises that the guest has not run there and never will; this holds after COMMIT too.
 
@@ -66,15 +84,18 @@ from pageferry.stream.ferry_frames import (
 )
 from pageferry.stream.ferry_order import Conversation, Phase, Side
 from pageferry.stream.ferry_peer import what_it_looks_like
+from pageferry.stream.ferry_postcopy import Complete, Dropped, Missing, Pages, Recover, Recovered, Switch, Wanted
 from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 
 __all__ = [
     "NEED_DATA",
     "Commit",
+    "Complete",
     "Conversation",
     "DestinationHello",
     "Digests",
+    "Dropped",
     "Failed",
     "FerryDecoder",
     "FerryEncoder",
@@ -82,12 +103,18 @@ __all__ = [
     "Join",
     "Joined",
     "Mismatch",
+    "Missing",
+    "Pages",
     "Phase",
     "Ready",
+    "Recover",
+    "Recovered",
     "Refuse",
     "Running",
     "Side",
     "SourceHello",
+    "Switch",
+    "Wanted",
     "what_it_looks_like",
 ]
 
@@ -185,8 +212,13 @@ class FerryDecoder:
         return 0 if self._failure is not None else max(self._need - len(self._intake), 0)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Give the decoder more of what the peer sent; never bytes of the libxc stream."""
+        """Give the decoder more of what the peer sent; never bytes of the libxc stream, nor content after PAGES."""
         self._intake.feed(data)
+
+    def content_passed(self, size_bytes: int) -> None:
+        """Say that the content after a PAGES frame was received; the offsets of later frames count it."""
+        self._intake.offset += size_bytes
+        self._record_start += size_bytes
 
     def next_event(self) -> Frame | Need:
         """Return the peer's next frame, or NEED_DATA.

@@ -13,7 +13,7 @@ import numpy as np
 from pageferry.core.cpuid import CpuidLeaf, Leaves, check_leaves
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.stream import run_digests
+from pageferry.stream import ferry_postcopy, run_digests
 from pageferry.stream.ferry_frames import (
     COMMIT_BODY,
     COMMIT_PAUSED,
@@ -39,6 +39,7 @@ from pageferry.stream.ferry_frames import (
     Running,
     SourceHello,
 )
+from pageferry.stream.ferry_postcopy import Complete, Dropped, Missing, Pages, Recover, Recovered, Switch, Wanted
 from pageferry.stream.format import MAX_RANGE_PAGES, PFN_MASK, BodyError
 
 _TEXTS = frozenset({"name", "reason", "hint"})
@@ -57,9 +58,11 @@ def body_of(frame: Frame) -> bytes:
         case Mismatch():
             head = MISMATCH_HEAD.pack(frame.first_gfn, len(frame.page_digests), 0)
             return head + frame.page_digests.astype("<u8").tobytes()
-        case Commit():
+        case Missing() | Wanted() | Pages() | Complete():
+            return ferry_postcopy.pack(frame)
+        case Commit() | Switch():
             return COMMIT_BODY.pack(COMMIT_PAUSED if frame.paused else 0, 0)
-        case Running() | Joined():
+        case Running() | Joined() | Dropped() | Recovered():
             return b""
         case _:
             fields = {name: getattr(frame, name) for name in frame.__slots__}
@@ -115,13 +118,13 @@ def _parse_mismatch(body: bytes) -> Mismatch:
     )
 
 
-def _parse_commit(body: bytes) -> Commit:
+def _paused(body: bytes) -> bool:
     if len(body) != COMMIT_BODY.size:
         raise BodyError(f"a body of {len(body)} bytes, not {COMMIT_BODY.size}")
     flags, reserved = COMMIT_BODY.unpack(body)
     if flags & ~COMMIT_PAUSED or reserved:
         raise BodyError(f"flags {flags:#x}, reserved {reserved:#x}")
-    return Commit(paused=bool(flags & COMMIT_PAUSED))
+    return bool(flags & COMMIT_PAUSED)
 
 
 class _Fields:
@@ -263,9 +266,17 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.DIGESTS: _parse_digests,
     FrameType.MISMATCH: _parse_mismatch,
     FrameType.READY: _parse_ready,
-    FrameType.COMMIT: _parse_commit,
+    FrameType.COMMIT: lambda body: Commit(paused=_paused(body)),
     FrameType.RUNNING: lambda _: Running(),
     FrameType.FAILED: _parse_failed,
     FrameType.JOIN: _parse_join,
     FrameType.JOINED: lambda _: Joined(),
+    FrameType.MISSING: ferry_postcopy.parse_missing,
+    FrameType.SWITCH: lambda body: Switch(paused=_paused(body)),
+    FrameType.WANTED: ferry_postcopy.parse_wanted,
+    FrameType.PAGES: ferry_postcopy.parse_pages,
+    FrameType.COMPLETE: ferry_postcopy.parse_complete,
+    FrameType.DROPPED: lambda _: Dropped(),
+    FrameType.RECOVER: lambda body: Recover(token=_Fields(body).name("token")),
+    FrameType.RECOVERED: lambda _: Recovered(),
 }

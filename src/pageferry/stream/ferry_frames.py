@@ -10,6 +10,20 @@ from numpy.typing import NDArray
 
 from pageferry.core.cpuid import Leaves
 from pageferry.core.frames import GfnArray
+from pageferry.stream.ferry_postcopy import (
+    COMPLETE_BODY,
+    MAX_MISSING_BYTES,
+    MAX_PAGES_BYTES,
+    MAX_WANTED_BYTES,
+    Complete,
+    Dropped,
+    Missing,
+    Pages,
+    Recover,
+    Recovered,
+    Switch,
+    Wanted,
+)
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES, RUN_DIGEST, RUN_DIGESTS_HEAD
 
 MAX_HELLO_BYTES = 128 << 10
@@ -43,6 +57,14 @@ class FrameType(IntEnum):
     FAILED = 0x5046_0009
     JOIN = 0x5046_000A
     JOINED = 0x5046_000B
+    MISSING = 0x5046_000C
+    SWITCH = 0x5046_000D
+    WANTED = 0x5046_000E
+    PAGES = 0x5046_000F
+    COMPLETE = 0x5046_0010
+    RECOVER = 0x5046_0011
+    RECOVERED = 0x5046_0012
+    DROPPED = 0x5046_0013
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +189,25 @@ class Joined:
 
 
 Frame: TypeAlias = (
-    SourceHello | DestinationHello | Refuse | Digests | Mismatch | Ready | Commit | Running | Failed | Join | Joined
+    SourceHello
+    | DestinationHello
+    | Refuse
+    | Digests
+    | Mismatch
+    | Ready
+    | Commit
+    | Running
+    | Failed
+    | Join
+    | Joined
+    | Missing
+    | Switch
+    | Wanted
+    | Pages
+    | Complete
+    | Recover
+    | Recovered
+    | Dropped
 )
 
 TYPE_OF: dict[type[Frame], FrameType] = {
@@ -182,6 +222,14 @@ TYPE_OF: dict[type[Frame], FrameType] = {
     Failed: FrameType.FAILED,
     Join: FrameType.JOIN,
     Joined: FrameType.JOINED,
+    Missing: FrameType.MISSING,
+    Switch: FrameType.SWITCH,
+    Wanted: FrameType.WANTED,
+    Pages: FrameType.PAGES,
+    Complete: FrameType.COMPLETE,
+    Recover: FrameType.RECOVER,
+    Recovered: FrameType.RECOVERED,
+    Dropped: FrameType.DROPPED,
 }
 #: Longest body of each frame, in bytes.
 MAX_BODY_BYTES: dict[FrameType, int] = {
@@ -196,4 +244,12 @@ MAX_BODY_BYTES: dict[FrameType, int] = {
     FrameType.FAILED: MAX_MESSAGE_BYTES,
     FrameType.JOIN: MAX_MESSAGE_BYTES,
     FrameType.JOINED: 0,
+    FrameType.MISSING: MAX_MISSING_BYTES,
+    FrameType.SWITCH: COMMIT_BODY.size,
+    FrameType.WANTED: MAX_WANTED_BYTES,
+    FrameType.PAGES: MAX_PAGES_BYTES,
+    FrameType.COMPLETE: COMPLETE_BODY.size,
+    FrameType.RECOVER: MAX_MESSAGE_BYTES,
+    FrameType.RECOVERED: 0,
+    FrameType.DROPPED: 0,
 }

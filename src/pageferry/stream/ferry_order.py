@@ -39,9 +39,15 @@ class Phase(StrEnum):
     CLOSED = "closed"
     JOINING = "joining"
     JOINED = "joined"
+    SWITCHED = "switched"
+    FETCHING = "fetching"
+    COMPLETE = "complete"
+    RECOVERING = "recovering"
 
 
 _P, _S, _D = Phase, Side.SOURCE, Side.DESTINATION
+#: Where a destination cannot promise any more that the guest never runs there, or has nobody to promise it to.
+_NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE)
 
 #: (phase, sender, frame) -> next phase. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
 #: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame; on a further
@@ -62,8 +68,19 @@ TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.GREETING, _S, _F.JOIN): _P.JOINING,
     (_P.JOINING, _D, _F.JOINED): _P.JOINED,
     (_P.JOINING, _D, _F.REFUSE): _P.CLOSED,
+    (_P.DIGESTING, _S, _F.MISSING): _P.DIGESTING,
+    (_P.READY, _S, _F.SWITCH): _P.SWITCHED,
+    (_P.SWITCHED, _D, _F.RUNNING): _P.FETCHING,
+    (_P.FETCHING, _D, _F.WANTED): _P.FETCHING,
+    (_P.FETCHING, _S, _F.PAGES): _P.FETCHING,
+    (_P.FETCHING, _D, _F.COMPLETE): _P.COMPLETE,
+    (_P.COMPLETE, _S, _F.PAGES): _P.COMPLETE,  # they were under way to a guest that has ended
+    (_P.COMPLETE, _S, _F.DROPPED): _P.RUNNING,
+    (_P.GREETING, _S, _F.RECOVER): _P.RECOVERING,
+    (_P.RECOVERING, _D, _F.RECOVERED): _P.FETCHING,
+    (_P.RECOVERING, _D, _F.REFUSE): _P.CLOSED,
     **{(p, _S, _F.FAILED): _P.CLOSED for p in (_P.DIGESTING, _P.COMPARING, _P.MISMATCHED, _P.READY)},
-    **{(p, _D, _F.FAILED): _P.CLOSED for p in Phase if p not in (_P.RUNNING, _P.CLOSED, _P.JOINED)},
+    **{(p, _D, _F.FAILED): _P.CLOSED for p in Phase if p not in _NO_PROMISE},
 }
 LAST_DIGESTS: dict[Phase, Phase] = {_P.DIGESTING: _P.COMPARING, _P.MISMATCHED: _P.MISMATCHED}
 

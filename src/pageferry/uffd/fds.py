@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.errors import UffdError, UnsupportedError
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.uffd import uapi
 
 DEV_USERFAULTFD = Path("/dev/userfaultfd")
@@ -107,11 +108,11 @@ class UffdFd(_Fd):
         """Give missing pages their content, each as one step, and wake whoever waits for one of them here.
 
         Args:
-            hva: of the first page; the range was registered for missing pages, and none of them is there yet.
+            hva: of the first page; the range was registered for missing pages. One that is there keeps what it holds.
             content: uint8[n], whole pages.
 
         Raises:
-            UffdError: the kernel refused; some of them may be there.
+            UffdError: the kernel refused; some of them may be there, and the same call may be made again.
         """
         at = 0
         while at < content.size:
@@ -120,7 +121,9 @@ class UffdFd(_Fd):
             try:
                 self.ioctl(uapi.UFFDIO_COPY, request)
             except UffdError as error:
-                if error.errno != errno.EAGAIN:  # somebody is changing the address space: soon over
+                if error.errno == errno.EEXIST:
+                    at += PAGE_SIZE
+                elif error.errno != errno.EAGAIN:  # somebody is changing the address space: soon over
                     raise
             at += max(request.copy, 0)
 

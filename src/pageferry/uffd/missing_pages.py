@@ -13,36 +13,42 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pageferry.core.bitmap import runs_of
+from pageferry.core.bitmap import DirtyBitmap, runs_of
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
-from pageferry.core.hostmem import HostMapping
+from pageferry.core.hostmem import MADV_REMOVE, HostMapping
 from pageferry.core.memory import GuestMemory
 from pageferry.uffd import uapi
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.handler import FaultHandler
 
 _log = logging.getLogger(__name__)
+_HINT = "let all memory come before the guest runs: no --lazy, no --policy postcopy"
 
 
 class MissingPages:
-    """All of a guest's RAM, none of it there yet; implements :class:`pageferry.core.vm.Arrival`.
+    """A guest's RAM that is not all there yet; implements :class:`pageferry.core.vm.Arrival`.
 
     Args:
-        memory: the guest's; nobody has touched it.
+        memory: the guest's; nobody touches it during the call.
         mappings: every mapping of it that is touched, ``memory.mapping`` first.
         fetch: brings frames by :meth:`install`, on the handler's thread; a failure is for it to keep.
+        absent: frames that lose their storage; all without storage wait to be installed. None: nobody has touched any.
 
     Raises:
         UnsupportedError: this process may not have a userfaultfd that can, or memory of this kind cannot be missing.
         UffdError: the kernel refused for another reason.
     """
 
-    def __init__(self, memory: GuestMemory, mappings: Sequence[HostMapping], fetch: Callable[[GfnArray], None]) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        mappings: Sequence[HostMapping],
+        fetch: Callable[[GfnArray], None],
+        absent: DirtyBitmap | None = None,
+    ) -> None:
         if memory.reserved:
-            raise UnsupportedError(
-                "lazy-hugetlb", "pages of a hugetlb pool cannot come one by one", hint="restore it without --lazy"
-            )
+            raise UnsupportedError("lazy-hugetlb", "pages of a hugetlb pool cannot come one by one", hint=_HINT)
         self._memory = memory
         self._mappings = tuple(dict.fromkeys(mappings))
         self._fetch = fetch
@@ -50,8 +56,10 @@ class MissingPages:
         try:
             self._uffd = UffdFd(uapi.UFFD_FEATURE_MISSING_SHMEM)
         except UnsupportedError as error:
-            raise UnsupportedError(error.capability, str(error), hint="restore it without --lazy") from error
+            raise UnsupportedError(error.capability, str(error), hint=_HINT) from error
         try:
+            if absent is not None:
+                self._empty(absent)
             for hva, size_bytes in self._ranges():
                 self._uffd.register(hva, size_bytes, uapi.UFFDIO_REGISTER_MODE_MISSING)
             self._handler = FaultHandler(self._uffd, self._resolve, self._failed)
@@ -64,7 +72,7 @@ class MissingPages:
         """Give frames their content, and wake whoever waits for them.
 
         Args:
-            gfns: uint64[n], ascending; none was installed before.
+            gfns: uint64[n], ascending; one that was installed before, by a call that failed, keeps what it holds.
             content: uint8[4096 n], one after another.
 
         Raises:
@@ -90,6 +98,16 @@ class MissingPages:
 
     def _ranges(self) -> list[tuple[int, int]]:
         return [(m.hva + region.gpa, region.size_bytes) for m in self._mappings for region in self._memory.regions]
+
+    def _empty(self, absent: DirtyBitmap) -> None:
+        """Take their storage from frames, in the file: no mapping of it has them any more."""
+        for start, length in zip(*(part.tolist() for part in absent.runs()), strict=True):
+            self._memory.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_REMOVE)
+        kept = DirtyBitmap(absent.nbits)
+        kept.set_runs(*self._memory.populated())
+        kept &= absent
+        if kept.any():  # a huge page that was not split: part of it is zeroed then, and not absent
+            raise UnsupportedError("lazy-thp", "huge pages under this guest cannot be taken apart", hint=_HINT)
 
     def _resolve(self, faults: NDArray[np.void]) -> None:
         hvas = np.unique(faults["address"]) & ~np.uint64(PAGE_SIZE - 1)

@@ -11,6 +11,7 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
     result: dict[str, Any] = {
         "status": attempt.status,
         "total-time": int(attempt.elapsed_s * 1000),
+        "x-guest-at": attempt.guest_at,
         "ram": _ram(attempt),
         "x-pageferry-packed": _packed(attempt),
     }
@@ -23,6 +24,8 @@ def migrate_info(attempt: Attempt) -> dict[str, Any]:
         result["ram"]["dirty-pages-rate"] = round(outlook.dirty_bytes_per_s / PAGE_SIZE)
         if outlook.wire_bytes_per_s is not None:
             result["ram"]["mbps"] = outlook.wire_bytes_per_s * 8 / 1e6
+    if attempt.postcopy_paused is not None:
+        result["x-postcopy-paused"] = attempt.postcopy_paused
     if attempt.report is not None:
         result["x-pageferry-report"] = attempt.report.to_json()
         if attempt.report.downtime_s is not None:

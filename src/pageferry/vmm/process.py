@@ -19,7 +19,16 @@ from typing import Any
 
 from pageferry.core.cpuid import cpu_name, model_of
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
-from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
+from pageferry.core.events import (
+    Event,
+    Phase,
+    PhaseBegan,
+    PostcopyPaused,
+    PostcopyProgress,
+    PostcopyRecovered,
+    RoundEnded,
+    RoundProgress,
+)
 from pageferry.core.policies import make_policy
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
@@ -48,6 +57,13 @@ from pageferry.vmm.work_meter import WorkMeter
 _log = logging.getLogger(__name__)
 _PROGRESS_INTERVAL_S = 0.05
 _POLL_S = 0.05
+_RECOVER_HINT = "at the source: pageferry migrate --recover"
+#: Why a migration that has committed is not cancelled, by where the guest is.
+_TOO_LATE = {
+    GuestAt.SOURCE: "the guest is being handed over",
+    GuestAt.UNKNOWN: "whether the guest has switched is not known",
+    GuestAt.DESTINATION: "the guest has switched, and its pages follow",
+}
 
 #: The event that carries the engine's own events, for progress; ``type`` is the event's class name.
 ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
@@ -93,6 +109,8 @@ class GuestProcess:
         self._announced_status = ""
         self._next_progress_s = 0.0
         self._incoming: Destination | None = None
+        self._dropped: set[str] = set()
+        self._receiver: threading.Thread | None = None
         self._endpoint: Endpoint | None = None
         self._listener: socket.socket | None = None
         self._booted = False
@@ -163,7 +181,8 @@ class GuestProcess:
             raise UsageError(f"cannot listen at {endpoint}: {error.strerror or error}", hint=hint) from error
         self._listener = listener
         self._endpoint = endpoint.bound(listener)
-        threading.Thread(target=self._receive_main, name="receive", daemon=True).start()
+        self._receiver = threading.Thread(target=self._receive_main, name="receive", daemon=True)
+        self._receiver.start()
         return self._endpoint
 
     def wait(self) -> int:
@@ -178,7 +197,7 @@ class GuestProcess:
                 continue
             if vm.end is not None:
                 return self._guest_ended(vm)
-            if self._lazy is None or self._lazy.done:  # to look might be to wait
+            if (self._lazy is None or self._lazy.done) and not self._missing_pages():  # to look might be to wait
                 self._work.sample(vm)
         return 0
 
@@ -189,10 +208,15 @@ class GuestProcess:
     def close(self) -> None:
         """End a migration, free the machine, remove the sockets."""
         if self._source is not None:
-            self._source.cancel()
+            self._source.abandon()
+        incoming = self._incoming
+        if incoming is not None and self._vm is not None and self._vm.end is not None:
+            incoming.release()
         self._stop_listening()
-        if self._incoming is not None:
-            self._incoming.abort()
+        if incoming is not None:
+            incoming.abort()
+        if self._receiver is not None:
+            self._receiver.join()
         if self._migration is not None:
             self._migration.join()
         self._console.end("the guest process has ended")
@@ -261,24 +285,33 @@ class GuestProcess:
             self._machines.make_vm,
             accel=self._machines.accel,
             accept=self._accept_more,
+            dropped=self._dropped,
             on_event=self._on_incoming_event,
             before_run=self._arrived,
         )
         self._event("MIGRATION", {"status": "active"})
         try:
-            vm = self._incoming.run()
-        except PageferryError as error:
-            self._vm = None
-            self._console.end("the guest did not arrive")
-            self._event("MIGRATION", {"status": "failed"})
-            self._say(f"no guest received: {error}; waiting for another attempt")
-            return
+            self._arrive(self._incoming)
         finally:
             self._incoming = None
+
+    def _arrive(self, incoming: Destination) -> None:
+        try:
+            vm = incoming.run()
+        except PageferryError as error:
+            self._event("MIGRATION", {"status": "failed"})
+            if isinstance(error, MigrationError) and error.guest_at is GuestAt.DESTINATION:
+                self._say(f"the guest is lost: {error}")
+                return
+            self._vm = None
+            self._console.end("the guest did not arrive")
+            self._say(f"no guest received: {error}; waiting for another attempt")
+            return
         self._event("MIGRATION", {"status": "completed"})
         if vm.status is VmStatus.RUNNING:
             self._event("RESUME")
         self._say("a guest has arrived and is ours")
+        incoming.see_off()
 
     def _accept_more(self, wait_s: float) -> Channel | None:
         listener = self._listener
@@ -291,7 +324,20 @@ class GuestProcess:
             self._adopt(vm, name)
 
     def _on_incoming_event(self, event: Event) -> None:
+        self._announce_postcopy(event)
+        if isinstance(event, PostcopyPaused):
+            self._say(f"{event.reason}; the guest stands still until its source comes back ({_RECOVER_HINT})")
+            self._event("STOP")
+        elif isinstance(event, PostcopyRecovered):
+            self._say("the source is back, and the guest runs on")
+            self._event("RESUME")
         self._event(ENGINE_EVENT, {"type": type(event).__name__, **asdict(event)})
+
+    def _announce_postcopy(self, event: Event) -> None:
+        if isinstance(event, PostcopyRecovered) or (isinstance(event, PhaseBegan) and event.phase is Phase.POSTCOPY):
+            self._event("MIGRATION", {"status": "postcopy-active"})
+        elif isinstance(event, PostcopyPaused):
+            self._event("MIGRATION", {"status": "postcopy-paused"})
 
     def _stop_listening(self) -> None:
         listener, self._listener = self._listener, None
@@ -310,9 +356,17 @@ class GuestProcess:
         thread_lives = self._migration is not None and self._migration.is_alive()
         return thread_lives and self._source is not None and self._source.report is None
 
+    def _recover(self, endpoint: Endpoint) -> None:
+        if self._source is None or not self._source.recover(endpoint):
+            raise QmpError("no migration here was cut after the switch", hint="start one without --recover")
+
     def _migrate(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)
         uri = args.text("uri")
+        if args.flag("resume"):
+            args.done()
+            self._recover(Endpoint.parse(uri))
+            return
         file = saved_to(uri)
         make = self._moving(args, Endpoint.parse(uri)) if file is None else self._saving(args, file)
         args.done()
@@ -324,6 +378,8 @@ class GuestProcess:
                 hint = "try again later; status tells how much is left"
                 raise QmpError("the guest's memory is still being read from its file", hint=hint)
             self._check_here()
+            if self._missing_pages():
+                raise QmpError("pages of the guest are still coming from its source", hint="try again later")
             self._source = make(vm)
             self._work.forget()
             self._announced_stop = False
@@ -394,6 +450,12 @@ class GuestProcess:
         self._say(f"the guest has {what}: {report.total_s:.2f} s in total{down}")
 
     def _on_engine_event(self, event: Event) -> None:
+        self._announce_postcopy(event)
+        if isinstance(event, PostcopyPaused):
+            where = "the guest stands still there and needs pages that are here"
+            if self._guest_at() is GuestAt.UNKNOWN:
+                where = "whether the guest runs there is not known; if it does, it needs pages that are here"
+            self._say(f"{event.reason}; {where} ({_RECOVER_HINT})")
         begins = Phase.PRECOPY if isinstance(self._source, Save) else Phase.HELLO
         if isinstance(event, PhaseBegan) and event.phase is begins:
             self._event("MIGRATION", {"status": "active"})
@@ -405,13 +467,13 @@ class GuestProcess:
         if isinstance(event, RoundEnded):
             self._event("MIGRATION_PASS", {"pass": event.stats.index + 1})
             self._announce_status()
-        if isinstance(event, RoundProgress):
+        if isinstance(event, RoundProgress | PostcopyProgress):
             now_s = time.monotonic()
             if now_s < self._next_progress_s:
                 return
             self._next_progress_s = now_s + _PROGRESS_INTERVAL_S
         data = {"type": type(event).__name__, **asdict(event)}
-        if isinstance(event, RoundProgress) and self._source is not None:
+        if isinstance(event, RoundProgress | PostcopyProgress) and self._source is not None:
             outlook = self._source.outlook()
             data |= {"eta_s": outlook.eta_s, "eta_reason": outlook.eta_reason}
         self._event(ENGINE_EVENT, data)
@@ -496,12 +558,14 @@ class GuestProcess:
 
     def _check_here(self) -> None:
         at = self._guest_at()
-        if self._is_migrating() and self._source is not None and self._source.handing_over:
-            raise QmpError("the guest is being handed over")
         self._check_not_moved()
         if at is GuestAt.UNKNOWN:
             hint = "see whether the destination runs it; if it surely does not: pageferry resume --force"
+            if self._is_migrating():
+                hint = f"pageferry migrate --recover finds out; {hint}"
             raise QmpError("whether the guest has moved is not known", hint=hint)
+        if self._is_migrating() and self._source is not None and self._source.handing_over:
+            raise QmpError("the guest is being handed over")
 
     def _check_not_moved(self) -> None:
         if self._guest_at() is GuestAt.DESTINATION:
@@ -525,6 +589,8 @@ class GuestProcess:
             return "inmigrate"
         if self._guest_at() is not GuestAt.SOURCE:
             return "postmigrate"
+        if self._waits_for_source():
+            return "paused"
         if vm.status is VmStatus.CRASHED:
             return "guest-panicked"
         if self._lazy is not None and self._lazy.failure is not None:
@@ -550,6 +616,8 @@ class GuestProcess:
         with self._lock:
             vm = self._guest()
             self._check_here()
+            if self._waits_for_source():
+                raise QmpError("the guest stands still until its source comes back", hint=_RECOVER_HINT)
             if vm.status is VmStatus.RUNNING:
                 vm.pause()
                 self._work.forget()
@@ -575,10 +643,21 @@ class GuestProcess:
     def _migrate_cancel(self, arguments: dict[str, Any]) -> None:
         Arguments(arguments).done()
         if self._source is not None and self._is_migrating() and not self._source.cancel():
-            raise QmpError("too late to cancel: the guest is being handed over")
+            raise QmpError(f"too late to cancel: {_TOO_LATE[self._guest_at()]}")
+
+    def _waits_for_source(self) -> bool:
+        incoming = self._incoming
+        return incoming is not None and incoming.waits_for_source
+
+    def _missing_pages(self) -> int:
+        incoming = self._incoming
+        return 0 if incoming is None else incoming.missing_pages
 
     def _quit_command(self, arguments: dict[str, Any]) -> None:
         Arguments(arguments).done()
+        if self._source is not None and self._source.keeps_pages:
+            hint = "wait until they have gone; end the process by a signal only if the guest may be lost"
+            raise QmpError("the guest needs pages at the destination that are here only", hint=hint)
         self._event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self.quit()
 
@@ -601,7 +680,7 @@ class GuestProcess:
         return {"taken": self._guest().type_console(data)}
 
     def _work_done(self, vm: Vm) -> list[int]:
-        if self._lazy is not None and self._lazy.failure is not None:
+        if self._missing_pages() or (self._lazy is not None and self._lazy.failure is not None):
             return []  # to look might be to wait
         return [status.work for status in read_status(vm.memory, vm.config.cpus)]
 
@@ -626,6 +705,8 @@ class GuestProcess:
                 "huge_pages": str(vm.memory.huge_pages),
                 "huge_bytes": vm.memory.huge_bytes(),
                 "unread_pages": None if self._lazy is None else self._lazy.left_pages,
+                "missing_pages": self._missing_pages(),
+                "waits_for_source": self._waits_for_source(),
                 "work": self._work_done(vm),
                 "exit_code": None if vm.end is None else vm.end.exit_code,
                 "crash": None if vm.end is None else vm.end.crash,

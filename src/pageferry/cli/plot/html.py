@@ -49,7 +49,8 @@ def page(drawn: Picture) -> bytes:
         f"<ul>{words}</ul>" if words else "",
         "<h2>Rounds over time</h2>",
         _note(
-            "a bar a round; violet: the guest was held for a part of it; red: stop-and-copy; shaded: it stands still"
+            "a bar a round; violet: the guest was held for a part of it; red: stop-and-copy; shaded: it stands still; "
+            "post-copy: what came while it ran at the destination"
         ),
         _timeline(drawn) if drawn.bars else _note("No round was made."),
         "<h2>Dirty against sent rate</h2>",

@@ -14,9 +14,10 @@ _LABELS = 9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """A round: when it was, in seconds since the migration began, and what it moved.
+    """A round, or post-copy: when it was, in seconds since the migration began, and what it moved.
 
-    ``dirty_bytes_per_s``: what was dirty at its end by its length; None for the stop-and-copy, when nobody writes.
+    ``dirty_bytes_per_s``: what was dirty at its end by its length; None for the stop-and-copy, when nobody writes, and
+    for post-copy, when it is not followed.
     ``throttle``: the share of its time for which the guest was held, 0 to 1.
     """
 
@@ -41,7 +42,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heat:
-    """Which pages were sent how often, by row (rounds) and cell (place); memory of which nothing was sent is left out.
+    """Which pages were sent how often, by row (rounds, post-copy) and cell (place); what was not sent is left out.
 
     ``cell_pages``: how many sent pages a cell has, on average. ``shares[r][i]``: the share of those of cell i that each
     round of row r sent. ``times[i]``: how often a page of cell i was sent, on average. ``breaks``: cells that do not
@@ -126,7 +127,26 @@ def _bars(report: Json) -> tuple[Bar, ...]:
                 final=stats["final"],
             )
         )
-    return tuple(bars)
+    return (*bars, *_late_bar(report))
+
+
+def _late_bar(report: Json) -> tuple[Bar, ...]:
+    late = report["postcopy"]
+    if late is None:
+        return ()
+    sent_bytes = (late["sent_pages"] - late["zero_pages"]) * PAGE_SIZE
+    return (
+        Bar(
+            label="post-copy",
+            began_s=report["total_s"] - late["duration_s"],
+            ended_s=report["total_s"],
+            sent_pages=late["sent_pages"],
+            sent_bytes_per_s=sent_bytes / late["duration_s"] if late["duration_s"] > 0 else 0.0,
+            dirty_bytes_per_s=None,
+            throttle=0.0,
+            final=False,
+        ),
+    )
 
 
 def _parts(report: Json) -> tuple[Part, ...]:
@@ -159,6 +179,8 @@ def _heat(report: Json) -> Heat:
 
 
 def _row_label(row: int, per_row: int, rounds: list[Json]) -> str:
+    if row * per_row >= len(rounds) > 0 and rounds[-1]["final"]:
+        return "post-copy"
     if per_row > 1:
         return f"rounds {row * per_row} to {min((row + 1) * per_row, max(len(rounds), row * per_row + 1)) - 1}"
     return "stop-and-copy" if row < len(rounds) and rounds[row]["final"] else f"round {row}"

@@ -1,0 +1,330 @@
+"""PageFetcher on both machines, against a source that the test plays: what is no page of the source's is not taken."""
+
+import errno
+import threading
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import RecordError, RemoteStreamError, UffdError, UnsupportedError, VmError
+from pageferry.core.frames import PAGE_SIZE, gpa_of
+from pageferry.core.hugepages import HugePages
+from pageferry.core.vm import VmConfig
+from pageferry.engine.fetcher import PageFetcher, can_wait
+from pageferry.engine.left_behind import LeftBehind
+from pageferry.kvm import KvmVm
+from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
+from pageferry.stream.ferry_postcopy import digest_of
+from pageferry.uffd import uapi
+from pageferry.uffd.fds import UffdFd
+
+#: How long to wait for what is sure to come, however busy the host is.
+GIVE_UP_S = 150
+MISSING = np.array([3, 4, 5, 100, 101, 1000], np.uint64)
+
+
+def content(gfns):
+    """What the source has: each page full of its own number."""
+    return gfns.astype(np.uint64).repeat(PAGE_SIZE // 8).view(np.uint8)
+
+
+def pages(gfns, zero=(), digest=None):
+    """PAGES and the content that follows it; ``zero``: gfns of it that are said to be so."""
+    is_zero = np.isin(gfns, np.array(zero, np.uint64))
+    data = content(gfns[~is_zero])
+    return Pages(gfns=gfns, zero=is_zero, digest=digest or digest_of(gfns, is_zero, [data.data])), data
+
+
+def answer(gfns):
+    return pages(gfns)
+
+
+class Source:
+    """The peer of a destination: answers what is asked, unless it is told to say something else."""
+
+    def __init__(self, *says):
+        self.heard = []
+        self.waiting = []
+        self.says = list(says)
+        self.asked = threading.Semaphore(0)
+
+    def send(self, frame):
+        self.heard.append(frame)
+        self.waiting.append(frame)
+        self.asked.release()
+
+    def receive(self):
+        assert self.asked.acquire(timeout=GIVE_UP_S)
+        said = self.says.pop(0) if self.says else answer
+        if isinstance(said, Exception):
+            raise said
+        wanted = self.waiting.pop(0)
+        if not callable(said):
+            return said
+        frame, self.content = said(wanted.gfns)
+        return frame
+
+    def receive_content(self, view):
+        view[:] = self.content.data
+
+
+@pytest.fixture
+def vm(make_vm):
+    made = make_vm(VmConfig(memory_bytes=8 << 20))
+    for gfn in (3, 4, 7, 100):  # what pre-copy brought: old where it is missing
+        made.memory.write(gpa_of(gfn), b"old" + bytes([gfn]) * (PAGE_SIZE - 3))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fetcher(vm):
+    made = PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+    yield made
+    made.close()
+
+
+def expect_all(vm):
+    for gfn in MISSING.tolist():
+        assert vm.memory.read(gpa_of(gfn), PAGE_SIZE) == content(np.array([gfn])).tobytes()
+    assert vm.memory.read(gpa_of(7), 4) == b"old\7"
+    assert vm.memory.read(gpa_of(8), PAGE_SIZE) == bytes(PAGE_SIZE)
+
+
+def test_all_pages_come_once_and_then_nothing_waits(vm, fetcher):
+    source = Source()
+    fetcher.take_all(source)
+    assert fetcher.left_pages == 0
+    assert vm.memory._fetch is None
+    expect_all(vm)
+    asked = np.concatenate([frame.gfns for frame in source.heard])
+    assert sorted(asked.tolist()) == MISSING.tolist()
+    fetcher.say_complete(Source(Dropped()))
+
+
+def test_a_page_that_is_zero_comes_by_name(vm, fetcher):
+    fetcher.take_all(Source(lambda gfns: pages(gfns, zero=[4, 1000])))
+    assert [vm.memory.read(gpa_of(gfn), PAGE_SIZE) for gfn in (4, 1000)] == [bytes(PAGE_SIZE)] * 2
+    assert [vm.memory.read_u64(gpa_of(gfn)) for gfn in (3, 5, 100, 101)] == [3, 5, 100, 101]
+
+
+@pytest.mark.parametrize(
+    ("says", "error"), [(Running(), RemoteStreamError), (ConnectionResetError(), ConnectionResetError)]
+)
+def test_a_source_that_does_not_say_that_it_has_heard_is_told_again(vm, fetcher, says, error):
+    fetcher.take_all(Source())
+    with pytest.raises(error):
+        fetcher.say_complete(Source(says))
+    again = Source(Dropped())
+    fetcher.say_complete(again)
+    assert isinstance(again.heard[-1], Complete)
+
+
+def test_memory_that_nobody_touched_waits_for_no_source(vm, fetcher):
+    assert vm.memory.read(gpa_of(500), PAGE_SIZE) == bytes(PAGE_SIZE)
+    vm.memory.write(gpa_of(501), b"new")
+    assert vm.memory.read(gpa_of(7), 4) == b"old\7"
+    fetcher.take_all(Source())
+    assert vm.memory.read(gpa_of(501), 4) == b"new\0"
+    expect_all(vm)
+
+
+def expect_waiting(fetcher):
+    patience = threading.Event()
+    for _ in range(GIVE_UP_S * 1000):
+        if fetcher._in_need:
+            return
+        patience.wait(0.001)
+    pytest.fail("nobody waits")
+
+
+def wrong_digest(gfns):
+    return pages(gfns, digest=bytes(16))
+
+
+def other_content(gfns):
+    frame, data = pages(gfns)
+    return frame, np.concatenate([data[PAGE_SIZE:], data[:PAGE_SIZE]])
+
+
+def zero_instead(gfns):
+    return pages(gfns, zero=gfns.tolist(), digest=pages(gfns)[0].digest)
+
+
+def other_pages(gfns):
+    return answer(np.array([7], np.uint64))
+
+
+def pages_of_nobody(gfns):
+    return answer(np.array([1 << 40], np.uint64))
+
+
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [
+        (wrong_digest, RecordError),
+        (other_content, RecordError),
+        (zero_instead, RecordError),
+        (other_pages, RecordError),
+        (pages_of_nobody, RecordError),
+        (Running(), RemoteStreamError),
+        (ConnectionResetError(), ConnectionResetError),
+    ],
+)
+def test_what_is_no_page_of_the_source_is_not_taken_and_the_next_connection_goes_on(vm, fetcher, says, error):
+    with pytest.raises(error):
+        fetcher.take_all(Source(says))
+    assert fetcher.left_pages == MISSING.size
+    fetcher.take_all(Source())
+    expect_all(vm)
+
+
+def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next(vm, fetcher):
+    came = []
+    reader = threading.Thread(target=lambda: came.append(vm.memory.read_u64(gpa_of(1000))))
+    reader.start()
+    expect_waiting(fetcher)
+    with pytest.raises(ConnectionResetError):
+        fetcher.take_all(Source(ConnectionResetError()))
+    source = Source(ConnectionResetError())
+    with pytest.raises(ConnectionResetError):
+        fetcher.take_all(source)
+    first = next(frame for frame in source.heard if isinstance(frame, Wanted))
+    assert (first.gfns.tolist(), first.urgent) == ([1000], True)
+    assert not came
+    fetcher.take_all(Source())
+    reader.join(GIVE_UP_S)
+    assert came == [1000]
+    told = Source(Dropped())
+    fetcher.say_complete(told)
+    assert told.heard[-1].waits == 1
+    assert 0 < told.heard[-1].longest_ns == told.heard[-1].waited_ns
+
+
+def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, fetcher):
+    failed = []
+
+    def read():
+        try:
+            vm.memory.read(gpa_of(1000), 1)
+        except VmError as error:
+            failed.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    expect_waiting(fetcher)
+    fetcher.close()
+    reader.join(GIVE_UP_S)
+    assert len(failed) == 1
+
+
+def test_a_page_that_is_installed_is_marked(vm, fetcher):
+    """Law 4: whoever tracks this guest meanwhile hears of it."""
+    marked = []
+    vm.memory.on_write(marked.append)
+    fetcher.take_all(Source())
+    vm.memory.on_write(None)
+    assert sorted(np.concatenate(marked).tolist()) == MISSING.tolist()
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, fetcher, accel, monkeypatch):
+    """Of a run of three the first was installed, and written by the guest before the others could be."""
+    ioctl = UffdFd.ioctl
+
+    def one_page_only(uffd, request, argument):
+        if request == uapi.UFFDIO_COPY and argument.len > PAGE_SIZE:
+            argument.len = PAGE_SIZE
+            ioctl(uffd, request, argument)
+            vm.memory.mapping.view[gpa_of(3) : gpa_of(3) + 8] = b"written!"
+            raise UffdError("UFFDIO_COPY", errno.ENOMEM)
+        return ioctl(uffd, request, argument)
+
+    monkeypatch.setattr(UffdFd, "ioctl", one_page_only)
+    with pytest.raises(UffdError):
+        fetcher.take_all(Source())
+    monkeypatch.setattr(UffdFd, "ioctl", ioctl)
+    fetcher.take_all(Source())
+    assert vm.memory.read(gpa_of(3), 8) == b"written!"
+    assert vm.memory.read_u64(gpa_of(3) + 8) == 3
+    assert [vm.memory.read_u64(gpa_of(gfn)) for gfn in (4, 5)] == [4, 5]
+
+
+@pytest.mark.parametrize("gfns", [[2], [3, 7], [1 << 40]])
+def test_a_source_gives_no_page_that_it_has_not_kept(vm, gfns):
+    left = LeftBehind(vm.memory, MISSING)
+    peer = Source()
+    peer.receive = lambda: Wanted(gfns=np.array(gfns, np.uint64))
+    with pytest.raises(RemoteStreamError, match="asks for no missing page"):
+        left.serve(peer, lambda: None)
+    assert not peer.heard
+    assert left.left_pages == MISSING.size
+
+
+def test_a_source_sends_content_of_pages_that_have_some_and_names_the_others(vm):
+    for gfn in (3, 4, 100):
+        vm.memory.write(gpa_of(gfn), bytes(PAGE_SIZE))
+    vm.memory.write(gpa_of(5), b"five")
+    left = LeftBehind(vm.memory, MISSING)
+    again = Wanted(gfns=MISSING)  # its answer was lost in a cut, and counts once
+    said = [Wanted(gfns=MISSING, urgent=True), again, Complete(waits=1, waited_ns=2, longest_ns=2)]
+    sent, counted = [], []
+
+    class Destination:
+        def receive(self):
+            return said.pop(0)
+
+        def send(self, frame, content=()):
+            sent.append((frame, b"".join(content)))
+
+    left.serve(Destination(), lambda: counted.append(left.left_pages))
+    (frame, data), (_, same), (last, _) = sent
+    assert same == data
+    assert frame.gfns[~frame.zero].tolist() == [5]
+    assert data == b"five" + bytes(PAGE_SIZE - 4)
+    assert frame.digest == digest_of(MISSING, frame.zero, [memoryview(data)])
+    assert isinstance(last, Dropped)
+    assert (left.left_pages, left.urgent_pages, left.zero_pages, left.waits.waits) == (0, MISSING.size, 5, 1)
+    assert counted == [0, 0]
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_host_without_userfaultfd_is_found_out_by_trying(vm, accel, monkeypatch):
+    assert can_wait(vm)
+
+    def refuse(self, features=0):
+        raise UnsupportedError("userfaultfd", "no", hint="")
+
+    monkeypatch.setattr(UffdFd, "__init__", refuse)
+    assert not can_wait(vm)
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel, monkeypatch):
+    """A huge page that is not taken apart would be zeros in place of absent: that is refused."""
+    monkeypatch.setattr(vm.memory.mapping, "advise", lambda at, size_bytes, advice: None)
+    with pytest.raises(UnsupportedError, match="cannot be taken apart"):
+        PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_pages_of_huge_pages_come_one_by_one(accel, kvm_support, thp):
+    vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.THP)
+    try:
+        vm.memory.write(0, b"old!" * (vm.memory.size_bytes // 4))
+        assert vm.memory.huge_bytes() > 0
+        fetcher = PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+        fetcher.take_all(Source())
+        for gfn in MISSING.tolist():
+            assert vm.memory.read_u64(gpa_of(gfn)) == gfn
+        assert vm.memory.read(gpa_of(7), 4) == b"old!"
+    finally:
+        vm.close()
+
+
+@pytest.mark.parametrize("accel", ["kvm"])
+def test_a_pool_of_huge_pages_is_refused(accel, kvm_support, hugetlb_pool):
+    vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.HUGETLB)
+    assert not can_wait(vm)
+    vm.close()

@@ -1,0 +1,766 @@
+"""Post-copy over real machines and real sockets: nothing is lost, nothing late overwrites, whatever is cut and when."""
+
+import random
+import socket
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import GuestAt, MigrationError, VmError
+from pageferry.core.events import MigrationEnded, PostcopyPaused, PostcopyProgress, PostcopyRecovered
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.policies import XenPolicy
+from pageferry.core.policy import Action, Decision
+from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.engine import destination as destination_module
+from pageferry.engine import recovery
+from pageferry.engine import source as source_module
+from pageferry.engine.conversation import Peer, PeerRefusedError
+from pageferry.engine.destination import Destination
+from pageferry.engine.fetcher import PageFetcher
+from pageferry.engine.left_behind import LeftBehind
+from pageferry.engine.prove import Prover, VerifyMode
+from pageferry.engine.recovery import come_back
+from pageferry.engine.source import Source
+from pageferry.engine.transport import Channel, Endpoint, accept_within
+from pageferry.engine.wire import WireOptions
+from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor import audit
+from pageferry.hypervisor.domain import Domain
+from pageferry.stream.ferry import Join, Side
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.testing import StampOracle
+
+MiB = 1 << 20
+#: How long to wait for what is sure to come, however busy the host is.
+GIVE_UP_S = 150
+
+
+def slots(vm):
+    return read_status(vm.memory, vm.config.cpus)
+
+
+def until(condition, what):
+    patience = threading.Event()
+    for _ in range(GIVE_UP_S * 1000):
+        if result := condition():
+            return result
+        patience.wait(0.001)
+    return pytest.fail(f"no {what}")
+
+
+def runs_on(vm):
+    """Every vCPU does more work, and none finds anything wrong."""
+    before = slots(vm)
+
+    def worked():
+        assert vm.end is None, (vm.end, slots(vm))
+        return all(now.work > then.work for now, then in zip(slots(vm), before, strict=True))
+
+    return until(worked, "work")
+
+
+#: Memory that no guest here uses: 4 MiB, written by the host just before the switch, so it is missing then.
+LATE_GPA, LATE_PAGES = 24 * MiB, 1024
+LATE = np.arange(LATE_PAGES, dtype=np.uint64).repeat(PAGE_SIZE // 8).tobytes()
+
+
+class Switch:
+    """One round, in which ``LATE`` is written, then post-copy."""
+
+    name = "switch"
+    switches = True
+
+    def __init__(self, vm):
+        self.vm = vm
+
+    def decide(self, progress):
+        self.vm.memory.write(LATE_GPA, LATE)
+        return Decision(action=Action.POST_COPY, reason="so")
+
+
+class Inn:
+    """A destination on a thread, which takes a source back in."""
+
+    def __init__(self, make_vm, accel):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint(host="127.0.0.1", port=self.listener.getsockname()[1])
+        self.accel = accel
+        self.events = []
+        self.made = []
+        self.arrived = threading.Event()
+        self.here = threading.Event()
+        self.dropped = set()
+        self.destination = self.vm = self.error = None
+        self._make_vm = make_vm
+
+    def _make(self, config):
+        self.made.append(self._make_vm(config))
+        return self.made[-1]
+
+    def _arrive(self, vm, name):
+        self.vm = vm
+        self.arrived.set()
+
+    def open(self):
+        self.error = None
+        self.thread = threading.Thread(target=self._serve)
+        self.thread.start()
+        return self.endpoint
+
+    def _serve(self):
+        sock, _ = self.listener.accept()
+        self.destination = Destination(
+            Channel(sock, GIVE_UP_S),
+            self._make,
+            accel=self.accel,
+            accept=lambda wait_s: accept_within(self.listener, wait_s, GIVE_UP_S),
+            dropped=self.dropped,
+            on_event=self.events.append,
+            before_run=self._arrive,
+        )
+        try:
+            self.destination.run()
+            self.here.set()
+            self.destination.see_off()
+        except MigrationError as error:
+            self.error = error
+
+    def done(self):
+        self.thread.join(GIVE_UP_S)
+        assert not self.thread.is_alive()
+        assert self.error is None, self.error
+        return self.vm
+
+    def close(self):
+        if self.destination is not None:
+            self.destination.abort()
+        self.listener.close()
+        self.thread.join(GIVE_UP_S)
+        for vm in self.made:
+            if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
+                audit.check(vm)
+            vm.close()
+
+
+@pytest.fixture
+def inn(make_vm, accel):
+    made = Inn(make_vm, accel)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def leave():
+    """Moves guests on threads of their own; gives up what is left of it."""
+    made = []
+
+    def go(vm, uri, policy=None, **options):
+        endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
+        source = Source(vm, endpoint, policy or Switch(vm), timeout_s=GIVE_UP_S, **options)
+
+        def run():
+            try:
+                source.run()
+            except MigrationError:
+                assert source.error is not None
+
+        thread = threading.Thread(target=run)
+        made.append((source, thread))
+        thread.start()
+        return source
+
+    yield go
+    for source, thread in made:
+        source.abandon()
+        thread.join(GIVE_UP_S)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The destination asks for nothing but what is touched, until this is set."""
+    gate = threading.Event()
+    ask_ahead = PageFetcher._ask_ahead
+    monkeypatch.setattr(PageFetcher, "_ask_ahead", lambda fetcher: ask_ahead(fetcher) if gate.is_set() else None)
+    yield gate
+    gate.set()
+
+
+def running(guests, *arguments, **options):
+    vm = guests(*arguments, **options)
+    vm.resume()
+    assert runs_on(vm)
+    return vm
+
+
+def report_of(source):
+    return until(lambda: source.report, "end of the migration")
+
+
+def pause_of(source):
+    """Why the migration waits for somebody to recover it, when it does."""
+
+    def paused():
+        assert source.report is None, source.report.reason
+        return source.postcopy_paused
+
+    return until(paused, "pause")
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Nobody is taken for a stranger because the host is busy."""
+    monkeypatch.setattr(recovery, "_PATIENCE_S", GIVE_UP_S)
+
+
+@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("hotset", 1), ("dma", 1), ("smp", 2), ("timers", 1)])
+def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus):
+    vm = running(guests, workload, cpus=cpus)
+    events = []
+    source = leave(vm, inn.open(), on_event=events.append)
+    report = report_of(source)
+    there = inn.done()
+    assert runs_on(there)
+    assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    late = report.postcopy
+    assert late.missing_pages == late.sent_pages >= LATE_PAGES
+    assert late.missing_pages >= late.urgent_pages
+    assert (late.cuts, late.cut_s) == (0, 0.0)
+    assert late.waited_s >= late.longest_wait_s >= 0.0
+    progress = [event for event in events if isinstance(event, PostcopyProgress)]
+    assert [event.sent_pages for event in progress] == sorted({event.sent_pages for event in progress})
+    assert (progress[-1].sent_pages, progress[-1].missing_pages) == (late.sent_pages, late.missing_pages)
+    assert report.verified_pages == expand_runs(*vm.memory.populated()).size
+    assert report.downtime_s == pytest.approx(sum(report.downtime_parts_s.values()))
+    assert report.total_s == pytest.approx(report.paused_at_s + report.downtime_s + report.postcopy.duration_s)
+    assert events[-1] == MigrationEnded(report=report)
+    frozen_work = slots(vm)
+    vm.resume()
+    assert slots(vm) == frozen_work
+
+
+def pages_there(inn):
+    return LATE_PAGES - int(inn.destination._fetcher._missing.test_many(late_gfns()).sum())
+
+
+def late_gfns():
+    return np.arange(LATE_GPA // PAGE_SIZE, LATE_GPA // PAGE_SIZE + LATE_PAGES, dtype=np.uint64)
+
+
+def test_only_what_is_touched_comes_while_the_rest_waits(guests, inn, leave, held):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    assert runs_on(inn.vm)
+    assert pages_there(inn) == 0
+    at = 700
+    assert inn.vm.memory.read_u64(LATE_GPA + at * PAGE_SIZE) == at
+    assert pages_there(inn) == 1
+    assert source.status == "postcopy-active"
+    assert source.report is None
+    left_bytes = source.traffic().remaining_pages * PAGE_SIZE
+    outlook = source.outlook()
+    assert outlook.eta_s == pytest.approx(left_bytes / outlook.wire_bytes_per_s, rel=0.5)
+    assert outlook.eta_reason == "the guest runs there already, and the rest follows"
+    assert (outlook.expected_downtime_s, outlook.dirty_bytes_per_s) == (None, 0.0)
+    held.set()
+    inn.vm.memory.read(LATE_GPA, PAGE_SIZE)  # whatever comes lets it go on
+    assert report_of(source).postcopy.urgent_pages >= 2
+    assert inn.done() is inn.vm
+
+
+def test_what_is_written_here_before_a_page_has_come_stays(guests, inn, leave, held):
+    """A host's write, a copy of a part, and one through a view: all before the page came, none is overwritten."""
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    memory = inn.vm.memory
+    memory.write(LATE_GPA + 8, b"written!")
+    memory.copy_within(LATE_GPA + 5 * PAGE_SIZE, LATE_GPA + PAGE_SIZE + 16, 8)
+    memory.views(np.array([LATE_GPA // PAGE_SIZE + 2], np.uint64), np.array([1], np.uint64))[0][8:16] = b"viewed!!"
+    memory.write(LATE_GPA - 4, b"straddle")  # the page before has no storage anywhere
+    held.set()
+    memory.read(LATE_GPA + 9 * PAGE_SIZE, 1)
+    report_of(source)
+    inn.done()
+    expected = bytearray(LATE)
+    expected[8:16], expected[PAGE_SIZE + 16 : PAGE_SIZE + 24] = b"written!", (5).to_bytes(8, "little")
+    expected[2 * PAGE_SIZE + 8 : 2 * PAGE_SIZE + 16] = b"viewed!!"
+    expected[:4] = b"ddle"
+    assert memory.read(LATE_GPA, len(LATE)) == expected
+    assert memory.read(LATE_GPA - 8, 8) == b"\0\0\0\0stra"
+    assert runs_on(inn.vm)
+
+
+@pytest.fixture
+def scissors(monkeypatch):
+    """Cuts each connection of post-copy when so many bytes of pages have gone on it, in the middle of a frame."""
+    budgets = []
+    serve = LeftBehind.serve
+
+    def serve_some(left, peer, on_progress):
+        channel = peer.channel
+        send, left_bytes = channel.send, [budgets.pop(0) if budgets else None]
+
+        def send_some(buffers, fd=None):
+            data = b"".join(buffers)
+            if left_bytes[0] is not None and len(data) > left_bytes[0]:
+                send([data[: left_bytes[0]]])
+                channel.abort()
+                raise ConnectionResetError("cut by the test")
+            if left_bytes[0] is not None:
+                left_bytes[0] -= len(data)
+            send(buffers)
+
+        channel.send = send_some
+        serve(left, peer, on_progress)
+
+    monkeypatch.setattr(LeftBehind, "serve", serve_some)
+    return budgets
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("smp", 2)])
+def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(guests, inn, leave, scissors, seed, workload, cpus):
+    cuts = [random.Random(seed * 10 + i).randrange(LATE_PAGES * PAGE_SIZE // 4) for i in range(3)]
+    scissors += cuts
+    vm = running(guests, workload, cpus=cpus)
+    events = []
+    source = leave(vm, inn.open(), on_event=events.append)
+    for number in range(1, len(cuts) + 1):
+        pause_of(source)
+        assert (source.outlook().eta_s, "migrate --recover" in source.outlook().eta_reason) == (None, True)
+        assert source.status == "postcopy-paused"
+        until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in events) == n, "word of it")
+        assert source.guest_at is GuestAt.DESTINATION
+        until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in inn.events) == n, "pause there")
+        assert inn.vm.status is VmStatus.RUNNING  # the user's pause is his own
+        until(lambda: inn.vm.run_control.held, "stop: it is asked for by a thread")
+        assert source.recover(inn.endpoint)
+    report = report_of(source)
+    there = inn.done()
+    assert not source.recover(inn.endpoint)
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(there)
+    assert (report.status, report.postcopy.cuts) == ("completed", len(cuts))
+    assert report.verified_pages == expand_runs(*vm.memory.populated()).size
+    assert sum(isinstance(event, PostcopyRecovered) for event in inn.events) == len(cuts)
+
+
+@dataclass
+class Cut:
+    """What happens to one connection: cut when so many bytes have gone on it in one direction.
+
+    ``quiet``: the destination asks there for nothing but what somebody waits for.
+    """
+
+    by: Side
+    after_bytes: int
+    quiet: bool = False
+
+
+@pytest.fixture
+def shears(monkeypatch):
+    """Cuts connections of post-copy, the first of these the first, in the middle of whatever is being said."""
+    cuts = []
+    serve, take_all, ask_ahead = LeftBehind.serve, PageFetcher.take_all, PageFetcher._ask_ahead
+    turns = {side: iter(range(1 << 30)) for side in Side}
+
+    def cut_of(side, channel):
+        number = next(turns[side])
+        cut = cuts[number] if number < len(cuts) else None
+        if cut is not None and cut.by is side:
+            send, left_bytes = channel.send, cut.after_bytes
+
+            def send_some(buffers, fd=None):
+                nonlocal left_bytes
+                data = b"".join(buffers)
+                if len(data) > left_bytes:
+                    send([data[:left_bytes]])
+                    channel.abort()
+                    raise ConnectionResetError("cut by the test")
+                left_bytes -= len(data)
+                send(buffers)
+
+            channel.send = send_some
+        return cut
+
+    def serve_some(left, peer, on_progress):
+        cut_of(Side.SOURCE, peer.channel)
+        serve(left, peer, on_progress)
+
+    def take_some(fetcher, peer):
+        cut = cut_of(Side.DESTINATION, peer.channel)
+        fetcher.quiet = cut is not None and cut.quiet
+        take_all(fetcher, peer)
+
+    monkeypatch.setattr(LeftBehind, "serve", serve_some)
+    monkeypatch.setattr(PageFetcher, "take_all", take_some)
+    monkeypatch.setattr(PageFetcher, "_ask_ahead", lambda fetcher: None if fetcher.quiet else ask_ahead(fetcher))
+    return cuts
+
+
+class SwitchWithAll:
+    """Switches after a round in which the guest was busy; all that it works on is to come then."""
+
+    name = "switch"
+    switches = True
+
+    def __init__(self, vm, gfns):
+        self.vm = vm
+        self.gfns = gfns
+
+    def decide(self, progress):
+        before = slots(self.vm)[0].work
+        until(lambda: slots(self.vm)[0].work > before + 2, "rounds")
+        self.vm.memory.wrote(self.gfns)
+        return Decision(action=Action.POST_COPY, reason="so")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, shears, seed):
+    """What it should have is played through on the host, round by round (docs/guest-abi.md, ``stamp``)."""
+    dice = random.Random(seed)
+    pages = 2048
+    for _ in range(dice.randrange(3)):  # these while there is surely much left that is waited for
+        by, most = dice.choice([(Side.SOURCE, 30 * PAGE_SIZE), (Side.DESTINATION, 600)])
+        shears.append(Cut(by, dice.randrange(most), quiet=True))
+    for _ in range(dice.randrange(1, 5)):
+        by, most = dice.choice([(Side.SOURCE, pages * PAGE_SIZE), (Side.DESTINATION, pages * 10)])
+        shears.append(Cut(by, int(most ** dice.random())))
+    vm = make_vm(VmConfig(memory_bytes=32 * MiB))
+    try:
+        params = GuestParams(working_set_bytes=pages * PAGE_SIZE, rate=300, seed=seed)
+        oracle = StampOracle(boot(vm, load_workload("stamp"), params=params))
+        vm.resume()
+        runs_on(vm)
+        source = leave(vm, inn.open(), SwitchWithAll(vm, oracle.gfns))
+        while until(lambda: source.report or source.postcopy_paused, "end or pause") != source.report:
+            assert source.recover(inn.endpoint)
+        there = inn.done()
+        left_at = slots(vm)[0].work
+    finally:
+        vm.close()
+    report = source.report
+    assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION), report.reason
+    assert report.postcopy.missing_pages >= pages
+    assert min(1, len(shears)) <= report.postcopy.cuts <= len(shears)
+    there.attach_sync(True)
+    assert there.wait(GIVE_UP_S) is VmStatus.PAUSED, there.end
+    rounds = there.sync_value()
+    repeated = slots(there)[0].work - rounds  # the one under way, if we came between its sync point and its answer
+    assert repeated in (0, 1)
+    assert rounds >= left_at
+    for number in range(1, rounds + 1):
+        oracle.played(number)
+    assert oracle.wrong_gfns(there.memory).size == 0
+
+
+def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, scissors):
+    scissors.append(0)
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    pause_of(source)
+    for token in ("", "0" * 32):
+        channel = inn.endpoint.connect(GIVE_UP_S)
+        with pytest.raises(PeerRefusedError, match="belongs to another source"):
+            come_back(channel, token)
+        channel.close()
+    stranger = Peer(inn.endpoint.connect(GIVE_UP_S), Side.SOURCE)
+    stranger.greet()
+    stranger.send(Join(token="x", index=1))
+    with pytest.raises(PeerRefusedError, match="belongs to another source"):
+        stranger.receive()
+    stranger.channel.close()
+    assert source.recover(inn.endpoint)
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, scissors):
+    scissors.append(0)
+    vm = running(guests, "kv")
+    events = []
+    source = leave(vm, inn.open(), on_event=events.append)
+    pause_of(source)
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        nobody = Endpoint(host="127.0.0.1", port=gone.getsockname()[1])
+    assert source.recover(nobody)
+    until(lambda: sum(isinstance(event, PostcopyPaused) for event in events) == 2, "second pause")
+    assert source.postcopy_paused.startswith("the connection to tcp://127.0.0.1:")
+    assert source.recover(inn.endpoint)
+    report = report_of(source)
+    assert (report.status, report.postcopy.cuts) == ("completed", 1)
+    assert runs_on(inn.done())
+
+
+def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, inn, leave, monkeypatch):
+    take, defects = PageFetcher._take, [ZeroDivisionError("a defect")]
+
+    def take_or_fail(fetcher, peer, frame):
+        if defects:
+            raise defects.pop()
+        take(fetcher, peer, frame)
+
+    monkeypatch.setattr(PageFetcher, "_take", take_or_fail)
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    pause_of(source)
+    assert source.recover(inn.endpoint)
+    assert report_of(source).status == "completed"
+    there = inn.done()
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(there)
+
+
+def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_pages(
+    guests, inn, leave, scissors, monkeypatch
+):
+    scissors.append(0)
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    pause_of(source)
+
+    def take_back_in_too_late(channel, token):
+        peer = recovery.take_back_in(channel, token)
+        inn.destination.abort()
+        return peer
+
+    monkeypatch.setattr(destination_module, "take_back_in", take_back_in_too_late)
+    assert source.recover(inn.endpoint)
+    inn.thread.join(GIVE_UP_S)
+    assert inn.error.guest_at is GuestAt.DESTINATION
+    assert "the guest is lost" in inn.error.reason
+
+
+def test_law_6_a_source_that_gives_up_after_the_switch_never_runs_the_guest(guests, inn, leave, held):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    until(lambda: source.keeps_pages, "switch")
+    assert not source.cancel()
+    source.abandon()
+    report = report_of(source)
+    assert (report.status, report.guest_at) == ("failed", GuestAt.DESTINATION)
+    assert "the guest is lost" in report.reason
+    with pytest.raises(VmError):
+        source.take_back()
+    frozen_work = slots(vm)
+    vm.resume()
+    assert slots(vm) == frozen_work
+    until(lambda: inn.destination.waits_for_source, "pause there")
+    assert inn.destination.missing_pages >= LATE_PAGES - 1
+    inn.destination.abort()
+    inn.thread.join(GIVE_UP_S)
+    assert inn.error.guest_at is GuestAt.DESTINATION
+    assert "the guest is lost" in inn.error.reason
+
+
+def test_a_guest_that_ends_there_needs_no_more_pages(guests, inn, leave, held):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert inn.arrived.wait(GIVE_UP_S)
+    until(lambda: source.keeps_pages, "switch")
+    inn.destination.release()
+    assert report_of(source).status == "completed"
+    assert inn.done() is inn.vm
+    until(lambda: inn.vm.memory._fetch is None, "end of the waiting")
+
+
+@pytest.mark.parametrize("frame", [FrameType.MISSING, FrameType.READY])
+def test_a_cut_before_the_switch_leaves_the_guest_here(guests, inn, leave, wires, frame):
+    vm = running(guests, "kv")
+    wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
+    source = leave(vm, wire.uri)
+    assert wire.held.wait(GIVE_UP_S)
+    wire.cut()
+    wire.release()
+    report = report_of(source)
+    assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
+    assert not vm.log_dirty.enabled
+    assert runs_on(vm)
+    inn.thread.join(GIVE_UP_S)
+    assert inn.vm is None
+    source = leave(vm, inn.open())
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def cut_at(guests, inn, leave, wires, frame):
+    """A guest whose connection is cut as this frame is under way, and its source, which does not know where it is."""
+    vm = running(guests, "kv")
+    wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
+    source = leave(vm, wire.uri)
+    assert wire.held.wait(GIVE_UP_S)
+    wire.cut()
+    wire.release()
+    pause_of(source)
+    assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
+    frozen_work = slots(vm)
+    vm.resume()
+    assert slots(vm) == frozen_work
+    return vm, source
+
+
+def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guests, inn, leave, wires):
+    vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
+    inn.thread.join(GIVE_UP_S)
+    assert inn.error.guest_at is GuestAt.SOURCE
+    assert inn.vm is None
+    source.take_back()
+    assert (report_of(source).status, source.guest_at) == ("failed", GuestAt.SOURCE)
+    assert runs_on(vm)
+
+
+def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn, leave, wires):
+    """The destination knows that it dropped the guest, and promises it."""
+    vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
+    inn.thread.join(GIVE_UP_S)
+    inn.open()
+    assert source.recover(inn.endpoint)
+    report = report_of(source)
+    assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
+    assert "never ran there" in report.reason
+    assert source.guest_at is GuestAt.SOURCE
+    assert not vm.log_dirty.enabled
+    assert runs_on(vm)
+    inn.thread.join(GIVE_UP_S)
+    assert inn.vm is None
+    assert report_of(leave(vm, inn.open())).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_law_6_a_switch_that_was_heard_of_is_recovered(guests, inn, leave, wires):
+    _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
+    assert inn.arrived.wait(GIVE_UP_S)
+    assert source.recover(inn.endpoint)
+    report = report_of(source)
+    there = inn.done()
+    assert (report.status, report.guest_at, report.postcopy.cuts) == ("completed", GuestAt.DESTINATION, 1)
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(there)
+    with pytest.raises(VmError):
+        source.take_back()
+
+
+def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests, inn, leave, wires, make_vm, accel):
+    _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
+    other = Inn(make_vm, accel)
+    try:
+        for answers in range(1, 3):
+            assert source.recover(other.open())
+            other.thread.join(GIVE_UP_S)
+            pause_of(source)
+            assert "no guest of that migration is here" in source.postcopy_paused, answers
+            assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
+    finally:
+        other.close()
+    assert source.recover(inn.endpoint)
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, leave, wires, monkeypatch):
+    _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
+    asking, go_on = threading.Event(), threading.Event()
+
+    def come_back_slowly(channel, token):
+        asking.set()
+        assert go_on.wait(GIVE_UP_S)
+        return come_back(channel, token)
+
+    monkeypatch.setattr(source_module, "come_back", come_back_slowly)
+    try:
+        assert source.recover(inn.endpoint)
+        assert asking.wait(GIVE_UP_S)
+        with pytest.raises(VmError, match="no guest to take back"):
+            source.take_back()
+    finally:
+        go_on.set()
+    assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+@pytest.mark.parametrize("frame", [FrameType.COMPLETE, FrameType.DROPPED])
+def test_a_last_word_that_was_lost_is_said_again(guests, inn, leave, wires, frame):
+    vm = running(guests, "kv")
+    wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
+    source = leave(vm, wire.uri)
+    assert inn.here.wait(GIVE_UP_S)
+    assert inn.destination.missing_pages == 0
+    assert wire.held.wait(GIVE_UP_S)
+    wire.cut()
+    wire.release()
+    assert runs_on(inn.vm)
+    if frame is FrameType.COMPLETE:
+        pause_of(source)
+        assert source.recover(inn.endpoint)
+        inn.done()
+    report = report_of(source)
+    assert (report.status, report.verified_pages) == ("completed", expand_runs(*vm.memory.populated()).size)
+    assert not inn.destination.waits_for_source
+    assert runs_on(inn.vm)
+
+
+def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave, monkeypatch):
+    monkeypatch.setattr(destination_module, "can_wait", lambda vm: False)
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    assert report_of(source).guest_at is GuestAt.SOURCE
+    assert source.error.phase == "hello"
+    assert "cannot let a guest wait for its pages" in source.error.reason
+    assert runs_on(vm)
+
+
+def test_a_page_that_is_said_to_be_missing_and_proven_is_neither(guests, inn, leave, monkeypatch):
+    prove = Prover.prove
+    monkeypatch.setattr(Prover, "prove", lambda prover, peer, spent_s, missing: prove(prover, peer, spent_s))
+    vm = running(guests, "kv")
+    vm.pause()
+    vm.memory.write(LATE_GPA, LATE)  # so what is old there is equal too
+    source = leave(vm, inn.open())
+    assert report_of(source).guest_at is GuestAt.SOURCE
+    assert "proven that is missing" in source.error.reason
+    vm.resume()
+    assert runs_on(vm)
+
+
+def test_a_guest_switches_while_it_is_audited_over_several_connections(guests, inn, leave):
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open(), verify=VerifyMode.AUDIT, wire=WireOptions(connections=3))
+    report = report_of(source)
+    assert report.status == "completed"
+    assert inn.done().memory.read(LATE_GPA, len(LATE)) == LATE
+    assert runs_on(inn.vm)
+
+
+def test_a_guest_that_its_user_paused_switches_and_stays_paused(guests, inn, leave):
+    vm = running(guests, "kv")
+    vm.pause()
+    source = leave(vm, inn.open())
+    assert report_of(source).status == "completed"
+    there = inn.done()
+    assert there.status is VmStatus.PAUSED
+    assert there.memory.read(LATE_GPA, len(LATE)) == LATE
+    there.resume()
+    assert runs_on(there)
+
+
+def test_a_guest_that_has_switched_moves_on(guests, inn, leave, make_vm, accel):
+    """What it is afterwards is a guest like any other."""
+    vm = running(guests, "smp", cpus=2)
+    assert report_of(leave(vm, inn.open())).status == "completed"
+    there = inn.done()
+    second = Inn(make_vm, accel)
+    try:
+        assert report_of(leave(there, second.open(), XenPolicy())).status == "completed"
+        assert runs_on(second.done())
+    finally:
+        second.close()
