@@ -415,8 +415,15 @@ class GuestProcess:
     def _saving(self, args: Arguments, file: Path) -> Callable[[Vm], Attempt]:
         policy = _policy(args)
         stop = args.flag("x-stop")
+        wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
         return lambda vm: Save(
-            vm, file, policy, stop=stop, on_event=self._on_engine_event, work_before=self._work.oldest()
+            vm,
+            file,
+            policy,
+            stop=stop,
+            bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
+            on_event=self._on_engine_event,
+            work_before=self._work.oldest(),
         )
 
     def _migrate_main(self, source: Attempt) -> None:
