@@ -41,7 +41,7 @@ from pageferry.core.errors import (
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
-from pageferry.core.policies import POLICIES, make_policy
+from pageferry.core.policy_names import POLICIES, make_policy
 from pageferry.core.units import format_size, parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.attempt import HELD

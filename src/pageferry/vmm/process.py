@@ -29,8 +29,8 @@ from pageferry.core.events import (
     RoundEnded,
     RoundProgress,
 )
-from pageferry.core.policies import make_policy
 from pageferry.core.policy import Policy
+from pageferry.core.policy_names import make_policy
 from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.destination import Destination
