@@ -46,6 +46,7 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.stream.ferry import Digests, Missing, Pages
 from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.ferry_postcopy import COMPLETE_BODY
 from pageferry.stream.format import FENCE, RECORD_HEADER
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.packing import Packing, available, packer
@@ -712,12 +713,20 @@ def how_long_they_took(seen, late):
     assert (late.cuts, late.cut_s) == (0, 0.0)  # of real ones: test_postcopy.py
 
 
-@counted("postcopy.waits", "postcopy.waited_s", "postcopy.longest_wait_s")
+@counted(
+    "postcopy.waits",
+    "postcopy.waited_s",
+    "postcopy.median_wait_s",
+    "postcopy.p99_wait_s",
+    "postcopy.longest_wait_s",
+)
 @after_the_switch
 def what_the_destination_told(seen, late):
-    ((waits, waited_ns, longest_ns),) = (struct.unpack("<QQQ", body) for body in seen.said(FrameType.COMPLETE))
-    assert (late.waits, late.waited_s, late.longest_wait_s) == (waits, waited_ns / 1e9, longest_ns / 1e9)
-    assert 0 <= late.longest_wait_s <= late.waited_s <= late.waits * late.longest_wait_s + ROUNDING_S
+    ((waits, *times_ns),) = (COMPLETE_BODY.unpack(body) for body in seen.said(FrameType.COMPLETE))
+    told_s = (late.waited_s, late.median_wait_s, late.p99_wait_s, late.longest_wait_s)
+    assert (late.waits, *told_s) == (waits, *(time_ns / 1e9 for time_ns in times_ns))
+    assert 0 <= late.median_wait_s <= late.p99_wait_s <= late.longest_wait_s <= late.waited_s
+    assert late.waited_s <= late.waits * late.longest_wait_s + ROUNDING_S
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
