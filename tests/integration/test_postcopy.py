@@ -16,7 +16,7 @@ from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import destination as destination_module
-from pageferry.engine import recovery
+from pageferry.engine import late_pages, recovery
 from pageferry.engine import source as source_module
 from pageferry.engine.conversation import Peer, PeerRefusedError
 from pageferry.engine.destination import Destination
@@ -247,7 +247,7 @@ def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus
 
 
 def pages_there(inn):
-    return LATE_PAGES - int(inn.destination._fetcher._missing.test_many(late_gfns()).sum())
+    return LATE_PAGES - int(inn.destination._late._fetcher._missing.test_many(late_gfns()).sum())
 
 
 def late_gfns():
@@ -533,7 +533,7 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
         inn.destination.abort()
         return peer
 
-    monkeypatch.setattr(destination_module, "take_back_in", take_back_in_too_late)
+    monkeypatch.setattr(late_pages, "take_back_in", take_back_in_too_late)
     assert source.recover(inn.endpoint)
     inn.thread.join(GIVE_UP_S)
     assert inn.error.guest_at is GuestAt.DESTINATION

@@ -94,7 +94,7 @@ MISSING = Missing(first_gfns=np.array([1, 16], np.uint64), pages=np.array([2, 1]
 WANTED = Wanted(gfns=np.array([1, 16], np.uint64), urgent=True)
 PAGES = Pages(gfns=np.array([1, 16], np.uint64), zero=np.array([False, True]), digest=bytes(range(16)))
 CONTENT = np.arange(PAGE_SIZE, dtype=np.uint16).astype(np.uint8)
-COMPLETE = Complete(waits=3, waited_ns=500, longest_ns=400)
+COMPLETE = Complete(waits=3, waited_ns=500, median_ns=50, p99_ns=60, longest_ns=400)
 MISMATCH = Mismatch(first_gfn=16, page_digests=np.array([1, 1 << 63], np.uint64))
 
 
@@ -608,8 +608,9 @@ def digest_body(rows, *, count=None, flags=0, extra=b"", digest=bytes(16)):
         (FrameType.PAGES, struct.pack("<II16sQQ", 2, 0, bytes(16), 1, 0xE << 60), "do not ascend"),
         (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0xD << 60), "too large"),
         (FrameType.PAGES, struct.pack("<II16sQ", 1, 0, bytes(16), 0xE << 60 | 1 << 52), "too large"),
-        (FrameType.COMPLETE, bytes(16), "body of 16 bytes, not 24"),
-        (FrameType.COMPLETE, struct.pack("<QQQ", 1, 2, 3), "one wait was longer than all of them"),
+        (FrameType.COMPLETE, bytes(16), "body of 16 bytes, not 40"),
+        (FrameType.COMPLETE, struct.pack("<5Q", 1, 2, 1, 1, 3), "longer than more of them"),
+        (FrameType.COMPLETE, struct.pack("<5Q", 9, 9, 2, 1, 3), "longer than more of them"),
         (FrameType.RECOVER, b"{}", "token is missing"),
         (FrameType.REFUSE, b'{"hint":"x"}', "reason is missing"),
         (FrameType.FAILED, b'{"reason":null}', "reason is no text"),
@@ -632,7 +633,7 @@ def test_layouts_have_the_sizes_of_the_specification():
     assert body_of(MISSING) == struct.pack("<IIQQQQ", 2, 0, 1, 2, 16, 1)
     assert body_of(WANTED) == struct.pack("<IIQQ", 2, 1, 1, 16)
     assert body_of(PAGES) == struct.pack("<II16sQQ", 2, 0, bytes(range(16)), 1, 0xE << 60 | 16)
-    assert body_of(COMPLETE) == struct.pack("<QQQ", 3, 500, 400)
+    assert body_of(COMPLETE) == struct.pack("<5Q", 3, 500, 50, 60, 400)
 
 
 def test_the_digest_of_pages_is_of_what_stands_in_the_frame_and_after_it():

@@ -9,8 +9,8 @@ only :meth:`Destination.abort` ends it, and the guest is lost.
 """
 
 import contextlib
-import logging
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ from pageferry.core.errors import (
     VerifyError,
     VmError,
 )
-from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovered
+from pageferry.core.events import Event, Phase
 from pageferry.core.frames import GfnArray
 from pageferry.core.hostmem import MemFd
 from pageferry.core.memory import GuestMemory, storage_bytes
@@ -43,10 +43,10 @@ from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.audit import AuditedPages, AuditMismatchError
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.fetcher import PageFetcher, can_wait
-from pageferry.engine.joining import POLL_S, Accept, take_in
+from pageferry.engine.joining import Accept, take_in
+from pageferry.engine.late_pages import LatePages
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.populator import Populator
-from pageferry.engine.recovery import Hold, take_back_in
 from pageferry.engine.room import expect_room
 from pageferry.engine.sections import Sections, read_stream
 from pageferry.engine.transport import Channel
@@ -70,8 +70,6 @@ from pageferry.stream.ferry import (
 )
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.records import CpuidPolicy, HvmContext, StaticDataEnd
-
-_log = logging.getLogger(__name__)
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -121,33 +119,32 @@ class Destination:
         self._peer = Peer(channel, Side.DESTINATION)
         self._ours = False
         self._shared = False
-        self._aborted = False
-        self._released = False
-        self._waits = False
+        self._aborted = threading.Event()
         self._token = ""
-        self._fetcher: PageFetcher | None = None
+        self._late: LatePages | None = None
         self._audited: AuditedPages | None = None
 
     def abort(self) -> None:
         """End the attempt, from any thread; a guest that is ours and not all here is lost."""
-        self._aborted = True
-        self._peer.channel.abort()
+        self._aborted.set()
+        self._channel.abort()
+        if self._late is not None:
+            self._late.abort()
 
     @property
     def missing_pages(self) -> int:
         """How many pages are still at the source; from the switch on it only falls."""
-        return 0 if self._fetcher is None else self._fetcher.left_pages
+        return 0 if self._late is None else self._late.missing_pages
 
     @property
     def waits_for_source(self) -> bool:
         """Whether the guest is ours and stands still, for pages of it are at a source that is gone."""
-        return self._waits
+        return self._late is not None and self._late.waits_for_source
 
     def release(self) -> None:
         """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
-        if self._fetcher is not None:
-            self._released = True
-            self._fetcher.release(self._peer)
+        if self._late is not None:
+            self._late.release()
 
     def run(self) -> Vm:
         """Take the guest in; call once.
@@ -168,37 +165,26 @@ class Destination:
                     self._verify(vm)
                 with self._clock.phase(Phase.HANDOFF):
                     self._handoff(vm, hello)
-            if self._fetcher is not None:
+            if self._late is not None:
                 with self._clock.phase(Phase.POSTCOPY):
-                    self._fetch_rest(vm, self._fetcher)
+                    self._late.fetch(self._peer)
             else:
-                self._peer.channel.close()
+                self._channel.close()
             return vm
         except BaseException:
-            self._peer.channel.close()
-            if self._fetcher is not None:
-                self._fetcher.close()
+            self._channel.close()
+            if self._late is not None:
+                self._late.close()
             if vm is not None and not self._ours:
                 vm.close()
-                if self._fetcher is not None:
+                if self._late is not None:
                     self._dropped.add(self._token)
             raise
 
     def see_off(self) -> None:
-        """Tell the source, after :meth:`run`, that it may drop its copy, over as many connections as it takes.
-
-        Returns when it has. The guest needs nothing of it any more: whoever is aborted here leaves a source that
-        believes itself cut.
-        """
-        while self._fetcher is not None and not self._is_over():
-            try:
-                self._fetcher.say_complete(self._peer)
-                break
-            except (OSError, PageferryError, PeerFailedError):
-                self._peer.channel.close()
-            if not self._reconnected():
-                break
-        self._peer.channel.close()
+        """Tell the source, after :meth:`run`, that it may drop its copy; return when it has, or this is aborted."""
+        if self._late is not None:
+            self._late.see_off()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -383,8 +369,15 @@ class Destination:
             self._expect_zero_elsewhere(
                 memory, populated, *_known(np.concatenate(starts), np.concatenate(lengths), missing)
             )
-            if missing.any():
-                self._fetcher = PageFetcher(vm, missing)
+            if missing.any() and self._accept is not None:
+                self._late = LatePages(
+                    vm,
+                    PageFetcher(vm, missing),
+                    accept=self._accept,
+                    token=self._token,
+                    aborted=self._aborted,
+                    on_event=self._on_event,
+                )
             self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
 
     def _expect_zero_elsewhere(
@@ -430,7 +423,7 @@ class Destination:
 
     def _handoff(self, vm: Vm, hello: SourceHello) -> None:
         commit = self._peer.receive()
-        if not isinstance(commit, Commit if self._fetcher is None else Switch):
+        if not isinstance(commit, Commit if self._late is None else Switch):
             raise self._unexpected(commit)
         self._before_run(vm, hello.name)
         if not commit.paused:
@@ -438,55 +431,6 @@ class Destination:
         self._ours = True  # whether or not the source hears of it
         with contextlib.suppress(OSError):
             self._peer.send(Running())
-
-    def _fetch_rest(self, vm: Vm, fetcher: PageFetcher) -> None:
-        """Have the missing pages come, over as many connections as it takes; the guest stands still between two.
-
-        Raises:
-            TransportError: the attempt was aborted.
-        """
-        if self._released:  # by somebody whose turn it was not yet
-            fetcher.release(self._peer)
-        while True:
-            try:
-                fetcher.take_all(self._peer)
-                return
-            except Exception as error:  # whatever it is: what has come stays, and another connection may do better
-                if not isinstance(error, OSError | PageferryError | PeerFailedError):
-                    _log.exception("post-copy was cut by a defect")
-                reason = f"the connection was cut: {error}"
-            self._peer.channel.close()
-            if not self._released:
-                hold = Hold(vm)
-                self._waits = True
-                self._on_event(PostcopyPaused(reason=reason))
-            if not self._reconnected():
-                break
-            hold.end()
-            self._waits = False
-            self._on_event(PostcopyRecovered())
-        if not self._released:
-            why = "given up before all pages had come, and the guest is lost"
-            raise TransportError(why, phase=self._phase, guest_at=GuestAt.DESTINATION)
-        fetcher.close()  # another vCPU than the one that ended the guest may wait for a page
-
-    def _is_over(self) -> bool:
-        return self._aborted or self._released
-
-    def _reconnected(self) -> bool:
-        """Wait for the source; tell whether it is there. If not, it is not waited for any more."""
-        while self._accept is not None and not self._is_over():
-            try:
-                channel = self._accept(POLL_S)
-            except OSError:
-                break
-            peer = None if channel is None else take_back_in(channel, self._token)
-            if peer is not None:
-                self._peer = peer
-                if self._is_over():  # says somebody who knew only the connection before
-                    peer.channel.abort()
-                return True
-        return False
 
 
 def _known(

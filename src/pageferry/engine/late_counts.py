@@ -86,5 +86,7 @@ class LateCounts:
             cut_s=self._cut_s + lost_s,
             waits=None if waits is None else waits.waits,
             waited_s=None if waits is None else waits.waited_ns / 1e9,
+            median_wait_s=None if waits is None else waits.median_ns / 1e9,
+            p99_wait_s=None if waits is None else waits.p99_ns / 1e9,
             longest_wait_s=None if waits is None else waits.longest_ns / 1e9,
         )

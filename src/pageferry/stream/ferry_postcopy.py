@@ -25,8 +25,8 @@ DIGEST_BYTES = 16
 MAX_MISSING_BYTES = COUNT_HEAD.size + MAX_MISSING_RUNS * MISSING_RUN.itemsize
 MAX_WANTED_BYTES = COUNT_HEAD.size + MAX_WANTED_PAGES * 8
 MAX_PAGES_BYTES = COUNT_HEAD.size + DIGEST_BYTES + MAX_WANTED_PAGES * 8
-#: waits u64, waited_ns u64, longest_ns u64.
-COMPLETE_BODY = Struct("<QQQ")
+#: waits, waited_ns, median_ns, p99_ns, longest_ns; u64 each.
+COMPLETE_BODY = Struct("<QQQQQ")
 _ZERO = np.uint64(PageType.XALLOC << PAGE_TYPE_SHIFT)
 
 
@@ -77,11 +77,13 @@ class Complete:
     """The destination needs nothing more: every missing page has come, or the guest has ended there.
 
     ``waits``: how often somebody there had to wait for a page; ``waited_ns``: how long, all of it added up;
-    ``longest_ns``: the longest of them.
+    ``median_ns``, ``p99_ns``, ``longest_ns``: half of them, 99 in 100 and all of them were no longer than that.
     """
 
     waits: int = 0
     waited_ns: int = 0
+    median_ns: int = 0
+    p99_ns: int = 0
     longest_ns: int = 0
 
 
@@ -133,7 +135,7 @@ def pack(frame: Missing | Wanted | Pages | Complete) -> bytes:
         case Pages():
             return COUNT_HEAD.pack(len(frame.gfns), 0) + frame.digest + _entries(frame.gfns, frame.zero).tobytes()
         case Complete():
-            return COMPLETE_BODY.pack(frame.waits, frame.waited_ns, frame.longest_ns)
+            return COMPLETE_BODY.pack(frame.waits, frame.waited_ns, frame.median_ns, frame.p99_ns, frame.longest_ns)
 
 
 def _counted(body: bytes, most: int, entry_bytes: int, fixed_bytes: int = 0) -> tuple[int, int]:
@@ -209,7 +211,7 @@ def parse_complete(body: bytes) -> Complete:
     """
     if len(body) != COMPLETE_BODY.size:
         raise BodyError(f"a body of {len(body)} bytes, not {COMPLETE_BODY.size}")
-    waits, waited_ns, longest_ns = COMPLETE_BODY.unpack(body)
-    if longest_ns > waited_ns:
-        raise BodyError("one wait was longer than all of them")
-    return Complete(waits=waits, waited_ns=waited_ns, longest_ns=longest_ns)
+    waits, waited_ns, median_ns, p99_ns, longest_ns = COMPLETE_BODY.unpack(body)
+    if not median_ns <= p99_ns <= longest_ns <= waited_ns:
+        raise BodyError("a few waits were longer than more of them")
+    return Complete(waits=waits, waited_ns=waited_ns, median_ns=median_ns, p99_ns=p99_ns, longest_ns=longest_ns)
