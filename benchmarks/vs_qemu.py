@@ -9,6 +9,8 @@ faster than the wire moves, both may hold it back (`--policy converge`, `auto-co
 * total time: from the command until the source says that it is over and the guest works at the destination;
 * downtime at the guest: how long the guest's own counter stands still, read from outside, for both alike; and what each
   source reports;
+* the destination's memory was in use a moment before, in huge pages and in small ones: else a virtual machine's host
+  may take seconds to hand it out again, and that is what one measures (`--cold`);
 * processor time: of all threads of both processes, those that run vCPUs apart; peak memory: resident, both processes.
 
 Ratios are ours to the better QEMU of the same repetition: the median, and in brackets the least and the most.
@@ -44,11 +46,15 @@ _LACKING = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What is the same in all scenarios: repetitions, downtime limit, more arguments of pageferry's ``migrate``."""
+    """What is the same in all scenarios: repetitions, downtime limit, more arguments of pageferry's ``migrate``.
+
+    ``warm``: as for :func:`peers.move.move`.
+    """
 
     pairs: int
     limit_s: float
     options: tuple[tuple[str, Any], ...]
+    warm: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +97,9 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _attempt(monitor: Monitor, load: Load) -> Move | None:
+def _attempt(monitor: Monitor, load: Load, terms: Terms) -> Move | None:
     try:
-        return move(monitor, load)
+        return move(monitor, load, warm=terms.warm)
     except UnsupportedError:
         raise
     except PageferryError as error:
@@ -106,7 +112,7 @@ def run_scenario(scenario: Scenario, monitors: Sequence[Monitor], terms: Terms) 
     rows = []
     for number in range(terms.pairs + 1):
         _say(f"{scenario.title}: {f'repetition {number} of {terms.pairs}' if number else 'warm-up'}")
-        rows.append([_attempt(monitor, scenario.load) for monitor in monitors])
+        rows.append([_attempt(monitor, scenario.load, terms) for monitor in monitors])
     rows = rows[1:]
     comparisons = compare(rows, scenario.total_target)
     return lines(scenario.title, rows, comparisons), {
@@ -146,7 +152,7 @@ def _grow(load: Load, terms: Terms) -> dict[str, Any]:
         step = f"repetition {number} of {terms.pairs}" if number else "warm-up"
         _say(f"growth, {format_size(load.memory_bytes)}: {step}")
         plain_s = plain_copy(load.filled_bytes)
-        moved = move(Pageferry(policy="xen", limit_s=None, options=terms.options), load)
+        moved = move(Pageferry(policy="xen", limit_s=None, options=terms.options), load, warm=terms.warm)
         if number:
             moves.append(moved)
             shares.append(plain_s / moved.total_s)
@@ -193,6 +199,7 @@ def main() -> int:
         metavar="NAME=VALUE",
         help="an argument of pageferry's QMP command migrate, e.g. x-verify=audit; may be repeated",
     )
+    parser.add_argument("--cold", action="store_true", help="take memory as the host below hands it out")
     parser.add_argument("--json", action="store_true", help="print one JSON object, all numbers, instead of tables")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(known):
@@ -201,7 +208,9 @@ def main() -> int:
         parser.error("at least one pair is needed")
     if not 1 <= options.downtime_limit <= 2_000_000:
         parser.error("the downtime limit is between 1 ms and 2000 s, as QEMU has it")
-    terms = Terms(pairs=options.pairs, limit_s=options.downtime_limit / 1e3, options=tuple(options.set))
+    terms = Terms(
+        pairs=options.pairs, limit_s=options.downtime_limit / 1e3, options=tuple(options.set), warm=not options.cold
+    )
     wanted = options.scenarios or known
     try:
         results = _run(wanted, options.largest, terms, show=not options.json)

@@ -1,5 +1,6 @@
 """One move of a guest, measured: the same steps and the same clocks for every monitor."""
 
+import mmap
 import multiprocessing
 import tempfile
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pageferry.core.errors import VmError
+from pageferry.core.hostmem import MADV_POPULATE_WRITE
 from pageferry.core.memory import GuestMemory
 
 from .image import Load
@@ -42,8 +44,10 @@ class Move:
     peak_bytes: int
 
 
-def move(monitor: Monitor, load: Load) -> Move:
+def move(monitor: Monitor, load: Load, *, warm: bool = True) -> Move:
     """Start a guest, move it, measure, end both processes.
+
+    ``warm``: memory for the destination was in use a moment before (:func:`warm_up`).
 
     Raises:
         VmError: the guest did not start or did not move, or found an error in its memory.
@@ -53,13 +57,14 @@ def move(monitor: Monitor, load: Load) -> Move:
         source = stack.enter_context(monitor.source(load, folder))
         source.start()
         wait_filled(source, time.monotonic() + _FILL_S)
-        _touch(load.filled_bytes)
         destination = stack.enter_context(monitor.destination(load, folder))
         destination.start()
         peers = (source, destination)
         uri = monitor.listen(destination)
         for peer in peers:
             peer.reset_peak()
+        if warm:
+            warm_up(load.filled_bytes)
         total_s, gap_s, cpu_s, vcpu_s = _measured(monitor, peers, uri)
         result = monitor.result(source)
         peak_bytes = sum(peer.peak_bytes() for peer in peers)
@@ -109,14 +114,21 @@ def _expect_whole(destination: Peer) -> None:
     raise VmError(f"the guest is not whole at {destination.name}: {destination.last_words()}")
 
 
-def _touch(size_bytes: int) -> None:
-    """Have a process touch so much memory and give it back: a virtual host hands out faster what was in use lately."""
-    process = multiprocessing.get_context("spawn").Process(target=_touch_here, args=(size_bytes,), daemon=True)
+def warm_up(size_bytes: int) -> None:
+    """Have a process touch so much memory, in huge pages and in small ones, and give it back.
+
+    A virtual machine may give free memory back to its host, mostly where 2 MiB and more are free together; getting it
+    again can take seconds per GiB, on hosts of today most of all for huge pages. Hardware has no such thing.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_warm_up_here, args=(size_bytes,), daemon=True)
     process.start()
     process.join()
 
 
-def _touch_here(size_bytes: int) -> None:
+def _warm_up_here(size_bytes: int) -> None:
+    with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as huge:
+        huge.madvise(mmap.MADV_HUGEPAGE)
+        huge.madvise(MADV_POPULATE_WRITE)
     memory = GuestMemory.linear(size_bytes)
     starts = np.array([region.first_gfn for region in memory.regions], np.uint64)
     memory.populate(starts, np.array([region.pages for region in memory.regions], np.uint64))

@@ -1,5 +1,6 @@
 """Migrations between two machines in one process: the other end, policies that count, a copy of what is sent."""
 
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from at_work import until
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import MigrationError
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.engine.destination import Destination
@@ -17,7 +19,7 @@ from pageferry.engine.transport import Channel, Endpoint, accept_within
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.ferry import Conversation, Digests, FerryDecoder, Join, Side, SourceHello
+from pageferry.stream.ferry import Conversation, Digests, FerryDecoder, Join, Pages, Side, SourceHello, Switch
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import EXTENSIONS
 from pageferry.stream.order import Role
@@ -31,8 +33,8 @@ LOOPBACK = Endpoint(host="127.0.0.1")
 class Inn:
     """A destination on a thread: takes in one guest after another, each as ``make_vm`` makes it.
 
-    ``made`` are the machines, ``channels`` the connections of the last guest, ``vm`` that guest, or ``error`` what
-    became of it instead.
+    ``made`` are the machines, ``channels`` the connections of the last guest, ``said`` what was sent on the first of
+    them, ``vm`` that guest, or ``error`` what became of it instead.
     """
 
     def __init__(self, make_vm, accel, endpoint=LOOPBACK):
@@ -42,6 +44,7 @@ class Inn:
         self.endpoint = endpoint.bound(self._listener)
         self.made = []
         self.channels = []
+        self.said = bytearray()
         self.vm = self.error = None
         self._thread = None
 
@@ -55,18 +58,29 @@ class Inn:
             self.channels.append(channel)
         return channel
 
+    def _heard(self, channel):
+        send = channel.send
+
+        def tee(buffers, fd=None):
+            self.said.extend(b"".join(map(bytes, buffers)))
+            send(buffers, fd)
+
+        channel.send = tee
+        return channel
+
     def _serve(self, options):
         try:
-            self.channels.append(Channel(self._listener.accept()[0], TIMEOUT_S))
+            self.channels.append(self._heard(Channel(self._listener.accept()[0], TIMEOUT_S)))
             there = Destination(self.channels[0], self._make, accel=self.accel, accept=self._accept, **options)
             self.vm = there.run()
+            there.see_off()
         except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
             self.error = error
 
     def open(self, **options):
         """Wait for a guest, on a thread; return where. ``options`` are the Destination's."""
         self.vm = self.error = None
-        self.channels = []
+        self.channels, self.said = [], bytearray()
         self._thread = threading.Thread(target=self._serve, args=(options,))
         self._thread.start()
         return self.endpoint
@@ -188,13 +202,26 @@ class Taped:
             return records, []
         conversation.passed(Side.DESTINATION, FrameType.DESTINATION_HELLO)
         conversation.stream_passed(stream.offset)
-        frames.feed(tape[begin:])
-        found = []
-        while (frame := frames.next_event()) is not NEED_DATA:
-            found.append(frame)
+        return records, list(self._frames(conversation, frames, tape[begin:]))
+
+    @staticmethod
+    def _frames(conversation, frames, data):
+        """Yield the frames that follow the stream; what the destination says in between is taken as said."""
+        at = 0
+        while at < len(data):
+            if data[at : at + 4] == struct.pack("<I", FrameType.DROPPED):
+                conversation.passed(Side.DESTINATION, FrameType.COMPLETE)
+            while (frame := frames.next_event()) is NEED_DATA and at < len(data):
+                wanted = frames.wanted_bytes
+                frames.feed(data[at : at + wanted])
+                at += wanted
+            yield frame
             if isinstance(frame, Digests) and frame.last:
                 conversation.passed(Side.DESTINATION, FrameType.READY)
-        return records, found
+            if isinstance(frame, Switch):
+                conversation.passed(Side.DESTINATION, FrameType.RUNNING)
+            if isinstance(frame, Pages):  # their content follows
+                at += int((~frame.zero).sum()) * PAGE_SIZE
 
     def records(self, agreed=EXTENSIONS, connection=0):
         """Return the records alone, of a whole stream."""

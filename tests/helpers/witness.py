@@ -59,6 +59,7 @@ class Witness:
         self.vm = vm
         self.limit_s = limit_s
         self.decisions = decisions
+        self.switches = any(decision.action is Action.POST_COPY for decision in decisions)
         self.calls = []
         self.device_calls = {}
         self.began = {}  # phase -> Mark
@@ -130,7 +131,7 @@ class Witness:
     @property
     def frozen(self):
         """Whether the guest is frozen now by somebody who means to pause it."""
-        return len(self.decided) > 0 and self.decided[-1][1].action is Action.STOP_AND_COPY
+        return len(self.decided) > 0 and self.decided[-1][1].action is not Action.NEXT_ROUND
 
     def decide(self, progress):
         """Say what was planned, as a policy; a guest that is to be held was, by then."""

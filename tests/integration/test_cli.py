@@ -59,6 +59,7 @@ def complaint(result, code):
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--compress", "zip"), "zip"),
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--delta-cache", "64M"), "needs a packing"),
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--bandwidth", "1K"), "1024 bytes a second is too"),
+        (("save", "guest.bin", "--control", "/tmp/x", "--bandwidth", "1K"), "1024 bytes a second is too little"),
         (
             ("run", "idle", "--accel", "soft", "--control", "/nonexistent/folder/x"),
             "cannot listen on the control socket",

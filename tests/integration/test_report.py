@@ -13,10 +13,12 @@ What no count can tell:
   compared: saving it took so long in the rehearsal, and loading it will take as long again.
 - ``fault_count`` has no second count on ``kvm``: the kernel keeps none, and the report says null.
 - ``explanation`` is made of the other fields by a pure function, with tests of its own (tests/unit/test_explain.py).
+- ``postcopy.waits`` and how long they were are the destination's own count; compared is what it said of them.
 - ``guest_time.work_after_per_s`` is known to ``demo`` alone, which sees both ends (tests/unit/test_guest_time.py).
 """
 
 import os
+import struct
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -42,7 +44,10 @@ from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
-from pageferry.stream.ferry import Digests
+from pageferry.stream.ferry import Digests, Missing, Pages
+from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.ferry_postcopy import COMPLETE_BODY
+from pageferry.stream.format import FENCE, RECORD_HEADER
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.packing import Packing, available, packer
 from pageferry.stream.records import DeltaPages, HvmContext, PackedPages
@@ -54,6 +59,7 @@ CAP = 256 * MiB
 PACKING = next(iter(available()), Packing.NONE)
 CACHE_BYTES = 0 if PACKING is Packing.NONE else 64 * MiB
 ROUNDING_S = 1e-6
+FENCE_BYTES = RECORD_HEADER.size + FENCE.size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,7 @@ SCENARIOS = {
         verify=VerifyMode.AUDIT,
     ),
     "given up": Scenario(accel="soft", tracker="shadow", there="soft", decisions=decisions(0, 0.5, last=Action.ABORT)),
+    "switched": Scenario(accel="soft", tracker="hap", there="kvm", decisions=decisions(0, 0, last=Action.POST_COPY)),
     "handed over": Scenario(accel="kvm", tracker="kvm-bitmap", there="kvm", decisions=(), unix=True),
 }
 
@@ -130,9 +137,15 @@ class Seen:
             self.wire.close()
         self.moved = not isinstance(self.there, Exception)
         self.per_round = witness.rounds() if witness.round_began else []
+        self.late = [frame for frame in witness.taped.placed()[1] if isinstance(frame, Pages)] if self.moved else []
+        if witness.switches:  # what the guest wrote since is another matter
+            pairs = zip(self.vm.memory.page_views(OWN[::2]), self.there.memory.page_views(OWN[::2]), strict=True)
+            self.equal = all(bytes(a) == bytes(b) for a, b in pairs)
 
     def _before_run(self, there, name):
         self.arrived = time.monotonic()
+        if self.witness.switches:  # to look at a page that is missing is to wait for it
+            return
         self.work_there = sum(work(there))
         populated = self.vm.memory.populated()
         pairs = zip(self.vm.memory.views(*populated), there.memory.views(*populated), strict=True)
@@ -163,6 +176,7 @@ class Seen:
         for index in range(len(self.per_round)):
             for event in self.events(index):
                 counts.update(gfns_of(event).tolist())
+        counts.update(gfn for frame in self.late for gfn in frame.gfns.tolist())
         return counts
 
     def dirty(self, index):
@@ -178,6 +192,15 @@ class Seen:
         """The record of the guest's state, if it was sent."""
         records, _ = self.witness.taped.placed()
         return next((record.event for record in records if isinstance(record.event, HvmContext)), None)
+
+    def said(self, number):
+        """The bodies of the frames of a type that the destination sent."""
+        at, found = 16, []  # after its preamble
+        while at < len(self.inn.said):
+            kind, size = struct.unpack_from("<II", self.inn.said, at)
+            found += [bytes(self.inn.said[at + 8 : at + 8 + size])] * (kind == number)
+            at += 8 + size
+        return found
 
     def digests(self):
         """The frames of digests that were sent at the pause."""
@@ -323,8 +346,8 @@ def pages_on_the_tape(seen):
 def bytes_of_the_records_on_the_tape(seen):
     for stats, (records, passed) in zip(seen.report.rounds, seen.per_round, strict=True):
         pages = sum(record.end - record.begin for record in records)
-        if seen.scenario.verify is VerifyMode.FULL:  # nothing but pages
-            assert pages == passed
+        if seen.scenario.verify is VerifyMode.FULL:  # nothing but pages and, at its end, a FENCE
+            assert pages == passed - (0 if stats.final else FENCE_BYTES)
         assert pages <= stats.sent_bytes <= passed
 
 
@@ -344,7 +367,8 @@ def packed_records_on_the_tape(seen):
 def pages_that_the_tracker_returned(seen):
     for index, stats in enumerate(seen.report.rounds):
         if index:
-            assert stats.dirty_pages == len(seen.dirty(index))
+            later = seen.witness.switches and stats.final  # what is dirty then, is missing
+            assert stats.dirty_pages == (0 if later else len(seen.dirty(index)))
         else:
             assert seen.counter().keys() >= set(OWN[::2].tolist())
             assert OWN[::2].size < stats.dirty_pages <= populated_pages(seen.vm)
@@ -400,6 +424,7 @@ def where_and_when_each_page_is(seen):
     for index, counts in enumerate(per_round):
         for event in seen.events(index):
             counts.update(gfns_of(event).tolist())
+    per_round.append(Counter(gfn for frame in seen.late for gfn in frame.gfns.tolist()))
     all_counts = seen.counter()
     assert heat.rounds_per_row == 1
     assert not any(map(bool, per_round[len(heat.rows) :]))
@@ -425,7 +450,8 @@ def memories_that_the_test_compared(seen):
 @counted("verified_pages", "audited_pages")
 def digests_on_the_wire(seen):
     frames = seen.digests()
-    assert seen.report.verified_pages == sum(int(frame.pages.sum()) for frame in frames)
+    late = sum(frame.gfns.size for frame in seen.late)  # each has a digest of its own
+    assert seen.report.verified_pages == sum(int(frame.pages.sum()) for frame in frames) + late
     assert seen.report.audited_pages == sum(int(frame.pages[frame.audited].sum()) for frame in frames)
     if seen.scenario.verify is VerifyMode.AUDIT:
         assert 0 < seen.report.audited_pages < seen.report.verified_pages
@@ -478,7 +504,8 @@ def for_how_long_the_guest_ran_nowhere(seen):
         assert seen.report.downtime_s is None
         return
     frozen = seen.frozen()
-    assert seen.work_there == seen.witness.began[Phase.STOP_AND_COPY].work  # it did nothing meanwhile
+    if not seen.witness.switches:
+        assert seen.work_there == seen.witness.began[Phase.STOP_AND_COPY].work  # it did nothing meanwhile
     within(
         seen.report.downtime_s, seen.arrived - frozen.ended_s, seen.returned_s - seen.witness.ended[Phase.PRECOPY].at_s
     )
@@ -642,6 +669,66 @@ def work_that_was_not_done(seen, spent):
     assert spent.lost_s == pytest.approx(missing / spent.work_before_per_s)
 
 
+# -- after the switch --------------------------------------------------------------------------------------------------
+
+
+@counted("postcopy")
+def nothing_where_nothing_was_missing(seen):
+    assert (seen.report.postcopy is not None) == seen.witness.switches
+
+
+def after_the_switch(function):
+    """Only where there was one."""
+
+    def looks(seen):
+        if seen.witness.switches:
+            function(seen, seen.report.postcopy)
+
+    return looks
+
+
+@counted("postcopy.missing_pages", "postcopy.sent_pages", "postcopy.zero_pages")
+@after_the_switch
+def pages_that_went_afterwards(seen, late):
+    missing = [frame for frame in seen.witness.taped.placed()[1] if isinstance(frame, Missing)]
+    assert late.missing_pages == sum(int(frame.pages.sum()) for frame in missing)
+    assert late.missing_pages == len(seen.dirty(len(seen.witness.decided)))
+    assert late.sent_pages == len({gfn for frame in seen.late for gfn in frame.gfns.tolist()}) == late.missing_pages
+    assert late.zero_pages == sum(int(frame.zero.sum()) for frame in seen.late)
+
+
+@counted("postcopy.urgent_pages")
+@after_the_switch
+def pages_that_somebody_waited_for(seen, late):
+    heads = [struct.unpack_from("<II", body) for body in seen.said(FrameType.WANTED)]
+    assert sum(count for count, _ in heads) == late.missing_pages
+    assert late.urgent_pages == sum(count for count, flags in heads if flags & 1)
+
+
+@counted("postcopy.duration_s", "postcopy.cuts", "postcopy.cut_s")
+@after_the_switch
+def how_long_they_took(seen, late):
+    least_s = seen.witness.taped.sendings[-1].ended_s - seen.witness.ended[Phase.HANDOFF].at_s
+    within(late.duration_s, least_s, seen.returned_s - seen.arrived)
+    assert (late.cuts, late.cut_s) == (0, 0.0)  # of real ones: test_postcopy.py
+
+
+@counted(
+    "postcopy.waits",
+    "postcopy.waited_s",
+    "postcopy.median_wait_s",
+    "postcopy.p99_wait_s",
+    "postcopy.longest_wait_s",
+)
+@after_the_switch
+def what_the_destination_told(seen, late):
+    ((waits, *times_ns),) = (COMPLETE_BODY.unpack(body) for body in seen.said(FrameType.COMPLETE))
+    told_s = (late.waited_s, late.median_wait_s, late.p99_wait_s, late.longest_wait_s)
+    assert (late.waits, *told_s) == (waits, *(time_ns / 1e9 for time_ns in times_ns))
+    assert 0 <= late.median_wait_s <= late.p99_wait_s <= late.longest_wait_s <= late.waited_s
+    assert late.waited_s <= late.waits * late.longest_wait_s + ROUNDING_S
+
+
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
@@ -669,7 +756,7 @@ def leaves(value, path=""):
 def test_every_field_has_its_count(look, kvm_support):
     told = {name for scenario in SCENARIOS for name in leaves(look(scenario).report.to_json())}
     empty = {name for name in told if any(other.startswith(f"{name}.") for other in told)}  # null, or no entry
-    assert told - empty == set(FIELDS) - {"guest_time"}
+    assert told - empty == set(FIELDS) - {"guest_time", "postcopy"}
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))

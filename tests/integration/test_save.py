@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import time
 from collections import Counter
 
 import numpy as np
@@ -12,15 +13,17 @@ from at_work import runs_on, slots
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UnsupportedError, UsageError, VmError
-from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded
+from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded, RoundProgress
 from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
+from pageferry.core.token_bucket import BURST_S
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine import save as save_module
 from pageferry.engine.file_sink import FileSink
 from pageferry.engine.restore import restore
 from pageferry.engine.save import Save
 from pageferry.engine.saved_guest import SavedGuest
+from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
@@ -64,8 +67,8 @@ def restored():
         vm.close()
 
 
-def attempt(vm, path, policy=None, *, stop=False, on_event=lambda _: None):
-    return Save(vm, path, policy or XenPolicy(), stop=stop, on_event=on_event)
+def attempt(vm, path, policy=None, *, on_event=lambda _: None, **options):
+    return Save(vm, path, policy or XenPolicy(), on_event=on_event, **options)
 
 
 def expect_as_before(vm, path, save):
@@ -200,6 +203,35 @@ def test_a_balloon_goes_with_the_guest(running, path, restored, accel, kvm_suppo
     assert runs_on(there)
     with pytest.raises(UnsupportedError, match="gave 4 pages back cannot live on kvm"):
         restored(path, KvmVm)
+
+
+def test_a_capped_save_writes_no_faster_from_the_first_byte_to_the_last(running, path, restored, make_vm):
+    cap = 8 * MiB
+    vm = running("random")
+    began_s = time.monotonic()
+    report = attempt(vm, path, XenPolicy(max_rounds=1), bandwidth_bytes_per_s=cap).run()
+    assert report.bandwidth_bytes_per_s == cap
+    assert report.sent_bytes == path.stat().st_size
+    assert report.sent_bytes <= 1.05 * cap * (time.monotonic() - began_s + BURST_S)
+    for stats in report.rounds:  # the pause too
+        assert stats.sent_bytes <= 1.05 * cap * (stats.duration_s + 2 * BURST_S)
+    there = restored(path, make_vm)
+    there.resume()
+    assert runs_on(there)
+
+
+def test_a_cancel_does_not_wait_for_the_cap(running, path):
+    vm = running("random")
+    save = attempt(
+        vm,
+        path,
+        bandwidth_bytes_per_s=MIN_BANDWIDTH_BYTES_PER_S,
+        on_event=lambda event: save.cancel() if isinstance(event, RoundProgress) else None,
+    )
+    with pytest.raises(PolicyAbort, match="cancelled"):
+        save.run()
+    assert save.traffic().sent_bytes < MiB
+    expect_as_before(vm, path, save)
 
 
 def test_an_earlier_file_stays_until_the_next_is_whole(running, path, restored, make_vm):

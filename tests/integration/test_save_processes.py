@@ -10,6 +10,7 @@ import pytest
 from at_work import until
 from processes import GIVE_UP_S, cli, one_line
 
+from pageferry.core.token_bucket import BURST_S
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -65,6 +66,22 @@ def test_a_guest_travels_by_files_between_the_machines(start, file, kvm_support)
         assert process.ask("x-query-guest")["accel"] == accel
         assert process.ask("x-query-guest")["name"] == "guest"
     assert process.runs_on()
+
+
+def test_a_save_has_a_bandwidth_and_no_packing(guest, file):
+    result = cli("save", "--control", guest.control, file, "--bandwidth", "16M", "--policy", "xen", "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["bandwidth_bytes_per_s"] == 16 << 20
+    assert report["sent_bytes"] == file.stat().st_size
+    assert report["sent_bytes"] <= 1.05 * (16 << 20) * (report["total_s"] + BURST_S)
+    packed = save(guest, file, "--compress", "lz4")  # a pure libxc stream has no packed pages
+    assert packed.returncode == 2
+    assert "No such option" in one_line(packed)
+    for uri_option in ("x-compress", "x-connections"):
+        with pytest.raises(QmpError, match=f"{uri_option}.* unexpected"):
+            guest.ask("migrate", **{"uri": f"file:{file}", uri_option: "lz4"})
+    assert guest.runs_on()
 
 
 def test_a_person_sees_what_was_saved_and_where(guest, file):

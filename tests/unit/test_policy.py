@@ -7,16 +7,9 @@ from hypothesis import strategies as st
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policies import (
-    ConvergePolicy,
-    DeadlinePolicy,
-    DowntimePolicy,
-    PostcopyPolicy,
-    XenPolicy,
-    make_policy,
-    with_limits,
-)
+from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.policy import Action, Decision, Progress, RoundStats, may_switch
+from pageferry.core.policy_names import make_policy, with_limits
 
 
 def stats(index, *, sent, remaining, duration_s=1.0):

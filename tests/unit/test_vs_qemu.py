@@ -121,7 +121,7 @@ def test_wrong_usage_is_refused_before_anything_is_started(arguments, monkeypatc
 def test_arguments_of_migrate_are_passed_on_and_shown(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
-    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load: seen.append(monitor) or move(1.0))
+    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load, warm: seen.append(monitor) or move(1.0))
     arguments = [
         "vs_qemu.py",
         "hot",
@@ -145,10 +145,21 @@ def test_arguments_of_migrate_are_passed_on_and_shown(monkeypatch, capsys):
     assert {monitor.limit_s for monitor in seen} == {0.03}
 
 
+@pytest.mark.parametrize(("flags", "warm"), [([], True), (["--cold"], False)])
+def test_memory_is_warm_where_it_is_not_to_be_cold(monkeypatch, capsys, flags, warm):
+    seen = []
+    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load, warm: seen.append(warm) or move(1.0))
+    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
+    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "idle", "--pairs", "1", *flags])
+    assert vs_qemu.main() == 0
+    assert set(seen) == {warm}
+    assert "| total time |" in capsys.readouterr().out
+
+
 def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
     made = iter([move(100.0), move(100.0), move(100.0), move(1.0), VmError("it stood still"), move(4.0)])
 
-    def attempt(monitor, load):
+    def attempt(monitor, load, warm):
         made_now = next(made)
         if isinstance(made_now, VmError):
             raise made_now
@@ -165,7 +176,7 @@ def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
 
 
 def test_scenarios_are_lines_of_one_table_and_growth_is_another(monkeypatch, capsys):
-    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load: move(1.0, verify_s=0.1))
+    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load, warm: move(1.0, verify_s=0.1))
     monkeypatch.setattr(vs_qemu, "plain_copy", lambda size_bytes: 0.5)
     monkeypatch.setattr(vs_qemu, "available_bytes", lambda: 2 << 30)
     monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")

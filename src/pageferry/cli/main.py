@@ -41,7 +41,7 @@ from pageferry.core.errors import (
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
-from pageferry.core.policies import POLICIES, make_policy
+from pageferry.core.policy_names import POLICIES, make_policy
 from pageferry.core.units import format_size, parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.attempt import HELD
@@ -87,6 +87,7 @@ HugePagesOption = Annotated[
     HugePages,
     typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
 ]
+BandwidthOption = Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")]
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Draw the migration into this file: .html, or .svg or .png (these need matplotlib)."),
@@ -391,7 +392,7 @@ def migrate_guest(
     timeout: Annotated[
         float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
     ] = DEFAULT_TIMEOUT_S,
-    bandwidth: Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = "0",
+    bandwidth: BandwidthOption = "0",
     connections: Annotated[
         int, typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to use, 1 to {MAX_CONNECTIONS}.")
     ] = 1,
@@ -477,11 +478,14 @@ def save(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
+    bandwidth: BandwidthOption = "0",
     as_json: JsonOption = False,
     plot: PlotOption = None,
 ) -> None:
     """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
     options = _policy_options(policy, downtime_limit, max_rounds, deadline, None) | ({"x-stop": True} if stop else {})
+    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth))
+    options |= {} if wire.bandwidth_bytes_per_s is None else {"x-bandwidth": wire.bandwidth_bytes_per_s}
     _migrate(control, file_uri(file), options, as_json, plot)
 
 

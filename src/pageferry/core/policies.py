@@ -1,4 +1,4 @@
-"""The policies: ``xen``, ``downtime``, ``deadline``, ``converge``, ``postcopy``, and a user's own.
+"""The built-in policies: ``xen``, ``downtime``, ``converge``, ``deadline``, ``postcopy``.
 
 Each is a small frozen object with one pure method; see :class:`pageferry.core.policy.Policy`. What they have in common
 is what goes wrong without it: a policy that waits for "less than the limit" and nothing else can pass by the moment
@@ -6,14 +6,12 @@ when 2 MB were left, and then send for ever. So all of them look back at the *lo
 remained, and do not go on when no round comes nearer to it.
 """
 
-import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.policy import Action, Decision, Policy, Progress, downtime_limit_s, may_switch
+from pageferry.core.policy import Action, Decision, Progress
 
 #: So often the fixed costs must have been measured before they alone are a reason to give up.
 _FIXED_ROUNDS = 3
@@ -26,7 +24,6 @@ _FEW_PAGES = 50
 #: What a throttled round is to leave, and what one at the least that is made although a pause would fit, as a share of
 #: what it has to send.
 _WANTED_SHARE = 0.5
-_POLICY_HINT = "a class with decide(progress) in a module on PYTHONPATH; see docs/policies.md"
 _MIN_THROTTLE, _MAX_THROTTLE = 0.05, 0.95
 
 
@@ -268,116 +265,3 @@ def _beyond(progress: Progress, limit_s: float) -> str:
     if progress.fixed_s <= limit_s or len(progress.rounds) < _FIXED_ROUNDS:
         return ""
     return f"state and verification alone take {progress.fixed_s * 1e3:.0f} ms of the {limit_s * 1e3:.0f} ms allowed"
-
-
-#: name -> (the policy, the options it takes, in the words of :func:`make_policy`)
-POLICIES: dict[str, tuple[type[Any], dict[str, str]]] = {
-    "downtime": (DowntimePolicy, {"downtime_limit_s": "limit_s", "max_rounds": "max_rounds"}),
-    "converge": (ConvergePolicy, {"downtime_limit_s": "limit_s", "max_rounds": "max_rounds"}),
-    "postcopy": (PostcopyPolicy, {"downtime_limit_s": "limit_s", "max_rounds": "max_rounds"}),
-    "deadline": (DeadlinePolicy, {"deadline_s": "deadline_s"}),
-    "xen": (XenPolicy, {"max_rounds": "max_rounds"}),
-}
-
-
-def make_policy(
-    name: str,
-    *,
-    downtime_limit_s: float | None = None,
-    max_rounds: int | None = None,
-    deadline_s: float | None = None,
-) -> Policy:
-    """Return a policy by name, with the options that were given.
-
-    Args:
-        name: out of :data:`POLICIES`, or ``module:Name`` for a user's own: what that name in that module gives when it
-            is called with the options, by the names they have here.
-        downtime_limit_s: the downtime allowed.
-        max_rounds: rounds at the most.
-        deadline_s: the time allowed from beginning to end.
-
-    Raises:
-        UsageError: there is no such policy, an option does not belong to it or has no sense, or it is none.
-    """
-    given = {"downtime_limit_s": downtime_limit_s, "max_rounds": max_rounds, "deadline_s": deadline_s}
-    options = {option: value for option, value in given.items() if value is not None}
-    if ":" in name:
-        return _users_own(name, options)
-    if name not in POLICIES:
-        raise UsageError(f"unknown policy {name!r}", hint=f"known: {', '.join(POLICIES)}, module:Name")
-    kind, takes = POLICIES[name]
-    if foreign := options.keys() - takes.keys():
-        raise UsageError(f"the {name} policy has no {_in_words(foreign)}", hint=f"it has: {_in_words(takes)}")
-    if name == "deadline" and deadline_s is None:
-        raise UsageError("the deadline policy needs a deadline", hint="--deadline SECONDS")
-    policy: Policy = kind(**{takes[option]: value for option, value in options.items()})
-    return policy
-
-
-def with_limits(policy: Policy, given: dict[str, float | int]) -> Policy:
-    """Return the policy with other limits.
-
-    Args:
-        policy: any.
-        given: options by the names of :func:`make_policy`.
-
-    Raises:
-        UsageError: the policy has no such limit, a value has no sense, or the policy is a user's own.
-    """
-    if not given:
-        return policy
-    if policy.name not in POLICIES:
-        raise UsageError(f"the limits of policy {policy.name} are its own", hint="only built-in policies have ours")
-    takes = POLICIES[policy.name][1]
-    if foreign := given.keys() - takes.keys():
-        raise UsageError(f"the {policy.name} policy has no {_in_words(foreign)}", hint=f"it has: {_in_words(takes)}")
-    ours: Any = policy  # a dataclass, as all in the table are
-    changed: Policy = replace(ours, **{takes[option]: value for option, value in given.items()})
-    return changed
-
-
-def _in_words(options: Any) -> str:  # noqa: ANN401  # any collection of names
-    return ", ".join(sorted(option.removesuffix("_s").replace("_", " ") for option in options))
-
-
-@dataclass(frozen=True, slots=True)
-class _UsersOwn:
-    """A user's policy, whose mistakes end the migration with their own words and not as ours."""
-
-    name: str
-    policy: Any
-
-    @property
-    def limit_s(self) -> float | None:
-        """The downtime limit of the user's policy, if it says so."""
-        return downtime_limit_s(self.policy)
-
-    @property
-    def switches(self) -> bool:
-        """Whether the user's policy may decide for post-copy."""
-        return may_switch(self.policy)
-
-    def decide(self, progress: Progress) -> Decision:
-        """Ask the user's policy.
-
-        Raises:
-            UsageError: it failed, or gave something else than a Decision.
-        """
-        try:
-            decision = self.policy.decide(progress)
-        except Exception as error:
-            raise UsageError(f"policy {self.name} failed: {error!r}", hint=_POLICY_HINT) from error
-        if not isinstance(decision, Decision):
-            raise UsageError(f"policy {self.name} answered {decision!r}, which is no Decision", hint=_POLICY_HINT)
-        return decision
-
-
-def _users_own(name: str, options: dict[str, float | int]) -> Policy:
-    module, _, attribute = name.partition(":")
-    try:
-        policy = getattr(importlib.import_module(module), attribute)(**options)
-        if not callable(policy.decide):
-            raise TypeError("its decide is no method")
-    except Exception as error:  # whatever a user's code does
-        raise UsageError(f"policy {name!r} cannot be made: {error!r}", hint=_POLICY_HINT) from error
-    return _UsersOwn(name, policy)

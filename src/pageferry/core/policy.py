@@ -2,7 +2,7 @@
 
 A policy sees a :class:`Progress` after every round and answers with a :class:`Decision`. It has no clock, no logging
 and no I/O, so the engine and any simulator that feed it the same numbers cannot disagree. The policies themselves are
-in :mod:`pageferry.core.policies`.
+in :mod:`pageferry.core.policies`, their names and options in :mod:`pageferry.core.policy_names`.
 """
 
 from dataclasses import dataclass

@@ -29,8 +29,8 @@ from pageferry.core.explain import explain
 from pageferry.core.forecast import Eta, Pace
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policies import with_limits
 from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
+from pageferry.core.policy_names import with_limits
 from pageferry.core.vm import Vm
 from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.late_counts import LateCounts
@@ -234,7 +234,7 @@ class Attempt(ABC):
         """Change limits of the attempt while it runs, from any thread; all of them or none.
 
         Args:
-            given: limits of the policy, by the names of :func:`pageferry.core.policies.make_policy`.
+            given: limits of the policy, by the names of :func:`pageferry.core.policy_names.make_policy`.
             bandwidth: with the new cap; None leaves it as it is.
 
         Raises:

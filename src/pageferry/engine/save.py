@@ -38,7 +38,7 @@ from pageferry.engine.page_coder import PlainCoder
 from pageferry.engine.prove import VerifyMode
 from pageferry.engine.save_proof import AtPause
 from pageferry.engine.saved_guest import SavedGuest
-from pageferry.engine.wire import DEFAULT_WIRE
+from pageferry.engine.wire import WireOptions
 from pageferry.stream.format import MAX_PAGES_PER_RECORD, PageType
 from pageferry.stream.records import HvmContext
 
@@ -51,6 +51,7 @@ class Save(Copying):
         path: of the file, absolute.
         policy: decides after each round.
         stop: leave the guest frozen when the file is whole, instead of letting it run on.
+        bandwidth_bytes_per_s: a cap on what is written, as :class:`~pageferry.engine.wire.WireOptions` has it.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
     """
@@ -64,13 +65,13 @@ class Save(Copying):
         policy: Policy,
         *,
         stop: bool = False,
+        bandwidth_bytes_per_s: int | None = None,
         on_event: Callable[[Event], None],
         work_before: WorkSample | None = None,
     ) -> None:
         mode = VerifyMode.FULL  # nobody is there to audit a file while it is written
-        super().__init__(
-            vm, policy, verify=mode, wire=DEFAULT_WIRE, hold=False, on_event=on_event, work_before=work_before
-        )
+        wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
+        super().__init__(vm, policy, verify=mode, wire=wire, hold=False, on_event=on_event, work_before=work_before)
         self.path = path
         self._file = str(path)
         self._stop = stop

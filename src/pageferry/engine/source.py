@@ -7,6 +7,7 @@
       | <------------------------------------ HELLO -- |
       |  ENABLE                                         |
       | == pre-copy: CLEAN, then copy, round by round => |  scatters pages into place
+      | <--------------- REACHED, after each round --- |
       |  freeze the guest ........................ downtime begins
       | == stop-and-copy: what is dirty ==============> |
       | == state, END ================================> |

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from pageferry.core.events import Event
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policies import make_policy
 from pageferry.core.policy import Policy
+from pageferry.core.policy_names import make_policy
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.prove import VerifyMode
@@ -74,9 +74,18 @@ def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
 def _saving(args: Arguments, file: Path) -> MakeAttempt:
     policy = _policy(args)
     stop = args.flag("x-stop")
+    wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
 
     def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Attempt:
-        return Save(vm, file, policy, stop=stop, on_event=on_event, work_before=work_before)
+        return Save(
+            vm,
+            file,
+            policy,
+            stop=stop,
+            bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
+            on_event=on_event,
+            work_before=work_before,
+        )
 
     return make
 
