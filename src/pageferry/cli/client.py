@@ -5,7 +5,7 @@ from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Phase
-from pageferry.vmm.process import ENGINE_EVENT
+from pageferry.vmm.announcer import ENGINE_EVENT
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 

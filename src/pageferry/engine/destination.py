@@ -12,12 +12,8 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-
-import numpy as np
 
 from pageferry import __version__
-from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -27,27 +23,25 @@ from pageferry.core.errors import (
     RemoteStreamError,
     TransportError,
     TruncatedError,
-    UnsupportedError,
     UsageError,
     VerifyError,
     VmError,
 )
 from pageferry.core.events import Event, Phase
-from pageferry.core.frames import GfnArray
-from pageferry.core.hostmem import MemFd
-from pageferry.core.memory import GuestMemory, storage_bytes
+from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
-from pageferry.core.vm import MachineModel, Vm, VmConfig
-from pageferry.engine import features, verify
+from pageferry.core.vm import Vm, VmConfig
+from pageferry.engine import features
 from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.audit import AuditedPages, AuditMismatchError
+from pageferry.engine.comparison import Comparison, mismatch_of
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.fetcher import PageFetcher, can_wait
 from pageferry.engine.joining import Accept, take_in
 from pageferry.engine.late_pages import LatePages
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.populator import Populator
-from pageferry.engine.room import expect_room
+from pageferry.engine.room import make_machine
 from pageferry.engine.sections import Sections, read_stream
 from pageferry.engine.transport import Channel
 from pageferry.stream.codec import Decoder
@@ -57,7 +51,6 @@ from pageferry.stream.ferry import (
     Digests,
     Failed,
     Frame,
-    Mismatch,
     Missing,
     Reached,
     Ready,
@@ -233,7 +226,7 @@ class Destination:
         if not isinstance(hello, SourceHello):
             raise self._unexpected(hello)
         try:
-            vm = self._make(hello)
+            vm, self._shared = make_machine(hello, self._channel, self._make_vm)
         except (UsageError, VmError) as error:
             self._peer.send(Refuse(reason=str(error), hint=error.hint))
             self._channel.finish()
@@ -256,28 +249,6 @@ class Destination:
         what = "a source came back for a guest that is not here"
         return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 
-    def _make(self, hello: SourceHello) -> Vm:
-        """Make the machine: over the source's own memory where that was handed over and the machine can."""
-        config, fd = _config(hello), self._channel.take_fd()
-        if fd is not None and features.SHARED_MEMORY in hello.features:
-            storage = MemFd.adopt(fd, storage_bytes(hello.memory_bytes))
-            try:
-                vm = self._make_vm(replace(config, storage=storage))
-            except UnsupportedError as error:
-                storage.close()
-                if error.capability != features.SHARED_MEMORY:
-                    raise
-            else:
-                self._shared = True
-                return vm
-        vm = self._make_vm(config)
-        try:
-            expect_room(vm.memory, hello.populated_pages)
-        except UsageError:
-            vm.close()
-            raise
-        return vm
-
     def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
         # Say what is used of the offer; return the further connections.
         offered = features.POSTCOPY in hello.features and self._accept is not None and not self._shared
@@ -298,7 +269,7 @@ class Destination:
         try:
             return self._receive(vm, hello, others)
         except AuditMismatchError as error:
-            self._send_mismatch(vm.memory, error.first_gfn, error.pages)
+            self._peer.send(mismatch_of(vm.memory, error.first_gfn, error.pages))
             raise
 
     def _receive(self, vm: Vm, hello: SourceHello, others: list[Channel]) -> MachineState:
@@ -345,81 +316,35 @@ class Destination:
         )
 
     def _verify(self, vm: Vm) -> None:
-        memory = vm.memory
-        missing = DirtyBitmap(memory.gfn_limit)
-        starts: list[np.typing.NDArray[np.uint64]] = []
-        lengths: list[np.typing.NDArray[np.uint64]] = []
-        mismatched = False
-        # While the source looks for the same there: it takes a while, unless we know what arrived.
-        populated = (self._audited and self._audited.all_arrived()) or memory.populated()
+        comparison, mismatch = self._comparison(vm.memory), None
         while True:
             frame = self._peer.receive()
-            if isinstance(frame, Missing) and features.POSTCOPY in self._features and not starts:
-                missing |= self._named_missing(memory, frame)
+            if isinstance(frame, Missing) and features.POSTCOPY in self._features and not comparison.begun:
+                comparison.take_missing(frame)
                 continue
             if not isinstance(frame, Digests):
                 raise self._unexpected(frame)
-            if not mismatched:
-                starts.append(frame.first_gfns)
-                lengths.append(frame.pages.astype(np.uint64))
-                mismatched = self._compare(memory, frame)
+            if mismatch is None:
+                mismatch = comparison.compare(frame)
+                if mismatch is not None:
+                    self._peer.send(mismatch)
             if frame.last:
                 break
-        if not mismatched:
-            self._expect_zero_elsewhere(
-                memory, populated, *_known(np.concatenate(starts), np.concatenate(lengths), missing)
-            )
-            if missing.any() and self._accept is not None:
+        if mismatch is None:
+            verified_pages = comparison.conclude()
+            if comparison.missing.any() and self._accept is not None:
                 self._late = LatePages(
                     vm,
-                    PageFetcher(vm, missing),
+                    PageFetcher(vm, comparison.missing),
                     accept=self._accept,
                     token=self._token,
                     aborted=self._aborted,
                     on_event=self._on_event,
                 )
-            self._peer.send(Ready(verified_pages=int(np.concatenate(lengths).sum())))
+            self._peer.send(Ready(verified_pages=verified_pages))
 
-    def _expect_zero_elsewhere(
-        self, memory: GuestMemory, populated: tuple[GfnArray, GfnArray], starts: GfnArray, lengths: GfnArray
-    ) -> None:
-        if self._shared:
-            return  # there is no elsewhere: the memory is one
-        gfn = verify.first_nonzero_outside(memory, populated, starts, lengths)
-        if gfn is not None:
-            raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
-
-    def _named_missing(self, memory: GuestMemory, frame: Missing) -> DirtyBitmap:
-        end = int(frame.first_gfns[-1] + frame.pages[-1])
-        if end > memory.gfn_limit:
-            raise RecordError(f"gfn {end - 1:#x} is outside the guest", record="MISSING")
-        named = DirtyBitmap(memory.gfn_limit)
-        named.set_runs(frame.first_gfns, frame.pages)
-        if (named - memory.all_ram()).any():
-            raise RecordError("a page is not RAM", record="MISSING")
-        return named
-
-    def _compare(self, memory: GuestMemory, frame: Digests) -> bool:
-        """Compare one frame of digests; on the first difference send MISMATCH and return True.
-
-        Raises:
-            VerifyError: a range is said to be audited, and was not since it last arrived.
-        """
-        fresh = ~frame.audited
-        starts, lengths = frame.first_gfns, frame.pages.astype(np.uint64)
-        if frame.audited.any() and not (
-            self._audited and self._audited.all_proven(starts[frame.audited], lengths[frame.audited])
-        ):
-            raise VerifyError("a page was never proven equal", gfn=None)
-        starts, lengths = starts[fresh], lengths[fresh]
-        index = verify.first_difference(verify.digest_runs(memory, starts, lengths), frame.digests[fresh])
-        if index is None:
-            return False
-        self._send_mismatch(memory, int(starts[index]), int(lengths[index]))
-        return True
-
-    def _send_mismatch(self, memory: GuestMemory, first_gfn: int, pages: int) -> None:
-        self._peer.send(Mismatch(first_gfn=first_gfn, page_digests=verify.page_digests(memory, first_gfn, pages)))
+    def _comparison(self, memory: GuestMemory) -> Comparison:
+        return Comparison(memory, self._audited, shared=self._shared)
 
     def _handoff(self, vm: Vm, hello: SourceHello) -> None:
         commit = self._peer.receive()
@@ -431,31 +356,3 @@ class Destination:
         self._ours = True  # whether or not the source hears of it
         with contextlib.suppress(OSError):
             self._peer.send(Running())
-
-
-def _known(
-    starts: np.typing.NDArray[np.uint64], lengths: np.typing.NDArray[np.uint64], missing: DirtyBitmap
-) -> tuple[np.typing.NDArray[np.uint64], np.typing.NDArray[np.uint64]]:
-    """Return the runs of what was proven or is missing.
-
-    Raises:
-        VerifyError: a page is both.
-    """
-    known = DirtyBitmap(missing.nbits)
-    known.set_runs(starts, lengths)
-    known |= missing
-    if known.count() != int(lengths.sum()) + missing.count():
-        raise VerifyError("a page is proven that is missing", gfn=None)
-    return known.runs()
-
-
-def _config(hello: SourceHello) -> VmConfig:
-    try:
-        machine = MachineModel(hello.machine or MachineModel.PLAIN)
-    except ValueError as error:
-        raise UnsupportedError(
-            "machine",
-            f"there is no machine model {hello.machine!r} here",
-            hint="a newer release of pageferry at this end may know it",
-        ) from error
-    return VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid, machine=machine)

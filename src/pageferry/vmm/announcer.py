@@ -1,0 +1,48 @@
+"""Announcer: tells what happens in this process, to the clients of the control socket and to a person."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pageferry.core.events import Event, Phase, PhaseBegan, PostcopyPaused, PostcopyRecovered
+from pageferry.vmm.qmp import QmpServer
+
+#: The event that carries the engine's own events, for progress; ``type`` is the event's class name.
+ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
+
+
+class Announcer:
+    """The way out for all that is told unasked; for any thread.
+
+    Args:
+        say: sees one line for a person when something happens.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        """Tell a person, in one line."""
+        self._server: QmpServer | None = None
+
+    def tell_clients_of(self, server: QmpServer) -> None:
+        """Send events to the clients of ``server`` from now on; without one nobody hears them."""
+        self._server = server
+
+    def event(self, name: str, data: dict[str, Any] | None = None) -> None:
+        """Tell the clients, by an event of QMP."""
+        if self._server is not None:
+            self._server.event(name, data)
+
+    def migration(self, status: str) -> None:
+        """Tell the clients what state a migration, out or in, has come to; QEMU's words."""
+        self.event("MIGRATION", {"status": status})
+
+    def postcopy(self, event: Event) -> None:
+        """Tell the clients of post-copy's states, the same at both ends, if ``event`` is the begin of one."""
+        if isinstance(event, PostcopyRecovered) or (isinstance(event, PhaseBegan) and event.phase is Phase.POSTCOPY):
+            self.migration("postcopy-active")
+        elif isinstance(event, PostcopyPaused):
+            self.migration("postcopy-paused")
+
+    def engine_event(self, event: Event, more: dict[str, Any] | None = None) -> None:
+        """Hand one of the engine's own events to the clients, with ``more`` beside its fields."""
+        self.event(ENGINE_EVENT, {"type": type(event).__name__, **asdict(event), **(more or {})})

@@ -1,0 +1,106 @@
+"""The attempt that a ``migrate`` command asks for: a migration to another process, or a save to a file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from pageferry.core.events import Event
+from pageferry.core.guest_time import WorkSample
+from pageferry.core.policy import Policy
+from pageferry.core.policy_names import make_policy
+from pageferry.core.vm import Vm
+from pageferry.engine.attempt import Attempt
+from pageferry.engine.prove import VerifyMode
+from pageferry.engine.save import Save
+from pageferry.engine.source import Source
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
+from pageferry.engine.wire import WireOptions
+from pageferry.stream.packing import Packing
+from pageferry.vmm.arguments import Arguments, saved_to
+from pageferry.vmm.qmp import QmpError
+
+
+class MakeAttempt(Protocol):
+    """Makes the attempt once the guest is known, with everything else settled."""
+
+    def __call__(
+        self, vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None
+    ) -> Attempt:
+        """Make it; see :class:`~pageferry.engine.attempt.Attempt`. ``name`` is the guest's, for people."""
+
+
+def asked_for(uri: str, args: Arguments) -> MakeAttempt:
+    """Return what makes the attempt to ``uri``; takes all of the arguments that it may have.
+
+    Raises:
+        QmpError: an argument is missing, unknown or has no sense.
+        UsageError: as for an address or a policy.
+    """
+    file = saved_to(uri)
+    make = _moving(args, Endpoint.parse(uri)) if file is None else _saving(args, file)
+    args.done()
+    return make
+
+
+def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
+    policy = _policy(args)
+    verify = args.choice("x-verify", VerifyMode)
+    timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
+    wire = WireOptions(
+        bandwidth_bytes_per_s=args.integer("x-bandwidth"),
+        connections=args.integer("x-connections") or 1,
+        compress=_packing(args.text("x-compress", Packing.NONE)),
+        delta_cache_bytes=args.integer("x-delta-cache") or 0,
+    )
+    hold = args.flag("x-hold")
+
+    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Attempt:
+        return Source(
+            vm,
+            endpoint,
+            policy,
+            name=name,
+            timeout_s=timeout_s,
+            verify=verify,
+            wire=wire,
+            hold=hold,
+            on_event=on_event,
+            work_before=work_before,
+        )
+
+    return make
+
+
+def _saving(args: Arguments, file: Path) -> MakeAttempt:
+    policy = _policy(args)
+    stop = args.flag("x-stop")
+    wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
+
+    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Attempt:
+        return Save(
+            vm,
+            file,
+            policy,
+            stop=stop,
+            bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
+            on_event=on_event,
+            work_before=work_before,
+        )
+
+    return make
+
+
+def _policy(args: Arguments) -> Policy:
+    return make_policy(
+        args.text("x-policy", "downtime"),
+        downtime_limit_s=args.number("x-downtime-limit-s"),
+        max_rounds=args.integer("x-max-rounds"),
+        deadline_s=args.number("x-deadline-s"),
+    )
+
+
+def _packing(name: str) -> Packing:
+    try:
+        return Packing(name)
+    except ValueError:
+        raise QmpError(f"Invalid parameter 'x-compress', expected: {', '.join(Packing)}") from None

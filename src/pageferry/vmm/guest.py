@@ -1,0 +1,91 @@
+"""Guest: what a process has of its guest: machine, name, console, work, and the file that it is still read from."""
+
+import threading
+from collections.abc import Callable
+
+from pageferry.core.vm import Vm, VmStatus
+from pageferry.engine.lazy import LazyRestore
+from pageferry.vmm.console import ConsoleTail
+from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.work_meter import WorkMeter
+
+
+class Guest:
+    """The one guest of a process, from its boot, restore or arrival on; before, the place for it.
+
+    Args:
+        on_console: sees its console output.
+    """
+
+    def __init__(self, on_console: Callable[[bytes], None]) -> None:
+        self.lock = threading.Lock()
+        """Held by whoever looks whether the guest is here to be told something, until that is done: stop, cont, the
+        begin of a migration, following the console; and by whoever changes that: an arrival, the end of a migration.
+        Whoever holds it may wait for the vCPUs to stop, and so for a page. It is the outermost lock. To look at ``vm``
+        needs none: it is replaced as a whole."""
+        self.name = "incoming"
+        self.vm: Vm | None = None
+        """The machine; None while a guest is waited for."""
+        self.console = ConsoleTail()
+        self.work = WorkMeter()
+        self.lazy: LazyRestore | None = None
+        """The restore from a file that is read while it runs; None: it was not restored in that way."""
+        self._on_console = on_console
+
+    def adopt(self, vm: Vm, name: str, lazy: LazyRestore | None = None) -> None:
+        """Be this guest; under the lock, or before anybody else is there."""
+        vm.on_console(self._console_byte)
+        self.name, self.lazy = name, lazy
+        self.vm = vm  # last: who sees it sees the rest
+
+    def lose(self) -> None:
+        """Be nobody again: the guest that was adopted has never run. Its machine is closed already."""
+        with self.lock:
+            self.vm = None
+        self.console.end("the guest did not arrive")
+
+    def here(self) -> Vm:
+        """Return the machine.
+
+        Raises:
+            QmpError: it is still waited for.
+        """
+        if self.vm is None:
+            raise QmpError("no guest is here yet", hint="it waits for one to be migrated in")
+        return self.vm
+
+    @property
+    def running(self) -> bool:
+        """Whether there is one and it runs."""
+        return self.vm is not None and self.vm.status is VmStatus.RUNNING
+
+    @property
+    def being_read(self) -> bool:
+        """Whether some of its memory is still in the file it is restored from."""
+        return self.lazy is not None and not self.lazy.done
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether a page that somebody waits for cannot be read from that file."""
+        return self.lazy is not None and self.lazy.failure is not None
+
+    def read_again(self) -> None:
+        """Try again to read what could not be read, if there is such a page."""
+        if self.lazy is not None:
+            self.lazy.retry()
+
+    def stop_reading(self) -> None:
+        """Give up what is still to be read, before :meth:`close`: the guest will not run again."""
+        if self.lazy is not None and self.vm is not None:
+            if self.lazy.failure is None:  # else it stands still
+                self.vm.pause()
+            self.lazy.close()
+
+    def close(self) -> None:
+        """Free the machine."""
+        if self.vm is not None:
+            self.vm.close()
+
+    def _console_byte(self, data: bytes) -> None:
+        self.console(data)
+        self._on_console(data)

@@ -1,0 +1,216 @@
+"""Outgoing: the one migration or save at a time, and where the guest is because of it."""
+
+import logging
+import threading
+from typing import Any
+
+from pageferry.core.errors import GuestAt, MigrationError
+from pageferry.core.events import Event
+from pageferry.engine.attempt import HELD, Attempt
+from pageferry.engine.save import Save
+from pageferry.engine.transport import Endpoint
+from pageferry.engine.wire import WireOptions
+from pageferry.vmm.announcer import Announcer
+from pageferry.vmm.attempt_news import AttemptNews
+from pageferry.vmm.attempts import MakeAttempt
+from pageferry.vmm.guest import Guest
+from pageferry.vmm.migrate_info import migrate_info
+from pageferry.vmm.qmp import QmpError
+
+_log = logging.getLogger(__name__)
+
+#: Why a migration that has committed is not cancelled, by where the guest is.
+_TOO_LATE = {
+    GuestAt.SOURCE: "the guest is being handed over",
+    GuestAt.UNKNOWN: "whether the guest has switched is not known",
+    GuestAt.DESTINATION: "the guest has switched, and its pages follow",
+}
+
+
+class Outgoing:
+    """The latest attempt to migrate or save the guest, which runs on a thread of its own; none at first.
+
+    It has no lock of its own: one begins under the guest's, and the attempt is replaced as a whole.
+
+    Args:
+        guest: the guest.
+        announcer: hears how each attempt goes.
+    """
+
+    def __init__(self, guest: Guest, announcer: Announcer) -> None:
+        self._guest = guest
+        self._announcer = announcer
+        self._attempt: Attempt | None = None
+        self._thread: threading.Thread | None = None
+
+    # -- where the guest is ----------------------------------------------------------------------------------------
+
+    @property
+    def under_way(self) -> bool:
+        """Whether one is neither done nor failed."""
+        thread_lives = self._thread is not None and self._thread.is_alive()
+        return thread_lives and self._attempt is not None and self._attempt.report is None
+
+    @property
+    def guest_at(self) -> GuestAt:
+        """Where the guest is, as far as this process knows; SOURCE is here."""
+        attempt = self._attempt
+        return GuestAt.SOURCE if attempt is None else attempt.guest_at
+
+    @property
+    def holds_guest(self) -> bool:
+        """Whether the guest stands still for an attempt's sake."""
+        attempt = self._attempt
+        return attempt is not None and attempt.frozen
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether the guest may run at the destination and need pages that are here only."""
+        attempt = self._attempt
+        return attempt is not None and attempt.keeps_pages
+
+    def check_here(self) -> None:
+        """Check that the guest is here and ours to stop, to resume or to migrate; the guest's lock is held.
+
+        Raises:
+            QmpError: it is elsewhere, is being handed over, or nobody knows.
+        """
+        self.check_not_moved()
+        if self.guest_at is GuestAt.UNKNOWN:
+            hint = "see whether the destination runs it; if it surely does not: pageferry resume --force"
+            if self.under_way:
+                hint = f"pageferry migrate --recover finds out; {hint}"
+            raise QmpError("whether the guest has moved is not known", hint=hint)
+        if self.under_way and self._attempt is not None and self._attempt.handing_over:
+            raise QmpError("the guest is being handed over")
+
+    def check_not_moved(self) -> None:
+        """Check that the guest is not known to be elsewhere.
+
+        Raises:
+            QmpError: it is; says where.
+        """
+        if self.guest_at is GuestAt.DESTINATION:
+            hint = "if nobody restored it: pageferry resume --force" if isinstance(self._attempt, Save) else ""
+            raise QmpError(self._where_it_went(), hint=hint)
+
+    def take_back(self) -> None:
+        """Have a guest here that left, if it may be; the guest's lock is held.
+
+        The caller says that it runs nowhere else.
+
+        Raises:
+            VmError: the attempt was not one whose guest may be here.
+        """
+        attempt = self._attempt
+        if attempt is None:
+            return
+        if attempt.guest_at is GuestAt.UNKNOWN or (
+            attempt.guest_at is GuestAt.DESTINATION and isinstance(attempt, Save)
+        ):
+            attempt.take_back()
+
+    # -- what can be done with an attempt --------------------------------------------------------------------------
+
+    def begin(self, make: MakeAttempt) -> None:
+        """Begin an attempt with the guest, which is all here; the guest's lock is held.
+
+        Raises:
+            QmpError: there is one under way, or the guest is not here.
+        """
+        vm = self._guest.here()
+        if self.under_way:
+            raise QmpError("There's a migration process in progress")
+        self.check_here()
+        news = AttemptNews(self._guest, self._announcer)
+
+        def on_event(event: Event) -> None:
+            news.happened(attempt, event)
+
+        attempt = make(vm, name=self._guest.name, on_event=on_event, work_before=self._guest.work.oldest())
+        self._attempt = attempt
+        self._guest.work.forget()
+        self._thread = threading.Thread(target=self._main, args=(attempt, news), name="migrate", daemon=True)
+        self._announcer.migration("setup")
+        self._thread.start()
+
+    def recover(self, endpoint: Endpoint) -> None:
+        """Go on at ``endpoint`` with a migration that was cut after the switch.
+
+        Raises:
+            QmpError: there is none.
+        """
+        if self._attempt is None or not self._attempt.recover(endpoint):
+            raise QmpError("no migration here was cut after the switch", hint="start one without --recover")
+
+    def cancel(self) -> None:
+        """Cancel the attempt under way, if there is one.
+
+        Raises:
+            QmpError: it is too late.
+        """
+        if self._attempt is not None and self.under_way and not self._attempt.cancel():
+            raise QmpError(f"too late to cancel: {_TOO_LATE[self.guest_at]}")
+
+    def change_limits(self, limits: dict[str, float | int], bandwidth: WireOptions | None) -> None:
+        """Change limits of the attempt under way; see :meth:`~pageferry.engine.attempt.Attempt.change_limits`.
+
+        Raises:
+            QmpError: there is none.
+            UsageError: its policy has no such limit, or a value has no sense.
+        """
+        self._current().change_limits(limits, bandwidth)
+
+    def go_on(self, state: str) -> None:
+        """Let the attempt that is held, or is to be, pause the guest when all is ready.
+
+        Args:
+            state: that the caller believes it to be in.
+
+        Raises:
+            QmpError: there is none, or it is in another state.
+        """
+        attempt = self._current()
+        if state != HELD or attempt.status not in (HELD, "active"):
+            raise QmpError(f"the migration is not in state {state!r} but {attempt.status!r}")
+        attempt.go_on()
+
+    def info(self) -> dict[str, Any]:
+        """Return the answer to ``query-migrate``; empty when there was no attempt."""
+        return {} if self._attempt is None else migrate_info(self._attempt)
+
+    def abandon(self) -> None:
+        """Give up the attempt under way, if there is one; a guest that has switched without all its pages is lost."""
+        if self._attempt is not None:
+            self._attempt.abandon()
+
+    def join(self) -> None:
+        """Return when no attempt is under way."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _current(self) -> Attempt:
+        if self._attempt is None or not self.under_way:
+            raise QmpError("there is no migration in progress")
+        return self._attempt
+
+    def _where_it_went(self) -> str:
+        if isinstance(self._attempt, Save):
+            return f"the guest was saved to {self._attempt.path} and stopped here; restore it from there"
+        return "the guest has moved to another process; attach to it there"
+
+    def _main(self, attempt: Attempt, news: AttemptNews) -> None:
+        try:
+            report = attempt.run()
+        except MigrationError as error:
+            self._guest.work.forget()
+            news.failed(attempt, error)
+            return
+        except Exception:
+            _log.exception("a migration ended by a defect")
+            self._announcer.migration("failed")
+            return
+        if report.guest_at is GuestAt.DESTINATION:
+            with self._guest.lock:  # who follows later is refused
+                self._guest.console.end(self._where_it_went())
+        news.succeeded(report)
