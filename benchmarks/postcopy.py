@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    rows = []
     for size_mib in options.sizes:
         reports: dict[str, list[dict[str, Any]]] = {name: [] for name in POLICIES}
         for _ in range(options.repeats):
@@ -99,19 +98,19 @@ def main() -> None:
             if made[0]["postcopy"] is not None:
                 fields = ("missing_pages", "duration_s", "waits", "median_wait_s", "p99_wait_s", "waited_s")
                 row |= {field: median_of(made, "postcopy", field) for field in fields}
-            rows.append(row)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return
-    for row in rows:
-        line = f"{row['mib']:>5} MiB  {row['way']:<10} {row['total_s']:6.2f} s, {row['downtime_s'] * 1e3:7.1f} ms down"
-        if "waits" in row:
-            line += (
-                f"; then {row['missing_pages']:,.0f} pages in {row['duration_s']:.2f} s, {row['waits']:,.0f} waits: "
-                f"median {row['median_wait_s'] * 1e3:.2f} ms, p99 {row['p99_wait_s'] * 1e3:.2f} ms, "
-                f"{row['waited_s'] * 1e3:.0f} ms in all"
-            )
-        print(line)
+            print(json.dumps(row) if options.json else line(row), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the table."""
+    text = f"{row['mib']:>5} MiB  {row['way']:<10} {row['total_s']:6.2f} s, {row['downtime_s'] * 1e3:7.1f} ms down"
+    if "waits" not in row:
+        return text
+    return (
+        f"{text}; then {row['missing_pages']:,.0f} pages in {row['duration_s']:.2f} s, {row['waits']:,.0f} waits: "
+        f"median {row['median_wait_s'] * 1e3:.2f} ms, p99 {row['p99_wait_s'] * 1e3:.2f} ms, "
+        f"{row['waited_s'] * 1e3:.0f} ms in all"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from pageferry.cli.client import migrate
-from pageferry.cli.view import ProgressView, oracle_line
+from pageferry.cli.progress import ProgressView
+from pageferry.cli.status import print_oracle
 from pageferry.core.errors import VmError
 from pageferry.core.units import format_size
 from pageferry.core.vm import VmConfig
@@ -54,8 +55,7 @@ def run_demo(
             before, _ = _work(guest, "at the source", console, _WARM_UP_S)
             with ProgressView(console) as view:
                 report = migrate(guest, uri, options, view.show)
-            if report["oracle"] is not None:
-                console.print(oracle_line(report["oracle"]), markup=False, soft_wrap=True)
+            print_oracle(report, console)
             after, per_s = _work(receiver, "at the destination", console, _WARM_UP_S)
             if report["guest_time"]["work_before_per_s"] is not None:
                 report["guest_time"]["work_after_per_s"] = per_s

@@ -27,8 +27,10 @@ from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
 from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.plot import PlotFile
+from pageferry.cli.progress import ProgressView, ReadingView
+from pageferry.cli.status import print_oracle, print_status
 from pageferry.cli.streams import STANDARD_INPUT, opened
-from pageferry.cli.view import ProgressView, ReadingView, lessons, missing_line, oracle_line, outlook_line, summary
+from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import (
     GuestAt,
@@ -38,11 +40,10 @@ from pageferry.core.errors import (
     UnsupportedError,
     UsageError,
 )
-from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policy_names import POLICIES, make_policy
-from pageferry.core.units import format_size, parse_rate, parse_size
+from pageferry.core.units import parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.attempt import HELD
 from pageferry.engine.prove import VerifyMode
@@ -219,11 +220,6 @@ def _draw(plot: PlotFile | None, report: dict[str, Any]) -> None:
 
 def _plot_file(path: Path | None) -> AbstractContextManager[PlotFile | None]:
     return nullcontext() if path is None else PlotFile(path)
-
-
-def _print_oracle(state: dict[str, Any], console: Console) -> None:
-    if state["oracle"] is not None:
-        console.print(oracle_line(state["oracle"]), markup=False, soft_wrap=True)
 
 
 def _policy_options(
@@ -425,7 +421,7 @@ def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, pl
         def follow() -> dict[str, Any]:
             with ProgressView(_err) as view:
                 report = migrate(client, uri, options, view.show)
-            _print_oracle(report, _err)
+            print_oracle(report, _err)
             return report
 
         _report(follow, as_json, file)
@@ -549,23 +545,7 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
     if as_json:
         _json(state)
         return
-    _out.print(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})", markup=False)
-    if state["listening"]:
-        _out.print(f"waiting for a guest at {state['listening']}", markup=False)
-    if "memory_bytes" in state:
-        work = ", ".join(f"{each:,}" for each in state["work"])
-        memory = format_size(state["memory_bytes"])
-        if state["huge_bytes"] is not None:
-            memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
-        _out.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
-        _out.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
-        if state["unread_pages"]:
-            _out.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
-        _print_oracle(state, _out)
-        if state["missing_pages"]:
-            _out.print(missing_line(state), markup=False, soft_wrap=True)
-    if state["migration"] is not None:
-        _out.print(outlook_line(state["migration"]), markup=False, soft_wrap=True)
+    print_status(state, _out)
 
 
 @app.command()

@@ -113,6 +113,9 @@ class BarrierMissing(Source):
         lanes: Any = self._lanes
         lanes.barrier = lambda: None
 
+    def _settle(self, number: int) -> None:
+        """Ask nobody whether they are in place."""
+
 
 @fault(
     "Xen: the dirty count read 0, so a round was skipped",
