@@ -11,7 +11,7 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, VmError
 from pageferry.core.events import (
@@ -26,15 +26,14 @@ from pageferry.core.events import (
     RoundEnd,
 )
 from pageferry.core.explain import explain
-from pageferry.core.forecast import Eta, Pace
-from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policy import RATE_SAMPLE_BYTES, Policy, Progress, downtime_limit_s
+from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
 from pageferry.core.vm import Vm
 from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.late_counts import LateCounts
 from pageferry.engine.left_behind import LeftBehind
+from pageferry.engine.lookout import Lookout, Outlook, Traffic
 from pageferry.engine.outlet import Outlet
 from pageferry.engine.pacer import Pacer
 from pageferry.engine.phases import PhaseClock, guarded
@@ -59,45 +58,6 @@ def _explained(report: MigrationReport) -> MigrationReport:
     except Exception:  # words for a person; the outcome does not depend on them
         _log.exception("the report could not be explained")
         return report
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Traffic:
-    """How far an attempt is, in counts.
-
-    ``memory_bytes``: the guest's RAM. ``rounds``: how many have ended; in those, ``sent_pages`` went, ``zero_pages`` of
-    them by name only, ``packed_pages`` in ``packed_bytes``, and of ``delta_pages`` the changes in ``delta_bytes``.
-    ``remaining_pages``: of the round under way; between rounds, what was dirty at the last look. ``sent_bytes``: over
-    the wire so far, all of the conversation.
-    """
-
-    memory_bytes: int
-    rounds: int
-    sent_pages: int
-    zero_pages: int
-    packed_pages: int
-    packed_bytes: int
-    delta_pages: int
-    delta_bytes: int
-    remaining_pages: int
-    sent_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outlook:
-    """How fast an attempt goes, and when it will be over.
-
-    ``wire_bytes_per_s``: None before anything was sent. ``dirty_bytes_per_s``: by the guest in the last round, distinct
-    pages only; 0 after a switch. ``expected_downtime_s``: of a pause now; None after a switch. ``eta_s``: seconds to
-    the end, None when none is in sight; ``eta_reason``: why not, or why it was moved back last; empty while it only
-    counts down.
-    """
-
-    wire_bytes_per_s: float | None
-    dirty_bytes_per_s: float
-    expected_downtime_s: float | None
-    eta_s: float | None
-    eta_reason: str
 
 
 class Attempt(ABC):
@@ -142,11 +102,10 @@ class Attempt(ABC):
         self._go_on = threading.Event()
         if not hold:
             self._go_on.set()
-        self._eta = Eta()
-        self._eta_lock = threading.Lock()
         self._encoder = Encoder()
         self._sent = SendCounts(vm.memory.gfn_limit)
         self._sender = PageSender(self._on_event, self._clock.now_s)
+        self._lookout = Lookout(self._sender, self._clock.now_s)
         self._throttle = Throttle(vm, self._clock.now_s)
         self._stall = StallMeter(vm, self._clock.now_s, work_before)
         self._state_s = 0.0
@@ -181,53 +140,18 @@ class Attempt(ABC):
 
     def traffic(self) -> Traffic:
         """Return how far it is, from any thread."""
-        rounds = tuple(self._sender.rounds)
-        return Traffic(
+        return self._lookout.traffic(
             memory_bytes=self._vm.memory.size_bytes,
-            rounds=len(rounds),
-            sent_pages=sum(stats.sent_pages for stats in rounds),
-            zero_pages=sum(stats.zero_pages for stats in rounds),
-            packed_pages=sum(stats.packed_pages for stats in rounds),
-            packed_bytes=sum(stats.packed_bytes for stats in rounds),
-            delta_pages=sum(stats.delta_pages for stats in rounds),
-            delta_bytes=sum(stats.delta_bytes for stats in rounds),
-            remaining_pages=self._sender.remaining_pages if self._left is None else self._left.left_pages,
+            late_pages=None if self._left is None else self._left.left_pages,
             sent_bytes=sum(channel.sent_bytes for channel in self._channels),
         )
 
     def outlook(self) -> Outlook:
         """Return how fast it goes and when it will be over, from any thread."""
-        rounds = tuple(self._sender.rounds)
-        measured = Progress(memory_pages=0, rounds=rounds, fixed_s=0.0) if rounds else None
-        wire = None if measured is None else measured.wire_bytes_per_s
-        now = self._sender.under_way()
-        if now is not None and now.elapsed_s > 0 and (measured is None or now.moved_bytes >= RATE_SAMPLE_BYTES):
-            wire = now.moved_bytes / now.elapsed_s
         if self._late_counts is not None and self._committed:
-            return self._late_outlook(self._late_counts, wire)
-        pace = Pace(
-            remaining_bytes=self._sender.remaining_pages * PAGE_SIZE,
-            wire_bytes_per_s=wire,
-            dirty_bytes_per_s=0.0 if measured is None else measured.dirty_bytes_per_s,
-            fixed_s=self._fixed_s,
-            limit_s=downtime_limit_s(self._policy),
-        )
-        held = self.status == HELD
-        with self._eta_lock:
-            eta_s = self._eta.tell(pace, self._clock.now_s())
-            return Outlook(
-                wire_bytes_per_s=wire,
-                dirty_bytes_per_s=pace.dirty_bytes_per_s,
-                expected_downtime_s=pace.fixed_s + pace.remaining_bytes / wire if wire else None,
-                eta_s=None if held else eta_s,
-                eta_reason="it is ready, and held until it is told to go on" if held else self._eta.reason,
-            )
-
-    def _late_outlook(self, late: LateCounts, precopy_bytes_per_s: float | None) -> Outlook:
-        with self._eta_lock:
-            wire, eta_s, reason = late.tell(precopy_bytes_per_s)
-        return Outlook(
-            wire_bytes_per_s=wire, dirty_bytes_per_s=0.0, expected_downtime_s=None, eta_s=eta_s, eta_reason=reason
+            return self._lookout.outlook_after_switch(self._late_counts)
+        return self._lookout.outlook(
+            fixed_s=self._fixed_s, limit_s=downtime_limit_s(self._policy), held=self.status == HELD
         )
 
     def change_limits(self, given: dict[str, float | int], bandwidth: WireOptions | None = None) -> None:

@@ -16,15 +16,10 @@ from collections.abc import Callable, Iterator
 from pageferry import __version__
 from pageferry.core.errors import (
     GuestAt,
-    MigrationError,
     PageferryError,
     PeerError,
     RecordError,
-    RemoteStreamError,
-    TransportError,
-    TruncatedError,
     UsageError,
-    VerifyError,
     VmError,
 )
 from pageferry.core.events import Event, Phase
@@ -35,12 +30,14 @@ from pageferry.engine import features
 from pageferry.engine.arrivals import Arrivals
 from pageferry.engine.audit import AuditedPages, AuditMismatchError
 from pageferry.engine.comparison import Comparison, mismatch_of
-from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine.conversation import Peer
+from pageferry.engine.failures import as_arrival_error
 from pageferry.engine.fetcher import PageFetcher, can_wait
 from pageferry.engine.joining import Accept, take_in
 from pageferry.engine.late_pages import LatePages
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.populator import Populator
+from pageferry.engine.recovery import refuse_return
 from pageferry.engine.room import make_machine
 from pageferry.engine.sections import Sections, read_stream
 from pageferry.engine.transport import Channel
@@ -49,7 +46,6 @@ from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
     Digests,
-    Failed,
     Frame,
     Missing,
     Reached,
@@ -184,33 +180,19 @@ class Destination:
         """Tell the peer what went wrong, where it listens, and turn it into a MigrationError."""
         try:
             yield
-        except PeerFailedError as error:
-            raise PeerError(error.reason, phase=self._phase, guest_at=GuestAt.SOURCE, hint=error.hint) from error
-        except MigrationError as error:
-            self._tell(error.reason, error.hint)
-            raise
-        except TruncatedError as error:
-            reason = f"the connection was cut: {error}"
-            raise TransportError(reason, phase=self._phase, guest_at=GuestAt.SOURCE) from error
-        except PageferryError as error:
-            self._tell(str(error), error.hint, error.gfn if isinstance(error, VerifyError) else None)
-            kind = PeerError if isinstance(error, RemoteStreamError) else MigrationError
-            raise kind(str(error), phase=self._phase, guest_at=GuestAt.SOURCE, hint=error.hint) from error
-        except OSError as error:
-            what = "the source stood still" if isinstance(error, TimeoutError) else "the connection was cut"
-            raise TransportError(what, phase=self._phase, guest_at=GuestAt.SOURCE) from error
         except Exception as error:
-            self._tell(f"internal error: {error!r}")
-            raise MigrationError(f"internal error: {error!r}", phase=self._phase, guest_at=GuestAt.SOURCE) from error
+            raised, told = as_arrival_error(error, phase=self._clock.current)
+            if told is not None:
+                with contextlib.suppress(OSError, PageferryError):  # the source may be gone, or it may not be our turn
+                    self._peer.send(told)
+                self._channel.finish()
+            if raised is error:
+                raise
+            raise raised from error
 
     @property
     def _phase(self) -> str:
         return str(self._clock.current)
-
-    def _tell(self, reason: str, hint: str = "", gfn: int | None = None) -> None:
-        with contextlib.suppress(OSError, PageferryError):  # the source may be gone, or it may not be our turn
-            self._peer.send(Failed(reason=reason, hint=hint, gfn=gfn))
-        self._channel.finish()
 
     def _unexpected(self, frame: Frame) -> PeerError:
         what = f"the source sent {type(frame).__name__} out of turn"
@@ -238,14 +220,7 @@ class Destination:
             raise
 
     def _not_here(self, recover: Recover) -> PeerError:
-        """Answer a source that comes back for a guest that is not here; return what to raise."""
-        if recover.token in self._dropped:
-            reason = "the guest had not all arrived when the connection was cut, and never ran there"
-            self._peer.send(Failed(reason=reason))
-        else:
-            hint = "if it surely runs nowhere: pageferry resume --force at the source"
-            self._peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
-        self._channel.finish()
+        refuse_return(self._peer, dropped=recover.token in self._dropped)
         what = "a source came back for a guest that is not here"
         return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 

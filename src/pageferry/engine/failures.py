@@ -3,15 +3,18 @@
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
+    PageferryError,
     PeerError,
     RemoteStreamError,
     TransportError,
     TruncatedError,
     UsageError,
+    VerifyError,
     VmError,
 )
 from pageferry.core.events import Phase
 from pageferry.engine.conversation import PeerFailedError
+from pageferry.stream.ferry import Failed
 
 
 def as_migration_error(
@@ -35,6 +38,36 @@ def as_migration_error(
     if isinstance(error, RemoteStreamError):
         return PeerError(str(error), phase=str(phase), guest_at=guest_at)
     return MigrationError(f"internal error: {error!r}", phase=str(phase), guest_at=guest_at)
+
+
+def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError, Failed | None]:
+    """Return what a destination raises from ``error`` (or is, a MigrationError), and what it tells the source first.
+
+    Args:
+        error: anything that a phase may raise before the guest runs here.
+        phase: in which it was raised.
+
+    Returns:
+        The error; ``guest_at`` is SOURCE, unless it knows better. None in place of words for the source: it has said
+        the last one itself, or is gone.
+    """
+    where, at = str(phase), GuestAt.SOURCE
+    if isinstance(error, PeerFailedError):
+        return PeerError(error.reason, phase=where, guest_at=at, hint=error.hint), None
+    if isinstance(error, MigrationError):
+        return error, Failed(reason=error.reason, hint=error.hint)
+    if isinstance(error, TruncatedError):
+        return TransportError(f"the connection was cut: {error}", phase=where, guest_at=at), None
+    if isinstance(error, PageferryError):  # before OSError, as above
+        kind = PeerError if isinstance(error, RemoteStreamError) else MigrationError
+        gfn = error.gfn if isinstance(error, VerifyError) else None
+        told = Failed(reason=str(error), hint=error.hint, gfn=gfn)
+        return kind(str(error), phase=where, guest_at=at, hint=error.hint), told
+    if isinstance(error, OSError):
+        what = "the source stood still" if isinstance(error, TimeoutError) else "the connection was cut"
+        return TransportError(what, phase=where, guest_at=at), None
+    what = f"internal error: {error!r}"
+    return MigrationError(what, phase=where, guest_at=at), Failed(reason=what)
 
 
 def _broken(error: OSError | TruncatedError, phase: Phase, peer: str, timeout_s: float) -> str:

@@ -8,7 +8,7 @@ from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.core.vm import Vm
 from pageferry.engine.conversation import Peer, PeerFailedError
 from pageferry.engine.transport import Channel, Endpoint
-from pageferry.stream.ferry import Recover, Recovered, Refuse, Side
+from pageferry.stream.ferry import Failed, Recover, Recovered, Refuse, Side
 
 #: While somebody else who connected says nothing, the source cannot come back.
 _PATIENCE_S = 2.0
@@ -46,6 +46,24 @@ def take_back_in(channel: Channel, token: str) -> Peer | None:
         channel.finish()
     channel.close()
     return None
+
+
+def refuse_return(peer: Peer, *, dropped: bool) -> None:
+    """Answer a source that comes back for a guest that is not here.
+
+    Args:
+        peer: the source, which has sent RECOVER.
+        dropped: the guest was to switch to this process, and never ran here and never will.
+
+    Raises:
+        OSError: cut or stalled.
+    """
+    if dropped:
+        peer.send(Failed(reason="the guest had not all arrived when the connection was cut, and never ran there"))
+    else:
+        hint = "if it surely runs nowhere: pageferry resume --force at the source"
+        peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
+    peer.channel.finish()
 
 
 class Hold:
