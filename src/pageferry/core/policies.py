@@ -254,9 +254,9 @@ def _nears(progress: Progress, limit_s: float) -> bool:
     rate = progress.wire_bytes_per_s
     if not rate or progress.last.remaining_pages < _FEW_PAGES or progress.expected_downtime_s < 2 * progress.fixed_s:
         return False
-    fitting_pages = (limit_s - progress.fixed_s) * rate / PAGE_SIZE
     left = [stats.remaining_pages for stats in progress.rounds]
-    first = next(index for index, pages in enumerate(left) if pages <= fitting_pages)
+    pauses_s = [progress.fixed_s + pages * PAGE_SIZE / rate for pages in left]  # the last is what is expected now
+    first = next(index for index, pause_s in enumerate(pauses_s) if pause_s <= limit_s)
     return all(after <= _WANTED_SHARE * before for before, after in pairwise(left[first:]))
 
 
