@@ -4,8 +4,6 @@ import contextlib
 import fcntl
 import functools
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -138,29 +136,6 @@ def guests(make_vm):
         if isinstance(vm, Domain) and not vm.closed:
             audit.check(vm)
         vm.close()
-
-
-#: Becomes a program that the kernel ends with the process that started it, however that ends.
-_DIES_WITH_US = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG\n"
-    "if os.getppid() == int(sys.argv[1]): os.execvp(sys.argv[2], sys.argv[2:])"
-)
-
-
-@pytest.fixture
-def popen():
-    """Starts programs; ends and reaps every one of them, whatever the test does. From the main thread only."""
-    made = []
-
-    def start(command, **options):
-        launcher = [sys.executable, "-c", _DIES_WITH_US, str(os.getpid())]
-        made.append(subprocess.Popen([*launcher, *map(str, command)], **options))
-        return made[-1]
-
-    yield start
-    for process in made:
-        process.kill()
-        process.wait()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,18 @@ GIVE_UP_S = 120
 POLL_S = 0.01
 
 
+#: Becomes a program that the kernel ends with the process that started it, however that ends.
+_DIES_WITH_US = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG\n"
+    "if os.getppid() == int(sys.argv[1]): os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+def launch(command, **options):
+    """Start a program, which outlives this process by no means; :func:`reap` it. From the main thread only."""
+    return subprocess.Popen([sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *map(str, command)], **options)
+
+
 def reap(popen):
     """End a process, if it has not ended, and leave nothing of it behind."""
     popen.kill()
@@ -54,7 +66,7 @@ class Process:
         command = [*PAGEFERRY, *map(str, arguments), "--control", str(self.control)]
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         with self.output.open("wb") as output, self.log.open("wb") as log:
-            self.popen = subprocess.Popen(
+            self.popen = launch(
                 command, stdout=output, stderr=log, env=os.environ | {"PYTHONPATH": path}, start_new_session=True
             )
         try:

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 from at_work import runs_on
-from processes import PAGEFERRY, Process, reap
+from processes import PAGEFERRY, Process, launch, reap
 from trips import LOOPBACK, Inn, Move
 
 
@@ -30,7 +30,7 @@ def background():
     def begin(*arguments, **options):
         command = [*PAGEFERRY, *map(str, arguments)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        made.append(subprocess.Popen(command, **options))
+        made.append(launch(command, **options))
         return made[-1]
 
     yield begin

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from at_work import runs_on, slots, until
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
@@ -27,7 +28,6 @@ from pageferry.engine.recovery import come_back
 from pageferry.engine.source import Source
 from pageferry.engine.transport import Channel, Endpoint, accept_within
 from pageferry.engine.wire import WireOptions
-from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
@@ -39,30 +39,6 @@ from pageferry.testing import StampOracle
 MiB = 1 << 20
 #: How long to wait for what is sure to come, however busy the host is.
 GIVE_UP_S = 150
-
-
-def slots(vm):
-    return read_status(vm.memory, vm.config.cpus)
-
-
-def until(condition, what):
-    patience = threading.Event()
-    for _ in range(GIVE_UP_S * 1000):
-        if result := condition():
-            return result
-        patience.wait(0.001)
-    return pytest.fail(f"no {what}")
-
-
-def runs_on(vm):
-    """Every vCPU does more work, and none finds anything wrong."""
-    before = slots(vm)
-
-    def worked():
-        assert vm.end is None, (vm.end, slots(vm))
-        return all(now.work > then.work for now, then in zip(slots(vm), before, strict=True))
-
-    return until(worked, "work")
 
 
 #: Memory that no guest here uses: 4 MiB, written by the host just before the switch, so it is missing then.

@@ -1,23 +1,17 @@
 """Post-copy between real processes: cut, gone on with, and lost, as the command line and the control socket tell it."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 
 import pytest
+from at_work import until
+from processes import GIVE_UP_S, cli
 
-from pageferry.core.errors import VmError
-from pageferry.engine.transport import Endpoint
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.vmm.qmp import QmpError
-from pageferry.vmm.qmp_client import QmpClient
 
-PAGEFERRY = [sys.executable, "-m", "pageferry"]
-#: How long to wait for what is sure to come, however busy the host is.
-GIVE_UP_S = 150
 #: Switches as soon as so much is dirty that something is missing for certain, however slow the guest is.
 POLICY = """
 from pageferry.core.policy import Action, Decision
@@ -31,65 +25,19 @@ class Switch:
 """
 
 
-def until(condition, what):
-    patience = threading.Event()
-    for _ in range(GIVE_UP_S * 100):
-        if result := condition():
-            return result
-        patience.wait(0.01)
-    return pytest.fail(f"no {what}")
-
-
-class Process:
-    """A guest process, and what its control socket says."""
-
-    def __init__(self, popen, folder, name, *arguments):
-        self.control = folder / f"{name}.sock"
-        self.log = folder / f"{name}.log"
-        with self.log.open("wb") as log:
-            command = [*PAGEFERRY, *arguments, "--control", self.control]
-            self.popen = popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        until(self._answers, "control socket")
-
-    def _answers(self):
-        assert self.popen.poll() is None, self.log.read_text()
-        try:
-            QmpClient(self.control).close()
-        except VmError:
-            return False
-        return True
-
-    def ask(self, command, **arguments):
-        with QmpClient(self.control) as client:
-            return client.execute(command, **arguments)
-
-    def work(self):
-        return sum(self.ask("x-query-guest")["work"])
-
-    def runs_on(self):
-        before = self.work()
-        return until(lambda: self.work() > before, "work")
-
-    def migration(self):
-        return self.ask("query-migrate")["status"]
-
-    def endpoint(self):
-        return Endpoint.parse(self.ask("x-query-guest")["listening"])
-
-
 @pytest.fixture
-def pair(tmp_path, accel, monkeypatch, popen):
+def pair(tmp_path, accel, start):
     """A source whose guest works, and a destination."""
     (tmp_path / "switching.py").write_text(POLICY)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    source = Process(popen, tmp_path, "source", "run", "kv", "--memory", "32M", "--accel", accel)
-    destination = Process(popen, tmp_path, "destination", "receive", "tcp://127.0.0.1:0", "--accel", accel)
+    source = start("run", "kv", "--memory", "32M", "--accel", accel, name="source")
+    destination = start("receive", "tcp://127.0.0.1:0", "--accel", accel, name="destination")
     source.runs_on()
     return source, destination
 
 
-def cli(*arguments):
-    return subprocess.run([*PAGEFERRY, *map(str, arguments)], capture_output=True, text=True, timeout=GIVE_UP_S)
+def migration(process):
+    """How far the migration is, by the source's word."""
+    return process.ask("query-migrate")["status"]
 
 
 def migrate(source, uri, *arguments):
@@ -107,7 +55,7 @@ def cut_at(frame, source, destination, wires):
     thread.start()
     assert wire.held.wait(GIVE_UP_S)
     if frame is FrameType.PAGES:
-        assert source.migration() == "postcopy-active"
+        assert migration(source) == "postcopy-active"
         assert destination.ask("x-query-guest")["missing_pages"] >= 64
     wire.cut()
     wire.release()
@@ -136,7 +84,7 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
     assert "Traceback" not in result.stderr
     assert "the guest stands still there, and pages of it are only here" in result.stderr
     assert "hint: pageferry migrate --recover" in result.stderr
-    assert source.migration() == "postcopy-paused"
+    assert migration(source) == "postcopy-paused"
     until(lambda: destination.ask("query-status")["status"] == "paused", "pause there")
     state = destination.ask("x-query-guest")
     assert (state["work"], state["missing_pages"] > 0, state["waits_for_source"]) == ([], True, True)
@@ -166,11 +114,10 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
 
 
 @pytest.mark.parametrize(("times", "code"), [(1, 0), (2, 11)])
-def test_ctrl_c_after_the_switch_says_that_it_is_too_late(pair, wires, popen, times, code):
+def test_ctrl_c_after_the_switch_says_that_it_is_too_late(pair, wires, background, times, code):
     source, destination = pair
     wire = wires(destination.endpoint(), hold_at=int(FrameType.PAGES).to_bytes(4, "little"))
-    command = [*PAGEFERRY, "migrate", "--control", source.control, wire.uri, *SWITCH]
-    client = popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    client = background("migrate", "--control", source.control, wire.uri, *SWITCH, stdout=subprocess.DEVNULL, text=True)
     assert wire.held.wait(GIVE_UP_S)
     said = ""
     client.send_signal(signal.SIGINT)
@@ -190,7 +137,7 @@ def test_ctrl_c_after_the_switch_says_that_it_is_too_late(pair, wires, popen, ti
     wire.release()
     with client.stderr:
         assert client.wait(GIVE_UP_S) == code
-    until(lambda: source.migration() == "completed", "end")
+    until(lambda: migration(source) == "completed", "end")
     assert destination.runs_on()
 
 
