@@ -1,0 +1,61 @@
+"""The commands that ask or tell a guest process something, over its control socket."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pageferry.cli.console import ConsoleSession, raw_input
+from pageferry.cli.options import ControlOption, JsonOption
+from pageferry.cli.output import OUT, print_object, tell
+from pageferry.cli.signals import end_as_by_ctrl_c
+from pageferry.cli.status import print_status
+from pageferry.vmm.qmp_client import QmpClient
+
+
+def status(control: ControlOption, as_json: JsonOption = False) -> None:
+    """Tell what a guest process is doing."""
+    with QmpClient(control) as client:
+        state = client.execute("query-status") | client.execute("x-query-guest")
+        migration = client.execute("query-migrate")
+    state.pop("singlestep", None)
+    state["migration"] = migration if "x-eta-reason" in migration else None
+    if as_json:
+        print_object(state)
+        return
+    print_status(state, OUT)
+
+
+def console(control: ControlOption) -> None:
+    """Attach to a guest's console: its recent output, then live; what you type goes to it. Ctrl-] detaches."""
+    end_as_by_ctrl_c()
+    input_fd = os.open(os.devnull, os.O_RDONLY) if sys.stdin is None else sys.stdin.fileno()
+    with QmpClient(control) as client, raw_input(input_fd):
+        ConsoleSession(client, input_fd, sys.stdout.fileno(), tell).run()
+
+
+def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value
+    with QmpClient(control) as client:
+        client.execute(name, **arguments)
+
+
+def pause(control: ControlOption) -> None:
+    """Pause a guest."""
+    _command(control, "stop")
+
+
+def resume(
+    control: ControlOption,
+    force: Annotated[
+        bool, typer.Option(help="Take back a guest whose migration ended unknown, if it surely runs nowhere else.")
+    ] = False,
+) -> None:
+    """Let a paused guest run on."""
+    _command(control, "cont", **({"x-force": True} if force else {}))
+
+
+def quit_guest(control: ControlOption) -> None:
+    """End a guest process, and the guest with it."""
+    _command(control, "quit")

@@ -1,0 +1,217 @@
+"""The commands that move or save a guest, and those that steer one on its way."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
+from pageferry.cli.demo import run_demo
+from pageferry.cli.options import (
+    AccelOption,
+    BandwidthOption,
+    ControlOption,
+    CpuOption,
+    CpusOption,
+    DeadlineOption,
+    HugePagesOption,
+    JsonOption,
+    LimitOption,
+    MachineOption,
+    MemoryOption,
+    OracleOption,
+    PlotOption,
+    PolicyOption,
+    RoundsOption,
+    TrackerOption,
+    VerifyOption,
+    policy_options,
+    vm_config,
+    wire_options,
+)
+from pageferry.cli.output import ERR, OUT, complain, print_object, tell
+from pageferry.cli.plot import PlotFile
+from pageferry.cli.progress import ProgressView
+from pageferry.cli.signals import end_as_by_ctrl_c
+from pageferry.cli.status import print_oracle
+from pageferry.cli.summary import lessons, summary
+from pageferry.core.cpuid import CpuModel
+from pageferry.core.errors import UsageError
+from pageferry.core.hugepages import HugePages
+from pageferry.core.units import parse_rate
+from pageferry.core.vm import MachineModel
+from pageferry.engine.attempt import HELD
+from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
+from pageferry.engine.wire import WireOptions
+from pageferry.guests.workloads import WORKLOADS, load_guest
+from pageferry.stream.ferry_frames import MAX_CONNECTIONS
+from pageferry.stream.packing import Packing
+from pageferry.vmm.accel import Accel, choose_machines
+from pageferry.vmm.arguments import file_uri
+from pageferry.vmm.qmp_client import QmpClient
+
+
+def demo(
+    accel: AccelOption = Accel.AUTO,
+    tracker: TrackerOption = None,
+    huge_pages: HugePagesOption = HugePages.OFF,
+    oracle: OracleOption = None,
+    memory: MemoryOption = "256M",
+    workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
+    cpus: CpusOption = 1,
+    cpu: CpuOption = CpuModel.BASELINE,
+    machine: MachineOption = MachineModel.PLAIN,
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    verify: VerifyOption = None,
+    plot: PlotOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Migrate a running guest between two processes on this machine, and show what happened."""
+    load_guest(workload)
+    config = vm_config(memory, cpus, cpu, machine)
+    options = policy_options(policy, downtime_limit, max_rounds, deadline, verify)
+    machines = choose_machines(accel, tracker, huge_pages, oracle)
+    end_as_by_ctrl_c()
+    with _plot_file(plot) as file:
+        _report(lambda: run_demo(machines, workload, config, options, ERR), as_json, file)
+
+
+def migrate_guest(
+    uri: Annotated[str, typer.Argument(help="Where the destination waits: tcp://HOST:PORT or unix:PATH.")],
+    control: ControlOption,
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    verify: VerifyOption = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
+    ] = DEFAULT_TIMEOUT_S,
+    bandwidth: BandwidthOption = "0",
+    connections: Annotated[
+        int, typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to use, 1 to {MAX_CONNECTIONS}.")
+    ] = 1,
+    compress: Annotated[
+        Packing, typer.Option(help="Pack page data: for a wire that is slower than the CPU.")
+    ] = Packing.NONE,
+    delta_cache: Annotated[
+        str | None, typer.Option(help="Memory to remember sent pages in, e.g. 64M, to send changes only (--compress).")
+    ] = None,
+    plot: PlotOption = None,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="When all is ready, wait for `pageferry switch` before the guest is paused.")
+    ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Go on with a post-copy whose connection was cut; needs no other option.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
+    Endpoint.parse(uri)
+    options = policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
+    options |= wire_options(bandwidth, connections, compress, delta_cache) | ({"x-hold": True} if hold else {})
+    _migrate(control, uri, {"resume": True} if recover else options, as_json, plot)
+
+
+def save(
+    file: Annotated[Path, typer.Argument(help="The file to make; an earlier one is replaced when this is whole.")],
+    control: ControlOption,
+    stop: Annotated[
+        bool, typer.Option("--stop", help="Stop the guest here when it is saved; without it, it runs on: a snapshot.")
+    ] = False,
+    policy: PolicyOption = "downtime",
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    bandwidth: BandwidthOption = "0",
+    as_json: JsonOption = False,
+    plot: PlotOption = None,
+) -> None:
+    """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
+    options = policy_options(policy, downtime_limit, max_rounds, deadline, None) | ({"x-stop": True} if stop else {})
+    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth))
+    options |= {} if wire.bandwidth_bytes_per_s is None else {"x-bandwidth": wire.bandwidth_bytes_per_s}
+    _migrate(control, file_uri(file), options, as_json, plot)
+
+
+def switch(control: ControlOption) -> None:
+    """Let a migration that was told to hold pause its guest and finish."""
+    with QmpClient(control) as client:
+        client.execute("migrate-continue", state=HELD)
+
+
+def cancel(control: ControlOption) -> None:
+    """Cancel the migration under way; the guest stays where it is."""
+    with QmpClient(control) as client:
+        client.execute("migrate_cancel")
+
+
+def limits(
+    control: ControlOption,
+    downtime_limit: LimitOption = None,
+    max_rounds: RoundsOption = None,
+    deadline: DeadlineOption = None,
+    bandwidth: Annotated[str | None, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = None,
+) -> None:
+    """Change the limits of the migration under way."""
+    given = {
+        "downtime-limit": downtime_limit,
+        "x-max-rounds": max_rounds,
+        "x-deadline-s": deadline,
+        "max-bandwidth": None if bandwidth is None else parse_rate(bandwidth) or 0,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        raise UsageError("no limit was given", hint="--downtime-limit, --max-rounds, --deadline or --bandwidth")
+    with QmpClient(control) as client:
+        client.execute("migrate-set-parameters", **given)
+
+
+def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
+    end_as_by_ctrl_c()
+    with _plot_file(plot) as file, QmpClient(control) as client:
+
+        def follow() -> dict[str, Any]:
+            with ProgressView(ERR) as view:
+                report = migrate(client, uri, options, view.show)
+            print_oracle(report, ERR)
+            return report
+
+        _report(follow, as_json, file)
+
+
+def _report(attempt: Callable[[], dict[str, Any]], as_json: bool, plot: PlotFile | None) -> None:
+    """Make a migration, print its report and draw it; also when it failed, before the error goes its way."""
+    try:
+        report = attempt()
+    except (MigrationFailedError, Interrupted) as error:
+        if as_json:
+            print_object(error.report)
+        for line in lessons(error.report):
+            ERR.print(f"report: {line}", markup=False, soft_wrap=True)
+        _draw(plot, error.report)
+        raise
+    if as_json:
+        print_object(report)
+    else:
+        OUT.print(summary(report))
+    _draw(plot, report)
+
+
+def _draw(plot: PlotFile | None, report: dict[str, Any]) -> None:
+    if plot is None:
+        return
+    try:
+        plot.draw(report)
+        tell(f"picture: {plot.path}")
+    except OSError as error:  # the exit code is the migration's
+        complain(f"the picture could not be written to {plot.path}: {error.strerror}")
+
+
+def _plot_file(path: Path | None) -> AbstractContextManager[PlotFile | None]:
+    return nullcontext() if path is None else PlotFile(path)

@@ -1,0 +1,48 @@
+"""The commands that need no guest: ``inspect`` and ``doctor``."""
+
+from typing import Annotated
+
+import typer
+
+from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
+from pageferry.cli.options import JsonOption
+from pageferry.cli.output import ERR, OUT, print_object
+from pageferry.cli.streams import STANDARD_INPUT, opened
+from pageferry.core.errors import UsageError
+from pageferry.vmm.doctor import examine
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(help="A stream, also packed by xz or gzip; - is standard input.")],
+    diff: Annotated[str | None, typer.Option(help="Another one: tell what differs.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check it: no table.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show, check or compare libxc migration streams, Xen's own included; name the record and byte of what is wrong."""
+    if diff is not None:
+        if check or file == diff == STANDARD_INPUT:
+            raise UsageError("--diff compares two streams", hint="it checks both; only one can be standard input")
+        found = compared(file, diff, ERR)
+        print_object(found) if as_json else print_differences(found, file, diff, OUT)
+        raise typer.Exit(0 if found["same"] else 10)
+    with opened(file, ERR) as read:
+        if as_json:
+            print_json(file, read, records=not check)
+        elif check:
+            print_verdict(file, read, OUT)
+        else:
+            print_table(file, read, OUT)
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Find out, by doing it, what this machine can do, and what to do about what is missing."""
+    findings = examine()
+    if as_json:
+        print_object({finding.capability: finding.to_json() for finding in findings})
+        return
+    for finding in findings:
+        mark = "[green]yes[/]" if finding.works else "[yellow]no [/]"
+        OUT.print(f"{mark} {finding.capability:<22}", end="")
+        OUT.print(finding.detail, markup=False)
+        if finding.advice:
+            OUT.print(f"    {'':<22}→ {finding.advice}", markup=False)

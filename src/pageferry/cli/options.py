@@ -1,0 +1,141 @@
+"""Options that several commands share, and what is made of them: a guest's size, arguments of the QMP ``migrate``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pageferry.core.cpuid import CpuModel
+from pageferry.core.hugepages import HugePages
+from pageferry.core.memory import ram_layout
+from pageferry.core.policy_names import POLICIES, make_policy
+from pageferry.core.units import parse_rate, parse_size
+from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.prove import VerifyMode
+from pageferry.engine.wire import WireOptions
+from pageferry.stream.packing import Packing
+from pageferry.vmm.accel import Accel
+
+MAX_CPUS = 8
+
+AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
+TrackerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, kvm-ring, uffd-wp or pagemap-scan (kvm)."
+    ),
+]
+OracleOption = Annotated[
+    str | None,
+    typer.Option(help="Watch the tracker: by a second one (kvm), or by digests of every page. Slow; finds lost bits."),
+]
+HugePagesOption = Annotated[
+    HugePages,
+    typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
+]
+BandwidthOption = Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw the migration into this file: .html, or .svg or .png (these need matplotlib)."),
+]
+ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
+OwnControlOption = Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")
+]
+MemoryOption = Annotated[str, typer.Option(help="Guest memory.")]
+CpuOption = Annotated[
+    CpuModel,
+    typer.Option(help="CPU shown to the guest: baseline x86-64, so it moves anywhere, or all of the host's (kvm)."),
+]
+MachineOption = Annotated[
+    MachineModel,
+    typer.Option(help="plain, or irqchip: with a PC's interrupt controllers and PIT, which KVM has inside (kvm)."),
+]
+CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
+PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]
+LimitOption = Annotated[
+    float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge, postcopy; default 300).")
+]
+RoundsOption = Annotated[
+    int | None, typer.Option(help="Rounds at the most (downtime 30, converge 60, xen 5, postcopy 3).")
+]
+DeadlineOption = Annotated[float | None, typer.Option(help="Seconds from beginning to end (deadline).")]
+VerifyOption = Annotated[
+    VerifyMode | None,
+    typer.Option(
+        help="Digest all memory at the pause (full) or most of it while the guest runs (audit). "
+        "Default: full where that takes at most half of the downtime limit."
+    ),
+]
+
+
+def vm_config(memory: str, cpus: int, cpu: CpuModel, machine: MachineModel) -> VmConfig:
+    """Return what the options say of a guest's size and kind.
+
+    Raises:
+        UsageError: no guest can be like that.
+    """
+    memory_bytes = parse_size(memory)
+    ram_layout(memory_bytes)
+    return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu, machine=machine)
+
+
+def policy_options(
+    policy: str,
+    downtime_limit: float | None,
+    max_rounds: int | None,
+    deadline: float | None,
+    verify: VerifyMode | None,
+) -> dict[str, Any]:
+    """Return the arguments of the QMP command ``migrate`` that say how a policy decides and what is verified.
+
+    Args:
+        policy: its name, see :func:`pageferry.core.policy_names.make_policy`; a user's own is made, and its options
+            checked, where it decides.
+        downtime_limit: in ms.
+        max_rounds: rounds at the most.
+        deadline: in s.
+        verify: how the destination proves its memory.
+
+    Raises:
+        UsageError: there is no such policy, or an option does not belong to it or has no sense.
+    """
+    limit_s = None if downtime_limit is None else downtime_limit / 1e3
+    if ":" not in policy:
+        make_policy(policy, downtime_limit_s=limit_s, max_rounds=max_rounds, deadline_s=deadline)
+    options = {
+        "x-policy": policy,
+        "x-downtime-limit-s": limit_s,
+        "x-max-rounds": max_rounds,
+        "x-deadline-s": deadline,
+        "x-verify": verify,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def wire_options(bandwidth: str, connections: int, compress: Packing, delta_cache: str | None) -> dict[str, Any]:
+    """Return the arguments of the QMP command ``migrate`` that say how bytes travel.
+
+    Args:
+        bandwidth: a rate in words, such as ``100M``; ``0``: no limit.
+        connections: how many.
+        compress: how page data are packed.
+        delta_cache: a size in words; None: no cache.
+
+    Raises:
+        UsageError: a rate or size is none, or the options do not go together.
+    """
+    wire = WireOptions(
+        bandwidth_bytes_per_s=parse_rate(bandwidth),
+        connections=connections,
+        compress=compress,
+        delta_cache_bytes=0 if delta_cache is None else parse_size(delta_cache),
+    )
+    options = {
+        "x-bandwidth": wire.bandwidth_bytes_per_s,
+        "x-connections": wire.connections,
+        "x-compress": str(wire.compress),
+        "x-delta-cache": wire.delta_cache_bytes or None,
+    }
+    return {name: value for name, value in options.items() if value is not None}
