@@ -232,6 +232,7 @@ def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus
     late = report.postcopy
     assert late.missing_pages == late.sent_pages >= LATE_PAGES
     assert late.missing_pages >= late.urgent_pages
+    assert sum(report.sent.heat.rows[-1]) == late.missing_pages
     assert (late.cuts, late.cut_s) == (0, 0.0)
     assert late.waited_s >= late.longest_wait_s >= 0.0
     progress = [event for event in events if isinstance(event, PostcopyProgress)]
