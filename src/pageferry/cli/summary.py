@@ -59,10 +59,12 @@ def _whereabouts(report: Json) -> str:
 
 def _postcopy(postcopy: Json) -> str:
     cuts = f"; {postcopy['cuts']} cuts, {format_duration(postcopy['cut_s'])}" if postcopy["cuts"] else ""
-    waits = f", {postcopy['urgent_pages']:,} of them were waited for"
+    waits = ""
+    if postcopy["waits"] is not None:
+        waits = f", {postcopy['waits']:,} waits for one"
     if postcopy["waits"]:
         waits += (
-            f", {format_duration(postcopy['waited_s'])} in all, {format_duration(postcopy['longest_wait_s'])} at most"
+            f", {format_duration(postcopy['waited_s'])} in all, none over {format_duration(postcopy['longest_wait_s'])}"
         )
     when = f"after the switch in {format_duration(postcopy['duration_s'])}"
     return f"{postcopy['sent_pages']:,} pages came {when}{waits}{cuts}"

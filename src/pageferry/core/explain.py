@@ -60,7 +60,8 @@ def _after_switch(postcopy: PostcopyStats) -> str:
     """Return what came after the switch, and how long the guest waited for it."""
     words = f" {postcopy.sent_pages:,} pages came in the {format_duration(postcopy.duration_s)} after that"
     if postcopy.waits and postcopy.waited_s is not None:
-        words += f"; it waited {postcopy.waits:,} times for some of them, {format_duration(postcopy.waited_s)} in all"
+        times = "once" if postcopy.waits == 1 else f"{postcopy.waits:,} times"
+        words += f"; it waited {times} for some of them, {format_duration(postcopy.waited_s)} in all"
     if postcopy.waits and postcopy.median_wait_s is not None and postcopy.longest_wait_s is not None:
         median, longest = format_duration(postcopy.median_wait_s), format_duration(postcopy.longest_wait_s)
         words += f" (half of them no longer than {median}, none than {longest})"
