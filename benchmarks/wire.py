@@ -89,7 +89,7 @@ def plain_copy(size_bytes: int) -> float:
     """Return the seconds that the plain copy took, from connect to the receiver's last word."""
     view = memoryview(mmap.mmap(-1, size_bytes))
     np.frombuffer(view, np.uint64)[:: PAGE_SIZE // 8] = 1
-    with Child(touch_receiver, 2 * size_bytes):
+    with Child(touch_receiver, size_bytes):
         pass
     with Child(plain_receiver, size_bytes) as port:
         began_s = time.perf_counter()
