@@ -23,7 +23,7 @@ test-npt: $(READY)
 
 # COUNT=20: fewer round trips than 200. SEED=1: the trips of that seed.
 soak: $(READY)
-	$(BIN)/python -m pageferry.testing.soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ bench: $(READY)
 	  echo "== $$script"; $(BIN)/python $$script || [ $$? -eq 5 ] || exit 1; done
 
 mutants: $(READY)
-	$(BIN)/python -m pageferry.testing.mutants
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m mutation.mutants
 
 guests: $(READY)
 	$(BIN)/python -m pageferry.guests.build

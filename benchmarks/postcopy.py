@@ -21,7 +21,7 @@ from pageferry.core.policy import Policy
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint, accept_within
+from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.guests.abi import read_work
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload

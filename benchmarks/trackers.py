@@ -26,6 +26,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
+
+from machines import KINDS, Kind, expect_works
+
 from _trackers_plot import Spread, draw, plot_path
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE
@@ -33,7 +37,6 @@ from pageferry.core.vm import Vm, VmConfig, VmStatus
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import WORKLOADS, load_workload
-from pageferry.testing.machines import KINDS, Kind, expect_works
 
 MEMORY_BYTES = 1 << 30
 TOUCHED_BYTES = 32 << 20

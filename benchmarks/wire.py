@@ -37,9 +37,9 @@ from pageferry.core.page_words import page_words, zero_pages
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
+from pageferry.engine.options import DEFAULT_WIRE, WireOptions
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint, accept_within
-from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
+from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.stream.format import MAX_PAGES_PER_RECORD

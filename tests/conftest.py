@@ -7,8 +7,10 @@ import os
 import weakref
 from pathlib import Path
 
+import machines
 import pytest
 from hypothesis import settings
+from machines import KINDS
 from proxy import Wire
 
 from pageferry.core.errors import KvmError, UnsupportedError, VmError
@@ -23,8 +25,6 @@ from pageferry.hypervisor.paging import Paging
 from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.trackers import ring_tracker
-from pageferry.testing import machines
-from pageferry.testing.machines import KINDS
 
 MiB = 1 << 20
 
@@ -36,7 +36,7 @@ settings.load_profile("pageferry")
 def audited_domains(request, monkeypatch):
     """Audit every Domain when it is closed; in the tests of the software hypervisor after each operator too."""
     path = request.node.path
-    ours = path.name.startswith("test_hypervisor") or path.parent.name == "property"
+    ours = path.parent.name == "hypervisor" or path.parent.name == "property"
     if (ours or path.name == "test_log_dirty.py") and request.node.get_closest_marker("spoils_the_table") is None:
         audit_domains(monkeypatch, operators=("enable", "peek", "clean", "off") if ours else ())
 

@@ -9,7 +9,7 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import ring_tracker
 from pageferry.uffd import check_pagemap_scan, check_userfaultfd
-from pageferry.vmm.oracle import both, with_digests
+from pageferry.witness.oracle import both, with_digests
 
 
 def hybrid(config):

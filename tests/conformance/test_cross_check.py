@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
+from mutation import faults, mark_faults
+from mutation.mutant import mutated
 from pageferry.core.errors import OracleError, UnsupportedError
 from pageferry.core.frames import gpa_of
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
-from pageferry.testing import CHECKS, check_log_dirty, faults, mark_faults
-from pageferry.testing.cross_check import CrossCheck
+from pageferry.testing import CHECKS, check_log_dirty
 from pageferry.testing.lab import STATUS_GFN, Lab
-from pageferry.testing.mutant import mutated
 from pageferry.testing.operators import STRAY_GFN
 from pageferry.vmm.accel import Accel, choose_machines
-from pageferry.vmm.oracle import both
+from pageferry.witness.cross_check import CrossCheck
+from pageferry.witness.oracle import both
 
 ODD = (4 << 20) + 3 * 4096
 

@@ -4,13 +4,13 @@ import threading
 from functools import partial
 
 import pytest
+from machines import KINDS
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.testing import check_log_dirty
-from pageferry.testing.machines import KINDS
 
 ODD = (4 << 20) + 7 * 4096
 FREE_RUNNING = [f"free-running-{name}" for name in ("stamp", "sweep", "random", "hotset", "kv", "smp", "dma")]

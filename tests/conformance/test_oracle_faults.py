@@ -4,17 +4,17 @@ from functools import partial
 
 import pytest
 
+from mutation import DECLARED, WRAPPED, Room
+from mutation.fault import BEHIND_THE_HOLE, ODD
 from pageferry.core.errors import OracleError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import DEFAULT_TRACKER
-from pageferry.testing.cross_check import CrossCheck
 from pageferry.testing.lab import Copy, Lab
-from pageferry.testing.mutation import DECLARED, WRAPPED, Room
-from pageferry.testing.mutation.fault import BEHIND_THE_HOLE, ODD
 from pageferry.testing.operators import STRAY_GFN
+from pageferry.witness.cross_check import CrossCheck
 
 FAULTS = {fault.name: fault for fault in (*DECLARED, *WRAPPED)}
 

@@ -7,7 +7,7 @@ import sys
 from at_work import until
 
 from pageferry.core.errors import VmError
-from pageferry.engine.transport import Endpoint
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.qmp_client import QmpClient
 
 PAGEFERRY = [sys.executable, "-m", "pageferry"]

@@ -15,7 +15,7 @@ from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint, accept_within
+from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.codec import NEED_DATA, Decoder

@@ -16,14 +16,15 @@ from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, Usa
 from pageferry.core.events import Phase, RoundProgress
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.token_bucket import BURST_S
-from pageferry.engine import features, lanes
-from pageferry.engine.arrivals import Arrivals
-from pageferry.engine.conversation import Peer, PeerFailedError
+from pageferry.engine import features
 from pageferry.engine.destination import Destination
-from pageferry.engine.prove import VerifyMode
-from pageferry.engine.sections import Activity, Sections, read_stream
-from pageferry.engine.transport import Channel, Endpoint
-from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
+from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
+from pageferry.engine.pages import lanes
+from pageferry.engine.pages.arrivals import Arrivals
+from pageferry.engine.pages.sections import Activity, Sections, read_stream
+from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.stream import packing as packing_module
 from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import Join, Reached, Side, SourceHello

@@ -12,6 +12,7 @@ import pytest
 from at_work import runs_on, work
 from trips import TIMEOUT_S, Rounds, Running
 
+from mutation.mark_faults import MarksNothing
 from pageferry import __version__
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
@@ -41,16 +42,16 @@ from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine import attempt as attempt_module
-from pageferry.engine import audit as audit_module
 from pageferry.engine import copying
 from pageferry.engine import features as features_module
-from pageferry.engine import prove as prove_module
-from pageferry.engine import verify as verify_module
-from pageferry.engine.conversation import Peer, PeerFailedError
-from pageferry.engine.prove import Prover, VerifyMode
+from pageferry.engine.options import WireOptions
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Endpoint
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.verify import audit as audit_module
+from pageferry.engine.verify import digests as verify_module
+from pageferry.engine.verify import prove as prove_module
+from pageferry.engine.verify.prove import Prover, VerifyMode
+from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
@@ -60,9 +61,8 @@ from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.records import CpuidPolicy, StaticDataEnd
-from pageferry.testing.cross_check import CrossCheck
-from pageferry.testing.mark_faults import MarksNothing
 from pageferry.testing.operators import STRAY_GFN
+from pageferry.witness.cross_check import CrossCheck
 
 
 def marker(frame_type):
@@ -562,7 +562,7 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
 
 def test_a_host_without_room_refuses_before_the_first_page(running, inn, monkeypatch):
     vm = running()
-    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 40_000)
+    monkeypatch.setattr("pageferry.engine.image.room.available_bytes", lambda: 40_000)
     source = attempt(vm, inn.open())
     with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
         source.run()

@@ -11,8 +11,8 @@ from pageferry.core.errors import RecordError, RemoteStreamError, UffdError, Uns
 from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.hugepages import HugePages
 from pageferry.core.vm import VmConfig
-from pageferry.engine.fetcher import PageFetcher, can_wait
-from pageferry.engine.left_behind import LeftBehind
+from pageferry.engine.postcopy.fetcher import PageFetcher, can_wait
+from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.kvm import KvmVm
 from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
 from pageferry.stream.ferry_postcopy import digest_of

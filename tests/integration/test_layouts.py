@@ -1,14 +1,15 @@
 """Guests of every size and shape move between all kinds of machines, at the cost of what they have touched."""
 
 import pytest
+from machines import Kind
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import XenPolicy
 from pageferry.hypervisor.domain import Domain
-from pageferry.testing import check_log_dirty, soak
+from pageferry.testing import check_log_dirty
 from pageferry.testing.lab import Lab
-from pageferry.testing.machines import Kind
+from simulation import soak
 
 KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
 SIZES = {

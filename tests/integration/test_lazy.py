@@ -13,11 +13,11 @@ from pageferry.core.frames import gpa_of
 from pageferry.core.hugepages import HugePages
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmStatus
-from pageferry.engine import lazy as lazy_module
-from pageferry.engine.lazy import LazyRestore
-from pageferry.engine.restore import restore_lazily
-from pageferry.engine.save import Save
-from pageferry.engine.saved_guest import SavedGuest
+from pageferry.engine.image import lazy as lazy_module
+from pageferry.engine.image.lazy import LazyRestore
+from pageferry.engine.image.restore import restore_lazily
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.testing.operators import STRAY_GFN

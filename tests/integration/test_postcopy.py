@@ -17,17 +17,17 @@ from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import destination as destination_module
-from pageferry.engine import late_pages, recovery
 from pageferry.engine import source as source_module
-from pageferry.engine.conversation import Peer, PeerRefusedError
 from pageferry.engine.destination import Destination
-from pageferry.engine.fetcher import PageFetcher
-from pageferry.engine.left_behind import LeftBehind
-from pageferry.engine.prove import Prover, VerifyMode
-from pageferry.engine.recovery import come_back
+from pageferry.engine.options import WireOptions
+from pageferry.engine.postcopy import late_pages, recovery
+from pageferry.engine.postcopy.fetcher import PageFetcher
+from pageferry.engine.postcopy.recovery import come_back
+from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint, accept_within
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.verify.prove import Prover, VerifyMode
+from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
+from pageferry.engine.wire.peer import Peer, PeerRefusedError
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit

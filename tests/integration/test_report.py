@@ -25,6 +25,7 @@ from dataclasses import dataclass
 
 import pytest
 from at_work import runs_on, work
+from machines import KINDS
 from proxy import Wire
 from trips import LOOPBACK, TIMEOUT_S, Inn, Taped
 from witness import OWN, Witness, decisions, gfns_of, named_zero, populated_pages
@@ -36,10 +37,10 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import Action
 from pageferry.core.token_bucket import BURST_S
 from pageferry.core.vm import VmConfig
-from pageferry.engine.prove import VerifyMode
+from pageferry.engine.options import DEFAULT_WIRE, WireOptions
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Endpoint
-from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
+from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
@@ -51,7 +52,6 @@ from pageferry.stream.format import FENCE, RECORD_HEADER
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.packing import Packing, available, packer
 from pageferry.stream.records import DeltaPages, HvmContext, PackedPages
-from pageferry.testing.machines import KINDS
 
 MiB = 1 << 20
 MEMORY_BYTES = 32 * MiB

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from at_work import runs_on, slots
 
+from mutation.mark_faults import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UnsupportedError, UsageError, VmError
@@ -18,12 +19,12 @@ from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.token_bucket import BURST_S
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
-from pageferry.engine import save as save_module
-from pageferry.engine.file_sink import FileSink
-from pageferry.engine.restore import restore
-from pageferry.engine.save import Save
-from pageferry.engine.saved_guest import SavedGuest
-from pageferry.engine.wire import MIN_BANDWIDTH_BYTES_PER_S
+from pageferry.engine.image import save as save_module
+from pageferry.engine.image.restore import restore
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.image.sink import FileSink
+from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
@@ -41,7 +42,6 @@ from pageferry.stream.records import (
     TscInfo,
 )
 from pageferry.stream.walk import Walk
-from pageferry.testing.mark_faults import MarksNothing
 from pageferry.testing.operators import STRAY_GFN
 
 MiB = 1 << 20
@@ -464,7 +464,7 @@ def test_a_machine_with_interrupt_controllers_is_made_again(path, restored, kvm_
 
 def test_a_host_without_room_refuses(running, path, restored, make_vm, monkeypatch):
     attempt(running("kv"), path).run()
-    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 4096)
+    monkeypatch.setattr("pageferry.engine.image.room.available_bytes", lambda: 4096)
     with pytest.raises(UsageError, match="this host has 4 KiB available"):
         restored(path, make_vm)
 

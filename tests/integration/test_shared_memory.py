@@ -15,7 +15,7 @@ from pageferry.core.hostmem import MemFd
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint
+from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain

@@ -24,7 +24,7 @@ from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.transport import Channel, Endpoint
+from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.kvm import KvmVm, uapi
 from pageferry.kvm.trackers import DEFAULT_TRACKER, bitmap_tracker
 from pageferry.uffd import VcpuView, check_userfaultfd

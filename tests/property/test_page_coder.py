@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, page_words
-from pageferry.engine.arrivals import Arrivals
-from pageferry.engine.lane import Lane
-from pageferry.engine.page_cache import PageCache
-from pageferry.engine.page_coder import PackingCoder, PlainCoder
-from pageferry.engine.sections import Activity, read_stream
+from pageferry.engine.pages.arrivals import Arrivals
+from pageferry.engine.pages.cache import PageCache
+from pageferry.engine.pages.encode import PackingCoder, PlainCoder
+from pageferry.engine.pages.lane import Lane
+from pageferry.engine.pages.sections import Activity, read_stream
 from pageferry.stream.codec import Decoder, Encoder
 from pageferry.stream.format import EXTENSIONS
 from pageferry.stream.order import Role

@@ -15,7 +15,7 @@ from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import RecordError, RemoteStreamError, TruncatedError, UsageError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
-from pageferry.engine.saved_guest import SavedGuest
+from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.hypervisor.registers import reset_state
 from pageferry.stream.codec import Encoder
 from pageferry.stream.format import BodyError, PageType, carries_data

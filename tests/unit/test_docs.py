@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mutation import DECLARED
+from mutation.checks import CHECKS as HYPERVISOR_CHECKS
 from pageferry.testing import CHECKS
-from pageferry.testing.mutation import DECLARED
-from pageferry.testing.mutation.checks import CHECKS as HYPERVISOR_CHECKS
 
 ROOT = Path(__file__).parents[2]
 TESTS = {

@@ -1,9 +1,10 @@
 """Attempt: what others may ask of a guest's copy to somewhere else, and what is left when it ends.
 
-The phases are in :mod:`pageferry.engine.source` (to another process) and :mod:`pageferry.engine.save` (to a file, which
-has postconditions of its own). Postcondition on success: the guest runs (or is paused, if it was) at the destination;
-here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused as it was, log-dirty
-is off, and another attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at`` is UNKNOWN.
+The phases are in :mod:`pageferry.engine.source` (to another process) and :mod:`pageferry.engine.image.save` (to a file,
+which has postconditions of its own). Postcondition on success: the guest runs (or is paused, if it was) at the
+destination; here it stays frozen. Postcondition on failure before COMMIT: the guest is here, running or paused as it
+was, log-dirty is off, and another attempt starts afresh. After COMMIT without an answer: frozen here, ``guest_at`` is
+UNKNOWN.
 """
 
 import contextlib
@@ -31,19 +32,19 @@ from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
 from pageferry.core.vm import Vm
 from pageferry.engine.guest_time import StallMeter
-from pageferry.engine.late_counts import LateCounts
-from pageferry.engine.left_behind import LeftBehind
 from pageferry.engine.lookout import Lookout, Outlook, Traffic
-from pageferry.engine.outlet import Outlet
-from pageferry.engine.pacer import Pacer
+from pageferry.engine.options import WireOptions
+from pageferry.engine.pages.counts import SendCounts
 from pageferry.engine.phases import PhaseClock, guarded
-from pageferry.engine.prove import Prover, VerifyMode
-from pageferry.engine.recovery import Recovery
+from pageferry.engine.postcopy.late_counts import LateCounts
+from pageferry.engine.postcopy.recovery import Recovery
+from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.engine.rounds import PageSender
-from pageferry.engine.send_counts import SendCounts
 from pageferry.engine.throttle import Throttle
-from pageferry.engine.transport import Endpoint
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.verify.prove import Prover, VerifyMode
+from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.outlet import Outlet
+from pageferry.engine.wire.pacer import Pacer
 from pageferry.stream.codec import Encoder
 
 _log = logging.getLogger(__name__)

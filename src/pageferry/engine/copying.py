@@ -10,9 +10,9 @@ from pageferry.core.policy import Action, Decision, Progress, RoundStats
 from pageferry.engine import estimates
 from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.guest_time import Stall
-from pageferry.engine.lanes import Lanes
-from pageferry.engine.late_counts import LateCounts
-from pageferry.engine.left_behind import LeftBehind
+from pageferry.engine.pages.lanes import Lanes
+from pageferry.engine.postcopy.late_counts import LateCounts
+from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.records import CpuidPolicy, End, HvmContext, HvmParams, PlainRecord, StaticDataEnd, TscInfo
 

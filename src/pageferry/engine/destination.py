@@ -27,20 +27,20 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine import features
-from pageferry.engine.arrivals import Arrivals
-from pageferry.engine.audit import AuditedPages, AuditMismatchError
-from pageferry.engine.comparison import Comparison, mismatch_of
-from pageferry.engine.conversation import Peer
 from pageferry.engine.failures import as_arrival_error
-from pageferry.engine.fetcher import PageFetcher, can_wait
-from pageferry.engine.joining import Accept, take_in
-from pageferry.engine.late_pages import LatePages
+from pageferry.engine.image.room import make_machine
+from pageferry.engine.pages.arrivals import Arrivals
+from pageferry.engine.pages.populator import Populator
+from pageferry.engine.pages.sections import Sections, read_stream
 from pageferry.engine.phases import PhaseClock, guarded
-from pageferry.engine.populator import Populator
-from pageferry.engine.recovery import refuse_return
-from pageferry.engine.room import make_machine
-from pageferry.engine.sections import Sections, read_stream
-from pageferry.engine.transport import Channel
+from pageferry.engine.postcopy.fetcher import PageFetcher, can_wait
+from pageferry.engine.postcopy.late_pages import LatePages
+from pageferry.engine.postcopy.recovery import refuse_return
+from pageferry.engine.verify.audit import AuditedPages, AuditMismatchError
+from pageferry.engine.verify.compare import Comparison, mismatch_of
+from pageferry.engine.wire.channel import Channel
+from pageferry.engine.wire.connections import Accept, take_in
+from pageferry.engine.wire.peer import Peer
 from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import (
     Commit,

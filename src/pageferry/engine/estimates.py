@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import Vm
-from pageferry.engine import verify
+from pageferry.engine.verify import digests as verify
 
 _SAMPLES = 3
 

@@ -13,7 +13,7 @@ from pageferry.core.errors import (
     VmError,
 )
 from pageferry.core.events import Phase
-from pageferry.engine.conversation import PeerFailedError
+from pageferry.engine.wire.peer import PeerFailedError
 from pageferry.stream.ferry import Failed
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from pageferry.core.errors import RemoteStreamError, UsageError
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.options import WireOptions
 from pageferry.stream.format import RecordType
 from pageferry.stream.packing import Packing, available
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pageferry.core.forecast import Eta, Pace
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import RATE_SAMPLE_BYTES, Progress
-from pageferry.engine.late_counts import LateCounts
+from pageferry.engine.postcopy.late_counts import LateCounts
 from pageferry.engine.rounds import PageSender
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pageferry.core.events import Event, RoundBegan, RoundProgress
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.policy import RoundStats
-from pageferry.engine.lane import Sent
-from pageferry.engine.lanes import Lanes
+from pageferry.engine.pages.lane import Sent
+from pageferry.engine.pages.lanes import Lanes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

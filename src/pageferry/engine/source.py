@@ -17,7 +17,7 @@
       | <---------------------------------- RUNNING -- |  downtime ends
 
 Where the policy decides for post-copy, what is dirty at the freeze stays here: it is named before DIGESTS, SWITCH
-stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.fetcher`).
+stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.postcopy.fetcher`).
 
 What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """
@@ -42,22 +42,23 @@ from pageferry.core.events import Event, Phase, PostcopyProgress, PostcopyRecove
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
-from pageferry.engine import features, verify
+from pageferry.engine import features
 from pageferry.engine.attempt import HELD
-from pageferry.engine.conversation import Peer, PeerFailedError, PeerRefusedError
 from pageferry.engine.copying import HELD_ROUND_S, Copying
 from pageferry.engine.failures import as_migration_error
-from pageferry.engine.joining import join
-from pageferry.engine.lane import Lane
-from pageferry.engine.lanes import Lanes
-from pageferry.engine.late_counts import LateCounts
-from pageferry.engine.left_behind import LeftBehind
-from pageferry.engine.page_cache import PageCache
-from pageferry.engine.page_coder import PackingCoder, PageCoder, PlainCoder
-from pageferry.engine.prove import VerifyMode
-from pageferry.engine.recovery import come_back
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint
-from pageferry.engine.wire import DEFAULT_WIRE, WireOptions
+from pageferry.engine.options import DEFAULT_WIRE, WireOptions
+from pageferry.engine.pages.cache import PageCache
+from pageferry.engine.pages.encode import PackingCoder, PageCoder, PlainCoder
+from pageferry.engine.pages.lane import Lane
+from pageferry.engine.pages.lanes import Lanes
+from pageferry.engine.postcopy.late_counts import LateCounts
+from pageferry.engine.postcopy.recovery import come_back
+from pageferry.engine.postcopy.server import LeftBehind
+from pageferry.engine.verify import digests as verify
+from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.wire.connections import join
+from pageferry.engine.wire.peer import Peer, PeerFailedError, PeerRefusedError
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import (
     Commit,

@@ -104,7 +104,7 @@ class OrderedLock:
     def instrument(self, make: Callable[[str], Primitive]) -> None:
         """Replace what the lock is made of by ``make(name)``, before any thread uses it.
 
-        For a scheduler that decides who gets it next (:mod:`pageferry.testing.interleave`).
+        For a scheduler that decides who gets it next (:mod:`simulation.interleave`).
         """
         self._lock = make(self.rank.name)
 

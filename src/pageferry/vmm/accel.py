@@ -8,7 +8,7 @@ from functools import partial
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import Vm, VmConfig
-from pageferry.testing.ledger import DIGESTS
+from pageferry.witness.ledger import DIGESTS
 
 #: The paging modes of the software machine; the first is its own.
 _SOFT_TRACKERS = ("hap", "shadow")
@@ -97,7 +97,7 @@ def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -
         return make
     if oracle != DIGESTS:
         raise UnsupportedError("oracle", f"no oracle {oracle} on soft", hint=f"--oracle {DIGESTS}")
-    from pageferry.vmm.oracle import with_digests
+    from pageferry.witness.oracle import with_digests
 
     return with_digests(make)
 
@@ -109,6 +109,6 @@ def _make_kvm(tracker: str | None, huge_pages: HugePages, oracle: str | None) ->
     tracker = tracker or DEFAULT_TRACKER
     if oracle is None:
         return partial(KvmVm, tracker=find_tracker(tracker), huge_pages=huge_pages)
-    from pageferry.vmm.oracle import both
+    from pageferry.witness.oracle import both
 
     return partial(KvmVm, tracker=both(tracker, oracle), huge_pages=huge_pages)

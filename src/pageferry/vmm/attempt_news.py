@@ -14,7 +14,7 @@ from pageferry.core.events import (
     RoundProgress,
 )
 from pageferry.engine.attempt import HELD, Attempt
-from pageferry.engine.save import Save
+from pageferry.engine.image.save import Save
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import RECOVER_HINT

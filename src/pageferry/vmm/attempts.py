@@ -10,11 +10,11 @@ from pageferry.core.policy import Policy
 from pageferry.core.policy_names import make_policy
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
-from pageferry.engine.prove import VerifyMode
-from pageferry.engine.save import Save
+from pageferry.engine.image.save import Save
+from pageferry.engine.options import WireOptions
 from pageferry.engine.source import Source
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.stream.packing import Packing
 from pageferry.vmm.arguments import Arguments, saved_to
 from pageferry.vmm.qmp import QmpError

@@ -7,8 +7,8 @@ from typing import Any
 
 from pageferry.core.vm import VmStatus
 from pageferry.engine.attempt import HELD
-from pageferry.engine.transport import Endpoint
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.options import WireOptions
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.arguments import Arguments
 from pageferry.vmm.attempts import asked_for

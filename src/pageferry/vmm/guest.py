@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from pageferry.core.vm import Vm, VmStatus
-from pageferry.engine.lazy import LazyRestore
+from pageferry.engine.image.lazy import LazyRestore
 from pageferry.vmm.console import ConsoleTail
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.work_meter import WorkMeter

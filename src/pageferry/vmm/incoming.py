@@ -9,7 +9,7 @@ from pageferry.core.errors import GuestAt, MigrationError, PageferryError, Usage
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered
 from pageferry.core.vm import Vm
 from pageferry.engine.destination import Destination
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest

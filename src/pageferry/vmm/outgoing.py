@@ -7,9 +7,9 @@ from typing import Any
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
 from pageferry.engine.attempt import HELD, Attempt
-from pageferry.engine.save import Save
-from pageferry.engine.transport import Endpoint
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.image.save import Save
+from pageferry.engine.options import WireOptions
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.attempt_news import AttemptNews
 from pageferry.vmm.attempts import MakeAttempt

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from pageferry.core.errors import PageferryError
 from pageferry.core.vm import GuestEnd, Vm, VmConfig
-from pageferry.engine.lazy import LazyRestore
-from pageferry.engine.restore import restore, restore_lazily
-from pageferry.engine.saved_guest import SavedGuest
-from pageferry.engine.transport import Endpoint
+from pageferry.engine.image.lazy import LazyRestore
+from pageferry.engine.image.restore import restore, restore_lazily
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
 from pageferry.vmm.accel import Machines

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from pageferry import __version__
 from pageferry.core.errors import PageferryError, UsageError
-from pageferry.engine.transport import listen_unix
+from pageferry.engine.wire.channel import listen_unix
 from pageferry.vmm.json_framer import JsonFramer
 
 _log = logging.getLogger(__name__)

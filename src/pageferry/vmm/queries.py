@@ -7,13 +7,13 @@ from pageferry.core.cpuid import cpu_name, model_of
 from pageferry.core.errors import GuestAt
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.guests.abi import read_status
-from pageferry.testing.cross_check import CrossCheck
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.arguments import Arguments
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import Incoming
 from pageferry.vmm.outgoing import Outgoing
 from pageferry.vmm.qmp import Handler
+from pageferry.witness.cross_check import CrossCheck
 
 
 class Queries:

@@ -43,8 +43,8 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_rate
 from pageferry.core.vm import MachineModel
 from pageferry.engine.attempt import HELD
-from pageferry.engine.transport import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
-from pageferry.engine.wire import WireOptions
+from pageferry.engine.options import WireOptions
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
 from pageferry.stream.packing import Packing

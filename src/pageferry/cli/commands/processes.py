@@ -29,8 +29,8 @@ from pageferry.core.cpuid import CpuModel
 from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_size
 from pageferry.core.vm import MachineModel
-from pageferry.engine.saved_guest import SavedGuest
-from pageferry.engine.transport import Endpoint
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.vmm.accel import Accel, Machines, choose_machines

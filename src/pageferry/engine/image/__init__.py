@@ -1,0 +1,1 @@
+"""Guests in files: save, restore, and restore of a guest that runs meanwhile."""

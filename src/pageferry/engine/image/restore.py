@@ -1,0 +1,86 @@
+"""Restoring a guest from a file: all of its memory is read and then it may run, or it runs and its memory is read.
+
+Postcondition on success: the guest is here, paused. On failure none is here, and none ever ran.
+"""
+
+from collections.abc import Callable
+
+from pageferry.core.errors import PageferryError
+from pageferry.core.frames import PAGES_PER_2M
+from pageferry.core.vm import Vm, VmConfig
+from pageferry.engine.image.lazy import LazyRestore
+from pageferry.engine.image.room import expect_room
+from pageferry.engine.image.saved_guest import SavedGuest
+
+#: How much is read between two reports of progress: 64 MiB.
+_STEP_PAGES = 32 * PAGES_PER_2M
+
+
+def _ignore(_: int, __: int) -> None:
+    """See nothing."""
+
+
+def restore(
+    saved: SavedGuest, make_vm: Callable[[VmConfig], Vm], *, on_progress: Callable[[int, int], None] = _ignore
+) -> Vm:
+    """Make the machine of a saved guest and fill it.
+
+    Args:
+        saved: the file; checked when it was opened.
+        make_vm: makes the machine, paused; refuses a guest that it cannot hold, as a CPU it has not got.
+        on_progress: told how many of how many pages have been read.
+
+    Raises:
+        UsageError: the host has no room.
+        VmError: no machine here can hold this guest, or the file cannot be read.
+        RemoteStreamError: the file has changed since it was opened.
+    """
+    vm = make_vm(saved.config)
+    try:
+        _make_room(saved, vm)
+        gfns = saved.data_pages
+        for at in range(0, gfns.size, _STEP_PAGES):
+            saved.load(vm.memory, gfns[at : at + _STEP_PAGES])
+            on_progress(min(at + _STEP_PAGES, gfns.size), gfns.size)
+        vm.load_state(saved.state)
+    except BaseException:
+        vm.close()
+        raise
+    return vm
+
+
+def restore_lazily(
+    saved: SavedGuest, make_vm: Callable[[VmConfig], Vm], *, on_failure: Callable[[PageferryError], None]
+) -> tuple[Vm, LazyRestore]:
+    """Make the machine of a saved guest, whose memory is read when it is touched, and by a thread in any case.
+
+    Args:
+        saved: the file; closed when all of it was read.
+        make_vm: as for :func:`restore`.
+        on_failure: told, on a thread of its own, that a page cannot be read; see :class:`LazyRestore`.
+
+    Raises:
+        UnsupportedError: this host or machine cannot wait for pages.
+        UsageError, VmError: as for :func:`restore`.
+    """
+    vm = make_vm(saved.config)
+    try:
+        _make_room(saved, vm)
+        lazy = LazyRestore(saved, vm, on_failure=on_failure)
+        try:
+            vm.load_state(saved.state)
+        except BaseException:
+            lazy.close()
+            raise
+    except BaseException:
+        vm.close()
+        raise
+    lazy.start()
+    return vm, lazy
+
+
+def _make_room(saved: SavedGuest, vm: Vm) -> None:
+    expect_room(vm.memory, saved.data_pages.size)
+    removed = saved.removed
+    if removed.size:
+        vm.remove_pages(removed)

@@ -1,0 +1,313 @@
+"""Proof during pre-copy: digests of pages that lie still, made in the background while the guest runs.
+
+A page whose bit has stayed clear since it was sent has at the destination the content that it has here, if the tracker
+tells the truth. So the source digests such pages and the destination must find the same digests: whatever was proven
+this way need not be digested at the pause, and a lost dirty bit is found while the guest still runs::
+
+    sender   CLEAN ... send 7,8,9 ... |              | due(): PEEK; 8 was written: dropped; 7 and 9 go out as AUDIT
+    auditor                           | digest 7,8,9 |
+
+What makes a digest one of what was sent, for any interleaving: when it was complete, no write was under way whose mark
+is still to come; then PEEK finds the page clear; and no CLEAN since the digest began took its bit. Whoever wrote it
+after it was last read for sending, which was before, has set its bit: PEEK shows it, or a CLEAN took it.
+
+The destination does not believe that a page was audited, it remembers: :class:`AuditedPages`.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pageferry.core.bitmap import DirtyBitmap, expand_runs, split_runs
+from pageferry.core.errors import VerifyError, VmError
+from pageferry.core.frames import PAGES_PER_2M, GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.engine.verify import digests as verify
+
+#: How much is digested at once, 32 MiB or up to 64 MiB: on all cores for some milliseconds. Of a large guest more, so
+#: that it has so many pieces at the most: each costs two PEEKs, of the whole guest.
+_PIECE_PAGES = 8192
+_MAX_PIECES = 256
+_REGION_WORDS = PAGES_PER_2M // 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Proof:
+    """Digests of runs that are at the destination as they are here.
+
+    Run i is ``pages[i]`` frames (uint64[n], 1 to 512 each) from ``first_gfns[i]`` (uint64[n]); ``digests`` is
+    uint8[n, 16]. Runs ascend and are disjoint.
+    """
+
+    first_gfns: GfnArray
+    pages: GfnArray
+    digests: verify.Digests
+
+    def part(self, chosen: NDArray[np.bool_]) -> "Proof":
+        """Return the runs that are chosen, bool[n]."""
+        return Proof(first_gfns=self.first_gfns[chosen], pages=self.pages[chosen], digests=self.digests[chosen])
+
+
+class Auditor:
+    """The source's half: follows what is sent, digests what lies still, tells what is proven.
+
+    The sender calls everything but the thread of this class's own, which only digests.
+
+    Args:
+        memory: the guest's.
+        peek: the tracker's PEEK.
+    """
+
+    def __init__(self, memory: GuestMemory, peek: Callable[[], DirtyBitmap]) -> None:
+        self._memory = memory
+        self._peek = peek
+        self._changed = threading.Condition()
+        self._sent = DirtyBitmap(memory.gfn_limit)  # and not reported since
+        self._taken = DirtyBitmap(memory.gfn_limit)  # by a CLEAN since the piece under way was begun
+        self._proven = DirtyBitmap(memory.gfn_limit)
+        # When a 2 MiB region was last proven, as a number that grows; 0: never.
+        self._proven_at = np.zeros(-(-memory.gfn_limit // PAGES_PER_2M), np.uint32)
+        self._passes = 0
+        self._owed_pages = 0  # at the most: sent, and in no piece yet
+        self._hurried = False  # somebody waits: what there is is piece enough
+        self._cursor = 0  # a word of the bitmaps
+        self._piece: tuple[GfnArray, GfnArray] | None = None
+        self._proof: Proof | None = None
+        self._failure: Exception | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._main, name="audit", daemon=True)
+
+    def start(self) -> None:
+        """Begin; whatever was :meth:`sent` is audited from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; nothing else changes. A second call does nothing."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def cleaned(self, gfns: GfnArray) -> None:
+        """A CLEAN returned these frames (uint64[n]): they are to be sent again, and nothing is proven of them."""
+        with self._changed:
+            self._sent.clear(gfns)
+            self._proven.clear(gfns)
+            self._taken.set(gfns)
+
+    def sent(self, gfns: GfnArray) -> None:
+        """These frames (uint64[n]) are on the wire, ahead of whatever is sent next."""
+        with self._changed:
+            self._sent.set(gfns)
+            self._owed_pages += gfns.size
+            self._hurried = False
+            self._changed.notify_all()
+
+    def due(self) -> Proof | None:
+        """Return digests that are ready and still those of what was sent, or None; does not wait for any.
+
+        The caller sends them before anything else of these pages.
+
+        Raises:
+            Exception: what went wrong on the auditor's thread, or the tracker's failure.
+        """
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
+            proof = self._proof
+            if proof is None or self._memory.unmarked_writes:
+                return None
+            moved = self._peek()  # after the line above: the marks of all that was digested are there
+            moved |= self._taken
+            kept = ~_any_in_runs(moved, proof.first_gfns, proof.pages)
+            proof = proof.part(kept)
+            self._remember(proof)
+            self._proof = self._piece = None
+            self._changed.notify_all()
+            return proof if proof.first_gfns.size else None
+
+    def idle(self) -> bool:
+        """Tell whether there is nothing to do: all that was sent and lies still is proven."""
+        with self._changed:
+            return self._piece is None and not self._candidates().any()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until :meth:`due` may have something, the auditor idles, or the time is over.
+
+        Whoever waits sends nothing meanwhile, so that what is no whole piece yet is digested, too.
+        """
+        with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
+            self._changed.wait_for(self._nothing_more_by_waiting, timeout_s)
+
+    def proven(self) -> DirtyBitmap:
+        """Return which frames were proven and not reported since; a copy."""
+        with self._changed:
+            return self._proven.copy()
+
+    def oldest(self, at_most_pages: int) -> DirtyBitmap:
+        """Return proven frames, at most so many: those of the 2 MiB regions that were proven longest ago."""
+        chosen = self.proven()
+        per_word = np.bitwise_count(chosen.words)
+        regions = np.arange(per_word.size) // _REGION_WORDS
+        counts = np.add.reduceat(per_word, np.arange(0, per_word.size, _REGION_WORDS), dtype=np.int64)
+        order = np.argsort(self._proven_at, kind="stable")
+        order = order[counts[order] > 0]
+        wanted = np.zeros(counts.size, np.bool_)
+        wanted[order[np.cumsum(counts[order]) <= at_most_pages]] = True
+        chosen.words[~wanted[regions]] = 0
+        return chosen
+
+    def _nothing_more_by_waiting(self) -> bool:
+        return self._proof is not None or not self._hurried or self._failure is not None or self._closing
+
+    @property
+    def _piece_pages(self) -> int:
+        return max(_PIECE_PAGES, self._memory.gfn_limit // _MAX_PIECES)
+
+    def _remember(self, proof: Proof) -> None:
+        self._passes += 1
+        self._proven.set_runs(proof.first_gfns, proof.pages)
+        self._proven_at[(proof.first_gfns // np.uint64(PAGES_PER_2M)).astype(np.int64)] = self._passes
+
+    def _candidates(self) -> DirtyBitmap:
+        return self._sent - self._proven - self._peek()
+
+    def _main(self) -> None:
+        try:
+            while self._begin_piece():
+                self._digest_piece()
+        except Exception as error:  # raised where the sender next asks
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _begin_piece(self) -> bool:
+        """Wait for something to digest and choose it; return False when it is over."""
+        with self._changed:
+            while not self._closing:
+                if self._proof is None and (self._hurried or self._owed_pages >= self._piece_pages):
+                    candidates = self._candidates()
+                    if candidates.any():
+                        self._piece = self._next(candidates)
+                        self._owed_pages = max(0, self._owed_pages - int(self._piece[1].sum()))
+                        self._taken = DirtyBitmap(self._memory.gfn_limit)
+                        return True
+                    self._owed_pages, self._hurried = 0, False
+                    self._changed.notify_all()
+                self._changed.wait()
+            return False
+
+    def _next(self, candidates: DirtyBitmap) -> tuple[GfnArray, GfnArray]:
+        """Return the next runs from the cursor on, about a piece; begin again at 0 where nothing follows."""
+        words = candidates.words
+        if not words[self._cursor :].any():
+            self._cursor = 0
+        first = self._cursor + int(np.argmax(words[self._cursor :] != 0))
+        counts = np.cumsum(np.bitwise_count(words[first : first + self._piece_pages]), dtype=np.int64)
+        end = first + int(np.searchsorted(counts, self._piece_pages)) + 1
+        self._cursor = min(end, words.size)
+        piece = DirtyBitmap(candidates.nbits)
+        piece.words[first:end] = words[first:end]
+        return _within_regions(*piece.runs())
+
+    def _digest_piece(self) -> None:
+        if self._piece is None:
+            raise VmError("there is no piece to digest")
+        starts, lengths = self._piece
+        try:
+            digests = verify.digest_runs(self._memory, starts, lengths)
+        except VmError:  # the guest gave a frame back meanwhile; what is no RAM is no candidate the next time
+            with self._changed:
+                self._sent &= self._memory.all_ram()
+                self._piece = None
+                self._changed.notify_all()
+            return
+        with self._changed:
+            self._proof = Proof(first_gfns=starts, pages=lengths, digests=digests)
+            self._changed.notify_all()
+
+
+class AuditMismatchError(VerifyError):
+    """A run is not what it is at the source: ``pages`` frames from ``first_gfn``."""
+
+    def __init__(self, first_gfn: int, pages: int) -> None:
+        super().__init__("a page is not the source's, which reported no write to it", gfn=None)
+        self.first_gfn = first_gfn
+        self.pages = pages
+
+
+class AuditedPages:
+    """The destination's half: which frames arrived, and which of them were proven since. For threads of any number.
+
+    Args:
+        memory: the guest's, here.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._proven = DirtyBitmap(memory.gfn_limit)
+        self._any_proven = False
+        self._arrived = DirtyBitmap(memory.gfn_limit)
+
+    def arrived(self, gfns: GfnArray) -> None:
+        """These frames (uint64[n]) have new content."""
+        with self._lock:
+            self._arrived.set(gfns)
+            if self._any_proven:
+                self._proven.clear(gfns)
+
+    def all_arrived(self) -> tuple[GfnArray, GfnArray] | None:
+        """Return the runs of RAM that ever arrived; None where nothing was proven yet, so that nobody audits here."""
+        with self._lock:
+            if not self._any_proven:
+                return None
+            self._arrived &= self._memory.all_ram()
+            return self._arrived.runs()
+
+    def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> int | None:
+        """Digest the runs here; return the index of the first that differs, or None: then they are proven.
+
+        Raises:
+            VmError: a run is not RAM.
+        """
+        index = verify.first_difference(verify.digest_runs(self._memory, first_gfns, pages), digests)
+        if index is None:
+            with self._lock:
+                self._proven.set_runs(first_gfns, pages)
+                self._any_proven = True
+        return index
+
+    def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
+        """Tell whether every frame of the runs is proven, as it is now."""
+        wanted = DirtyBitmap(self._proven.nbits)
+        if (first_gfns + pages > wanted.nbits).any():
+            return False
+        wanted.set_runs(first_gfns, pages)
+        return not (wanted - self._proven).any()
+
+
+def _within_regions(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray]:
+    """Cut runs at every multiple of 2 MiB, so that each lies in one region."""
+    region = np.uint64(PAGES_PER_2M)
+    head = np.minimum(lengths, region - starts % region)
+    longer = lengths > head
+    rest_starts, rest_lengths = split_runs((starts + head)[longer], (lengths - head)[longer], PAGES_PER_2M)
+    starts = np.concatenate((starts, rest_starts))
+    order = np.argsort(starts, kind="stable")
+    return starts[order], np.concatenate((head, rest_lengths))[order]
+
+
+def _any_in_runs(bitmap: DirtyBitmap, starts: GfnArray, lengths: GfnArray) -> NDArray[np.bool_]:
+    """Tell for each run whether one of its frames is set."""
+    if not starts.size:
+        return np.zeros(0, np.bool_)
+    bits = bitmap.test_many(expand_runs(starts, lengths))
+    counts = lengths.astype(np.int64)
+    return np.logical_or.reduceat(bits, np.cumsum(counts) - counts)

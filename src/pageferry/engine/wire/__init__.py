@@ -1,0 +1,1 @@
+"""The connection between two hosts: channels, pacing, joining, and the conversation around the stream."""

@@ -1,0 +1,297 @@
+"""Channel: a connected stream socket with gather/scatter I/O straight between guest memory and the wire.
+
+No method copies page data in Python. Failures are ``OSError`` (of which ``ConnectionError`` and ``TimeoutError`` are
+kinds); the engine's phases turn them into a ``TransportError`` that says where the guest is.
+"""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pageferry.core.errors import UsageError
+from pageferry.engine.wire.pacer import Pacer
+
+_SOCKET_BUFFER_BYTES = 8 << 20
+_SO_SNDBUFFORCE = 32
+_SO_RCVBUFFORCE = 33
+_MAX_BUFFERS = 1024  # IOV_MAX
+_CONNECT_POLL_MS = 100
+DEFAULT_TIMEOUT_S = 30.0
+MAX_TIMEOUT_S = 86_400.0
+
+
+def _never() -> bool:
+    """Do not give up."""
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where to listen or connect: TCP if ``host`` is set, else a Unix socket at ``path``."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, uri: str) -> "Endpoint":
+        """Read ``tcp://HOST:PORT`` (IPv6 in brackets), ``tcp:HOST:PORT`` as QEMU writes it, or ``unix:PATH``.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        if uri.startswith("unix:"):
+            path = uri.removeprefix("unix:")
+            path = path.removeprefix("//") if path.startswith("//") else path
+            if path:
+                return cls(path=path)
+        elif uri.startswith("tcp:"):
+            with contextlib.suppress(ValueError):
+                parts = urlsplit("tcp://" + uri.removeprefix("tcp:").removeprefix("//"))
+                if parts.hostname and parts.port is not None and not parts.path:
+                    return cls(host=parts.hostname, port=parts.port)
+        raise UsageError(f"not an address: {uri!r}", hint="write tcp://HOST:PORT or unix:PATH")
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+    def connect(self, timeout_s: float, given_up: Callable[[], bool] = _never) -> "Channel":
+        """Connect.
+
+        Args:
+            timeout_s: how long to try; later, how long the channel may stand still.
+            given_up: asked ten times a second.
+
+        Raises:
+            OSError: nobody listens, the name is unknown, the time is over, or ``given_up`` said so.
+        """
+        if self.path:
+            addresses: list[tuple[int, object]] = [(socket.AF_UNIX, self.path)]
+        else:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+            addresses = [(family, address) for family, _, _, _, address in found]
+        failure: OSError = OSError("no address")
+        for family, address in addresses:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                _connect(sock, address, time.monotonic() + timeout_s, given_up)
+                return Channel(sock, timeout_s)
+            except OSError as error:
+                sock.close()
+                failure = error
+        raise failure
+
+    def listen(self) -> socket.socket:
+        """Return a listening socket; port 0 takes a free one.
+
+        Raises:
+            OSError: the address is in use or not ours.
+        """
+        if self.path:
+            return listen_unix(Path(self.path))
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        return socket.create_server((self.host, self.port), family=family, backlog=1)
+
+    def bound(self, listener: socket.socket) -> "Endpoint":
+        """Return this endpoint with the port that ``listener`` really has."""
+        return self if self.path else Endpoint(host=self.host, port=listener.getsockname()[1])
+
+    def remove(self) -> None:
+        """Remove a Unix socket's path; TCP has nothing to remove."""
+        if self.path:
+            Path(self.path).unlink(missing_ok=True)
+
+
+def _connect(sock: socket.socket, address: object, deadline_s: float, given_up: Callable[[], bool]) -> None:
+    sock.setblocking(False)
+    code = sock.connect_ex(address)  # type: ignore[arg-type]  # the family's own form
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    while code in (errno.EINPROGRESS, errno.EAGAIN):
+        if given_up() or time.monotonic() > deadline_s:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        if poll.poll(_CONNECT_POLL_MS):
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if code == errno.EINPROGRESS else code
+            if code == errno.EAGAIN:  # a Unix socket with a full backlog
+                code = sock.connect_ex(address)  # type: ignore[arg-type]
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def listen_unix(path: Path, backlog: int = 1) -> socket.socket:
+    """Listen on a Unix socket; a path left behind by a process that was killed is taken over.
+
+    Raises:
+        OSError: the path cannot be used, or a living process serves it.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.setblocking(False)
+                if probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED:
+                    path.unlink()
+        sock.bind(os.fspath(path))
+        sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def accept_within(listener: socket.socket, wait_s: float, timeout_s: float) -> "Channel | None":
+    """Return the next connection of ``listener``, or None when none came within ``wait_s``.
+
+    Raises:
+        OSError: the listener was shut down.
+    """
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    return Channel(listener.accept()[0], timeout_s) if poll.poll(wait_s * 1e3) else None
+
+
+class Channel:
+    """One connection.
+
+    Args:
+        sock: connected; the channel owns it.
+        timeout_s: how long a single call may take before it counts as stalled. A peer that trickles is a stalled one.
+    """
+
+    def __init__(self, sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._sock = sock
+        self.timeout_s = timeout_s
+        self.sent_bytes = 0
+        self.pacer: Pacer | None = None
+        self._aborted = threading.Event()
+        self._fds: list[int] = []
+        self.local = sock.family == socket.AF_UNIX
+        if not self.local:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, forced, _SOCKET_BUFFER_BYTES)
+            except OSError:  # needs privilege; the plain form is capped by the system's limit
+                sock.setsockopt(socket.SOL_SOCKET, plain, _SOCKET_BUFFER_BYTES)
+
+    def send(self, buffers: Sequence[bytes | memoryview], fd: int | None = None) -> None:
+        """Send all of ``buffers`` in order, gathered, when the pacer allows it.
+
+        Args:
+            buffers: what to send.
+            fd: a descriptor to hand over with the first byte (Unix sockets only); it stays ours too.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        queue = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if self.pacer is not None and self._aborted.wait(self.pacer.reserve(sum(map(len, queue)))):
+            raise ConnectionAbortedError(errno.ECONNABORTED, os.strerror(errno.ECONNABORTED))
+        at = 0
+        deadline_s = self.deadline_s()
+        while at < len(queue):
+            self._until(deadline_s)
+            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+            sent = self._sock.sendmsg(queue[at : at + _MAX_BUFFERS], rights)
+            self.sent_bytes += sent
+            fd = None
+            while at < len(queue) and sent >= len(queue[at]):
+                sent -= len(queue[at])
+                at += 1
+            if sent:
+                queue[at] = queue[at][sent:]
+
+    def receive_into(self, views: Sequence[memoryview]) -> None:
+        """Fill all of ``views`` in order, scattered.
+
+        Raises:
+            ConnectionError: the peer closed before they were full.
+            OSError: cut or stalled.
+        """
+        queue = [view for view in views if len(view)]
+        at = 0
+        deadline_s = self.deadline_s()
+        while at < len(queue):
+            self._until(deadline_s)
+            received = self._sock.recvmsg_into(queue[at : at + _MAX_BUFFERS])[0]
+            if not received:
+                raise ConnectionResetError("the peer closed the connection")
+            while at < len(queue) and received >= len(queue[at]):
+                received -= len(queue[at])
+                at += 1
+            if received:
+                queue[at] = queue[at][received:]
+
+    def deadline_s(self) -> float:
+        """Return when a call that begins now counts as stalled, on the monotonic clock."""
+        return time.monotonic() + self.timeout_s
+
+    def receive_some(self, at_most_bytes: int, deadline_s: float | None = None) -> bytes:
+        """Return some bytes, at least one and at most so many; none when the peer has closed.
+
+        Args:
+            at_most_bytes: at least 1.
+            deadline_s: of the call that this is a part of; None: a call of its own.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self._until(self.deadline_s() if deadline_s is None else deadline_s)
+        if not self.local:
+            return self._sock.recv(at_most_bytes)
+        data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
+        self._fds += fds
+        return data
+
+    def take_fd(self) -> int | None:
+        """Return the last descriptor that the peer handed over, which is the caller's then; None if there is none."""
+        return self._fds.pop() if self._fds else None
+
+    def _until(self, deadline_s: float) -> None:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("stalled")
+        self._sock.settimeout(left_s)
+
+    def readable(self, wait_s: float = 0.0) -> bool:
+        """Tell whether the peer has said something, or has closed, or does so within ``wait_s``."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(wait_s * 1e3))
+
+    def finish(self, drain_s: float = 2.0) -> None:
+        """Say that nothing more will be sent, and read what the peer still sends until it closes; then close.
+
+        Closing with unread data would reset the connection, and the peer might lose the last words sent to it.
+        """
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            scratch = bytearray(1 << 20)
+            deadline_s = time.monotonic() + drain_s
+            self._until(deadline_s)
+            while self._sock.recv_into(scratch):
+                self._until(deadline_s)
+        self.close()
+
+    def abort(self) -> None:
+        """Wake any thread that is sending, waiting to send or receiving with an error; from any thread."""
+        self._aborted.set()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection, and what was handed over and not taken."""
+        self._sock.close()
+        while (fd := self.take_fd()) is not None:
+            os.close(fd)

@@ -1,0 +1,106 @@
+"""Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
+
+import threading
+from collections.abc import Sequence
+
+from pageferry.engine.wire.channel import Channel
+from pageferry.stream.ferry import (
+    Conversation,
+    Failed,
+    FerryDecoder,
+    FerryEncoder,
+    Frame,
+    Refuse,
+    Side,
+)
+from pageferry.stream.intake import Need
+
+
+class PeerFailedError(Exception):
+    """The peer said, in words of its own, that it refuses or has failed: the guest does not and will not run there."""
+
+    def __init__(self, reason: str, hint: str = "", gfn: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+        self.gfn = gfn
+
+
+class PeerRefusedError(PeerFailedError):
+    """The peer refused. In answer to RECOVER that says nothing about where the guest is."""
+
+
+class Peer:
+    """The other side of a connection. Any threads may send; one may receive meanwhile.
+
+    Args:
+        channel: connected.
+        side: which side we are.
+    """
+
+    def __init__(self, channel: Channel, side: Side) -> None:
+        self.channel = channel
+        self._conversation = Conversation(side)
+        self._encoder = FerryEncoder(self._conversation)
+        self._decoder = FerryDecoder(self._conversation)
+        self._sending = threading.Lock()  # frames leave in the order in which they were encoded
+        self._turn = threading.Lock()
+
+    def greet(self) -> None:
+        """Send our preamble; both sides do so at once.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.preamble()])
+
+    def send(self, frame: Frame, fd: int | None = None, content: Sequence[memoryview] = ()) -> None:
+        """Send one frame, and a descriptor with it over a Unix socket, or page content after it.
+
+        Raises:
+            LocalStreamError: it is not our turn.
+            OSError: cut or stalled.
+        """
+        with self._sending:
+            with self._turn:
+                data = self._encoder.frame(frame)
+            self.channel.send([data, *content], fd)
+
+    def receive(self) -> Frame:
+        """Return the peer's next frame.
+
+        Raises:
+            PeerFailedError: it is the peer's refusal or failure.
+            RemoteStreamError: it is not a legal frame, or the peer closed in the middle.
+            OSError: cut or stalled.
+        """
+        deadline_s = self.channel.deadline_s()
+        while True:
+            with self._turn:
+                frame = self._decoder.next_event()
+            if not isinstance(frame, Need):
+                break
+            data = self.channel.receive_some(self._decoder.wanted_bytes, deadline_s)
+            if not data:
+                self._decoder.eof()
+                raise ConnectionResetError("the peer closed the connection")
+            self._decoder.feed(data)
+        if isinstance(frame, Refuse):
+            raise PeerRefusedError(frame.reason, frame.hint)
+        if isinstance(frame, Failed):
+            raise PeerFailedError(frame.reason, frame.hint, frame.gfn)
+        return frame
+
+    def receive_content(self, view: memoryview) -> None:
+        """Fill ``view`` with the page content that follows the frame which was received last.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.receive_into([view])
+        with self._turn:
+            self._decoder.content_passed(len(view))
+
+    def stream_passed(self, stream_bytes: int) -> None:
+        """Say that the libxc stream, of so many bytes, is over; frames follow again."""
+        self._conversation.stream_passed(stream_bytes)

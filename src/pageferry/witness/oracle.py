@@ -1,0 +1,60 @@
+"""Machines with a tracker oracle: what ``--oracle`` asks for, on each kind of machine."""
+
+from collections.abc import Callable
+
+from pageferry.core.errors import UnsupportedError
+from pageferry.core.vm import LogDirty, Vm, VmConfig
+from pageferry.devices.machine import Machine
+from pageferry.kvm.fds import VmFd
+from pageferry.kvm.trackers import TRACKERS, Tracker, find_tracker
+from pageferry.kvm.vm import KvmVm
+from pageferry.witness.cross_check import CrossCheck
+from pageferry.witness.ledger import DIGESTS
+
+
+def both(primary_name: str, witness_name: str) -> Tracker:
+    """Return the KVM tracker ``primary_name`` with a witness: another tracker, or ``digests``.
+
+    Raises:
+        UnsupportedError: there is no such tracker, or the two cannot be on at once.
+    """
+    primary = find_tracker(primary_name)
+    if witness_name == DIGESTS:
+        return Tracker(
+            prepare=primary.prepare, make=lambda vm: _against(vm, primary, None), own_mapping=primary.own_mapping
+        )
+    witness = find_tracker(witness_name)
+    if primary.own_mapping == witness.own_mapping:  # two of KVM's own logs, or two that protect one mapping
+        others = [name for name, other in TRACKERS.items() if other.own_mapping != primary.own_mapping]
+        raise UnsupportedError(
+            "oracle",
+            f"{primary_name} and {witness_name} cannot be on at once",
+            hint=f"--oracle {DIGESTS}, or one of {', '.join(others)}",
+        )
+
+    def prepare(vm: VmFd) -> None:
+        primary.prepare(vm)
+        witness.prepare(vm)
+
+    return Tracker(prepare=prepare, make=lambda vm: _against(vm, primary, witness), own_mapping=True)
+
+
+def _against(vm: KvmVm, primary: Tracker, witness: Tracker | None) -> LogDirty:
+    first = primary.make(vm)
+    try:
+        second = None if witness is None else witness.make(vm)
+    except BaseException:
+        CrossCheck(first, None, vm.memory, still=lambda: False).close()
+        raise
+    return CrossCheck(first, second, vm.memory, still=lambda: vm.run_control.still)
+
+
+def with_digests(make_vm: Callable[[VmConfig], Machine]) -> Callable[[VmConfig], Vm]:
+    """Return a maker of the same machines, each with its own tracker watched by page digests."""
+
+    def make(config: VmConfig) -> Vm:
+        vm = make_vm(config)
+        vm.replace_tracker(CrossCheck(vm.log_dirty, None, vm.memory, still=lambda: vm.run_control.still))
+        return vm
+
+    return make

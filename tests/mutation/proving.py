@@ -1,0 +1,160 @@
+"""Faults of the proof, and of what the report says of it. Each is a class derived from a sound one."""
+
+from dataclasses import replace
+
+from mutation import audit_checks
+from mutation.fault import Faults, Room
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.events import MigrationReport, Phase
+from pageferry.core.frames import GfnArray
+from pageferry.core.vm import Vm
+from pageferry.engine.destination import Destination
+from pageferry.engine.source import Source
+from pageferry.engine.verify.audit import AuditedPages, Auditor, Proof
+from pageferry.engine.wire.channel import Channel
+from pageferry.engine.wire.peer import Peer
+from pageferry.stream.ferry import SourceHello
+
+fault = Faults(Room.ENGINE)
+
+
+class _Audits(Source):
+    """Audits in another way."""
+
+    _auditor_class: type[Auditor] = Auditor
+
+    def _hello(self, peer: Peer) -> None:
+        super()._hello(peer)
+        if self._prover._auditor is not None:
+            self._prover._auditor = self._auditor_class(self._vm.memory, self._vm.log_dirty.peek)
+
+
+class _LooksFirst(Auditor):
+    _early: DirtyBitmap
+
+    def _begin_piece(self) -> bool:
+        begun = super()._begin_piece()
+        self._early = self._peek()
+        return begun
+
+    def due(self) -> Proof | None:
+        with self._changed:
+            sound, self._peek = self._peek, lambda: self._early.copy()
+            try:
+                return super().due()
+            finally:
+                self._peek = sound
+
+
+@fault(
+    "no bug on record: a bit says something of the time before it was read, a digest of the time after",
+    law=7,
+    found_by=("written-while-it-is-digested",),
+)
+class DigestedAfterItsBitWasRead(_Audits):
+    """An audit reads the bits first and digests then: a page that is written in between is said to lie still."""
+
+    _auditor_class = _LooksFirst
+
+
+class _KeepsProofs(Auditor):
+    def cleaned(self, gfns: GfnArray) -> None:
+        pass
+
+
+@fault(
+    "no bug on record: a digest is of one sending, and the page is sent again",
+    law=7,
+    found_by=("written-after-it-was-proven",),
+)
+class ProofOutlivesThePage(_Audits):
+    """A page that was proven stays so when it is dirty and is sent again."""
+
+    _auditor_class = _KeepsProofs
+
+
+@fault(
+    "no bug on record: a share that is reported, and was not proven",
+    law=7,
+    found_by=("written-while-it-is-digested", "written-after-it-was-proven"),
+)
+class ProvesNothing(audit_checks.ClaimsEverything):
+    """All pages are reported as proven during pre-copy, and none is digested."""
+
+
+class _Remembers(Destination):
+    """Remembers what was audited in another way."""
+
+    _audited_class: type[AuditedPages] = AuditedPages
+
+    def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
+        others = super()._answer(vm, hello)
+        if self._audited is not None:
+            self._audited = self._audited_class(vm.memory)
+        return others
+
+
+class _NeverDiffers(AuditedPages):
+    def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: object) -> int | None:
+        self._proven.set_runs(first_gfns, pages)
+        return None
+
+
+@fault(
+    "no bug on record: a mismatch that nobody hears of",
+    law=7,
+    found_by=("an-audit-tells",),
+)
+class AuditsNotCompared(_Remembers):
+    """The destination takes every audited page for proven, whatever the digests say."""
+
+    _audited_class = _NeverDiffers
+
+
+class _Believes(AuditedPages):
+    def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
+        return True
+
+
+@fault(
+    "no bug on record: a claim that is checked by nobody",
+    law=7,
+    found_by=("a-claim-is-not-believed",),
+)
+class AnyClaimBelieved(_Remembers):
+    """At the pause the destination believes whatever it is told of audits."""
+
+    _audited_class = _Believes
+
+
+@fault(
+    "no bug on record: a number that looks better without it",
+    law=None,
+    found_by=("the-downtime-is-all-of-it",),
+)
+class DowntimeWithoutTheProof(Source):
+    """The downtime that is reported leaves out the verification."""
+
+    def _finish(self, status: str, reason: str) -> MigrationReport:
+        report = super()._finish(status, reason)
+        if report.downtime_s is not None and report.downtime_parts_s is not None:
+            parts_s = {name: part_s for name, part_s in report.downtime_parts_s.items() if name != Phase.VERIFY}
+            report = replace(report, downtime_s=sum(parts_s.values()), downtime_parts_s=parts_s)
+        return report
+
+
+@fault(
+    "no bug on record: a stall is a part of the time that was lost, and not besides it",
+    law=None,
+    found_by=("lost-time-counts-once",),
+)
+class LostTimeCountedTwice(Source):
+    """What held the guest is added to the time that it lost, which has it already."""
+
+    def _finish(self, status: str, reason: str) -> MigrationReport:
+        report = super()._finish(status, reason)
+        spent = report.guest_time
+        if spent is None or spent.lost_s is None:
+            return report
+        lost_s = spent.lost_s + spent.rehearsal_s + spent.enable_s + spent.clean_s
+        return replace(report, guest_time=replace(spent, lost_s=lost_s))

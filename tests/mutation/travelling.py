@@ -1,0 +1,156 @@
+"""Faults of the ways that pages travel: encoded, by name, on several connections, by a file."""
+
+from typing import Any
+
+import numpy as np
+
+from mutation.fault import Faults, Room
+from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.page_words import PageWords, page_words
+from pageferry.engine.destination import Destination
+from pageferry.engine.image.lazy import LazyRestore
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.sink import FileSink
+from pageferry.engine.pages.arrivals import Arrivals
+from pageferry.engine.pages.cache import PageCache
+from pageferry.engine.pages.lane import Lane
+from pageferry.engine.source import Source
+from pageferry.engine.verify.file import AtPause
+from pageferry.engine.wire.channel import Channel
+from pageferry.engine.wire.peer import Peer
+from pageferry.stream.codec import Encoder
+
+fault = Faults(Room.ENGINE)
+
+_NEEDS = "lz4"
+
+
+class _Rereads(PageCache):
+    """Remembers what is in memory now instead of what it is given."""
+
+    def __init__(self, memory: GuestMemory, sound: PageCache) -> None:
+        super().__init__(sound.capacity_pages * PAGE_SIZE, memory.gfn_limit)
+        self._memory_words = page_words(memory)
+
+    def swap(self, gfns: GfnArray, pages: PageWords) -> Any:
+        return super().swap(gfns, self._memory_words[gfns])
+
+
+@fault(
+    "QEMU: XBZRLE encoded a page straight from memory that the guest was changing",
+    law=3,
+    found_by=("written-while-it-is-encoded",),
+    needs=_NEEDS,
+)
+class CacheReadsMemoryAgain(Source):
+    """What goes into the delta cache is read from memory once more, and is not what was sent."""
+
+    def _lane(self, channel: Channel, encoder: Encoder) -> Lane:
+        lane = super()._lane(channel, encoder)
+        coder: Any = lane._coder
+        if getattr(coder, "_cache", None) is not None:
+            coder._cache = _Rereads(self._vm.memory, coder._cache)
+        return lane
+
+
+@fault(
+    "QEMU: a page that was sent as zero stayed in the XBZRLE cache with its old content",
+    law=2,
+    found_by=("zero-and-back-again",),
+    needs=_NEEDS,
+)
+class CacheKeepsWhatBecameZero(Source):
+    """A page that is named zero stays in the delta cache: the next change is one of its old content."""
+
+    def _lane(self, channel: Channel, encoder: Encoder) -> Lane:
+        lane = super()._lane(channel, encoder)
+        coder: Any = lane._coder
+        coder.forget = lambda gfns: None
+        return lane
+
+
+@fault(
+    "QEMU: zero pages were left out of the first round, and the destination's memory was not zero everywhere",
+    law=2,
+    found_by=("a-page-becomes-zero",),
+)
+class ZeroNamedAndNotCleared(Destination):
+    """The destination notes that a page became zero, and leaves in it what was there."""
+
+    def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
+        arrivals: Any = super()._arrivals(memory, channel, index, connections)
+        arrivals.zero_pages = lambda record: arrivals._arrived(record.pfns)
+        return arrivals  # type: ignore[no-any-return]
+
+
+@fault(
+    "no bug on record: what a partition by ranges invites",
+    law=2,
+    found_by=("both-sides-of-a-border",),
+)
+class BorderPageSkipped(Source):
+    """Over several connections, the last page of a connection's piece is nobody's."""
+
+    def _hello(self, peer: Peer) -> None:
+        super()._hello(peer)
+        if self._wire.connections > 1:
+            lanes: Any = self._lanes
+            send, last = lanes.send, np.uint64(PAGES_PER_2M - 1)
+            lanes.send = lambda gfns, fresh: send(gfns[gfns % np.uint64(PAGES_PER_2M) != last], fresh=fresh)
+
+
+@fault(
+    "no bug on record: each connection keeps its own pages in order, and none knows where a round ends",
+    law=3,
+    found_by=("a-round-ends-when-all-is-sent",),
+)
+class BarrierMissing(Source):
+    """A round ends when the first connection has sent its pages."""
+
+    def _hello(self, peer: Peer) -> None:
+        super()._hello(peer)
+        lanes: Any = self._lanes
+        lanes.barrier = lambda: None
+
+    def _settle(self, number: int) -> None:
+        """Ask nobody whether they are in place."""
+
+
+@fault(
+    "Xen: the dirty count read 0, so a round was skipped",
+    law=2,
+    found_by=("saved-after-the-last-count",),
+)
+class SavedWithoutTheLastRound(Save):
+    """When the last round left nothing dirty, a save has nothing to write at the pause."""
+
+    def _stop_and_copy(self) -> None:
+        if self._sender.rounds[-1].remaining_pages:
+            super()._stop_and_copy()
+
+
+@fault(
+    "no bug on record: what was written is taken for what is on the disk",
+    law=7,
+    found_by=("a-spoiled-file-is-no-file",),
+)
+class FileNotReadBack(Save):
+    """A file gets its name when it is written, and is not compared with the guest."""
+
+    def _prove(self, sink: FileSink, at_pause: AtPause) -> None:
+        sink.settle()
+        self._prover.verified_pages = at_pause.pages
+
+
+@fault(
+    "no bug on record: the thread that reads the rest does not ask what is there by now",
+    law=2,
+    found_by=("touched-before-it-is-read",),
+)
+class RestReadOverWhatIsThere(LazyRestore):
+    """The rest of a lazy restore is read over pages that came early and were written since."""
+
+    def _read_all(self) -> None:
+        self._absent = self._memory.all_ram()
+        super()._read_all()

@@ -1,0 +1,197 @@
+import socket
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pageferry.core.errors import UsageError
+from pageferry.engine.wire.channel import Channel, Endpoint
+
+
+@pytest.mark.parametrize(
+    ("uri", "endpoint"),
+    [
+        ("tcp://127.0.0.1:4444", Endpoint(host="127.0.0.1", port=4444)),
+        ("tcp:host.example:1", Endpoint(host="host.example", port=1)),
+        ("tcp://[::1]:99", Endpoint(host="::1", port=99)),
+        ("tcp://127.0.0.1:0", Endpoint(host="127.0.0.1", port=0)),
+        ("unix:/run/x.sock", Endpoint(path="/run/x.sock")),
+        ("unix:///run/x.sock", Endpoint(path="/run/x.sock")),
+    ],
+)
+def test_addresses(uri, endpoint):
+    assert Endpoint.parse(uri) == endpoint
+    assert Endpoint.parse(str(endpoint)) == endpoint
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "tcp://",
+        "tcp://host",
+        "tcp://:1",
+        "tcp://host:70000",
+        "tcp://host:x",
+        "tcp://h:1/path",
+        "unix:",
+        "exec:rm",
+        "h:1",
+    ],
+)
+def test_what_is_no_address(uri):
+    with pytest.raises(UsageError, match="not an address"):
+        Endpoint.parse(uri)
+
+
+class Counting:
+    """A pacer that counts what was reserved, and lets nothing pass for ``wait_s``."""
+
+    def __init__(self, wait_s=0.0):
+        self.reserved_bytes = 0
+        self.asked = threading.Event()
+        self._wait_s = wait_s
+
+    def reserve(self, size_bytes):
+        self.reserved_bytes += size_bytes
+        self.asked.set()
+        return self._wait_s
+
+
+def test_every_byte_is_paced_before_it_leaves():
+    left, right = socket.socketpair()
+    sender, receiver = Channel(left, 10), Channel(right, 10)
+    sender.pacer = Counting()
+    sender.send([b"abc", b"", memoryview(b"defg")])
+    sender.send([b"h"])
+    assert sender.pacer.reserved_bytes == sender.sent_bytes == 8
+    assert receiver.receive_some(100) == b"abcdefgh"
+    sender.close()
+    receiver.close()
+
+
+def test_an_abort_wakes_a_sender_that_waits_for_its_turn():
+    left, right = socket.socketpair()
+    sender = Channel(left, 10)
+    sender.pacer = Counting(wait_s=3600)
+    errors = []
+
+    def send():
+        try:
+            sender.send([b"x"])
+        except OSError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert sender.pacer.asked.wait(60)
+    sender.abort()
+    thread.join(60)
+    assert len(errors) == 1
+    assert sender.sent_bytes == 0
+    sender.close()
+    right.close()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 5000), max_size=40).filter(any),
+    st.lists(st.integers(0, 5000), min_size=1, max_size=40),
+    st.integers(1, 255),
+)
+def test_gather_and_scatter_keep_every_byte_in_order(sent_sizes, view_sizes, seed):
+    data = bytes((i * seed) & 0xFF for i in range(sum(sent_sizes)))
+    view_sizes = [*view_sizes, len(data)]
+    left, right = socket.socketpair()
+    sender, receiver = Channel(left, 10), Channel(right, 10)
+    pieces, at = [], 0
+    for size in sent_sizes:
+        pieces.append(memoryview(data)[at : at + size])
+        at += size
+    thread = threading.Thread(target=sender.send, args=(pieces,))
+    thread.start()
+    got, at = bytearray(len(data)), 0
+    views = []
+    for size in view_sizes:
+        views.append(memoryview(got)[at : at + size])
+        at += size
+    receiver.receive_into(views)
+    thread.join()
+    assert bytes(got) == data
+    assert sender.sent_bytes == len(data)
+    sender.close()
+    receiver.close()
+
+
+def test_more_buffers_than_the_kernel_takes_at_once():
+    left, right = socket.socketpair()
+    sender, receiver = Channel(left, 10), Channel(right, 10)
+    data = [bytes([i & 0xFF]) * 10 for i in range(5000)]
+    thread = threading.Thread(target=sender.send, args=(data,))
+    thread.start()
+    got = bytearray(50_000)
+    receiver.receive_into([memoryview(got)[i * 10 : i * 10 + 10] for i in range(5000)])
+    thread.join()
+    assert bytes(got) == b"".join(data)
+    sender.close()
+    with pytest.raises(ConnectionResetError, match="closed"):
+        receiver.receive_into([memoryview(got)])
+    assert receiver.readable()
+    receiver.close()
+
+
+def test_a_stall_and_an_abort():
+    left, right = socket.socketpair()
+    channel = Channel(left, 0.05)
+    with pytest.raises(TimeoutError):
+        channel.receive_some(1)
+    patient = Channel(right, 60)
+    failed = []
+
+    def wait():
+        try:
+            failed.append(patient.receive_some(1))
+        except OSError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    patient.abort()
+    thread.join(10)
+    assert failed
+    channel.close()
+    patient.close()
+
+
+def test_the_last_words_are_heard_although_the_peer_has_more_to_say():
+    """Closing with unread data would reset the connection and destroy what was just sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = Endpoint(host="127.0.0.1", port=listener.getsockname()[1]).connect(10)
+        server = Channel(listener.accept()[0], 10)
+    client.send([b"x" * 100_000])
+    server.send([b"failed, sorry"])
+    thread = threading.Thread(target=server.finish)
+    thread.start()
+    got = b""
+    while piece := client.receive_some(100):
+        got += piece
+    assert got == b"failed, sorry"
+    client.close()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_unix_sockets(tmp_path):
+    endpoint = Endpoint(path=str(tmp_path / "x"))
+    with endpoint.listen() as listener:
+        assert endpoint.bound(listener) == endpoint
+        client = endpoint.connect(5)
+        server = Channel(listener.accept()[0], 5)
+        client.send([b"abc"])
+        assert server.receive_some(10) == b"abc"
+        client.close()
+        server.close()
+    endpoint.remove()
+    with pytest.raises(OSError, match="No such file"):
+        endpoint.connect(1)
