@@ -166,22 +166,38 @@ def test_a_component_of_zeros_is_in_its_initial_state(kvm, avx_cpu):
     assert saved.extended is None  # and so goes to machines without AVX
 
 
-def test_a_component_whose_place_the_table_does_not_tell_is_refused_by_name(kvm, monkeypatch):
+@pytest.fixture
+def kernel_area(kvm, monkeypatch):
+    """A guest, and what its kernel is to say of the XSAVE area beyond what is there: XSTATE_BV, and the last bytes."""
     vm = kvm.guest("spin")
-    fd = vm.vcpus[0].fd
+    fd, says = vm.vcpus[0].fd, {"in_use": 0, "last": 0}
 
     def ioctl(request, argument=0):
         result = VcpuFd.ioctl(fd, request, argument)
         if request in (uapi.KVM_GET_XSAVE, uapi.KVM_GET_XSAVE2):
-            argument[64] |= 1 << 5 | 1 << 11
+            argument[64] |= says["in_use"]
+            argument[-1] |= says["last"]
         return result
 
     monkeypatch.setattr(fd, "ioctl", ioctl)
+    return vm, says
+
+
+def test_a_component_whose_place_the_table_does_not_tell_is_refused_by_name(kernel_area):
+    vm, says = kernel_area
+    says.update(in_use=1 << 5 | 1 << 11, last=1)
     with pytest.raises(
         UnsupportedError, match="uses AVX-512 masks, XSAVE component 11, which its CPUID table"
     ) as caught:
         vm.save_state()
     assert "--cpu host" in caught.value.hint
+
+
+def test_a_component_that_the_kernel_names_and_that_holds_nothing_is_not_in_use(kernel_area):
+    vm, says = kernel_area
+    before = vm.save_state().vcpus[0].extended
+    says.update(in_use=1 << 9)  # PKRU, of a guest without protection keys
+    assert vm.save_state().vcpus[0].extended == before
 
 
 def test_with_its_place_in_the_table_a_component_travels(kvm, xsave_table):

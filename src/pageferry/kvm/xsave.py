@@ -3,7 +3,8 @@
 A vCPU holds a component if CPUID shows it to the vCPU, as this KVM has made it, and its place in the area is known: by
 the guest's own table, which every machine of the guest provides, or because it is AVX, whose place is the same
 everywhere. One that is in use and cannot be held is refused by name, when saving and when loading. A component whose
-bytes are all zero is in its initial state, whatever XSTATE_BV says.
+bytes are all zero is in its initial state, whatever XSTATE_BV says: where the host has protection keys, some KVMs set
+the bit of PKRU for guests that have none.
 
 A component that the guest has not enabled in XCR0 may be in use: it was enabled before, or this KVM does not look.
 
@@ -82,14 +83,15 @@ class Xsave:
         """
         area = self._area()
         fd.ioctl(self.get, area)
+        data = bytes(area)
         in_use = area[_XSTATE_BV] & ~FP_SSE
-        if in_use & ~self._mask:
+        unplaced = in_use & ~self._mask
+        if unplaced and self._holds_more(data):
             raise UnsupportedError(
                 "xsave",
-                f"the vCPU uses {component_names(in_use & ~self._mask)}, which its CPUID table does not have",
+                f"the vCPU uses {component_names(unplaced)}, which its CPUID table does not have",
                 hint="a guest that uses it must be started with a table that has it (--cpu host)",
             )
-        data = bytes(area)
         image = data[:28] + _MXCSR_MASK + data[32:_FXSAVE_USED] + bytes(FXSAVE_BYTES - _FXSAVE_USED)
         used = {n: place for n, place in self.places.items() if in_use >> n & 1 and any(data[place.start : place.stop])}
         xcr0 = self._xcr0(fd)
@@ -99,6 +101,13 @@ class Xsave:
         for place in used.values():
             rest[place.start : place.stop] = data[place.start : place.stop]
         return image, ExtendedState(xcr0=xcr0, in_use=sum(1 << n for n in used), area=bytes(rest[EXTENDED_OFFSET:]))
+
+    def _holds_more(self, data: bytes) -> bool:
+        """Whether an area has anything but zeros behind its header and outside the known places."""
+        rest = bytearray(data)
+        for place in (range(EXTENDED_OFFSET), *self.places.values()):
+            rest[place.start : place.stop] = bytes(len(place))
+        return any(rest)
 
     def expect_fit(self, image: bytes, extended: ExtendedState | None) -> None:
         """Check that the vCPU can hold a state.
