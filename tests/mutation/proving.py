@@ -10,7 +10,8 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.vm import Vm
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.verify.audit import AuditedPages, Auditor, Proof
+from pageferry.engine.verify.audit import Auditor, Proof
+from pageferry.engine.verify.compare import AuditedPages
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry import SourceHello

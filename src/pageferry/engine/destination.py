@@ -36,8 +36,7 @@ from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.postcopy.fetcher import PageFetcher, can_wait
 from pageferry.engine.postcopy.late_pages import LatePages
 from pageferry.engine.postcopy.recovery import refuse_return
-from pageferry.engine.verify.audit import AuditedPages, AuditMismatchError
-from pageferry.engine.verify.compare import Comparison, mismatch_of
+from pageferry.engine.verify.compare import AuditedPages, AuditMismatchError, Comparison, mismatch_of
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, take_in
 from pageferry.engine.wire.peer import Peer

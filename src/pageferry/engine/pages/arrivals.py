@@ -8,7 +8,7 @@ from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.pages.stripes import connection_of
-from pageferry.engine.verify.audit import AuditedPages, AuditMismatchError
+from pageferry.engine.verify.compare import AuditedPages, AuditMismatchError
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.format import BodyError, PageType, carries_data
 from pageferry.stream.packing import Packing, packer

@@ -11,7 +11,8 @@ What makes a digest one of what was sent, for any interleaving: when it was comp
 is still to come; then PEEK finds the page clear; and no CLEAN since the digest began took its bit. Whoever wrote it
 after it was last read for sending, which was before, has set its bit: PEEK shows it, or a CLEAN took it.
 
-The destination does not believe that a page was audited, it remembers: :class:`AuditedPages`.
+The destination does not believe that a page was audited, it remembers:
+:class:`~pageferry.engine.verify.compare.AuditedPages`.
 """
 
 import threading
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs, split_runs
-from pageferry.core.errors import VerifyError, VmError
+from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify import digests as verify
@@ -231,66 +232,6 @@ class Auditor:
         with self._changed:
             self._proof = Proof(first_gfns=starts, pages=lengths, digests=digests)
             self._changed.notify_all()
-
-
-class AuditMismatchError(VerifyError):
-    """A run is not what it is at the source: ``pages`` frames from ``first_gfn``."""
-
-    def __init__(self, first_gfn: int, pages: int) -> None:
-        super().__init__("a page is not the source's, which reported no write to it", gfn=None)
-        self.first_gfn = first_gfn
-        self.pages = pages
-
-
-class AuditedPages:
-    """The destination's half: which frames arrived, and which of them were proven since. For threads of any number.
-
-    Args:
-        memory: the guest's, here.
-    """
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
-        self._lock = threading.Lock()
-        self._proven = DirtyBitmap(memory.gfn_limit)
-        self._any_proven = False
-        self._arrived = DirtyBitmap(memory.gfn_limit)
-
-    def arrived(self, gfns: GfnArray) -> None:
-        """These frames (uint64[n]) have new content."""
-        with self._lock:
-            self._arrived.set(gfns)
-            if self._any_proven:
-                self._proven.clear(gfns)
-
-    def all_arrived(self) -> tuple[GfnArray, GfnArray] | None:
-        """Return the runs of RAM that ever arrived; None where nothing was proven yet, so that nobody audits here."""
-        with self._lock:
-            if not self._any_proven:
-                return None
-            self._arrived &= self._memory.all_ram()
-            return self._arrived.runs()
-
-    def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> int | None:
-        """Digest the runs here; return the index of the first that differs, or None: then they are proven.
-
-        Raises:
-            VmError: a run is not RAM.
-        """
-        index = verify.first_difference(verify.digest_runs(self._memory, first_gfns, pages), digests)
-        if index is None:
-            with self._lock:
-                self._proven.set_runs(first_gfns, pages)
-                self._any_proven = True
-        return index
-
-    def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
-        """Tell whether every frame of the runs is proven, as it is now."""
-        wanted = DirtyBitmap(self._proven.nbits)
-        if (first_gfns + pages > wanted.nbits).any():
-            return False
-        wanted.set_runs(first_gfns, pages)
-        return not (wanted - self._proven).any()
 
 
 def _within_regions(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnArray]:

@@ -5,6 +5,8 @@ The source's part is :mod:`pageferry.engine.verify.prove`, the digests themselve
 remembered here, or is said to be missing and follows after the switch; whatever else has storage here is zero.
 """
 
+import threading
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,8 +15,67 @@ from pageferry.core.errors import RecordError, VerifyError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify import digests as verify
-from pageferry.engine.verify.audit import AuditedPages
 from pageferry.stream.ferry import Digests, Mismatch, Missing
+
+
+class AuditMismatchError(VerifyError):
+    """A run is not what it is at the source: ``pages`` frames from ``first_gfn``."""
+
+    def __init__(self, first_gfn: int, pages: int) -> None:
+        super().__init__("a page is not the source's, which reported no write to it", gfn=None)
+        self.first_gfn = first_gfn
+        self.pages = pages
+
+
+class AuditedPages:
+    """Which frames arrived, and which of them were proven since. For threads of any number.
+
+    Args:
+        memory: the guest's, here.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._proven = DirtyBitmap(memory.gfn_limit)
+        self._any_proven = False
+        self._arrived = DirtyBitmap(memory.gfn_limit)
+
+    def arrived(self, gfns: GfnArray) -> None:
+        """These frames (uint64[n]) have new content."""
+        with self._lock:
+            self._arrived.set(gfns)
+            if self._any_proven:
+                self._proven.clear(gfns)
+
+    def all_arrived(self) -> tuple[GfnArray, GfnArray] | None:
+        """Return the runs of RAM that ever arrived; None where nothing was proven yet, so that nobody audits here."""
+        with self._lock:
+            if not self._any_proven:
+                return None
+            self._arrived &= self._memory.all_ram()
+            return self._arrived.runs()
+
+    def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> int | None:
+        """Digest the runs here; return the index of the first that differs, or None: then they are proven.
+
+        Raises:
+            VmError: a run is not RAM.
+        """
+        index = verify.first_difference(verify.digest_runs(self._memory, first_gfns, pages), digests)
+        if index is None:
+            with self._lock:
+                self._proven.set_runs(first_gfns, pages)
+                self._any_proven = True
+        return index
+
+    def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
+        """Tell whether every frame of the runs is proven, as it is now."""
+        wanted = DirtyBitmap(self._proven.nbits)
+        if (first_gfns + pages > wanted.nbits).any():
+            return False
+        wanted.set_runs(first_gfns, pages)
+        return not (wanted - self._proven).any()
 
 
 class Comparison:

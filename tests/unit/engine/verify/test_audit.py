@@ -12,7 +12,8 @@ from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify import audit
 from pageferry.engine.verify import digests as verify
-from pageferry.engine.verify.audit import AuditedPages, Auditor
+from pageferry.engine.verify.audit import Auditor
+from pageferry.engine.verify.compare import AuditedPages
 
 _GIVE_UP_S = 60.0
 
