@@ -5,13 +5,14 @@ the host's: vendors differ in what SYSCALL and SYSENTER do outside 64-bit code, 
 guests have no system calls.
 
 Some KVMs change every table to what their CPU really does: their guests see more features than they were given, and may
-lack some that the same KVM offered. Nothing here can prevent that; ``KvmSupport.exact_cpuid`` and ``doctor`` tell.
+lack some that the same KVM offered. Some cannot intercept CPUID in ring 3 (``kvm_pvm`` on AMD): their guests see the
+host's own answers, whatever KVM_GET_CPUID2 says. Nothing here can prevent that; the probe asks a guest
+(``KvmSupport.exact_cpuid``), and ``doctor`` tells.
 
 Source: kernel ``api.rst``, KVM_GET_SUPPORTED_CPUID, KVM_SET_CPUID2 and KVM_GET_CPUID2.
 """
 
-from pageferry.core.cpu_features import table_for
-from pageferry.core.cpuid import NO_SUBLEAF, CpuidLeaf, CpuModel, Leaves
+from pageferry.core.cpuid import NO_SUBLEAF, CpuidLeaf, Leaves
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import SystemFd, VcpuFd
 
@@ -32,18 +33,6 @@ def shown_cpuid(vcpu: VcpuFd) -> Leaves:
         KvmError: the kernel refused.
     """
     return _read(vcpu, uapi.KVM_GET_CPUID2)
-
-
-def keeps_cpuid(system: SystemFd, vcpu: VcpuFd) -> bool:
-    """Tell whether a vCPU, which has not run, is shown the table that it is given, unchanged.
-
-    Raises:
-        KvmError: the kernel refused.
-        UnsupportedError: this KVM lacks a part of the baseline.
-    """
-    given = table_for(CpuModel.BASELINE, supported_cpuid(system), where="this host")
-    set_cpuid(vcpu, given)
-    return shown_cpuid(vcpu) == given
 
 
 def set_cpuid(vcpu: VcpuFd, leaves: Leaves) -> None:

@@ -4,6 +4,8 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pageferry.core.cpu_features import FEATURES
+from pageferry.core.cpuid import EXTENDED, NO_SUBLEAF, Leaves, answer, of_vcpu
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.core.memory import MIN_MEMORY_BYTES
@@ -11,16 +13,20 @@ from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi
-from pageferry.kvm.cpuid import keeps_cpuid
 from pageferry.kvm.fds import DEV_KVM, SystemFd
 from pageferry.kvm.vcpu_state import can_offset_tsc
 from pageferry.kvm.vm import KvmVm
 
 _TIMEOUT_S = 10.0
-_TABLES_GPA, _PROGRAM_GPA, _DATA_GPA = 0x1_0000, 0x10_0000, 0x18_0000
+_TABLES_GPA, _PROGRAM_GPA, _DATA_GPA, _ANSWERS_GPA = 0x1_0000, 0x10_0000, 0x18_0000, 0x18_1000
 _EXIT_CODE = 0x5A
-# mov dword [_DATA_GPA], 1; mov al, _EXIT_CODE; out EXIT_PORT, al; jmp $
-_PROGRAM = b"\xc7\x04\x25" + struct.pack("<II", _DATA_GPA, 1) + bytes((0xB0, _EXIT_CODE, 0xE6, EXIT_PORT, 0xEB, 0xFE))
+# mov dword [_DATA_GPA], 1
+_WRITE = b"\xc7\x04\x25" + struct.pack("<II", _DATA_GPA, 1)
+# mov al, _EXIT_CODE; out EXIT_PORT, al; jmp $
+_EXIT = bytes((0xB0, _EXIT_CODE, 0xE6, EXIT_PORT, 0xEB, 0xFE))
+#: ModRM bytes of ``mov [disp32], r32`` for EAX, EBX, ECX and EDX.
+_STORES = (0x04, 0x1C, 0x0C, 0x14)
+_ANSWER = struct.Struct("<4I")
 
 _CAPABILITIES = {
     name: value for name, value in vars(uapi).items() if name.startswith("KVM_CAP_") and isinstance(value, int)
@@ -32,7 +38,8 @@ class KvmSupport:
     """What this host's KVM offers, each thing seen working.
 
     ``tsc_offset``: a guest's TSC can be set (some KVMs accept it and go on showing the host's). ``exact_cpuid``: a
-    guest sees the CPUID table that it was given (some KVMs change it).
+    guest that asks CPUID is answered by the table that it was given (some KVMs change the table, and on some CPUs the
+    instruction does not even leave the guest).
     ``capabilities`` maps a capability's name to what KVM_CHECK_EXTENSION says of it on a VM (0: not there).
     """
 
@@ -71,13 +78,12 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
                 offered = {name: vm.check_extension(value) for name, value in _CAPABILITIES.items()}
                 with vm.create_vcpu(0) as vcpu:
                     tsc_offset = can_offset_tsc(vcpu)
-                    exact_cpuid = keeps_cpuid(system, vcpu)
         except VmError as error:
             raise UnsupportedError(
                 "kvm-vm", "KVM is there but makes no machine", hint="another hypervisor may hold the CPU; --accel soft"
             ) from error
     try:
-        _run_guest()
+        exact_cpuid = _run_guest()
     except UnsupportedError:
         raise
     except VmError as error:
@@ -89,13 +95,28 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
     )
 
 
-def _run_guest() -> None:
+def _questions(table: Leaves) -> list[tuple[int, int]]:
+    """Return the leaves and sub-leaves that a table has, and all others that tell of features."""
+    own = ((leaf.leaf, 0 if leaf.subleaf == NO_SUBLEAF else leaf.subleaf) for leaf in table)
+    return sorted({(0, 0), (EXTENDED, 0), *own, *((leaf, subleaf) for leaf, subleaf, _ in FEATURES)})
+
+
+def _ask(leaf: int, subleaf: int, at_gpa: int) -> bytes:
+    """Return machine code that stores CPUID's answer at ``at_gpa``: mov eax, mov ecx, cpuid, four stores."""
+    code = struct.pack("<BIBI", 0xB8, leaf, 0xB9, subleaf) + b"\x0f\xa2"
+    return code + b"".join(struct.pack("<3BI", 0x89, modrm, 0x25, at_gpa + 4 * n) for n, modrm in enumerate(_STORES))
+
+
+def _run_guest() -> bool:
+    """Run a guest that writes a page and asks CPUID; return whether the answers are those of its table."""
     vm = KvmVm(VmConfig(memory_bytes=MIN_MEMORY_BYTES))
     try:
         for level in range(2):  # PML4, PDPT: one entry each, to the next table
             vm.memory.write(_TABLES_GPA + (level << PAGE_SHIFT), struct.pack("<Q", _TABLES_GPA + (level + 1 << 12) | 7))
         vm.memory.write(_TABLES_GPA + (2 << PAGE_SHIFT), struct.pack("<Q", 0x87))  # the first 2 MiB, as one page
-        vm.memory.write(_PROGRAM_GPA, _PROGRAM)
+        questions = {_ANSWERS_GPA + _ANSWER.size * n: each for n, each in enumerate(_questions(vm.cpuid))}
+        asks = b"".join(_ask(*question, at_gpa) for at_gpa, question in questions.items())
+        vm.memory.write(_PROGRAM_GPA, _WRITE + asks + _EXIT)
         vm.load_state(
             MachineState(
                 vcpus=(ring_3_state(rip=_PROGRAM_GPA, rsp=_DATA_GPA, cr3=_TABLES_GPA),), devices=vm.platform.bus.save()
@@ -109,5 +130,10 @@ def _run_guest() -> None:
             raise VmError((vm.end and vm.end.crash) or "it ended in a way of its own")
         if not vm.log_dirty.clean().test(_DATA_GPA >> PAGE_SHIFT):
             raise VmError("its write was not seen by the dirty log")
+        given = of_vcpu(vm.cpuid, index=0, cpus=1)
+        return all(
+            _ANSWER.unpack(vm.memory.read(at_gpa, _ANSWER.size)) == answer(given, *question)
+            for at_gpa, question in questions.items()
+        )
     finally:
         vm.close()
