@@ -33,7 +33,8 @@ from machines import KINDS, Kind, expect_works
 from _trackers_plot import Spread, draw, plot_path
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.vm import Vm, VmConfig, VmStatus
+from pageferry.core.machine import Machine
+from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.guests.abi import read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import WORKLOADS, load_workload
@@ -68,7 +69,7 @@ def timed(action: Callable[[], object]) -> float:
     return time.thread_time() - began_s
 
 
-def guest_clock_s(vm: Vm) -> float:
+def guest_clock_s(vm: Machine) -> float:
     """Return the seconds of a clock that stands still while the guest's vCPUs wait for a processor of the host."""
     waited_ns = 0
     for thread in threading.enumerate() if SCHEDSTAT.exists() else ():
@@ -91,7 +92,7 @@ def offered_kinds() -> tuple[list[Kind], dict[str, str]]:
 
 
 @contextmanager
-def guests(kinds: Sequence[Kind], workload: str, config: VmConfig, params: GuestParams) -> Iterator[dict[str, Vm]]:
+def guests(kinds: Sequence[Kind], workload: str, config: VmConfig, params: GuestParams) -> Iterator[dict[str, Machine]]:
     """Boot the same guest once under each tracker; it is paused."""
     with ExitStack() as machines:
         made = {}
@@ -102,7 +103,7 @@ def guests(kinds: Sequence[Kind], workload: str, config: VmConfig, params: Guest
         yield made
 
 
-def run_to_sync_point(vm: Vm) -> float:
+def run_to_sync_point(vm: Machine) -> float:
     """Let a ``stamp`` guest play one round; return how long it took."""
     if (before := vm.sync_value()) is not None:
         vm.reply_sync(before + 1)
@@ -115,7 +116,7 @@ def run_to_sync_point(vm: Vm) -> float:
     return took_s
 
 
-def operators_once(vm: Vm) -> dict[str, float]:
+def operators_once(vm: Machine) -> dict[str, float]:
     """Measure every operator of one tracker once; log-dirty is off before and after."""
     log, pages = vm.log_dirty, TOUCHED_BYTES // PAGE_SIZE
     for _ in range(2):  # whatever the last OFF has left protected is written
@@ -157,13 +158,13 @@ def measure_operators(kinds: Sequence[Kind], times: int) -> dict[str, dict[str, 
     }
 
 
-def work_of(vm: Vm) -> int:
+def work_of(vm: Machine) -> int:
     if vm.end is not None:
         raise RuntimeError(f"the guest has ended: {vm.end}")
     return sum(slot.work for slot in read_status(vm.memory, vm.config.cpus))
 
 
-def work_per_s(vm: Vm, rounds: int, *, clean: bool) -> float:
+def work_per_s(vm: Machine, rounds: int, *, clean: bool) -> float:
     """Return the work that a guest does per second in so many rounds, or in as many as it needs to do any.
 
     It is paused before and after: a thread that waits for a processor would not have been charged for that yet.
@@ -183,7 +184,7 @@ def work_per_s(vm: Vm, rounds: int, *, clean: bool) -> float:
     return (work_of(vm) - before) / (guest_clock_s(vm) - began_s)
 
 
-def kept_once(vm: Vm, rounds: int) -> float:
+def kept_once(vm: Machine, rounds: int) -> float:
     """Return the share of its speed that a guest keeps under log-dirty; it is paused before and after."""
     work_per_s(vm, 1, clean=False)  # it touches what it will, and writes what the last OFF has left protected
     alone = work_per_s(vm, rounds, clean=False)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from pageferry.core.errors import UnsupportedError, VmError
-from pageferry.core.vm import Vm, VmConfig
+from pageferry.core.machine import Machine
+from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.trackers import TRACKERS
@@ -22,7 +23,7 @@ class Kind:
 
     accel: str
     tracker: str
-    make_vm: Callable[[VmConfig], Vm]
+    make_vm: Callable[[VmConfig], Machine]
 
     @property
     def name(self) -> str:

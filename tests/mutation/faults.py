@@ -13,7 +13,8 @@ from mutation.mutant import WINDOW_S, Faithful, mutated
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, gfn_of, gpa_of
-from pageferry.core.vm import LogDirtyStats, Vm
+from pageferry.core.machine import Machine
+from pageferry.core.vm import LogDirtyStats
 from pageferry.testing.operators import STRAY_GFN
 
 __all__ = ["FAULTS", "Faithful", "mutated"]
@@ -61,7 +62,7 @@ class SkipsSmallRounds(Faithful):
 class DoesNotProtectAgain(Faithful):
     """CLEAN clears a bit but leaves its page writable, so that the next write to it goes unseen."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._writable = DirtyBitmap(vm.memory.gfn_limit)
 
@@ -89,7 +90,7 @@ class ClearsAfterTheCopy(Faithful):
 class ReportsLate(Faithful):
     """CLEAN returns the bitmap of the CLEAN before."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._late = DirtyBitmap(vm.memory.gfn_limit)
 
@@ -234,7 +235,7 @@ class FaultsTwice(Faithful):
 class BreaksUnderTwoCallers(Faithful):
     """CLEAN is not safe to call from two threads: one that comes while the other is there is refused."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._callers: set[int] = set()
         self._one = threading.Lock()

@@ -5,7 +5,7 @@ import threading
 from mutation.mutant import WINDOW_S, Faithful
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
-from pageferry.core.vm import Vm
+from pageferry.core.machine import Machine
 
 
 class MarksNothing(Faithful):
@@ -26,7 +26,7 @@ class MarksTheFirst(Faithful):
 class MarkLosesARace(Faithful):
     """A mark is recorded a little late: a CLEAN by another thread that overtakes it swallows it."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._cleaner: int | None = None
         self._overtaken = threading.Event()

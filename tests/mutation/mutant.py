@@ -4,7 +4,8 @@ from typing import Any, cast
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
-from pageferry.core.vm import LogDirty, LogDirtyStats, Vm, VmConfig
+from pageferry.core.machine import Machine
+from pageferry.core.vm import LogDirty, LogDirtyStats, VmConfig
 from pageferry.testing.lab import MakeVm
 
 WINDOW_S = 2.0
@@ -17,7 +18,7 @@ class Faithful:
     CLEAN is here the CLEAN of all frames: a fault in ``clean_range`` is a fault of both.
     """
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         self._vm = vm
         self._sound: LogDirty = vm.log_dirty
 
@@ -67,7 +68,7 @@ class Faithful:
 class _MutantVm:
     """A machine whose tracker is another; everything else is the machine's own."""
 
-    def __init__(self, vm: Vm, log_dirty: LogDirty) -> None:
+    def __init__(self, vm: Machine, log_dirty: LogDirty) -> None:
         self._vm = vm
         self.log_dirty = log_dirty
 
@@ -78,10 +79,10 @@ class _MutantVm:
 def mutated(make_vm: MakeVm, fault: type[Faithful]) -> MakeVm:
     """Return a maker of the same machines with one fault in their trackers."""
 
-    def make(config: VmConfig) -> Vm:
+    def make(config: VmConfig) -> Machine:
         vm = make_vm(config)
         log_dirty = fault(vm)
         vm.memory.on_write(log_dirty.mark)
-        return cast(Vm, _MutantVm(vm, log_dirty))
+        return cast(Machine, _MutantVm(vm, log_dirty))
 
     return make

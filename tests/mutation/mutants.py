@@ -17,7 +17,8 @@ from typing import Any
 import mutation
 from mutation import Fault, Room
 from pageferry.core.errors import UnsupportedError, VmError
-from pageferry.core.vm import Vm, VmConfig
+from pageferry.core.machine import Machine
+from pageferry.core.vm import VmConfig
 from pageferry.kvm import probe
 from pageferry.testing.conformance import Check, ConformanceError, run_check
 from pageferry.testing.lab import Lab
@@ -85,8 +86,8 @@ def try_fault(fault: Fault) -> Verdict:
 
         return clean_range
 
-    def counted(make_vm: Callable[[VmConfig], Vm]) -> Callable[[VmConfig], Vm]:
-        def make(config: VmConfig) -> Vm:
+    def counted(make_vm: Callable[[VmConfig], Machine]) -> Callable[[VmConfig], Machine]:
+        def make(config: VmConfig) -> Machine:
             vm = make_vm(config)
             log: Any = vm.log_dirty
             log.clean_range = counting(log.clean_range)  # which is what clean() calls

@@ -5,7 +5,7 @@ import numpy as np
 from mutation.mutant import Faithful
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_END, GfnArray, gfn_of
-from pageferry.core.vm import Vm
+from pageferry.core.machine import Machine
 
 _WORD = 64
 
@@ -35,7 +35,7 @@ class RangeReturnsAll(_SoundWhole):
 class RangeProtectsItsFirstWord(_SoundWhole):
     """CLEAN of a range protects its first 64 frames again; what is written to the others then goes unseen."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._writable = DirtyBitmap(vm.memory.gfn_limit)
 
@@ -119,7 +119,7 @@ class RangeWorksWhileOff(_SoundWhole):
 class RangeKnowsNoMarks(_SoundWhole):
     """What others than vCPUs wrote is reported by a CLEAN of everything only."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._marked = DirtyBitmap(vm.memory.gfn_limit)
 
@@ -144,7 +144,7 @@ class RangeKnowsNoMarks(_SoundWhole):
 class RangeKnowsNotWhatWasGivenBack(_SoundWhole):
     """Bits that were given back are cleared by the CLEAN of their range, and not returned."""
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Machine) -> None:
         super().__init__(vm)
         self._given = DirtyBitmap(vm.memory.gfn_limit)
 

@@ -1,13 +1,14 @@
-"""The narrow waist: what the engine, the tests and the command line know of a machine.
+"""The narrow waist: all that the engine knows of a machine with a guest.
 
 The software hypervisor and KVM are interchangeable behind :class:`Vm`, and every dirty tracker behind
-:class:`LogDirty`, which is the interface of the 2007 Xen RFC.
+:class:`LogDirty`, which is the interface of the 2007 Xen RFC. What only a machine of this process can do besides is in
+:mod:`pageferry.core.machine`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,9 +172,10 @@ class GuestEnd:
 
 
 class Vm(Protocol):
-    """A machine with one guest. It is made paused, with zeroed memory and vCPUs in an undefined state.
+    """A guest to move, or a machine to move it into: memory, log-dirty, freeze and thaw, state.
 
-    ``pause()`` and ``resume()`` may be called from any thread but a vCPU's own.
+    A new one is paused, with zeroed memory and vCPUs in an undefined state. Methods may be called from any thread but a
+    vCPU's own.
     """
 
     config: VmConfig
@@ -197,10 +199,6 @@ class Vm(Protocol):
     def end(self) -> GuestEnd | None:
         """Set once the status is SHUTDOWN or CRASHED."""
 
-    @property
-    def vcpu_threads(self) -> tuple[int | None, ...]:
-        """The kernel's ids of the threads that run the vCPUs, in index order; None for one that has never run."""
-
     def resume(self) -> None:
         """Let the guest run; nothing happens when it runs already.
 
@@ -208,17 +206,11 @@ class Vm(Protocol):
             VmError: the guest has ended.
         """
 
-    def pause(self) -> None:
-        """Stop every vCPU at an instruction boundary with no I/O under way; returns when all have stopped.
-
-        Nothing happens when the guest is not running.
-        """
-
     def freeze(self) -> None:
-        """Hold every vCPU at an instruction boundary until :meth:`thaw`, whatever ``pause`` and ``resume`` do; nests.
+        """Hold every vCPU at an instruction boundary with no I/O under way until :meth:`thaw`; nests.
 
-        The engine's pause: the user's own (``status``) is neither read nor changed by it, so a failed migration has
-        nothing to restore, and nobody can resume a guest that has left.
+        This is the engine's pause. It neither reads nor changes the user's (``status``): a failed migration has nothing
+        to restore, and ``resume`` cannot run a guest that has left.
         """
 
     def thaw(self) -> None:
@@ -226,27 +218,6 @@ class Vm(Protocol):
 
         Raises:
             VmError: the guest is not frozen.
-        """
-
-    def wait(self, timeout_s: float | None = None) -> VmStatus:
-        """Wait until the guest is not running (paused by anyone, at a sync point, or ended); return the status then."""
-
-    def attach_sync(self, attached: bool) -> None:
-        """Decide whether sync points pause the guest (True) or are passed over (False, as at first)."""
-
-    def sync_value(self) -> int | None:
-        """Return the value the guest gave at the sync point where it is paused now, else None."""
-
-    def reply_sync(self, value: int) -> None:
-        """Answer the sync point where the guest is paused: its next read of the sync port gives ``value`` (u32)."""
-
-    def on_console(self, sink: Callable[[bytes], None] | None) -> None:
-        """Set who sees the guest's console output, byte by byte, on the vCPU's thread."""
-
-    def type_console(self, data: bytes) -> int:
-        """Give the guest console input, from any thread; return how many bytes were taken, the first ones.
-
-        Fewer than all when the guest does not read; none while it is frozen: what is taken is in the saved state.
         """
 
     def save_state(self) -> MachineState:
@@ -260,19 +231,19 @@ class Vm(Protocol):
         """
 
     def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
-        """Let RAM be absent: whoever touches such a frame waits until ``fetch`` has installed it.
+        """Let RAM be absent: an access to such a frame waits until ``fetch`` has installed it.
 
-        The guest has not run, and nobody touches its memory during the call.
+        The guest has not run, and no other thread touches its memory during the call.
 
         Args:
-            absent: what of RAM, and what these frames hold is given up; None: all of it, and nobody has touched it yet.
-                A frame without storage is absent in any case.
+            absent: the frames to make absent; their content is lost. None: all of RAM, which was never touched. A
+                frame without storage is absent in any case.
             fetch: called with frames (uint64[n] ascending, some of them perhaps installed already), on the thread that
                 touches them or one that serves it; returns when they are installed.
 
         Raises:
             UnsupportedError: this host or machine cannot; says why.
-            VmError: the host refused otherwise. What the frames of ``absent`` hold is lost in both cases.
+            VmError: the host refused otherwise. In both cases the content of ``absent`` is lost.
         """
 
     def remove_pages(self, gfns: GfnArray) -> None:
@@ -284,3 +255,7 @@ class Vm(Protocol):
 
     def close(self) -> None:
         """Stop the guest and free the machine; the object is dead afterwards. May be called twice."""
+
+
+AnyVm = TypeVar("AnyVm", bound=Vm)
+"""The machine that a caller has the engine make or fill, and gets back."""

@@ -1,6 +1,6 @@
-"""Machine: what every Vm does alike: run control, standard devices, saving and restoring in one order.
+"""StandardMachine: run control, standard devices, and state saved and loaded in one order, for every kind of machine.
 
-A machine of its own kind (``kvm``, ``soft``) makes its vCPUs and its tracker and fills in the abstract methods.
+Each kind (``kvm``, ``soft``) makes its vCPUs and its tracker, and fills in the abstract methods.
 """
 
 from abc import ABC, abstractmethod
@@ -17,8 +17,8 @@ from pageferry.core.vm import Arrival, GuestEnd, LogDirty, VmConfig, VmStatus
 from pageferry.devices.platform import Platform
 
 
-class Machine(ABC):
-    """Base of the machines; implements :class:`pageferry.core.vm.Vm`.
+class StandardMachine(ABC):
+    """Base of the machines; implements :class:`pageferry.core.machine.Machine`.
 
     A subclass calls ``__init__`` with its memory and then, before anything runs, :meth:`_attach`.
 

@@ -12,6 +12,7 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from typing import Generic
 
 from pageferry import __version__
 from pageferry.core.errors import (
@@ -25,7 +26,7 @@ from pageferry.core.errors import (
 from pageferry.core.events import Event, Phase
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
-from pageferry.core.vm import Vm, VmConfig
+from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
 from pageferry.engine.image.room import make_machine
@@ -71,7 +72,7 @@ def _ignore_arrival(_: Vm, __: str) -> None:
     """Do nothing."""
 
 
-class Destination:
+class Destination(Generic[AnyVm]):
     """One attempt to take a guest in.
 
     Args:
@@ -81,19 +82,19 @@ class Destination:
         accept: where further connections of the same migration come from; None: it takes one only.
         dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
         on_event: sees phases begin and end.
-        before_run: called with the Vm and the guest's name when it is ours, just before it runs.
+        before_run: called with the machine and the guest's name when it is ours, just before it runs.
     """
 
     def __init__(
         self,
         channel: Channel,
-        make_vm: Callable[[VmConfig], Vm],
+        make_vm: Callable[[VmConfig], AnyVm],
         *,
         accel: str,
         accept: Accept | None = None,
         dropped: set[str] | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
-        before_run: Callable[[Vm, str], None] = _ignore_arrival,
+        before_run: Callable[[AnyVm, str], None] = _ignore_arrival,
     ) -> None:
         self._channel = channel
         self._make_vm = make_vm
@@ -134,13 +135,13 @@ class Destination:
         if self._late is not None:
             self._late.release()
 
-    def run(self) -> Vm:
+    def run(self) -> AnyVm:
         """Take the guest in; call once.
 
         Raises:
             MigrationError: no guest is here (``guest_at`` SOURCE, or UNKNOWN to us when the source may still decide).
         """
-        vm: Vm | None = None
+        vm: AnyVm | None = None
         try:
             with self._failures():
                 with self._clock.phase(Phase.HELLO):
@@ -197,7 +198,7 @@ class Destination:
         what = f"the source sent {type(frame).__name__} out of turn"
         return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
 
-    def _hello(self) -> tuple[Vm, SourceHello, list[Channel]]:
+    def _hello(self) -> tuple[AnyVm, SourceHello, list[Channel]]:
         patience_s, self._channel.timeout_s = self._channel.timeout_s, min(self._channel.timeout_s, _HELLO_TIMEOUT_S)
         self._peer.greet()
         hello = self._peer.receive()
@@ -320,7 +321,7 @@ class Destination:
     def _comparison(self, memory: GuestMemory) -> Comparison:
         return Comparison(memory, self._audited, shared=self._shared)
 
-    def _handoff(self, vm: Vm, hello: SourceHello) -> None:
+    def _handoff(self, vm: AnyVm, hello: SourceHello) -> None:
         commit = self._peer.receive()
         if not isinstance(commit, Commit if self._late is None else Switch):
             raise self._unexpected(commit)

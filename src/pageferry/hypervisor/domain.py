@@ -17,7 +17,7 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import Arrival, MachineModel, VmConfig
-from pageferry.devices.machine import Machine
+from pageferry.devices.machine import StandardMachine
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.domctl import ShadowOpArguments, shadow_op
 from pageferry.hypervisor.hap import hap_log_dirty_ops
@@ -37,8 +37,8 @@ _USE_KVM = "use --machine plain, or --accel kvm"
 _GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
-class Domain(Machine):
-    """One guest on the software hypervisor; implements :class:`pageferry.core.vm.Vm`.
+class Domain(StandardMachine):
+    """One guest on the software hypervisor; implements :class:`pageferry.core.machine.Machine`.
 
     Args:
         config: memory and 1 to 8 vCPUs.

@@ -17,7 +17,7 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import Arrival, MachineModel, VmConfig
-from pageferry.devices.machine import Machine
+from pageferry.devices.machine import StandardMachine
 from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.clock import read_clock, write_clock
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
@@ -45,8 +45,8 @@ _REQUIRED = {
 }
 
 
-class KvmVm(Machine):
-    """A guest on KVM; implements :class:`pageferry.core.vm.Vm`.
+class KvmVm(StandardMachine):
+    """A guest on KVM; implements :class:`pageferry.core.machine.Machine`.
 
     Args:
         config: what the guest needs.

@@ -9,15 +9,16 @@ import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
+from pageferry.core.machine import Machine
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
-from pageferry.core.vm import LogDirty, Vm, VmConfig, VmStatus
+from pageferry.core.vm import LogDirty, VmConfig, VmStatus
 from pageferry.guests import abi
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
 from pageferry.guests.workloads import load_workload
 from pageferry.testing.oracle import StampOracle, explained_gfns
 
-MakeVm = Callable[[VmConfig], Vm]
+MakeVm = Callable[[VmConfig], Machine]
 
 GIVE_UP_S = 30.0
 """How long to wait for a guest, or another thread, that gets nowhere."""
@@ -48,7 +49,7 @@ def listed(gfns: GfnArray) -> str:
 class Guest:
     """A booted guest. ``played`` are the stamp rounds since ``forget()``."""
 
-    vm: Vm
+    vm: Machine
     info: abi.GuestInfo
     program: Program
     oracle: StampOracle

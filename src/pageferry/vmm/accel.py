@@ -7,7 +7,8 @@ from functools import partial
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.hugepages import HugePages, expect_offered
-from pageferry.core.vm import Vm, VmConfig
+from pageferry.core.machine import Machine
+from pageferry.core.vm import VmConfig
 from pageferry.witness.ledger import DIGESTS
 
 #: The paging modes of the software machine; the first is its own.
@@ -31,7 +32,7 @@ class Machines:
 
     accel: str
     reason: str
-    make_vm: Callable[[VmConfig], Vm]
+    make_vm: Callable[[VmConfig], Machine]
     tracker: str | None = None
     huge_pages: HugePages = HugePages.OFF
     oracle: str | None = None
@@ -83,7 +84,7 @@ def _choose(accel: Accel, tracker: str | None) -> tuple[str, str]:
     return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works"
 
 
-def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Vm]:
+def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Machine]:
     from pageferry.hypervisor.domain import Domain
 
     if tracker not in (None, *_SOFT_TRACKERS):
@@ -102,7 +103,7 @@ def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -
     return with_digests(make)
 
 
-def _make_kvm(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Vm]:
+def _make_kvm(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Machine]:
     from pageferry.kvm.trackers import DEFAULT_TRACKER, find_tracker
     from pageferry.kvm.vm import KvmVm
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from pageferry.core.errors import PageferryError, UnsupportedError, VmError
 from pageferry.core.hugepages import HugePages, expect_offered
+from pageferry.core.machine import Machine
 from pageferry.core.memory import GuestMemory
 from pageferry.core.units import format_size
-from pageferry.core.vm import MachineModel, Vm, VmConfig, VmStatus
+from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.vmm.accel import Accel, choose_machines
@@ -95,7 +96,7 @@ def _trial(accel: Accel, tracker: str | None = None, machine: MachineModel = Mac
         vm.close()
 
 
-def _observe(vm: Vm) -> str:
+def _observe(vm: Machine) -> str:
     info = boot(vm, load_workload("stamp"))
     vm.attach_sync(True)
     vm.log_dirty.enable()

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable
 
-from pageferry.core.vm import Vm, VmStatus
+from pageferry.core.machine import Machine
+from pageferry.core.vm import VmStatus
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.vmm.console import ConsoleTail
 from pageferry.vmm.qmp import QmpError
@@ -24,7 +25,7 @@ class Guest:
         Whoever holds it may wait for the vCPUs to stop, and so for a page. It is the outermost lock. To look at ``vm``
         needs none: it is replaced as a whole."""
         self.name = "incoming"
-        self.vm: Vm | None = None
+        self.vm: Machine | None = None
         """The machine; None while a guest is waited for."""
         self.console = ConsoleTail()
         self.work = WorkMeter()
@@ -32,7 +33,7 @@ class Guest:
         """The restore from a file that is read while it runs; None: it was not restored in that way."""
         self._on_console = on_console
 
-    def adopt(self, vm: Vm, name: str, lazy: LazyRestore | None = None) -> None:
+    def adopt(self, vm: Machine, name: str, lazy: LazyRestore | None = None) -> None:
         """Be this guest; under the lock, or before anybody else is there."""
         vm.on_console(self._console_byte)
         self.name, self.lazy = name, lazy
@@ -44,7 +45,7 @@ class Guest:
             self.vm = None
         self.console.end("the guest did not arrive")
 
-    def here(self) -> Vm:
+    def here(self) -> Machine:
         """Return the machine.
 
         Raises:

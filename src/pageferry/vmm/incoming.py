@@ -7,7 +7,7 @@ import time
 
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered
-from pageferry.core.vm import Vm
+from pageferry.core.machine import Machine
 from pageferry.engine.destination import Destination
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.vmm.accel import Machines
@@ -35,7 +35,7 @@ class Incoming:
         self._guest = guest
         self._machines = machines
         self._announcer = announcer
-        self._attempt: Destination | None = None
+        self._attempt: Destination[Machine] | None = None
         self._dropped: set[str] = set()
         self._thread: threading.Thread | None = None
         self._endpoint: Endpoint | None = None
@@ -125,7 +125,7 @@ class Incoming:
         finally:
             self._attempt = None
 
-    def _take_in(self, attempt: Destination) -> None:
+    def _take_in(self, attempt: Destination[Machine]) -> None:
         try:
             attempt.run()
         except PageferryError as error:
@@ -148,7 +148,7 @@ class Incoming:
             raise ConnectionAbortedError("no longer listening")
         return accept_within(listener, wait_s, DEFAULT_TIMEOUT_S)
 
-    def _arrived(self, vm: Vm, name: str) -> None:
+    def _arrived(self, vm: Machine, name: str) -> None:
         with self._guest.lock:
             self._guest.adopt(vm, name)
 

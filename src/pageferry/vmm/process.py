@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pageferry.core.errors import PageferryError
-from pageferry.core.vm import GuestEnd, Vm, VmConfig
+from pageferry.core.machine import Machine
+from pageferry.core.vm import GuestEnd, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -59,7 +60,7 @@ class GuestProcess:
         self._outgoing = Outgoing(self._guest, self._announcer)
         self._queries = Queries(self._guest, machines, self._incoming, self._outgoing)
         self._server = None if control is None else self._make_server(control)
-        self._made: Vm | None = None  # here, by boot or restore, to be started; who arrives starts by itself
+        self._made: Machine | None = None  # here, by boot or restore, to be started; who arrives starts by itself
         self._quit = False
 
     def _make_server(self, control: Path) -> QmpServer:
@@ -100,7 +101,7 @@ class GuestProcess:
         vm, lazy = restore_lazily(saved, self._machines.make_vm, on_failure=self._restore_stopped)
         self._adopt(vm, saved.path.stem, lazy)
 
-    def _adopt(self, vm: Vm, name: str, lazy: LazyRestore | None = None) -> None:
+    def _adopt(self, vm: Machine, name: str, lazy: LazyRestore | None = None) -> None:
         self._guest.adopt(vm, name, lazy)
         self._made = vm
 

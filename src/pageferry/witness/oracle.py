@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from pageferry.core.errors import UnsupportedError
-from pageferry.core.vm import LogDirty, Vm, VmConfig
-from pageferry.devices.machine import Machine
+from pageferry.core.vm import LogDirty, VmConfig
+from pageferry.devices.machine import StandardMachine
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.trackers import TRACKERS, Tracker, find_tracker
 from pageferry.kvm.vm import KvmVm
@@ -49,10 +49,10 @@ def _against(vm: KvmVm, primary: Tracker, witness: Tracker | None) -> LogDirty:
     return CrossCheck(first, second, vm.memory, still=lambda: vm.run_control.still)
 
 
-def with_digests(make_vm: Callable[[VmConfig], Machine]) -> Callable[[VmConfig], Vm]:
+def with_digests(make_vm: Callable[[VmConfig], StandardMachine]) -> Callable[[VmConfig], StandardMachine]:
     """Return a maker of the same machines, each with its own tracker watched by page digests."""
 
-    def make(config: VmConfig) -> Vm:
+    def make(config: VmConfig) -> StandardMachine:
         vm = make_vm(config)
         vm.replace_tracker(CrossCheck(vm.log_dirty, None, vm.memory, still=lambda: vm.run_control.still))
         return vm

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from pageferry.core.errors import PageferryError
 from pageferry.core.frames import PAGES_PER_2M
-from pageferry.core.vm import Vm, VmConfig
+from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.room import expect_room
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -21,8 +21,8 @@ def _ignore(_: int, __: int) -> None:
 
 
 def restore(
-    saved: SavedGuest, make_vm: Callable[[VmConfig], Vm], *, on_progress: Callable[[int, int], None] = _ignore
-) -> Vm:
+    saved: SavedGuest, make_vm: Callable[[VmConfig], AnyVm], *, on_progress: Callable[[int, int], None] = _ignore
+) -> AnyVm:
     """Make the machine of a saved guest and fill it.
 
     Args:
@@ -50,8 +50,8 @@ def restore(
 
 
 def restore_lazily(
-    saved: SavedGuest, make_vm: Callable[[VmConfig], Vm], *, on_failure: Callable[[PageferryError], None]
-) -> tuple[Vm, LazyRestore]:
+    saved: SavedGuest, make_vm: Callable[[VmConfig], AnyVm], *, on_failure: Callable[[PageferryError], None]
+) -> tuple[AnyVm, LazyRestore]:
     """Make the machine of a saved guest, whose memory is read when it is touched, and by a thread in any case.
 
     Args:

@@ -8,7 +8,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MemFd, available_bytes
 from pageferry.core.memory import GuestMemory, storage_bytes
 from pageferry.core.units import format_size
-from pageferry.core.vm import MachineModel, Vm, VmConfig
+from pageferry.core.vm import AnyVm, MachineModel, VmConfig
 from pageferry.engine import features
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.ferry import SourceHello
@@ -28,7 +28,7 @@ def expect_room(memory: GuestMemory, pages: int) -> None:
         )
 
 
-def make_machine(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConfig], Vm]) -> tuple[Vm, bool]:
+def make_machine(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConfig], AnyVm]) -> tuple[AnyVm, bool]:
     """Make the machine that a source asks for, over the source's own memory where that can be.
 
     Args:
