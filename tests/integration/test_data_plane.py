@@ -356,6 +356,7 @@ def test_a_page_on_another_pages_connection_is_refused(guests, move, monkeypatch
 @pytest.mark.parametrize("connections", [1, 3])
 def test_an_audit_follows_each_page_on_its_connection(guests, move, connections):
     vm = guests("random", working_set_bytes=8 << 20)
+    fill(vm, WIDE, 1)  # lies still, so that there is something to audit on each connection however fast the guest is
     vm.resume()
     trip = move(vm)
     wire = WireOptions(connections=connections)

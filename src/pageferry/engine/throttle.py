@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 from pageferry.core.vm import Vm
 
+#: Waits, without the condition's lock, until the predicate is true or so many seconds have passed.
+WaitFor = Callable[[threading.Condition, Callable[[], bool], float], bool]
+
 #: One cycle: short, so that nobody who talks to the guest waits long; long against the cost of a kick (0.3 ms).
 _CYCLE_S = 0.02
 _MIN_RUN_S = 0.001
@@ -21,11 +24,13 @@ class Throttle:
     Args:
         vm: the guest.
         now_s: a monotonic clock in seconds.
+        wait_for: waits by that clock.
     """
 
-    def __init__(self, vm: Vm, now_s: Callable[[], float]) -> None:
+    def __init__(self, vm: Vm, now_s: Callable[[], float], wait_for: WaitFor = threading.Condition.wait_for) -> None:
         self._vm = vm
         self._now_s = now_s
+        self._wait_for = wait_for
         self._changed = threading.Condition()
         self._share = 0.0
         self._held_s = 0.0
@@ -82,7 +87,8 @@ class Throttle:
                 return
             share = self._share
             began_s = self._now_s()
-            self._changed.wait_for(lambda: self._share != share, max(_MIN_RUN_S, _CYCLE_S * (1.0 - share)))
+            run_s = max(_MIN_RUN_S, _CYCLE_S * (1.0 - share))
+            self._wait_for(self._changed, lambda: self._share != share, run_s)
             share = self._share
         ran_s = self._now_s() - began_s
         if share:
@@ -93,7 +99,7 @@ class Throttle:
         try:
             share, began_s = self._share, self._now_s()
             with self._changed:
-                self._changed.wait_for(lambda: self._share < share, hold_s)
+                self._wait_for(self._changed, lambda: self._share < share, hold_s)
         finally:
             self._vm.thaw()
             self._held_s += self._now_s() - began_s
