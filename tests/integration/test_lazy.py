@@ -48,17 +48,10 @@ def saved(running, tmp_path):
 
 @pytest.fixture
 def held(monkeypatch):
-    """The thread that reads the rest waits for this; so only what is touched comes."""
-    gate = threading.Event()
-    read_all = LazyRestore._read_all
-
-    def waits(lazy):
-        gate.wait()
-        read_all(lazy)
-
-    monkeypatch.setattr(LazyRestore, "_read_all", waits)
-    yield gate
-    gate.set()
+    """Only what is touched is read until this is called."""
+    begun, read_ahead = [], LazyRestore.read_ahead
+    monkeypatch.setattr(LazyRestore, "read_ahead", lambda lazy: begun.append(lazy))
+    return lambda: [read_ahead(lazy) for lazy in begun]
 
 
 @pytest.fixture
@@ -82,7 +75,7 @@ def restored():
 def expect_all_there(vm, lazy, original):
     """All of memory came, equal to the original's, and nothing waits for anything any more."""
     until(lambda: lazy.done, "end of the restore")
-    assert lazy.left_pages == 0
+    assert lazy.missing_pages == 0
     vm.memory.on_touch(lambda _: pytest.fail("somebody still waits for pages"))
     vm.memory.on_touch(None)
     gfns = np.union1d(expand_runs(*original.memory.populated()), expand_runs(*vm.memory.populated()))
@@ -105,13 +98,13 @@ def machine(request):
 def test_only_what_is_touched_is_read_while_the_rest_waits(saved, held, restored, machine, workload, cpus):
     path, original = saved(workload, cpus=cpus, working_set_bytes=8 * MiB, memory_bytes=64 * MiB)
     vm, lazy = restored(path, machine)
-    pages = lazy.left_pages
+    pages = lazy.missing_pages
     assert slots(vm) == slots(original)
     vm.resume()
     assert runs_on(vm)
-    assert 0 < lazy.left_pages < pages
+    assert 0 < lazy.missing_pages < pages
     assert not lazy.done
-    held.set()
+    held()
     until(lambda: lazy.done, "end of the restore")
     assert runs_on(vm)
     report = Save(vm, path, XenPolicy(), on_event=lambda _: None).run()  # it is a guest like any other
@@ -143,8 +136,8 @@ def test_code_that_is_no_vcpu_finds_what_it_touches(saved, held, restored, machi
     assert not any(memory.read(size - 8192, 4096))
     memory.copy_within(first, size - 4096, 4096)
     assert bytes(memory.page_views(np.array([(size >> 12) - 1], np.uint64))[0]) == original.memory.read(first, 4096)
-    assert lazy.left_pages > 0 or len(populated) < 3
-    held.set()
+    assert lazy.missing_pages > 0 or len(populated) < 3
+    held()
     until(lambda: lazy.done, "end of the restore")
     assert memory.read(last, 4096) == whole[:1] + b"x" + whole[2:]
 
@@ -222,7 +215,7 @@ def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk, 
     vm.resume()
     lazy.retry()
     assert runs_on(vm)
-    held.set()
+    held()
     until(lambda: lazy.done, "end of the restore")
     assert runs_on(vm)
 
@@ -230,11 +223,11 @@ def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk, 
 @pytest.mark.parametrize("accel", ["soft"])
 def test_a_restore_that_is_given_up_while_somebody_waits_for_a_page_leaves_nobody_waiting(stopped, held):
     vm, lazy, _ = stopped
-    held.set()
+    held()
     lazy.close()
     lazy.close()
-    with pytest.raises(VmError, match="the guest was given up before its memory was read"):
-        lazy.fetch(vm.memory.all_ram().gfns())
+    with pytest.raises(VmError, match="the guest was given up before all its pages had come"):
+        lazy._pager.fetch(vm.memory.all_ram().gfns())
     assert "uffd-handler" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -260,12 +253,11 @@ def test_the_process_tells_of_it_and_goes_on_when_told(saved, held, tmp_path, di
             disk.broken = False
             client.execute("cont")
             until(lambda: client.execute("query-status")["status"] == "running", "running")
-            held.set()
+            held()
             until(lambda: client.execute("x-query-guest")["unread_pages"] == 0, "end of the restore")
             before = client.execute("x-query-guest")["work"]
             until(lambda: client.execute("x-query-guest")["work"] > before, "work")
     finally:
-        held.set()
         process.close()
 
 
@@ -277,7 +269,7 @@ def test_a_process_that_ends_in_the_middle_of_it_ends(saved, held, tmp_path, dis
     disk.broken = True
     process.start()
     until(lambda: process.run_state() == "io-error", "io-error")
-    held.set()
+    held()
     process.close()
 
 

@@ -20,8 +20,9 @@ from pageferry.engine import destination as destination_module
 from pageferry.engine import source as source_module
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import WireOptions
-from pageferry.engine.postcopy import late_pages, recovery
-from pageferry.engine.postcopy.fetcher import PageFetcher
+from pageferry.engine.postcopy import client as client_module
+from pageferry.engine.postcopy.client import PostcopyClient
+from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.postcopy.recovery import come_back
 from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.engine.source import Source
@@ -162,8 +163,8 @@ def leave():
 def held(monkeypatch):
     """The destination asks for nothing but what is touched, until this is set."""
     gate = threading.Event()
-    ask_ahead = PageFetcher._ask_ahead
-    monkeypatch.setattr(PageFetcher, "_ask_ahead", lambda fetcher: ask_ahead(fetcher) if gate.is_set() else None)
+    ahead, nothing = DemandPager.ahead, np.empty(0, np.uint64)
+    monkeypatch.setattr(DemandPager, "ahead", lambda pager, most: ahead(pager, most) if gate.is_set() else nothing)
     yield gate
     gate.set()
 
@@ -192,7 +193,7 @@ def pause_of(source):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """Nobody is taken for a stranger because the host is busy."""
-    monkeypatch.setattr(recovery, "_PATIENCE_S", GIVE_UP_S)
+    monkeypatch.setattr(client_module, "_PATIENCE_S", GIVE_UP_S)
 
 
 @pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("hotset", 1), ("dma", 1), ("smp", 2), ("timers", 1)])
@@ -224,7 +225,7 @@ def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus
 
 
 def pages_there(inn):
-    return LATE_PAGES - int(inn.destination._late._fetcher._missing.test_many(late_gfns()).sum())
+    return LATE_PAGES - int(inn.destination._postcopy._pager._missing.test_many(late_gfns()).sum())
 
 
 def late_gfns():
@@ -347,7 +348,7 @@ class Cut:
 def shears(monkeypatch):
     """Cuts connections of post-copy, the first of these the first, in the middle of whatever is being said."""
     cuts = []
-    serve, take_all, ask_ahead = LeftBehind.serve, PageFetcher.take_all, PageFetcher._ask_ahead
+    serve, take_from, ask_ahead = LeftBehind.serve, PostcopyClient.take_from, PostcopyClient._ask_ahead
     turns = {side: iter(range(1 << 30)) for side in Side}
 
     def cut_of(side, channel):
@@ -373,14 +374,16 @@ def shears(monkeypatch):
         cut_of(Side.SOURCE, peer.channel)
         serve(left, peer, on_progress)
 
-    def take_some(fetcher, peer):
+    def take_some(client, peer):
         cut = cut_of(Side.DESTINATION, peer.channel)
-        fetcher.quiet = cut is not None and cut.quiet
-        take_all(fetcher, peer)
+        client.quiet = cut is not None and cut.quiet
+        take_from(client, peer)
 
     monkeypatch.setattr(LeftBehind, "serve", serve_some)
-    monkeypatch.setattr(PageFetcher, "take_all", take_some)
-    monkeypatch.setattr(PageFetcher, "_ask_ahead", lambda fetcher: None if fetcher.quiet else ask_ahead(fetcher))
+    monkeypatch.setattr(PostcopyClient, "take_from", take_some)
+    monkeypatch.setattr(
+        PostcopyClient, "_ask_ahead", lambda client, peer: None if client.quiet else ask_ahead(client, peer)
+    )
     return cuts
 
 
@@ -479,14 +482,14 @@ def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, sci
 
 
 def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, inn, leave, monkeypatch):
-    take, defects = PageFetcher._take, [ZeroDivisionError("a defect")]
+    install, defects = PostcopyClient._install, [ZeroDivisionError("a defect")]
 
-    def take_or_fail(fetcher, peer, frame):
+    def install_or_fail(client, peer, frame):
         if defects:
             raise defects.pop()
-        take(fetcher, peer, frame)
+        install(client, peer, frame)
 
-    monkeypatch.setattr(PageFetcher, "_take", take_or_fail)
+    monkeypatch.setattr(PostcopyClient, "_install", install_or_fail)
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     pause_of(source)
@@ -505,12 +508,14 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
     source = leave(vm, inn.open())
     pause_of(source)
 
+    take_back_in = client_module.take_back_in
+
     def take_back_in_too_late(channel, token):
-        peer = recovery.take_back_in(channel, token)
+        peer = take_back_in(channel, token)
         inn.destination.abort()
         return peer
 
-    monkeypatch.setattr(late_pages, "take_back_in", take_back_in_too_late)
+    monkeypatch.setattr(client_module, "take_back_in", take_back_in_too_late)
     assert source.recover(inn.endpoint)
     inn.thread.join(GIVE_UP_S)
     assert inn.error.guest_at is GuestAt.DESTINATION

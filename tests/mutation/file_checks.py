@@ -87,7 +87,7 @@ def touched_before_it_is_read(lab: Lab, engine: Engine) -> None:
             vm.load_state(guest.vm.save_state())
             where = gpa_of(int(PAGES[3]))
             vm.memory.write(where, b"new")
-            lazy.start()
+            lazy.read_ahead()
             lazy._thread.join()
             found = vm.memory.read(where, 3)
             require(found == b"new", f"a write was lost to what the file had: {found!r}")

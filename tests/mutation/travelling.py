@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from mutation.fault import Faults, Room
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import PageWords, page_words
@@ -151,6 +152,8 @@ class FileNotReadBack(Save):
 class RestReadOverWhatIsThere(LazyRestore):
     """The rest of a lazy restore is read over pages that came early and were written since."""
 
-    def _read_all(self) -> None:
-        self._absent = self._memory.all_ram()
-        super()._read_all()
+    def read_ahead(self) -> None:
+        everything: Any = self._pager
+        everything._missing = DirtyBitmap.of(everything._missing.nbits, self._saved.data_pages)
+        everything.missing_pages = self._saved.data_pages.size
+        super().read_ahead()

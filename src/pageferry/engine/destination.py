@@ -34,9 +34,8 @@ from pageferry.engine.pages.arrivals import Arrivals
 from pageferry.engine.pages.populator import Populator
 from pageferry.engine.pages.sections import Sections, read_stream
 from pageferry.engine.phases import PhaseClock, guarded
-from pageferry.engine.postcopy.fetcher import PageFetcher, can_wait
-from pageferry.engine.postcopy.late_pages import LatePages
-from pageferry.engine.postcopy.recovery import refuse_return
+from pageferry.engine.postcopy.client import PostcopyClient, refuse_return
+from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.verify.compare import AuditedPages, AuditMismatchError, Comparison, mismatch_of
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, take_in
@@ -110,30 +109,30 @@ class Destination(Generic[AnyVm]):
         self._shared = False
         self._aborted = threading.Event()
         self._token = ""
-        self._late: LatePages | None = None
+        self._postcopy: PostcopyClient | None = None
         self._audited: AuditedPages | None = None
 
     def abort(self) -> None:
         """End the attempt, from any thread; a guest that is ours and not all here is lost."""
         self._aborted.set()
         self._channel.abort()
-        if self._late is not None:
-            self._late.abort()
+        if self._postcopy is not None:
+            self._postcopy.abort()
 
     @property
     def missing_pages(self) -> int:
         """How many pages are still at the source; from the switch on it only falls."""
-        return 0 if self._late is None else self._late.missing_pages
+        return 0 if self._postcopy is None else self._postcopy.missing_pages
 
     @property
     def waits_for_source(self) -> bool:
         """Whether the guest is ours and stands still, for pages of it are at a source that is gone."""
-        return self._late is not None and self._late.waits_for_source
+        return self._postcopy is not None and self._postcopy.waits_for_source
 
     def release(self) -> None:
         """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
-        if self._late is not None:
-            self._late.release()
+        if self._postcopy is not None:
+            self._postcopy.release()
 
     def run(self) -> AnyVm:
         """Take the guest in; call once.
@@ -154,26 +153,26 @@ class Destination(Generic[AnyVm]):
                     self._verify(vm)
                 with self._clock.phase(Phase.HANDOFF):
                     self._handoff(vm, hello)
-            if self._late is not None:
+            if self._postcopy is not None:
                 with self._clock.phase(Phase.POSTCOPY):
-                    self._late.fetch(self._peer)
+                    self._postcopy.take_all(self._peer)
             else:
                 self._channel.close()
             return vm
         except BaseException:
             self._channel.close()
-            if self._late is not None:
-                self._late.close()
+            if self._postcopy is not None:
+                self._postcopy.close()
             if vm is not None and not self._ours:
                 vm.close()
-                if self._late is not None:
+                if self._postcopy is not None:
                     self._dropped.add(self._token)
             raise
 
     def see_off(self) -> None:
         """Tell the source, after :meth:`run`, that it may drop its copy; return when it has, or this is aborted."""
-        if self._late is not None:
-            self._late.see_off()
+        if self._postcopy is not None:
+            self._postcopy.see_off()
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -308,9 +307,9 @@ class Destination(Generic[AnyVm]):
         if mismatch is None:
             verified_pages = comparison.conclude()
             if comparison.missing.any() and self._accept is not None:
-                self._late = LatePages(
+                self._postcopy = PostcopyClient(
                     vm,
-                    PageFetcher(vm, comparison.missing),
+                    comparison.missing,
                     accept=self._accept,
                     token=self._token,
                     aborted=self._aborted,
@@ -323,7 +322,7 @@ class Destination(Generic[AnyVm]):
 
     def _handoff(self, vm: AnyVm, hello: SourceHello) -> None:
         commit = self._peer.receive()
-        if not isinstance(commit, Commit if self._late is None else Switch):
+        if not isinstance(commit, Commit if self._postcopy is None else Switch):
             raise self._unexpected(commit)
         self._before_run(vm, hello.name)
         if not commit.paused:

@@ -17,7 +17,7 @@
       | <---------------------------------- RUNNING -- |  downtime ends
 
 Where the policy decides for post-copy, what is dirty at the freeze stays here: it is named before DIGESTS, SWITCH
-stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.postcopy.fetcher`).
+stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.postcopy.client`).
 
 What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
 """

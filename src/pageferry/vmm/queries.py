@@ -100,7 +100,7 @@ class Queries:
             "tracker": vm.log_dirty.tracker,
             "huge_pages": str(vm.memory.huge_pages),
             "huge_bytes": vm.memory.huge_bytes(),
-            "unread_pages": None if lazy is None else lazy.left_pages,
+            "unread_pages": None if lazy is None else lazy.missing_pages,
             "missing_pages": self._incoming.missing_pages,
             "waits_for_source": self._incoming.waits_for_source,
             "work": self._work_done(vm),

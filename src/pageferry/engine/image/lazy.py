@@ -1,11 +1,11 @@
-"""LazyRestore: a guest that runs before its memory was read; its pages come from the file when they are touched.
+"""LazyRestore: a guest that runs before its memory was read from its file.
 
-Whoever touches a page first (a vCPU, a device, the engine) waits until it has been read; meanwhile a thread reads the
-rest, in the order of the file, and stands back for whoever waits. When all is there nothing of this is left.
-
-A page that cannot be read stops the guest where it is, with nothing lost: :meth:`LazyRestore.retry` tries again.
+A thread reads: first the pages that somebody waits for, otherwise the rest in the order of the file. When all have come
+nothing of this is left. A page that cannot be read stops the guest where it is, with nothing lost:
+:meth:`LazyRestore.retry` tries again.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -15,63 +15,53 @@ from pageferry.core.errors import PageferryError, VmError
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.vm import Vm
 from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.postcopy.pager import DemandPager
 
-#: How much is read at once: what somebody who needs a page now may have to wait for.
+_log = logging.getLogger(__name__)
+
+#: How much is read at once: what somebody who needs another page may have to wait for.
 _PIECE_PAGES = PAGES_PER_2M
 
 
 class LazyRestore:
-    """The memory of one guest on its way.
+    """The missing pages of one guest, in its file; what is needed is read from here on.
 
     Args:
-        saved: where it is; closed at the end.
-        vm: the guest, which has not run; all of its memory is absent from here on.
-        on_failure: told, on a thread of its own, that a page cannot be read: whoever touches one now waits.
+        saved: the file; closed at the end.
+        vm: the guest, which has not run, and whose memory nobody has touched.
+        on_failure: told, on a thread of its own, that a page cannot be read: whoever touches a missing page now waits.
 
     Raises:
-        UnsupportedError: this host or machine cannot wait for pages.
+        UnsupportedError: this host or machine cannot let a guest wait for pages.
     """
 
     def __init__(self, saved: SavedGuest, vm: Vm, *, on_failure: Callable[[PageferryError], None]) -> None:
         self._saved = saved
-        self._memory = vm.memory
         self._on_failure = on_failure
-        self._changed = threading.Condition()
-        self._in_need: set[object] = set()
-        self._absent = vm.memory.all_ram()
         self._buffer = np.empty(_PIECE_PAGES * PAGE_SIZE, np.uint8)
-        self.done = False
-        """Whether all of it is there (or was given up): the guest is one like any other."""
-        self._abandoned = False
+        self._changed = threading.Condition()
+        self._reads_ahead = False
         self.failure: PageferryError | None = None
-        self.left_pages = saved.data_pages.size
-        """Pages with content that are still to be read."""
-        self._arrival = vm.await_memory(self.fetch)
+        """Why a page cannot be read, until :meth:`retry`."""
+        self._pager = DemandPager(vm, saved.data_pages, self._notify)
         self._thread = threading.Thread(target=self._read_all, name="restore", daemon=True)
-
-    def start(self) -> None:
-        """Begin to read, on a thread; called once."""
         self._thread.start()
 
-    def fetch(self, gfns: GfnArray) -> None:
-        """Return when these frames (uint64[n]) are there: at once, or when they were read; any thread.
+    @property
+    def done(self) -> bool:
+        """Whether all of it is there (or was given up): the guest is one like any other."""
+        return self._pager.over
 
-        Raises:
-            VmError: the guest was given up.
-        """
-        gfns = gfns[gfns < self._absent.nbits]
-        if not self._absent.test_many(gfns).any():  # a bit is cleared when the page is there, and never set again
-            return
-        me = object()
-        self._in_need.add(me)
+    @property
+    def missing_pages(self) -> int:
+        """How many pages are still to be read."""
+        return self._pager.missing_pages
+
+    def read_ahead(self) -> None:
+        """Begin to read what nobody waits for, too."""
         with self._changed:
-            try:
-                self._bring(np.unique(gfns))
-            finally:
-                self._in_need.discard(me)
-                self._changed.notify_all()
-        if self._abandoned:
-            raise VmError("the guest was given up before its memory was read")
+            self._reads_ahead = True
+            self._changed.notify_all()
 
     def retry(self) -> None:
         """Try again to read what could not be read, if there is such a page; any thread."""
@@ -80,57 +70,45 @@ class LazyRestore:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Give up what is still to be read, if anything is. The guest is held and will not run again."""
+        """Give up what is still to be read, if anything is: the guest stands still and will not run again.
+
+        Any thread; a second call does nothing.
+        """
+        self._pager.close()
+        self._notify()
+        self._thread.join()
+
+    def _notify(self) -> None:
         with self._changed:
-            early = not self.done
-            self._abandoned |= early
-            self._finish()
-        if self._thread.ident is not None:
-            self._thread.join()
-        if early:
-            self._free()
-
-    def _free(self) -> None:
-        self._arrival.close()
-        self._saved.close()
-
-    def _bring(self, gfns: GfnArray) -> None:
-        """Have frames there; the lock is held, and let go while reading fails."""
-        while not self.done:
-            wanted = gfns[self._absent.test_many(gfns)]
-            if not wanted.size:
-                return
-            if self.failure is None:
-                try:
-                    self._install(wanted[:_PIECE_PAGES])
-                except PageferryError as error:
-                    self.failure = error
-                    threading.Thread(target=self._on_failure, args=(error,), name="restore-failed", daemon=True).start()
-            else:
-                self._changed.wait()
-
-    def _install(self, gfns: GfnArray) -> None:
-        content = np.frombuffer(self._saved.content(gfns, self._buffer), np.uint8)
-        self._arrival.install(gfns, content)
-        self._absent.clear(gfns)
-        self.left_pages -= int(np.count_nonzero(self._saved.has_data(gfns)))
+            self._changed.notify_all()
 
     def _read_all(self) -> None:
-        gfns = self._saved.data_pages
-        for at in range(0, gfns.size, _PIECE_PAGES):
-            piece = np.sort(gfns[at : at + _PIECE_PAGES])
-            with self._changed:
-                self._changed.wait_for(lambda: self.done or not self._in_need)
-                if self.done:
-                    return
-                self._bring(piece)
-        with self._changed:
-            self._finish()
-        self._free()
+        while (gfns := self._next()).size:
+            try:
+                self._pager.install(gfns, np.frombuffer(self._saved.content(gfns, self._buffer), np.uint8))
+            except PageferryError as error:
+                self._stop_at(error)
+            except Exception as error:  # or the guest would wait for ever, and nobody knew why
+                _log.exception("reading a guest's memory ended by a defect")
+                self._stop_at(VmError(f"internal error: {error!r}"))
+        self._pager.close()
+        self._saved.close()
 
-    def _finish(self) -> None:
-        """Let the rest, which has no content, be as it is; the lock is held."""
-        if not self.done:
-            self._arrival.finish()
-            self.done = True
-            self._changed.notify_all()
+    def _next(self) -> GfnArray:
+        """Wait until there is something to read, and return it; nothing: it is over."""
+        with self._changed:
+            while self._pager.missing_pages and not self._pager.over:
+                if self.failure is None:
+                    gfns = self._pager.needed(_PIECE_PAGES)
+                    if not gfns.size and self._reads_ahead:
+                        gfns = self._pager.ahead(_PIECE_PAGES)
+                    if gfns.size:
+                        return gfns
+                self._changed.wait()
+            return np.empty(0, np.uint64)
+
+    def _stop_at(self, error: PageferryError) -> None:
+        with self._changed:
+            self._pager.start_over()
+            self.failure = error
+        threading.Thread(target=self._on_failure, args=(error,), name="restore-failed", daemon=True).start()

@@ -75,7 +75,7 @@ def restore_lazily(
     except BaseException:
         vm.close()
         raise
-    lazy.start()
+    lazy.read_ahead()
     return vm, lazy
 
 

@@ -1,21 +1,15 @@
-"""How post-copy goes on after its connection was cut: a new connection, by the token of the destination's hello."""
+"""How post-copy goes on at the source after its connection was cut: over a new one, by the token of the first hello."""
 
-import contextlib
-import hmac
 import threading
 
-from pageferry.core.errors import PageferryError, RemoteStreamError
-from pageferry.core.vm import Vm
+from pageferry.core.errors import RemoteStreamError
 from pageferry.engine.wire.channel import Channel, Endpoint
-from pageferry.engine.wire.peer import Peer, PeerFailedError
-from pageferry.stream.ferry import Failed, Recover, Recovered, Refuse, Side
-
-#: While somebody else who connected says nothing, the source cannot come back.
-_PATIENCE_S = 2.0
+from pageferry.engine.wire.peer import Peer
+from pageferry.stream.ferry import Recover, Recovered, Side
 
 
 def come_back(channel: Channel, token: str) -> Peer:
-    """Go on with the migration of this token over a new connection; the source's side.
+    """Go on with the migration of this token over a new connection.
 
     Raises:
         PeerRefusedError: no guest of this migration is there; another destination may have it.
@@ -29,62 +23,6 @@ def come_back(channel: Channel, token: str) -> Peer:
     if not isinstance(peer.receive(), Recovered):
         raise RemoteStreamError("the destination did not go on with the migration")
     return peer
-
-
-def take_back_in(channel: Channel, token: str) -> Peer | None:
-    """Return the source that has connected, the destination's side; None: it was somebody else, who is refused."""
-    patience_s, channel.timeout_s = channel.timeout_s, min(channel.timeout_s, _PATIENCE_S)
-    peer = Peer(channel, Side.DESTINATION)
-    with contextlib.suppress(OSError, PageferryError, PeerFailedError):
-        peer.greet()
-        frame = peer.receive()
-        if isinstance(frame, Recover) and hmac.compare_digest(frame.token.encode(), token.encode()):
-            peer.send(Recovered())
-            channel.timeout_s = patience_s
-            return peer
-        peer.send(Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there"))
-        channel.finish()
-    channel.close()
-    return None
-
-
-def refuse_return(peer: Peer, *, dropped: bool) -> None:
-    """Answer a source that comes back for a guest that is not here.
-
-    Args:
-        peer: the source, which has sent RECOVER.
-        dropped: the guest was to switch to this process, and never ran here and never will.
-
-    Raises:
-        OSError: cut or stalled.
-    """
-    if dropped:
-        peer.send(Failed(reason="the guest had not all arrived when the connection was cut, and never ran there"))
-    else:
-        hint = "if it surely runs nowhere: pageferry resume --force at the source"
-        peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
-    peer.channel.finish()
-
-
-class Hold:
-    """Holds a guest from now on. A vCPU that waits for a page stops when it has it, so nobody here waits for that.
-
-    Args:
-        vm: the guest.
-    """
-
-    def __init__(self, vm: Vm) -> None:
-        self._vm = vm
-        self._freezing = threading.Thread(target=vm.freeze, name="hold", daemon=True)
-        self._freezing.start()
-
-    def end(self) -> None:
-        """Let it run again, as soon as every vCPU has stopped: pages come again."""
-        threading.Thread(target=self._thaw, name="hold", daemon=True).start()
-
-    def _thaw(self) -> None:
-        self._freezing.join()
-        self._vm.thaw()
 
 
 class Recovery:

@@ -1,17 +1,19 @@
-"""PageFetcher on both machines, against a source that the test plays: what is no page of the source's is not taken."""
+"""PostcopyClient on both machines, and a source that the test plays: only its own pages are taken."""
 
 import errno
 import threading
 
 import numpy as np
 import pytest
+from at_work import until
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import RecordError, RemoteStreamError, UffdError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.hugepages import HugePages
 from pageferry.core.vm import VmConfig
-from pageferry.engine.postcopy.fetcher import PageFetcher, can_wait
+from pageferry.engine.postcopy.client import PostcopyClient
+from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.kvm import KvmVm
 from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
@@ -78,9 +80,15 @@ def vm(make_vm):
     made.close()
 
 
+def client_of(vm):
+    missing = DirtyBitmap.of(vm.memory.gfn_limit, MISSING)
+    options = {"accept": lambda _: None, "token": "", "aborted": threading.Event(), "on_event": lambda _: None}
+    return PostcopyClient(vm, missing, **options)
+
+
 @pytest.fixture
-def fetcher(vm):
-    made = PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+def client(vm):
+    made = client_of(vm)
     yield made
     made.close()
 
@@ -92,19 +100,19 @@ def expect_all(vm):
     assert vm.memory.read(gpa_of(8), PAGE_SIZE) == bytes(PAGE_SIZE)
 
 
-def test_all_pages_come_once_and_then_nothing_waits(vm, fetcher):
+def test_all_pages_come_once_and_then_nothing_waits(vm, client):
     source = Source()
-    fetcher.take_all(source)
-    assert fetcher.left_pages == 0
+    client.take_from(source)
+    assert client.missing_pages == 0
     assert vm.memory._fetch is None
     expect_all(vm)
     asked = np.concatenate([frame.gfns for frame in source.heard])
     assert sorted(asked.tolist()) == MISSING.tolist()
-    fetcher.say_complete(Source(Dropped()))
+    client.say_complete(Source(Dropped()))
 
 
-def test_a_page_that_is_zero_comes_by_name(vm, fetcher):
-    fetcher.take_all(Source(lambda gfns: pages(gfns, zero=[4, 1000])))
+def test_a_page_that_is_zero_comes_by_name(vm, client):
+    client.take_from(Source(lambda gfns: pages(gfns, zero=[4, 1000])))
     assert [vm.memory.read(gpa_of(gfn), PAGE_SIZE) for gfn in (4, 1000)] == [bytes(PAGE_SIZE)] * 2
     assert [vm.memory.read_u64(gpa_of(gfn)) for gfn in (3, 5, 100, 101)] == [3, 5, 100, 101]
 
@@ -112,31 +120,26 @@ def test_a_page_that_is_zero_comes_by_name(vm, fetcher):
 @pytest.mark.parametrize(
     ("says", "error"), [(Running(), RemoteStreamError), (ConnectionResetError(), ConnectionResetError)]
 )
-def test_a_source_that_does_not_say_that_it_has_heard_is_told_again(vm, fetcher, says, error):
-    fetcher.take_all(Source())
+def test_a_source_that_does_not_say_that_it_has_heard_is_told_again(vm, client, says, error):
+    client.take_from(Source())
     with pytest.raises(error):
-        fetcher.say_complete(Source(says))
+        client.say_complete(Source(says))
     again = Source(Dropped())
-    fetcher.say_complete(again)
+    client.say_complete(again)
     assert isinstance(again.heard[-1], Complete)
 
 
-def test_memory_that_nobody_touched_waits_for_no_source(vm, fetcher):
+def test_memory_that_nobody_touched_waits_for_no_source(vm, client):
     assert vm.memory.read(gpa_of(500), PAGE_SIZE) == bytes(PAGE_SIZE)
     vm.memory.write(gpa_of(501), b"new")
     assert vm.memory.read(gpa_of(7), 4) == b"old\7"
-    fetcher.take_all(Source())
+    client.take_from(Source())
     assert vm.memory.read(gpa_of(501), 4) == b"new\0"
     expect_all(vm)
 
 
-def expect_waiting(fetcher):
-    patience = threading.Event()
-    for _ in range(GIVE_UP_S * 1000):
-        if fetcher._in_need:
-            return
-        patience.wait(0.001)
-    pytest.fail("nobody waits")
+def expect_waiting(client):
+    until(lambda: client._pager._needs, "somebody who waits")
 
 
 def wrong_digest(gfns):
@@ -172,38 +175,38 @@ def pages_of_nobody(gfns):
         (ConnectionResetError(), ConnectionResetError),
     ],
 )
-def test_what_is_no_page_of_the_source_is_not_taken_and_the_next_connection_goes_on(vm, fetcher, says, error):
+def test_what_is_no_page_of_the_source_is_not_taken_and_the_next_connection_goes_on(vm, client, says, error):
     with pytest.raises(error):
-        fetcher.take_all(Source(says))
-    assert fetcher.left_pages == MISSING.size
-    fetcher.take_all(Source())
+        client.take_from(Source(says))
+    assert client.missing_pages == MISSING.size
+    client.take_from(Source())
     expect_all(vm)
 
 
-def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next(vm, fetcher):
+def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next(vm, client):
     came = []
     reader = threading.Thread(target=lambda: came.append(vm.memory.read_u64(gpa_of(1000))))
     reader.start()
-    expect_waiting(fetcher)
+    expect_waiting(client)
     with pytest.raises(ConnectionResetError):
-        fetcher.take_all(Source(ConnectionResetError()))
+        client.take_from(Source(ConnectionResetError()))
     source = Source(ConnectionResetError())
     with pytest.raises(ConnectionResetError):
-        fetcher.take_all(source)
+        client.take_from(source)
     first = next(frame for frame in source.heard if isinstance(frame, Wanted))
     assert (first.gfns.tolist(), first.urgent) == ([1000], True)
     assert not came
-    fetcher.take_all(Source())
+    client.take_from(Source())
     reader.join(GIVE_UP_S)
     assert came == [1000]
     told = Source(Dropped())
-    fetcher.say_complete(told)
+    client.say_complete(told)
     assert told.heard[-1].waits == 1
     said = told.heard[-1]
     assert 0 < said.median_ns == said.p99_ns == said.longest_ns == said.waited_ns
 
 
-def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, fetcher):
+def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, client):
     failed = []
 
     def read():
@@ -214,23 +217,23 @@ def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, fetcher):
 
     reader = threading.Thread(target=read)
     reader.start()
-    expect_waiting(fetcher)
-    fetcher.close()
+    expect_waiting(client)
+    client.close()
     reader.join(GIVE_UP_S)
     assert len(failed) == 1
 
 
-def test_a_page_that_is_installed_is_marked(vm, fetcher):
+def test_a_page_that_is_installed_is_marked(vm, client):
     """Law 4: whoever tracks this guest meanwhile hears of it."""
     marked = []
     vm.memory.on_write(marked.append)
-    fetcher.take_all(Source())
+    client.take_from(Source())
     vm.memory.on_write(None)
     assert sorted(np.concatenate(marked).tolist()) == MISSING.tolist()
 
 
 @pytest.mark.parametrize("accel", ["kvm"])
-def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, fetcher, accel, monkeypatch):
+def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, client, accel, monkeypatch):
     """Of a run of three the first was installed, and written by the guest before the others could be."""
     ioctl = UffdFd.ioctl
 
@@ -244,9 +247,9 @@ def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, f
 
     monkeypatch.setattr(UffdFd, "ioctl", one_page_only)
     with pytest.raises(UffdError):
-        fetcher.take_all(Source())
+        client.take_from(Source())
     monkeypatch.setattr(UffdFd, "ioctl", ioctl)
-    fetcher.take_all(Source())
+    client.take_from(Source())
     assert vm.memory.read(gpa_of(3), 8) == b"written!"
     assert vm.memory.read_u64(gpa_of(3) + 8) == 3
     assert [vm.memory.read_u64(gpa_of(gfn)) for gfn in (4, 5)] == [4, 5]
@@ -306,7 +309,7 @@ def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel, monkeypatch
     """A huge page that is not taken apart would be zeros in place of absent: that is refused."""
     monkeypatch.setattr(vm.memory.mapping, "advise", lambda at, size_bytes, advice: None)
     with pytest.raises(UnsupportedError, match="cannot be taken apart"):
-        PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
+        client_of(vm)
 
 
 @pytest.mark.parametrize("accel", ["kvm"])
@@ -315,8 +318,8 @@ def test_pages_of_huge_pages_come_one_by_one(accel, kvm_support, thp):
     try:
         vm.memory.write(0, b"old!" * (vm.memory.size_bytes // 4))
         assert vm.memory.huge_bytes() > 0
-        fetcher = PageFetcher(vm, DirtyBitmap.of(vm.memory.gfn_limit, MISSING))
-        fetcher.take_all(Source())
+        client = client_of(vm)
+        client.take_from(Source())
         for gfn in MISSING.tolist():
             assert vm.memory.read_u64(gpa_of(gfn)) == gfn
         assert vm.memory.read(gpa_of(7), 4) == b"old!"

@@ -1,0 +1,324 @@
+"""Post-copy at the destination: the guest runs here, and its missing pages come from the source.
+
+::
+
+    destination                                           source
+      | -- WANTED(urgent): somebody waits for these ------> |
+      | -- WANTED: others, a few at a time ---------------> |
+      | <------------------------------- PAGES, content -- |  and so on
+      |    a cut: the guest stands still
+      |    a new connection: RECOVER, RECOVERED, and on it goes
+      | -- COMPLETE --------------------------------------> |
+      | <------------------------------------- DROPPED -- |
+
+A page that comes twice, unasked or with another digest than its own is no page: the connection is given up, as if it
+had been cut. A cut costs no page: each that has not come is still missing, and the source keeps it.
+"""
+
+import contextlib
+import hmac
+import logging
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import (
+    GuestAt,
+    LocalStreamError,
+    PageferryError,
+    RecordError,
+    RemoteStreamError,
+    TransportError,
+)
+from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovered
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.vm import Vm
+from pageferry.engine.postcopy.pager import DemandPager
+from pageferry.engine.wire.channel import Channel
+from pageferry.engine.wire.connections import POLL_S, Accept
+from pageferry.engine.wire.peer import Peer, PeerFailedError
+from pageferry.stream.ferry import Complete, Dropped, Failed, Pages, Recover, Recovered, Refuse, Side, Wanted
+from pageferry.stream.ferry_postcopy import MAX_WANTED_PAGES, digest_of
+
+_log = logging.getLogger(__name__)
+
+#: How many pages may be under way that nobody waits for: 512 KiB, what a page in need may wait behind. Measured: more
+#: of them make the waits longer, and the whole no faster.
+_AHEAD_PAGES = 128
+#: While somebody else who connected says nothing, the source cannot come back.
+_PATIENCE_S = 2.0
+
+
+class PostcopyClient:
+    """The missing pages of a guest that is about to switch. Making it gives up what they hold here.
+
+    Args:
+        vm: the guest, which has not run.
+        missing: its frames whose content is at the source.
+        accept: where the source comes back from.
+        token: that it must show.
+        aborted: set when nobody is to wait any longer; :meth:`abort` is called after that.
+        on_event: sees pauses and recoveries.
+
+    Raises:
+        VmError: the host or the machine refused.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        missing: DirtyBitmap,
+        *,
+        accept: Accept,
+        token: str,
+        aborted: threading.Event,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._vm = vm
+        self._accept = accept
+        self._token = token
+        self._aborted = aborted
+        self._on_event = on_event
+        self._content = np.empty(MAX_WANTED_PAGES * PAGE_SIZE, np.uint8)
+        self._released = False
+        self._peer: Peer | None = None
+        self._asking = threading.Lock()  # held while what is asked for, and of which peer, changes
+        self.waits_for_source = False
+        """Whether the guest stands still, for pages of it are at a source that is gone."""
+        self._pager = DemandPager(vm, missing.gfns(), self._ask_urgently)
+
+    @property
+    def missing_pages(self) -> int:
+        """How many pages are still at the source; it only falls."""
+        return self._pager.missing_pages
+
+    def take_all(self, peer: Peer) -> None:
+        """Have all missing pages come, first over the connection of the switch; the guest stands still between two.
+
+        On failure nobody waits for pages any more, and there is no connection.
+
+        Raises:
+            TransportError: it was aborted, and the guest is lost.
+        """
+        try:
+            connected: Peer | None = peer
+            while connected is not None:
+                reason = self._take(connected)
+                if reason is None:
+                    return
+                connected = self._source_that_returns(reason)
+            if not self._released:
+                why = "given up before all pages had come, and the guest is lost"
+                raise TransportError(why, phase=str(Phase.POSTCOPY), guest_at=GuestAt.DESTINATION)
+        finally:
+            self.close()  # the guest has ended: another vCPU than the one that ended it may wait for a page
+
+    def see_off(self) -> None:
+        """Tell the source, when all is there, that it may drop its copy, over as many connections as it takes.
+
+        Returns when it has. The guest needs nothing of it any more: if this is aborted, the source believes itself cut.
+        """
+        peer = self._peer
+        while peer is not None and not self._is_over():
+            try:
+                self.say_complete(peer)
+                break
+            except (OSError, PageferryError, PeerFailedError):
+                peer.channel.close()
+            self._peer = peer = self._accepted()
+        if peer is not None:
+            peer.channel.close()
+
+    def release(self) -> None:
+        """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
+        with self._asking:
+            self._released = True
+        if self._peer is not None:
+            self._release(self._peer)
+
+    def abort(self) -> None:
+        """Cut the connection, from any thread."""
+        if self._peer is not None:
+            self._peer.channel.abort()
+
+    def close(self) -> None:
+        """Let nobody wait for pages any more; the guest stands still for ever, or has all of them."""
+        self._pager.close()
+
+    # -- one connection --------------------------------------------------------------------------------------------
+
+    def _take(self, peer: Peer) -> str | None:
+        """Take pages over one connection; return None when all are there, or why it ended."""
+        try:
+            self.take_from(peer)
+        except Exception as error:  # whatever it is: what has come stays, and another connection may do better
+            if not isinstance(error, OSError | PageferryError | PeerFailedError):
+                _log.exception("post-copy was cut by a defect")
+            peer.channel.close()
+            return f"the connection was cut: {error}"
+        return None
+
+    def take_from(self, peer: Peer) -> None:
+        """Ask for pages and take them until all are there; on one thread at a time.
+
+        Raises:
+            RemoteStreamError: the source sent something else, or another page than its own.
+            OSError: cut or stalled. What has come stays; call it again with another connection.
+        """
+        with self._asking:
+            self._peer = peer
+            self._pager.start_over()
+        if self._is_over():  # said by somebody who knew only the connection before, or none
+            self._release(peer) if self._released else peer.channel.abort()
+        self._ask_urgently()
+        while self._pager.missing_pages:
+            self._ask_ahead(peer)
+            frame = peer.receive()
+            if not isinstance(frame, Pages):
+                raise RemoteStreamError(f"the source sent {type(frame).__name__} in place of pages")
+            self._install(peer, frame)
+        self._pager.close()
+
+    def _ask_urgently(self) -> None:
+        # Under the lock, and yet it waits for nobody: what is under way at once is too little to fill a socket.
+        with self._asking:
+            peer = self._peer
+            if peer is None or self._released:
+                return  # the next connection begins with it
+            while (gfns := self._pager.needed(MAX_WANTED_PAGES)).size:
+                with contextlib.suppress(OSError):  # whoever receives finds it out as well
+                    peer.send(Wanted(gfns=gfns, urgent=True))
+
+    def _ask_ahead(self, peer: Peer) -> None:
+        with self._asking:
+            while self._pager.coming_pages < _AHEAD_PAGES and (gfns := self._pager.ahead(MAX_WANTED_PAGES)).size:
+                peer.send(Wanted(gfns=gfns))
+
+    def _install(self, peer: Peer, frame: Pages) -> None:
+        if not self._pager.are_coming(frame.gfns):
+            raise RecordError("a page came that was not asked for", record="PAGES")
+        gfns, zeros = frame.gfns[~frame.zero], frame.gfns[frame.zero]
+        content = self._content[: gfns.size * PAGE_SIZE]
+        peer.receive_content(content.data)
+        if digest_of(frame.gfns, frame.zero, [content.data]) != frame.digest:
+            raise RecordError("pages are not what they were at the source", record="PAGES")
+        self._pager.install(gfns, content)
+        self._pager.install(zeros, np.zeros(zeros.size * PAGE_SIZE, np.uint8))
+
+    def say_complete(self, peer: Peer) -> None:
+        """Tell the source, when all is there, that it may drop its copy; return when it has.
+
+        Raises:
+            RemoteStreamError: the source sent something else.
+            OSError: cut or stalled: whether it has heard is not known. Call it again with another connection.
+        """
+        peer.send(self._complete())
+        answer = peer.receive()
+        if not isinstance(answer, Dropped):
+            raise RemoteStreamError(f"the source sent {type(answer).__name__} after it was told that all is here")
+
+    def _release(self, peer: Peer) -> None:
+        try:
+            peer.send(self._complete())
+        except LocalStreamError:
+            return  # it is not our turn yet, or everything has come: whoever's turn it is says it
+        except OSError:
+            _log.debug("the source of a guest that has ended is gone")
+        peer.channel.finish()
+
+    def _complete(self) -> Complete:
+        waits_ns = self._pager.waits_ns()
+        if not waits_ns.size:
+            return Complete()
+        median_ns, p99_ns = waits_ns[[(waits_ns.size - 1) // 2, (waits_ns.size - 1) * 99 // 100]].tolist()
+        return Complete(
+            waits=waits_ns.size,
+            waited_ns=int(waits_ns.sum()),
+            median_ns=median_ns,
+            p99_ns=p99_ns,
+            longest_ns=int(waits_ns[-1]),
+        )
+
+    # -- between two connections -----------------------------------------------------------------------------------
+
+    def _is_over(self) -> bool:
+        return self._released or self._aborted.is_set()
+
+    def _source_that_returns(self, reason: str) -> Peer | None:
+        """Let the guest stand still until its source is back; None: nobody waits for it any longer."""
+        if self._released:
+            return None
+        freeze = _Freeze(self._vm)
+        self.waits_for_source = True
+        self._on_event(PostcopyPaused(reason=reason))
+        peer = self._accepted()
+        if peer is not None:
+            freeze.thaw()
+            self.waits_for_source = False
+            self._on_event(PostcopyRecovered())
+        return peer
+
+    def _accepted(self) -> Peer | None:
+        while not self._is_over():
+            try:
+                channel = self._accept(POLL_S)
+            except OSError:
+                return None
+            peer = None if channel is None else take_back_in(channel, self._token)
+            if peer is not None:
+                return peer
+        return None
+
+
+class _Freeze:
+    """Freezes a guest from now on, on a thread: a vCPU that waits for a page stops only when it has it."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._freezing = threading.Thread(target=vm.freeze, name="freeze", daemon=True)
+        self._freezing.start()
+
+    def thaw(self) -> None:
+        """Let it run again, as soon as every vCPU has stopped: pages come again."""
+        threading.Thread(target=self._thaw, name="thaw", daemon=True).start()
+
+    def _thaw(self) -> None:
+        self._freezing.join()
+        self._vm.thaw()
+
+
+def take_back_in(channel: Channel, token: str) -> Peer | None:
+    """Return the source that has connected; None: it was somebody else, who is refused."""
+    patience_s, channel.timeout_s = channel.timeout_s, min(channel.timeout_s, _PATIENCE_S)
+    peer = Peer(channel, Side.DESTINATION)
+    with contextlib.suppress(OSError, PageferryError, PeerFailedError):
+        peer.greet()
+        frame = peer.receive()
+        if isinstance(frame, Recover) and hmac.compare_digest(frame.token.encode(), token.encode()):
+            peer.send(Recovered())
+            channel.timeout_s = patience_s
+            return peer
+        peer.send(Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there"))
+        channel.finish()
+    channel.close()
+    return None
+
+
+def refuse_return(peer: Peer, *, dropped: bool) -> None:
+    """Answer a source that comes back for a guest that is not here.
+
+    Args:
+        peer: the source, which has sent RECOVER.
+        dropped: the guest was to switch to this process, and never ran here and never will.
+
+    Raises:
+        OSError: cut or stalled.
+    """
+    if dropped:
+        peer.send(Failed(reason="the guest had not all arrived when the connection was cut, and never ran there"))
+    else:
+        hint = "if it surely runs nowhere: pageferry resume --force at the source"
+        peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
+    peer.channel.finish()
