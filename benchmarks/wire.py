@@ -13,6 +13,9 @@ possible). Target: at least 0.7.
 
 ``--ways`` measures instead what the ways of sending cost and save, on the same guest: how fast zero pages are told from
 others; 1, 2 and 4 connections; packing of text and of noise; a cap, and how well it holds.
+
+``--changes`` measures what packing and ``--delta-cache`` save on a slow wire: a hash table of 32 MiB under updates
+(``kv``, as fast as it can) moves under the policy ``converge`` over a wire of 10 and of 40 MiB/s.
 """
 
 import argparse
@@ -30,23 +33,28 @@ from typing import Any
 
 import numpy as np
 
+from pageferry.core.errors import MigrationError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MADV_POPULATE_WRITE
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import page_words, zero_pages
-from pageferry.core.policies import XenPolicy
+from pageferry.core.policies import ConvergePolicy, XenPolicy
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import DEFAULT_WIRE, WireOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
-from pageferry.guests.boot import boot
+from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
-from pageferry.stream.packing import available
+from pageferry.stream.packing import Packing, available
 from pageferry.vmm.accel import Accel, choose_machines
 
 PIECE_BYTES = 4 << 20
+CHANGES_MEMORY_BYTES, CHANGES_WORKING_SET_BYTES, CHANGES_CACHE_BYTES = 256 << 20, 32 << 20, 64 << 20
+CHANGES_CAPS = (10 << 20, 40 << 20)
+#: So long the hash table fills before it moves.
+CHANGES_WARM_UP_S = 3.0
 
 
 def fill(memory: GuestMemory, first_byte: int) -> None:
@@ -108,11 +116,12 @@ def migration_receiver(pipe: Connection, accel: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname()[1])
         sock, _ = listener.accept()
-        vm = Destination(
-            Channel(sock), machines.make_vm, accel=accel, accept=lambda wait_s: accept_within(listener, wait_s, 30)
-        ).run()
-        pipe.recv()
-        vm.close()
+        with contextlib.suppress(MigrationError):  # the source tells why
+            vm = Destination(
+                Channel(sock), machines.make_vm, accel=accel, accept=lambda wait_s: accept_within(listener, wait_s, 30)
+            ).run()
+            pipe.recv()
+            vm.close()
 
 
 def migration(
@@ -202,6 +211,41 @@ def ways(size_bytes: int, accel: str, repeats: int) -> dict[str, Any]:
     return result | {name: {"memory_bytes_per_s": zero_scan(size_bytes, how)} for name, how in scans.items()}
 
 
+def changes(accel: str, repeats: int) -> dict[str, Any]:
+    """Return what a busy guest's migration took over a slow wire, by cap and way: medians of those that ended well."""
+    packings = [(packing, cache) for packing in available() for cache in (0, CHANGES_CACHE_BYTES)]
+    result = {}
+    for cap in CHANGES_CAPS:
+        for packing, cache in [(Packing.NONE, 0), *packings]:
+            wire = WireOptions(bandwidth_bytes_per_s=cap, compress=packing, delta_cache_bytes=cache)
+            runs = [changing_migration(accel, wire) for _ in range(repeats)]
+            moved = [run for run in runs if run["status"] == "completed"]
+            result[f"{cap >> 20} MiB/s, {packing}{', cache' if cache else ''}"] = {
+                "moved": len(moved),
+                **{
+                    name: statistics.median(run[name] for run in moved) if moved else None
+                    for name in ("total_s", "sent_bytes", "throttled_s", "downtime_s")
+                },
+            }
+    return result
+
+
+def changing_migration(accel: str, wire: WireOptions) -> dict[str, Any]:
+    """Return the report of one migration of a guest that changes its pages all the time, done or given up."""
+    vm = choose_machines(Accel(accel)).make_vm(VmConfig(memory_bytes=CHANGES_MEMORY_BYTES))
+    boot(vm, load_workload("kv"), params=GuestParams(working_set_bytes=CHANGES_WORKING_SET_BYTES))
+    with Child(migration_receiver, accel) as port:
+        vm.resume()
+        time.sleep(CHANGES_WARM_UP_S)
+        source = Source(vm, Endpoint(host="127.0.0.1", port=port), ConvergePolicy(), wire=wire)
+        with contextlib.suppress(MigrationError):  # the report tells that its policy gave up
+            source.run()
+    vm.close()
+    if source.report is None:
+        raise RuntimeError("a migration left no report")
+    return source.report.to_json()
+
+
 def nothing_but_storage(memory: GuestMemory, first_byte: int) -> None:
     """Give every page storage, and leave it zero."""
     first, pages = first_byte >> 12, (memory.size_bytes - first_byte) >> 12
@@ -213,10 +257,27 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs instead of 1 GiB and five")
     parser.add_argument("--ways", action="store_true", help="connections, packing, zero pages and a cap instead")
+    parser.add_argument("--changes", action="store_true", help="packing and the delta cache on a slow wire instead")
     parser.add_argument("--accel", default="auto", choices=["auto", "kvm", "soft"])
     options = parser.parse_args()
     size_bytes, pairs = (256 << 20, 2) if options.quick else (1 << 30, 5)
     accel = choose_machines(Accel(options.accel)).accel
+    if options.changes:
+        found = changes(accel, 1 if options.quick else 3)
+        if options.json:
+            json.dump(found, sys.stdout, indent=2)
+            print()
+            return
+        print(f"{accel}, kv of {CHANGES_WORKING_SET_BYTES >> 20} MiB, policy converge, medians")
+        for name, each in found.items():
+            if not each["moved"]:
+                print(f"  {name:<24} given up")
+                continue
+            print(
+                f"  {name:<24}{each['total_s']:6.2f} s, {each['sent_bytes'] / 2**20:6.1f} MiB, "
+                f"guest held {each['throttled_s']:5.2f} s, {each['downtime_s'] * 1e3:5.0f} ms down"
+            )
+        return
     if options.ways:
         found = ways(size_bytes, accel, pairs)
         if options.json:

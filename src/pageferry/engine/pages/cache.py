@@ -27,11 +27,21 @@ class PageCache:
         self._owner = np.full(slots, _NOBODY, np.int64)
         self._slot_of = np.zeros(gfn_limit, np.int32)  # plus 1; 0: not here
         self._next = 0
+        self._unused = slots
 
     @property
     def capacity_pages(self) -> int:
         """How many pages fit."""
         return self._owner.size
+
+    def fill(self, gfns: GfnArray, pages: PageWords) -> None:
+        """Put in pages that are not here, as long as none has to make room for them.
+
+        Args:
+            gfns: uint64[n], distinct.
+            pages: uint64[n, 512].
+        """
+        self._insert(gfns[: self._unused], pages[: self._unused])
 
     def swap(self, gfns: GfnArray, pages: PageWords) -> tuple[NDArray[np.bool_], PageWords]:
         """Put contents in; return which pages were here (bool[n]) and what was here of those (uint64[k, 512]).
@@ -60,6 +70,7 @@ class PageCache:
     def _insert(self, gfns: GfnArray, pages: PageWords) -> None:
         slots = (self._next + np.arange(gfns.size)) % self._owner.size
         self._next = (self._next + gfns.size) % self._owner.size
+        self._unused = max(0, self._unused - gfns.size)
         evicted = self._owner[slots]
         self._slot_of[evicted[evicted != _NOBODY]] = 0
         self._owner[slots] = gfns

@@ -82,8 +82,8 @@ class PackingCoder:
     """Pages copied, then packed batch by batch; those that do not get smaller go as they are.
 
     With a cache, of a page that is sent again only what changed is sent. The very copy that is sent, or that a change
-    leads to, goes into the cache. The first sending of a page is not remembered: most pages are sent once, and a page
-    that is sent twice is likely to be sent a third time.
+    leads to, goes into the cache. The first sending of a page goes in only while there is room: most pages are sent
+    once, and those that are sent again have the better claim.
 
     Args:
         memory: the guest's.
@@ -103,7 +103,10 @@ class PackingCoder:
         """Return PACKED_PAGES, DELTA_PAGES and PAGE_DATA records; see :class:`PageCoder`."""
         copies = self._copies[: gfns.size]
         np.take(self._words, gfns.astype(np.intp), axis=0, out=copies, mode="clip")
-        if self._cache is None or fresh:
+        if self._cache is None:
+            return self._packed(gfns, copies)
+        if fresh:
+            self._cache.fill(gfns, copies)
             return self._packed(gfns, copies)
         known, changes = self._cache.swap(gfns, copies)
         if not known.any():
