@@ -17,7 +17,7 @@ from pageferry.core.errors import MigrationError
 from pageferry.core.events import Event, MigrationReport
 from pageferry.core.frames import GfnArray, gpa_of
 from pageferry.core.memory import GuestMemory
-from pageferry.core.policy import Action, Decision, Progress
+from pageferry.core.policy import Action, Decision, Policy, Progress
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.image.lazy import LazyRestore
@@ -80,13 +80,15 @@ class Trip:
         try:
             channel = Channel(listener.accept()[0], _TIMEOUT_S)
             accel = self._guest.vm.accel
-            self.there = self._engine.destination(
+            there = self._engine.destination(
                 channel,
                 self._make,
                 accel=accel,
                 accept=lambda wait_s: accept_within(listener, wait_s, _TIMEOUT_S),
                 on_event=on_event,
-            ).run()
+            )
+            self.there = there.run()
+            there.see_off()
         except (MigrationError, OSError):
             self.there = None
 
@@ -94,6 +96,7 @@ class Trip:
         self,
         *,
         rounds: int = 4,
+        policy: Policy | None = None,
         on_event: Callable[[Event], None] = ignore,
         there_on_event: Callable[[Event], None] = ignore,
         **options: Any,
@@ -110,7 +113,12 @@ class Trip:
             try:
                 endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
                 self.source = self._engine.source(
-                    self._guest.vm, endpoint, Rounds(rounds), timeout_s=_TIMEOUT_S, on_event=on_event, **options
+                    self._guest.vm,
+                    endpoint,
+                    policy or Rounds(rounds),
+                    timeout_s=_TIMEOUT_S,
+                    on_event=on_event,
+                    **options,
                 )
                 return self.source.run()
             finally:
