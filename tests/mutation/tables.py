@@ -37,11 +37,11 @@ def _without_flush(domain: Domain, operator: str) -> None:
 
     def wrap(sound: Any) -> Any:
         def operate(*arguments: object) -> Any:
-            flush, paging._flush_tlbs = paging._flush_tlbs, lambda: None
+            flush, paging.flush_tlbs = paging.flush_tlbs, lambda: None
             try:
                 return sound(*arguments)
             finally:
-                paging._flush_tlbs = flush
+                paging.flush_tlbs = flush
 
         return operate
 

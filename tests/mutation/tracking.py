@@ -47,7 +47,7 @@ def protect_before_swap(domain: Domain) -> None:
                 with locks.log_dirty:
                     paging._complete()
                 paging._ops.clean(paging.journal())
-                paging._flush_tlbs()
+                paging.flush_tlbs()
             store_from_a_vcpu(domain)
             with domain.run_control.stopped(), locks.p2m, locks.log_dirty:
                 return paging._end_cycle(gfns)[0]
@@ -228,7 +228,7 @@ def second_reader_takes_bits(domain: Domain) -> None:
                     paging._bitmap.words[-2:] = 0
                     frames = np.arange((shown.nbits >> 6 << 6) - 64, shown.nbits, dtype=np.uint64)
                     domain.p2m.change_types(frames, P2MType.RAM_RW, P2MType.RAM_LOGDIRTY)
-                paging._flush_tlbs()
+                paging.flush_tlbs()
             return shown
 
         return peek

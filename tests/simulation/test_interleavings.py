@@ -61,7 +61,7 @@ def clears_after_it_protects(domain):
             paging._ops.clean(np.array(paging._journal, np.uint64))
             with locks.log_dirty:
                 paging._end_cycle(range(domain.memory.gfn_limit))
-            paging._flush_tlbs()
+            paging.flush_tlbs()
             return dirty
 
     paging.clean = clean
@@ -69,7 +69,7 @@ def clears_after_it_protects(domain):
 
 def forgets_the_flush(domain):
     """CLEAN leaves the vCPUs their translations."""
-    domain.paging._flush_tlbs = lambda: None
+    domain.paging.flush_tlbs = lambda: None
 
 
 def does_not_hold_the_vcpus(domain):

@@ -29,7 +29,7 @@ from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.mmio import MMIO_WINDOW, MmioWindow
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
 from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE
-from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.paging import Paging, Tlb
 from pageferry.hypervisor.registers import (
     CR0_WP,
     CR4_SMAP,
@@ -85,9 +85,8 @@ class SoftVcpu:
         self._bus = bus
         self._cpuid = cpuid
         self._walker = GuestWalker(machine.words, self._walker_access)
-        self.shadow_mmu = ShadowMmu(
-            shadow, p2m, self._walker, request_flush=self.request_tlb_flush, failed=self._on_failure
-        )
+        self.shadow_mmu = ShadowMmu(shadow, p2m, self._walker, self._on_failure)
+        self.tlb = Tlb()
         self._translate = self._nested_walk
         self._mmio = MmioWindow(bus, self._on_failure)
         self._engine: api.Engine | None = None
@@ -95,7 +94,6 @@ class SoftVcpu:
         self._rip = 0
         self._entering = False
         self._kicked = False
-        self._flush_wanted = False
         self._effect: Effect | None = None
         self._failure: BaseException | None = None
         self._vector: int | None = None
@@ -122,7 +120,7 @@ class SoftVcpu:
                 idle_starts = 0
             if self._failure is not None:
                 self._crash()
-            if self._flush_wanted:
+            if self.tlb.flush_wanted:
                 self._flush_tlb(engine)
             trapped = self._take_io_trap()
             if self._effect is not None:
@@ -182,7 +180,7 @@ class SoftVcpu:
         self._effect = self._failure = self._vector = None
         self._io_trapped = self._renewed = False
         self._loaded = state
-        self._flush_wanted = True
+        self.tlb.request_flush()
         self._engine = engine
 
     def save(self) -> VcpuState:
@@ -191,17 +189,13 @@ class SoftVcpu:
             return self._loaded
         return save_registers(self._engine, self._loaded, rip=self._rip, tsc=self._tsc())
 
-    def request_tlb_flush(self) -> None:
-        """Have the TLB flushed on the vCPU's own thread before it enters the guest, or its next slice."""
-        self._flush_wanted = True
-
     def use_shadow(self, shadowed: bool) -> None:
         """Translate through the shadow tables (True), or by the nested walk; the vCPU is outside the guest."""
         mmu, walker = self.shadow_mmu, self._walker
         self._translate = mmu.translate if shadowed else self._nested_walk
         walker.nested_access = mmu.table_read if shadowed else self._walker_access
         walker.nested_update = mmu.table_write if shadowed else None
-        self._flush_wanted = True
+        self.tlb.request_flush()
 
     def close(self) -> None:
         """Free the emulator; the vCPU will not run again."""
@@ -210,7 +204,7 @@ class SoftVcpu:
     # --- entering ---
 
     def _before_entry(self, engine: api.Engine) -> None:
-        if self._flush_wanted:
+        if self.tlb.flush_wanted:
             self._flush_tlb(engine)
         view = self._machine.mapping.view
         for maddr, code in self._code_pages.items():
@@ -221,10 +215,10 @@ class SoftVcpu:
                 return
 
     def _flush_tlb(self, engine: api.Engine) -> None:
-        self._flush_wanted = False
+        self.tlb.flush_wanted = False
         engine.flush_tlb()
         self._walker.flush()
-        self.shadow_mmu.flushes += 1
+        self.tlb.flushes += 1
 
     def _invalidate(self, engine: api.Engine) -> None:
         """The guest has changed its page tables and says so."""

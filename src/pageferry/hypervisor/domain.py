@@ -6,6 +6,7 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever wr
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpu_features import table_for
@@ -19,7 +20,6 @@ from pageferry.core.state import VcpuState
 from pageferry.core.vm import Arrival, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.hypervisor.cpu import SoftVcpu
-from pageferry.hypervisor.domctl import ShadowOpArguments, shadow_op
 from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
@@ -82,7 +82,6 @@ class Domain(StandardMachine):
         self.p2m = P2M(self.machine, self.locks.p2m)
         mapping = HostMapping(gfn_limit << PAGE_SHIFT)
         self._populate(mapping, regions)
-        self.physmap = PhysMap(self)
         super().__init__(config, self._guest_memory(regions, mapping, thp=thp), cpuid)
         self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
         self.vcpus = tuple(
@@ -95,7 +94,7 @@ class Domain(StandardMachine):
             )
             for index in range(config.cpus)
         )
-        self.shadow.mmus = tuple(vcpu.shadow_mmu for vcpu in self.vcpus)
+        self.shadow.tlbs = tuple(vcpu.tlb for vcpu in self.vcpus)
         self.paging = Paging(
             tracker=paging_mode,
             ops=self._ops(paging_mode),
@@ -103,8 +102,17 @@ class Domain(StandardMachine):
             pool=self.machine.pool,
             memory=self.memory,
             locks=self.locks,
-            hold=lambda: self.run_control.stopped(),
-            flush_tlbs=self._flush_tlbs,
+            hold=self._hold,
+            tlbs=self.shadow.tlbs,
+        )
+        self.physmap = PhysMap(
+            machine=self.machine,
+            p2m=self.p2m,
+            shadow=self.shadow,
+            paging=self.paging,
+            memory=self.memory,
+            locks=self.locks,
+            hold=self._hold,
         )
         for vcpu in self.vcpus:
             vcpu.paging = vcpu.shadow_mmu.paging = self.paging
@@ -156,16 +164,22 @@ class Domain(StandardMachine):
 
     def _guest_memory(self, regions: tuple[RamRegion, ...], mapping: HostMapping, *, thp: bool) -> GuestMemory:
         if not thp:
-            return GuestMemory(regions, mapping, self.physmap.populated)
+            return GuestMemory(regions, mapping, self._populated)
         for region in regions:
             mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
         return GuestMemory(
             regions,
             mapping,
-            self.physmap.populated,
+            self._populated,
             huge_pages=HugePages.THP,
             vcpu_mapping=self.machine.mapping,
         )
+
+    def _populated(self) -> tuple[GfnArray, GfnArray]:
+        return self.physmap.populated()
+
+    def _hold(self) -> AbstractContextManager[None]:
+        return self.run_control.stopped()
 
     def _enter(self, mapping: HostMapping, gfn: int, pages: int) -> None:
         mfn = self.machine.allocate_extent(pages)
@@ -195,10 +209,6 @@ class Domain(StandardMachine):
         """Return how many frames of tables and bitmap the domain may use."""
         return self.machine.pool.allocation
 
-    def shadow_op(self, op: int, arguments: ShadowOpArguments | None = None) -> int:
-        """Perform XEN_DOMCTL_shadow_op; see :mod:`.domctl`."""
-        return shadow_op(self, op, arguments)
-
     def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
         """Let frames be absent: not present to the nested walk, which every access of a vCPU begins with."""
         return PagesToCome(self.memory, self.p2m, fetch)
@@ -206,15 +216,6 @@ class Domain(StandardMachine):
     def remove_pages(self, gfns: GfnArray) -> None:
         """Take frames away from the guest, as its balloon would."""
         self.physmap.decrease_reservation(gfns)
-
-    def flush_tlbs(self) -> None:
-        """Forget every translation, for the P2M has changed; the vCPUs are outside now."""
-        self.shadow.blow()
-        self._flush_tlbs()
-
-    def _flush_tlbs(self) -> None:
-        for vcpu in self.vcpus:
-            vcpu.request_tlb_flush()
 
     def _save_vcpus(self) -> tuple[VcpuState, ...]:
         return tuple(vcpu.save() for vcpu in self.vcpus)

@@ -17,13 +17,10 @@ Source: Xen ``public/domctl.h`` and ``paging_domctl``; FACTS on what a real Xen 
 import errno
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, LogDirtyMemoryError, VmError
-
-if TYPE_CHECKING:
-    from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.domain import Domain
 
 #: Mode flags of ENABLE.
 ENABLE_REFCOUNT, ENABLE_LOG_DIRTY, ENABLE_TRANSLATE, ENABLE_EXTERNAL = 1 << 1, 1 << 2, 1 << 3, 1 << 4
@@ -63,7 +60,7 @@ class ShadowOpArguments:
     dirty_count: int = 0
 
 
-def shadow_op(domain: "Domain | None", op: int, arguments: ShadowOpArguments | None = None) -> int:
+def shadow_op(domain: Domain | None, op: int, arguments: ShadowOpArguments | None = None) -> int:
     """Perform one operation and return 0, or a negative errno as the hypercall does; never raises for those.
 
     -ESRCH: no domain, or one that is closed. -EINVAL: an unknown operation or mode, ENABLE when it is on already.
@@ -81,7 +78,7 @@ def shadow_op(domain: "Domain | None", op: int, arguments: ShadowOpArguments | N
         return -errno.EINVAL
 
 
-def _perform(domain: "Domain", op: int, given: ShadowOpArguments) -> int:
+def _perform(domain: Domain, op: int, given: ShadowOpArguments) -> int:
     if op == ShadowOp.OFF:
         domain.paging.off()
         return 0
@@ -101,7 +98,7 @@ def _perform(domain: "Domain", op: int, given: ShadowOpArguments) -> int:
     return 0
 
 
-def _report(domain: "Domain", given: ShadowOpArguments, *, clear: bool) -> int:
+def _report(domain: Domain, given: ShadowOpArguments, *, clear: bool) -> int:
     """CLEAN and PEEK."""
     limit = domain.memory.gfn_limit
     pages = min(given.pages, limit)

@@ -32,7 +32,7 @@ Source: RFC design 1 and "paging_mark_dirty()"; Xen ``paging.c``, ``struct log_d
 import mmap
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -47,6 +47,23 @@ from pageferry.core.vm import LogDirtyStats
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import PagingPool
 from pageferry.hypervisor.p2m import P2M, P2MType
+
+
+class Tlb:
+    """One vCPU's TLB, as other threads see it.
+
+    ``flushes`` counts the flushes that are done; ``flush_wanted`` is cleared by the vCPU when it begins one.
+    """
+
+    __slots__ = ("flush_wanted", "flushes")
+
+    def __init__(self) -> None:
+        self.flush_wanted = False
+        self.flushes = 0
+
+    def request_flush(self) -> None:
+        """Have the vCPU flush it, on its own thread, before it enters the guest again or begins its next slice."""
+        self.flush_wanted = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +94,7 @@ class Paging:
         memory: tells which frames are RAM.
         locks: the domain's.
         hold: a context in which every vCPU is outside the guest.
-        flush_tlbs: has every vCPU flush its TLB before it enters the guest again; called while they are held.
+        tlbs: the vCPUs'; a flush is requested while they are held.
     """
 
     def __init__(
@@ -90,7 +107,7 @@ class Paging:
         memory: GuestMemory,
         locks: DomainLocks,
         hold: Callable[[], AbstractContextManager[None]],
-        flush_tlbs: Callable[[], None],
+        tlbs: Sequence[Tlb],
     ) -> None:
         self._tracker = tracker
         self._ops = ops
@@ -99,7 +116,7 @@ class Paging:
         self._memory = memory
         self._locks = locks
         self._hold = hold
-        self._flush_tlbs = flush_tlbs
+        self._tlbs = tuple(tlbs)
         self._bitmap: DirtyBitmap | None = None
         self._words: memoryview = memoryview(b"")
         self._journal = array("Q")
@@ -151,7 +168,7 @@ class Paging:
                 self._bitmap.set(list(self._held_writable))
                 self._words = memoryview(self._bitmap.words)  # type: ignore[arg-type]  # a numpy array is a buffer
             self._ops.enable()
-            self._flush_tlbs()
+            self.flush_tlbs()
 
     def peek(self) -> DirtyBitmap:
         """PEEK: return a copy of the bitmap; nothing else changes.
@@ -182,7 +199,7 @@ class Paging:
             with self._locks.log_dirty:
                 dirty, written = self._end_cycle(gfns)
             self._ops.clean(written)
-            self._flush_tlbs()
+            self.flush_tlbs()
             return dirty
 
     def off(self) -> None:
@@ -197,7 +214,7 @@ class Paging:
                 self._bitmap = None
                 self._words = memoryview(b"")
                 self._journal = array("Q")
-            self._flush_tlbs()
+            self.flush_tlbs()
 
     def mark(self, gfns: GfnArray) -> None:
         """Mark frames dirty, *after* writing them by other means than a vCPU (``paging_mark_dirty``).
@@ -312,6 +329,11 @@ class Paging:
     def journal(self) -> GfnArray:
         """Return a copy of the frames made writable in this cycle (for the audit)."""
         return np.array(self._journal, np.uint64)
+
+    def flush_tlbs(self) -> None:
+        """Request a flush of every TLB; no vCPU is inside the guest, so none enters with a stale translation."""
+        for tlb in self._tlbs:
+            tlb.request_flush()
 
     def _on(self) -> DirtyBitmap:
         if self._bitmap is None:

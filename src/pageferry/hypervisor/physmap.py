@@ -13,10 +13,10 @@ Source: Xen ``common/memory.c`` and ``p2m.c``; FACTS on ballooning and Xen's LOG
 ``grant_table.h``.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,11 +24,13 @@ from numpy.typing import ArrayLike
 from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT, GfnArray, Mfn
-from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner
+from pageferry.core.memory import GuestMemory
+from pageferry.hypervisor.locks import DomainLocks
+from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner, MachineMemory
+from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import GRANT_TYPES, P2MType
-
-if TYPE_CHECKING:
-    from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.paging import Paging
+from pageferry.hypervisor.shadow import ShadowPaging
 
 
 class ForeignMapping:
@@ -62,11 +64,33 @@ class PhysMap:
     """The operations on one domain's physical memory; any thread but a vCPU's.
 
     Args:
-        domain: the domain.
+        machine: machine memory.
+        p2m: the domain's P2M.
+        shadow: the domain's shadow paging.
+        paging: the domain's log-dirty.
+        memory: the guest's face of memory.
+        locks: the domain's.
+        hold: a context in which every vCPU is outside the guest.
     """
 
-    def __init__(self, domain: "Domain") -> None:
-        self._domain = domain
+    def __init__(
+        self,
+        *,
+        machine: MachineMemory,
+        p2m: P2M,
+        shadow: ShadowPaging,
+        paging: Paging,
+        memory: GuestMemory,
+        locks: DomainLocks,
+        hold: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._machine = machine
+        self._p2m = p2m
+        self._shadow = shadow
+        self._paging = paging
+        self._memory = memory
+        self._locks = locks
+        self._hold = hold
         self._foreign: list[ForeignMapping] = []
         self._grants: dict[int, Mfn] = {}
 
@@ -98,8 +122,8 @@ class PhysMap:
         """
         with self._changing():
             wanted = self._holes(gfns)
-            self._domain.p2m.prepare(wanted)
-            self._put(wanted, self._domain.machine.allocate_frames(wanted.size), self._ram_type())
+            self._p2m.prepare(wanted)
+            self._put(wanted, self._machine.allocate_frames(wanted.size), self._ram_type())
 
     def add_to_physmap(self, source_gfn: int, target_gfn: int) -> None:
         """Move a page of RAM to another frame, where it is dirty; its old frame is removed, as is RAM at the target.
@@ -114,12 +138,12 @@ class PhysMap:
             source = self._own_ram(source_gfn)
             if source_gfn == target_gfn:
                 return
-            occupied = bool(self._domain.memory.are_ram(np.array([target_gfn], np.uint64))[0])
+            occupied = bool(self._memory.are_ram(np.array([target_gfn], np.uint64))[0])
             target = self._own_ram(target_gfn) if occupied else self._holes(target_gfn)
-            self._domain.p2m.prepare(np.concatenate((source, target)))
+            self._p2m.prepare(np.concatenate((source, target)))
             if occupied:
                 self._take_away(target)
-            read_only = self._domain.p2m.lookup(source_gfn)[1] == P2MType.RAM_RO
+            read_only = self._p2m.lookup(source_gfn)[1] == P2MType.RAM_RO
             self._put(target, self._unmap(source), P2MType.RAM_RO if read_only else self._ram_type())
 
     # --- foreign mappings ---
@@ -132,23 +156,23 @@ class PhysMap:
 
         Source: Xen ``map_domain_gfn`` and foreign mappings of a toolstack.
         """
-        domain, gfns = self._domain, np.arange(gfn, gfn + count, dtype=np.uint64)
-        with domain.locks.domain:
-            view = domain.memory.views(gfns[:1], np.array([count], np.uint64))[0]
+        gfns = np.arange(gfn, gfn + count, dtype=np.uint64)
+        with self._locks.domain:
+            view = self._memory.views(gfns[:1], np.array([count], np.uint64))[0]
             mapping = ForeignMapping(self, gfns, view, writable=writable)
             self._foreign.append(mapping)
             if writable:
-                domain.paging.hold_writable(gfns)
+                self._paging.hold_writable(gfns)
         return mapping
 
     def unmap_foreign(self, mapping: ForeignMapping) -> None:
         """End a mapping; see :meth:`ForeignMapping.unmap`."""
-        with self._domain.locks.domain:
+        with self._locks.domain:
             if mapping in self._foreign:
                 self._foreign.remove(mapping)
                 if mapping.writable:
-                    self._domain.paging.mark(mapping.gfns)
-                    self._domain.paging.let_go(mapping.gfns)
+                    self._paging.mark(mapping.gfns)
+                    self._paging.let_go(mapping.gfns)
 
     # --- grants ---
 
@@ -163,11 +187,11 @@ class PhysMap:
         """
         with self._changing():
             where = self._holes(gfn)
-            if self._domain.machine.owner[mfn] != FrameOwner.FOREIGN:
+            if self._machine.owner[mfn] != FrameOwner.FOREIGN:
                 raise VmError(f"mfn {mfn:#x} is not another domain's page")
             self._put(where, np.array([mfn], np.uint64), P2MType.GRANT_MAP_RW if writable else P2MType.GRANT_MAP_RO)
             self._grants[gfn] = mfn
-            self._domain.paging.hold_writable(where)
+            self._paging.hold_writable(where)
 
     def unmap_grant(self, gfn: int) -> None:
         """Give a granted page back; the frame is removed again.
@@ -180,7 +204,7 @@ class PhysMap:
                 raise VmError(f"gfn {gfn:#x} is no grant mapping")
             where = np.array([gfn], np.uint64)
             self._refuse_mapped(where)
-            self._domain.paging.let_go(where)
+            self._paging.let_go(where)
             self._unmap(where)
             del self._grants[gfn]
 
@@ -190,7 +214,7 @@ class PhysMap:
 
     def populated(self) -> tuple[GfnArray, GfnArray]:
         """Return the runs of gfns with storage, grants among them; see ``GuestMemory.populated``."""
-        starts, lengths = self._domain.machine.populated()
+        starts, lengths = self._machine.populated()
         if not self._grants:
             return starts, lengths
         grants = np.array(sorted(self._grants), np.uint64)
@@ -202,15 +226,15 @@ class PhysMap:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        domain = self._domain
-        with domain.locks.domain, domain.run_control.stopped(), domain.locks.p2m:
+        with self._locks.domain, self._hold(), self._locks.p2m:
             yield
-            domain.flush_tlbs()
+            self._shadow.blow()
+            self._paging.flush_tlbs()
 
     def _own_ram(self, gfns: ArrayLike) -> GfnArray:
         """Return ``gfns`` ascending, all of them RAM of the domain's own that nobody has mapped."""
-        wanted, domain = self._distinct(gfns), self._domain
-        wrong = ~domain.memory.are_ram(wanted)
+        wanted = self._distinct(gfns)
+        wrong = ~self._memory.are_ram(wanted)
         wrong |= np.isin(wanted, np.array(list(self._grants), np.uint64))
         if wrong.any():
             raise VmError(f"gfn {int(wanted[wrong][0]):#x} is not RAM of the domain's own")
@@ -225,7 +249,7 @@ class PhysMap:
     def _holes(self, gfns: ArrayLike) -> GfnArray:
         """Return ``gfns`` ascending, all of them removed."""
         wanted = self._distinct(gfns)
-        wrong = ~np.isin(wanted, self._domain.memory.removed())
+        wrong = ~np.isin(wanted, self._memory.removed())
         if wrong.any():
             raise VmError(f"gfn {int(wanted[wrong][0]):#x} was not removed")
         return wanted
@@ -238,35 +262,33 @@ class PhysMap:
         return wanted
 
     def _ram_type(self) -> P2MType:
-        return P2MType.RAM_LOGDIRTY if self._domain.p2m.global_logdirty else P2MType.RAM_RW
+        return P2MType.RAM_LOGDIRTY if self._p2m.global_logdirty else P2MType.RAM_RW
 
     def _take_away(self, gfns: GfnArray) -> None:
-        self._domain.machine.free_frames(self._unmap(gfns))
+        self._machine.free_frames(self._unmap(gfns))
 
     def _unmap(self, gfns: GfnArray) -> GfnArray:
         """Leave holes at ``gfns``; return the frames that were there, which are still owned."""
-        domain = self._domain
-        mfns = np.array([domain.p2m.lookup(gfn)[0] for gfn in gfns.tolist()], np.uint64)
-        domain.p2m.set_pages(gfns, 0, P2MType.INVALID)
-        domain.machine.m2p.set_pages(mfns, np.full_like(mfns, INVALID_GFN))
-        domain.paging.frames_removed(gfns)
+        mfns = np.array([self._p2m.lookup(gfn)[0] for gfn in gfns.tolist()], np.uint64)
+        self._p2m.set_pages(gfns, 0, P2MType.INVALID)
+        self._machine.m2p.set_pages(mfns, np.full_like(mfns, INVALID_GFN))
+        self._paging.frames_removed(gfns)
         for start, count in zip(*(part.tolist() for part in runs_of(gfns)), strict=True):
-            domain.memory.mapping.map_nothing(start << PAGE_SHIFT, count << PAGE_SHIFT)
+            self._memory.mapping.map_nothing(start << PAGE_SHIFT, count << PAGE_SHIFT)
         return mfns
 
     def _put(self, gfns: GfnArray, mfns: GfnArray, p2m_type: P2MType) -> None:
         """Let the holes at ``gfns`` be ``mfns``, and dirty."""
-        domain = self._domain
-        domain.p2m.set_pages(gfns, mfns, p2m_type)
+        self._p2m.set_pages(gfns, mfns, p2m_type)
         if p2m_type not in GRANT_TYPES:
-            domain.machine.m2p.set_pages(mfns, gfns)
+            self._machine.m2p.set_pages(mfns, gfns)
         at = 0
         while at < gfns.size:
             same = np.flatnonzero(np.diff(gfns[at:] - mfns[at:]))
             count = int(same[0]) + 1 if same.size else gfns.size - at
             count = int(runs_of(gfns[at : at + count])[1][0])
             gpa, maddr = int(gfns[at]) << PAGE_SHIFT, int(mfns[at]) << PAGE_SHIFT
-            domain.memory.mapping.map_fd(domain.machine.memfd, maddr, gpa, count << PAGE_SHIFT)
+            self._memory.mapping.map_fd(self._machine.memfd, maddr, gpa, count << PAGE_SHIFT)
             at += count
-        domain.memory.restore(gfns)
-        domain.paging.mark(gfns)
+        self._memory.restore(gfns)
+        self._paging.mark(gfns)

@@ -29,7 +29,6 @@ Source: RFC, "paging_mark_dirty() dispatches to sh_mark_dirty() or hap_mark_dirt
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -39,11 +38,8 @@ from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.locks import OrderedLock
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, USER, WRITE, P2MType, leaf_bits
-from pageferry.hypervisor.paging import LogDirtyOps
+from pageferry.hypervisor.paging import LogDirtyOps, Tlb
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
-
-if TYPE_CHECKING:
-    from pageferry.hypervisor.shadow_mmu import ShadowMmu
 
 _ALL = PRESENT | WRITE | USER
 
@@ -68,7 +64,7 @@ class ShadowPaging:
         self.lock = lock
         self.fault_count = 0
         self.emulated_writes = 0
-        self.mmus: Sequence[ShadowMmu] = ()
+        self.tlbs: Sequence[Tlb] = ()
         """One per vCPU; set by the domain before anything runs."""
         self._machine = machine
         self._p2m = p2m
@@ -119,7 +115,7 @@ class ShadowPaging:
             for gfn, flushes in tuple(self._out_of_sync.items()):
                 mfn = self._p2m.lookup(gfn)[0]
                 self.tables.resync_page(gfn, self._pages[mfn])
-                if all(mmu.flushes > then for mmu, then in zip(self.mmus, flushes, strict=True)):
+                if all(tlb.flushes > then for tlb, then in zip(self.tlbs, flushes, strict=True)):
                     self._out_of_sync.pop(gfn, None)
 
     def fill(self, walker: GuestWalker, gva: int) -> tuple[int, int, int] | None:
@@ -191,10 +187,10 @@ class ShadowPaging:
         # TLBs may still map them writable.
         if self.tables.newly_protected:
             for gfn in self.tables.newly_protected:
-                self._out_of_sync[gfn] = [mmu.flushes for mmu in self.mmus]
+                self._out_of_sync[gfn] = [tlb.flushes for tlb in self.tlbs]
             self.tables.newly_protected.clear()
-            for mmu in self.mmus:
-                mmu.request_flush()
+            for tlb in self.tlbs:
+                tlb.request_flush()
 
     def read_table(self, gpa: int, size: int) -> int:
         """Return what a load through the table window reads."""

@@ -36,7 +36,6 @@ class ShadowMmu:
         p2m: the domain's.
         walker: the vCPU's walker of the guest's tables; its own accesses go through :meth:`table_read` and
             :meth:`table_write` in this mode.
-        request_flush: has the vCPU flush its TLB soon; any thread.
         failed: takes an exception that must not travel through the emulator.
     """
 
@@ -48,14 +47,9 @@ class ShadowMmu:
         shadow: ShadowPaging,
         p2m: P2M,
         walker: GuestWalker,
-        *,
-        request_flush: Callable[[], None],
         failed: Callable[[BaseException], None],
     ) -> None:
         self.shadow = shadow
-        self.request_flush = request_flush
-        self.flushes = 0
-        """How often the vCPU has flushed its TLB; counted after the flush."""
         self._p2m = p2m
         self._walker = walker
         self._failed = failed

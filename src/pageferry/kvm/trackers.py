@@ -6,9 +6,12 @@ kernel does not offer is an UnsupportedError that says what is missing, from ``p
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.hostmem import HostMapping
+from pageferry.core.memory import GuestMemory
+from pageferry.core.run import RunControl
 from pageferry.core.vm import LogDirty
 from pageferry.kvm import uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
@@ -16,12 +19,24 @@ from pageferry.kvm.dirty_ring import DirtyRing
 from pageferry.kvm.dirty_rings import DirtyRings
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.ring_log import KvmRingLog
+from pageferry.kvm.slots import MemorySlot
+from pageferry.kvm.vcpu import KvmVcpu
 from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, check_pagemap_scan, check_userfaultfd
 
-if TYPE_CHECKING:
-    from pageferry.kvm.vm import KvmVm
-
 DEFAULT_TRACKER = "kvm-bitmap"
+
+
+class TrackedVm(Protocol):
+    """What a tracker is made from: a KVM machine that has its memory, slots and vCPUs, and has not run."""
+
+    vm_fd: VmFd
+    memory: GuestMemory
+    slots: tuple[MemorySlot, ...]
+    vcpus: tuple[KvmVcpu, ...]
+    vcpu_mapping: HostMapping
+    """RAM as the slots have it: ``memory.mapping``, or the vCPUs' own where the tracker asked for one."""
+    run_control: RunControl
+    """Not there yet when the tracker is made."""
 
 
 @runtime_checkable
@@ -37,13 +52,12 @@ class Tracker:
     """One kind of tracker.
 
     ``prepare``: called with the new VM, before it has memory or vCPUs.
-    ``make``: called once memory, slots and vCPUs are there and nothing has run. What it returns is closed with the
-    machine if it is :class:`Closeable`.
+    ``make``: what it returns is closed with the machine if it is :class:`Closeable`.
     ``own_mapping``: the vCPUs have a host mapping of RAM to themselves, which the tracker may protect.
     """
 
     prepare: Callable[[VmFd], None]
-    make: Callable[["KvmVm"], LogDirty]
+    make: Callable[[TrackedVm], LogDirty]
     own_mapping: bool = False
 
 
@@ -74,7 +88,7 @@ def _prepare_bitmap(vm: VmFd, wanted: int) -> None:
         vm.enable_cap(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, used)
 
 
-def _make_bitmap(vm: "KvmVm", wanted: int) -> LogDirty:
+def _make_bitmap(vm: TrackedVm, wanted: int) -> LogDirty:
     used = vm.vm_fd.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & wanted
     return KvmBitmapLog(
         vm.vm_fd,
@@ -111,7 +125,7 @@ def _prepare_rings(vm: VmFd, ring_bytes: int | None) -> None:
     vm.enable_cap(capability, ring_bytes or largest_bytes)
 
 
-def _make_rings(vm: "KvmVm", ring_bytes: int | None) -> LogDirty:
+def _make_rings(vm: TrackedVm, ring_bytes: int | None) -> LogDirty:
     size_bytes = ring_bytes or _offered_rings(vm.vm_fd)[1]
     rings = tuple(DirtyRing(vcpu.fd.map_dirty_ring(size_bytes)) for vcpu in vm.vcpus)
     log = KvmRingLog(vm.vm_fd, vm.memory, vm.slots, DirtyRings(vm.vm_fd, vm.slots, rings))
@@ -120,7 +134,7 @@ def _make_rings(vm: "KvmVm", ring_bytes: int | None) -> LogDirty:
     return log
 
 
-def _view(vm: "KvmVm") -> VcpuView:
+def _view(vm: TrackedVm) -> VcpuView:
     return VcpuView(memory=vm.memory, mapping=vm.vcpu_mapping)
 
 

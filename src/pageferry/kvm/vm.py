@@ -86,7 +86,6 @@ class KvmVm(StandardMachine):
                 self.platform.bus.elsewhere = create_irqchip(self.vm_fd)
             event_flags = enable_events(self.vm_fd)
             self.vcpu_mapping = self.memory.mapping
-            """RAM as the vCPUs' slots have it: everybody's mapping, or their own where the tracker protects it."""
             if kind.own_mapping:
                 self.vcpu_mapping = self.memory.map_again()
                 undo.callback(self.vcpu_mapping.map_nothing, 0, self.vcpu_mapping.size_bytes)

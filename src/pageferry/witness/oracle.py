@@ -6,8 +6,7 @@ from pageferry.core.errors import UnsupportedError
 from pageferry.core.vm import LogDirty, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm.fds import VmFd
-from pageferry.kvm.trackers import TRACKERS, Tracker, find_tracker
-from pageferry.kvm.vm import KvmVm
+from pageferry.kvm.trackers import TRACKERS, TrackedVm, Tracker, find_tracker
 from pageferry.witness.cross_check import CrossCheck
 from pageferry.witness.ledger import DIGESTS
 
@@ -39,7 +38,7 @@ def both(primary_name: str, witness_name: str) -> Tracker:
     return Tracker(prepare=prepare, make=lambda vm: _against(vm, primary, witness), own_mapping=True)
 
 
-def _against(vm: KvmVm, primary: Tracker, witness: Tracker | None) -> LogDirty:
+def _against(vm: TrackedVm, primary: Tracker, witness: Tracker | None) -> LogDirty:
     first = primary.make(vm)
     try:
         second = None if witness is None else witness.make(vm)

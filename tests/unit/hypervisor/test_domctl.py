@@ -6,7 +6,7 @@ import pytest
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import domctl
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.domctl import ShadowOp, ShadowOpArguments
+from pageferry.hypervisor.domctl import ShadowOp, ShadowOpArguments, shadow_op
 
 MiB = 1 << 20
 PAGES = 6 * 256 + 3
@@ -21,7 +21,7 @@ def domain():
 
 def call(domain, op, **arguments):
     given = ShadowOpArguments(**arguments)
-    return domctl.shadow_op(domain, op, given), given
+    return shadow_op(domain, op, given), given
 
 
 def report(domain, op, pages=PAGES, **arguments):
@@ -49,14 +49,14 @@ def test_the_numbers_are_xens():
 
 
 def test_a_migration_through_the_hypercall(domain):
-    assert domain.shadow_op(ShadowOp.ENABLE_LOGDIRTY) == 0
+    assert shadow_op(domain, ShadowOp.ENABLE_LOGDIRTY) == 0
     for gfn in (3, 700, PAGES - 1):
         domain.paging.fix_and_mark(gfn)
     found, given = report(domain, ShadowOp.PEEK)
     assert (found, given.dirty_count, given.fault_count, given.pages) == ([3, 700, PAGES - 1], 3, 3, PAGES)
     assert report(domain, ShadowOp.CLEAN, mode=domctl.LOGDIRTY_FINAL)[0] == [3, 700, PAGES - 1]
     assert report(domain, ShadowOp.CLEAN)[0] == []
-    assert domain.shadow_op(ShadowOp.OFF) == domain.shadow_op(ShadowOp.OFF) == 0
+    assert shadow_op(domain, ShadowOp.OFF) == shadow_op(domain, ShadowOp.OFF) == 0
     assert not domain.paging.enabled
 
 
@@ -70,7 +70,7 @@ def test_without_a_buffer_only_the_counts_come_and_clean_still_clears(domain):
 
 
 def test_a_short_clean_leaves_the_bits_beyond_it(domain):
-    domain.shadow_op(ShadowOp.ENABLE_LOGDIRTY)
+    shadow_op(domain, ShadowOp.ENABLE_LOGDIRTY)
     for gfn in (3, 12, 13, 700):
         domain.paging.fix_and_mark(gfn)
     found, given = report(domain, ShadowOp.CLEAN, pages=13)
@@ -85,18 +85,18 @@ def test_while_off_the_bitmap_is_empty_and_not_an_error(domain):
 
 
 def test_what_is_refused(domain):
-    assert domctl.shadow_op(None, ShadowOp.PEEK) == -errno.ESRCH
+    assert shadow_op(None, ShadowOp.PEEK) == -errno.ESRCH
     for op in (3, 10, 99, ShadowOp.ENABLE_TEST, ShadowOp.ENABLE):
-        assert domain.shadow_op(op) == -errno.EINVAL
+        assert shadow_op(domain, op) == -errno.EINVAL
     assert call(domain, ShadowOp.CLEAN, mode=2)[0] == -errno.EINVAL
-    assert domain.shadow_op(ShadowOp.ENABLE_LOGDIRTY) == 0
-    assert domain.shadow_op(ShadowOp.ENABLE_LOGDIRTY) == -errno.EINVAL
+    assert shadow_op(domain, ShadowOp.ENABLE_LOGDIRTY) == 0
+    assert shadow_op(domain, ShadowOp.ENABLE_LOGDIRTY) == -errno.EINVAL
     domain.paging.fix_and_mark(3)
     for buffer in (bytearray(PAGES // 8), memoryview(bytes(PAGES))):
         assert call(domain, ShadowOp.CLEAN, dirty_bitmap=buffer, pages=PAGES)[0] == -errno.EFAULT
     assert domain.paging.peek().count() == 1
     domain.close()
-    assert domain.shadow_op(ShadowOp.PEEK) == -errno.ESRCH
+    assert shadow_op(domain, ShadowOp.PEEK) == -errno.ESRCH
 
 
 def test_the_allocation_in_mib_and_what_happens_without(domain):
@@ -105,10 +105,10 @@ def test_the_allocation_in_mib_and_what_happens_without(domain):
     assert call(domain, ShadowOp.SET_ALLOCATION, mb=0)[0] == -errno.ENOMEM
     assert call(domain, ShadowOp.SET_ALLOCATION, mb=1000)[0] == -errno.ENOMEM
     domain.set_allocation(domain.machine.pool.used)
-    assert domain.shadow_op(ShadowOp.ENABLE_LOGDIRTY) == -errno.ENOMEM
+    assert shadow_op(domain, ShadowOp.ENABLE_LOGDIRTY) == -errno.ENOMEM
     domain.set_allocation(domain.machine.pool.used + 1)
-    assert domain.shadow_op(ShadowOp.ENABLE_LOGDIRTY) == 0
+    assert shadow_op(domain, ShadowOp.ENABLE_LOGDIRTY) == 0
     domain.paging.fix_and_mark(3)
     for op in (ShadowOp.PEEK, ShadowOp.CLEAN):
-        assert domain.shadow_op(op) == -errno.ENOMEM
+        assert shadow_op(domain, op) == -errno.ENOMEM
     assert domain.paging.stats().dirty_count == 512

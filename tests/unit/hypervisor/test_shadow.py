@@ -147,8 +147,8 @@ def test_a_page_stays_out_of_sync_until_every_vcpu_has_flushed(machines):
     maddr = domain.p2m.lookup(PT)[0] << 12
     for flushed, gfn in ((0, DATA + 1), (1, DATA + 2)):
         domain.machine.words[maddr >> 3] = gfn << 12 | P | W | U  # vCPU 1 writes, unseen
-        domain.vcpus[0].shadow_mmu.flushes += 1
-        domain.vcpus[1].shadow_mmu.flushes += flushed
+        domain.vcpus[0].tlb.flushes += 1
+        domain.vcpus[1].tlb.flushes += flushed
         domain.shadow.resync()
         assert gfn_of(domain, touch(domain, WINDOW)[0]) == gfn
     assert not domain.shadow._out_of_sync
