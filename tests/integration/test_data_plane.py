@@ -20,8 +20,7 @@ from pageferry.engine import features
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
 from pageferry.engine.pages import lanes
-from pageferry.engine.pages.arrivals import Arrivals
-from pageferry.engine.pages.sections import Activity, Sections, read_stream
+from pageferry.engine.pages.receive import Activity, PageWriter, Receiver, read_stream
 from pageferry.engine.verify.prove import VerifyMode
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.peer import Peer, PeerFailedError
@@ -375,14 +374,14 @@ def test_an_audit_follows_each_page_on_its_connection(guests, move, connections)
 def test_a_wrong_page_is_found_while_the_guest_runs_whichever_connection_it_came_on(
     guests, move, monkeypatch, connection
 ):
-    sound = Arrivals.page_data
+    sound = PageWriter.page_data
 
     def spoil(self, header):
         sound(self, header)
         if self._index == connection:
             self._words[WIDE[np.isin(WIDE, header.pfns)][:1], 7] ^= np.uint64(1)
 
-    monkeypatch.setattr(Arrivals, "page_data", spoil)
+    monkeypatch.setattr(PageWriter, "page_data", spoil)
     vm = guests("idle")
     fill(vm, WIDE, 1)
     vm.resume()
@@ -420,7 +419,7 @@ def test_a_connection_with_nothing_to_carry_is_not_stalled_while_another_carries
             return False
 
     with pytest.raises(TimeoutError):
-        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity, print))
+        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity))
     assert stalls == [30, 60, 90]
 
 
@@ -430,7 +429,7 @@ def test_a_connection_with_nothing_to_carry_is_not_stalled_while_another_carries
 @pytest.mark.parametrize("connections", [1, 3])
 def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monkeypatch, connections):
     """The last connection takes its pages in only when the first waits for it."""
-    wait_reached, page_data = Sections.wait_reached, Arrivals.page_data
+    wait_reached, page_data = Receiver._wait_reached, PageWriter.page_data
     waits = threading.Event()
     rounds = []
 
@@ -450,8 +449,8 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
         waits.clear()
         fill(vm, WIDE, index + 2)
 
-    monkeypatch.setattr(Sections, "wait_reached", wait)
-    monkeypatch.setattr(Arrivals, "page_data", take)
+    monkeypatch.setattr(Receiver, "_wait_reached", wait)
+    monkeypatch.setattr(PageWriter, "page_data", take)
     vm = guests("idle")
     fill(vm, WIDE, 1)
     trip = move(vm)

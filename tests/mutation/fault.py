@@ -1,4 +1,4 @@
-"""Fault: one wrong step put in the place of a right one, in one machine or one migration; nothing global is touched."""
+"""Fault: one wrong step put in the place of a right one, in one machine or one migration and no longer than that."""
 
 import re
 from collections.abc import Callable

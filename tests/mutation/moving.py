@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mutation.altered import Altered
 from mutation.fault import Faults, Room
 from mutation.mutant import Faithful
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
@@ -12,12 +13,9 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
-from pageferry.engine.destination import Destination
-from pageferry.engine.pages.arrivals import Arrivals
 from pageferry.engine.source import Source
-from pageferry.engine.verify.compare import Comparison
-from pageferry.engine.wire.channel import Channel
-from pageferry.stream.ferry import Digests, Mismatch
+from pageferry.engine.verify.compare import Comparison, ReceivedPages
+from pageferry.engine.verify.digests import Digests
 
 fault = Faults(Room.ENGINE)
 
@@ -159,8 +157,10 @@ class FrozenAfterFailure(Source):
         self._vm.freeze()
 
 
-def _without_marks(memory: GuestMemory) -> Any:
-    return _Instead(memory, wrote=lambda gfns: None)
+class _Unmarked(ReceivedPages):
+    def __init__(self, memory: GuestMemory, **options: Any) -> None:
+        silent: Any = _Instead(memory, wrote=lambda gfns: None)
+        super().__init__(silent, **options)
 
 
 @fault(
@@ -168,16 +168,15 @@ def _without_marks(memory: GuestMemory) -> Any:
     law=4,
     found_by=("what-arrives-is-marked",),
 )
-class RestoreNotMarked(Destination):
+class RestoreNotMarked(Altered):
     """Pages that arrive are written and not marked."""
 
-    def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
-        return super()._arrivals(_without_marks(memory), channel, index, connections)
+    part = _Unmarked
 
 
 class _NeverLooks(Comparison):
-    def _difference(self, frame: Digests) -> Mismatch | None:
-        return None
+    def _difference(self, starts: GfnArray, lengths: GfnArray, theirs: Digests) -> None:
+        pass
 
 
 @fault(
@@ -185,8 +184,7 @@ class _NeverLooks(Comparison):
     law=7,
     found_by=("verification-tells",),
 )
-class DigestsNotCompared(Destination):
+class DigestsNotCompared(Altered):
     """The destination answers READY whatever the digests say."""
 
-    def _comparison(self, memory: GuestMemory) -> Comparison:
-        return _NeverLooks(memory, self._audited, shared=self._shared)
+    part = _NeverLooks

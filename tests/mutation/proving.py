@@ -3,18 +3,16 @@
 from dataclasses import replace
 
 from mutation import audit_checks
+from mutation.altered import Altered
 from mutation.fault import Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.frames import GfnArray
-from pageferry.core.vm import Vm
-from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.verify.audit import Auditor, Proof
-from pageferry.engine.verify.compare import AuditedPages
-from pageferry.engine.wire.channel import Channel
+from pageferry.engine.verify.compare import ReceivedPages
+from pageferry.engine.verify.digests import digest_runs
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry import SourceHello
 
 fault = Faults(Room.ENGINE)
 
@@ -83,22 +81,10 @@ class ProvesNothing(audit_checks.ClaimsEverything):
     """All pages are reported as proven during pre-copy, and none is digested."""
 
 
-class _Remembers(Destination):
-    """Remembers what was audited in another way."""
-
-    _audited_class: type[AuditedPages] = AuditedPages
-
-    def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
-        others = super()._answer(vm, hello)
-        if self._audited is not None:
-            self._audited = self._audited_class(vm.memory)
-        return others
-
-
-class _NeverDiffers(AuditedPages):
-    def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: object) -> int | None:
-        self._proven.set_runs(first_gfns, pages)
-        return None
+class _NeverDiffers(ReceivedPages):
+    def audit(self, first_gfns: GfnArray, pages: GfnArray, digests: object) -> None:
+        ours = digest_runs(self.memory, first_gfns, pages)
+        super().audit(first_gfns, pages, ours)
 
 
 @fault(
@@ -106,13 +92,13 @@ class _NeverDiffers(AuditedPages):
     law=7,
     found_by=("an-audit-tells",),
 )
-class AuditsNotCompared(_Remembers):
+class AuditsNotCompared(Altered):
     """The destination takes every audited page for proven, whatever the digests say."""
 
-    _audited_class = _NeverDiffers
+    part = _NeverDiffers
 
 
-class _Believes(AuditedPages):
+class _Believes(ReceivedPages):
     def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
         return True
 
@@ -122,10 +108,10 @@ class _Believes(AuditedPages):
     law=7,
     found_by=("a-claim-is-not-believed",),
 )
-class AnyClaimBelieved(_Remembers):
+class AnyClaimBelieved(Altered):
     """At the pause the destination believes whatever it is told of audits."""
 
-    _audited_class = _Believes
+    part = _Believes
 
 
 @fault(

@@ -4,23 +4,24 @@ from typing import Any
 
 import numpy as np
 
+from mutation.altered import Altered
 from mutation.fault import Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import PageWords, page_words
-from pageferry.engine.destination import Destination
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.sink import FileSink
-from pageferry.engine.pages.arrivals import Arrivals
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.lane import Lane
+from pageferry.engine.pages.receive import PageWriter
 from pageferry.engine.source import Source
 from pageferry.engine.verify.file import AtPause
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.codec import Encoder
+from pageferry.stream.records import ZeroPages
 
 fault = Faults(Room.ENGINE)
 
@@ -71,18 +72,21 @@ class CacheKeepsWhatBecameZero(Source):
         return lane
 
 
+class _LeavesWhatWasThere(PageWriter):
+    def zero_pages(self, record: ZeroPages) -> None:
+        self._pages.arrived(record.pfns)
+
+
 @fault(
     "QEMU: zero pages were left out of the first round, and the destination's memory was not zero everywhere",
     law=2,
     found_by=("a-page-becomes-zero",),
 )
-class ZeroNamedAndNotCleared(Destination):
+class ZeroNamedAndNotCleared(Altered):
     """The destination notes that a page became zero, and leaves in it what was there."""
 
-    def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
-        arrivals: Any = super()._arrivals(memory, channel, index, connections)
-        arrivals.zero_pages = lambda record: arrivals._arrived(record.pfns)
-        return arrivals  # type: ignore[no-any-return]
+    place = "pages.receive"
+    part = _LeavesWhatWasThere
 
 
 @fault(

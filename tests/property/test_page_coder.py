@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, page_words
-from pageferry.engine.pages.arrivals import Arrivals
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.encode import PackingCoder, PlainCoder
 from pageferry.engine.pages.lane import Lane
-from pageferry.engine.pages.sections import Activity, read_stream
+from pageferry.engine.pages.receive import Activity, PageWriter, read_stream
+from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.stream.codec import Decoder, Encoder
 from pageferry.stream.format import EXTENSIONS
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, available, packer
-from pageferry.stream.records import End, StaticDataEnd
+from pageferry.stream.records import End, Fence, StaticDataEnd, StreamHeader
 
 PAGES = 512  # the least that a guest can have
 USED = 12
@@ -120,11 +120,11 @@ def test_the_destination_ends_with_what_the_source_has(way, story, batch):
         dirty, fresh = {gfn for gfn, *_ in during}, False
     lane.send_fence(7)
     lane.finish()
-    arrivals = Arrivals(THERE, pipe, packing=packing)
+    writer = PageWriter(pipe, ReceivedPages(THERE, audits=False), packing=packing)
     decoder = Decoder(zero_copy=True, gfn_limit=PAGES, agreed=EXTENSIONS, role=Role.SECTION)
-    fences = []
-    events = [type(event) for event in read_stream(pipe, decoder, arrivals, Activity(), fences.append)]
-    assert (events, fences) == ([StaticDataEnd, End], [7])
+    events = list(read_stream(pipe, decoder, writer, Activity()))
+    assert [type(event) for event in events] == [StreamHeader, StaticDataEnd, Fence, End]
+    assert events[2].number == 7
     assert np.array_equal(here[:USED], there[:USED])
 
 

@@ -1,7 +1,24 @@
-"""The destination's side of a migration; the conversation is drawn in :mod:`pageferry.engine.source`.
+"""The destination's side of a migration, phase by phase.
 
-Page data is received straight into the guest's memory. A second thread gives storage to the pages that the source
-says it has, ahead of their arrival: on most hosts the first touch of memory costs more than the copy.
+::
+
+    destination                                   source
+      | <------------------------------------ HELLO -- |
+      | -- HELLO: what is used of its offer ---------> |  or REFUSE: no such guest here
+      | <------------- JOIN, on each further connection |
+      | <= pre-copy: pages, round by round ============ |  scattered straight into guest memory
+      | -- REACHED: all of a round is in place ------> |
+      |                                                | freezes the guest: downtime begins
+      | <= stop-and-copy: pages, state, END =========== |
+      |  loads the state                               |
+      | <---------------------------------- DIGESTS -- |  digests the same pages, and compares
+      | -- READY: all are equal ---------------------> |  or MISMATCH: the guest stays at the source
+      | <----------------------------------- COMMIT -- |
+      |  the guest is ours, and runs                   |
+      | -- RUNNING ----------------------------------> |  downtime ends
+
+Where the source decides for post-copy, MISSING comes before DIGESTS, and SWITCH in place of COMMIT: the guest runs
+while pages of it are at the source (:mod:`pageferry.engine.postcopy.client`).
 
 Postcondition on success: the guest is here and runs (or is paused, if it was), with all of its memory. Postcondition on
 failure: no guest is here, and none ever ran. In post-copy the guest is here and runs before all of its pages are; then
@@ -11,36 +28,25 @@ only :meth:`Destination.abort` ends it, and the guest is lost.
 import contextlib
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic
 
 from pageferry import __version__
-from pageferry.core.errors import (
-    GuestAt,
-    PageferryError,
-    PeerError,
-    RecordError,
-    UsageError,
-    VmError,
-)
+from pageferry.core.errors import GuestAt, PageferryError, PeerError, RecordError, UsageError, VmError
 from pageferry.core.events import Event, Phase
-from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
 from pageferry.engine.image.room import make_machine
-from pageferry.engine.pages.arrivals import Arrivals
-from pageferry.engine.pages.populator import Populator
-from pageferry.engine.pages.sections import Sections, read_stream
+from pageferry.engine.pages.receive import Populator, Receiver
 from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.postcopy.client import PostcopyClient, refuse_return
 from pageferry.engine.postcopy.pager import can_wait
-from pageferry.engine.verify.compare import AuditedPages, AuditMismatchError, Comparison, mismatch_of
+from pageferry.engine.verify.compare import AuditMismatchError, Comparison, ReceivedPages, mismatch_of
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, take_in
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import (
     Commit,
     DestinationHello,
@@ -57,7 +63,7 @@ from pageferry.stream.ferry import (
     Switch,
 )
 from pageferry.stream.hvm_context import decode_machine_state
-from pageferry.stream.records import CpuidPolicy, HvmContext, StaticDataEnd
+from pageferry.stream.records import CpuidPolicy, Fence, HvmContext, StaticDataEnd
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
@@ -100,17 +106,67 @@ class Destination(Generic[AnyVm]):
         self._accel = accel
         self._accept = accept
         self._dropped = set() if dropped is None else dropped
-        self._features: tuple[str, ...] = ()
-        self._before_run = before_run
         self._on_event = guarded(on_event)
+        self._before_run = before_run
         self._clock = PhaseClock(self._on_event)
         self._peer = Peer(channel, Side.DESTINATION)
-        self._ours = False
-        self._shared = False
         self._aborted = threading.Event()
-        self._token = ""
-        self._postcopy: PostcopyClient | None = None
-        self._audited: AuditedPages | None = None
+        self._postcopy: PostcopyClient | None = None  # from just before the switch on
+
+    def run(self) -> AnyVm:
+        """Take the guest in; call once.
+
+        Raises:
+            MigrationError: no guest is here (``guest_at`` SOURCE), or the one that was here is lost (DESTINATION).
+        """
+        with contextlib.ExitStack() as undo, self._failures():
+            undo.callback(self._channel.close)
+            with self._clock.phase(Phase.HELLO):
+                hello = self._hello()
+                vm, shared = self._machine(hello)
+                undo.callback(vm.close)
+                agreed, token = self._answer(hello, vm, shared=shared)
+                channels = [self._channel, *self._join(hello, agreed, token)]
+                pages = ReceivedPages(vm.memory, audits=features.AUDIT in agreed)
+            with Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
+                state = self._receive(hello, agreed, channels, pages)
+                if (removed := pages.removed()).size:
+                    vm.remove_pages(removed)
+            with self._clock.phase(Phase.STATE):
+                vm.load_state(state)
+            with self._clock.phase(Phase.VERIFY):
+                comparison = Comparison(pages, shared=shared)
+                self._compare(comparison, agreed)
+                verified_pages = comparison.conclude()
+                if comparison.missing.any():
+                    self._postcopy = self._begin_postcopy(vm, comparison, token)
+                    undo.callback(self._dropped.add, token)
+                    undo.callback(self._postcopy.close)
+                self._peer.send(Ready(verified_pages=verified_pages))
+            with self._clock.phase(Phase.HANDOFF):
+                paused = self._commit()
+                self._before_run(vm, hello.name)
+                if not paused:
+                    vm.resume()
+                undo.pop_all()  # the guest is ours, whether or not the source hears of it
+                with contextlib.suppress(OSError):
+                    self._peer.send(Running())
+        if self._postcopy is None:
+            self._channel.close()
+        else:
+            with self._clock.phase(Phase.POSTCOPY):
+                self._postcopy.take_all(self._peer)
+        return vm
+
+    def see_off(self) -> None:
+        """Tell the source, after :meth:`run`, that it may drop its copy; return when it has, or this is aborted."""
+        if self._postcopy is not None:
+            self._postcopy.see_off()
+
+    def release(self) -> None:
+        """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
+        if self._postcopy is not None:
+            self._postcopy.release()
 
     def abort(self) -> None:
         """End the attempt, from any thread; a guest that is ours and not all here is lost."""
@@ -129,50 +185,109 @@ class Destination(Generic[AnyVm]):
         """Whether the guest is ours and stands still, for pages of it are at a source that is gone."""
         return self._postcopy is not None and self._postcopy.waits_for_source
 
-    def release(self) -> None:
-        """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
-        if self._postcopy is not None:
-            self._postcopy.release()
+    # -- hello -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> AnyVm:
-        """Take the guest in; call once.
+    def _hello(self) -> SourceHello:
+        patience_s, self._channel.timeout_s = self._channel.timeout_s, min(self._channel.timeout_s, _HELLO_TIMEOUT_S)
+        self._peer.greet()
+        hello = self._peer.receive()
+        self._channel.timeout_s = patience_s
+        if isinstance(hello, Recover):
+            refuse_return(self._peer, dropped=hello.token in self._dropped)
+            what = "a source came back for a guest that is not here"
+            raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
+        if not isinstance(hello, SourceHello):
+            raise self._unexpected(hello)
+        return hello
 
-        Raises:
-            MigrationError: no guest is here (``guest_at`` SOURCE, or UNKNOWN to us when the source may still decide).
-        """
-        vm: AnyVm | None = None
+    def _machine(self, hello: SourceHello) -> tuple[AnyVm, bool]:
+        """Return the machine, and whether its memory is the source's; or refuse the guest."""
         try:
-            with self._failures():
-                with self._clock.phase(Phase.HELLO):
-                    vm, hello, others = self._hello()
-                with Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
-                    state = self._receive_stream(vm, hello, others)
-                with self._clock.phase(Phase.STATE):
-                    vm.load_state(state)
-                with self._clock.phase(Phase.VERIFY):
-                    self._verify(vm)
-                with self._clock.phase(Phase.HANDOFF):
-                    self._handoff(vm, hello)
-            if self._postcopy is not None:
-                with self._clock.phase(Phase.POSTCOPY):
-                    self._postcopy.take_all(self._peer)
-            else:
-                self._channel.close()
-            return vm
-        except BaseException:
-            self._channel.close()
-            if self._postcopy is not None:
-                self._postcopy.close()
-            if vm is not None and not self._ours:
-                vm.close()
-                if self._postcopy is not None:
-                    self._dropped.add(self._token)
+            return make_machine(hello, self._channel, self._make_vm)
+        except (UsageError, VmError) as error:
+            self._peer.send(Refuse(reason=str(error), hint=error.hint))
+            self._channel.finish()
             raise
 
-    def see_off(self) -> None:
-        """Tell the source, after :meth:`run`, that it may drop its copy; return when it has, or this is aborted."""
-        if self._postcopy is not None:
-            self._postcopy.see_off()
+    def _answer(self, hello: SourceHello, vm: Vm, *, shared: bool) -> tuple[tuple[str, ...], str]:
+        """Say what is used of the offer, and with which token others may join; return both."""
+        more = self._accept is not None
+        agreed = features.agree(
+            hello.features,
+            several_connections=more,
+            shared=shared,
+            postcopy=more and not shared and features.POSTCOPY in hello.features and can_wait(vm),
+        )
+        token = secrets.token_hex(16) if {features.CONNECTIONS, features.POSTCOPY} & {*agreed} else ""
+        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=agreed, token=token))
+        return agreed, token
+
+    def _join(self, hello: SourceHello, agreed: tuple[str, ...], token: str) -> list[Channel]:
+        if self._accept is None or features.CONNECTIONS not in agreed:
+            return []
+        return take_in(self._channel, self._accept, token, hello.connections)
+
+    # -- pages and state -------------------------------------------------------------------------------------------
+
+    def _receive(
+        self, hello: SourceHello, agreed: tuple[str, ...], channels: Sequence[Channel], pages: ReceivedPages
+    ) -> MachineState:
+        context, policy = b"", CpuidPolicy(leaves=())
+        records, packing = features.records_of(agreed), features.packing_of(agreed)
+        try:
+            with Receiver(channels, pages, agreed=records, packing=packing) as receiver:
+                for event in receiver.events():
+                    if isinstance(event, Fence):
+                        self._peer.send(Reached(number=event.number))
+                    elif isinstance(event, CpuidPolicy):
+                        policy = event
+                    elif isinstance(event, StaticDataEnd):
+                        if policy.leaves != hello.cpuid:
+                            raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
+                    elif isinstance(event, HvmContext):
+                        context = event.data
+        except AuditMismatchError as error:
+            self._peer.send(mismatch_of(pages.memory, error.first_gfn, error.pages))
+            raise
+        self._peer.stream_passed(receiver.stream_bytes)
+        return decode_machine_state(context)
+
+    # -- proof and handoff -----------------------------------------------------------------------------------------
+
+    def _compare(self, comparison: Comparison, agreed: tuple[str, ...]) -> None:
+        """Take in what is missing and compare all digests; a mismatch is told, and the source has the last word."""
+        compared, mismatch = False, None
+        while not compared or mismatch is not None:
+            frame = self._peer.receive()
+            if isinstance(frame, Missing) and features.POSTCOPY in agreed and not comparison.begun:
+                comparison.take_missing(frame)
+            elif isinstance(frame, Digests):
+                if mismatch is None and (mismatch := comparison.compare(frame)) is not None:
+                    self._peer.send(mismatch)
+                compared = frame.last
+            else:
+                raise self._unexpected(frame)
+
+    def _begin_postcopy(self, vm: Vm, comparison: Comparison, token: str) -> PostcopyClient:
+        if self._accept is None:
+            raise AssertionError("post-copy was agreed on without a way for the source to come back")
+        return PostcopyClient(
+            vm,
+            comparison.missing,
+            accept=self._accept,
+            token=token,
+            aborted=self._aborted,
+            on_event=self._on_event,
+        )
+
+    def _commit(self) -> bool:
+        """Return, when the source has given the guest away, whether its user had paused it."""
+        commit = self._peer.receive()
+        if not isinstance(commit, Commit if self._postcopy is None else Switch):
+            raise self._unexpected(commit)
+        return commit.paused
+
+    # -- failures --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -189,144 +304,6 @@ class Destination(Generic[AnyVm]):
                 raise
             raise raised from error
 
-    @property
-    def _phase(self) -> str:
-        return str(self._clock.current)
-
     def _unexpected(self, frame: Frame) -> PeerError:
         what = f"the source sent {type(frame).__name__} out of turn"
-        return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
-
-    def _hello(self) -> tuple[AnyVm, SourceHello, list[Channel]]:
-        patience_s, self._channel.timeout_s = self._channel.timeout_s, min(self._channel.timeout_s, _HELLO_TIMEOUT_S)
-        self._peer.greet()
-        hello = self._peer.receive()
-        self._channel.timeout_s = patience_s
-        if isinstance(hello, Recover):
-            raise self._not_here(hello)
-        if not isinstance(hello, SourceHello):
-            raise self._unexpected(hello)
-        try:
-            vm, self._shared = make_machine(hello, self._channel, self._make_vm)
-        except (UsageError, VmError) as error:
-            self._peer.send(Refuse(reason=str(error), hint=error.hint))
-            self._channel.finish()
-            raise
-        try:
-            return vm, hello, self._answer(vm, hello)
-        except BaseException:
-            vm.close()
-            raise
-
-    def _not_here(self, recover: Recover) -> PeerError:
-        refuse_return(self._peer, dropped=recover.token in self._dropped)
-        what = "a source came back for a guest that is not here"
-        return PeerError(what, phase=self._phase, guest_at=GuestAt.SOURCE)
-
-    def _answer(self, vm: Vm, hello: SourceHello) -> list[Channel]:
-        # Say what is used of the offer; return the further connections.
-        offered = features.POSTCOPY in hello.features and self._accept is not None and not self._shared
-        postcopy = offered and can_wait(vm)
-        self._features = features.agree(
-            hello.features, several_connections=self._accept is not None, shared=self._shared, postcopy=postcopy
-        )
-        if features.AUDIT in self._features:
-            self._audited = AuditedPages(vm.memory)
-        several = self._accept is not None and features.CONNECTIONS in self._features
-        self._token = token = secrets.token_hex(16) if several or postcopy else ""
-        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=self._features, token=token))
-        if self._accept is None or not several:
-            return []
-        return take_in(self._channel, self._accept, token, hello.connections)
-
-    def _receive_stream(self, vm: Vm, hello: SourceHello, others: list[Channel]) -> MachineState:
-        try:
-            return self._receive(vm, hello, others)
-        except AuditMismatchError as error:
-            self._peer.send(mismatch_of(vm.memory, error.first_gfn, error.pages))
-            raise
-
-    def _receive(self, vm: Vm, hello: SourceHello, others: list[Channel]) -> MachineState:
-        memory = vm.memory
-        agreed = features.records_of(self._features)
-        decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit, agreed=agreed)
-        connections = 1 + len(others)
-        arrivals = self._arrivals(memory, self._channel, 0, connections)
-        context = b""
-        policy = CpuidPolicy(leaves=())
-        with Sections(
-            others,
-            lambda channel, index: self._arrivals(memory, channel, index, connections),
-            gfn_limit=memory.gfn_limit,
-            agreed=agreed,
-        ) as sections:
-
-            def reached(number: int) -> None:
-                sections.wait_reached(number)
-                self._peer.send(Reached(number=number))
-
-            for event in read_stream(self._channel, decoder, arrivals, sections.activity, reached):
-                if isinstance(event, CpuidPolicy):
-                    policy = event
-                elif isinstance(event, StaticDataEnd):
-                    if policy.leaves != hello.cpuid:
-                        raise RecordError("this is not the CPU of the hello", record="CPUID_POLICY")
-                elif isinstance(event, HvmContext):
-                    context = event.data
-        removed = arrivals.removed | sections.removed()
-        if removed.any():
-            vm.remove_pages(removed.gfns())
-        self._peer.stream_passed(decoder.offset)
-        return decode_machine_state(context)
-
-    def _arrivals(self, memory: GuestMemory, channel: Channel, index: int, connections: int) -> Arrivals:
-        return Arrivals(
-            memory,
-            channel,
-            self._audited,
-            index=index,
-            connections=connections,
-            packing=features.packing_of(self._features),
-        )
-
-    def _verify(self, vm: Vm) -> None:
-        comparison, mismatch = self._comparison(vm.memory), None
-        while True:
-            frame = self._peer.receive()
-            if isinstance(frame, Missing) and features.POSTCOPY in self._features and not comparison.begun:
-                comparison.take_missing(frame)
-                continue
-            if not isinstance(frame, Digests):
-                raise self._unexpected(frame)
-            if mismatch is None:
-                mismatch = comparison.compare(frame)
-                if mismatch is not None:
-                    self._peer.send(mismatch)
-            if frame.last:
-                break
-        if mismatch is None:
-            verified_pages = comparison.conclude()
-            if comparison.missing.any() and self._accept is not None:
-                self._postcopy = PostcopyClient(
-                    vm,
-                    comparison.missing,
-                    accept=self._accept,
-                    token=self._token,
-                    aborted=self._aborted,
-                    on_event=self._on_event,
-                )
-            self._peer.send(Ready(verified_pages=verified_pages))
-
-    def _comparison(self, memory: GuestMemory) -> Comparison:
-        return Comparison(memory, self._audited, shared=self._shared)
-
-    def _handoff(self, vm: AnyVm, hello: SourceHello) -> None:
-        commit = self._peer.receive()
-        if not isinstance(commit, Commit if self._postcopy is None else Switch):
-            raise self._unexpected(commit)
-        self._before_run(vm, hello.name)
-        if not commit.paused:
-            vm.resume()
-        self._ours = True  # whether or not the source hears of it
-        with contextlib.suppress(OSError):
-            self._peer.send(Running())
+        return PeerError(what, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)

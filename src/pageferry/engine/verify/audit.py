@@ -12,7 +12,7 @@ is still to come; then PEEK finds the page clear; and no CLEAN since the digest 
 after it was last read for sending, which was before, has set its bit: PEEK shows it, or a CLEAN took it.
 
 The destination does not believe that a page was audited, it remembers:
-:class:`~pageferry.engine.verify.compare.AuditedPages`.
+:class:`~pageferry.engine.verify.compare.ReceivedPages`.
 """
 
 import threading

@@ -1,8 +1,8 @@
-"""Comparison: the destination's part of the proof that two memories are equal, before the guest may run (law 7).
+"""The destination's part of the proof that two memories are equal, before the guest may run (law 7).
 
 The source's part is :mod:`pageferry.engine.verify.prove`, the digests themselves are in
 :mod:`pageferry.engine.verify.digests`. Every page that the source has is proven equal, now or by an audit that is
-remembered here, or is said to be missing and follows after the switch; whatever else has storage here is zero.
+remembered here, or it is missing and follows after the switch; whatever else has storage here is zero.
 """
 
 import threading
@@ -27,76 +27,96 @@ class AuditMismatchError(VerifyError):
         self.pages = pages
 
 
-class AuditedPages:
-    """Which frames arrived, and which of them were proven since. For threads of any number.
+class ReceivedPages:
+    """What the destination knows of each page: arrived, proven equal since, or removed. For threads of any number.
+
+    It knows this from what it received and digested itself; no claim of the source's enters.
 
     Args:
-        memory: the guest's, here.
+        memory: the guest's, here; it began as zeros.
+        audits: whether the source may audit. If not, what arrived is not noted: that costs 12 ms per GiB.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
+    def __init__(self, memory: GuestMemory, *, audits: bool) -> None:
+        self.memory = memory
         self._lock = threading.Lock()
-        self._proven = DirtyBitmap(memory.gfn_limit)
-        self._any_proven = False
-        self._arrived = DirtyBitmap(memory.gfn_limit)
+        self._arrived = DirtyBitmap(memory.gfn_limit) if audits else None
+        self._proven: DirtyBitmap | None = None  # made at the first audit
+        self._removed: DirtyBitmap | None = None  # made at the first removal
 
     def arrived(self, gfns: GfnArray) -> None:
-        """These frames (uint64[n]) have new content."""
+        """These frames (uint64[n]) have new content: mark them, and take nothing for proven of them."""
+        if not gfns.size:
+            return
+        self.memory.wrote(gfns)
         with self._lock:
-            self._arrived.set(gfns)
-            if self._any_proven:
-                self._proven.clear(gfns)
+            if self._arrived is not None:
+                self._arrived.set(gfns)
+            for bitmap in (self._proven, self._removed):
+                if bitmap is not None:
+                    bitmap.clear(gfns)
 
-    def all_arrived(self) -> tuple[GfnArray, GfnArray] | None:
-        """Return the runs of RAM that ever arrived; None where nothing was proven yet, so that nobody audits here."""
+    def remove(self, gfns: GfnArray) -> None:
+        """The source has no frame for these (uint64[n]); what was never RAM here is not noted."""
+        if not gfns.size:
+            return
         with self._lock:
-            if not self._any_proven:
-                return None
-            self._arrived &= self._memory.all_ram()
-            return self._arrived.runs()
+            if self._removed is None:
+                self._removed = DirtyBitmap(self.memory.gfn_limit)
+            self._removed.set(gfns[self.memory.are_ram(gfns)])
 
-    def compare(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> int | None:
-        """Digest the runs here; return the index of the first that differs, or None: then they are proven.
+    def removed(self) -> GfnArray:
+        """Return the frames of RAM that the source has none for, uint64[n] ascending."""
+        return np.empty(0, np.uint64) if self._removed is None else self._removed.gfns()
+
+    def audit(self, first_gfns: GfnArray, pages: GfnArray, digests: NDArray[np.uint8]) -> None:
+        """Compare runs that the source digested while the guest ran; they are proven then, until they arrive anew.
 
         Raises:
+            AuditMismatchError: a run differs.
             VmError: a run is not RAM.
         """
-        index = verify.first_difference(verify.digest_runs(self._memory, first_gfns, pages), digests)
-        if index is None:
-            with self._lock:
-                self._proven.set_runs(first_gfns, pages)
-                self._any_proven = True
-        return index
+        index = verify.first_difference(verify.digest_runs(self.memory, first_gfns, pages), digests)
+        if index is not None:
+            raise AuditMismatchError(int(first_gfns[index]), int(pages[index]))
+        with self._lock:
+            if self._proven is None:
+                self._proven = DirtyBitmap(self.memory.gfn_limit)
+            self._proven.set_runs(first_gfns, pages)
 
     def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
         """Tell whether every frame of the runs is proven, as it is now."""
-        wanted = DirtyBitmap(self._proven.nbits)
-        if (first_gfns + pages > wanted.nbits).any():
+        wanted = DirtyBitmap(self.memory.gfn_limit)
+        if self._proven is None or (first_gfns + pages > wanted.nbits).any():
             return False
         wanted.set_runs(first_gfns, pages)
         return not (wanted - self._proven).any()
 
+    def populated(self) -> tuple[GfnArray, GfnArray]:
+        """Return the runs of RAM that may hold something; as soon as anything was audited, those that ever arrived."""
+        with self._lock:
+            if self._arrived is None or self._proven is None:
+                return self.memory.populated()  # takes a while
+            self._arrived &= self.memory.all_ram()
+            return self._arrived.runs()
+
 
 class Comparison:
-    """What one guest's source says of its memory, frame by frame, against what is here. The guest has not run.
+    """What one guest's source says of its memory at the pause, against what is here. The guest has not run.
 
     Args:
-        memory: what arrived.
-        audited: what was proven during pre-copy and has not arrived anew; None: nothing is audited.
+        pages: what arrived.
         shared: the two memories are one.
     """
 
-    def __init__(self, memory: GuestMemory, audited: AuditedPages | None, *, shared: bool) -> None:
-        self.missing = DirtyBitmap(memory.gfn_limit)
-        """The frames that are said to follow after the switch."""
-        self._memory = memory
-        self._audited = audited
+    def __init__(self, pages: ReceivedPages, *, shared: bool) -> None:
+        self.missing = DirtyBitmap(pages.memory.gfn_limit)
+        """The frames that follow after the switch."""
+        self._pages = pages
         self._shared = shared
         self._starts: list[GfnArray] = []
         self._lengths: list[NDArray[np.uint64]] = []
-        # While the source looks for the same there: it takes a while, unless we know what arrived.
-        self._populated = (audited and audited.all_arrived()) or memory.populated()
+        self._populated = pages.populated()  # found while the source looks for the same there
 
     @property
     def begun(self) -> bool:
@@ -104,17 +124,18 @@ class Comparison:
         return bool(self._starts)
 
     def take_missing(self, frame: Missing) -> None:
-        """Take in what follows after the switch.
+        """Note what follows after the switch.
 
         Raises:
             RecordError: it is no RAM of the guest.
         """
+        memory = self._pages.memory
         end = int(frame.first_gfns[-1] + frame.pages[-1])
-        if end > self._memory.gfn_limit:
+        if end > memory.gfn_limit:
             raise RecordError(f"gfn {end - 1:#x} is outside the guest", record="MISSING")
-        named = DirtyBitmap(self._memory.gfn_limit)
+        named = DirtyBitmap(memory.gfn_limit)
         named.set_runs(frame.first_gfns, frame.pages)
-        if (named - self._memory.all_ram()).any():
+        if (named - memory.all_ram()).any():
             raise RecordError("a page is not RAM", record="MISSING")
         self.missing |= named
 
@@ -124,17 +145,17 @@ class Comparison:
         Raises:
             VerifyError: a range is said to be audited, and was not since it last arrived.
         """
-        self._starts.append(frame.first_gfns)
-        self._lengths.append(frame.pages.astype(np.uint64))
-        return self._difference(frame)
-
-    def _difference(self, frame: Digests) -> Mismatch | None:
         starts, lengths, audited = frame.first_gfns, frame.pages.astype(np.uint64), frame.audited
-        if audited.any() and not (self._audited and self._audited.all_proven(starts[audited], lengths[audited])):
+        self._starts.append(starts)
+        self._lengths.append(lengths)
+        if audited.any() and not self._pages.all_proven(starts[audited], lengths[audited]):
             raise VerifyError("a page was never proven equal", gfn=None)
-        starts, lengths = starts[~audited], lengths[~audited]
-        index = verify.first_difference(verify.digest_runs(self._memory, starts, lengths), frame.digests[~audited])
-        return None if index is None else mismatch_of(self._memory, int(starts[index]), int(lengths[index]))
+        return self._difference(starts[~audited], lengths[~audited], frame.digests[~audited])
+
+    def _difference(self, starts: GfnArray, lengths: GfnArray, theirs: verify.Digests) -> Mismatch | None:
+        memory = self._pages.memory
+        index = verify.first_difference(verify.digest_runs(memory, starts, lengths), theirs)
+        return None if index is None else mismatch_of(memory, int(starts[index]), int(lengths[index]))
 
     def conclude(self) -> int:
         """Check what the frames say together, after the last and no difference; return how many pages are equal.
@@ -150,13 +171,10 @@ class Comparison:
         if known.count() != pages + self.missing.count():
             raise VerifyError("a page is proven that is missing", gfn=None)
         if not self._shared:  # else there is no elsewhere: the memory is one
-            self._expect_zero_outside(*known.runs())
+            gfn = verify.first_nonzero_outside(self._pages.memory, self._populated, *known.runs())
+            if gfn is not None:
+                raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
         return pages
-
-    def _expect_zero_outside(self, starts: GfnArray, lengths: GfnArray) -> None:
-        gfn = verify.first_nonzero_outside(self._memory, self._populated, starts, lengths)
-        if gfn is not None:
-            raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
 
 
 def mismatch_of(memory: GuestMemory, first_gfn: int, pages: int) -> Mismatch:

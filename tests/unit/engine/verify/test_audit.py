@@ -13,7 +13,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify import audit
 from pageferry.engine.verify import digests as verify
 from pageferry.engine.verify.audit import Auditor
-from pageferry.engine.verify.compare import AuditedPages
+from pageferry.engine.verify.compare import AuditMismatchError, ReceivedPages
 
 _GIVE_UP_S = 60.0
 
@@ -30,7 +30,7 @@ class Migration:
         self.there = GuestMemory.linear(memory_bytes)
         self.dirty = DirtyBitmap(self.memory.gfn_limit)
         self.memory.on_write(self.dirty.set)
-        self.audited = AuditedPages(self.there)
+        self.received = ReceivedPages(self.there, audits=True)
         self.auditor = Auditor(self.memory, self.dirty.copy)
         self.proofs = []
 
@@ -46,7 +46,7 @@ class Migration:
     def send(self, gfns):
         for gfn in gfns.tolist():
             self.there.write(gfn * PAGE_SIZE, self.memory.read(gfn * PAGE_SIZE, PAGE_SIZE))
-        self.audited.arrived(gfns)
+        self.received.arrived(gfns)
         self.auditor.sent(gfns)
 
     def deliver(self):
@@ -55,8 +55,11 @@ class Migration:
         if proof is None:
             return None
         self.proofs.append(proof)
-        index = self.audited.compare(proof.first_gfns, proof.pages, proof.digests)
-        return None if index is None else int(proof.first_gfns[index])
+        try:
+            self.received.audit(proof.first_gfns, proof.pages, proof.digests)
+        except AuditMismatchError as error:
+            return error.first_gfn
+        return None
 
     def finish(self):
         while not self.auditor.idle():
@@ -102,8 +105,8 @@ def test_what_lies_still_is_proven(migration):
     assert migration.auditor.proven() == DirtyBitmap.of(2048, gfns)
     runs = [(int(a), int(n)) for p in migration.proofs for a, n in zip(p.first_gfns, p.pages, strict=True)]
     assert sorted(runs) == [(3, 3), (500, 12), (512, 512), (1024, 512), (1536, 64), (2047, 1)]  # none crosses 2 MiB
-    assert migration.audited.all_proven(gfns_of(3, 500), np.array([3, 1100], np.uint64))
-    assert not migration.audited.all_proven(gfns_of(2, 500), np.array([2, 1100], np.uint64))
+    assert migration.received.all_proven(gfns_of(3, 500), np.array([3, 1100], np.uint64))
+    assert not migration.received.all_proven(gfns_of(2, 500), np.array([2, 1100], np.uint64))
 
 
 def test_what_was_not_sent_is_not_proven(migration):
@@ -154,9 +157,9 @@ def test_a_report_takes_the_proof_back(migration):
     sent = migration.clean()
     assert not migration.auditor.proven().any()
     migration.send(sent)
-    assert not migration.audited.all_proven(gfns_of(3), gfns_of(1))
+    assert not migration.received.all_proven(gfns_of(3), gfns_of(1))
     migration.finish()
-    assert migration.audited.all_proven(gfns_of(3), gfns_of(1))
+    assert migration.received.all_proven(gfns_of(3), gfns_of(1))
 
 
 def test_nothing_is_due_while_a_write_may_be_unmarked(migration):
@@ -181,7 +184,7 @@ def test_a_lost_bit_is_found(migration):
         migration.auditor.wait(_GIVE_UP_S)
         found = migration.deliver()
     assert found == 900
-    assert not migration.audited.all_proven(gfns_of(900), gfns_of(1))
+    assert not migration.received.all_proven(gfns_of(900), gfns_of(1))
 
 
 def test_a_frame_given_back_is_left_out(migration, during_digest):
@@ -300,7 +303,7 @@ def test_whatever_the_guest_does_a_proof_is_of_what_was_sent(seed, monkeypatch):
         assert migration.auditor.proven().any()
         clean = migration.auditor.proven() - migration.dirty
         starts, lengths = clean.runs()
-        assert migration.audited.all_proven(starts, lengths)
+        assert migration.received.all_proven(starts, lengths)
         assert (
             verify.first_difference(
                 verify.digest_runs(migration.memory, starts, lengths),

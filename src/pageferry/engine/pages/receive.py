@@ -1,0 +1,358 @@
+"""A migration's pages at the destination: from one or more connections straight into guest memory.
+
+::
+
+    connection 0:  read_stream -> PageWriter    on the thread that iterates Receiver.events
+    connection 1:  read_stream -> PageWriter    on a thread of its own, and so on
+
+A page comes on one connection only (:mod:`pageferry.engine.pages.stripes`), so what is said of it is taken in the order
+in which it was said. A FENCE is reached when all connections have come to it.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap, runs_of, split_runs
+from pageferry.core.errors import GuestAt, RecordError, TransportError, TruncatedError, VmError
+from pageferry.core.events import Phase
+from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
+from pageferry.engine.pages.stripes import connection_of
+from pageferry.engine.verify.compare import ReceivedPages
+from pageferry.engine.wire.channel import Channel
+from pageferry.stream.codec import Decoder
+from pageferry.stream.format import BodyError, PageType, RecordType, carries_data
+from pageferry.stream.intake import Need
+from pageferry.stream.order import Role
+from pageferry.stream.packing import Packing, packer
+from pageferry.stream.records import Audit, DeltaPages, Event, Fence, PackedPages, PageDataHeader, ZeroPages
+
+#: How soon the reader of one connection hears that another failed.
+_POLL_S = 0.1
+
+
+class PageWriter:
+    """Takes the records of one connection into guest memory; page data is received straight into place.
+
+    Each method raises a RecordError for a page that is outside the guest or belongs on another connection.
+
+    Args:
+        channel: where page data comes from.
+        pages: what is known of the guest's pages.
+        index: which connection this is, from 0.
+        connections: how many there are.
+        packing: what was agreed on.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        pages: ReceivedPages,
+        *,
+        index: int = 0,
+        connections: int = 1,
+        packing: Packing = Packing.NONE,
+    ) -> None:
+        self._channel = channel
+        self._pages = pages
+        self._memory = pages.memory
+        self._words = page_words(pages.memory)
+        self._index = index
+        self._connections = connections
+        self._packer = None if packing is Packing.NONE else packer(packing)
+
+    def page_data(self, header: PageDataHeader) -> None:
+        """Take one PAGE_DATA record, and receive its page data.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self._pages.remove(header.pfns[header.types == PageType.XTAB])
+        allocated = header.pfns[header.types == PageType.XALLOC]  # zeros, as they are from the beginning
+        gfns = header.pfns[carries_data(header.types)]
+        self._check(np.concatenate([gfns, allocated]), "PAGE_DATA", header.offset)
+        ascending = gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all())
+        self._channel.receive_into(self._memory.views(*runs_of(gfns)) if ascending else self._memory.page_views(gfns))
+        self._pages.arrived(gfns)
+        self._pages.arrived(allocated)
+
+    def zero_pages(self, record: ZeroPages) -> None:
+        """Make pages zero."""
+        self._check(record.pfns, "ZERO_PAGES")
+        self._words[record.pfns] = 0
+        self._pages.arrived(record.pfns)
+
+    def packed_pages(self, record: PackedPages) -> None:
+        """Unpack pages into place.
+
+        Raises:
+            RecordError: the data is not what it should be.
+        """
+        self._check(record.pfns, "PACKED_PAGES")
+        self._words[record.pfns] = self._unpacked(record.data, record.pfns.size, "PACKED_PAGES")
+        self._pages.arrived(record.pfns)
+
+    def delta_pages(self, record: DeltaPages) -> None:
+        """Change pages by what is unpacked.
+
+        Raises:
+            RecordError: the data is not what it should be.
+        """
+        self._check(record.pfns, "DELTA_PAGES")
+        self._words[record.pfns] ^= self._unpacked(record.data, record.pfns.size, "DELTA_PAGES")  # each page once
+        self._pages.arrived(record.pfns)
+
+    def audit(self, record: Audit) -> None:
+        """Compare what was digested while the guest ran.
+
+        Raises:
+            AuditMismatchError: a run differs.
+        """
+        lengths = record.pages.astype(np.uint64)
+        self._check(np.concatenate([record.first_gfns, record.first_gfns + lengths - np.uint64(1)]), "AUDIT")
+        self._pages.audit(record.first_gfns, lengths, record.digests)
+
+    def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:
+        if self._packer is None:
+            raise RecordError("nothing was agreed on how pages are packed", record=record)
+        try:
+            unpacked = self._packer.unpack(data, pages * PAGE_SIZE)
+        except BodyError as error:
+            raise RecordError(str(error), record=record) from error
+        return np.frombuffer(unpacked, np.uint64).reshape(-1, WORDS_PER_PAGE)
+
+    def _check(self, gfns: GfnArray, record: str, offset: int | None = None) -> None:
+        inside = self._memory.are_ram(gfns)
+        if not inside.all():
+            raise RecordError(f"gfn {int(gfns[~inside][0]):#x} is outside the guest", record=record, offset=offset)
+        ours = connection_of(gfns, self._connections) == self._index if self._connections > 1 else inside
+        if not ours.all():
+            strange = int(gfns[~ours][0])
+            raise RecordError(f"gfn {strange:#x} belongs on another connection", record=record, offset=offset)
+
+
+class Activity:
+    """The clock of all connections: one with nothing to carry is not stalled while another carries.
+
+    Attributes:
+        failure: of the first connection that failed; it ends the others.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._last_s = now_s()
+        self.failure: Exception | None = None
+
+    def note(self) -> None:
+        """Something came in."""
+        self._last_s = self._now_s()
+
+    def wait(self, channel: Channel) -> None:
+        """Wait until something comes in on ``channel``.
+
+        Raises:
+            TimeoutError: nothing came in on any connection for as long as this one may stand still.
+            Exception: the failure of another connection.
+        """
+        while True:
+            if self.failure is not None:
+                raise self.failure
+            if channel.readable(_POLL_S):
+                return
+            self.check(channel.timeout_s)
+
+    def check(self, timeout_s: float) -> None:
+        """Raise what is wrong.
+
+        Raises:
+            TimeoutError: nothing came in on any connection for ``timeout_s``.
+            Exception: the failure of another connection.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self._now_s() - self._last_s >= timeout_s:
+            raise TimeoutError("stalled")
+
+
+def read_stream(channel: Channel, decoder: Decoder, writer: PageWriter, activity: Activity) -> Iterator[Event]:
+    """Read a stream, or a section, up to END: pages go to the writer, all else is yielded.
+
+    Args:
+        channel: where it comes from.
+        decoder: of it, with ``zero_copy``.
+        writer: takes the pages.
+        activity: of all connections together.
+
+    Raises:
+        RemoteStreamError: it is not a legal one, or stops before END.
+        AuditMismatchError: pages differ that were digested while the guest ran.
+        OSError: cut or stalled.
+    """
+    while not decoder.ended:
+        event = decoder.next_event()
+        if isinstance(event, Need):
+            activity.wait(channel)
+            data = channel.receive_some(decoder.wanted_bytes)
+            activity.note()
+            if not data:
+                decoder.eof()
+                raise TruncatedError("the stream stops before END")
+            decoder.feed(data)
+        elif isinstance(event, PageDataHeader):
+            writer.page_data(event)
+            activity.note()
+            decoder.payload_received()
+        elif isinstance(event, ZeroPages):
+            writer.zero_pages(event)
+        elif isinstance(event, PackedPages):
+            writer.packed_pages(event)
+        elif isinstance(event, DeltaPages):
+            writer.delta_pages(event)
+        elif isinstance(event, Audit):
+            writer.audit(event)
+        else:
+            yield event
+
+
+class Receiver:
+    """Reads a migration's stream from all its connections, for the length of a ``with`` block.
+
+    What goes wrong on one of them is raised where the first is read, or at the end of the block in place of what was
+    met there meanwhile. When the block fails by itself, all but the first are cut.
+
+    Args:
+        channels: the connections, in order; all but the first are closed at the end.
+        pages: what is known of the guest's pages.
+        agreed: the extensions of the stream that both ends agreed on.
+        packing: how pages are packed.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        pages: ReceivedPages,
+        *,
+        agreed: Collection[RecordType],
+        packing: Packing = Packing.NONE,
+    ) -> None:
+        self._channels = channels
+        self._writers = [
+            PageWriter(channel, pages, index=index, connections=len(channels), packing=packing)
+            for index, channel in enumerate(channels)
+        ]
+        roles = [Role.READER, *(Role.SECTION for _ in channels[1:])]
+        self._decoders = [
+            Decoder(zero_copy=True, gfn_limit=pages.memory.gfn_limit, agreed=agreed, role=role) for role in roles
+        ]
+        self._activity = Activity()
+        self._reached = [-1 for _ in channels[1:]]
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._read_section, args=(index,), name=f"section {index + 1}", daemon=True)
+            for index in range(1, len(channels))
+        ]
+
+    def __enter__(self) -> "Receiver":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        failure = self._activity.failure  # before those of connections that are cut here
+        if error is not None:
+            for channel in self._channels[1:]:
+                channel.abort()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._channels[1:]:
+            channel.close()
+        if error is None:
+            failure = self._activity.failure
+        if failure is not None and failure is not error:
+            raise failure from error
+
+    @property
+    def stream_bytes(self) -> int:
+        """How much of the stream was read from the first connection."""
+        return self._decoders[0].offset
+
+    def events(self) -> Iterator[Event]:
+        """Read the stream up to END; yield what is not of pages, a Fence when all connections have come to it.
+
+        Raises:
+            RemoteStreamError, AuditMismatchError: as for :func:`read_stream`.
+            OSError: a connection was cut, or nothing came in on any of them for as long as it may stand still.
+            Exception: the failure of another connection.
+        """
+        for event in self._read(0):
+            if isinstance(event, Fence):
+                self._wait_reached(event.number)
+            yield event
+
+    def _read(self, index: int) -> Iterator[Event]:
+        return read_stream(self._channels[index], self._decoders[index], self._writers[index], self._activity)
+
+    def _wait_reached(self, number: int) -> None:
+        with self._changed:
+            while any(reached < number for reached in self._reached):
+                self._changed.wait(_POLL_S)
+                self._activity.check(self._channels[0].timeout_s)
+
+    def _read_section(self, index: int) -> None:
+        try:
+            for event in self._read(index):
+                if isinstance(event, Fence):
+                    with self._changed:
+                        self._reached[index - 1] = event.number
+                        self._changed.notify_all()
+        except (OSError, TruncatedError) as error:
+            what = "stood still" if isinstance(error, TimeoutError) else "was cut"
+            self._fail(TransportError(f"connection {index + 1} {what}", phase=Phase.PRECOPY, guest_at=GuestAt.SOURCE))
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._activity.failure = self._activity.failure or error
+
+
+class Populator:
+    """Gives storage to runs of memory ahead of their arrival, on a thread, for the length of a ``with`` block.
+
+    On most hosts the first touch of memory costs more than the copy.
+
+    Args:
+        memory: the guest's.
+        runs: ``(first gfn, pages)`` each; what is no RAM of them is left out.
+    """
+
+    def __init__(self, memory: GuestMemory, runs: Sequence[tuple[int, int]]) -> None:
+        self._memory = memory
+        wanted = DirtyBitmap(memory.gfn_limit)
+        for first_gfn, pages in runs:
+            inside = range(memory.gfn_limit)[first_gfn : first_gfn + pages]
+            wanted.set_range(inside.start, len(inside))
+        wanted &= memory.all_ram()
+        self._starts, self._lengths = split_runs(*wanted.runs(), PAGES_PER_2M)
+        self._enough = threading.Event()
+        self._thread = threading.Thread(target=self._populate, name="populate", daemon=True)
+
+    def __enter__(self) -> "Populator":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        self._thread.join()
+
+    def _populate(self) -> None:
+        for index in range(self._starts.size):
+            if self._enough.is_set():
+                return
+            try:
+                self._memory.populate(self._starts[index : index + 1], self._lengths[index : index + 1])
+            except VmError:
+                return  # only a head start: whoever touches the page first meets the same refusal
