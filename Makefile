@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-npt soak lint bench mutants guests clean
+# Workers for tests: one for each core, four at the most. SEED= repeats a run that failed: its chance is all decided by it.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(SEED),--hypothesis-seed $(SEED))
+
+.PHONY: demo test test-all test-npt soak lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -15,8 +18,12 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/pageferry demo
 
+# What every change must pass: minutes. `test-all` is this and then all that is marked as exhaustive.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST) -m 'not exhaustive'
+
+test-all: test
+	$(PYTEST) -m exhaustive
 
 test-npt: $(READY)
 	$(BIN)/python tests/vm/npt.py

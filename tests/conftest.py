@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import functools
 import os
+import random
+import secrets
 import weakref
 from pathlib import Path
 
@@ -30,6 +32,30 @@ MiB = 1 << 20
 
 settings.register_profile("pageferry", deadline=None, print_blob=True)
 settings.load_profile("pageferry")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """One seed decides all chance of a run: Hypothesis's own option, which every worker is handed."""
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = secrets.randbits(32)
+
+
+def pytest_report_header(config):
+    return f"seed: {config.option.hypothesis_seed} (make test SEED={config.option.hypothesis_seed} repeats it)"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in item.iter_markers("exhaustive"):
+            if not mark.args:
+                raise pytest.UsageError(f"{item.nodeid} is exhaustive and does not say why")
+
+
+@pytest.fixture
+def dice(request):
+    """Chance, decided by the run's seed for each test by itself, whatever runs before it."""
+    return random.Random(f"{request.config.option.hypothesis_seed} {request.node.nodeid}")
 
 
 @pytest.fixture(autouse=True)

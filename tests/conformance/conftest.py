@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+from tiers import sample
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.hypervisor.domain import Domain
@@ -70,7 +71,13 @@ def expect_host(request, name):
             pytest.skip(f"{error} ({error.hint})")
 
 
-@pytest.fixture(params=[*MACHINES, *RINGS])
+@pytest.fixture(
+    params=sample(
+        [*MACHINES, *RINGS],
+        "a variant of a tracker whose like is in `make test`",
+        quick=["kvm", "uffd-wp", "pagemap-scan", "kvm-ring", "hap", "shadow"],
+    )
+)
 def make_vm(request):
     """Makes a machine with the tracker under test from a VmConfig."""
     if request.param in RINGS:
@@ -80,7 +87,7 @@ def make_vm(request):
     return MACHINES[request.param]
 
 
-@pytest.fixture(params=WATCHED)
+@pytest.fixture(params=sample(WATCHED, "one pair on each machine", quick=["kvm+pagemap-scan", "hap+digests"]))
 def make_watched_vm(request):
     """Makes a machine with a tracker and a witness."""
     expect_host(request, request.param)

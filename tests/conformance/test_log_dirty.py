@@ -1,6 +1,7 @@
 """The conformance kit over every tracker; one test per check, so that a failure names the law."""
 
 import pytest
+from tiers import sample
 
 from pageferry.core.errors import UnsupportedError, UsageError
 from pageferry.testing import CHECKS, check_log_dirty, failures
@@ -14,7 +15,7 @@ def test_the_tracker_keeps_its_promise(make_vm, check):
     check_log_dirty(make_vm, checks=[check])
 
 
-@pytest.mark.parametrize("seed", [0, 2, (1 << 64) - 1])
+@pytest.mark.parametrize("seed", sample([0, 2, (1 << 64) - 1], "one seed of three", quick=[2]))
 def test_whatever_the_seed_and_the_size(make_vm, seed):
     sizes = [SMALLEST + pages * 4096 for pages in (0, 1, 63)]
     check_log_dirty(make_vm, memory_bytes=sizes, seeds=[seed], checks=["rounds-are-exact", "free-running-random"])
@@ -29,9 +30,17 @@ SMP_CHECKS = [
 ]
 
 
-@pytest.mark.parametrize("check", SMP_CHECKS)
 @pytest.mark.parametrize(
-    ("cpus", "memory_bytes"), [(2, SMALLEST + 7 * 4096), (3, (3 << 30) + 61 * 4096), (4, SMALLEST + 513 * 4096)]
+    "check",
+    sample(SMP_CHECKS, "the check with one vCPU is in `make test`", quick=["free-running-smp", "two-cleaners"]),
+)
+@pytest.mark.parametrize(
+    ("cpus", "memory_bytes"),
+    sample(
+        [(2, SMALLEST + 7 * 4096), (3, (3 << 30) + 61 * 4096), (4, SMALLEST + 513 * 4096)],
+        "one shape of three",
+        quick=[(2, SMALLEST + 7 * 4096)],
+    ),
 )
 def test_it_keeps_it_with_several_vcpus(make_vm, cpus, memory_bytes, check):
     check_log_dirty(make_vm, memory_bytes=[memory_bytes], cpus=cpus, checks=[check])

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+from tiers import sample
 
 from mutation import DECLARED, WRAPPED, Room
 from mutation.fault import BEHIND_THE_HOLE, ODD
@@ -157,6 +158,7 @@ LOSING = {
     cleaned_in_the_mark: ["mark-before-write"],
 }
 CASES = [(scenario, FAULTS[name]) for scenario, names in LOSING.items() for name in names]
+FIRST = [(scenario, FAULTS[names[0]]) for scenario, names in LOSING.items()]
 
 
 def watch(vm, log):
@@ -185,7 +187,11 @@ def guest_of(scenario, make_vm, memory_bytes):
     return lab.guest("dma" if scenario is transfers else "stamp")
 
 
-@pytest.mark.parametrize(("scenario", "fault"), CASES, ids=[fault.name for _, fault in CASES])
+@pytest.mark.parametrize(
+    ("scenario", "fault"),
+    sample(CASES, "one fault of each scenario", quick=FIRST),
+    ids=[fault.name for _, fault in CASES],
+)
 def test_a_lost_bit_is_found(request, scenario, fault):
     if fault.on_kvm:
         request.getfixturevalue("kvm_support")
@@ -203,8 +209,8 @@ def test_a_lost_bit_is_found(request, scenario, fault):
         assert (guest.log_dirty.tracker, error.seen_by) == (f"{error.lost_by} against digests", "digests")
 
 
-@pytest.mark.parametrize("memory_bytes", [ODD, BEHIND_THE_HOLE])
-@pytest.mark.parametrize("scenario", LOSING)
+@pytest.mark.parametrize("memory_bytes", sample([ODD, BEHIND_THE_HOLE], "one size of two", quick=[ODD]))
+@pytest.mark.parametrize("scenario", sample(LOSING, "two ways to CLEAN", quick=[stamping, by_range]))
 def test_without_a_fault_both_agree(make_vm, scenario, memory_bytes):
     def make(config):
         vm = make_vm(config)

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tiers import sample
 
 from pageferry.core.errors import VmError
 from pageferry.core.state import MachineState
@@ -107,7 +108,7 @@ def stands_still(vm):
     return all(picture() == before for _ in range(3))
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 8])
+@pytest.mark.parametrize("cpus", sample([1, 2, 8], "more vCPUs than a host has cores include fewer", quick=[8]))
 @pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "sync"])
 def test_every_vcpu_stops(start, program, cpus):
     vm = start(*[program] * cpus)
@@ -194,7 +195,7 @@ def test_pauses_freezes_and_cleans_from_many_threads(start):
     assert until(lambda: all(now > then for now, then in zip(counters(vm)[:2], before[:2], strict=True)))
 
 
-@pytest.mark.parametrize("cpus", [2, 8])
+@pytest.mark.parametrize("cpus", sample([2, 8], "two include no less of it", quick=[2]))
 def test_vcpus_that_share_memory_find_nothing_wrong_after_a_storm(guests, cpus):
     vm = guests("smp", cpus=cpus)
     vm.resume()

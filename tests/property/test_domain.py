@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from tiers import sample
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import GuestCrash, LogDirtyError, LogDirtyMemoryError, P2MError, VmError
@@ -316,8 +324,11 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             self.domain.close()
 
 
-TestDomainAgainstDicts = DomainAgainstDicts.TestCase
-# Without shrinking: a step of this machine costs milliseconds, and its steps are readable as they come.
-TestDomainAgainstDicts.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
-)
+@pytest.mark.parametrize("lives", sample([5, 100], "more of the same", quick=[5]))
+def test_a_domain_does_what_dicts_do(lives):
+    # Without shrinking: a step of this machine costs milliseconds, and its steps are readable as they come.
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    run_state_machine_as_test(
+        DomainAgainstDicts,
+        settings=settings(max_examples=lives, stateful_step_count=40, deadline=None, phases=phases),
+    )

@@ -221,7 +221,7 @@ def test_device_accesses_are_made_once_while_the_guest_is_paused_over_and_over(m
         if state.rip >= begin:
             assert state.r12 - vm.memory.read_u64(DATA + 4096) == (1 if state.rip == begin + 3 else 0)
 
-    counted_pauses(vm, check, pauses=30)
+    counted_pauses(vm, check, pauses=10)
     assert struct.unpack_from("<Q", vm.platform.dma.save(), 0x30)[0] == vm.memory.read_u64(DATA + 4096)
 
 
