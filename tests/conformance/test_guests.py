@@ -134,7 +134,7 @@ def test_rewrite_stops_at_a_page_that_is_not_as_it_was_left(start, error, word):
     page = 5 if error == 2 else 1 - under_way
     vm.memory.write(info.working_set_gpa + page * PAGE + word * 8, bytes(8))
     vm.resume()
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert (vm.end.exit_code, slot(vm).error, slot(vm).detail[0]) == (error, error, page)
 
 
@@ -173,7 +173,7 @@ def test_kv_stops_when_a_page_is_older_than_the_rest(start):
     assert vm.memory.read(gpa, PAGE) != old
     vm.memory.write(gpa, old)
     vm.resume()
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error != 0
     assert slot(vm).state == STATE_ENDED
 
@@ -189,7 +189,7 @@ def test_kv_stops_when_one_bit_of_a_value_is_wrong(start):
         if vm.memory.read_u64(entry):
             vm.memory.write(entry + 16, bytes([vm.memory.read(entry + 16, 1)[0] ^ 1]))
     vm.resume()
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error == 1
     assert slot(vm).detail[0] == 4  # the page's number: the directory is page 0
 
@@ -241,7 +241,7 @@ def test_dma_stops_when_its_completion_count_is_wrong(start):
     vm.pause()
     vm.memory.write(info.working_set_gpa, bytes(8))
     vm.resume()
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error == 2
 
 
@@ -269,7 +269,7 @@ def test_echo_stops_when_the_receiver_overran(start):
     vm.pause()
     vm.platform.console._overrun = True
     vm.resume()
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error == 1
 
 
@@ -349,7 +349,7 @@ def test_timers_stops_when_the_wall_clock_loses_time(start):
     vm, _ = start("timers")
     run_until(vm, lambda status: status.work >= 10)
     altered(vm, clock=moved(0, 10_000_000))
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error == 5
 
 
@@ -370,7 +370,7 @@ STRINGS = "488d3c2500001800b905000000baf8030000f36c488d342500001800b905000000f36
 def test_string_instructions_work_on_the_uart(start):
     output = bytearray()
     vm, _ = start("idle", before=lambda vm: use_code(vm, STRINGS), sink=output.extend)
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == 7
     assert output == b"hello" == vm.memory.read(0x180000, 5)
 
@@ -385,7 +385,7 @@ def use_code(vm, code):
 
 def test_a_guest_refuses_an_information_page_of_another_version(start):
     vm, _ = start("idle", before=lambda vm: vm.memory.write(INFO_GPA + 8, b"\2"))
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == 255
 
 
@@ -395,10 +395,10 @@ def test_two_runs_of_stamp_leave_the_same_memory(start, seed):
     for _ in range(2):
         vm, info = start("stamp", before=lambda vm: vm.attach_sync(True), working_set_bytes=40 * PAGE, seed=seed)
         for number in (1, 2, 9):
-            assert vm.wait(30) is VmStatus.PAUSED
+            assert vm.wait(60) is VmStatus.PAUSED
             vm.reply_sync(number)
             vm.resume()
-        assert vm.wait(30) is VmStatus.PAUSED
+        assert vm.wait(60) is VmStatus.PAUSED
         memories.append(vm.memory.read(info.working_set_gpa, info.working_set_bytes))
     assert memories[0] == memories[1]
     assert any(memories[0])
@@ -414,11 +414,11 @@ def test_a_fresh_build_behaves_as_its_image(start, tmp_path):
     )
     oracle = StampOracle(info)
     for number in (1, 2, 3):
-        assert vm.wait(30) is VmStatus.PAUSED
+        assert vm.wait(60) is VmStatus.PAUSED
         vm.reply_sync(number)
         vm.resume()
         oracle.played(number)
-    assert vm.wait(30) is VmStatus.PAUSED
+    assert vm.wait(60) is VmStatus.PAUSED
     assert oracle.wrong_gfns(vm.memory).size == 0
     for name in ("sweep", "random", "hotset", "kv", "dma", "idle", "pagetables"):
         vm, _ = start(load_elf(tmp_path / f"{name}.elf"), working_set_bytes=16 * PAGE)
@@ -442,14 +442,14 @@ def test_pagetables_stops_when_a_page_of_its_window_is_wrong(start):
     vm.pause()
     vm.memory.write(info.working_set_gpa, bytes(info.working_set_bytes))
     vm.resume()
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error in (1, 3, 4)
 
 
 def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
     monkeypatch.setattr(InvalidatePort, "write", lambda self, offset, size, value: None)
     vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
-    assert vm.wait(30) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error != 0
 
 

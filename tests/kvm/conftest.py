@@ -155,12 +155,12 @@ class Journey:
         self._thread = threading.Thread(target=self._receive)
         self.there = None
         endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
-        self.source = Source(vm, endpoint, XenPolicy(), timeout_s=10)
+        self.source = Source(vm, endpoint, XenPolicy(), timeout_s=60)
 
     def _receive(self):
         sock, _ = self._listener.accept()
         try:
-            self.there = Destination(Channel(sock, 10), self._make_vm, accel="any").run()
+            self.there = Destination(Channel(sock, 60), self._make_vm, accel="any").run()
         except MigrationError as error:
             self.there = error
 
@@ -169,7 +169,7 @@ class Journey:
         try:
             return self.source.run()
         finally:
-            self._thread.join(30)
+            self._thread.join(60)
             self._listener.close()
 
 

@@ -70,7 +70,7 @@ def test_a_pending_exception_is_raised_where_the_guest_goes_on(kvm):
         pytest.skip("this KVM has no KVM_CAP_EXCEPTION_PAYLOAD")
     vm = kvm.guest("spin", pending_exception=PAGE_FAULT)
     vm.resume()
-    vm.wait(20)
+    vm.wait(60)
     assert vm.end is not None  # without a handler it is the guest's end, and without the exception there is none
     assert vm.end.crash is not None
 
@@ -83,7 +83,7 @@ def test_a_pending_triple_fault_is_carried(kvm):
     other.load_state(decode_machine_state(encode_machine_state(saved)))
     assert other.save_state().vcpus[0].triple_fault_pending
     other.resume()
-    other.wait(20)
+    other.wait(60)
     assert other.end is not None
     assert "triple fault" in other.end.crash
 

@@ -44,7 +44,7 @@ def test_one_kick_is_enough_once_inside(kvm):
         while vcpu._thread_ident is None and thread.is_alive():
             pass
         vcpu.kick()
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), f"kick {attempt} was lost"
 
 
@@ -84,15 +84,15 @@ def test_sync_points_pause_and_answer(kvm):
     vm = kvm.guest("sync")
     vm.attach_sync(True)
     vm.resume()
-    assert vm.wait(20) is VmStatus.PAUSED
+    assert vm.wait(60) is VmStatus.PAUSED
     assert vm.sync_value() == 7
     vm.reply_sync(30)
     vm.resume()
-    assert vm.wait(20) is VmStatus.PAUSED
+    assert vm.wait(60) is VmStatus.PAUSED
     assert vm.sync_value() == 31
     vm.reply_sync(12)
     vm.resume()
-    assert vm.wait(20) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end == GuestEnd(exit_code=42)
     with pytest.raises(VmError, match="has ended"):
         vm.resume()
@@ -102,14 +102,14 @@ def test_at_a_sync_point_the_instruction_is_complete(kvm):
     vm = kvm.guest("sync")
     vm.attach_sync(True)
     vm.resume()
-    vm.wait(20)
+    vm.wait(60)
     assert vm.save_state().vcpus[0].rip == kvm.PROGRAM_GPA + 7  # after the OUT
 
 
 def test_unattached_sync_points_are_passed_over(kvm):
     vm = kvm.guest("sync")
     vm.resume()
-    assert vm.wait(20) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end == GuestEnd(exit_code=1 + 2)
 
 
@@ -120,7 +120,7 @@ def test_string_instructions_move_every_element(kvm):
     output = bytearray()
     vm.on_console(output.extend)
     vm.resume()
-    assert vm.wait(20) is VmStatus.SHUTDOWN
+    assert vm.wait(60) is VmStatus.SHUTDOWN
     assert output == b"hello"
     assert gate.reads == 4
     assert vm.end == GuestEnd(exit_code=20)
@@ -157,7 +157,7 @@ class Store:
 def test_mmio_of_every_size_and_over_a_page_end(kvm):
     vm = kvm.guest("mmio", devices=[Store()])
     vm.resume()
-    vm.wait(20)
+    vm.wait(60)
     assert vm.end == GuestEnd(exit_code=0)
 
 
@@ -166,11 +166,11 @@ def test_an_effect_waits_for_the_rest_of_its_instruction(kvm):
     store = Store(SyncPoint(3))
     vm = kvm.guest("mmio", devices=[store])
     vm.resume()
-    assert vm.wait(20) is VmStatus.PAUSED
+    assert vm.wait(60) is VmStatus.PAUSED
     assert vm.sync_value() == 3
     assert store.data[0xFFD:0x1005] == (0x1122334455667788).to_bytes(8, "little")
     vm.resume()
-    vm.wait(20)
+    vm.wait(60)
     assert vm.end == GuestEnd(exit_code=0)
 
 
@@ -184,7 +184,7 @@ def test_a_waiting_guest_can_be_paused_and_goes_on(kvm):
 
     vm.platform.clock.write = write_and_tell
     vm.resume()
-    asked.wait(20)
+    asked.wait(60)
     vm.pause()
     assert vm.save_state().vcpus[0].rip == kvm.PROGRAM_GPA + 7  # after the OUT
     vm.resume()
@@ -195,7 +195,7 @@ def test_a_waiting_guest_can_be_paused_and_goes_on(kvm):
 def test_a_crash_is_one_clear_line(kvm):
     vm = kvm.guest("crash")
     vm.resume()
-    assert vm.wait(20) is VmStatus.CRASHED
+    assert vm.wait(60) is VmStatus.CRASHED
     line = vm.end.crash
     assert "triple fault" in line
     assert "\n" not in line

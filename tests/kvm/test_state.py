@@ -145,13 +145,13 @@ def test_iopl_survives_a_kvm_that_drops_it(kvm):
     vm = kvm.guest("sync")
     vm.attach_sync(True)
     vm.resume()
-    vm.wait(20)
+    vm.wait(60)
     saved = vm.save_state()
     assert saved.vcpus[0].rflags & 0x3000 == 0x3000
     other = kvm.guest("sync")
     other.load_state(saved)
     other.resume()  # and may still do port I/O
-    other.wait(20)
+    other.wait(60)
     assert other.end is not None
     assert other.end.exit_code is not None
 
@@ -245,17 +245,17 @@ def test_devices_travel_too(kvm):
     vm = kvm.guest("sync")
     vm.attach_sync(True)
     vm.resume()
-    vm.wait(20)
+    vm.wait(60)
     vm.reply_sync(40)
     other = kvm.guest("sync")
     other.load_state(vm.save_state())
     other.attach_sync(True)
     other.resume()
-    other.wait(20)
+    other.wait(60)
     assert other.sync_value() == 41
     other.reply_sync(2)
     other.resume()
-    other.wait(20)
+    other.wait(60)
     assert other.end == GuestEnd(exit_code=42)
 
 

@@ -99,7 +99,7 @@ def test_what_vcpus_of_the_software_machine_touch_is_huge(thp):
     boot(domain, load_workload("stamp"))
     domain.attach_sync(True)
     domain.resume()
-    domain.wait(20)
+    domain.wait(60)
     assert domain.memory.huge_bytes() >= SIZE_2M
     domain.close()
 

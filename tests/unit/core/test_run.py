@@ -29,7 +29,7 @@ class FakeVcpu:
                 if isinstance(effect, Exception):
                     raise effect
                 return effect
-            assert self._kicked.wait(10)
+            assert self._kicked.wait(60)
             return None
         finally:
             self.inside = False
@@ -100,7 +100,7 @@ def test_a_stopped_section_holds_a_vcpu_that_is_resumed_meanwhile(control):
 def test_an_exit_ends_the_guest(control):
     run = control(FakeVcpu(GuestExit(7)), FakeVcpu())
     run.resume()
-    assert run.wait(10) is VmStatus.SHUTDOWN
+    assert run.wait(60) is VmStatus.SHUTDOWN
     assert run.end.exit_code == 7
     with pytest.raises(VmError, match="has ended"):
         run.resume()
@@ -119,14 +119,14 @@ def test_an_exit_ends_the_guest(control):
 def test_a_crash_is_reported_and_final(control, error, text, caplog):
     run = control(FakeVcpu(error))
     run.resume()
-    assert run.wait(10) is VmStatus.CRASHED
+    assert run.wait(60) is VmStatus.CRASHED
     assert text in run.end.crash
 
 
 def test_a_sync_point_pauses_and_shows_its_value(control):
     run = control(FakeVcpu(SyncPoint(42)))
     run.resume()
-    assert run.wait(10) is VmStatus.PAUSED
+    assert run.wait(60) is VmStatus.PAUSED
     assert run.sync_value == 42
     run.resume()
     assert run.sync_value is None
@@ -198,12 +198,12 @@ def test_what_stops_one_vcpu_stops_all_without_anybody_waiting(control, effect):
 
     class First(FakeVcpu):
         def run(self):
-            assert other.entered.wait(10)
+            assert other.entered.wait(60)
             return super().run()
 
     run = control(First(effect), other)
     run.resume()
-    assert other.left.wait(10)
+    assert other.left.wait(60)
 
 
 class Caller(FakeVcpu):
@@ -230,6 +230,6 @@ def test_a_vcpus_own_thread_may_not_wait_for_vcpus_to_stop(control, ask):
     vcpu = Caller(lambda run: getattr(run, ask)())
     vcpu.run_control = run = control(vcpu)
     run.resume()
-    assert vcpu.asked.wait(10)
+    assert vcpu.asked.wait(60)
     assert "cannot wait for itself" in str(vcpu.error)
     run.pause()

@@ -51,7 +51,7 @@ def state_of(vm):
 
 def finish(vm):
     vm.resume()
-    assert vm.wait(30) is not VmStatus.RUNNING
+    assert vm.wait(60) is not VmStatus.RUNNING
     return vm.end
 
 
@@ -123,7 +123,7 @@ def test_an_out_with_an_effect_is_complete_and_nothing_after_it_has_run(machines
     vm = machines("83f806" + SYNC + "ffc1" + "0f92c2" + "e5ec" + EXIT, rax=5, rcx=0, rdx=0)
     vm.attach_sync(True)
     vm.resume()
-    assert vm.wait(30) is VmStatus.PAUSED
+    assert vm.wait(60) is VmStatus.PAUSED
     assert vm.sync_value() == 5
     state = state_of(vm)
     assert (state.rip, state.rcx) == (PROGRAM_BASE + 5, 0)
@@ -146,7 +146,7 @@ def test_an_effect_is_exact_wherever_the_emulator_ends_a_block(machines, before)
         vm.pause()
     vm.attach_sync(True)
     vm.resume()
-    assert vm.wait(30) is VmStatus.PAUSED
+    assert vm.wait(60) is VmStatus.PAUSED
     state = state_of(vm)
     assert (state.rip, state.rdx - state.rcx) == (PROGRAM_BASE + 2 + before + 2, 1)
     assert state.rdx > 1

@@ -68,7 +68,7 @@ def gfn_of(domain, maddr):
 
 def sync(domain):
     domain.resume()
-    assert domain.wait(30) is VmStatus.PAUSED, domain.end
+    assert domain.wait(60) is VmStatus.PAUSED, domain.end
     return domain.sync_value()
 
 
@@ -318,14 +318,14 @@ def test_shadows_keep_a_walk_to_themselves_when_the_pool_is_exhausted(machines):
     code = "bf00006000" + "8907" + "81c700002000" + "81ff0000e000" + "72f0" + SYNC + "ebe7"
     domain = machines(code)
     domain.resume()
-    assert domain.wait(10) is VmStatus.PAUSED
+    assert domain.wait(60) is VmStatus.PAUSED
     assert domain.sync_value() is not None
     domain.log_dirty.enable()
     pool = domain.machine.pool
     pool.set_allocation(pool.needed)
     for _ in range(3):
         domain.resume()
-        assert domain.wait(10) is VmStatus.PAUSED
+        assert domain.wait(60) is VmStatus.PAUSED
         assert domain.sync_value() is not None, domain.end
     audit.check(domain)
     with pytest.raises(LogDirtyError, match="allocations failed"):
@@ -336,7 +336,7 @@ def test_shadows_keep_a_walk_to_themselves_when_the_pool_is_exhausted(machines):
     domain.log_dirty.enable()
     domain.log_dirty.clean()
     domain.resume()
-    assert domain.wait(10) is VmStatus.PAUSED
+    assert domain.wait(60) is VmStatus.PAUSED
     assert set(range(0x600, 0xE00, 0x200)) <= set(domain.log_dirty.clean().gfns().tolist())
 
 
@@ -344,7 +344,7 @@ def test_a_pool_without_room_for_one_walk_ends_the_guest_and_hangs_nobody(machin
     domain = machines()
     domain.machine.pool.allocation = domain.machine.pool.used
     domain.resume()
-    assert domain.wait(10) is VmStatus.CRASHED
+    assert domain.wait(60) is VmStatus.CRASHED
     assert "no room for the shadows of one walk" in domain.end.crash
 
 

@@ -158,7 +158,7 @@ def test_a_stall_and_an_abort():
     thread = threading.Thread(target=wait)
     thread.start()
     patient.abort()
-    thread.join(10)
+    thread.join(60)
     assert failed
     channel.close()
     patient.close()
@@ -178,7 +178,7 @@ def test_the_last_words_are_heard_although_the_peer_has_more_to_say():
         got += piece
     assert got == b"failed, sorry"
     client.close()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
