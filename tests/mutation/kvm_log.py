@@ -89,15 +89,15 @@ def kvm_clear_forgotten(vm: KvmVm) -> None:
     memory_bytes=BEHIND_THE_HOLE,
 )
 def kvm_second_slot_shifted(vm: KvmVm) -> None:
-    """The second slot's bits are put right behind the first's, as if there were no hole."""
+    """The bits of the slot behind the hole are put right before it, as if there were none."""
     log = _log(vm)
 
     def wrap(sound: Any) -> Any:
         def clean_range(gfns: range) -> DirtyBitmap:
             bitmap: DirtyBitmap = sound(gfns)
-            second = log._slots[1].words
-            words = bitmap.words[second].copy()
-            bitmap.words[second] = 0
+            behind = log._slots[-1].words
+            words = bitmap.words[behind].copy()
+            bitmap.words[behind] = 0
             bitmap.words[gfn_of(PCI_HOLE_START) // 64 :][: words.size] |= words
             return bitmap
 

@@ -3,6 +3,7 @@
 Every operation is vectorised and costs at most one pass over the words; nothing loops over pages in Python.
 """
 
+import mmap
 from typing import Self
 
 import numpy as np
@@ -12,6 +13,9 @@ from pageferry.core.frames import GfnArray
 
 _WORD_BITS = 64
 _ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+#: From here on (the bitmap of 1 GiB) storage comes straight from the kernel, which zeroes what is touched. malloc would
+#: zero all of what it has used before.
+_LARGE_WORDS = 65536
 
 
 def runs_of(gfns: GfnArray, *, max_pages: int | None = None) -> tuple[GfnArray, GfnArray]:
@@ -87,6 +91,13 @@ def subtract_runs(
     return edges[kept], size[kept]
 
 
+def _zeros(n_words: int) -> NDArray[np.uint64]:
+    if n_words < _LARGE_WORDS:
+        return np.zeros(n_words, np.uint64)
+    # SAFETY: the array keeps the mapping alive.
+    return np.frombuffer(mmap.mmap(-1, n_words << 3, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint64)
+
+
 class DirtyBitmap:
     """A set of frames ``0 .. nbits-1``.
 
@@ -95,7 +106,7 @@ class DirtyBitmap:
 
     Args:
         nbits: how many frames, at least 0. A multiple of 64 is not required.
-        words: storage to take over, or None for all zeros. (Zeroed lazily by the kernel: cheap whatever the size.)
+        words: storage to take over, or None for all zeros: cheap whatever the size, until it is touched.
     """
 
     __slots__ = ("nbits", "words")
@@ -103,7 +114,7 @@ class DirtyBitmap:
     def __init__(self, nbits: int, words: NDArray[np.uint64] | None = None) -> None:
         n_words = (nbits + _WORD_BITS - 1) // _WORD_BITS
         if words is None:
-            words = np.zeros(n_words, np.uint64)
+            words = _zeros(n_words)
         if words.dtype != np.uint64 or words.shape != (n_words,):
             raise ValueError(f"{nbits} bits need uint64[{n_words}], not {words.dtype}{list(words.shape)}")
         self.nbits = nbits
@@ -253,9 +264,17 @@ class DirtyBitmap:
         """Tell whether a bit is set."""
         return bool(self.words.any())
 
-    def gfns(self) -> GfnArray:
-        """Return the frames that are set, uint64[count], ascending."""
-        where = np.flatnonzero(self.words)
+    def gfns(self, within: range | None = None) -> GfnArray:
+        """Return the frames that are set, uint64[count], ascending.
+
+        Args:
+            within: look at this range only; cost grows with it, not with the bitmap.
+
+        Raises:
+            ValueError: as :meth:`words_of`.
+        """
+        part = slice(0, self.words.size) if within is None else self.words_of(within)
+        where = np.flatnonzero(self.words[part]) + part.start
         bits = np.unpackbits(self.words[where].astype("<u8", copy=False).view(np.uint8), bitorder="little")
         nth = np.flatnonzero(bits)
         gfns: GfnArray = (where[nth >> 6].astype(np.uint64) << np.uint64(6)) | (nth & 63).astype(np.uint64)

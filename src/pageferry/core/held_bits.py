@@ -60,15 +60,18 @@ class HeldBits:
             if self._bits is not None:
                 self._bits.set(gfns)
 
-    def add(self, bitmap: DirtyBitmap) -> None:
+    def add(self, bitmap: DirtyBitmap, where: slice = slice(None)) -> None:
         """Set every bit that is set in ``bitmap``, which stays the caller's.
+
+        Args:
+            bitmap: the bits.
+            where: all of them are in these words of it; cost grows with them.
 
         Raises:
             LogDirtyError: log-dirty is off.
         """
         with self._lock:
-            bits = self.expect_on()
-            bits |= bitmap
+            self.expect_on().words[where] |= bitmap.words[where]
 
     def copy(self) -> DirtyBitmap:
         """Return a copy of the bits.

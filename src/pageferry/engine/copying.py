@@ -150,7 +150,7 @@ class Copying(Attempt):
         for first in range(0, gfn_limit, _CHUNK_PAGES):
             with self._stall.spent_on(Stall.CLEAN):
                 dirty = self._vm.log_dirty.clean_range(range(first, min(first + _CHUNK_PAGES, gfn_limit)))
-            gfns = dirty.gfns()
+            gfns = dirty.gfns(range(first, min(first + _CHUNK_PAGES, gfn_limit)))
             self._prover.cleaned(gfns)
             yield gfns
 

@@ -29,7 +29,6 @@ pages can no longer be told apart, but no write is lost silently.
 Source: RFC design 1 and "paging_mark_dirty()"; Xen ``paging.c``, ``struct log_dirty_ops``.
 """
 
-import mmap
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -164,7 +163,7 @@ class Paging:
             with self._locks.log_dirty:
                 self._fault_count = 0
                 self._failed_allocations = 0
-                self._bitmap = _zeroed_bitmap(self._memory.gfn_limit)
+                self._bitmap = DirtyBitmap(self._memory.gfn_limit)
                 self._bitmap.set(list(self._held_writable))
                 self._words = memoryview(self._bitmap.words)  # type: ignore[arg-type]  # a numpy array is a buffer
             self._ops.enable()
@@ -358,9 +357,3 @@ class Paging:
         self._journal = array("Q", journal[~ended].tobytes())
         bitmap.set([gfn for gfn in self._held_writable if gfn in gfns])
         return dirty, journal[ended]
-
-
-def _zeroed_bitmap(nbits: int) -> DirtyBitmap:
-    # Straight from the kernel: pages of it that stay clean cost nothing, whatever malloc has lying about.
-    n_words = (nbits + 63) >> 6
-    return DirtyBitmap(nbits, np.frombuffer(mmap.mmap(-1, n_words << 3), np.uint64))

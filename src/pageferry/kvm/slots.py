@@ -1,4 +1,8 @@
-"""Memory slots: RAM regions as KVM knows them. One region is one slot, in order.
+"""Memory slots: RAM as KVM knows it, in pieces of 1 GiB, ascending.
+
+KVM_GET_DIRTY_LOG copies the bitmap of a whole slot. A large guest is cleaned in ranges, so with one slot for all of its
+RAM the cost of a round would grow with the square of the guest's size. (KVM has room for 509 slots at least. A guest
+here has 127 GiB at most.)
 
 Source: kernel ``api.rst``, KVM_SET_USER_MEMORY_REGION.
 """
@@ -6,7 +10,7 @@ Source: kernel ``api.rst``, KVM_SET_USER_MEMORY_REGION.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pageferry.core.frames import PAGE_SHIFT
+from pageferry.core.frames import PAGE_SHIFT, SIZE_1G, Gpa
 from pageferry.core.hostmem import HostMapping
 from pageferry.core.memory import RamRegion
 from pageferry.kvm import uapi
@@ -15,7 +19,7 @@ from pageferry.kvm.fds import VmFd
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySlot:
-    """One region of RAM in KVM's slot ``index``; ``userspace_addr`` is the host address of its first byte."""
+    """One piece of RAM in KVM's slot ``index``; ``userspace_addr`` is the host address of its first byte."""
 
     index: int
     region: RamRegion
@@ -25,7 +29,7 @@ class MemorySlot:
     def words(self) -> slice:
         """Where this slot's bits lie in a bitmap of the whole guest: KVM numbers bits from the slot's start.
 
-        A region starts at a multiple of 64 frames (0, or the end of the PCI hole), so whole words are shared by none.
+        A slot starts at a multiple of 64 frames, so no word is shared by two.
         """
         first, pages = self.region.first_gfn, self.region.pages
         assert first % 64 == 0, f"slot {self.index} starts at gfn {first:#x}"
@@ -51,7 +55,12 @@ class MemorySlot:
 
 def slots_of(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[MemorySlot, ...]:
     """Return the slots for a guest's RAM, which ``mapping`` has at offset gpa."""
+    pieces = (
+        RamRegion(gpa=Gpa(gpa), size_bytes=min(SIZE_1G, region.gpa + region.size_bytes - gpa))
+        for region in regions
+        for gpa in range(region.gpa, region.gpa + region.size_bytes, SIZE_1G)
+    )
     return tuple(
-        MemorySlot(index=index, region=region, userspace_addr=mapping.hva + region.gpa)
-        for index, region in enumerate(regions)
+        MemorySlot(index=index, region=piece, userspace_addr=mapping.hva + piece.gpa)
+        for index, piece in enumerate(pieces)
     )

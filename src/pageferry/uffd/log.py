@@ -133,13 +133,13 @@ class UffdLog(HeldLog, ABC):
             UffdError: as :meth:`clean`.
         """
         with self._operator:
-            self._held.expect_on().words_of(gfns)
+            where = self._held.expect_on().words_of(gfns)
             taken = DirtyBitmap(self._view.memory.gfn_limit)
             try:
                 for part in self._view.parts(gfns):
                     self._take(part, taken)
             finally:  # what is protected again is in `taken` alone
-                self._held.add(taken)
+                self._held.add(taken, where)
             return self._held.take(gfns)
 
     def stats(self) -> LogDirtyStats:

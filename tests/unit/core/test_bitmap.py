@@ -93,6 +93,7 @@ def test_take_moves_the_bits_of_a_range(data, low, high, odd):
     nbits, frames = data
     gfns = range(64 * low, max(nbits, 64 * high) + 1 if odd else 64 * high)
     bitmap = DirtyBitmap.of(nbits, sorted(frames))
+    assert bitmap.gfns(gfns).tolist() == sorted(frames & set(gfns))
     taken = bitmap.take(gfns)
     assert taken.nbits == nbits
     assert set(taken.gfns().tolist()) == frames & set(gfns)
@@ -107,9 +108,18 @@ def test_take_moves_the_bits_of_a_range(data, low, high, odd):
 )
 def test_a_range_that_shares_a_word_is_refused_and_nothing_is_taken(gfns):
     bitmap = DirtyBitmap.of(130, range(130))
-    with pytest.raises(ValueError, match="whole words"):
-        bitmap.take(gfns)
+    for refused in (bitmap.take, bitmap.gfns):
+        with pytest.raises(ValueError, match="whole words"):
+            refused(gfns)
     assert bitmap.count() == 130
+
+
+def test_a_large_bitmap_is_as_a_small_one():
+    nbits = (32 << 18) + 1
+    bitmap = DirtyBitmap.of(nbits, [0, nbits - 1])
+    copy = bitmap.copy()
+    assert bitmap.take(range(64, nbits)).gfns().tolist() == [nbits - 1]
+    assert (bitmap.gfns().tolist(), copy.gfns().tolist()) == ([0], [0, nbits - 1])
 
 
 @given(sets(), st.integers(1, 70))

@@ -66,6 +66,8 @@ def test_bits_that_are_added_and_set_come_to_those_there(held):
     added.set(9)
     held.set(gfns(2))
     assert held.copy().gfns().tolist() == [1, 2, 5, 70]
+    held.add(DirtyBitmap.of(PAGES, [64, 130]), slice(1, 2))
+    assert held.copy().gfns().tolist() == [1, 2, 5, 64, 70]
 
 
 def test_a_copy_is_the_callers(held):
