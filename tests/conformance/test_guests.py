@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from machines import KINDS
+from tiers import sample
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.vm import VmConfig, VmStatus
@@ -20,6 +22,21 @@ from pageferry.testing.oracle import StampOracle, working_set_gfns
 
 MIB = 1 << 20
 PAGE = 4096
+
+
+QUICK = [kind for kind in KINDS if kind.name in ("kvm/kvm-bitmap", "soft/hap")]
+pytestmark = pytest.mark.parametrize(
+    "kind",
+    sample(KINDS, "a guest sees nothing of trackers and paging modes", quick=QUICK),
+    ids=str,
+    indirect=True,
+)
+
+
+@pytest.fixture
+def make_vm(kind):
+    """Makes a machine of each kind from a VmConfig."""
+    return kind.make_vm
 
 
 @pytest.fixture
@@ -404,6 +421,7 @@ def test_two_runs_of_stamp_leave_the_same_memory(start, seed):
     assert any(memories[0])
 
 
+@pytest.mark.exhaustive("all images are built anew, in seconds")
 def test_a_fresh_build_behaves_as_its_image(start, tmp_path):
     cc = build.compiler()
     if cc is None:

@@ -43,6 +43,7 @@ def test_the_fault_is_found_by_the_check(request, fault, name):
     assert "internal error" not in error.detail
 
 
+@pytest.mark.exhaustive("every check of a room, sound: its tests say so too")
 @pytest.mark.parametrize("room", [Room.HYPERVISOR, Room.ENGINE])
 def test_without_a_fault_nothing_is_found(room):
     benches = [bench for bench in sound_benches(kvm=False) if bench[0] is room]
@@ -122,6 +123,7 @@ def test_the_command_reports_what_caught_a_fault_and_after_how_much(capsys):
     assert "peek-changes-nothing (operator)" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive("every check of a room, for a line of the command")
 def test_a_fault_that_escapes_is_said_and_fails_the_command(monkeypatch, capsys):
     harmless = with_changes(FAULTS[0], name="harmless", inject=lambda domain: None)
     monkeypatch.setattr(mutants.mutation, "FAULTS", (harmless,))
