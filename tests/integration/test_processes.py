@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from at_work import until
 from processes import GIVE_UP_S, cli, one_line
 from qemu.qmp import ExecuteError, QMPClient
 
-from pageferry.core.token_bucket import BURST_S
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import RecordType
 from pageferry.stream.packing import available
@@ -88,30 +86,6 @@ def test_a_guest_moves_packed_over_several_connections_by_the_command_line(proce
     zeros = sum(each["zero_pages"] for each in report["rounds"])
     assert state["ram"]["duplicate"] == zeros
     assert state["ram"]["normal"] + zeros == sum(each["sent_pages"] for each in report["rounds"])
-    assert destination.runs_on()
-
-
-def test_a_cap_holds_between_two_processes(processes, wires):
-    """From above: how much of it a loaded host uses, the report tells (from below: tests/property/test_pacer.py)."""
-    source, destination = processes("source"), processes("destination")
-    assert source.runs_on()
-    cap = 4 << 20  # so low that any host could send more
-    wire = wires(destination.endpoint())
-    began_s = time.monotonic()
-    result = migrate(source, wire.uri, "--policy", "xen", "--max-rounds", "1", "--bandwidth", "4M", "--json")
-    passed_s = time.monotonic() - began_s
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)
-    wire.close()
-    assert report["sent_bytes"] == wire.forwarded_bytes
-    assert report["sent_bytes"] <= 1.05 * cap * (report["total_s"] + BURST_S)
-    assert report["total_s"] <= passed_s
-    for each in report["rounds"]:
-        assert each["sent_bytes"] <= 1.05 * cap * (each["duration_s"] + 2 * BURST_S)
-    first = report["rounds"][0]
-    share = first["sent_bytes"] / first["duration_s"] / cap
-    (words,) = report["explanation"]["rates"]
-    assert f"({share:.0%} of the 4 MiB/s that --bandwidth allowed)" in words
     assert destination.runs_on()
 
 
