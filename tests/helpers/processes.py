@@ -46,7 +46,7 @@ def cli(*arguments, **options):
 def one_line(result):
     """A failure says one line (and perhaps a hint and what it did so far), no traceback; return the line."""
     assert "Traceback" not in result.stderr
-    besides = ("hint:", "report:", "machine:", "round", "stop")
+    besides = ("hint:", "report:", "machine:", "warning:", "round", "stop")
     lines = [line for line in result.stderr.splitlines() if not line.startswith(besides)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("pageferry: ")

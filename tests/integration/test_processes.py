@@ -14,6 +14,8 @@ from at_work import until
 from processes import GIVE_UP_S, cli, one_line
 from qemu.qmp import ExecuteError, QMPClient
 
+from pageferry.core.host_cpu import HostCpu
+from pageferry.kvm import probe
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import RecordType
 from pageferry.stream.packing import available
@@ -128,6 +130,19 @@ def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(start, kv
     assert "hint: choose a host that has it; a guest started with --cpu baseline goes anywhere" in result.stderr
     assert source.runs_on()
     assert soft.status() == "inmigrate"
+
+
+def test_a_guest_that_sees_the_cpu_of_its_host_is_warned_of(start, accel):
+    shown = accel == "kvm" and not probe().exact_cpuid
+    process = start("run", *GUEST, "--accel", accel)
+    host = process.ask("x-query-guest")["host_cpu"]
+    if host is None:
+        pytest.skip("this host does not tell what CPU it has")
+    assert host["keeps_cpuid"] is not shown
+    warned = [line for line in process.log.read_text().splitlines() if line.startswith("warning: ")]
+    assert len(warned) == shown
+    assert (f"warning: {HostCpu(**host).warning}" in cli("status", "--control", process.control).stdout) is shown
+    assert all(host["name"] in line for line in warned)
 
 
 def test_huge_pages_at_each_end_are_its_own_affair(start, thp, hugetlb_pool, kvm_support):

@@ -54,6 +54,8 @@ class ProgressView:
             self._show_late(event)
         elif kind == "Notice":
             self._console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
+        elif kind == "Warned":
+            self._console.print(f"warning: {event['text']}", markup=False, highlight=False, soft_wrap=True)
         elif kind == "Status":
             self._hold(event["status"] == HELD)
         elif kind == "RoundEnded":

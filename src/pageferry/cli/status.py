@@ -6,6 +6,7 @@ from rich.console import Console
 
 from pageferry.cli.progress import eta_in_words
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.host_cpu import HostCpu
 from pageferry.core.units import format_size
 
 Json = dict[str, Any]
@@ -46,6 +47,8 @@ def _print_guest(state: Json, console: Console) -> None:
         memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
     console.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
     console.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
+    if state["host_cpu"] is not None and (warning := HostCpu(**state["host_cpu"]).warning) is not None:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     if state["unread_pages"]:
         console.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
     print_oracle(state, console)

@@ -38,6 +38,7 @@ def summary(report: Json) -> Group:
         rows.append(("state", _state(report)))
     if report["fault_count"] is not None:
         rows.append(("write faults", f"{report['fault_count']:,} taken to find dirty pages"))
+    rows += [("warning", line) for line in report["warnings"]]
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), value)
     parts: list[Any] = [facts]

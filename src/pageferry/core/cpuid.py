@@ -171,7 +171,7 @@ def cpu_name(leaves: Leaves) -> str:
     _, ebx, ecx, edx = find(leaves, 0)
     for registers in (brand, (ebx, edx, ecx)):
         text = b"".join(register.to_bytes(4, "little") for register in registers).decode("ascii", "replace")
-        if name := " ".join(text.replace("\0", " ").split()):
+        if name := " ".join("".join(c if c.isprintable() else " " for c in text).split()):
             return name
     return "no name"
 

@@ -50,6 +50,13 @@ class PhaseEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Warned:
+    """Something that may hurt the guest later, in one line for a person; the migration goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundBegan:
     """A round of pre-copy, or the stop-and-copy, begins; ``dirty_pages`` are dirty now."""
 
@@ -190,6 +197,7 @@ class MigrationReport:
     ``guest_time``: where the guest's time went besides the downtime; None if there was no pre-copy.
     ``postcopy``: what came after the switch; None where nothing was missing then.
     ``explanation``: the same in words; None until they were found (:mod:`pageferry.core.explain`).
+    ``warnings``: what was warned of, in lines for a person.
     ``file``: where to, if it was no migration but a save; the downtime of one that let the guest run on ends there.
     """
 
@@ -225,6 +233,7 @@ class MigrationReport:
     explanation: Explanation | None
     file: str | None = None
     postcopy: PostcopyStats | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""
@@ -241,6 +250,7 @@ class MigrationEnded:
 Event = (
     PhaseBegan
     | PhaseEnded
+    | Warned
     | RoundBegan
     | RoundProgress
     | RoundEnded

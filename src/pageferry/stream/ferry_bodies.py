@@ -6,6 +6,7 @@ is refused in a name. Reasons and hints longer than ``MAX_TEXT_CHARS`` are cut.
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from pageferry.core.cpuid import CpuidLeaf, Leaves, check_leaves
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.host_cpu import HostCpu
 from pageferry.stream import ferry_postcopy, run_digests
 from pageferry.stream.ferry_frames import (
     COMMIT_BODY,
@@ -71,7 +73,7 @@ def body_of(frame: Frame) -> bytes:
             present = {name: value for name, value in fields.items() if value is not None}
             for name in _TEXTS & present.keys():  # whatever an error said must be sendable
                 present[name] = _printable(present[name])
-            return json.dumps(present, separators=(",", ":"), allow_nan=False).encode("ascii")
+            return json.dumps(present, separators=(",", ":"), allow_nan=False, default=asdict).encode("ascii")
 
 
 def parse_body(frame_type: FrameType, body: bytes) -> Frame:
@@ -129,22 +131,32 @@ def _paused(body: bytes) -> bool:
     return bool(flags & COMMIT_PAUSED)
 
 
-class _Fields:
-    """The JSON object of a frame; each method returns one field, checked. Keys nobody asks for are ignored."""
+def _fields(body: bytes) -> "_Fields":
+    try:
+        value = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BodyError("the body is no JSON text") from error
+    return _Fields("the body", value)
 
-    def __init__(self, body: bytes) -> None:
-        try:
-            value = json.loads(body.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise BodyError("the body is no JSON text") from error
-        if not isinstance(value, dict):
-            raise BodyError("the body is no JSON object")
+
+class _Fields:
+    """A JSON object; each method returns one field, checked. Keys nobody asks for are ignored."""
+
+    def __init__(self, what: str, value: object) -> None:
+        if type(value) is not dict:
+            raise BodyError(f"{what} is no JSON object")
         self._values: dict[str, Any] = value
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self._required(key) if default is None else self._values.get(key, default)
         if type(value) is not int or not low <= value <= high:
             raise BodyError(f"{key} is no integer from {low} to {high}")
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._required(key)
+        if type(value) is not bool:
+            raise BodyError(f"{key} is neither true nor false")
         return value
 
     def gfn_or_none(self, key: str) -> int | None:
@@ -179,6 +191,19 @@ class _Fields:
             raise BodyError(f"{key}: {error}") from error
         return leaves
 
+    def host_cpu(self, key: str) -> HostCpu | None:
+        if self._values.get(key) is None:
+            return None
+        fields = _Fields(key, self._values[key])
+        return HostCpu(
+            name=fields.name("name"),
+            family=fields.integer("family", 0, _MAX_U32),
+            model=fields.integer("model", 0, _MAX_U32),
+            stepping=fields.integer("stepping", 0, _MAX_U32),
+            features=fields.name("features"),
+            keeps_cpuid=fields.flag("keeps_cpuid"),
+        )
+
     def runs(self, key: str) -> tuple[tuple[int, int], ...]:
         value = self._values.get(key, [])
         if type(value) is not list or len(value) > MAX_POPULATED_RUNS:
@@ -212,7 +237,7 @@ def _name(key: str, value: object) -> str:
 
 
 def _parse_source_hello(body: bytes) -> SourceHello:
-    fields = _Fields(body)
+    fields = _fields(body)
     memory_bytes = fields.integer("memory_bytes", PAGE_SIZE, PFN_MASK)
     if memory_bytes % PAGE_SIZE:
         raise BodyError(f"memory_bytes is no multiple of {PAGE_SIZE}")
@@ -229,39 +254,41 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         populated=fields.runs("populated"),
         populated_pages=fields.integer("populated_pages", 0, PFN_MASK, default=0),
         connections=fields.integer("connections", 1, MAX_CONNECTIONS, default=1),
+        host_cpu=fields.host_cpu("host_cpu"),
     )
 
 
 def _parse_destination_hello(body: bytes) -> DestinationHello:
-    fields = _Fields(body)
+    fields = _fields(body)
     return DestinationHello(
         version=fields.name("version"),
         accel=fields.name("accel"),
         features=fields.names("features"),
         token=fields.name("token", ""),
+        host_cpu=fields.host_cpu("host_cpu"),
     )
 
 
 def _parse_refuse(body: bytes) -> Refuse:
-    fields = _Fields(body)
+    fields = _fields(body)
     return Refuse(reason=fields.text("reason"), hint=fields.text("hint", ""))
 
 
 def _parse_reached(body: bytes) -> Reached:
-    return Reached(number=_Fields(body).integer("number", 0, _MAX_U32))
+    return Reached(number=_fields(body).integer("number", 0, _MAX_U32))
 
 
 def _parse_ready(body: bytes) -> Ready:
-    return Ready(verified_pages=_Fields(body).integer("verified_pages", 0, PFN_MASK))
+    return Ready(verified_pages=_fields(body).integer("verified_pages", 0, PFN_MASK))
 
 
 def _parse_failed(body: bytes) -> Failed:
-    fields = _Fields(body)
+    fields = _fields(body)
     return Failed(reason=fields.text("reason"), hint=fields.text("hint", ""), gfn=fields.gfn_or_none("gfn"))
 
 
 def _parse_join(body: bytes) -> Join:
-    fields = _Fields(body)
+    fields = _fields(body)
     return Join(token=fields.name("token"), index=fields.integer("index", 1, MAX_CONNECTIONS - 1))
 
 
@@ -284,6 +311,6 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.PAGES: ferry_postcopy.parse_pages,
     FrameType.COMPLETE: ferry_postcopy.parse_complete,
     FrameType.DROPPED: lambda _: Dropped(),
-    FrameType.RECOVER: lambda body: Recover(token=_Fields(body).name("token")),
+    FrameType.RECOVER: lambda body: Recover(token=_fields(body).name("token")),
     FrameType.RECOVERED: lambda _: Recovered(),
 }

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.cpuid import Leaves
 from pageferry.core.frames import GfnArray
+from pageferry.core.host_cpu import HostCpu
 from pageferry.stream.ferry_postcopy import (
     COMPLETE_BODY,
     MAX_MISSING_BYTES,
@@ -75,7 +76,8 @@ class SourceHello:
     ``populated_pages`` is how many pages hold memory when this is sent. ``populated`` is a hint: the longest runs of
     them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
     names the machine model and ``features`` what the source offers. ``cpuid`` is the guest's CPUID table.
-    ``connections`` is how many it wants to use, this one counted.
+    ``connections`` is how many it wants to use, this one counted. ``host_cpu``: on which CPU the guest runs, for a
+    warning; None: not told.
     """
 
     version: str
@@ -90,19 +92,22 @@ class SourceHello:
     populated: tuple[tuple[int, int], ...] = ()
     populated_pages: int = 0
     connections: int = 1
+    host_cpu: HostCpu | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DestinationHello:
     """The destination will take the guest; ``features`` is the part of the source's offer that it uses.
 
-    ``token``: what further connections show; empty when there will be none.
+    ``token``: what further connections show; empty when there will be none. ``host_cpu``: on which CPU the guest will
+    run, for a warning; None: not told.
     """
 
     version: str
     accel: str
     features: tuple[str, ...] = ()
     token: str = ""
+    host_cpu: HostCpu | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

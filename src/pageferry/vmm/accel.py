@@ -6,6 +6,7 @@ from enum import StrEnum
 from functools import partial
 
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.host_cpu import HostCpu, host_cpu
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
@@ -27,15 +28,21 @@ class Accel(StrEnum):
 class Machines:
     """A kind of machine: its name, why it was chosen, and how to make one.
 
-    ``tracker``, ``oracle``: what was asked for, if anything.
+    ``host_cpu``: the CPU under it; None: not known. ``tracker``, ``oracle``: what was asked for, if anything.
     """
 
     accel: str
     reason: str
     make_vm: Callable[[VmConfig], Machine]
+    host_cpu: HostCpu | None = None
     tracker: str | None = None
     huge_pages: HugePages = HugePages.OFF
     oracle: str | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """What threatens a guest that runs here, in one line; None: nothing known."""
+        return None if self.host_cpu is None else self.host_cpu.warning
 
 
 def choose_machines(
@@ -56,32 +63,34 @@ def choose_machines(
         UnsupportedError: what was asked for does not work here; says why.
     """
     expect_offered(huge_pages)
-    name, reason = _choose(accel, tracker if oracle in (None, DIGESTS) else tracker or oracle)
+    name, reason, keeps_cpuid = _choose(accel, tracker if oracle in (None, DIGESTS) else tracker or oracle)
     make = _make_kvm if name == "kvm" else _make_soft
     return Machines(
         accel=name,
         reason=reason,
         make_vm=make(tracker, huge_pages, oracle),
+        host_cpu=host_cpu(keeps_cpuid=keeps_cpuid),
         tracker=tracker,
         huge_pages=huge_pages,
         oracle=oracle,
     )
 
 
-def _choose(accel: Accel, tracker: str | None) -> tuple[str, str]:
+def _choose(accel: Accel, tracker: str | None) -> tuple[str, str, bool]:
+    # The name, the reason, and whether guests see their own CPUID table.
     if tracker in _SOFT_TRACKERS and accel is Accel.AUTO:
-        return "soft", f"of tracker {tracker}"
+        return "soft", f"of tracker {tracker}", True
     if accel is Accel.SOFT:
-        return "soft", "asked for"
+        return "soft", "asked for", True
     from pageferry.kvm.probe import probe
 
     try:
-        probe()
+        keeps_cpuid = probe().exact_cpuid
     except UnsupportedError as error:
         if accel is Accel.KVM or tracker is not None:
             raise
-        return "soft", f"KVM does not work here: {error}"
-    return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works"
+        return "soft", f"KVM does not work here: {error}", True
+    return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works", keeps_cpuid
 
 
 def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Machine]:

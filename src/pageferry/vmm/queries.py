@@ -91,12 +91,13 @@ class Queries:
         return result if vm is None else result | self._machine(vm)
 
     def _machine(self, vm: Vm) -> dict[str, Any]:
-        lazy = self._guest.lazy
+        lazy, host = self._guest.lazy, self._machines.host_cpu
         return {
             "memory_bytes": vm.config.memory_bytes,
             "cpus": vm.config.cpus,
             "cpu": str(model_of(vm.cpuid)),
             "cpu_name": cpu_name(vm.cpuid),
+            "host_cpu": None if host is None else asdict(host),
             "tracker": vm.log_dirty.tracker,
             "huge_pages": str(vm.memory.huge_pages),
             "huge_bytes": vm.memory.huge_bytes(),

@@ -19,6 +19,7 @@ from pageferry.core.errors import (
     VersionError,
 )
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.host_cpu import HostCpu
 from pageferry.stream.ferry import (
     MAGIC,
     NEED_DATA,
@@ -74,8 +75,10 @@ HELLO = SourceHello(
     machine="pageferry-1",
     name="sweep",
     populated=((0, 256), (1024, 1)),
+    host_cpu=HostCpu(name="a CPU", family=25, model=17, stepping=1, features="00ff" * 4, keeps_cpuid=False),
 )
-ANSWER = DestinationHello(version="0.1.0", accel="soft", features=("a",))
+ANSWER = DestinationHello(version="0.1.0", accel="soft", features=("a",), host_cpu=HELLO.host_cpu)
+HOST_CPU = dataclasses.asdict(HELLO.host_cpu)
 PREAMBLE = MAGIC + struct.pack("<II", PROTOCOL_VERSION, 0)
 
 
@@ -519,6 +522,12 @@ def hello_with(**changes):
         (hello_with(populated=[[-1, 1]]), "does not ascend"),
         (hello_with(populated=[[0, 2], [1, 1]]), "does not ascend"),
         (hello_with(populated=[[0, 1 << 52]]), "too long"),
+        (hello_with(host_cpu=[]), "host_cpu is no JSON object"),
+        (hello_with(host_cpu={}), "name is missing"),
+        (hello_with(host_cpu=HOST_CPU | {"name": "a\nb"}), "name is no printable text"),
+        (hello_with(host_cpu=HOST_CPU | {"family": -1}), "family is no integer"),
+        (hello_with(host_cpu=HOST_CPU | {"features": None}), "features is no printable text"),
+        (hello_with(host_cpu=HOST_CPU | {"keeps_cpuid": 1}), "keeps_cpuid is neither true nor false"),
         (hello_with(cpuid=...), "cpuid is missing"),
         (hello_with(cpuid=[]), "a table of 0 CPUID leaves"),
         (hello_with(cpuid={}), "cpuid is no list of"),

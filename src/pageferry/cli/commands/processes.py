@@ -118,6 +118,8 @@ def restore(
 @contextmanager
 def _guest_process(machines: Machines, control: Path | None) -> Iterator[GuestProcess]:
     ERR.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
+    if machines.warning is not None:
+        ERR.print(f"warning: {machines.warning}", markup=False, soft_wrap=True)
     output = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
     process = GuestProcess(machines, control, on_console=output, on_message=tell)
 
