@@ -33,7 +33,8 @@ from typing import Generic
 
 from pageferry import __version__
 from pageferry.core.errors import GuestAt, PageferryError, PeerError, RecordError, UsageError, VmError
-from pageferry.core.events import Event, Phase
+from pageferry.core.events import Event, Phase, Warned
+from pageferry.core.host_cpu import HostCpu, cpu_warning
 from pageferry.core.state import MachineState
 from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
@@ -84,6 +85,7 @@ class Destination(Generic[AnyVm]):
         channel: the accepted connection; closed at the end.
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         accel: what kind of machine it makes.
+        host_cpu: the CPU under it; None: not known.
         accept: where further connections of the same migration come from; None: it takes one only.
         dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
         on_event: sees phases begin and end.
@@ -96,6 +98,7 @@ class Destination(Generic[AnyVm]):
         make_vm: Callable[[VmConfig], AnyVm],
         *,
         accel: str,
+        host_cpu: HostCpu | None = None,
         accept: Accept | None = None,
         dropped: set[str] | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
@@ -104,6 +107,7 @@ class Destination(Generic[AnyVm]):
         self._channel = channel
         self._make_vm = make_vm
         self._accel = accel
+        self._host_cpu = host_cpu
         self._accept = accept
         self._dropped = set() if dropped is None else dropped
         self._on_event = guarded(on_event)
@@ -219,7 +223,13 @@ class Destination(Generic[AnyVm]):
             postcopy=more and not shared and features.POSTCOPY in hello.features and can_wait(vm),
         )
         token = secrets.token_hex(16) if {features.CONNECTIONS, features.POSTCOPY} & {*agreed} else ""
-        self._peer.send(DestinationHello(version=__version__, accel=self._accel, features=agreed, token=token))
+        self._peer.send(
+            DestinationHello(
+                version=__version__, accel=self._accel, features=agreed, token=token, host_cpu=self._host_cpu
+            )
+        )
+        if (warning := cpu_warning(hello.host_cpu, self._host_cpu)) is not None:
+            self._on_event(Warned(text=warning))
         return agreed, token
 
     def _join(self, hello: SourceHello, agreed: tuple[str, ...], token: str) -> list[Channel]:

@@ -6,7 +6,7 @@ import threading
 import time
 
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
-from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered
+from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine
 from pageferry.engine.destination import Destination
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
@@ -114,6 +114,7 @@ class Incoming:
             Channel(sock, DEFAULT_TIMEOUT_S),
             self._machines.make_vm,
             accel=self._machines.accel,
+            host_cpu=self._machines.host_cpu,
             accept=self._accept_more,
             dropped=self._dropped,
             on_event=self._on_event,
@@ -154,7 +155,9 @@ class Incoming:
 
     def _on_event(self, event: Event) -> None:
         self._announcer.postcopy(event)
-        if isinstance(event, PostcopyPaused):
+        if isinstance(event, Warned):
+            self._announcer.say(f"warning: {event.text}")
+        elif isinstance(event, PostcopyPaused):
             self._announcer.say(f"{event.reason}; the guest stands still until its source comes back ({RECOVER_HINT})")
             self._announcer.event("STOP")
         elif isinstance(event, PostcopyRecovered):
