@@ -67,30 +67,33 @@ def complaint(result, code):
         (("demo", "--plot", "picture.pdf"), "no picture can be made in 'picture.pdf'"),
         (("demo", "--plot", "/nonexistent/folder/a.html"), "cannot write /nonexistent/folder/a.html"),
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--plot", "/nonexistent/a.html"), "cannot write"),
-        (("frobnicate",), "frobnicate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_usage(arguments, says):
-    assert says in complaint(cli(*arguments), 2)
+def test_wrong_usage(here, arguments, says):
+    assert says in complaint(here(*arguments), 2)
 
 
-def test_a_file_that_is_no_program(tmp_path):
+def test_wrong_usage_of_a_process_of_its_own():
+    assert "frobnicate" in complaint(cli("frobnicate"), 2)
+
+
+def test_a_file_that_is_no_program(here, tmp_path):
     file = tmp_path / "mine.elf"
     file.write_bytes(b"\x7fELF but not really")
-    complaint(cli("run", file, "--accel", "soft"), 2)
+    complaint(here("run", file, "--accel", "soft"), 2)
     file.write_bytes(b"#!/bin/sh\n")
-    complaint(cli("run", file, "--accel", "soft"), 2)
-    complaint(cli("run", tmp_path, "--accel", "soft"), 2)
+    complaint(here("run", file, "--accel", "soft"), 2)
+    complaint(here("run", tmp_path, "--accel", "soft"), 2)
     class_32 = b"\x7fELF\x01\x01\x01".ljust(64, b"\0")
     file.write_bytes(class_32)
-    complaint(cli("run", file, "--accel", "soft"), 2)
+    complaint(here("run", file, "--accel", "soft"), 2)
 
 
-def test_nobody_at_the_control_socket(tmp_path):
+def test_nobody_at_the_control_socket(here, tmp_path):
     for command in ("status", "pause", "resume", "quit"):
-        assert "no guest process answers" in complaint(cli(command, "--control", tmp_path / "x"), 6)
-    assert "no guest process answers" in complaint(cli("migrate", "--control", tmp_path / "x", "tcp://127.0.0.1:1"), 6)
+        assert "no guest process answers" in complaint(here(command, "--control", tmp_path / "x"), 6)
+    assert "no guest process answers" in complaint(here("migrate", "--control", tmp_path / "x", "tcp://127.0.0.1:1"), 6)
 
 
 def test_a_port_in_use(tmp_path):
@@ -165,8 +168,8 @@ def test_a_running_guest_ends_by_ctrl_c(background):
     assert idle.returncode == 0
 
 
-def test_help_and_version_tell():
-    result = cli("--help")
+def test_help_and_version_tell(here):
+    result = here("--help")
     assert result.returncode == 0
     for command in (
         "demo",
@@ -183,9 +186,9 @@ def test_help_and_version_tell():
         "doctor",
     ):
         assert command in result.stdout
-        assert cli(command, "--help").returncode == 0
-    assert cli("--version").stdout.startswith("pageferry ")
-    assert cli().returncode == 2
+        assert here(command, "--help").returncode == 0
+    assert here("--version").stdout.startswith("pageferry ")
+    assert here().returncode == 2
 
 
 def test_doctor_tells_what_works():
@@ -209,8 +212,8 @@ def test_a_cpu_that_the_machine_has_not_is_said_with_a_hint():
         assert "Traceback" not in result.stderr
 
 
-def test_interrupt_controllers_that_the_machine_has_not_are_said_with_a_hint():
-    result = cli("run", "idle", "--accel", "soft", "--machine", "irqchip")
+def test_interrupt_controllers_that_the_machine_has_not_are_said_with_a_hint(here):
+    result = here("run", "idle", "--accel", "soft", "--machine", "irqchip")
     assert result.returncode == 5, result.stderr
     assert "pageferry: the software machine has no interrupt controllers" in result.stderr
     assert "hint: use --machine plain, or --accel kvm" in result.stderr
@@ -259,9 +262,9 @@ def test_a_demo_that_the_oracle_watches(accel):
     assert "Traceback" not in result.stderr
 
 
-def test_an_oracle_that_cannot_be_is_refused_in_one_line():
+def test_an_oracle_that_cannot_be_is_refused_in_one_line(here):
     assert "no oracle pagemap-scan on soft" in complaint(
-        cli("run", "idle", "--accel", "soft", "--oracle", "pagemap-scan"), 5
+        here("run", "idle", "--accel", "soft", "--oracle", "pagemap-scan"), 5
     )
 
 
