@@ -204,8 +204,10 @@ class PostcopyClient:
         peer.receive_content(content.data)
         if digest_of(frame.gfns, frame.zero, [content.data]) != frame.digest:
             raise RecordError("pages are not what they were at the source", record="PAGES")
-        self._pager.install(gfns, content)
-        self._pager.install(zeros, np.zeros(zeros.size * PAGE_SIZE, np.uint8))
+        if gfns.size:
+            self._pager.install(gfns, content)
+        if zeros.size:
+            self._pager.install(zeros, np.zeros(zeros.size * PAGE_SIZE, np.uint8))
 
     def say_complete(self, peer: Peer) -> None:
         """Tell the source, when all is there, that it may drop its copy; return when it has.

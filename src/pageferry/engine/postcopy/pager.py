@@ -20,6 +20,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ from pageferry.core.vm import Vm
 #: How many pages one who touches more than that waits for at once: 256 KiB. It bounds what is asked for ahead of a
 #: page that a vCPU needs meanwhile.
 _STEP_PAGES = 64
+_GIVEN_UP = "the guest was given up before all its pages had come"
 _NONE = np.empty(0, np.uint64)
 
 
@@ -50,6 +52,14 @@ def _bring_nothing(_: GfnArray) -> None:
     """Nothing is missing."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Need:
+    """Frames (uint64[n]) that somebody waits for; ``met``: they have come, or it is over."""
+
+    gfns: GfnArray
+    met: threading.Event = field(default_factory=threading.Event)
+
+
 class DemandPager:
     """The missing pages of one guest, and who waits for them. Any thread may call any method.
 
@@ -66,7 +76,7 @@ class DemandPager:
     def __init__(self, vm: Vm, missing: GfnArray, on_need: Callable[[], None]) -> None:
         self._memory = vm.memory
         self._on_need = on_need
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._order = missing
         self._next = 0
         self._missing = DirtyBitmap.of(vm.memory.gfn_limit, missing)
@@ -78,7 +88,7 @@ class DemandPager:
         with_storage = DirtyBitmap(vm.memory.gfn_limit)
         with_storage.set_runs(*vm.memory.populated())
         self._absent = (vm.memory.all_ram() - with_storage) | self._missing
-        self._needs: list[GfnArray] = []
+        self._needs: list[_Need] = []
         self._waits_ns = array("Q")
         self.over = False
         """Whether all pages have come, or the guest was given up: nobody waits any more."""
@@ -96,33 +106,36 @@ class DemandPager:
             self._fetch(gfns[at : at + _STEP_PAGES])
 
     def _fetch(self, gfns: GfnArray) -> None:
-        with self._changed:
+        with self._lock:
             missing = self._missing.test_many(gfns)
             self._install_zeros(gfns[~missing & self._absent.test_many(gfns)])
-            need = gfns[missing]
-            if not need.size:
+            if not missing.any():
                 return
+            if self.over:
+                raise VmError(_GIVEN_UP)
+            need = _Need(gfns[missing])
             self._needs.append(need)
         began_ns = time.monotonic_ns()
         try:
             self._on_need()
-            with self._changed:
-                self._changed.wait_for(lambda: self.over or not self._missing.test_many(need).any())
-                if self._missing.test_many(need).any():
-                    raise VmError("the guest was given up before all its pages had come")
+            need.met.wait()
         finally:
-            with self._changed:
-                self._needs = [each for each in self._needs if each is not need]
+            with self._lock:
+                self._needs.remove(need)
                 self._waits_ns.append(time.monotonic_ns() - began_ns)
+        if self._missing.test_many(need.gfns).any():
+            raise VmError(_GIVEN_UP)
 
     def needed(self, at_most: int) -> GfnArray:
         """Return missing frames that somebody waits for, uint64[n] ascending; none twice until :meth:`start_over`."""
-        with self._changed:
-            return self._take(np.unique(np.concatenate(self._needs)), at_most) if self._needs else _NONE
+        with self._lock:
+            if not self._needs:
+                return _NONE
+            return self._take(np.unique(np.concatenate([need.gfns for need in self._needs])), at_most)
 
     def ahead(self, at_most: int) -> GfnArray:
         """Return the next missing frames in the order of bringing, uint64[n] ascending; none twice, as above."""
-        with self._changed:
+        with self._lock:
             while self._next < self._order.size:
                 piece = self._order[self._next : self._next + at_most]
                 self._next += piece.size
@@ -132,13 +145,13 @@ class DemandPager:
 
     def start_over(self) -> None:
         """Forget what is being brought, for it does not come: after a cut, or a failure to read."""
-        with self._changed:
+        with self._lock:
             self._coming, self.coming_pages = DirtyBitmap(self._coming.nbits), 0
             self._order, self._next = self._order[self._missing.test_many(self._order)], 0
 
     def are_coming(self, gfns: GfnArray) -> bool:
         """Tell whether all these frames (uint64[n]) are being brought."""
-        with self._changed:
+        with self._lock:
             return int(gfns.max()) < self._coming.nbits and bool(self._coming.test_many(gfns).all())
 
     def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
@@ -151,7 +164,7 @@ class DemandPager:
         Raises:
             VmError: the host refused; all of them are as missing as before.
         """
-        with self._changed:
+        with self._lock:
             if self.over:
                 return
             self._arrival.install(gfns, content)
@@ -159,12 +172,14 @@ class DemandPager:
                 bitmap.clear(gfns)
             self.missing_pages -= gfns.size
             self.coming_pages -= gfns.size
-            self._changed.notify_all()
+            for need in self._needs:
+                if not self._missing.test_many(need.gfns).any():
+                    need.met.set()
         self._memory.wrote(gfns)
 
     def waits_ns(self) -> NDArray[np.uint64]:
         """Return how long each wait for missing pages took so far, ascending; one for each step of 64 pages."""
-        with self._changed:
+        with self._lock:
             return np.sort(np.array(self._waits_ns, np.uint64))
 
     def close(self) -> None:
@@ -172,12 +187,13 @@ class DemandPager:
 
         Not on a thread that is in :meth:`fetch`. A second call does nothing.
         """
-        with self._changed:
+        with self._lock:
             if self.over:
                 return
             self.over = True
             self._arrival.finish()
-            self._changed.notify_all()
+            for need in self._needs:
+                need.met.set()
         self._arrival.close()
 
     def _take(self, gfns: GfnArray, at_most: int) -> GfnArray:
