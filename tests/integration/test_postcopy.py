@@ -27,6 +27,7 @@ from pageferry.engine.postcopy.recovery import come_back
 from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.engine.source import Source
 from pageferry.engine.verify.prove import Prover, VerifyMode
+from pageferry.engine.wire import connections
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
 from pageferry.guests.boot import GuestParams, boot
@@ -193,7 +194,7 @@ def pause_of(source):
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
     """Nobody is taken for a stranger because the host is busy."""
-    monkeypatch.setattr(client_module, "_PATIENCE_S", GIVE_UP_S)
+    monkeypatch.setattr(connections, "_PATIENCE_S", GIVE_UP_S)
 
 
 @pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("hotset", 1), ("dma", 1), ("smp", 2), ("timers", 1)])
@@ -508,14 +509,12 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
     source = leave(vm, inn.open())
     pause_of(source)
 
-    take_back_in = client_module.take_back_in
-
-    def take_back_in_too_late(channel, token):
-        peer = take_back_in(channel, token)
+    def admit_too_late(*request, **words):
+        admitted = connections.admit(*request, **words)
         inn.destination.abort()
-        return peer
+        return admitted
 
-    monkeypatch.setattr(client_module, "take_back_in", take_back_in_too_late)
+    monkeypatch.setattr(client_module, "admit", admit_too_late)
     assert source.recover(inn.endpoint)
     inn.thread.join(GIVE_UP_S)
     assert inn.error.guest_at is GuestAt.DESTINATION

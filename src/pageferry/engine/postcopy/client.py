@@ -16,7 +16,6 @@ had been cut. A cut costs no page: each that has not come is still missing, and 
 """
 
 import contextlib
-import hmac
 import logging
 import threading
 from collections.abc import Callable
@@ -36,10 +35,9 @@ from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovere
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import Vm
 from pageferry.engine.postcopy.pager import DemandPager
-from pageferry.engine.wire.channel import Channel
-from pageferry.engine.wire.connections import POLL_S, Accept
+from pageferry.engine.wire.connections import POLL_S, Accept, admit
 from pageferry.engine.wire.peer import Peer, PeerFailedError
-from pageferry.stream.ferry import Complete, Dropped, Failed, Pages, Recover, Recovered, Refuse, Side, Wanted
+from pageferry.stream.ferry import Complete, Dropped, Failed, Pages, Recover, Recovered, Refuse, Wanted
 from pageferry.stream.ferry_postcopy import MAX_WANTED_PAGES, digest_of
 
 _log = logging.getLogger(__name__)
@@ -47,8 +45,7 @@ _log = logging.getLogger(__name__)
 #: How many pages may be under way that nobody waits for: 512 KiB, what a page in need may wait behind. Measured: more
 #: of them make the waits longer, and the whole no faster.
 _AHEAD_PAGES = 128
-#: While somebody else who connected says nothing, the source cannot come back.
-_PATIENCE_S = 2.0
+_TAKEN = Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there")
 
 
 class PostcopyClient:
@@ -268,9 +265,11 @@ class PostcopyClient:
                 channel = self._accept(POLL_S)
             except OSError:
                 return None
-            peer = None if channel is None else take_back_in(channel, self._token)
-            if peer is not None:
-                return peer
+            if channel is None:
+                continue
+            admitted = admit(channel, Recover, self._token, answer=Recovered(), refusal=_TAKEN)
+            if admitted is not None:
+                return admitted[0]
         return None
 
 
@@ -289,23 +288,6 @@ class _Freeze:
     def _thaw(self) -> None:
         self._freezing.join()
         self._vm.thaw()
-
-
-def take_back_in(channel: Channel, token: str) -> Peer | None:
-    """Return the source that has connected; None: it was somebody else, who is refused."""
-    patience_s, channel.timeout_s = channel.timeout_s, min(channel.timeout_s, _PATIENCE_S)
-    peer = Peer(channel, Side.DESTINATION)
-    with contextlib.suppress(OSError, PageferryError, PeerFailedError):
-        peer.greet()
-        frame = peer.receive()
-        if isinstance(frame, Recover) and hmac.compare_digest(frame.token.encode(), token.encode()):
-            peer.send(Recovered())
-            channel.timeout_s = patience_s
-            return peer
-        peer.send(Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there"))
-        channel.finish()
-    channel.close()
-    return None
 
 
 def refuse_return(peer: Peer, *, dropped: bool) -> None:

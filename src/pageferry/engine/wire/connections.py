@@ -1,22 +1,35 @@
-"""How further connections join a migration: by the token of the destination's hello, before the stream begins."""
+"""How further connections join a migration, and how a source comes back: by the token of the destination's hello."""
 
 import contextlib
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import TypeVar
 
 from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.peer import Peer, PeerFailedError
-from pageferry.stream.ferry import Join, Joined, Refuse, Side
+from pageferry.stream.ferry import Join, Joined, Recover, Recovered, Refuse, Side
 
 #: Accepts a connection: None when none came within so many seconds.
 Accept = Callable[[float], Channel | None]
 
 #: How long to wait for a connection before looking at anything else.
 POLL_S = 0.1
-#: While somebody else who connected says nothing, nobody can join.
+#: While a stranger who connected says nothing, nobody can join or come back.
 _PATIENCE_S = 2.0
+_BUSY = Refuse(reason="another guest is being received here", hint="try again when it has arrived")
+_Request = TypeVar("_Request", Join, Recover)
+
+
+def _anything(_: Join | Recover) -> bool:
+    """Take any."""
+    return True
+
+
+def _is_one_of(free: Collection[int], join: Join) -> bool:
+    return join.index in free
 
 
 def join(channel: Channel, token: str, index: int) -> None:
@@ -59,9 +72,10 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
                 raise TimeoutError("stalled")
             channel = accept(POLL_S)
             if channel is not None:
-                index = _index_of(channel, token, {*range(1, connections)} - joined.keys())
-                if index is not None:
-                    joined[index] = channel
+                fits = partial(_is_one_of, {*range(1, connections)} - joined.keys())
+                admitted = admit(channel, Join, token, answer=Joined(), refusal=_BUSY, fits=fits)
+                if admitted is not None:
+                    joined[admitted[1].index] = channel
     except BaseException:
         for channel in joined.values():
             channel.close()
@@ -69,22 +83,37 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
     return [joined[index] for index in sorted(joined)]
 
 
-def _index_of(channel: Channel, token: str, free: set[int]) -> int | None:
-    # The number of a connection that joins now; None: it was a stranger's, and is closed.
+def admit(
+    channel: Channel,
+    request: type[_Request],
+    token: str,
+    *,
+    answer: Joined | Recovered,
+    refusal: Refuse,
+    fits: Callable[[_Request], bool] = _anything,
+) -> tuple[Peer, _Request] | None:
+    """Hear what somebody who connected wants, the destination's side; return the peer and its request.
+
+    None: it did not ask for this, with this token. It is refused, and the connection is closed.
+
+    Args:
+        channel: the connection.
+        request: the kind of request that is waited for.
+        token: that it must show.
+        answer: sent to one who is let in.
+        refusal: sent to all others.
+        fits: whether the rest of the request is right.
+    """
     patience_s, channel.timeout_s = channel.timeout_s, min(channel.timeout_s, _PATIENCE_S)
     peer = Peer(channel, Side.DESTINATION)
     with contextlib.suppress(OSError, PageferryError, PeerFailedError):
         peer.greet()
         frame = peer.receive()
-        if (
-            isinstance(frame, Join)
-            and hmac.compare_digest(frame.token.encode(), token.encode())
-            and frame.index in free
-        ):
-            peer.send(Joined())
+        if isinstance(frame, request) and hmac.compare_digest(frame.token.encode(), token.encode()) and fits(frame):
+            peer.send(answer)
             channel.timeout_s = patience_s
-            return frame.index
-        peer.send(Refuse(reason="another guest is being received here", hint="try again when it has arrived"))
+            return peer, frame
+        peer.send(refusal)
         channel.finish()
     channel.close()
     return None
