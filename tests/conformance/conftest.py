@@ -10,7 +10,7 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import ring_tracker
 from pageferry.uffd import check_pagemap_scan, check_userfaultfd
-from pageferry.witness.oracle import both, with_digests
+from pageferry.witness.machines import with_digests, with_witness
 
 
 def hybrid(config):
@@ -43,11 +43,11 @@ ON_KVM = {
     "uffd-wp": partial(KvmVm, tracker="uffd-wp"),
     "pagemap-scan": partial(KvmVm, tracker="pagemap-scan"),
 }
-#: Trackers with a witness: the oracle must blame no sound one, and return what the tracker returns.
+#: Trackers with a witness: it must blame no sound one, and return what the tracker returns.
 WATCHED = {
-    "kvm+digests": partial(KvmVm, tracker=both("kvm-bitmap", "digests")),
-    "kvm+pagemap-scan": partial(KvmVm, tracker=both("kvm-bitmap", "pagemap-scan")),
-    "uffd-wp+kvm": partial(KvmVm, tracker=both("uffd-wp", "kvm-bitmap")),
+    "kvm+digests": partial(KvmVm, tracker=with_witness("kvm-bitmap", "digests")),
+    "kvm+pagemap-scan": partial(KvmVm, tracker=with_witness("kvm-bitmap", "pagemap-scan")),
+    "uffd-wp+kvm": partial(KvmVm, tracker=with_witness("uffd-wp", "kvm-bitmap")),
     "hap+digests": with_digests(Domain),
 }
 #: What KVM machines with these trackers need besides KVM.

@@ -1,4 +1,4 @@
-"""The oracle over real trackers and running guests: the whole kit passes through it, and it names what a fault lost."""
+"""A witness beside real trackers of running guests: the whole kit passes through it, and it names what a fault lost."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from tiers import sample
 
 from mutation import faults, mark_faults
 from mutation.mutant import mutated
-from pageferry.core.errors import OracleError, UnsupportedError
+from pageferry.core.errors import LostPageError, UnsupportedError
 from pageferry.core.frames import gpa_of
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm import KvmVm
@@ -15,7 +15,7 @@ from pageferry.testing.lab import STATUS_GFN, Lab
 from pageferry.testing.operators import STRAY_GFN
 from pageferry.vmm.accel import Accel, choose_machines
 from pageferry.witness.cross_check import CrossCheck
-from pageferry.witness.oracle import both
+from pageferry.witness.machines import with_witness
 
 ODD = (4 << 20) + 3 * 4096
 
@@ -23,8 +23,8 @@ ODD = (4 << 20) + 3 * 4096
 FEW = ["rounds-are-exact", "given-back-bits-return", "marks-by-range", "free-running-kv", "two-cleaners"]
 
 
-@pytest.mark.parametrize("check", sample([check.name for check in CHECKS], "the oracle is one for all", quick=FEW))
-def test_the_oracle_keeps_every_promise_of_a_sound_tracker(make_watched_vm, check):
+@pytest.mark.parametrize("check", sample([check.name for check in CHECKS], "one witness for all", quick=FEW))
+def test_a_witness_keeps_every_promise_of_a_sound_tracker(make_watched_vm, check):
     check_log_dirty(make_watched_vm, memory_bytes=[ODD], checks=[check])
 
 
@@ -32,7 +32,7 @@ def test_the_oracle_keeps_every_promise_of_a_sound_tracker(make_watched_vm, chec
     "check",
     sample(
         ["rounds-are-exact", "free-running-smp", "free-running-kv", "writing-thread"],
-        "the oracle is one for all",
+        "one witness for all",
         quick=["free-running-smp"],
     ),
 )
@@ -47,9 +47,9 @@ def lab(accel):
     def make(fault):
         def watch(config):
             vm = mutated(KvmVm if accel == "kvm" else Domain, fault)(config)
-            oracle = CrossCheck(vm.log_dirty, None, vm.memory, still=lambda: vm.run_control.still)
-            vm.log_dirty = oracle
-            vm.memory.on_write(oracle.mark)
+            watched = CrossCheck(vm.log_dirty, None, vm.memory, still=lambda: vm.run_control.still)
+            vm.log_dirty = watched
+            vm.memory.on_write(watched.mark)
             return vm
 
         return Lab(make_vm=watch, memory_bytes=ODD, seed=1)
@@ -58,7 +58,7 @@ def lab(accel):
 
 
 def expect_lost(call, *, gfn, fault, round_index):
-    with pytest.raises(OracleError) as lost:
+    with pytest.raises(LostPageError) as lost:
         call()
     assert lost.value.gfn == gfn
     assert lost.value.round_index == round_index
@@ -103,7 +103,7 @@ def test_bits_that_were_not_given_back_are_named(lab):
     with lab(mark_faults.KeepsGivenBits).tracked() as guest:
         guest.play(3)
         guest.log_dirty.give_back(guest.log_dirty.clean())
-        with pytest.raises(OracleError) as lost:
+        with pytest.raises(LostPageError) as lost:
             guest.log_dirty.clean()
         assert np.isin(guest.oracle.gfns, lost.value.gfns).all()
 
@@ -113,16 +113,16 @@ def test_bits_that_were_not_given_back_are_named(lab):
 )
 def test_trackers_that_cannot_be_on_at_once_are_refused(primary, witness):
     with pytest.raises(UnsupportedError, match="cannot be on at once") as refused:
-        both(primary, witness)
+        with_witness(primary, witness)
     assert "--oracle digests, or one of " in refused.value.hint
     assert witness not in refused.value.hint
 
 
 def test_the_software_machine_has_digests_only():
     with pytest.raises(UnsupportedError, match="no oracle kvm-bitmap on soft"):
-        choose_machines(Accel.SOFT, oracle="kvm-bitmap")
+        choose_machines(Accel.SOFT, witness="kvm-bitmap")
     with pytest.raises(UnsupportedError, match="no tracker nope"):
-        both("kvm-bitmap", "nope")
+        with_witness("kvm-bitmap", "nope")
 
 
 def test_a_witness_that_cannot_be_made_leaves_nothing_behind(kvm_support, monkeypatch):
@@ -147,5 +147,5 @@ def test_a_witness_that_cannot_be_made_leaves_nothing_behind(kvm_support, monkey
     witness = trackers.Tracker(prepare=lambda _: None, make=refuse, own_mapping=True)
     monkeypatch.setitem(trackers.TRACKERS, "refuser", witness)
     with pytest.raises(UnsupportedError, match="no"):
-        KvmVm(VmConfig(memory_bytes=4 << 20), tracker=both("owner", "refuser"))
+        KvmVm(VmConfig(memory_bytes=4 << 20), tracker=with_witness("owner", "refuser"))
     assert len(closed) == 1

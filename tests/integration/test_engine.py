@@ -18,8 +18,8 @@ from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import (
     GuestAt,
+    LostPageError,
     MigrationError,
-    OracleError,
     PeerError,
     PolicyAbort,
     TransportError,
@@ -165,7 +165,7 @@ def test_a_page_that_the_tracker_lost_ends_the_migration_and_the_guest_stays(run
     ) as failed:
         source.run()
     assert failed.value.guest_at is GuestAt.SOURCE
-    assert isinstance(failed.value.__cause__, OracleError)
+    assert isinstance(failed.value.__cause__, LostPageError)
     assert isinstance(inn.outcome(), MigrationError)
     expect_as_before(vm, inn, source)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from pageferry.cli.client import migrate
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.status import print_oracle
+from pageferry.cli.status import print_witness
 from pageferry.core.errors import VmError
 from pageferry.core.units import format_size
 from pageferry.core.vm import VmConfig
@@ -37,7 +37,7 @@ def run_demo(
     """
     console.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     accel = ["--accel", machines.accel, *(["--tracker", machines.tracker] if machines.tracker else [])]
-    accel += ["--hugepages", machines.huge_pages, *(["--oracle", machines.oracle] if machines.oracle else [])]
+    accel += ["--hugepages", machines.huge_pages, *(["--oracle", machines.witness] if machines.witness else [])]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
         size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus), "--cpu", str(config.cpu)]
         size += ["--machine", str(config.machine)]
@@ -55,7 +55,7 @@ def run_demo(
             before, _ = _work(guest, "at the source", console, _WARM_UP_S)
             with ProgressView(console) as view:
                 report = migrate(guest, uri, options, view.show)
-            print_oracle(report, console)
+            print_witness(report, console)
             after, per_s = _work(receiver, "at the destination", console, _WARM_UP_S)
             if report["guest_time"]["work_before_per_s"] is not None:
                 report["guest_time"]["work_after_per_s"] = per_s

@@ -25,9 +25,11 @@ TrackerOption = Annotated[
         help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, kvm-ring, uffd-wp or pagemap-scan (kvm)."
     ),
 ]
-OracleOption = Annotated[
+WitnessOption = Annotated[
     str | None,
-    typer.Option(help="Watch the tracker: by a second one (kvm), or by digests of every page. Slow; finds lost bits."),
+    typer.Option(
+        "--oracle", help="Watch the tracker: by a second one (kvm), or by digests of every page. Slow; finds lost bits."
+    ),
 ]
 HugePagesOption = Annotated[
     HugePages,

@@ -1,4 +1,4 @@
-"""``pageferry status`` in words: what a guest process does, and what its tracker oracle found."""
+"""``pageferry status`` in words: what a guest process does, and what its tracker's witness found."""
 
 from typing import Any
 
@@ -29,15 +29,15 @@ def print_status(state: Json, console: Console) -> None:
         console.print(_outlook_line(state["migration"]), markup=False, soft_wrap=True)
 
 
-def print_oracle(state: Json, console: Console) -> None:
-    """Print one line about what the tracker oracle compared, if there is one.
+def print_witness(state: Json, console: Console) -> None:
+    """Print one line about what the tracker and its witness compared, if it has one.
 
     Args:
         state: the answer to ``x-query-guest``, or a migration's report.
         console: where to print.
     """
     if state["oracle"] is not None:
-        console.print(_oracle_line(state["oracle"]), markup=False, soft_wrap=True)
+        console.print(_witness_line(state["oracle"]), markup=False, soft_wrap=True)
 
 
 def _print_guest(state: Json, console: Console) -> None:
@@ -51,7 +51,7 @@ def _print_guest(state: Json, console: Console) -> None:
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     if state["unread_pages"]:
         console.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
-    print_oracle(state, console)
+    print_witness(state, console)
     if state["missing_pages"]:
         console.print(_missing_line(state), markup=False, soft_wrap=True)
 
@@ -80,9 +80,9 @@ def _missing_line(guest: Json) -> str:
     )
 
 
-def _oracle_line(oracle: Json) -> str:
-    rounds = f"{oracle['rounds']} round{'s' if oracle['rounds'] != 1 else ''}"
+def _witness_line(found: Json) -> str:
+    rounds = f"{found['rounds']} round{'s' if found['rounds'] != 1 else ''}"
     return (
-        f"oracle: {oracle['trackers']} agreed on {oracle['pages']:,} pages in {rounds}, "
-        f"{oracle['spurious_primary']:,} + {oracle['spurious_witness']:,} spurious reports"
+        f"oracle: {found['trackers']} agreed on {found['pages']:,} pages in {rounds}, "
+        f"{found['spurious_primary']:,} + {found['spurious_witness']:,} spurious reports"
     )

@@ -51,8 +51,8 @@ class LogDirtyMemoryError(LogDirtyError):
     """The domain's paging pool has no room for what log-dirty needs."""
 
 
-class OracleError(LogDirtyError):
-    """Two trackers of one guest disagree: pages whose content changed are missing from what one of them reported.
+class LostPageError(LogDirtyError):
+    """A tracker and its witness disagree: one of them did not report pages whose content changed.
 
     Args:
         gfns: the frames, ascending, at least one; ``gfn`` is the first.

@@ -10,7 +10,7 @@ from pageferry.core.host_cpu import HostCpu, host_cpu
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
-from pageferry.witness.ledger import DIGESTS
+from pageferry.witness import DIGESTS
 
 #: The paging modes of the software machine; the first is its own.
 _SOFT_TRACKERS = ("hap", "shadow")
@@ -28,7 +28,7 @@ class Accel(StrEnum):
 class Machines:
     """A kind of machine: its name, why it was chosen, and how to make one.
 
-    ``host_cpu``: the CPU under it; None: not known. ``tracker``, ``oracle``: what was asked for, if anything.
+    ``host_cpu``: the CPU under it; None: not known. ``tracker``, ``witness``: what was asked for, if anything.
     """
 
     accel: str
@@ -37,7 +37,7 @@ class Machines:
     host_cpu: HostCpu | None = None
     tracker: str | None = None
     huge_pages: HugePages = HugePages.OFF
-    oracle: str | None = None
+    witness: str | None = None
 
     @property
     def warning(self) -> str | None:
@@ -49,7 +49,7 @@ def choose_machines(
     accel: Accel,
     tracker: str | None = None,
     huge_pages: HugePages = HugePages.OFF,
-    oracle: str | None = None,
+    witness: str | None = None,
 ) -> Machines:
     """Return the kind of machine to use.
 
@@ -57,22 +57,22 @@ def choose_machines(
         accel: what was asked for.
         tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
         huge_pages: what to ask of the host for guest memory.
-        oracle: who watches the tracker: another one, or ``digests``; None: nobody.
+        witness: what watches the tracker: another one, or ``digests``; None: nothing.
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
     """
     expect_offered(huge_pages)
-    name, reason, keeps_cpuid = _choose(accel, tracker if oracle in (None, DIGESTS) else tracker or oracle)
+    name, reason, keeps_cpuid = _choose(accel, tracker if witness in (None, DIGESTS) else tracker or witness)
     make = _make_kvm if name == "kvm" else _make_soft
     return Machines(
         accel=name,
         reason=reason,
-        make_vm=make(tracker, huge_pages, oracle),
+        make_vm=make(tracker, huge_pages, witness),
         host_cpu=host_cpu(keeps_cpuid=keeps_cpuid),
         tracker=tracker,
         huge_pages=huge_pages,
-        oracle=oracle,
+        witness=witness,
     )
 
 
@@ -93,7 +93,7 @@ def _choose(accel: Accel, tracker: str | None) -> tuple[str, str, bool]:
     return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works", keeps_cpuid
 
 
-def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Machine]:
+def _make_soft(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:
     from pageferry.hypervisor.domain import Domain
 
     if tracker not in (None, *_SOFT_TRACKERS):
@@ -103,22 +103,22 @@ def _make_soft(tracker: str | None, huge_pages: HugePages, oracle: str | None) -
             "hugetlb", "the soft machine gives memory back by single 4 KiB frames", hint="use --hugepages thp"
         )
     make = partial(Domain, paging_mode=tracker or _SOFT_TRACKERS[0], thp=huge_pages is HugePages.THP)
-    if oracle is None:
+    if witness is None:
         return make
-    if oracle != DIGESTS:
-        raise UnsupportedError("oracle", f"no oracle {oracle} on soft", hint=f"--oracle {DIGESTS}")
-    from pageferry.witness.oracle import with_digests
+    if witness != DIGESTS:
+        raise UnsupportedError("oracle", f"no oracle {witness} on soft", hint=f"--oracle {DIGESTS}")
+    from pageferry.witness.machines import with_digests
 
     return with_digests(make)
 
 
-def _make_kvm(tracker: str | None, huge_pages: HugePages, oracle: str | None) -> Callable[[VmConfig], Machine]:
+def _make_kvm(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:
     from pageferry.kvm.trackers import DEFAULT_TRACKER, find_tracker
     from pageferry.kvm.vm import KvmVm
 
     tracker = tracker or DEFAULT_TRACKER
-    if oracle is None:
+    if witness is None:
         return partial(KvmVm, tracker=find_tracker(tracker), huge_pages=huge_pages)
-    from pageferry.witness.oracle import both
+    from pageferry.witness.machines import with_witness
 
-    return partial(KvmVm, tracker=both(tracker, oracle), huge_pages=huge_pages)
+    return partial(KvmVm, tracker=with_witness(tracker, witness), huge_pages=huge_pages)

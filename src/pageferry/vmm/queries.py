@@ -13,7 +13,7 @@ from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import Incoming
 from pageferry.vmm.outgoing import Outgoing
 from pageferry.vmm.qmp import Handler
-from pageferry.witness.cross_check import CrossCheck
+from pageferry.witness.cross_check import findings
 
 
 class Queries:
@@ -74,7 +74,7 @@ class Queries:
         Arguments(arguments).done()
         info = self._outgoing.info()
         if "x-pageferry-report" in info:
-            info["x-pageferry-report"]["oracle"] = _oracle(self._guest.vm)
+            info["x-pageferry-report"]["oracle"] = findings(self._guest.here().log_dirty)
         return info
 
     def _query_guest(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -107,15 +107,10 @@ class Queries:
             "work": self._work_done(vm),
             "exit_code": None if vm.end is None else vm.end.exit_code,
             "crash": None if vm.end is None else vm.end.crash,
-            "oracle": _oracle(vm),
+            "oracle": findings(vm.log_dirty),
         }
 
     def _work_done(self, vm: Vm) -> list[int]:
         if self._incoming.missing_pages or self._guest.unreadable:
             return []  # to look might be to wait
         return [status.work for status in read_status(vm.memory, vm.config.cpus)]
-
-
-def _oracle(vm: Vm | None) -> dict[str, Any] | None:
-    log = None if vm is None else vm.log_dirty
-    return {"trackers": log.tracker, **asdict(log.counts())} if isinstance(log, CrossCheck) else None

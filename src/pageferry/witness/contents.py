@@ -1,4 +1,4 @@
-"""Contents: what every page of a guest held at the last reading, as one digest each."""
+"""Which pages of a guest changed between two readings, by a digest of each."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,10 @@ _ZERO = np.uint64(xxh3_64_intdigest(bytes(PAGE_SIZE)))
 
 
 class Contents:
-    """Digests of a guest's pages.
+    """What every page held at the last reading.
 
-    A digest is xxh3-64 of the page, XOR that of a page of zeros. So a page of zeros has digest 0, and one without
-    storage need not be read (reading would only give it storage).
+    A page is known by its xxh3-64, XOR that of a page of zeros: so a page of zeros has 0, and a page without storage
+    need not be read, which would only give it storage.
 
     Args:
         memory: the guest's.

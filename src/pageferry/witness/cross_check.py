@@ -1,33 +1,39 @@
-"""CrossCheck: the tracker oracle. Two trackers on one guest, or one and the guest's content, compared at each CLEAN.
+"""CrossCheck: a tracker and its witness, compared at each CLEAN.
 
-How a lost dirty bit is found while it matters: CLEAN and PEEK fail with the page, the round and who lost it, so the
-migration that asked fails closed and the guest stays at the source.
-
-Both trackers are cleaned, one after the other, and then pages are read: those that either reported, or against
-``digests`` all that have storage. What follows from what was reported and what changed is the :mod:`.ledger`'s affair.
+Both are cleaned, one after the other, and then pages are read: those that either reported or, where the witness is
+``digests``, all that have storage. The :mod:`.ledger` compares what was reported with what changed. A loss fails CLEAN
+or PEEK with the page, the round and the tracker, so the migration fails and the guest stays at the source.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirty, LogDirtyStats
+from pageferry.witness import DIGESTS
 from pageferry.witness.contents import Contents
-from pageferry.witness.ledger import DIGESTS, Ledger, OracleCounts
+from pageferry.witness.ledger import Ledger, WitnessCounts
+
+
+def findings(log: LogDirty) -> dict[str, Any] | None:
+    """Return what a tracker and its witness compared, as JSON-ready values; None: it has no witness."""
+    return {"trackers": log.tracker, **asdict(log.counts())} if isinstance(log, CrossCheck) else None
 
 
 class CrossCheck:
     """A tracker with a witness beside it; implements :class:`pageferry.core.vm.LogDirty`.
 
-    What it returns is the primary's. CLEAN and PEEK raise OracleError on a loss; no bit was cleared then.
+    What it returns is the primary's. CLEAN and PEEK raise LostPageError on a loss; no bit was cleared then.
 
     Args:
         primary: the tracker under test.
-        witness: a second one on the same guest, or None: page digests alone.
+        witness: a second one on the same guest; None: page digests.
         memory: the guest's.
         still: tells whether every vCPU is outside the guest and its last I/O done.
     """
@@ -60,7 +66,7 @@ class CrossCheck:
         """Whether log-dirty is on."""
         return self._primary.enabled
 
-    def counts(self) -> OracleCounts:
+    def counts(self) -> WitnessCounts:
         """Return what was compared since ENABLE, also after OFF."""
         return self._ledger.counts
 
@@ -123,7 +129,7 @@ class CrossCheck:
         """CLEAN both, compare, and return what the primary reported.
 
         Raises:
-            OracleError: one of them lost a page; no bit was cleared.
+            LostPageError: one of them lost a page; no bit was cleared.
             LogDirtyError: as the trackers' own.
         """
         return self.clean_range(range(self._memory.gfn_limit))
@@ -132,7 +138,7 @@ class CrossCheck:
         """CLEAN of these frames only; ranges that ascend are one round.
 
         Raises:
-            OracleError: as :meth:`clean`.
+            LostPageError: as :meth:`clean`.
             LogDirtyError: as :meth:`clean`.
             ValueError: the range does not consist of whole words of the bitmap; no bit was cleared.
         """
@@ -157,7 +163,7 @@ class CrossCheck:
         """PEEK at the primary; of a guest that stands still, compare.
 
         Raises:
-            OracleError: one of them lost a page.
+            LostPageError: one of them lost a page.
             LogDirtyError: as the trackers' own.
         """
         with self._operator:

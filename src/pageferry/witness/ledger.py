@@ -1,14 +1,14 @@
-"""Ledger: which pages each tracker of a guest must still report, and so which of them it has lost.
+"""Ledger: which pages each tracker must still report, and so which it has lost.
 
 **What is a loss.** That only one of two trackers reports a page is no loss yet: KVM may report a page that was only
 read when it was mapped, or that the processor walked. Content decides. A page is read after each CLEAN that reported it
 (against ``digests``: all pages with storage are), and its digest is compared with the reading before. If it differs,
-somebody wrote the page between the two readings, and *every* tracker must report it. That is the whole rule: when the
-trackers were cleaned, relative to each other, does not matter. Reported and not changed is *spurious*: counted only.
+the page was written between the two readings, and *every* tracker must report it, whenever the trackers were cleaned
+relative to each other. A page that is reported and did not change is *spurious*: counted, no loss.
 
 **When it must be reported** (laws 2 and 4)::
 
-    tracker T       oracle                        a write w that the reading d[n] shows and d[n-1] did not
+    tracker T       witness                       a write w that the reading d[n] shows and d[n-1] did not
     CLEAN t[n-1]
     .               reading d[n-1]
     .               .                             w before t[n] begins: in t[n]. T reported it: settled.
@@ -18,8 +18,8 @@ trackers were cleaned, relative to each other, does not matter. Reported and not
     .               Not in t[n]: T *owes* the page.
     CLEAN t[n+1]    .                             begun after d[n], so after w: the page is in it, or T has lost it.
 
-Both trackers are cleaned, one after the other, before the reading; so this holds for each by itself. A page that
-neither reports is not read by the oracle of two trackers, and found by ``digests`` alone.
+Both trackers are cleaned before the reading, so this holds for each by itself. A page that neither of two trackers
+reports is not read; only ``digests`` finds it.
 
 **Writers that mark.** A device's bytes land before its mark, and its thread may rest in between for any time. So a page
 that is owed becomes *due* only at an instant with no write under way (``GuestMemory.unmarked_writes``): whatever a
@@ -40,18 +40,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import OracleError
+from pageferry.core.errors import LostPageError
 from pageferry.core.frames import GfnArray
-
-#: The witness that is no tracker.
-DIGESTS = "digests"
+from pageferry.witness import DIGESTS
 
 Reports = Sequence[DirtyBitmap]
 """What each tracker reported, the primary first; without a second tracker there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OracleCounts:
+class WitnessCounts:
     """What was compared since ENABLE; kept after OFF.
 
     ``rounds``: rounds of CLEAN, and PEEKs of a guest that stood still. ``pages``: reported by either, over all rounds.
@@ -89,12 +87,12 @@ class Ledger:
     """The account of one tracking, from ENABLE on.
 
     Args:
-        trackers: their names, one or two, the primary first; one has the digests for a witness.
+        trackers: their names, the primary first; a single one has digests for a witness.
         nbits: frames of the guest.
     """
 
     def __init__(self, trackers: Sequence[str], nbits: int) -> None:
-        self.counts = OracleCounts()
+        self.counts = WitnessCounts()
         self._debts = tuple(_Debts(tracker, nbits) for tracker in trackers)
         self._changed_in = np.zeros(nbits, np.uint32)  # the round in which a page was last seen to change
         self._round = -1
@@ -111,7 +109,7 @@ class Ledger:
         """Check that a CLEAN of ``gfns`` reported all that was due there.
 
         Raises:
-            OracleError: a tracker has lost a page.
+            LostPageError: a tracker has lost a page.
         """
         for debts, reported in zip(self._debts, reports, strict=True):
             self._expect_none(debts, debts.due.copy().take(gfns) - reported)
@@ -141,7 +139,7 @@ class Ledger:
             again: PEEKs once more, for a tracker that seems to lack a page.
 
         Raises:
-            OracleError: a tracker has lost a page.
+            LostPageError: a tracker has lost a page.
         """
         self._note_changed(changed, self._round + 1)
         for debts, reported, look in zip(self._debts, reports, again, strict=True):
@@ -155,7 +153,7 @@ class Ledger:
             return
         gfns = lost.gfns().tolist()
         others = [other for other in self._debts if other is not debts and not other.owed.test(gfns[0])]
-        raise OracleError(
+        raise LostPageError(
             gfns,
             round_index=int(self._changed_in[gfns[0]]),
             lost_by=debts.tracker,
@@ -171,7 +169,7 @@ class Ledger:
         primary, witness = reports[0], reports[1] if len(reports) > 1 else changed
         witnessed_before, witness_only = self._witnessed_before.take(gfns), self._witness_only.take(gfns)
         counts = self.counts
-        self.counts = OracleCounts(
+        self.counts = WitnessCounts(
             rounds=counts.rounds + new_round,
             pages=counts.pages + (primary | witness).count(),
             spurious_primary=counts.spurious_primary + (primary - witness - witnessed_before - changed).count(),

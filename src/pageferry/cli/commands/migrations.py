@@ -21,12 +21,12 @@ from pageferry.cli.options import (
     LimitOption,
     MachineOption,
     MemoryOption,
-    OracleOption,
     PlotOption,
     PolicyOption,
     RoundsOption,
     TrackerOption,
     VerifyOption,
+    WitnessOption,
     policy_options,
     vm_config,
     wire_options,
@@ -35,7 +35,7 @@ from pageferry.cli.output import ERR, OUT, complain, print_object, tell
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.progress import ProgressView
 from pageferry.cli.signals import end_as_by_ctrl_c
-from pageferry.cli.status import print_oracle
+from pageferry.cli.status import print_witness
 from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
@@ -57,7 +57,7 @@ def demo(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
-    oracle: OracleOption = None,
+    witness: WitnessOption = None,
     memory: MemoryOption = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     cpus: CpusOption = 1,
@@ -75,7 +75,7 @@ def demo(
     load_guest(workload)
     config = vm_config(memory, cpus, cpu, machine)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify)
-    machines = choose_machines(accel, tracker, huge_pages, oracle)
+    machines = choose_machines(accel, tracker, huge_pages, witness)
     end_as_by_ctrl_c()
     with _plot_file(plot) as file:
         _report(lambda: run_demo(machines, workload, config, options, ERR), as_json, file)
@@ -179,7 +179,7 @@ def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, pl
         def follow() -> dict[str, Any]:
             with ProgressView(ERR) as view:
                 report = migrate(client, uri, options, view.show)
-            print_oracle(report, ERR)
+            print_witness(report, ERR)
             return report
 
         _report(follow, as_json, file)

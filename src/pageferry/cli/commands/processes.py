@@ -18,9 +18,9 @@ from pageferry.cli.options import (
     HugePagesOption,
     MachineOption,
     MemoryOption,
-    OracleOption,
     OwnControlOption,
     TrackerOption,
+    WitnessOption,
     vm_config,
 )
 from pageferry.cli.output import ERR, tell
@@ -47,7 +47,7 @@ def run_guest(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
-    oracle: OracleOption = None,
+    witness: WitnessOption = None,
     control: OwnControlOption = None,
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
     rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
@@ -65,7 +65,7 @@ def run_guest(
         seed=seed,
         arguments=tuple(map(parse_size, argument or ())),
     )
-    with _guest_process(choose_machines(accel, tracker, huge_pages, oracle), control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages, witness), control) as process:
         process.boot(program, config, params)
         process.start()
         code = process.wait()
@@ -78,11 +78,11 @@ def receive(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
-    oracle: OracleOption = None,
+    witness: WitnessOption = None,
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
-    with _guest_process(choose_machines(accel, tracker, huge_pages, oracle), control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages, witness), control) as process:
         bound = process.listen(endpoint)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
@@ -98,11 +98,11 @@ def restore(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
-    oracle: OracleOption = None,
+    witness: WitnessOption = None,
     control: OwnControlOption = None,
 ) -> None:
     """Run a guest from a file, from where it was saved. The file stays as it is."""
-    machines = choose_machines(accel, tracker, huge_pages, oracle)
+    machines = choose_machines(accel, tracker, huge_pages, witness)
     with SavedGuest(file) as saved, _guest_process(machines, control) as process:
         if lazy:
             process.restore_lazily(saved)

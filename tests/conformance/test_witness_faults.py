@@ -1,4 +1,4 @@
-"""The tracker oracle finds every fault that loses a dirty bit in a migration: which page, which round, whose bit."""
+"""A witness finds every fault that loses a dirty bit in a migration: which page, which round, whose bit."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ from tiers import sample
 
 from mutation import DECLARED, WRAPPED, Room
 from mutation.fault import BEHIND_THE_HOLE, ODD
-from pageferry.core.errors import OracleError, UnsupportedError
+from pageferry.core.errors import LostPageError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
@@ -201,7 +201,7 @@ def test_a_lost_bit_is_found(request, scenario, fault):
             pytest.skip(f"{error} ({error.hint})")
     with guest_of(scenario, watched(fault), fault.memory_bytes) as guest:
         migration = Migration(guest)
-        with pytest.raises(OracleError) as caught:
+        with pytest.raises(LostPageError) as caught:
             scenario(migration)
         error = caught.value
         assert migration.changed(error.gfn)

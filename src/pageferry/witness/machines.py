@@ -1,4 +1,4 @@
-"""Machines with a tracker oracle: what ``--oracle`` asks for, on each kind of machine."""
+"""Machines whose tracker has a witness, of each kind."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,16 @@ from pageferry.core.vm import LogDirty, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.trackers import TRACKERS, TrackedVm, Tracker, find_tracker
+from pageferry.witness import DIGESTS
 from pageferry.witness.cross_check import CrossCheck
-from pageferry.witness.ledger import DIGESTS
 
 
-def both(primary_name: str, witness_name: str) -> Tracker:
-    """Return the KVM tracker ``primary_name`` with a witness: another tracker, or ``digests``.
+def with_witness(primary_name: str, witness_name: str) -> Tracker:
+    """Return a tracker of KVM's with a witness.
+
+    Args:
+        primary_name: the tracker, which the engine uses.
+        witness_name: another tracker, or ``digests``.
 
     Raises:
         UnsupportedError: there is no such tracker, or the two cannot be on at once.
@@ -49,7 +53,7 @@ def _against(vm: TrackedVm, primary: Tracker, witness: Tracker | None) -> LogDir
 
 
 def with_digests(make_vm: Callable[[VmConfig], StandardMachine]) -> Callable[[VmConfig], StandardMachine]:
-    """Return a maker of the same machines, each with its own tracker watched by page digests."""
+    """Return what makes the same machines, their tracker with digests for a witness."""
 
     def make(config: VmConfig) -> StandardMachine:
         vm = make_vm(config)
