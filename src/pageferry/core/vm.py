@@ -142,8 +142,8 @@ class LogDirty(Protocol):
         """Return the counters; does not disturb the bitmap. Needs log-dirty on."""
 
 
-class Arrival(Protocol):
-    """Guest memory that is not all there yet, and how it gets there; made by :meth:`Vm.await_memory`."""
+class AbsentPages(Protocol):
+    """The frames of a guest that are absent, and how they get their content; made by :meth:`Vm.await_memory`."""
 
     def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
         """Give frames their content, and let whoever waits for them go on; any thread.
@@ -230,14 +230,13 @@ class Vm(Protocol):
             VmError: this machine cannot hold that state (wrong number of vCPUs, a device it lacks, ...).
         """
 
-    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap) -> AbsentPages:
         """Let RAM be absent: an access to such a frame waits until ``fetch`` has installed it.
 
         The guest has not run, and no other thread touches its memory during the call.
 
         Args:
-            absent: the frames to make absent; their content is lost. None: all of RAM, which was never touched. A
-                frame without storage is absent in any case.
+            absent: the frames to make absent; their content is lost. A frame without storage is absent in any case.
             fetch: called with frames (uint64[n] ascending, some of them perhaps installed already), on the thread that
                 touches them or one that serves it; returns when they are installed.
 

@@ -13,7 +13,7 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import RunControl, Vcpu
 from pageferry.core.state import MachineState, VcpuState
-from pageferry.core.vm import Arrival, GuestEnd, LogDirty, VmConfig, VmStatus
+from pageferry.core.vm import AbsentPages, GuestEnd, LogDirty, VmConfig, VmStatus
 from pageferry.devices.platform import Platform
 
 
@@ -70,7 +70,7 @@ class StandardMachine(ABC):
         """Free what the machine holds; no vCPU will run again. Called once."""
 
     @abstractmethod
-    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap) -> AbsentPages:
         """Let frames be absent until ``fetch`` has brought them."""
 
     @property

@@ -17,14 +17,14 @@ from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import Arrival, MachineModel, VmConfig
+from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
+from pageferry.hypervisor.absent_pages import P2MAbsentPages
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M, P2MType
-from pageferry.hypervisor.pages_to_come import PagesToCome
 from pageferry.hypervisor.paging import LogDirtyOps, Paging
 from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
@@ -209,9 +209,9 @@ class Domain(StandardMachine):
         """Return how many frames of tables and bitmap the domain may use."""
         return self.machine.pool.allocation
 
-    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap) -> AbsentPages:
         """Let frames be absent: not present to the nested walk, which every access of a vCPU begins with."""
-        return PagesToCome(self.memory, self.p2m, fetch)
+        return P2MAbsentPages(self.memory, self.p2m, fetch)
 
     def remove_pages(self, gfns: GfnArray) -> None:
         """Take frames away from the guest, as its balloon would."""

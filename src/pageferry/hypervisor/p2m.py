@@ -92,15 +92,15 @@ class P2M:
         self.root_mfn = root
         self._root = root << 9  # as an index into words
         self.fetch: Callable[[int], None] | None = None
-        """Brings the content of a frame that is looked for, where memory is still to come; None: all of it is there."""
+        """Brings the content of a frame that is looked for and may be absent; None: no frame is."""
         self.global_logdirty = False
         """What recalculation makes of changeable RAM: ram_logdirty, or ram_rw."""
 
     def lookup(self, gfn: int) -> tuple[int, int]:
         """Return ``(mfn, type)`` of a frame, as plain ints; the mfn means nothing unless the type has one.
 
-        Any thread, no lock. Pending recalculation is seen as done. A frame whose content is still to come is not
-        present to the walk: it is brought first.
+        Any thread, no lock. Pending recalculation is seen as done. An absent frame is not present to the walk: its
+        content is brought first.
         """
         fetch = self.fetch
         if fetch is not None:

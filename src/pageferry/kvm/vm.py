@@ -16,7 +16,7 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
-from pageferry.core.vm import Arrival, MachineModel, VmConfig
+from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm import uapi, vcpu_state
 from pageferry.kvm.clock import read_clock, write_clock
@@ -28,7 +28,7 @@ from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
-from pageferry.uffd import MissingPages
+from pageferry.uffd import UffdAbsentPages
 
 #: Four pages below 4 GiB, in the PCI hole and away from every device: scratch that VMX needs on some hosts.
 _IDENTITY_MAP_GPA = 0xFFFB_C000
@@ -125,9 +125,9 @@ class KvmVm(StandardMachine):
         """``kvm``."""
         return "kvm"
 
-    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap | None = None) -> Arrival:
+    def await_memory(self, fetch: Callable[[GfnArray], None], absent: DirtyBitmap) -> AbsentPages:
         """Let frames be absent, by userfaultfd."""
-        return MissingPages(self.memory, (self.memory.mapping, self.vcpu_mapping), fetch, absent)
+        return UffdAbsentPages(self.memory, (self.memory.mapping, self.vcpu_mapping), fetch, absent)
 
     def _save_vcpus(self) -> tuple[VcpuState, ...]:
         now = vcpu_state.host_tsc(self.vcpus[0].fd)

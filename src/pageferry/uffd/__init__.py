@@ -6,10 +6,17 @@ everybody else (devices, the engine, boot) writes through :class:`~pageferry.cor
 faults, and marks as ever.
 """
 
+from pageferry.uffd.absent_pages import UffdAbsentPages
 from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
-from pageferry.uffd.missing_pages import MissingPages
 from pageferry.uffd.pagemap_log import PagemapScanLog
 from pageferry.uffd.view import VcpuView
 from pageferry.uffd.write_protect_log import WriteProtectLog
 
-__all__ = ["MissingPages", "PagemapScanLog", "VcpuView", "WriteProtectLog", "check_pagemap_scan", "check_userfaultfd"]
+__all__ = [
+    "PagemapScanLog",
+    "UffdAbsentPages",
+    "VcpuView",
+    "WriteProtectLog",
+    "check_pagemap_scan",
+    "check_userfaultfd",
+]

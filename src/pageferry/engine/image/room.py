@@ -1,4 +1,4 @@
-"""The machine for a guest that is to come, if this host has room for it."""
+"""The machine for a guest that arrives, if this host has room for it."""
 
 from collections.abc import Callable
 from dataclasses import replace

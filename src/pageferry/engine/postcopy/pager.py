@@ -40,11 +40,11 @@ _NONE = np.empty(0, np.uint64)
 def can_wait(vm: Vm) -> bool:
     """Find out by doing it whether a machine can let its guest wait for pages; nobody touches its memory meanwhile."""
     try:
-        arrival = vm.await_memory(_bring_nothing, DirtyBitmap(vm.memory.gfn_limit))
+        trial = vm.await_memory(_bring_nothing, DirtyBitmap(vm.memory.gfn_limit))
     except VmError:
         return False
-    arrival.finish()
-    arrival.close()
+    trial.finish()
+    trial.close()
     return True
 
 
@@ -92,7 +92,7 @@ class DemandPager:
         self._waits_ns = array("Q")
         self.over = False
         """Whether all pages have come, or the guest was given up: nobody waits any more."""
-        self._arrival = vm.await_memory(self.fetch, self._missing.copy())
+        self._installer = vm.await_memory(self.fetch, self._missing.copy())
 
     def fetch(self, gfns: GfnArray) -> None:
         """Return when these frames (uint64[n]) are there; not on a thread that brings content.
@@ -167,7 +167,7 @@ class DemandPager:
         with self._lock:
             if self.over:
                 return
-            self._arrival.install(gfns, content)
+            self._installer.install(gfns, content)
             for bitmap in (self._missing, self._coming, self._absent):
                 bitmap.clear(gfns)
             self.missing_pages -= gfns.size
@@ -191,10 +191,10 @@ class DemandPager:
             if self.over:
                 return
             self.over = True
-            self._arrival.finish()
+            self._installer.finish()
             for need in self._needs:
                 need.met.set()
-        self._arrival.close()
+        self._installer.close()
 
     def _take(self, gfns: GfnArray, at_most: int) -> GfnArray:
         if self.over:
@@ -206,5 +206,5 @@ class DemandPager:
 
     def _install_zeros(self, gfns: GfnArray) -> None:
         if gfns.size and not self.over:
-            self._arrival.install(gfns, np.zeros(gfns.size * PAGE_SIZE, np.uint8))
+            self._installer.install(gfns, np.zeros(gfns.size * PAGE_SIZE, np.uint8))
             self._absent.clear(gfns)

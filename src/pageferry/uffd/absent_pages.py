@@ -1,4 +1,4 @@
-"""MissingPages: guest memory whose content comes when it is touched, for guests whose vCPUs are KVM's.
+"""UffdAbsentPages: frames that are absent until they are touched, for guests whose vCPUs are KVM's.
 
 A vCPU that touches a page without storage waits in the kernel until our handler has brought the page. Python code must
 not wait so: it would hold the interpreter lock that the handler needs. It goes through
@@ -26,14 +26,14 @@ _log = logging.getLogger(__name__)
 _HINT = "let all memory come before the guest runs: no --lazy, no --policy postcopy"
 
 
-class MissingPages:
-    """A guest's RAM that is not all there yet; implements :class:`pageferry.core.vm.Arrival`.
+class UffdAbsentPages:
+    """The absent frames of a guest; implements :class:`pageferry.core.vm.AbsentPages`.
 
     Args:
         memory: the guest's; nobody touches it during the call.
         mappings: every mapping of it that is touched, ``memory.mapping`` first.
         fetch: brings frames by :meth:`install`, on the handler's thread; a failure is for it to keep.
-        absent: frames that lose their storage; all without storage wait to be installed. None: nobody has touched any.
+        absent: frames that lose their storage; all without storage wait to be installed.
 
     Raises:
         UnsupportedError: this process may not have a userfaultfd that can, or memory of this kind cannot be missing.
@@ -45,7 +45,7 @@ class MissingPages:
         memory: GuestMemory,
         mappings: Sequence[HostMapping],
         fetch: Callable[[GfnArray], None],
-        absent: DirtyBitmap | None = None,
+        absent: DirtyBitmap,
     ) -> None:
         if memory.reserved:
             raise UnsupportedError("lazy-hugetlb", "pages of a hugetlb pool cannot come one by one", hint=_HINT)
@@ -58,8 +58,7 @@ class MissingPages:
         except UnsupportedError as error:
             raise UnsupportedError(error.capability, str(error), hint=_HINT) from error
         try:
-            if absent is not None:
-                self._empty(absent)
+            self._empty(absent)
             for hva, size_bytes in self._ranges():
                 self._uffd.register(hva, size_bytes, uapi.UFFDIO_REGISTER_MODE_MISSING)
             self._handler = FaultHandler(self._uffd, self._resolve, self._failed)

@@ -1,4 +1,4 @@
-"""PagesToCome: guest memory whose content comes when it is touched, on the software machine.
+"""P2MAbsentPages: frames that are absent until they are touched, on the software machine.
 
 A TLB miss begins with a walk through the P2M, and the frame that it ends at is not present to it until its content has
 come: what hardware reports as a not-present nested fault. So no translation to an absent page is ever in a TLB.
@@ -15,8 +15,8 @@ from pageferry.core.memory import GuestMemory
 from pageferry.hypervisor.p2m import P2M
 
 
-class PagesToCome:
-    """A guest's RAM that is not all there yet; implements :class:`pageferry.core.vm.Arrival`.
+class P2MAbsentPages:
+    """The absent frames of a guest; implements :class:`pageferry.core.vm.AbsentPages`.
 
     Args:
         memory: the guest's.
