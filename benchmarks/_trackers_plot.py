@@ -1,4 +1,4 @@
-"""The plot of ``trackers.py``, and the numbers in it; needs matplotlib (``pip install 'pageferry[plot]'``)."""
+"""The plot of ``trackers.py``, and the numbers in it; needs matplotlib (``pip install matplotlib``)."""
 
 import argparse
 import statistics
@@ -73,7 +73,7 @@ def plot_path(text: str) -> Path:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise argparse.ArgumentTypeError("matplotlib is not installed: pip install 'pageferry[plot]'") from None
+        raise argparse.ArgumentTypeError("matplotlib is not installed: pip install matplotlib") from None
     path = Path(text)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no file name that ends in .png, .svg or .pdf, in a directory")

@@ -6,7 +6,6 @@ import re
 import socket
 import struct
 import subprocess
-import sys
 
 import pytest
 from processes import GIVE_UP_S, PAGEFERRY, cli
@@ -277,16 +276,6 @@ def test_a_picture_is_drawn_of_a_migration_and_of_one_that_failed(tmp_path):
         assert f"picture: {file}\n" in result.stderr
         (data,) = re.findall(r'id="report">(.*?)</script>', file.read_text(), re.S)
         assert json.loads(data) == json.loads(result.stdout)
-
-
-def test_a_picture_without_matplotlib_is_refused_before_the_migration(tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    file = tmp_path / "a.svg"
-    result = cli("demo", "--plot", file, env=environment)
-    assert "a .svg picture needs matplotlib" in complaint(result, 5)
-    assert f"hint: {sys.executable} -m pip install 'matplotlib" in result.stderr
-    assert not file.exists()
 
 
 def test_a_disk_that_is_full_spoils_the_picture_and_not_the_migration(tmp_path):

@@ -38,7 +38,7 @@ HugePagesOption = Annotated[
 BandwidthOption = Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")]
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", help="Draw the migration into this file: .html, or .svg or .png (these need matplotlib)."),
+    typer.Option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
 ]
 ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
 OwnControlOption = Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")]

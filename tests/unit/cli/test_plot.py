@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +11,7 @@ import pytest
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.plot.html import page
 from pageferry.cli.plot.picture import picture
-from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.core.errors import UsageError
 
 MiB = 1 << 20
 EMPTY_HEAT = {"first_gfns": [], "last_gfns": [], "pages": [], "rounds_per_row": 1, "rows": []}
@@ -213,36 +212,10 @@ def test_a_migration_of_which_there_is_nothing_to_draw_says_so():
     assert "<svg" not in text
 
 
-@pytest.mark.parametrize("suffix", [".svg", ".png"])
-@pytest.mark.parametrize("made", [report(), NOTHING], ids=["moved", "nothing"])
-def test_matplotlib_draws_it_too(tmp_path, suffix, made):
-    pytest.importorskip("matplotlib", reason="the extra 'plot' is not installed")
-    path = tmp_path / f"a{suffix}"
-    with PlotFile(path) as file:
-        file.draw(made)
-    data = path.read_bytes()
-    if suffix == ".png":
-        assert data.startswith(b"\x89PNG\r\n")
-    else:
-        ElementTree.fromstring(data)
-
-
-@pytest.mark.parametrize("name", ["a.svg", "a.PNG"])
-def test_without_matplotlib_it_is_refused_at_once_with_the_command(tmp_path, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    with pytest.raises(UnsupportedError, match="needs matplotlib") as refused:
-        PlotFile(tmp_path / name)
-    assert f"{sys.executable} -m pip install 'matplotlib" in refused.value.hint
-    assert not list(tmp_path.iterdir())
-    with PlotFile(tmp_path / "a.html") as file:  # which needs nothing
-        file.draw(report())
-
-
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("a.pdf", "no picture can be made in 'a.pdf'"),
+        ("a.svg", "no picture can be made in 'a.svg'"),
         ("a", "no picture"),
         ("none/a.html", "cannot write .*/none/a.html"),
         (".", "no picture can be made"),

@@ -1,34 +1,16 @@
-"""Pictures of a migration, drawn from its report: rounds over time, rates, the downtime's parts, which pages were sent.
+"""A picture of a migration, drawn from its report: a page of HTML that stands alone.
 
-``.svg`` and ``.png`` are drawn with matplotlib (the extra ``plot``); ``.html`` is a page that stands alone and needs
-nothing.
+Rounds over time, dirty against sent rate, the downtime's parts, and which pages were sent how often.
 """
 
-import sys
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pageferry.cli.plot.html import page
-from pageferry.cli.plot.picture import Picture, picture
-from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.cli.plot.picture import picture
+from pageferry.core.errors import UsageError
 
-
-def _figure(file_format: str) -> Callable[[Picture], bytes]:
-    def draw(drawn: Picture) -> bytes:
-        from pageferry.cli.plot.figure import figure  # matplotlib is an extra
-
-        return figure(drawn, file_format)
-
-    return draw
-
-
-_DRAW: dict[str, Callable[[Picture], bytes]] = {
-    ".svg": _figure("svg"),
-    ".png": _figure("png"),
-    ".html": page,
-}
+_SUFFIX = ".html"
 
 
 class PlotFile:
@@ -37,20 +19,16 @@ class PlotFile:
     A context manager; a file that it made and nobody drew into is gone afterwards.
 
     Args:
-        path: where to; its ending says which format.
+        path: where to.
 
     Raises:
-        UsageError: there is no such format, or the file cannot be written.
-        UnsupportedError: the format needs matplotlib, and it is not there.
+        UsageError: its name does not end in ``.html``, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._draw = _DRAW.get(path.suffix.lower())
-        if self._draw is None:
-            raise UsageError(f"no picture can be made in {path.name!r}", hint=f"a name that ends in {', '.join(_DRAW)}")
-        if self._draw is not page:
-            _expect_matplotlib(path.suffix)
+        if path.suffix.lower() != _SUFFIX:
+            raise UsageError(f"no picture can be made in {path.name!r}", hint=f"a name that ends in {_SUFFIX}")
         self._ours = not path.exists()
         try:
             path.open("ab").close()
@@ -72,17 +50,5 @@ class PlotFile:
         Raises:
             OSError: the file cannot be written any more.
         """
-        if self._draw is not None:
-            self.path.write_bytes(self._draw(picture(report)))
-            self._ours = False
-
-
-def _expect_matplotlib(suffix: str) -> None:
-    try:
-        import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UnsupportedError(
-            "plot",
-            f"a {suffix} picture needs matplotlib, which cannot be imported ({error})",
-            hint=f"{sys.executable} -m pip install 'matplotlib>=3.8'; a .html needs nothing",
-        ) from error
+        self.path.write_bytes(page(picture(report)))
+        self._ours = False

@@ -1,4 +1,4 @@
-"""Picture: what is drawn of a migration, whoever draws it."""
+"""What is drawn of a migration: a report's numbers, in the shape of its pictures."""
 
 from dataclasses import dataclass
 from typing import Any
