@@ -1,13 +1,6 @@
-"""The conformance kit: does a machine's :class:`~pageferry.core.vm.LogDirty` keep its promises?
+"""The conformance kit: its checks, each with a name and the law (of docs/design.md) that it defends; and running them.
 
-For authors of machines and trackers::
-
-    from pageferry.testing import check_log_dirty
-
-    check_log_dirty(lambda config: MyVm(config))
-
-It knows the protocols ``Vm`` and ``LogDirty`` and nothing else. Each check has a name and the law (of docs/design.md)
-that it defends; the first one that fails raises :class:`ConformanceError`.
+It knows the protocols ``Machine`` and ``LogDirty`` and no machine.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,4 +1,7 @@
-"""Finding where one JSON value of a byte stream ends: QMP clients need not end a command with a newline."""
+"""Finding where one JSON value of a byte stream ends.
+
+QMP clients need not end a command with a newline, and QEMU's own client for Python does not.
+"""
 
 _MAX_VALUE_BYTES = 1 << 20
 _SPACE = b" \t\r\n"
