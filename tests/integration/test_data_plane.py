@@ -20,12 +20,11 @@ from pageferry.engine import features
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
 from pageferry.engine.pages import lanes
-from pageferry.engine.pages.receive import Activity, PageWriter, Receiver, read_stream
+from pageferry.engine.pages.receive import PageWriter, Receiver
 from pageferry.engine.verify.prove import VerifyMode
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.stream import packing as packing_module
-from pageferry.stream.codec import Decoder
 from pageferry.stream.ferry import Join, Reached, Side, SourceHello
 from pageferry.stream.format import PageType
 from pageferry.stream.packing import Packing, available, packer
@@ -399,28 +398,6 @@ def test_a_wrong_page_is_found_while_the_guest_runs_whichever_connection_it_came
 def test_impossible_numbers_of_connections_are_refused(connections):
     with pytest.raises(UsageError, match=f"{connections} connections are not possible"):
         WireOptions(connections=connections)
-
-
-def test_a_connection_with_nothing_to_carry_is_not_stalled_while_another_carries():
-    now = [0.0]
-    activity = Activity(lambda: now[0])
-    stalls = []
-
-    class Idle:
-        timeout_s = 30
-
-        def readable(self, wait_s):
-            now[0] += 30
-            stalls.append(now[0])
-            if len(stalls) < 3:
-                now[0] -= 1
-                activity.note()  # another connection, a second ago
-                now[0] += 1
-            return False
-
-    with pytest.raises(TimeoutError):
-        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity))
-    assert stalls == [30, 60, 90]
 
 
 # -- fences ------------------------------------------------------------------------------------------------------------

@@ -100,17 +100,14 @@ class PostcopyClient:
             TransportError: it was aborted, and the guest is lost.
         """
         try:
-            connected: Peer | None = peer
-            while connected is not None:
-                reason = self._take(connected)
-                if reason is None:
-                    return
-                connected = self._source_that_returns(reason)
-            if not self._released:
+            cut = self._take_until_cut(peer)
+            while cut is not None and (returned := self._source_that_returns(cut)) is not None:
+                cut = self._take_until_cut(returned)
+            if cut is not None and not self._released:
                 why = "given up before all pages had come, and the guest is lost"
                 raise TransportError(why, phase=str(Phase.POSTCOPY), guest_at=GuestAt.DESTINATION)
         finally:
-            self.close()  # the guest has ended: another vCPU than the one that ended it may wait for a page
+            self.close()  # a guest that has ended may have another vCPU that waits for a page
 
     def see_off(self) -> None:
         """Tell the source, when all is there, that it may drop its copy, over as many connections as it takes.
@@ -146,8 +143,8 @@ class PostcopyClient:
 
     # -- one connection --------------------------------------------------------------------------------------------
 
-    def _take(self, peer: Peer) -> str | None:
-        """Take pages over one connection; return None when all are there, or why it ended."""
+    def _take_until_cut(self, peer: Peer) -> str | None:
+        """Take pages over one connection; return None when all are there, or why it was cut."""
         try:
             self.take_from(peer)
         except Exception as error:  # whatever it is: what has come stays, and another connection may do better
@@ -167,8 +164,10 @@ class PostcopyClient:
         with self._asking:
             self._peer = peer
             self._pager.start_over()
-        if self._is_over():  # said by somebody who knew only the connection before, or none
-            self._release(peer) if self._released else peer.channel.abort()
+        if self._released:  # said when there was another connection, or none
+            self._release(peer)
+        elif self._aborted.is_set():
+            peer.channel.abort()
         self._ask_urgently()
         while self._pager.missing_pages:
             self._ask_ahead(peer)

@@ -1,0 +1,245 @@
+"""Pages that come in: one connection's writer, all connections of a migration with one clock, storage ahead."""
+
+import socket
+import threading
+
+import numpy as np
+import pytest
+from at_work import until
+
+from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import RecordError, TransportError, VmError
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.memory import GuestMemory
+from pageferry.engine.pages.receive import Activity, PageWriter, Populator, Receiver, read_stream
+from pageferry.engine.verify.compare import ReceivedPages
+from pageferry.engine.wire.channel import Channel
+from pageferry.stream.codec import Decoder, Encoder
+from pageferry.stream.format import EXTENSIONS, PageType, carries_data
+from pageferry.stream.order import Role
+from pageferry.stream.records import (
+    DeltaPages,
+    End,
+    Fence,
+    PackedPages,
+    PageDataHeader,
+    StaticDataEnd,
+    StreamHeader,
+    ZeroPages,
+)
+
+GIVE_UP_S = 60
+
+
+def gfns(*numbers):
+    return np.array(numbers, np.uint64)
+
+
+@pytest.fixture
+def memory():
+    made = GuestMemory.linear(8 << 20)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pages(memory):
+    return ReceivedPages(memory, audits=False)
+
+
+def page_of(memory, gfn):
+    return memory.read(gfn * PAGE_SIZE, PAGE_SIZE)
+
+
+# -- the writer --------------------------------------------------------------------------------------------------------
+
+
+class Content:
+    """A channel that has each page full of its place in the record."""
+
+    def receive_into(self, views):
+        at = 0
+        for view in views:
+            for begin in range(0, len(view), PAGE_SIZE):
+                view[begin : begin + PAGE_SIZE] = bytes([at + 1]) * PAGE_SIZE
+                at += 1
+
+
+def page_data(*pfns, types=None):
+    numbers = gfns(*pfns)
+    kinds = np.full(numbers.size, PageType.NOTAB, np.uint8) if types is None else np.array(types, np.uint8)
+    return PageDataHeader(pfns=numbers, types=kinds, payload_bytes=int(carries_data(kinds).sum()) * PAGE_SIZE, offset=0)
+
+
+def test_page_data_lands_where_it_belongs_in_any_order(memory, pages):
+    PageWriter(Content(), pages).page_data(page_data(7, 3, 4))
+    assert [page_of(memory, gfn)[0] for gfn in (7, 3, 4)] == [1, 2, 3]
+
+
+def test_pages_without_content_and_removed_ones_are_told_apart(memory, pages):
+    kinds = [PageType.NOTAB, PageType.XALLOC, PageType.XTAB]
+    writer = PageWriter(Content(), pages)
+    writer.page_data(page_data(3, 4, 5, types=kinds))
+    assert pages.removed().tolist() == [5]
+    assert page_of(memory, 4) == bytes(PAGE_SIZE)
+    writer.zero_pages(ZeroPages(pfns=gfns(3, 5)))
+    assert page_of(memory, 3) == bytes(PAGE_SIZE)
+    assert pages.removed().size == 0
+
+
+@pytest.mark.parametrize(("gfn", "why"), [(1 << 40, "outside the guest"), (512, "belongs on another connection")])
+def test_a_page_that_is_not_this_connections_is_refused_in_every_record(pages, gfn, why):
+    writer = PageWriter(Content(), pages, index=0, connections=2)
+    for refused in (
+        lambda: writer.page_data(page_data(gfn)),
+        lambda: writer.zero_pages(ZeroPages(pfns=gfns(gfn))),
+        lambda: writer.packed_pages(PackedPages(pfns=gfns(gfn), data=b"")),
+        lambda: writer.delta_pages(DeltaPages(pfns=gfns(gfn), data=b"")),
+    ):
+        with pytest.raises(RecordError, match=why):
+            refused()
+
+
+def test_packed_pages_that_were_not_agreed_on_are_refused(pages):
+    with pytest.raises(RecordError, match="nothing was agreed"):
+        PageWriter(Content(), pages).packed_pages(PackedPages(pfns=gfns(1), data=b""))
+
+
+# -- all connections ---------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_with_nothing_to_carry_is_not_stalled_while_another_carries():
+    now = [0.0]
+    activity = Activity(lambda: now[0])
+    stalls = []
+
+    class Idle:
+        timeout_s = 30
+
+        def readable(self, wait_s):
+            now[0] += 30
+            stalls.append(now[0])
+            if len(stalls) < 3:
+                now[0] -= 1
+                activity.note()  # another connection, a second ago
+                now[0] += 1
+            return False
+
+    with pytest.raises(TimeoutError):
+        next(read_stream(Idle(), Decoder(zero_copy=True), None, activity))
+    assert stalls == [30, 60, 90]
+
+
+@pytest.fixture
+def wires():
+    """Three connections: what the source has of each, and what the destination has."""
+    pairs = [socket.socketpair() for _ in range(3)]
+    ends = [[Channel(end, GIVE_UP_S) for end in side] for side in zip(*pairs, strict=True)]
+    yield ends
+    for channel in [*ends[0], *ends[1]]:
+        channel.close()
+
+
+class Reading(threading.Thread):
+    """A destination that reads; ``events`` so far, ``error`` that it ended with."""
+
+    def __init__(self, channels, pages):
+        super().__init__(daemon=True)
+        self.events, self.error = [], None
+        self._receiver = Receiver(channels, pages, agreed=EXTENSIONS)
+        self.start()
+
+    def run(self):
+        try:
+            with self._receiver as receiver:
+                for event in receiver.events():
+                    self.events.append(event)
+        except Exception as error:
+            self.error = error
+
+    def ended(self):
+        self.join(GIVE_UP_S)
+        assert not self.is_alive()
+        return self.error
+
+
+def begun(channels):
+    """Encoders of a stream and its sections, each begun."""
+    encoders = [Encoder(Role.SECTION if index else Role.WRITER) for index in range(len(channels))]
+    for channel, encoder in zip(channels, encoders, strict=True):
+        channel.send([encoder.header(agreed=EXTENSIONS), encoder.record(StaticDataEnd())])
+    return encoders
+
+
+def test_a_fence_is_reached_when_all_connections_have_come_to_it(wires, memory, pages):
+    ours, theirs = wires
+    reading = Reading(theirs, pages)
+    encoders = begun(ours)
+    memory.write(1024 * PAGE_SIZE, b"old")
+    ours[0].send([encoders[0].page_data(gfns(0), np.array([PageType.XALLOC], np.uint8))])
+    for index in (0, 1):
+        ours[index].send([encoders[index].record(Fence(number=0))])
+    until(lambda: reading._receiver._reached == [0, -1], "fence of the second connection")
+    assert not any(isinstance(event, Fence) for event in reading.events)
+    ours[2].send([encoders[2].record(ZeroPages(pfns=gfns(1024))), encoders[2].record(Fence(number=0))])
+    until(lambda: any(isinstance(event, Fence) for event in reading.events), "fence")
+    assert page_of(memory, 1024) == bytes(PAGE_SIZE)
+    ours[0].abort()
+    assert reading.ended() is not None
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_a_connection_that_is_cut_ends_the_reading_of_all(wires, pages, cut):
+    ours, theirs = wires
+    reading = Reading(theirs, pages)
+    begun(ours)
+    ours[cut].abort()
+    error = reading.ended()
+    assert isinstance(error, TransportError)
+    assert error.reason == f"connection {cut + 1} was cut"
+    for channel in theirs[1:]:
+        with pytest.raises(OSError, match=r"closed|Bad file"):
+            channel.send([b"x"])
+
+
+def test_a_page_on_the_wrong_connection_ends_the_reading_of_all(wires, pages):
+    ours, theirs = wires
+    reading = Reading(theirs, pages)
+    encoders = begun(ours)
+    ours[2].send([encoders[2].record(ZeroPages(pfns=gfns(0)))])
+    error = reading.ended()
+    assert isinstance(error, RecordError)
+    assert "another connection" in str(error)
+
+
+def test_one_connection_is_read_up_to_its_end(memory, pages, wires):
+    ours, theirs = wires
+    encoder = Encoder(Role.SECTION)
+    ours[0].send([encoder.header(agreed=EXTENSIONS), encoder.record(StaticDataEnd())])
+    memory.write(3 * PAGE_SIZE, b"old")
+    ours[0].send([encoder.record(ZeroPages(pfns=gfns(3))), encoder.record(Fence(number=4)), encoder.record(End())])
+    decoder = Decoder(zero_copy=True, gfn_limit=memory.gfn_limit, agreed=EXTENSIONS, role=Role.SECTION)
+    events = list(read_stream(theirs[0], decoder, PageWriter(theirs[0], pages), Activity()))
+    assert [type(event) for event in events] == [StreamHeader, StaticDataEnd, Fence, End]
+    assert page_of(memory, 3) == bytes(PAGE_SIZE)
+
+
+# -- storage ahead of arrival ------------------------------------------------------------------------------------------
+
+
+def test_runs_that_are_hinted_at_get_storage_as_far_as_they_are_ram(memory):
+    limit = memory.gfn_limit
+    with Populator(memory, ((8, 4), (limit - 2, 1 << 40), (limit, 5), (1 << 50, 1))):
+        until(lambda: int(memory.populated()[1].sum()) == 6, "storage")
+    assert expand_runs(*memory.populated()).tolist() == [8, 9, 10, 11, limit - 2, limit - 1]
+    assert page_of(memory, 8) == bytes(PAGE_SIZE)
+
+
+def test_a_host_that_refuses_storage_ahead_is_no_obstacle(memory, monkeypatch):
+    def refuse(starts, lengths):
+        raise VmError("no memory")
+
+    monkeypatch.setattr(memory, "populate", refuse)
+    with Populator(memory, ((8, 4),)):
+        pass
+    assert memory.populated()[0].size == 0
