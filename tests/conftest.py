@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 from machines import KINDS
 from proxy import Wire
+from tiers import sample
 
 from pageferry.cli import main
 from pageferry.core.errors import KvmError, UnsupportedError, VmError
@@ -127,6 +128,16 @@ def smallest_ring_bytes(kvm_support):
 
 @pytest.fixture(params=["kvm", "soft"])
 def accel(request):
+    if request.param == "kvm":
+        request.getfixturevalue("kvm_support")
+    return request.param
+
+
+@pytest.fixture(
+    params=sample(["kvm", "soft"], "a process is the same around either machine", quick=["soft"]),
+)
+def process_accel(request):
+    """The accel of guests that live in processes of their own, which are dear."""
     if request.param == "kvm":
         request.getfixturevalue("kvm_support")
     return request.param

@@ -137,10 +137,10 @@ def elf(code):
         ("f4", 9, "crashed"),  # hlt, in ring 3
     ],
 )
-def test_a_program_of_ones_own(tmp_path, accel, code, returncode, says):
+def test_a_program_of_ones_own(tmp_path, process_accel, code, returncode, says):
     file = tmp_path / "mine.elf"
     file.write_bytes(elf(bytes.fromhex("66baf803b068ee" + code)))  # 'h' to the console first
-    result = cli("run", file, "--memory", "8M", "--accel", accel)
+    result = cli("run", file, "--memory", "8M", "--accel", process_accel)
     assert result.returncode == returncode, result.stderr
     assert result.stdout == "h"
     assert says in result.stderr
@@ -231,13 +231,13 @@ def test_demo_of_a_guest_with_interrupt_controllers(kvm_support):
     assert devices[-4:] == ["kvm-pic0", "kvm-pic1", "kvm-ioapic", "kvm-pit"]
 
 
-def test_demo_prints_one_json_object(accel):
-    result = cli("demo", "--accel", accel, "--memory", "64M", "--downtime-limit", "60000", "--json")
+def test_demo_prints_one_json_object(process_accel):
+    result = cli("demo", "--accel", process_accel, "--memory", "64M", "--downtime-limit", "60000", "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["status"] == "completed"
     assert report["verified"] is True
-    assert report["source_accel"] == accel
+    assert report["source_accel"] == process_accel
     assert report["oracle"] is None
     assert sum(report["sent"]["heat"]["pages"]) == report["sent"]["pages"]
     spent = report["guest_time"]
@@ -247,9 +247,18 @@ def test_demo_prints_one_json_object(accel):
     assert "round 0" in result.stderr
 
 
-def test_a_demo_that_the_oracle_watches(accel):
+def test_a_demo_that_the_oracle_watches(process_accel):
     result = cli(
-        "demo", "--accel", accel, "--oracle", "digests", "--memory", "32M", "--downtime-limit", "60000", "--json"
+        "demo",
+        "--accel",
+        process_accel,
+        "--oracle",
+        "digests",
+        "--memory",
+        "32M",
+        "--downtime-limit",
+        "60000",
+        "--json",
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
@@ -288,11 +297,11 @@ def test_a_disk_that_is_full_spoils_the_picture_and_not_the_migration(tmp_path):
     assert "migration completed" in result.stdout
 
 
-def test_demo_of_a_guest_with_two_vcpus(accel):
+def test_demo_of_a_guest_with_two_vcpus(process_accel):
     result = cli(
         "demo",
         "--accel",
-        accel,
+        process_accel,
         "--memory",
         "64M",
         "--cpus",

@@ -20,8 +20,8 @@ from pageferry.vmm.qmp_client import QmpClient
 
 
 @pytest.fixture
-def start(start, accel):
-    return lambda *arguments: start(*arguments, "--accel", accel)
+def start(start, process_accel):
+    return lambda *arguments: start(*arguments, "--accel", process_accel)
 
 
 @pytest.fixture

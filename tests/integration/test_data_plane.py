@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from at_work import runs_on, work
+from tiers import sample
 from trips import Rounds
 
 from pageferry.core.bitmap import expand_runs
@@ -103,7 +104,9 @@ def test_a_destination_that_takes_up_what_was_not_offered_is_refused(guests, mov
     assert not vm.log_dirty.enabled
 
 
-@pytest.mark.parametrize("workload", ["random", "sweep"])
+@pytest.mark.parametrize(
+    "workload", sample(["random", "sweep"], "one guest that writes all the time", quick=["random"])
+)
 def test_a_running_guest_among_zero_pages_arrives_equal(guests, move, workload):
     vm = guests(workload)
     fill(vm, FREE, 0)
@@ -185,7 +188,7 @@ def expect_as_before(vm, move):
     trip.expect_equal()
 
 
-@pytest.mark.parametrize("connections", [2, 3, 4])
+@pytest.mark.parametrize("connections", sample([2, 3, 4], "three are neither a pair nor a power of two", quick=[3]))
 def test_every_page_travels_on_its_own_connection_in_order(guests, move, connections):
     vm = guests("idle")
     fill(vm, WIDE, 1)
@@ -211,7 +214,9 @@ def test_every_page_travels_on_its_own_connection_in_order(guests, move, connect
     assert sum(zeros) == sum(stats.zero_pages for stats in report.rounds)
 
 
-@pytest.mark.parametrize("workload", ["random", "hotset"])
+@pytest.mark.parametrize(
+    "workload", sample(["random", "hotset"], "one guest that writes all the time", quick=["hotset"])
+)
 def test_a_running_guest_moves_over_several_connections(guests, move, workload):
     vm = guests(workload)
     fill(vm, WIDE, 3)
@@ -224,8 +229,8 @@ def test_a_running_guest_moves_over_several_connections(guests, move, workload):
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
-@pytest.mark.parametrize("connection", [0, 1, 2])
-@pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.parametrize("connection", sample([0, 1, 2], "a first and another connection are two kinds", quick=[0, 2]))
+@pytest.mark.parametrize("when", sample([0, 2], "a later round is like the first", quick=[2]))
 def test_a_lost_connection_fails_the_migration_whichever_it_is(guests, move, side, connection, when):
     vm = guests("idle")
     fill(vm, WIDE, 1)
@@ -515,7 +520,7 @@ def test_packed_pages_arrive_and_those_that_do_not_get_smaller_go_as_they_are(gu
     assert (traffic.packed_pages, traffic.packed_bytes) == (sum(e.pfns.size for e in packed), on_the_wire)
 
 
-@pytest.mark.parametrize("workload", ["random", "kv"])
+@pytest.mark.parametrize("workload", sample(["random", "kv"], "kv checks itself", quick=["kv"]))
 def test_a_running_guest_moves_packed(guests, move, packing, workload):
     vm = guests(workload)
     vm.resume()
@@ -594,7 +599,7 @@ def test_of_a_page_that_is_sent_again_and_again_only_the_change_travels(guests, 
     assert (traffic.delta_pages, traffic.delta_bytes) == (3 * WIDE.size, on_the_wire)
 
 
-@pytest.mark.parametrize("workload", ["hotset", "kv"])
+@pytest.mark.parametrize("workload", sample(["hotset", "kv"], "kv checks itself", quick=["kv"]))
 def test_a_running_guest_moves_by_its_changes(guests, move, packing, workload):
     vm = guests(workload)
     vm.resume()

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from at_work import runs_on, work
+from tiers import sample
 from trips import TIMEOUT_S, Rounds, Running
 
 from mutation.mark_faults import MarksNothing
@@ -95,7 +96,12 @@ def expect_as_before(vm, inn, source):
     assert runs_on(inn.outcome())
 
 
-@pytest.mark.parametrize("workload", ["kv", "hotset", "sweep", "idle", "dma", "timers"])
+@pytest.mark.parametrize(
+    "workload",
+    sample(
+        ["kv", "hotset", "sweep", "idle", "dma", "timers"], "to the engine guests differ little", quick=["kv", "dma"]
+    ),
+)
 def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
     vm = guests(workload)
     events = []
@@ -170,7 +176,12 @@ def test_a_page_that_the_tracker_lost_ends_the_migration_and_the_guest_stays(run
     expect_as_before(vm, inn, source)
 
 
-@pytest.mark.parametrize(("cpus", "workload"), [(2, "smp"), (4, "smp"), (8, "kv"), (3, "hotset")])
+@pytest.mark.parametrize(
+    ("cpus", "workload"),
+    sample(
+        [(2, "smp"), (4, "smp"), (8, "kv"), (3, "hotset")], "to the engine guests differ little", quick=[(2, "smp")]
+    ),
+)
 def test_a_guest_with_several_vcpus_moves_and_each_runs_on(guests, inn, accel, cpus, workload):
     vm = guests(workload, cpus=cpus)
     vm.resume()
@@ -261,7 +272,9 @@ def corrupting(inn, change):
     return plain
 
 
-@pytest.mark.parametrize("workload", ["kv", "random", "sweep", "idle"])
+@pytest.mark.parametrize(
+    "workload", sample(["kv", "random", "sweep", "idle"], "to the engine guests differ little", quick=["kv"])
+)
 def test_an_audit_proves_memory_while_the_guest_runs(running, inn, workload):
     vm = running(workload)
     equal = []
@@ -455,7 +468,12 @@ def test_a_page_that_only_the_destination_has_fails_closed(running, inn):
     expect_as_before(vm, inn, source)
 
 
-@pytest.mark.parametrize("cut_after_bytes", [0, 10, 16, 100, 300, 500, 5_000, 150_000])
+CUTS = [0, 10, 16, 100, 300, 500, 5_000, 150_000]
+
+
+@pytest.mark.parametrize(
+    "cut_after_bytes", sample(CUTS, "a cut before, in and after the hello", quick=[0, 300, 150_000])
+)
 def test_a_cut_leaves_the_guest_here(running, inn, wires, cut_after_bytes):
     vm = running()
     wire = wires(inn.open(), cut_after_bytes=cut_after_bytes or 1)

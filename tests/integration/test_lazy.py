@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 from at_work import runs_on, slots, until
+from tiers import sample
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UnsupportedError, VmError
@@ -94,7 +95,9 @@ def machine(request):
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("dma", 1), ("smp", 2)])
+@pytest.mark.parametrize(
+    ("workload", "cpus"), sample([("kv", 1), ("dma", 1), ("smp", 2)], "two vCPUs wait as one does", quick=[("smp", 2)])
+)
 def test_only_what_is_touched_is_read_while_the_rest_waits(saved, held, restored, machine, workload, cpus):
     path, original = saved(workload, cpus=cpus, working_set_bytes=8 * MiB, memory_bytes=64 * MiB)
     vm, lazy = restored(path, machine)

@@ -1,6 +1,5 @@
 """Post-copy over real machines and real sockets: nothing is lost, nothing late overwrites, whatever is cut and when."""
 
-import random
 import socket
 import threading
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from at_work import runs_on, slots, until
+from tiers import sample
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
@@ -197,7 +197,14 @@ def patience(monkeypatch):
     monkeypatch.setattr(connections, "_PATIENCE_S", GIVE_UP_S)
 
 
-@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("hotset", 1), ("dma", 1), ("smp", 2), ("timers", 1)])
+@pytest.mark.parametrize(
+    ("workload", "cpus"),
+    sample(
+        [("kv", 1), ("hotset", 1), ("dma", 1), ("smp", 2), ("timers", 1)],
+        "a vCPU waits for pages, or two, or a device",
+        quick=[("dma", 1), ("smp", 2)],
+    ),
+)
 def test_a_running_guest_switches_and_runs_on(guests, inn, leave, workload, cpus):
     vm = running(guests, workload, cpus=cpus)
     events = []
@@ -305,10 +312,12 @@ def scissors(monkeypatch):
     return budgets
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("attempt", sample(range(4), "more of the same", quick=[0]))
 @pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("smp", 2)])
-def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(guests, inn, leave, scissors, seed, workload, cpus):
-    cuts = [random.Random(seed * 10 + i).randrange(LATE_PAGES * PAGE_SIZE // 4) for i in range(3)]
+def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(
+    guests, inn, leave, scissors, dice, attempt, workload, cpus
+):
+    cuts = [dice.randrange(LATE_PAGES * PAGE_SIZE // 4) for _ in range(3)]
     scissors += cuts
     vm = running(guests, workload, cpus=cpus)
     events = []
@@ -405,10 +414,9 @@ class SwitchWithAll:
         return Decision(action=Action.POST_COPY, reason="so")
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, shears, seed):
+@pytest.mark.parametrize("attempt", sample(range(20), "more of the same", quick=range(2)))
+def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, shears, dice, attempt):
     """What it should have is played through on the host, round by round (docs/guest-abi.md, ``stamp``)."""
-    dice = random.Random(seed)
     pages = 2048
     for _ in range(dice.randrange(3)):  # these while there is surely much left that is waited for
         by, most = dice.choice([(Side.SOURCE, 30 * PAGE_SIZE), (Side.DESTINATION, 600)])
@@ -418,7 +426,7 @@ def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm
         shears.append(Cut(by, int(most ** dice.random())))
     vm = make_vm(VmConfig(memory_bytes=32 * MiB))
     try:
-        params = GuestParams(working_set_bytes=pages * PAGE_SIZE, rate=300, seed=seed)
+        params = GuestParams(working_set_bytes=pages * PAGE_SIZE, rate=300, seed=dice.getrandbits(64))
         oracle = StampOracle(boot(vm, load_workload("stamp"), params=params))
         vm.resume()
         runs_on(vm)

@@ -13,6 +13,7 @@ import pytest
 from at_work import until
 from processes import GIVE_UP_S, cli, one_line
 from qemu.qmp import ExecuteError, QMPClient
+from tiers import sample
 
 from pageferry.core.host_cpu import HostCpu
 from pageferry.kvm import probe
@@ -25,10 +26,10 @@ GUEST = ("kv", "--memory", "32M", "--working-set", "4M")
 
 
 @pytest.fixture
-def processes(start, accel):
+def processes(start, process_accel):
     def make(kind):
         arguments = ("run", *GUEST) if kind == "source" else ("receive", "tcp://127.0.0.1:0")
-        return start(*arguments, "--accel", accel)
+        return start(*arguments, "--accel", process_accel)
 
     return make
 
@@ -38,7 +39,7 @@ def migrate(source, uri, *arguments):
     return cli("migrate", "--control", source.control, uri, *limit, *arguments)
 
 
-def test_a_guest_moves_by_the_command_line(processes, accel):
+def test_a_guest_moves_by_the_command_line(processes, process_accel):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
     assert destination.status() == "inmigrate"
@@ -47,7 +48,7 @@ def test_a_guest_moves_by_the_command_line(processes, accel):
     report = json.loads(result.stdout)
     assert report["status"] == "completed"
     assert report["guest_at"] == "destination"
-    assert report["source_accel"] == report["destination_accel"] == accel
+    assert report["source_accel"] == report["destination_accel"] == process_accel
     assert report["memory_bytes"] == 32 << 20
     assert report["verified"] is True
     assert report["verified_pages"] > 0
@@ -132,9 +133,9 @@ def test_a_guest_with_all_of_the_host_is_refused_where_that_is_not_had(start, kv
     assert soft.status() == "inmigrate"
 
 
-def test_a_guest_that_sees_the_cpu_of_its_host_is_warned_of(start, accel):
-    shown = accel == "kvm" and not probe().exact_cpuid
-    process = start("run", *GUEST, "--accel", accel)
+def test_a_guest_that_sees_the_cpu_of_its_host_is_warned_of(start, process_accel):
+    shown = process_accel == "kvm" and not probe().exact_cpuid
+    process = start("run", *GUEST, "--accel", process_accel)
     host = process.ask("x-query-guest")["host_cpu"]
     if host is None:
         pytest.skip("this host does not tell what CPU it has")
@@ -219,6 +220,7 @@ BEFORE_COMMIT = {
     "verify": u32(FrameType.DIGESTS),
     "ready": u32(FrameType.READY),
 }
+PHASES = sample(BEFORE_COMMIT, "one phase before the pause and one behind it", quick=["pre-copy", "ready"])
 
 
 def kill_during(marker, victim, source, destination, wires):
@@ -236,7 +238,7 @@ def kill_during(marker, victim, source, destination, wires):
     return results[0]
 
 
-@pytest.mark.parametrize("phase", BEFORE_COMMIT)
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_destination_leaves_the_guest_running(processes, wires, phase):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
@@ -264,7 +266,7 @@ def test_a_destination_killed_with_the_commit_under_way_is_unknown(processes, wi
     assert second.returncode == 0, second.stderr
 
 
-@pytest.mark.parametrize("phase", BEFORE_COMMIT)
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_killed_source_leaves_the_destination_waiting(processes, wires, phase):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
@@ -326,10 +328,10 @@ def test_nobody_pauses_a_guest_that_is_being_handed_over(processes, wires):
     assert destination.runs_on()
 
 
-def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_path, accel, background):
+def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_path, process_accel, background):
     control = tmp_path / "x.sock"
     for leaves in (False, True):
-        popen = background("run", *GUEST, "--control", control, "--accel", accel, stderr=subprocess.DEVNULL)
+        popen = background("run", *GUEST, "--control", control, "--accel", process_accel, stderr=subprocess.DEVNULL)
         if leaves:
             popen.stdout.close()
         until(control.is_socket, "control socket")

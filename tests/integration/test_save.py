@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from at_work import runs_on, slots
+from tiers import sample
 
 from mutation.mark_faults import MarksNothing
 from pageferry.core.bitmap import expand_runs
@@ -86,7 +87,10 @@ def expect_as_before(vm, path, save):
 OTHER = {"kvm": Domain, "soft": KvmVm}
 
 
-@pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("dma", 1), ("timers", 1), ("smp", 2)])
+@pytest.mark.parametrize(
+    ("workload", "cpus"),
+    sample([("kv", 1), ("dma", 1), ("timers", 1), ("smp", 2)], "to a file guests differ little", quick=[("smp", 2)]),
+)
 def test_a_guest_goes_through_a_file_to_the_other_machine_while_it_runs_on(
     running, path, restored, accel, workload, cpus, kvm_support
 ):
@@ -272,7 +276,14 @@ def test_a_guest_that_is_stopped_stays_stopped_until_somebody_knows_better(runni
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", [Phase.PRECOPY, Phase.STOP_AND_COPY, Phase.STATE, Phase.HANDOFF])
+@pytest.mark.parametrize(
+    "phase",
+    sample(
+        [Phase.PRECOPY, Phase.STOP_AND_COPY, Phase.STATE, Phase.HANDOFF],
+        "one phase before the pause and one behind it",
+        quick=[Phase.PRECOPY, Phase.HANDOFF],
+    ),
+)
 @pytest.mark.parametrize("stop", [False, True])
 def test_cancelled_in_any_phase_the_guest_runs_on_and_nothing_is_left(running, path, phase, stop):
     vm = running("kv")
