@@ -18,15 +18,8 @@ import typer
 from pageferry import __version__
 from pageferry.cli.client import Interrupted
 from pageferry.cli.commands import control, migrations, processes, tools
-from pageferry.cli.output import ERR, complain
-from pageferry.core.errors import (
-    GuestAt,
-    MigrationError,
-    PageferryError,
-    RemoteStreamError,
-    UnsupportedError,
-    UsageError,
-)
+from pageferry.cli.shell import ERR, complain, exit_code_of
+from pageferry.core.errors import PageferryError
 
 app = typer.Typer(
     name="pageferry",
@@ -80,7 +73,7 @@ def run() -> None:
             complain(str(error), error.hint)
         else:
             complain(f"internal error: {error!r}", "this is a defect: pageferry --debug ... shows where")
-        code = _exit_code(error)
+        code = exit_code_of(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -100,15 +93,3 @@ def _main(
     if context.invoked_subcommand is None:
         ERR.print(context.get_help(), markup=False, soft_wrap=True)
         raise typer.Exit(2)
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, UsageError):
-        return 2
-    if isinstance(error, MigrationError):
-        return {GuestAt.SOURCE: 3, GuestAt.UNKNOWN: 4, GuestAt.DESTINATION: 11}[error.guest_at]
-    if isinstance(error, UnsupportedError):
-        return 5
-    if isinstance(error, RemoteStreamError):
-        return 7
-    return 6 if isinstance(error, PageferryError) else 1

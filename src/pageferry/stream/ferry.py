@@ -85,7 +85,6 @@ from pageferry.stream.ferry_frames import (
     SourceHello,
 )
 from pageferry.stream.ferry_order import Conversation, Phase, Side
-from pageferry.stream.ferry_peer import what_it_looks_like
 from pageferry.stream.ferry_postcopy import Complete, Dropped, Missing, Pages, Recover, Recovered, Switch, Wanted
 from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
@@ -118,7 +117,6 @@ __all__ = [
     "SourceHello",
     "Switch",
     "Wanted",
-    "what_it_looks_like",
 ]
 
 MAGIC = b"\x89PGFERRY"
@@ -127,6 +125,17 @@ PROTOCOL_VERSION = 2
 PREAMBLE_REST = Struct("<II")
 #: type u32, body length u32.
 FRAME_HEADER = Struct("<II")
+#: How others begin that answer at a wrong port, or call at ours.
+_STRANGERS: tuple[tuple[bytes, str], ...] = (
+    (b"\xff" * 8, "a bare libxc stream"),
+    (b"QEVM", "a QEMU migration stream"),
+    (b'{"QMP"', "a QMP control socket"),
+    (b"SSH-", "an SSH peer"),
+    (b"HTTP/", "an HTTP server"),
+    (b"GET ", "an HTTP client"),
+    (b"\x15\x03", "a TLS server"),
+    (b"\x16\x03", "a TLS client"),
+)
 
 
 class FerryEncoder:
@@ -330,7 +339,9 @@ class FerryDecoder:
         return frame
 
     def _not_pageferry(self, first_bytes: bytes) -> RemoteStreamError:
+        begins = f"something that begins with {first_bytes!r}"
+        looks_like = next((name for start, name in _STRANGERS if first_bytes.startswith(start)), begins)
         return RemoteStreamError(
-            f"the peer is not pageferry; it looks like {what_it_looks_like(first_bytes)}",
+            f"the peer is not pageferry; it looks like {looks_like}",
             hint="check host and port; a guest is received by `pageferry receive`",
         )

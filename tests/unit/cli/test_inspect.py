@@ -20,9 +20,8 @@ from pageferry.cli.inspect import compared, print_differences, print_json, print
 from pageferry.cli.streams import WrongStreamError, opened, walked
 from pageferry.core.errors import UsageError
 from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.compare import Snapshot
+from pageferry.stream.compare import PageContents, Snapshot
 from pageferry.stream.format import PageType, RecordType, carries_data
-from pageferry.stream.page_contents import PageContents
 from pageferry.stream.records import PageDataHeader
 
 GOLDEN = Path(__file__).parents[2] / "golden"

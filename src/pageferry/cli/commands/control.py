@@ -9,8 +9,7 @@ import typer
 
 from pageferry.cli.console import ConsoleSession, raw_input
 from pageferry.cli.options import ControlOption, JsonOption
-from pageferry.cli.output import OUT, print_object, tell
-from pageferry.cli.signals import end_as_by_ctrl_c
+from pageferry.cli.shell import OUT, end_as_by_ctrl_c, print_object, tell
 from pageferry.cli.status import print_status
 from pageferry.vmm.qmp_client import QmpClient
 

@@ -31,10 +31,9 @@ from pageferry.cli.options import (
     vm_config,
     wire_options,
 )
-from pageferry.cli.output import ERR, OUT, complain, print_object, tell
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.signals import end_as_by_ctrl_c
+from pageferry.cli.shell import ERR, OUT, complain, end_as_by_ctrl_c, print_object, tell
 from pageferry.cli.status import print_witness
 from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel

@@ -23,8 +23,8 @@ from pageferry.cli.options import (
     WitnessOption,
     vm_config,
 )
-from pageferry.cli.output import ERR, tell
 from pageferry.cli.progress import ReadingView
+from pageferry.cli.shell import ERR, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_size

@@ -6,7 +6,7 @@ import typer
 
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.options import JsonOption
-from pageferry.cli.output import ERR, OUT, print_object
+from pageferry.cli.shell import ERR, OUT, print_object
 from pageferry.cli.streams import STANDARD_INPUT, opened
 from pageferry.core.errors import UsageError
 from pageferry.vmm.doctor import examine

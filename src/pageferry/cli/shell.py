@@ -1,11 +1,21 @@
-"""How every command speaks: results on standard output, all else on standard error."""
+"""How a command behaves in a shell: results on standard output, all else on standard error; signals; exit codes."""
 
 import json
 import re
+import signal
 from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+
+from pageferry.core.errors import (
+    GuestAt,
+    MigrationError,
+    PageferryError,
+    RemoteStreamError,
+    UnsupportedError,
+    UsageError,
+)
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
@@ -29,3 +39,22 @@ def print_object(value: dict[str, Any]) -> None:
     # A newline cannot be inside a JSON string.
     text = json.dumps(value, indent=2)
     print(re.sub(r"\[\n[-+.eE\d,\s]+\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text))
+
+
+def end_as_by_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP do what Ctrl-C does: cancel, and end whatever was started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that ends by an error; README.md lists them."""
+    if isinstance(error, UsageError):
+        return 2
+    if isinstance(error, MigrationError):
+        return {GuestAt.SOURCE: 3, GuestAt.UNKNOWN: 4, GuestAt.DESTINATION: 11}[error.guest_at]
+    if isinstance(error, UnsupportedError):
+        return 5
+    if isinstance(error, RemoteStreamError):
+        return 7
+    return 6 if isinstance(error, PageferryError) else 1
