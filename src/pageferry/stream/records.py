@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.stream import format as fmt
-from pageferry.stream import page_array, run_digests
+from pageferry.stream import run_digests
 from pageferry.stream.format import BodyError, RecordType
 
 
@@ -219,9 +219,9 @@ def body_of(record: PlainRecord) -> bytes:
         case Fence():
             return fmt.FENCE.pack(record.number, 0)
         case ZeroPages():
-            return page_array.pack(record.pfns)
+            return _page_array(record.pfns)
         case PackedPages() | DeltaPages():
-            return page_array.pack(record.pfns) + record.data
+            return _page_array(record.pfns) + record.data
         case TscInfo():
             return fmt.TSC_INFO.pack(record.mode, record.khz, record.nsec, record.incarnation, 0)
         case HvmParams():
@@ -288,17 +288,38 @@ def _parse_audit(body: bytes) -> Audit:
 
 
 def _parse_zero_pages(body: bytes) -> ZeroPages:
-    pfns, rest = page_array.parse(body)
+    pfns, rest = _parse_page_array(body)
     if rest:
         raise BodyError(f"a body of {len(body)} bytes holds more than {pfns.size} pages")
     return ZeroPages(pfns=pfns)
 
 
 def _parse_packed(body: bytes) -> tuple[GfnArray, bytes]:
-    pfns, data = page_array.parse(body)
+    pfns, data = _parse_page_array(body)
     if not 0 < len(data) < pfns.size * PAGE_SIZE:
         raise BodyError(f"{len(data)} bytes are not {pfns.size} pages packed")
     return pfns, data
+
+
+def _page_array(pfns: GfnArray) -> bytes:
+    # How each record of our own that names pages begins.
+    return fmt.PAGE_DATA_HEAD.pack(pfns.size, 0) + pfns.astype("<u8").tobytes()
+
+
+def _parse_page_array(body: bytes) -> tuple[GfnArray, bytes]:
+    # The pages (uint64[n], 1 to 1,024, strictly ascending, read-only), and what follows them.
+    count, reserved = fmt.PAGE_DATA_HEAD.unpack_from(body)
+    _reserved(reserved)
+    end = fmt.PAGE_DATA_HEAD.size + count * 8
+    if not 0 < count <= fmt.MAX_PAGES_PER_RECORD or len(body) < end:
+        raise BodyError(f"a body of {len(body)} bytes does not hold {count} pages")
+    pfns = np.frombuffer(body, "<u8", count, fmt.PAGE_DATA_HEAD.size).astype(np.uint64)
+    if int(pfns.max()) > fmt.PFN_MASK:
+        raise BodyError(f"entry {int(np.argmax(pfns > fmt.PFN_MASK))}: bits 63 to 52 are not 0")
+    if (pfns[1:] <= pfns[:-1]).any():
+        raise BodyError("the pages do not ascend")
+    pfns.flags.writeable = False
+    return pfns, body[end:]
 
 
 def _parse_hvm_params(body: bytes) -> HvmParams:
