@@ -275,7 +275,7 @@ def main() -> None:
                 continue
             print(
                 f"  {name:<24}{each['total_s']:6.2f} s, {each['sent_bytes'] / 2**20:6.1f} MiB, "
-                f"guest held {each['throttled_s']:5.2f} s, {each['downtime_s'] * 1e3:5.0f} ms down"
+                f"throttled for {each['throttled_s']:5.2f} s, {each['downtime_s'] * 1e3:5.0f} ms down"
             )
         return
     if options.ways:

@@ -51,7 +51,7 @@ class ProgressView:
             eta = eta_in_words(event.get("eta_s"), event.get("eta_reason", ""))
             self._bar.update(self._task, completed=event["sent_pages"] * PAGE_SIZE, eta=eta)
         elif kind == "PostcopyProgress":
-            self._show_late(event)
+            self._show_postcopy(event)
         elif kind == "Notice":
             self._console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
         elif kind == "Warned":
@@ -65,7 +65,7 @@ class ProgressView:
             if not self._held:
                 self._console.print(_round_line(event["stats"], event["decision"]), highlight=False, soft_wrap=True)
 
-    def _show_late(self, event: Json) -> None:
+    def _show_postcopy(self, event: Json) -> None:
         if self._task is None:
             self._task = self._bar.add_task("post-copy", total=event["missing_pages"] * PAGE_SIZE, eta="")
         eta = eta_in_words(event["eta_s"], event["eta_reason"])

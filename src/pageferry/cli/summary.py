@@ -136,8 +136,8 @@ def _timeline(report: Json) -> Table:
         ("stop-and-copy" if each["final"] else f"round {each['index']}", each["sent_pages"], each["duration_s"])
         for each in report["rounds"]
     ]
-    if (late := report["postcopy"]) is not None:
-        rows.append(("post-copy", late["sent_pages"], late["duration_s"]))
+    if (postcopy := report["postcopy"]) is not None:
+        rows.append(("post-copy", postcopy["sent_pages"], postcopy["duration_s"]))
     span = sum(duration_s for _, _, duration_s in rows) or 1.0
     table = Table.grid(padding=(0, 1))
     table.add_row(Text("rounds over time", style="bold"), "", "", "")

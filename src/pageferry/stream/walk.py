@@ -162,7 +162,10 @@ def _details(event: Event, body_offset: int) -> dict[str, Any]:
             return {"params": [list(pair) for pair in event.params]}
         case HvmContext():
             entries = context_entries(event, body_offset)
-            return {"entries": [_entry_details(entry, body_offset) for entry in entries], **_held(event, body_offset)}
+            return {
+                "entries": [_entry_details(entry, body_offset) for entry in entries],
+                **_machine_state(event, body_offset),
+            }
         case SkippedRecord():
             return {"skipped": "an optional record of a type that is not known"}
     return {}
@@ -180,7 +183,7 @@ def context_entries(context: HvmContext, body_offset: int) -> tuple[Entry, ...]:
         raise RecordError(error.reason, record=error.record, offset=body_offset + (error.offset or 0)) from error
 
 
-def _held(context: HvmContext, body_offset: int) -> dict[str, Any]:
+def _machine_state(context: HvmContext, body_offset: int) -> dict[str, Any]:
     """Tell whether a machine here could hold this state, and why not."""
     end = body_offset + len(context.data) + fmt.padding_bytes(len(context.data))
     try:
@@ -202,7 +205,5 @@ def _entry_details(entry: Entry, body_offset: int) -> dict[str, Any]:
         except RemoteStreamError as error:
             details["error"] = error.reason
         else:
-            details |= {
-                register: f"{getattr(vcpu, register):#x}" for register in ("rip", "rsp", "rflags", "cr0", "cr3")
-            }
+            details |= {register: f"{getattr(vcpu, register):#x}" for register in _REGISTERS}
     return details

@@ -173,7 +173,7 @@ def test_the_page_shows_each_round_each_part_and_each_cell_by_name():
     assert titles(rounds) == [
         "downtime: 300.0 ms",
         "round 0: 2,560 pages in 2.00 s",
-        "round 1: 256 pages in 500.0 ms, the guest held for 40%",
+        "round 1: 256 pages in 500.0 ms, the guest throttled for 40%",
         "stop-and-copy: 64 pages in 100.0 ms",
     ]
     assert titles(rates)[1] == "round 1: sent 2 MiB/s, dirtied 512 KiB/s"

@@ -49,8 +49,8 @@ def page(drawn: Picture) -> bytes:
         f"<ul>{words}</ul>" if words else "",
         "<h2>Rounds over time</h2>",
         _note(
-            "a bar a round; violet: the guest was held for a part of it; red: stop-and-copy; shaded: it stands still; "
-            "post-copy: what came while it ran at the destination"
+            "a bar a round; violet: the guest was throttled for a part of it; red: stop-and-copy; shaded: it stands "
+            "still; post-copy: what came while it ran at the destination"
         ),
         _timeline(drawn) if drawn.bars else _note("No round was made."),
         "<h2>Dirty against sent rate</h2>",
@@ -143,7 +143,7 @@ def _timeline(drawn: Picture) -> str:
 
 def _bar_title(bar: Bar) -> str:
     title = f"{bar.label}: {bar.sent_pages:,} pages in {format_duration(bar.ended_s - bar.began_s)}"
-    return f"{title}, the guest held for {bar.throttle:.0%}" if bar.throttle else title
+    return f"{title}, the guest throttled for {bar.throttle:.0%}" if bar.throttle else title
 
 
 def _rates(bars: tuple[Bar, ...]) -> str:

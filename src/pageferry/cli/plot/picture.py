@@ -18,7 +18,7 @@ class Bar:
 
     ``dirty_bytes_per_s``: what was dirty at its end by its length; None for the stop-and-copy, when nobody writes, and
     for post-copy, when it is not followed.
-    ``throttle``: the share of its time for which the guest was held, 0 to 1.
+    ``throttle``: the share of its time for which the guest was throttled, 0 to 1.
     """
 
     label: str
@@ -127,21 +127,21 @@ def _bars(report: Json) -> tuple[Bar, ...]:
                 final=stats["final"],
             )
         )
-    return (*bars, *_late_bar(report))
+    return (*bars, *_postcopy_bar(report))
 
 
-def _late_bar(report: Json) -> tuple[Bar, ...]:
-    late = report["postcopy"]
-    if late is None:
+def _postcopy_bar(report: Json) -> tuple[Bar, ...]:
+    postcopy = report["postcopy"]
+    if postcopy is None:
         return ()
-    sent_bytes = (late["sent_pages"] - late["zero_pages"]) * PAGE_SIZE
+    sent_bytes = (postcopy["sent_pages"] - postcopy["zero_pages"]) * PAGE_SIZE
     return (
         Bar(
             label="post-copy",
-            began_s=report["total_s"] - late["duration_s"],
+            began_s=report["total_s"] - postcopy["duration_s"],
             ended_s=report["total_s"],
-            sent_pages=late["sent_pages"],
-            sent_bytes_per_s=sent_bytes / late["duration_s"] if late["duration_s"] > 0 else 0.0,
+            sent_pages=postcopy["sent_pages"],
+            sent_bytes_per_s=sent_bytes / postcopy["duration_s"] if postcopy["duration_s"] > 0 else 0.0,
             dirty_bytes_per_s=None,
             throttle=0.0,
             final=False,
