@@ -3,11 +3,12 @@
 Postcondition on success: the guest is here, paused. On failure none is here, and none ever ran.
 """
 
+import contextlib
 from collections.abc import Callable
 
 from pageferry.core.errors import PageferryError
 from pageferry.core.frames import PAGES_PER_2M
-from pageferry.core.vm import AnyVm, Vm, VmConfig
+from pageferry.core.vm import AnyVm, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.room import expect_room
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -35,17 +36,14 @@ def restore(
         VmError: no machine here can hold this guest, or the file cannot be read.
         RemoteStreamError: the file has changed since it was opened.
     """
-    vm = make_vm(saved.config)
-    try:
-        _make_room(saved, vm)
+    with contextlib.ExitStack() as undo:
+        vm = _machine(saved, make_vm, undo)
         gfns = saved.data_pages
         for at in range(0, gfns.size, _STEP_PAGES):
             saved.load(vm.memory, gfns[at : at + _STEP_PAGES])
             on_progress(min(at + _STEP_PAGES, gfns.size), gfns.size)
         vm.load_state(saved.state)
-    except BaseException:
-        vm.close()
-        raise
+        undo.pop_all()
     return vm
 
 
@@ -63,24 +61,21 @@ def restore_lazily(
         UnsupportedError: this host or machine cannot wait for pages.
         UsageError, VmError: as for :func:`restore`.
     """
-    vm = make_vm(saved.config)
-    try:
-        _make_room(saved, vm)
+    with contextlib.ExitStack() as undo:
+        vm = _machine(saved, make_vm, undo)
         lazy = LazyRestore(saved, vm, on_failure=on_failure)
-        try:
-            vm.load_state(saved.state)
-        except BaseException:
-            lazy.close()
-            raise
-    except BaseException:
-        vm.close()
-        raise
+        undo.callback(lazy.close)
+        vm.load_state(saved.state)
+        undo.pop_all()
     lazy.read_ahead()
     return vm, lazy
 
 
-def _make_room(saved: SavedGuest, vm: Vm) -> None:
+def _machine(saved: SavedGuest, make_vm: Callable[[VmConfig], AnyVm], undo: contextlib.ExitStack) -> AnyVm:
+    """Return the machine of a saved guest, empty; closed by ``undo``."""
+    vm = make_vm(saved.config)
+    undo.callback(vm.close)
     expect_room(vm.memory, saved.data_pages.size)
-    removed = saved.removed
-    if removed.size:
+    if (removed := saved.removed).size:
         vm.remove_pages(removed)
+    return vm

@@ -1,1 +1,1 @@
-"""After a switch: pages that the guest needs at the destination and that are still at the source."""
+"""A guest that runs while some of its pages are missing: the pager, and the two ends of what follows a switch."""

@@ -136,10 +136,12 @@ def test_what_somebody_waits_for_comes_first_and_is_not_brought_again(pager, tou
     assert pager.needed(100).size == 0
     assert pager.ahead(100).tolist() == [3, 5, 7, 900]
     bring(pager, gfns(4))
-    assert toucher.waits
+    (need,) = pager._needs
+    assert not need.met.is_set()
     bring(pager, gfns(901))
     toucher.done()
     assert toucher.error is None
+    assert pager._needs == []
     assert pager.waits_ns().size == 1
 
 
