@@ -4,6 +4,7 @@ from array import array
 from typing import Any
 
 import numpy as np
+from soft import access
 
 from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
 from pageferry.core.bitmap import DirtyBitmap
@@ -11,7 +12,6 @@ from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.vm import LogDirtyStats
 from pageferry.guests.abi import STACK_BYTES, STACKS_TOP
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.npf import nested_page_fault
 from pageferry.hypervisor.p2m import P2MType
 
 fault = Faults(Room.HYPERVISOR)
@@ -27,7 +27,7 @@ def store_from_a_vcpu(domain: Domain) -> None:
     It stands for the interleaving that a fault needs, which so comes every time.
     """
     while domain.p2m.lookup(_STACK_GFN)[1] != P2MType.RAM_RW:
-        nested_page_fault(domain.p2m, domain.paging, _STACK_GFN, write=True)
+        access(domain, _STACK_GFN, write=True)
     (page,) = domain.memory.page_views(np.array([_STACK_GFN], np.uint64))
     page[0] = (page[0] + 1) & 0xFF
 

@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from soft import access
 from tiers import sample
 
 from pageferry.core.bitmap import DirtyBitmap
@@ -23,7 +24,7 @@ from pageferry.core.errors import GuestCrash, LogDirtyError, LogDirtyMemoryError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.npf import Resolution, nested_page_fault
+from pageferry.hypervisor.npf import Resolution
 from pageferry.hypervisor.p2m import WRITABLE, P2MType
 
 SMALL = 3 * 512 + 5
@@ -146,7 +147,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
         faults = self.paging.stats().fault_count if self.dirty is not None else 0
         if gfn in self.removed:
             with pytest.raises(GuestCrash):
-                nested_page_fault(domain.p2m, self.paging, gfn, write=True)
+                access(domain, gfn, write=True)
             return
         for _ in range(3):
             mfn, p2m_type = domain.p2m.lookup(gfn)
@@ -154,7 +155,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
                 break
             assert p2m_type == (P2MType.RAM_LOGDIRTY if gfn < self.pages else P2MType.MMIO_DM)
             expected = Resolution.RETRY if gfn < self.pages else Resolution.EMULATE
-            assert nested_page_fault(domain.p2m, self.paging, gfn, write=True) is expected
+            assert access(domain, gfn, write=True) is expected
         if gfn >= self.pages:
             return
         domain.machine.frame(mfn)[0] = value

@@ -188,7 +188,7 @@ class PagingWorld:
 
             return changed
 
-        for name in ("change_type", "change_types", "change_entry_type_global"):
+        for name in ("change_found", "change_types", "change_entry_type_global"):
             setattr(p2m, name, stepping(name, getattr(p2m, name)))
         clean = paging._ops.clean
 

@@ -240,8 +240,11 @@ class DirtyBitmap:
             ValueError: as :meth:`words_of`; no bit was moved.
         """
         where = self.words_of(gfns)
-        taken = DirtyBitmap(self.nbits)
-        taken.words[where] = self.words[where]
+        if where == slice(0, self.words.size):
+            taken = self.copy()  # all of the storage is touched: malloc's is cheaper
+        else:
+            taken = DirtyBitmap(self.nbits)
+            taken.words[where] = self.words[where]
         self.words[where] = 0
         return taken
 

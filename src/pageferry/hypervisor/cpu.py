@@ -252,17 +252,18 @@ class SoftVcpu:
         """Return ``(maddr, permissions)`` for an access, once it is allowed."""
         gfn, writable, executable = self._walker.translate(gva, write=write, fetch=fetch)
         mfn, p2m_type = self._p2m.lookup(gfn)
-        while p2m_type not in (WRITABLE if write else READABLE):
-            resolution = nested_page_fault(self._p2m, self.paging, gfn, write=write)
+        writes = p2m_type in WRITABLE
+        if not (writes if write else p2m_type in READABLE):
+            resolution = nested_page_fault(self.paging, gfn, p2m_type, write=write)
             if resolution is Resolution.DISCARD:  # no device has this gpa, so the bus ignores it; reads fill again
                 return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
             if resolution is Resolution.EMULATE:
                 if fetch:
                     raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
                 return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
-            mfn, p2m_type = self._p2m.lookup(gfn)
+            writes = True
         permissions = api.READ
-        if writable and p2m_type in WRITABLE:
+        if writable and writes:
             permissions |= api.WRITE
         if executable:
             permissions |= api.EXECUTE
@@ -271,11 +272,9 @@ class SoftVcpu:
     def _walker_access(self, gfn: int) -> int:
         """Return the mfn of a guest page table, writable: AMD-V's walker writes (see guest_walk)."""
         mfn, p2m_type = self._p2m.lookup(gfn)
-        while p2m_type not in WRITABLE:
-            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is not Resolution.RETRY:
-                raise GuestCrash(f"page table in device space or read-only RAM, gpa {gfn << PAGE_SHIFT:#x}")
-            mfn, p2m_type = self._p2m.lookup(gfn)
-        return mfn
+        if p2m_type in WRITABLE or nested_page_fault(self.paging, gfn, p2m_type, write=True) is Resolution.RETRY:
+            return mfn
+        raise GuestCrash(f"page table in device space or read-only RAM, gpa {gfn << PAGE_SHIFT:#x}")
 
     # --- instructions that need the hypervisor ---
 

@@ -228,16 +228,20 @@ class P2M:
 
         Source: RFC ``p2m_fix_table()``; Xen ``p2m_change_type_one``.
         """
-        assert self.lock.mine
-        at, shift = self._find(gfn)
-        if self._words[at] >> TYPE_SHIFT & TYPE_MASK != old:
+        at, shift = self.find(gfn)
+        if self.type_at(at) != old:
             return False
         if BITS[new] & PRESENT & ~BITS[old]:
             raise P2MError("there is no frame to map", gfn=gfn, p2m_type=old.name.lower())
+        self.change_found(gfn, at, shift, new)
+        return True
+
+    def change_found(self, gfn: int, at: int, shift: int, new: P2MType) -> None:
+        """Change one 4 KiB page, whose entry :meth:`find` has found under this lock; as :meth:`change_type`."""
+        assert self.lock.mine
         while shift:
             at, shift = self._split(gfn, at, shift)
         self._words[at] = self._words[at] & (ADDRESS if BITS[new] & PRESENT else 0) | BITS[new]
-        return True
 
     def change_superpage_type(self, gfn: int, new: P2MType) -> tuple[int, int]:
         """Change the whole superpage that maps ``gfn``, without splitting it (when there is no frame to split).
@@ -246,7 +250,7 @@ class P2M:
             ``(first gfn, pages)`` of what was changed.
         """
         assert self.lock.mine
-        at, shift = self._find(gfn)
+        at, shift = self.find(gfn)
         assert self._words[at] & PSE
         self._words[at] = self._words[at] & ADDRESS | PSE | BITS[new]
         return gfn & -(1 << shift), 1 << shift
@@ -269,7 +273,7 @@ class P2M:
             self._split_at(edge)
         gfn = first
         while gfn < end:
-            at, shift = self._find(gfn)
+            at, shift = self.find(gfn)
             count = 1 if shift else min(end - gfn, 512 - (gfn & 511))
             entries = self._tables.reshape(-1)[at - (self._pool.first_mfn << 9) :][:count]
             chosen = entries >> _U(TYPE_SHIFT) & _U(TYPE_MASK) == _U(old)
@@ -317,14 +321,16 @@ class P2M:
 
     # --- walking ---
 
-    def _leaf(self, gfn: int) -> int:
-        return self._find(gfn)[0]
+    def type_at(self, at: int) -> int:
+        """Return the type in an entry that :meth:`find` has found."""
+        return self._words[at] >> TYPE_SHIFT & TYPE_MASK
 
-    def _find(self, gfn: int) -> tuple[int, int]:
+    def find(self, gfn: int) -> tuple[int, int]:
         """Return where (an index into words) the entry that decides ``gfn`` is, recalculated, and its shift.
 
         It maps ``1 << shift`` frames: it is in an L1 table, or has PSE, or is not PRESENT at some level.
         """
+        assert self.lock.mine
         words = self._words
         at = self._root + (gfn >> 27)
         for shift in (18, 9, 0):
@@ -358,7 +364,7 @@ class P2M:
     def _split_at(self, gfn: int) -> None:
         """Split the superpages that ``gfn`` lies inside of, until it is the first frame of an entry."""
         if gfn < MAX_GFN:
-            at, shift = self._find(gfn)
+            at, shift = self.find(gfn)
             while self._words[at] & PRESENT and gfn & (1 << shift) - 1:
                 at, shift = self._split(gfn, at, shift)
 

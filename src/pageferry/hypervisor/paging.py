@@ -47,6 +47,8 @@ from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import PagingPool
 from pageferry.hypervisor.p2m import P2M, P2MType
 
+_LOGDIRTY = P2MType.RAM_LOGDIRTY.value
+
 
 class Tlb:
     """One vCPU's TLB, as other threads see it.
@@ -268,19 +270,20 @@ class Paging:
 
         Source: RFC, ``p2m_fix_table()`` and ``paging_mark_dirty()``.
         """
+        p2m = self._p2m
         with self._locks.p2m:
-            if self._p2m.lookup(gfn)[1] != P2MType.RAM_LOGDIRTY:
+            at, shift = p2m.find(gfn)
+            if p2m.type_at(at) != _LOGDIRTY:
                 return
             with self._locks.log_dirty:
-                if self._bitmap is None:
-                    return
                 self._fault_count += 1
                 self._words[gfn >> 6] |= 1 << (gfn & 63)
             try:
-                if self._p2m.change_type(gfn, P2MType.RAM_LOGDIRTY, P2MType.RAM_RW):
-                    self._journal.append(gfn)
+                p2m.change_found(gfn, at, shift, P2MType.RAM_RW)
             except P2MError:
                 self._fix_whole_superpage(gfn)
+            else:
+                self._journal.append(gfn)
 
     def _fix_whole_superpage(self, gfn: int) -> None:
         # No frame to split with: all 512 pages become dirty and writable, so nothing is lost; but they can no longer

@@ -37,14 +37,11 @@ from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.locks import OrderedLock
 from pageferry.hypervisor.machine import MachineMemory
-from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, USER, WRITE, P2MType, leaf_bits
+from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, USER, WRITABLE, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Tlb
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
 
 _ALL = PRESENT | WRITE | USER
-
-#: P2M types that may be writable in the shadows.
-WRITABLE_TYPES = frozenset(p2m_type.value for p2m_type in P2MType if leaf_bits(p2m_type) & WRITE)
 
 
 class ShadowPaging:
@@ -178,7 +175,7 @@ class ShadowPaging:
             own &= ~(0 if entry & DIRTY else WRITE)
         mfn, p2m_type = self._p2m.lookup(gfn)
         may_write = MAY_WRITE if own & WRITE else 0
-        if p2m_type not in WRITABLE_TYPES or gfn in self.tables.protected:
+        if p2m_type not in WRITABLE or gfn in self.tables.protected:
             own &= ~WRITE
         self.tables.leaf(slot, gfn, mfn, own | may_write)
         return own

@@ -15,9 +15,9 @@ from pageferry.hypervisor import unicorn_api as api
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.mmio import MMIO_WINDOW
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import P2M, READABLE, WRITE, P2MType
+from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE, WRITE, P2MType
 from pageferry.hypervisor.paging import Paging
-from pageferry.hypervisor.shadow import WRITABLE_TYPES, ShadowPaging
+from pageferry.hypervisor.shadow import ShadowPaging
 from pageferry.hypervisor.shadow_tables import MAY_WRITE, NX
 
 #: Where guest pages that have a shadow appear among machine addresses when they are written.
@@ -78,12 +78,21 @@ class ShadowMmu:
         tables, lock = self.shadow.tables, self.shadow.lock
         with lock:
             gfn = tables.gfn_to_grant(slot, mfn)
-        if gfn is None or self._p2m.lookup(gfn)[1] not in _RAM:
+        if gfn is None:
+            return False
+        p2m_type = self._p2m.lookup(gfn)[1]
+        if p2m_type not in _RAM:
             return False
         self.shadow.fault_count += 1
-        nested_page_fault(self._p2m, self.paging, gfn, write=True)
+        self._allows(gfn, p2m_type, True)
         with lock:
-            return self._p2m.lookup(gfn)[1] in WRITABLE_TYPES and tables.grant(slot, mfn, gfn)
+            return tables.grant(slot, mfn, gfn)
+
+    def _allows(self, gfn: int, p2m_type: int, write: bool) -> bool:
+        """Tell whether the P2M allows an access, after the nested fault that it may take."""
+        if p2m_type in (WRITABLE if write else READABLE):
+            return True
+        return nested_page_fault(self.paging, gfn, p2m_type, write=write) is Resolution.RETRY
 
     def _fault(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
         shadow, p2m = self.shadow, self._p2m
@@ -92,14 +101,12 @@ class ShadowMmu:
             self._walker.flush()  # the path must be whole
             gfn, writable, _ = self._walker.translate(gva, write=write, fetch=fetch)
             mfn, p2m_type = p2m.lookup(gfn)
-            while p2m_type not in (WRITABLE_TYPES if write else READABLE):
-                if nested_page_fault(p2m, self.paging, gfn, write=write) is not Resolution.RETRY:
-                    if fetch:
-                        raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
-                    if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
-                        return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
-                    return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
-                mfn, p2m_type = p2m.lookup(gfn)
+            if not self._allows(gfn, p2m_type, write):
+                if fetch:
+                    raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
+                if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
+                    return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
+                return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
             rights = shadow.enter(self._walker.path, gva, gfn)
             if rights is None:
                 continue
@@ -116,9 +123,9 @@ class ShadowMmu:
 
     def table_write(self, gfn: int) -> None:
         """Log that an entry of a guest table changes: A or D is about to be set."""
-        while self._p2m.lookup(gfn)[1] not in WRITABLE_TYPES:
-            if nested_page_fault(self._p2m, self.paging, gfn, write=True) is not Resolution.RETRY:
-                raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which cannot be written")
+        p2m_type = self._p2m.lookup(gfn)[1]
+        if not self._allows(gfn, p2m_type, True):
+            raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which cannot be written")
 
     def _read(self, _engine: int, gpa: int, size: int, _data: int) -> int:
         try:

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from soft import access
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import GuestCrash, LogDirtyError, UnsupportedError
@@ -21,7 +22,7 @@ def domain():
 
 def write(domain, *gfns):
     for gfn in gfns:
-        nested_page_fault(domain.p2m, domain.paging, gfn, write=True)
+        access(domain, gfn, write=True)
 
 
 def marks(*gfns):
@@ -98,26 +99,31 @@ def test_one_fault_per_page_per_cycle(domain):
 
 
 def test_reads_and_spurious_faults_change_nothing(domain):
-    assert nested_page_fault(domain.p2m, domain.paging, 5, write=True) is Resolution.RETRY
+    assert access(domain, 5, write=True) is None
     domain.paging.enable()
-    assert nested_page_fault(domain.p2m, domain.paging, 5, write=False) is Resolution.RETRY
+    assert access(domain, 5, write=False) is None
     assert domain.paging.stats().fault_count == 0
     assert types(domain, 5) == ["RAM_LOGDIRTY"]
+    for _ in range(2):  # two vCPUs that have both found the page log-dirty
+        assert nested_page_fault(domain.paging, 5, P2MType.RAM_LOGDIRTY, write=True) is Resolution.RETRY
+    assert domain.paging.stats().fault_count == 1
+    assert domain.paging.journal().tolist() == [5]
 
 
-EMULATE, RETRY, DISCARD, CRASH = Resolution.EMULATE, Resolution.RETRY, Resolution.DISCARD, None
+EMULATE, RETRY, DISCARD, ALLOWED = Resolution.EMULATE, Resolution.RETRY, Resolution.DISCARD, None
+CRASH = "crash"
 
 
 @pytest.mark.parametrize(
     ("p2m_type", "read", "write"),
     [
-        (P2MType.RAM_RW, RETRY, RETRY),
-        (P2MType.RAM_LOGDIRTY, RETRY, RETRY),
-        (P2MType.RAM_RO, RETRY, DISCARD),
+        (P2MType.RAM_RW, ALLOWED, ALLOWED),
+        (P2MType.RAM_LOGDIRTY, ALLOWED, RETRY),
+        (P2MType.RAM_RO, ALLOWED, DISCARD),
         (P2MType.MMIO_DM, EMULATE, EMULATE),
         (P2MType.MMIO_DIRECT, CRASH, CRASH),
-        (P2MType.GRANT_MAP_RW, RETRY, RETRY),
-        (P2MType.GRANT_MAP_RO, RETRY, CRASH),
+        (P2MType.GRANT_MAP_RW, ALLOWED, ALLOWED),
+        (P2MType.GRANT_MAP_RO, ALLOWED, CRASH),
         (P2MType.INVALID, CRASH, CRASH),
     ],
 )
@@ -130,9 +136,9 @@ def test_each_type_has_its_answer_to_a_fault(domain, p2m_type, read, write):
         if expected is CRASH:
             verb = "write to" if is_write else "access to"
             with pytest.raises(GuestCrash, match=f"^{verb} gfn 0x5, which is {p2m_type.name.lower()}$"):
-                nested_page_fault(domain.p2m, domain.paging, 5, write=is_write)
+                access(domain, 5, write=is_write)
         else:
-            assert nested_page_fault(domain.p2m, domain.paging, 5, write=is_write) is expected
+            assert access(domain, 5, write=is_write) is expected
     assert domain.paging.stats().fault_count == (p2m_type is P2MType.RAM_LOGDIRTY)
     assert domain.p2m.lookup(5)[1] == (P2MType.RAM_RW if p2m_type is P2MType.RAM_LOGDIRTY else p2m_type)
 
@@ -238,7 +244,7 @@ def test_more_than_3_gib_has_a_hole_that_is_never_dirty():
     assert end == (1 << 20) + 3
     write(domain, (3 << 18) - 1, 1 << 20, end - 1)
     domain.paging.mark(np.arange(3 << 18, 1 << 20, dtype=np.uint64))
-    assert nested_page_fault(domain.p2m, domain.paging, 3 << 18, write=True) is Resolution.EMULATE
+    assert access(domain, 3 << 18, write=True) is Resolution.EMULATE
     audit.check(domain)
     assert domain.paging.clean().gfns().tolist() == [(3 << 18) - 1, 1 << 20, end - 1]
     domain.close()

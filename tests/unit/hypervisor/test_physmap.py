@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from soft import access
 
 from pageferry.core.errors import GuestCrash, P2MError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.npf import nested_page_fault
 from pageferry.hypervisor.p2m import P2MType
 
 MiB = 1 << 20
@@ -22,7 +22,7 @@ def domain():
 
 def write(domain, *gfns):
     for gfn in gfns:
-        nested_page_fault(domain.p2m, domain.paging, gfn, write=True)
+        access(domain, gfn, write=True)
 
 
 def types(domain, *gfns):
@@ -44,17 +44,17 @@ def test_a_removed_page_is_no_ram_to_anybody_and_its_content_is_gone(domain):
     assert not memory.all_ram().test(5)
     gfns = np.array([4, 5, 6], np.uint64)
     assert memory.are_ram(gfns).tolist() == [True, False, True]
-    for access in (
+    for refused in (
         lambda: memory.read(5 << 12, 1),
         lambda: memory.write((5 << 12) - 1, b"ab"),
         lambda: memory.page_views(gfns),
         lambda: memory.views(gfns[:1], gfns[2:]),
     ):
         with pytest.raises(VmError):
-            access()
+            refused()
     for is_write in (False, True):
         with pytest.raises(GuestCrash, match="gfn 0x5, which is invalid"):
-            nested_page_fault(domain.p2m, domain.paging, 5, write=is_write)
+            access(domain, 5, write=is_write)
     domain.physmap.populate_physmap([5])
     assert memory.read(5 << 12, 4096) == bytes(4096)
     memory.write(5 << 12, b"new")

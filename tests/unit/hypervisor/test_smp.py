@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from soft import access
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig, VmStatus
@@ -15,7 +16,6 @@ from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.locks import LockOrderError
-from pageferry.hypervisor.npf import nested_page_fault
 
 MiB = 1 << 20
 PAGE = 4096
@@ -109,7 +109,7 @@ def test_a_vcpu_faults_while_clean_waits_for_it(domains):
     domain = domains()
     domain.paging.enable()
     with clean_under_way(domain) as bitmaps:
-        fault = in_thread(lambda: nested_page_fault(domain.p2m, domain.paging, 9, write=True))
+        fault = in_thread(lambda: access(domain, 9, write=True))
         assert joined(fault)
     assert bitmaps[0].gfns().tolist() == [9]
 
