@@ -1,4 +1,4 @@
-"""The client's side of the control socket: start a migration, follow it to its end, whatever that is."""
+"""Start a migration over the control socket, and follow it to its end."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from pageferry.vmm.qmp_client import QmpClient
 Json = dict[str, Any]
 
 
-class Interrupted(Exception):  # not an error: the user's wish, after it was fulfilled
+class Interrupted(Exception):  # no error: the user wanted it
     """The user pressed Ctrl-C and the migration was cancelled; the guest runs on at the source."""
 
     def __init__(self, report: Json) -> None:
@@ -53,7 +53,7 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
 
 
 class MigrationFailedError(MigrationError):
-    """A migration in another process failed; ``report`` is its report, whose advice is a hint if there is no other."""
+    """A migration in another process failed. ``report`` is its report; its advice is the hint if the error has none."""
 
     def __init__(self, report: Json, error: Json) -> None:
         at = GuestAt(error["guest_at"])
@@ -63,7 +63,7 @@ class MigrationFailedError(MigrationError):
 
 
 class PostcopyPausedError(MigrationError):
-    """A migration in another process was cut at the switch or after it, and waits for somebody to recover it."""
+    """A migration in another process was cut at the switch or after it, and waits to be recovered."""
 
     def __init__(self, reason: str, guest_at: GuestAt) -> None:
         what = "the guest stands still there, and pages of it are only here"
@@ -75,7 +75,7 @@ class PostcopyPausedError(MigrationError):
 
 
 class LeftAloneError(MigrationError):
-    """A migration in another process is past its switch, and goes on without whoever followed it."""
+    """A migration in another process is past its switch; it goes on although this client leaves."""
 
     def __init__(self, guest_at: GuestAt) -> None:
         super().__init__(
@@ -100,7 +100,7 @@ def _cancelled(client: QmpClient, show: Callable[[Json], None]) -> Json:
 
 
 def _follow(client: QmpClient, show: Callable[[Json], None]) -> Json:
-    # Return how it stands when it is over, or waits for somebody to recover it.
+    # The answer to query-migrate when it is over, or waits to be recovered.
     for event in client.events():
         if event["event"] == ENGINE_EVENT:
             show(event["data"])
@@ -110,6 +110,6 @@ def _follow(client: QmpClient, show: Callable[[Json], None]) -> Json:
                 state: Json = client.execute("query-migrate")
                 if status != "postcopy-paused" or "x-postcopy-paused" in state:
                     return state
-                continue  # somebody has recovered it meanwhile
+                continue  # it was recovered meanwhile
             show({"type": "Status", **event["data"]})
     raise AssertionError("events never end")

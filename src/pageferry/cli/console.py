@@ -1,7 +1,7 @@
 """Attach a terminal, or any two files, to the console of a guest in another process.
 
-One thread, one connection: what comes from the guest goes out, what is typed goes in. Input that the guest does not
-take yet (it does not read, or it is being moved) waits here and is offered again.
+One thread, one connection. Input that the guest does not take yet (it does not read, or it is being moved) waits here
+and is offered again.
 """
 
 import base64
@@ -28,9 +28,9 @@ _DETACHED = "detached"
 
 @contextlib.contextmanager
 def raw_input(fd: int) -> Iterator[None]:
-    """Have a terminal hand on each key as it is typed, for the length of a ``with`` block; output is still processed.
+    """Have a terminal hand on each key as it is typed, inside a ``with`` block; output is still processed.
 
-    Does nothing to what is no terminal.
+    Does nothing if ``fd`` is not a terminal.
     """
     if not os.isatty(fd):
         yield
@@ -51,7 +51,7 @@ class ConsoleSession:
     """One attachment.
 
     Args:
-        client: a fresh connection to the guest process; used by nobody else.
+        client: a fresh connection to the guest process, for this session alone.
         input_fd: where input comes from; Ctrl-] detaches when it is a terminal.
         output_fd: where the guest's output goes, byte for byte.
         tell: sees lines for a person.
@@ -70,7 +70,7 @@ class ConsoleSession:
         self._terminal = os.isatty(input_fd)
 
     def run(self) -> None:
-        """Attach, and return when the user detaches or the guest has no console here any more.
+        """Attach; return when the user detaches or the guest's console has left this process.
 
         Raises:
             QmpError: there is no guest to attach to.

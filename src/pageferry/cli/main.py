@@ -1,7 +1,7 @@
 """The ``pageferry`` command.
 
 Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration or save did not
-happen and the guest is at the source; 4 nobody knows whether the guest moved; 5 this machine lacks what was asked for;
+happen and the guest is at the source; 4 whether the guest moved is not known; 5 this machine lacks what was asked for;
 6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or not whole; 8 the guest ended with a code
 other than 0; 9 the guest crashed; 10 two streams differ; 11 the guest has switched, and needs pages that are still at
 the source; 130 a demo, migration or save was interrupted, and the guest is at the source.

@@ -30,7 +30,7 @@ def complain(message: str, hint: str = "") -> None:
 
 def tell(message: str) -> None:
     """Print one line of news on standard error, if anybody reads it."""
-    with suppress(OSError):  # nobody reads any more; the guest does not care
+    with suppress(OSError):  # the reader has gone; the guest goes on
         ERR.print(f"pageferry: {message}", markup=False, soft_wrap=True)
 
 

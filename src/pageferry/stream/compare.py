@@ -74,7 +74,7 @@ class PageContents:
         if np.unique(pfns).size == pfns.size:
             self._put(pfns, types, digests)
         else:
-            for at in range(pfns.size):  # one after another, so that the last one counts; nobody writes such a record
+            for at in range(pfns.size):  # one after another: the last one counts; no known writer names a page twice
                 self._put(pfns[at : at + 1], types[at : at + 1], digests[at : at + 1])
 
     def _put(self, pfns: GfnArray, types: NDArray[np.uint8], digests: NDArray[np.uint8]) -> None:

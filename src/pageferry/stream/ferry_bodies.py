@@ -140,7 +140,7 @@ def _fields(body: bytes) -> "_Fields":
 
 
 class _Fields:
-    """A JSON object; each method returns one field, checked. Keys nobody asks for are ignored."""
+    """A JSON object; each method returns one field, checked. Keys that are not asked for are ignored."""
 
     def __init__(self, what: str, value: object) -> None:
         if type(value) is not dict:

@@ -46,7 +46,7 @@ class Phase(StrEnum):
 
 
 _P, _S, _D = Phase, Side.SOURCE, Side.DESTINATION
-#: Where a destination cannot promise any more that the guest never runs there, or has nobody to promise it to.
+#: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise.
 _NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE)
 
 #: (phase, sender, frame) -> next phase. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.

@@ -27,7 +27,7 @@ class Packer(Protocol):
     """Packs and unpacks buffers."""
 
     def pack(self, data: memoryview) -> bytes:
-        """Return ``data`` packed; nobody may change it meanwhile."""
+        """Return ``data`` packed; it must not change meanwhile."""
 
     def unpack(self, packed: bytes, size_bytes: int) -> bytes:
         """Return what was packed; no more than ``size_bytes`` is allocated, whatever ``packed`` says.

@@ -38,7 +38,7 @@ class PageIndex:
             payload_offset: of the first byte of its page data in the stream.
 
         Raises:
-            BodyError: a page is broken: nobody has its content.
+            BodyError: a page is broken: its content is lost.
         """
         if (broken := header.types == PageType.BROKEN).any():
             raise BodyError(f"gfn {int(header.pfns[np.argmax(broken)]):#x} is broken memory, which cannot be restored")
@@ -53,7 +53,7 @@ class PageIndex:
         if np.unique(pfns).size == pfns.size:
             self._put(pfns, places)
         else:
-            for at in range(pfns.size):  # one after another, so that the last one counts; nobody writes such a record
+            for at in range(pfns.size):  # one after another: the last one counts; no known writer names a page twice
                 self._put(pfns[at : at + 1], places[at : at + 1])
 
     def _put(self, pfns: GfnArray, places: np.typing.NDArray[np.int64]) -> None:

@@ -182,6 +182,6 @@ def run_check(check: Check, lab: Lab) -> ConformanceError | None:
     except Exception as error:  # whatever the machine under test throws where nothing may be thrown
         failure = ConformanceError(check.name, check.law, f"unexpected {type(error).__name__}: {error}", where=where)
         failure.__cause__ = error
-        clear_frames(error.__traceback__)  # or whoever keeps the failure keeps the guest's memory
+        clear_frames(error.__traceback__)  # they would keep the guest's memory as long as the failure
         return failure
     return None

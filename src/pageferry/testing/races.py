@@ -207,7 +207,7 @@ def _finish_copy(guest: Guest, copy: Copy) -> None:
 
 
 def _write_once(guest: Guest, number: int) -> None:
-    # A page that nobody writes again: if its bit is lost, no later write brings it back, however long the guest runs.
+    # A page that is not written again: if its bit is lost, no later write brings it back, however long the guest runs.
     guest.memory.write(gpa_of(_DEVICE_GFNS[number]), b"once")
 
 

@@ -1,4 +1,4 @@
-"""Announcer: tells what happens in this process, to the clients of the control socket and to a person."""
+"""Announcer: tells clients of the control socket, and a person, what happens in this process."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,7 +12,7 @@ ENGINE_EVENT = "X_PAGEFERRY_MIGRATION"
 
 
 class Announcer:
-    """The way out for all that is told unasked; for any thread.
+    """Sends what was not asked for; from any thread.
 
     Args:
         say: sees one line for a person when something happens.
@@ -24,7 +24,7 @@ class Announcer:
         self._server: QmpServer | None = None
 
     def tell_clients_of(self, server: QmpServer) -> None:
-        """Send events to the clients of ``server`` from now on; without one nobody hears them."""
+        """Send events to the clients of ``server`` from now on; before that they are dropped."""
         self._server = server
 
     def event(self, name: str, data: dict[str, Any] | None = None) -> None:

@@ -79,7 +79,7 @@ class Commands:
         args = Arguments(arguments)
         force = args.flag("x-force")
         args.done()
-        self._guest.read_again()  # before the lock: whoever holds it may wait for a page
+        self._guest.read_again()  # before the lock: its holder may wait for a page
         with self._guest.lock:
             vm = self._guest.here()
             if force:

@@ -1,4 +1,4 @@
-"""Where a guest's console output goes, without the guest ever waiting for it: a stream, and whoever is attached."""
+"""Sends a guest's console output to a stream and to attached clients; the guest never waits for either."""
 
 import base64
 import contextlib
@@ -45,7 +45,7 @@ class ConsoleOutput:
         self._thread.join(_FLUSH_S)
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError), self._stream:  # an error: nobody reads any more
+        with contextlib.suppress(OSError), self._stream:  # an error: the reader has gone
             while (data := self._pieces.get()) is not None:
                 self._stream.write(data)
                 if self._pieces.empty():
@@ -53,7 +53,7 @@ class ConsoleOutput:
 
 
 class ConsoleTail:
-    """The end of the output so far, and those who follow it from there.
+    """The end of the output so far, and its followers.
 
     The guest's vCPU calls it in the middle of an instruction, so it never waits for a follower.
     """
@@ -89,7 +89,7 @@ class ConsoleTail:
         return follower
 
     def end(self, why: str) -> None:
-        """Tell those who follow now that no more will come; ``why`` is one line for a person."""
+        """Tell the followers that no more will come; ``why`` is one line for a person."""
         with self._lock:
             followers, self._followers = self._followers, set()
         for follower in followers:

@@ -1,4 +1,4 @@
-"""Guest: what a process has of its guest: machine, name, console, work, and the file that it is still read from."""
+"""Guest: the machine of this process's guest, its name, console and work, and the file it is still read from."""
 
 import threading
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pageferry.vmm.work_meter import WorkMeter
 
 
 class Guest:
-    """The one guest of a process, from its boot, restore or arrival on; before, the place for it.
+    """The one guest of a process; empty until its boot, restore or arrival.
 
     Args:
         on_console: sees its console output.
@@ -20,10 +20,10 @@ class Guest:
 
     def __init__(self, on_console: Callable[[bytes], None]) -> None:
         self.lock = threading.Lock()
-        """Held by whoever looks whether the guest is here to be told something, until that is done: stop, cont, the
-        begin of a migration, following the console; and by whoever changes that: an arrival, the end of a migration.
-        Whoever holds it may wait for the vCPUs to stop, and so for a page. It is the outermost lock. To look at ``vm``
-        needs none: it is replaced as a whole."""
+        """Taken to look whether the guest is here, and kept until what depends on that is done: stop, cont, the begin
+        of a migration, following the console; also by an arrival and by the end of a migration, which change it. Its
+        holder may wait for the vCPUs to stop, and so for a page. It is the outermost lock. Reading ``vm`` needs none:
+        it is replaced as a whole."""
         self.name = "incoming"
         self.vm: Machine | None = None
         """The machine; None while a guest is waited for."""
@@ -34,13 +34,13 @@ class Guest:
         self._on_console = on_console
 
     def adopt(self, vm: Machine, name: str, lazy: LazyRestore | None = None) -> None:
-        """Be this guest; under the lock, or before anybody else is there."""
+        """Be this guest; under the lock, or before another thread runs."""
         vm.on_console(self._console_byte)
         self.name, self.lazy = name, lazy
-        self.vm = vm  # last: who sees it sees the rest
+        self.vm = vm  # last: a thread that sees it sees the rest
 
     def lose(self) -> None:
-        """Be nobody again: the guest that was adopted has never run. Its machine is closed already."""
+        """Be empty again: the guest that was adopted has never run. Its machine is closed already."""
         with self.lock:
             self.vm = None
         self.console.end("the guest did not arrive")
@@ -67,7 +67,7 @@ class Guest:
 
     @property
     def unreadable(self) -> bool:
-        """Whether a page that somebody waits for cannot be read from that file."""
+        """Whether a page that is waited for cannot be read from that file."""
         return self.lazy is not None and self.lazy.failure is not None
 
     def read_again(self) -> None:

@@ -106,7 +106,7 @@ class GuestProcess:
         self._made = vm
 
     def _restore_stopped(self, error: PageferryError) -> None:
-        """A page that somebody waits for cannot be read: the guest stands still until somebody resumes it."""
+        """A page that is waited for cannot be read: the guest stands still until it is resumed."""
         self._announcer.say(f"{error}; the guest is paused: put it right, then pageferry resume")
         self._announcer.event("STOP")
         self._guest.here().pause()
@@ -127,7 +127,7 @@ class GuestProcess:
             self._made.resume()
 
     def wait(self) -> int:
-        """Wait until the guest ends here or somebody says quit; return the process's exit code.
+        """Wait until the guest ends here or the process is told to quit; return its exit code.
 
         0: quit, or the guest ended with code 0; 8: it ended with another code; 9: it crashed.
         """

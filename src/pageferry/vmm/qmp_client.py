@@ -10,7 +10,7 @@ from typing import Any
 from pageferry.core.errors import VmError
 from pageferry.vmm.qmp import QmpError, encode
 
-#: A report has some 500 bytes a round, and nobody limits how many rounds a policy makes.
+#: A report has some 500 bytes a round, and a policy may make any number of rounds.
 _MAX_LINE_BYTES = 16 << 20
 _READ_BYTES = 1 << 16
 
@@ -23,7 +23,7 @@ class QmpClient:
         timeout_s: how long to wait for an answer.
 
     Raises:
-        VmError: nobody serves the socket, or not QMP.
+        VmError: no process serves the socket, or it speaks something else.
     """
 
     def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:

@@ -17,7 +17,7 @@ from pageferry.witness.cross_check import findings
 
 
 class Queries:
-    """The commands of the control socket that only look; they wait for nobody and take no lock.
+    """The commands of the control socket that only look; they wait for nothing and take no lock.
 
     Args:
         guest: of this process.

@@ -30,7 +30,7 @@ class WorkMeter:
         """Take a sample; forget all of them when the guest does not run."""
         try:
             work = read_work(vm.memory, vm.config.cpus) if vm.status is VmStatus.RUNNING else None
-        except VmError:  # the page of its counter is no RAM any more
+        except VmError:  # its counter's page was removed
             work = None
         if work is None:
             self.forget()

@@ -30,7 +30,7 @@ changed since its last reading must be in the PEEK (in a second one, taken after
 loss). Nothing is owed any more then.
 
 **What is not decided.** A write between t[n] and d[n], to a page that t[n] reported, shows in d[n] and is settled by
-t[n]: it may be the write that t[n] reported. Lost, it is found by the next change of the page, or by nobody. The same
+t[n]: it may be the write that t[n] reported. Lost, it is found by the next change of the page, or never. The same
 is true of a change that is undone before the next reading, and of bytes written over themselves.
 """
 
@@ -165,7 +165,7 @@ class Ledger:
 
     def _count(self, reports: Reports, changed: DirtyBitmap, gfns: range, *, new_round: bool) -> None:
         # The primary is cleaned first: what it alone reports, the witness may have reported the CLEAN before; what the
-        # witness alone reports, the primary may report the next time. Only then nobody else has seen it.
+        # witness alone reports, the primary may report the next time. Only then has no other seen it.
         primary, witness = reports[0], reports[1] if len(reports) > 1 else changed
         witnessed_before, witness_only = self._witnessed_before.take(gfns), self._witness_only.take(gfns)
         counts = self.counts

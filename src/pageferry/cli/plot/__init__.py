@@ -16,7 +16,7 @@ _SUFFIX = ".html"
 class PlotFile:
     """A file for a picture, refused at once if it cannot be: before a migration begins, not after it.
 
-    A context manager; a file that it made and nobody drew into is gone afterwards.
+    A context manager; a file that it made and that stayed empty is gone afterwards.
 
     Args:
         path: where to.

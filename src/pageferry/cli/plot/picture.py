@@ -16,7 +16,7 @@ _LABELS = 9
 class Bar:
     """A round, or post-copy: when it was, in seconds since the migration began, and what it moved.
 
-    ``dirty_bytes_per_s``: what was dirty at its end by its length; None for the stop-and-copy, when nobody writes, and
+    ``dirty_bytes_per_s``: what was dirty at its end by its length; None for the stop-and-copy, when nothing writes, and
     for post-copy, when it is not followed.
     ``throttle``: the share of its time for which the guest was throttled, 0 to 1.
     """
