@@ -33,8 +33,8 @@ LOOPBACK = Endpoint(host="127.0.0.1")
 class Inn:
     """A destination on a thread: takes in one guest after another, each as ``make_vm`` makes it.
 
-    ``made`` are the machines, ``channels`` the connections of the last guest, ``said`` what was sent on the first of
-    them, ``vm`` that guest, or ``error`` what became of it instead.
+    ``made`` are the machines, ``destination`` takes in the last guest, ``channels`` are its connections, ``said`` what
+    was sent on the first of them, ``vm`` that guest, or ``error`` what became of it instead.
     """
 
     def __init__(self, make_vm, accel, endpoint=LOOPBACK):
@@ -45,7 +45,7 @@ class Inn:
         self.made = []
         self.channels = []
         self.said = bytearray()
-        self.vm = self.error = None
+        self.destination = self.vm = self.error = None
         self._thread = None
 
     def _make(self, config):
@@ -71,9 +71,11 @@ class Inn:
     def _serve(self, options):
         try:
             self.channels.append(self._heard(Channel(self._listener.accept()[0], TIMEOUT_S)))
-            there = Destination(self.channels[0], self._make, accel=self.accel, accept=self._accept, **options)
-            self.vm = there.run()
-            there.see_off()
+            self.destination = Destination(
+                self.channels[0], self._make, accel=self.accel, accept=self._accept, **options
+            )
+            self.vm = self.destination.run()
+            self.destination.see_off()
         except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
             self.error = error
 

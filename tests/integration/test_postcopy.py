@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import trips
 from at_work import runs_on, slots, until
 from tiers import sample
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
-from pageferry.core.events import MigrationEnded, PostcopyPaused, PostcopyProgress, PostcopyRecovered
+from pageferry.core.events import MigrationEnded, PhaseEnded, PostcopyPaused, PostcopyProgress, PostcopyRecovered
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import destination as destination_module
 from pageferry.engine import source as source_module
-from pageferry.engine.destination import Destination
 from pageferry.engine.options import WireOptions
 from pageferry.engine.postcopy import client as client_module
 from pageferry.engine.postcopy.client import PostcopyClient
@@ -28,12 +28,10 @@ from pageferry.engine.postcopy.server import LeftBehind
 from pageferry.engine.source import Source
 from pageferry.engine.verify.prove import Prover, VerifyMode
 from pageferry.engine.wire import connections
-from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
-from pageferry.hypervisor import audit
-from pageferry.hypervisor.domain import Domain
 from pageferry.stream.ferry import Join, Side
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.testing import StampOracle
@@ -62,68 +60,38 @@ class Switch:
         return Decision(action=Action.POST_COPY, reason="so")
 
 
-class Inn:
-    """A destination on a thread, which takes a source back in."""
+class Inn(trips.Inn):
+    """A destination that tells what happens to the guest: ``arrived`` when it is ours, and all ``events``."""
 
     def __init__(self, make_vm, accel):
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint(host="127.0.0.1", port=self.listener.getsockname()[1])
-        self.accel = accel
+        super().__init__(make_vm, accel)
         self.events = []
-        self.made = []
         self.arrived = threading.Event()
-        self.here = threading.Event()
         self.dropped = set()
-        self.destination = self.vm = self.error = None
-        self._make_vm = make_vm
-
-    def _make(self, config):
-        self.made.append(self._make_vm(config))
-        return self.made[-1]
 
     def _arrive(self, vm, name):
         self.vm = vm
         self.arrived.set()
 
     def open(self):
-        self.error = None
-        self.thread = threading.Thread(target=self._serve)
-        self.thread.start()
-        return self.endpoint
-
-    def _serve(self):
-        sock, _ = self.listener.accept()
-        self.destination = Destination(
-            Channel(sock, GIVE_UP_S),
-            self._make,
-            accel=self.accel,
-            accept=lambda wait_s: accept_within(self.listener, wait_s, GIVE_UP_S),
-            dropped=self.dropped,
-            on_event=self.events.append,
-            before_run=self._arrive,
-        )
-        try:
-            self.destination.run()
-            self.here.set()
-            self.destination.see_off()
-        except MigrationError as error:
-            self.error = error
+        return super().open(dropped=self.dropped, on_event=self.events.append, before_run=self._arrive)
 
     def done(self):
-        self.thread.join(GIVE_UP_S)
-        assert not self.thread.is_alive()
+        self.outcome()
         assert self.error is None, self.error
         return self.vm
 
-    def close(self):
-        if self.destination is not None:
-            self.destination.abort()
-        self.listener.close()
-        self.thread.join(GIVE_UP_S)
-        for vm in self.made:
-            if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
-                audit.check(vm)
-            vm.close()
+    def expect_nobody(self):
+        """The attempt has failed, and no guest is here."""
+        assert self.outcome() is self.error
+        assert self.error.guest_at is GuestAt.SOURCE
+        assert self.vm is None
+
+    def expect_lost(self):
+        """The attempt has failed when the guest was here."""
+        self.outcome()
+        assert self.error.guest_at is GuestAt.DESTINATION
+        assert "the guest is lost" in self.error.reason
 
 
 @pytest.fixture
@@ -524,9 +492,7 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
 
     monkeypatch.setattr(client_module, "admit", admit_too_late)
     assert source.recover(inn.endpoint)
-    inn.thread.join(GIVE_UP_S)
-    assert inn.error.guest_at is GuestAt.DESTINATION
-    assert "the guest is lost" in inn.error.reason
+    inn.expect_lost()
 
 
 def test_law_6_a_source_that_gives_up_after_the_switch_never_runs_the_guest(guests, inn, leave, held):
@@ -547,9 +513,7 @@ def test_law_6_a_source_that_gives_up_after_the_switch_never_runs_the_guest(gues
     until(lambda: inn.destination.waits_for_source, "pause there")
     assert inn.destination.missing_pages >= LATE_PAGES - 1
     inn.destination.abort()
-    inn.thread.join(GIVE_UP_S)
-    assert inn.error.guest_at is GuestAt.DESTINATION
-    assert "the guest is lost" in inn.error.reason
+    inn.expect_lost()
 
 
 def test_a_guest_that_ends_there_needs_no_more_pages(guests, inn, leave, held):
@@ -575,8 +539,7 @@ def test_a_cut_before_the_switch_leaves_the_guest_here(guests, inn, leave, wires
     assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
     assert not vm.log_dirty.enabled
     assert runs_on(vm)
-    inn.thread.join(GIVE_UP_S)
-    assert inn.vm is None
+    inn.expect_nobody()
     source = leave(vm, inn.open())
     assert report_of(source).status == "completed"
     assert runs_on(inn.done())
@@ -600,9 +563,7 @@ def cut_at(guests, inn, leave, wires, frame):
 
 def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guests, inn, leave, wires):
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
-    inn.thread.join(GIVE_UP_S)
-    assert inn.error.guest_at is GuestAt.SOURCE
-    assert inn.vm is None
+    inn.expect_nobody()
     source.take_back()
     assert (report_of(source).status, source.guest_at) == ("failed", GuestAt.SOURCE)
     assert runs_on(vm)
@@ -611,7 +572,7 @@ def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guest
 def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn, leave, wires):
     """The destination knows that it dropped the guest, and promises it."""
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
-    inn.thread.join(GIVE_UP_S)
+    inn.expect_nobody()
     inn.open()
     assert source.recover(inn.endpoint)
     report = report_of(source)
@@ -620,8 +581,7 @@ def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn,
     assert source.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
     assert runs_on(vm)
-    inn.thread.join(GIVE_UP_S)
-    assert inn.vm is None
+    inn.expect_nobody()
     assert report_of(leave(vm, inn.open())).status == "completed"
     assert runs_on(inn.done())
 
@@ -645,7 +605,7 @@ def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests,
     try:
         for answers in range(1, 3):
             assert source.recover(other.open())
-            other.thread.join(GIVE_UP_S)
+            other.expect_nobody()
             pause_of(source)
             assert "no guest of that migration is here" in source.postcopy_paused, answers
             assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
@@ -682,7 +642,7 @@ def test_a_last_word_that_was_lost_is_said_again(guests, inn, leave, wires, fram
     vm = running(guests, "kv")
     wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
     source = leave(vm, wire.uri)
-    assert inn.here.wait(GIVE_UP_S)
+    until(lambda: "post-copy" in {event.phase for event in inn.events if isinstance(event, PhaseEnded)}, "all pages")
     assert inn.destination.missing_pages == 0
     assert wire.held.wait(GIVE_UP_S)
     wire.cut()
