@@ -16,6 +16,7 @@ from pageferry.core.state import VcpuState
 from pageferry.stream.format import RECORD_HEADER, PageType, carries_data
 from pageferry.stream.hvm_context import decode_cpu
 from pageferry.stream.hvm_entries import Entry, Typecode
+from pageferry.stream.page_index import without_repeats
 from pageferry.stream.records import (
     CpuidPolicy,
     HvmContext,
@@ -71,11 +72,8 @@ class PageContents:
         if not pfns.size:
             return
         self._limit = max(self._limit, int(pfns.max()) + 1)
-        if np.unique(pfns).size == pfns.size:
-            self._put(pfns, types, digests)
-        else:
-            for at in range(pfns.size):  # one after another: the last one counts; no known writer names a page twice
-                self._put(pfns[at : at + 1], types[at : at + 1], digests[at : at + 1])
+        for part in without_repeats(pfns):
+            self._put(pfns[part], types[part], digests[part])
 
     def _put(self, pfns: GfnArray, types: NDArray[np.uint8], digests: NDArray[np.uint8]) -> None:
         # To allocate a page that has content already changes nothing.

@@ -3,6 +3,8 @@
 Source: docs/stream.md, part 1, PAGE_DATA: the last one of a pfn counts.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pageferry.core.frames import PAGE_SIZE, GfnArray
@@ -13,6 +15,15 @@ from pageferry.stream.records import PageDataHeader
 UNNAMED = 0
 ZERO = -1
 GONE = -2
+
+
+def without_repeats(pfns: GfnArray) -> Iterator[slice]:
+    """Yield parts of ``pfns`` (uint64[n]), in order, in which no page is named twice; for known writers it is one."""
+    if np.unique(pfns).size == pfns.size:
+        yield slice(None)
+        return
+    for at in range(pfns.size):
+        yield slice(at, at + 1)
 
 
 class PageIndex:
@@ -50,11 +61,8 @@ class PageIndex:
         if not pfns.size:
             return
         self.named_limit = max(self.named_limit, int(pfns.max()) + 1)
-        if np.unique(pfns).size == pfns.size:
-            self._put(pfns, places)
-        else:
-            for at in range(pfns.size):  # one after another: the last one counts; no known writer names a page twice
-                self._put(pfns[at : at + 1], places[at : at + 1])
+        for part in without_repeats(pfns):
+            self._put(pfns[part], places[part])
 
     def _put(self, pfns: GfnArray, places: np.typing.NDArray[np.int64]) -> None:
         # To allocate a page that has content already changes nothing.

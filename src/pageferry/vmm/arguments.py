@@ -1,6 +1,7 @@
 """Arguments of a QMP command, taken out one by one with their types."""
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,12 +61,8 @@ class Arguments:
         Raises:
             QmpError: it is something else.
         """
-        value = self._values.pop(name, None)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise QmpError(f"Invalid parameter type for '{name}', expected: positive number")
-        return float(value)
+        value = self._optional(name, "positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf)
+        return None if value is None else float(value)
 
     def integer(self, name: str) -> int | None:
         """Return a positive integer, or None when it is missing or null.
@@ -73,11 +70,7 @@ class Arguments:
         Raises:
             QmpError: it is something else.
         """
-        value = self._values.pop(name, None)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise QmpError(f"Invalid parameter type for '{name}', expected: positive integer")
+        value: int | None = self._optional(name, "positive integer", lambda v: type(v) is int and v > 0)
         return value
 
     def count(self, name: str) -> int | None:
@@ -86,11 +79,7 @@ class Arguments:
         Raises:
             QmpError: it is something else.
         """
-        value = self._values.pop(name, None)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise QmpError(f"Invalid parameter type for '{name}', expected: integer, 0 or more")
+        value: int | None = self._optional(name, "integer, 0 or more", lambda v: type(v) is int and v >= 0)
         return value
 
     def choice(self, name: str, kind: type[Choice]) -> Choice | None:
@@ -127,3 +116,9 @@ class Arguments:
         """
         for name in self._values:
             raise QmpError(f"Parameter '{name}' is unexpected")
+
+    def _optional(self, name: str, expected: str, fits: Callable[[Any], bool]) -> Any:  # noqa: ANN401  # as it fits
+        value = self._values.pop(name, None)
+        if value is not None and not fits(value):
+            raise QmpError(f"Invalid parameter type for '{name}', expected: {expected}")
+        return value

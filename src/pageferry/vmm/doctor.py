@@ -119,7 +119,7 @@ def _exact_cpuid() -> str:
     from pageferry.kvm.probe import probe
 
     if not probe().exact_cpuid:
-        raise UnsupportedError("kvm-cpuid", "this KVM changes the CPUID table that a guest is given")
+        raise UnsupportedError("kvm-cpuid", "a guest sees its host's CPU and not the CPUID table that it is given")
     return "a guest sees the CPUID table it is given"
 
 
