@@ -305,6 +305,11 @@ def the_policys_words(seen):
     assert seen.report.reason == given
 
 
+@counted("warnings")
+def nothing_to_warn_of(seen):
+    assert seen.report.warnings == ()  # both ends have the CPU of this host
+
+
 @counted("file")
 def no_file(seen):
     assert seen.report.file is None  # of a save: test_save.py, test_save_processes.py
