@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from mutation import audit_checks, file_checks, report_checks, wire_checks
+from mutation import audit_checks, file_checks, postcopy_checks, report_checks, wire_checks
 from mutation.mutant import Faithful, mutated
 from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.bitmap import expand_runs
@@ -145,6 +145,7 @@ _FUNCTIONS: Sequence[tuple[int | None, Callable[..., None]]] = (
     *wire_checks.FUNCTIONS,
     *file_checks.FUNCTIONS,
     *report_checks.FUNCTIONS,
+    *postcopy_checks.FUNCTIONS,
 )
 
 

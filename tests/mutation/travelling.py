@@ -1,4 +1,4 @@
-"""Faults of the ways that pages travel: encoded, by name, on several connections, by a file."""
+"""Faults of the ways that pages travel: encoded, by name, on several connections, by a file, after a switch."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ from pageferry.engine.image.sink import FileSink
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.lane import Lane
 from pageferry.engine.pages.receive import PageWriter
+from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.source import Source
 from pageferry.engine.verify.file import AtPause
 from pageferry.engine.wire.channel import Channel
@@ -146,6 +147,23 @@ class FileNotReadBack(Save):
     def _prove(self, sink: FileSink, at_pause: AtPause) -> None:
         sink.settle()
         self._prover.verified_pages = at_pause.pages
+
+
+class _LetsTouch(DemandPager):
+    def fetch(self, gfns: GfnArray) -> None:
+        pass
+
+
+@fault(
+    "no bug on record: what is old in memory looks like any other content",
+    law=2,
+    found_by=("written-before-it-came",),
+)
+class NobodyWaits(Altered):
+    """In post-copy, whoever touches a missing page does not wait for its content."""
+
+    place = "postcopy.client"
+    part = _LetsTouch
 
 
 @fault(
