@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
+from pageferry.core.libc import Fd
 from pageferry.core.state import MachineState
 from pageferry.core.vm import MachineModel
 from pageferry.kvm import uapi
-from pageferry.kvm.fds import Fd
 
 pytestmark = pytest.mark.kvm
 

@@ -20,14 +20,14 @@ def userfaultfd():
 
 def refuse_syscall(monkeypatch, code):
     class Libc:
-        ioctl = fds._libc.ioctl
+        ioctl = fds.libc.ioctl
 
         @staticmethod
         def syscall(*arguments):
             fds.ctypes.set_errno(code)
             return -1
 
-    monkeypatch.setattr(fds, "_libc", Libc)
+    monkeypatch.setattr(fds, "libc", Libc)
 
 
 def test_a_feature_that_is_missing_is_named(userfaultfd, monkeypatch):

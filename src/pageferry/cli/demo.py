@@ -1,7 +1,6 @@
 """The demonstration: two real processes, one guest, one migration."""
 
 import contextlib
-import ctypes
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pageferry.cli.client import migrate
 from pageferry.cli.progress import ProgressView
 from pageferry.cli.status import print_witness
 from pageferry.core.errors import VmError
+from pageferry.core.libc import libc
 from pageferry.core.units import format_size
 from pageferry.core.vm import VmConfig
 from pageferry.vmm.accel import Machines
@@ -85,7 +85,7 @@ def _work_done(client: QmpClient) -> int:
 
 
 def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class _Child:

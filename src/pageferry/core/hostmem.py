@@ -21,16 +21,7 @@ import numpy as np
 from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, SIZE_2M, GfnArray, Hva
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
-_libc.mremap.restype = ctypes.c_void_p
-_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+from pageferry.core.libc import libc
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10
@@ -84,7 +75,7 @@ def atomic_or_u32(hva: int, bits: int) -> None:
     # SAFETY: the caller keeps the four bytes at hva mapped during the call; the first word is never dereferenced.
     word = ctypes.c_void_p(hva)
     zero, operation = ctypes.c_long(0), ctypes.c_long(_FUTEX_OP_OR | bits << 12)
-    if _libc.syscall(
+    if libc.syscall(
         ctypes.c_long(_SYS_FUTEX), word, ctypes.c_long(_FUTEX_WAKE_OP_PRIVATE), zero, zero, word, operation
     ):
         _raise("futex")
@@ -172,7 +163,7 @@ class MemFd:
 
     def punch(self, offset: int, size_bytes: int) -> None:
         """Give the storage of a range back to the host; it reads as zero afterwards."""
-        if _libc.fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, size_bytes):
+        if libc.fallocate(self.fd, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, size_bytes):
             _raise("fallocate")
 
     def close(self) -> None:
@@ -186,7 +177,7 @@ class _Reservation:
     def __init__(self, size_bytes: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         size_bytes = -(-size_bytes // SIZE_2M) * SIZE_2M
-        found = _libc.mmap(None, size_bytes + SIZE_2M, _PROT_NONE, flags, -1, 0)
+        found = libc.mmap(None, size_bytes + SIZE_2M, _PROT_NONE, flags, -1, 0)
         if found == _MAP_FAILED:
             _raise("mmap")
         self.hva = Hva(-(-found // SIZE_2M) * SIZE_2M)
@@ -194,8 +185,8 @@ class _Reservation:
         # SAFETY: both are the unused ends of what was just mapped.
         for begin, stop in ((found, self.hva), (end, found_end)):
             if begin < stop:
-                _libc.munmap(begin, stop - begin)
-        weakref.finalize(self, _libc.munmap, self.hva, size_bytes)
+                libc.munmap(begin, stop - begin)
+        weakref.finalize(self, libc.munmap, self.hva, size_bytes)
 
 
 class HostMapping:
@@ -234,7 +225,7 @@ class HostMapping:
         self._check(at, size_bytes)
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         # SAFETY: MAP_FIXED lands inside our own reservation (checked above), which ends with a whole 2 MiB.
-        if _libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
+        if libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
             _raise("mmap")
 
     def map_same(self, other: "HostMapping", at: int, size_bytes: int) -> None:
@@ -252,7 +243,7 @@ class HostMapping:
         other._check(at, size_bytes)
         # SAFETY: the target lies inside our own reservation (checked above), which MREMAP_FIXED replaces; the source
         # is only looked at.
-        if _libc.mremap(other.hva + at, 0, size_bytes, _MREMAP_MAYMOVE_FIXED, self.hva + at) == _MAP_FAILED:
+        if libc.mremap(other.hva + at, 0, size_bytes, _MREMAP_MAYMOVE_FIXED, self.hva + at) == _MAP_FAILED:
             if ctypes.get_errno() == errno.EINVAL:
                 raise UnsupportedError(
                     "mremap",
@@ -274,20 +265,20 @@ class HostMapping:
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         # SAFETY: MAP_FIXED lands inside our own reservation, which ends with a whole 2 MiB.
-        if _libc.mmap(self.hva + at, size_bytes, prot, flags, -1, 0) == _MAP_FAILED:
+        if libc.mmap(self.hva + at, size_bytes, prot, flags, -1, 0) == _MAP_FAILED:
             _raise("mmap")
 
     def unmap(self, at: int, size_bytes: int) -> None:
         """Make a range inaccessible again; the reservation stays."""
         self._check(at, size_bytes)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-        if _libc.mmap(self.hva + at, size_bytes, _PROT_NONE, flags, -1, 0) == _MAP_FAILED:
+        if libc.mmap(self.hva + at, size_bytes, _PROT_NONE, flags, -1, 0) == _MAP_FAILED:
             _raise("mmap")
 
     def advise(self, at: int, size_bytes: int, advice: int) -> None:
         """Call ``madvise`` on a range without holding the interpreter lock."""
         self._check(at, size_bytes)
-        if _libc.madvise(self.hva + at, size_bytes, advice):
+        if libc.madvise(self.hva + at, size_bytes, advice):
             _raise("madvise")
 
     def resident(self, at: int, size_bytes: int) -> tuple[GfnArray, GfnArray]:
@@ -306,7 +297,7 @@ class HostMapping:
         self._check(at, size_bytes)
         present = np.zeros(size_bytes >> PAGE_SHIFT, np.uint8)
         # SAFETY: the kernel writes one byte per page, exactly the array, during the call; this frame holds it.
-        if _libc.mincore(self.hva + at, size_bytes, present.ctypes.data):
+        if libc.mincore(self.hva + at, size_bytes, present.ctypes.data):
             _raise("mincore")
         pages = np.flatnonzero(present & np.uint8(1)).astype(np.uint64)
         return runs_of(pages + np.uint64(at >> PAGE_SHIFT))

@@ -1,7 +1,7 @@
-"""Owners of KVM's descriptors, and the one ``ioctl``.
+"""Owners of KVM's descriptors.
 
 A vCPU's descriptor and its mapped ``kvm_run`` keep the machine alive inside the kernel, so the owners are closed from
-the vCPUs up. Each owner closes its descriptor when collected, if nobody did before.
+the vCPUs up.
 
 Source: kernel ``api.rst``, section 1 (General description).
 """
@@ -10,67 +10,31 @@ import ctypes
 import errno
 import mmap
 import os
-import weakref
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from pageferry.core.errors import KvmError, UnsupportedError
+from pageferry.core.libc import Fd, libc
 from pageferry.kvm import uapi
 
 DEV_KVM = Path("/dev/kvm")
 
-_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: the interpreter lock is released during the call
-_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
 
-
-class Fd:
-    """One open KVM descriptor; a context manager; closed when collected at the latest.
+class KvmFd(Fd):
+    """One of KVM's descriptors; its ioctls raise KvmError.
 
     Args:
         fd: taken over.
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._close = weakref.finalize(self, os.close, fd)
-
-    def ioctl(self, request: int, argument: "ctypes.Structure | ctypes.Array[ctypes.c_uint64] | int" = 0) -> int:
-        """Perform one ioctl without the interpreter lock; return its value (not negative).
-
-        Raises:
-            KvmError: it failed; ``call`` is the ioctl's name.
-        """
-        # SAFETY: a structure passed here is the caller's and is referenced by this frame until the call returns.
-        where = argument if isinstance(argument, int) else ctypes.addressof(argument)
-        result: int = _libc.ioctl(self._fd, request, where)
-        if result < 0:
-            raise KvmError(uapi.IOCTL_NAMES.get(request, f"ioctl {request:#x}"), ctypes.get_errno())
-        return result
-
-    def try_run(self) -> int:
-        """Perform ``KVM_RUN``; return 0 or its errno (the one ioctl whose failing is everyday life)."""
-        return 0 if _libc.ioctl(self._fd, uapi.KVM_RUN, None) == 0 else ctypes.get_errno()
+        super().__init__(fd, KvmError, uapi.IOCTL_NAMES)
 
     def check_extension(self, capability: int) -> int:
         """Return what ``KVM_CHECK_EXTENSION`` says: 0 is no, anything else yes or a number of something."""
         return self.ioctl(uapi.KVM_CHECK_EXTENSION, capability)
 
-    def close(self) -> None:
-        """Close the descriptor; later calls fail with EBADF. May be called twice."""
-        self._fd = -1
-        self._close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class SystemFd(Fd):
+class SystemFd(KvmFd):
     """``/dev/kvm`` itself.
 
     Args:
@@ -117,7 +81,7 @@ class SystemFd(Fd):
         return VmFd(self.ioctl(uapi.KVM_CREATE_VM), run_bytes)
 
 
-class VmFd(Fd):
+class VmFd(KvmFd):
     """One virtual machine inside the kernel.
 
     Args:
@@ -138,7 +102,7 @@ class VmFd(Fd):
         self.ioctl(uapi.KVM_ENABLE_CAP, uapi.KvmEnableCap(cap=capability, args=(argument, 0, 0, 0)))
 
 
-class VcpuFd(Fd):
+class VcpuFd(KvmFd):
     """One vCPU inside the kernel and its shared ``kvm_run``.
 
     ``run`` is the structure; ``area`` the bytes of the whole mapping, where port data lies.
@@ -155,6 +119,10 @@ class VcpuFd(Fd):
         # only inside KVM_RUN on this descriptor.
         self.run = uapi.KvmRun.from_buffer(mapping)
         self.area = memoryview(mapping)
+
+    def try_run(self) -> int:
+        """Perform ``KVM_RUN``; return 0 or its errno (the one ioctl whose failing is everyday life)."""
+        return 0 if libc.ioctl(self._fd, uapi.KVM_RUN, None) == 0 else ctypes.get_errno()
 
     def map_dirty_ring(self, size_bytes: int) -> mmap.mmap:
         """Return the vCPU's dirty ring, mapped; the machine was made to have rings of that size.

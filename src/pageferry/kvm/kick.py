@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pageferry.core.errors import VmError
+from pageferry.core.libc import libc
 
 _SA_RESTART = 0x1000_0000
 _SIG_DFL = 0
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Sigaction(ctypes.Structure):
@@ -50,15 +49,15 @@ def kick_signal() -> int:
 
 @functools.cache
 def _install() -> int:
-    handler = ctypes.cast(_libc.abs, ctypes.c_void_p).value or 0
+    handler = ctypes.cast(libc.abs, ctypes.c_void_p).value or 0
     for number in range(signal.SIGRTMIN, signal.SIGRTMAX + 1):
         # SAFETY: both structures are ours and live across the calls; the handler's code is the C library's and is
         # never unloaded.
         old = _Sigaction()
-        if _libc.sigaction(number, None, ctypes.byref(old)) or old.sa_handler != _SIG_DFL:
+        if libc.sigaction(number, None, ctypes.byref(old)) or old.sa_handler != _SIG_DFL:
             continue
         new = _Sigaction(sa_handler=handler, sa_flags=_SA_RESTART)
-        if _libc.sigaction(number, ctypes.byref(new), None) == 0:
+        if libc.sigaction(number, ctypes.byref(new), None) == 0:
             return number
     raise VmError("no free real-time signal to interrupt a vCPU with")
 

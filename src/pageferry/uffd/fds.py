@@ -1,6 +1,4 @@
-"""Owners of the ``userfaultfd`` and pagemap descriptors, and the one ``ioctl``.
-
-Each owner closes its descriptor when collected, if nobody did before. No descriptor survives ``exec``.
+"""Owners of the ``userfaultfd`` and pagemap descriptors; none survives ``exec``.
 
 Source: userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN(2const); kernel ``admin-guide/mm/userfaultfd.rst``.
 """
@@ -8,7 +6,6 @@ Source: userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN(2const); kernel ``adm
 import ctypes
 import errno
 import os
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.libc import Fd, libc
 from pageferry.uffd import uapi
 
 DEV_USERFAULTFD = Path("/dev/userfaultfd")
@@ -28,45 +26,8 @@ _BATCH = 256
 _REGIONS = 1 << 14
 _WP_FEATURES = uapi.UFFD_FEATURE_PAGEFAULT_FLAG_WP | uapi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
-_libc = ctypes.CDLL(None, use_errno=True)  # CDLL, not PyDLL: the interpreter lock is released during the call
-_libc.ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
-_libc.syscall.restype = ctypes.c_long
 
-
-class _Fd:
-    """One open descriptor; closed when collected at the latest.
-
-    Args:
-        fd: taken over.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._close = weakref.finalize(self, os.close, fd)
-
-    def fileno(self) -> int:
-        """Return the descriptor, -1 when closed."""
-        return self._fd
-
-    def ioctl(self, request: int, argument: ctypes.Structure) -> int:
-        """Perform one ioctl without the interpreter lock; return its value (not negative).
-
-        Raises:
-            UffdError: it failed; ``call`` is the ioctl's name.
-        """
-        # SAFETY: the structure is the caller's and is referenced by this frame until the call returns.
-        result: int = _libc.ioctl(self._fd, request, ctypes.addressof(argument))
-        if result < 0:
-            raise UffdError(uapi.IOCTL_NAMES[request], ctypes.get_errno())
-        return result
-
-    def close(self) -> None:
-        """Close the descriptor; later calls fail with EBADF. May be called twice."""
-        self._fd = -1
-        self._close()
-
-
-class UffdFd(_Fd):
+class UffdFd(Fd):
     """A ``userfaultfd`` that sees faults of the kernel too (KVM's are), non-blocking.
 
     Args:
@@ -78,7 +39,7 @@ class UffdFd(_Fd):
     """
 
     def __init__(self, features: int = 0) -> None:
-        super().__init__(_open_userfaultfd())
+        super().__init__(_open_userfaultfd(), UffdError, uapi.IOCTL_NAMES)
         wanted = _WP_FEATURES | features
         try:
             self.ioctl(uapi.UFFDIO_API, uapi.UffdioApi(api=uapi.UFFD_API, features=wanted))
@@ -193,7 +154,7 @@ class UffdFd(_Fd):
         return np.frombuffer(self._messages, uapi.UFFD_MSG, size_bytes // uapi.UFFD_MSG.itemsize).copy()
 
 
-class PagemapFd(_Fd):
+class PagemapFd(Fd):
     """This process's pagemap, for PAGEMAP_SCAN.
 
     Raises:
@@ -202,7 +163,7 @@ class PagemapFd(_Fd):
 
     def __init__(self) -> None:
         try:
-            super().__init__(os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC))
+            super().__init__(os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC), UffdError, uapi.IOCTL_NAMES)
         except OSError as error:
             raise UnsupportedError(
                 "pagemap",
@@ -277,18 +238,15 @@ def check_pagemap_scan() -> None:
 
 def _offered_features() -> int:
     """Return the features of this kernel's userfaultfd: told only by one that asks for none."""
-    asked = _Fd(_open_userfaultfd())
     answer = uapi.UffdioApi(api=uapi.UFFD_API)
-    try:
+    with Fd(_open_userfaultfd(), UffdError, uapi.IOCTL_NAMES) as asked:
         asked.ioctl(uapi.UFFDIO_API, answer)
-    finally:
-        asked.close()
     return int(answer.features)
 
 
 def _open_userfaultfd() -> int:
     """Return a new descriptor: from the system call, or else from the device, which has permissions of its own."""
-    fd: int = _libc.syscall(ctypes.c_long(uapi.NR_USERFAULTFD), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK))
+    fd: int = libc.syscall(ctypes.c_long(uapi.NR_USERFAULTFD), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK))
     if fd >= 0:
         return fd
     code = ctypes.get_errno()
@@ -308,7 +266,7 @@ def _open_userfaultfd() -> int:
             "a container may block the call",
         ) from error
     try:
-        fd = _libc.ioctl(device, uapi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = libc.ioctl(device, uapi.USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
         if fd < 0:
             raise UffdError("USERFAULTFD_IOC_NEW", ctypes.get_errno())
     finally:
