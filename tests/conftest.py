@@ -29,9 +29,10 @@ from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.paging import Paging
-from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.probe import probe
 from pageferry.kvm.trackers import ring_tracker
+from pageferry.kvm.vm import KvmVm
 
 MiB = 1 << 20
 

@@ -7,9 +7,9 @@ from tiers import sample
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import ring_tracker
-from pageferry.uffd import check_pagemap_scan, check_userfaultfd
+from pageferry.kvm.vm import KvmVm
+from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
 from pageferry.witness.machines import with_digests, with_witness
 
 

@@ -8,7 +8,7 @@ from mutation.mutant import mutated
 from pageferry.core.errors import LostPageError, UnsupportedError
 from pageferry.core.frames import gpa_of
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing import CHECKS, check_log_dirty
 from pageferry.testing.lab import STATUS_GFN, Lab
 from pageferry.testing.operators import STRAY_GFN

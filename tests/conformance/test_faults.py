@@ -5,7 +5,7 @@ from tiers import sample
 
 from mutation import faults, mark_faults, range_faults
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing import CHECKS
 from pageferry.testing.conformance import DEFAULT_MEMORY_BYTES, run_check, select
 from pageferry.testing.lab import Lab

@@ -11,8 +11,8 @@ from pageferry.core.errors import LostPageError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import DEFAULT_TRACKER
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing.lab import Copy, Lab
 from pageferry.testing.operators import STRAY_GFN
 from pageferry.witness.cross_check import CrossCheck

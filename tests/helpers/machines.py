@@ -11,8 +11,9 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm, probe
+from pageferry.kvm.probe import probe
 from pageferry.kvm.trackers import TRACKERS
+from pageferry.kvm.vm import KvmVm
 
 _TRIAL = VmConfig(memory_bytes=4 << 20)
 

@@ -2,7 +2,7 @@
 
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import READABLE, WRITABLE
+from pageferry.hypervisor.p2m_types import READABLE, WRITABLE
 
 
 def access(domain: Domain, gfn: int, *, write: bool) -> Resolution | None:

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from processes import GIVE_UP_S, PAGEFERRY, cli
 
-from pageferry.kvm import probe
+from pageferry.kvm.probe import probe
 
 
 def complaint(result, code):

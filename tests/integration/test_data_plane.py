@@ -16,7 +16,6 @@ from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError
 from pageferry.core.events import Phase, RoundProgress
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.token_bucket import BURST_S
 from pageferry.engine import features
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
@@ -24,6 +23,7 @@ from pageferry.engine.pages import lanes
 from pageferry.engine.pages.receive import PageWriter, Receiver
 from pageferry.engine.verify.prove import VerifyMode
 from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.pacer import BURST_S
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.stream import packing as packing_module
 from pageferry.stream.ferry import Join, Reached, Side, SourceHello

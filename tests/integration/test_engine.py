@@ -57,7 +57,7 @@ from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.codec import Encoder
 from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
 from pageferry.stream.ferry_frames import FrameType

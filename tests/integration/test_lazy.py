@@ -20,7 +20,7 @@ from pageferry.engine.image.restore import restore_lazily
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing.operators import STRAY_GFN
 from pageferry.uffd.fds import UffdFd
 from pageferry.vmm.accel import Accel, choose_machines

@@ -15,7 +15,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.postcopy.server import LeftBehind
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
 from pageferry.stream.ferry_postcopy import digest_of
 from pageferry.uffd import uapi

@@ -16,7 +16,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from tiers import sample
 
 from pageferry.core.host_cpu import HostCpu
-from pageferry.kvm import probe
+from pageferry.kvm.probe import probe
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.format import RecordType
 from pageferry.stream.packing import available

@@ -43,7 +43,7 @@ from pageferry.engine.wire.channel import Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.ferry import Digests, Missing, Pages
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.ferry_postcopy import COMPLETE_BODY

@@ -18,7 +18,6 @@ from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, Unsuppor
 from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded, RoundProgress
 from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
-from pageferry.core.token_bucket import BURST_S
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine.image import save as save_module
 from pageferry.engine.image.restore import restore
@@ -26,10 +25,11 @@ from pageferry.engine.image.save import Save
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.image.sink import FileSink
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S
+from pageferry.engine.wire.pacer import BURST_S
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.codec import NEED_DATA, Decoder
 from pageferry.stream.format import PageType
 from pageferry.stream.records import (

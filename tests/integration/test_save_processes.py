@@ -10,7 +10,7 @@ import pytest
 from at_work import until
 from processes import GIVE_UP_S, cli, one_line
 
-from pageferry.core.token_bucket import BURST_S
+from pageferry.engine.wire.pacer import BURST_S
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 

@@ -19,7 +19,7 @@ from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 
 pytestmark = pytest.mark.kvm
 

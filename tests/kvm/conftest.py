@@ -25,9 +25,11 @@ from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint
-from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm import uapi
 from pageferry.kvm.trackers import DEFAULT_TRACKER, bitmap_tracker
-from pageferry.uffd import VcpuView, check_userfaultfd
+from pageferry.kvm.vm import KvmVm
+from pageferry.uffd.fds import check_userfaultfd
+from pageferry.uffd.view import VcpuView
 
 libc = ctypes.CDLL(None)  # releases the interpreter lock during a call
 libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]

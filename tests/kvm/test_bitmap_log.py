@@ -9,8 +9,9 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.core.vm import GuestEnd
-from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing import check_log_dirty
 
 pytestmark = pytest.mark.kvm

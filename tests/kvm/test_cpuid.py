@@ -14,9 +14,10 @@ from pageferry.core.errors import GuestAt, MigrationError, PeerError, Unsupporte
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm, probe
 from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.probe import probe
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.records import CpuidPolicy
 

@@ -3,15 +3,15 @@
 import dataclasses
 import errno
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.vm import VmConfig
-from pageferry.kvm import KvmVm, fds, probe
-from pageferry.kvm import probe as probe_function
+from pageferry.kvm import fds
+from pageferry.kvm.probe import probe
+from pageferry.kvm.vm import KvmVm
 from pageferry.vmm import doctor
 
 
@@ -58,9 +58,9 @@ def test_another_api_version(kvm_support, monkeypatch):
 
 @pytest.mark.kvm
 def test_a_guest_that_does_not_run(kvm_support, monkeypatch):
-    monkeypatch.setattr(sys.modules["pageferry.kvm.probe"], "_EXIT", b"\x0f\x0b")
+    monkeypatch.setattr("pageferry.kvm.probe._EXIT", b"\x0f\x0b")
     with pytest.raises(UnsupportedError, match="did not run") as caught:
-        probe_function()
+        probe()
     assert caught.value.capability == "kvm-guest"
 
 
@@ -109,7 +109,7 @@ def test_doctor_tells_how_the_dirty_bitmap_is_cleared(kvm_support, monkeypatch, 
     less = kvm_support.capabilities | {"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2": offered}
     found = dataclasses.replace(kvm_support, capabilities=less)
     assert (found.manual_protect, found.initially_set) == (bool(offered & 1), bool(offered & 2))
-    monkeypatch.setattr(sys.modules["pageferry.kvm.probe"], "probe", lambda: found)
+    monkeypatch.setattr("pageferry.kvm.probe.probe", lambda: found)
     monkeypatch.setattr(doctor, "_trial", lambda *_, **__: "")
     findings = {finding.capability: finding for finding in doctor.examine()}
     assert findings["kvm-manual-protect"].works is works

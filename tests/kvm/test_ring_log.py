@@ -17,7 +17,7 @@ from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.core.state import MachineState
 from pageferry.core.vm import GuestEnd
 from pageferry.kvm import ring_log, uapi
-from pageferry.kvm.dirty_ring import ENTRY_BYTES
+from pageferry.kvm.dirty_rings import ENTRY_BYTES
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.trackers import ring_tracker
 
@@ -45,11 +45,11 @@ def room(smallest_ring_bytes):
 def asleep(monkeypatch):
     """Lets no collector do anything."""
 
-    class Asleep(ring_log.Collector):
+    class Asleep(ring_log._Collector):
         def __init__(self, collect, period_s):
             super().__init__(lambda: None, period_s)
 
-    monkeypatch.setattr(ring_log, "Collector", Asleep)
+    monkeypatch.setattr(ring_log, "_Collector", Asleep)
 
 
 def gfns(bitmap):

@@ -4,8 +4,9 @@ import pytest
 
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.vm import VmConfig
-from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm import uapi
 from pageferry.kvm.trackers import TRACKERS, Tracker, find_tracker
+from pageferry.kvm.vm import KvmVm
 
 pytestmark = pytest.mark.kvm
 

@@ -12,9 +12,11 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import UffdError, VmError
 from pageferry.core.frames import PAGE_SIZE, SIZE_2M
 from pageferry.core.vm import VmConfig
-from pageferry.kvm import KvmVm
-from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, fds
-from pageferry.uffd.view import SPAN_GAP_WORDS, spans_of
+from pageferry.kvm.vm import KvmVm
+from pageferry.uffd import fds
+from pageferry.uffd.pagemap_log import PagemapScanLog
+from pageferry.uffd.view import SPAN_GAP_WORDS, VcpuView, spans_of
+from pageferry.uffd.write_protect_log import WriteProtectLog
 
 GiB = 1 << 30
 MADV_COLLAPSE = 25

@@ -8,8 +8,9 @@ import pytest
 from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import VmConfig
-from pageferry.kvm import KvmVm
-from pageferry.uffd import PagemapScanLog, fds, uapi
+from pageferry.kvm.vm import KvmVm
+from pageferry.uffd import fds, uapi
+from pageferry.uffd.pagemap_log import PagemapScanLog
 from pageferry.uffd.view import SPAN_GAP_WORDS
 
 GiB = 1 << 30

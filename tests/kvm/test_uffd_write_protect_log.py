@@ -10,7 +10,8 @@ import pytest
 from pageferry.core.errors import LogDirtyError, UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.kvm.trackers import find_tracker
-from pageferry.uffd import WriteProtectLog, fds, handler
+from pageferry.uffd import fds, handler
+from pageferry.uffd.write_protect_log import WriteProtectLog
 
 PATIENCE_S = 30
 

@@ -10,9 +10,10 @@ from pageferry.core.errors import GuestAt, MigrationError, PeerError, Unsupporte
 from pageferry.core.state import ExtendedState, MachineState
 from pageferry.core.xsave import component_names, component_places, enabled_components
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm, uapi
+from pageferry.kvm import uapi
 from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd, VcpuFd
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 
 pytestmark = pytest.mark.kvm

@@ -10,9 +10,9 @@ from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
 from mutation.held import drop_marks
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_START, gfn_of
-from pageferry.kvm import KvmVm
 from pageferry.kvm.bitmap_log import KvmBitmapLog
 from pageferry.kvm.slots import MemorySlot
+from pageferry.kvm.vm import KvmVm
 
 fault = Faults(Room.KVM)
 

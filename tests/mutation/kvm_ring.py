@@ -12,9 +12,9 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
 from pageferry.core.vm import VmStatus
 from pageferry.guests.abi import read_status
-from pageferry.kvm import KvmVm
 from pageferry.kvm.ring_log import KvmRingLog
 from pageferry.kvm.trackers import ring_tracker
+from pageferry.kvm.vm import KvmVm
 
 fault = Faults(Room.KVM)
 RING = "kvm-ring"

@@ -19,7 +19,7 @@ from mutation import Fault, Room
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
-from pageferry.kvm import probe
+from pageferry.kvm.probe import probe
 from pageferry.testing.conformance import Check, ConformanceError, run_check
 from pageferry.testing.lab import Lab
 

@@ -10,9 +10,9 @@ from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
 from mutation.uffd import log_of, store_from_a_vcpu
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
-from pageferry.kvm import KvmVm
-from pageferry.uffd import VcpuView, uapi
-from pageferry.uffd.view import spans_of
+from pageferry.kvm.vm import KvmVm
+from pageferry.uffd import uapi
+from pageferry.uffd.view import VcpuView, spans_of
 
 fault = Faults(Room.UFFD)
 _SCAN = "pagemap-scan"

@@ -6,7 +6,7 @@ from mutation.fault import Faults, Room, replace
 from mutation.kvm_ring import RING, log_of, without_collector
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 
 fault = Faults(Room.KVM)
 

@@ -29,8 +29,8 @@ from mutation.migrations import migration_checks
 from mutation.mutant import mutated
 from mutation.trips import Engine
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
 from pageferry.kvm.trackers import DEFAULT_TRACKER
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing import conformance
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm

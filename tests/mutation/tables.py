@@ -7,7 +7,7 @@ import numpy as np
 from mutation.fault import Faults, Room, replace
 from pageferry.core.frames import PAGES_PER_2M
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 
 fault = Faults(Room.HYPERVISOR)
 

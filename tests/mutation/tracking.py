@@ -1,4 +1,4 @@
-"""Faults of the software hypervisor's log-dirty: bitmap, journal and operators (paging.py, hap.py)."""
+"""Faults of the software hypervisor's log-dirty: bitmap, journal and operators (paging.py)."""
 
 from array import array
 from typing import Any
@@ -12,7 +12,7 @@ from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.vm import LogDirtyStats
 from pageferry.guests.abi import STACK_BYTES, STACKS_TOP
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 
 fault = Faults(Room.HYPERVISOR)
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.kvm import KvmVm
-from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog
+from pageferry.kvm.vm import KvmVm
 from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.log import UffdLog
-from pageferry.uffd.view import spans_of
+from pageferry.uffd.pagemap_log import PagemapScanLog
+from pageferry.uffd.view import VcpuView, spans_of
+from pageferry.uffd.write_protect_log import WriteProtectLog
 
 fault = Faults(Room.UFFD)
 _WP = "uffd-wp"

@@ -24,7 +24,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.npf import Resolution
-from pageferry.hypervisor.p2m import WRITABLE, P2MType
+from pageferry.hypervisor.p2m_types import WRITABLE, P2MType
 
 SMALL = 3 * 512 + 5
 GiB_PAGES = 512 * 512

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 
 PAGES = 3 * 512 + 5
 SOME_GFN = st.one_of(st.integers(0, PAGES + 3), st.sampled_from([0, 511, 512, 1023, 1024, 1535, 1536, PAGES - 1]))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pageferry.core.token_bucket import BURST_S, TokenBucket
+from pageferry.engine.wire.pacer import BURST_S, TokenBucket
 
 rates = st.integers(1 << 16, 10 << 30)
 sizes = st.integers(0, 8 << 20)

@@ -23,7 +23,7 @@ from pageferry.core.run import GuestExit
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 from simulation.interleave import ScheduledLock, Violated, note, step
 
 #: Two pages under one superpage: the first write splits it.

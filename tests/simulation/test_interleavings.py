@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiers import sample
 
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 from simulation.interleave import Violated, explore, step
 from simulation.paging_world import PagingWorld
 

@@ -13,8 +13,19 @@ from numpy.typing import NDArray
 from pageferry.core.frames import GfnArray
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner
-from pageferry.hypervisor.p2m import ADDRESS, PRESENT, PSE, TYPE_MASK, TYPE_SHIFT, USER, WRITABLE, WRITE, P2MType
-from pageferry.hypervisor.p2m_types import GRANT_TYPES, READABLE
+from pageferry.hypervisor.p2m_types import (
+    ADDRESS,
+    GRANT_TYPES,
+    PRESENT,
+    PSE,
+    READABLE,
+    TYPE_MASK,
+    TYPE_SHIFT,
+    USER,
+    WRITABLE,
+    WRITE,
+    P2MType,
+)
 
 _U = np.uint64
 _WRITABLE = np.array(sorted(WRITABLE), np.uint64)

@@ -28,7 +28,8 @@ from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.mmio import MMIO_WINDOW, MmioWindow
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE
+from pageferry.hypervisor.p2m import P2M
+from pageferry.hypervisor.p2m_types import READABLE, WRITABLE
 from pageferry.hypervisor.paging import Paging, Tlb
 from pageferry.hypervisor.registers import (
     CR0_WP,

@@ -21,11 +21,11 @@ from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.hypervisor.absent_pages import P2MAbsentPages
 from pageferry.hypervisor.cpu import SoftVcpu
-from pageferry.hypervisor.hap import hap_log_dirty_ops
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
-from pageferry.hypervisor.p2m import P2M, P2MType
-from pageferry.hypervisor.paging import LogDirtyOps, Paging
+from pageferry.hypervisor.p2m import P2M
+from pageferry.hypervisor.p2m_types import P2MType
+from pageferry.hypervisor.paging import LogDirtyOps, Paging, hap_log_dirty_ops
 from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
 

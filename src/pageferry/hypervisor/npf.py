@@ -19,7 +19,7 @@ Source: RFC, "Nested Paging Fault"; Xen ``hvm_hap_nested_page_fault`` for the or
 from enum import Enum, auto
 
 from pageferry.core.errors import GuestCrash
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 from pageferry.hypervisor.paging import Paging
 
 _MMIO_DM = P2MType.MMIO_DM.value

@@ -38,32 +38,13 @@ from pageferry.hypervisor.p2m_types import (
     MAX_GFN,
     PRESENT,
     PSE,
-    READABLE,
     TABLE,
     TYPE_MASK,
     TYPE_SHIFT,
     USER,
-    WRITABLE,
-    WRITE,
     P2MType,
     leaf_bits,
 )
-
-__all__ = [
-    "ADDRESS",
-    "MAX_GFN",
-    "P2M",
-    "PRESENT",
-    "PSE",
-    "READABLE",
-    "TYPE_MASK",
-    "TYPE_SHIFT",
-    "USER",
-    "WRITABLE",
-    "WRITE",
-    "P2MType",
-    "leaf_bits",
-]
 
 _RW = P2MType.RAM_RW.value
 _LOGDIRTY = P2MType.RAM_LOGDIRTY.value

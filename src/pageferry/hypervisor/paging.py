@@ -45,7 +45,8 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import PagingPool
-from pageferry.hypervisor.p2m import P2M, P2MType
+from pageferry.hypervisor.p2m import P2M
+from pageferry.hypervisor.p2m_types import P2MType
 
 _LOGDIRTY = P2MType.RAM_LOGDIRTY.value
 
@@ -82,6 +83,25 @@ class LogDirtyOps:
     disable: Callable[[], None]
     clean: Callable[[GfnArray], None]
     written: Callable[[GfnArray], None] = lambda _gfns: None
+
+
+def hap_log_dirty_ops(p2m: P2M) -> LogDirtyOps:
+    """Return the operations under hardware-assisted paging: the P2M is all that is between a write and memory.
+
+    Source: RFC design 1, the last step of each operator; Xen's ``hap_enable_log_dirty``, ``hap_disable_log_dirty`` and
+    ``hap_clean_dirty_bitmap``.
+    """
+
+    def enable() -> None:
+        p2m.change_entry_type_global(logdirty=True)
+
+    def disable() -> None:
+        p2m.change_entry_type_global(logdirty=False)
+
+    def clean(written: GfnArray) -> None:
+        p2m.change_types(written, P2MType.RAM_RW, P2MType.RAM_LOGDIRTY)
+
+    return LogDirtyOps(enable=enable, disable=disable, clean=clean)
 
 
 class Paging:

@@ -37,7 +37,8 @@ from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.locks import OrderedLock
 from pageferry.hypervisor.machine import MachineMemory
-from pageferry.hypervisor.p2m import ADDRESS, P2M, PRESENT, PSE, USER, WRITABLE, WRITE, P2MType
+from pageferry.hypervisor.p2m import P2M
+from pageferry.hypervisor.p2m_types import ADDRESS, PRESENT, PSE, USER, WRITABLE, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Tlb
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
 

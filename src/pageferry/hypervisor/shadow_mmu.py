@@ -15,7 +15,8 @@ from pageferry.hypervisor import unicorn_api as api
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.mmio import MMIO_WINDOW
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import P2M, READABLE, WRITABLE, WRITE, P2MType
+from pageferry.hypervisor.p2m import P2M
+from pageferry.hypervisor.p2m_types import READABLE, WRITABLE, WRITE, P2MType
 from pageferry.hypervisor.paging import Paging
 from pageferry.hypervisor.shadow import ShadowPaging
 from pageferry.hypervisor.shadow_tables import MAY_WRITE, NX

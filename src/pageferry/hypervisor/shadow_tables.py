@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.hypervisor.machine import INVALID_GFN, MachineMemory
-from pageferry.hypervisor.p2m import ADDRESS, PRESENT, PSE, USER, WRITE
+from pageferry.hypervisor.p2m_types import ADDRESS, PRESENT, PSE, USER, WRITE
 
 ACCESSED, DIRTY, NX = 1 << 5, 1 << 6, 1 << 63
 #: Software's own bit of a 4 KiB entry: the guest lets it be written and D is set, so W may come without a walk.

@@ -52,19 +52,53 @@ Source: RFC, "Log-dirty operations"; kernel ``api.rst``: KVM_CAP_DIRTY_LOG_RING,
 
 import logging
 import threading
+from collections.abc import Callable
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import KvmError, LogDirtyError
+from pageferry.core.errors import KvmError, LogDirtyError, VmError
 from pageferry.core.held_bits import HeldBits, HeldLog
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.kvm import uapi
-from pageferry.kvm.collector import Collector
 from pageferry.kvm.dirty_rings import DirtyRings
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.slots import MemorySlot
 
 _log = logging.getLogger(__name__)
+
+
+class _Collector:
+    """Calls ``collect`` on a thread of its own once in each period; started when made.
+
+    If that fails it is logged and the thread ends: whoever needs what is collected finds the same failure.
+
+    Args:
+        collect: what to do; may be called once more while :meth:`end` returns.
+        period_s: the pause between two calls, in seconds.
+    """
+
+    def __init__(self, collect: Callable[[], None], period_s: float) -> None:
+        self._collect = collect
+        self._period_s = period_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="dirty-ring-collector", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ask the thread to end; does not wait."""
+        self._ended.set()
+
+    def join(self) -> None:
+        """Wait until the thread has ended, which was asked for."""
+        self._thread.join()
+
+    def _main(self) -> None:
+        while not self._ended.wait(self._period_s):
+            try:
+                self._collect()
+            except VmError as error:
+                _log.error("the dirty rings are not collected any more: %s", error)
+                return
 
 
 class KvmRingLog(HeldLog):
@@ -87,7 +121,7 @@ class KvmRingLog(HeldLog):
         self._rings = rings
         self._operator = threading.Lock()  # around all that touches rings; a mark does not take it
         self._held = HeldBits(memory)
-        self._collector: Collector | None = None
+        self._collector: _Collector | None = None
         self._unprotected = False  # a reset was cut short, and logging did not start anew
 
     @property
@@ -107,7 +141,7 @@ class KvmRingLog(HeldLog):
                 raise LogDirtyError("log-dirty is on already")
             self._harvest()  # what an OFF that failed has left: not of this cycle
             self._reset()
-            collector = Collector(self._collect, self._rings.period_s)
+            collector = _Collector(self._collect, self._rings.period_s)
             try:
                 self._start_logging()
             except KvmError:
@@ -152,7 +186,7 @@ class KvmRingLog(HeldLog):
             if collector is not None:
                 collector.join()  # without the lock, for which it may be waiting
 
-    def _forget(self) -> Collector | None:
+    def _forget(self) -> _Collector | None:
         self._held.end()
         collector, self._collector = self._collector, None
         if collector is not None:

@@ -15,13 +15,15 @@ from pageferry.core.run import RunControl
 from pageferry.core.vm import LogDirty
 from pageferry.kvm import uapi
 from pageferry.kvm.bitmap_log import KvmBitmapLog
-from pageferry.kvm.dirty_ring import DirtyRing
-from pageferry.kvm.dirty_rings import DirtyRings
+from pageferry.kvm.dirty_rings import DirtyRing, DirtyRings
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.ring_log import KvmRingLog
 from pageferry.kvm.slots import MemorySlot
 from pageferry.kvm.vcpu import KvmVcpu
-from pageferry.uffd import PagemapScanLog, VcpuView, WriteProtectLog, check_pagemap_scan, check_userfaultfd
+from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
+from pageferry.uffd.pagemap_log import PagemapScanLog
+from pageferry.uffd.view import VcpuView
+from pageferry.uffd.write_protect_log import WriteProtectLog
 
 DEFAULT_TRACKER = "kvm-bitmap"
 

@@ -1,6 +1,13 @@
 """KvmVm: a machine on the real CPU.
 
-Source: kernel ``api.rst``: KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR.
+**Its clock** (KVM's paravirtual one, of which a machine has one) stands still from the moment in which it is saved, as
+the TSC does, and goes on from there where it is loaded: a guest that reads it, or both, never sees them run backwards
+or apart. So KVM_CLOCK_REALTIME is not used, which would add the time of the pause to one of the two. It is loaded after
+the TSCs: a TSC that is set makes KVM take its reference points anew, and that may shift the clock by what the host's
+two clocks have drifted apart.
+
+Source: kernel ``api.rst``: KVM_CREATE_VM, KVM_SET_USER_MEMORY_REGION, KVM_SET_TSS_ADDR, KVM_SET_IDENTITY_MAP_ADDR,
+KVM_GET_CLOCK, KVM_SET_CLOCK; ``x86/timekeeping.rst``, ``x86/msr.rst``.
 """
 
 import ctypes
@@ -19,7 +26,6 @@ from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm import uapi, vcpu_state
-from pageferry.kvm.clock import read_clock, write_clock
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd
@@ -28,7 +34,7 @@ from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
 from pageferry.kvm.vcpu import KvmVcpu
-from pageferry.uffd import UffdAbsentPages
+from pageferry.uffd.absent_pages import UffdAbsentPages
 
 #: Four pages below 4 GiB, in the PCI hole and away from every device: scratch that VMX needs on some hosts.
 _IDENTITY_MAP_GPA = 0xFFFB_C000
@@ -139,10 +145,15 @@ class KvmVm(StandardMachine):
             vcpu.load(state, now)
 
     def _save_kvm_clock(self) -> int | None:
-        return read_clock(self.vm_fd)
+        if not self.vm_fd.check_extension(uapi.KVM_CAP_ADJUST_CLOCK):
+            return None
+        data = uapi.KvmClockData()
+        self.vm_fd.ioctl(uapi.KVM_GET_CLOCK, data)
+        return int(data.clock)
 
     def _load_kvm_clock(self, clock_ns: int) -> None:
-        write_clock(self.vm_fd, clock_ns)
+        if self.vm_fd.check_extension(uapi.KVM_CAP_ADJUST_CLOCK):
+            self.vm_fd.ioctl(uapi.KVM_SET_CLOCK, uapi.KvmClockData(clock=clock_ns))
 
     def _free(self) -> None:
         self._owned.close()

@@ -5,18 +5,3 @@ the *host's* mapping is log-dirty without KVM's help. What is protected is a map
 everybody else (devices, the engine, boot) writes through :class:`~pageferry.core.memory.GuestMemory`'s own, never
 faults, and marks as ever.
 """
-
-from pageferry.uffd.absent_pages import UffdAbsentPages
-from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
-from pageferry.uffd.pagemap_log import PagemapScanLog
-from pageferry.uffd.view import VcpuView
-from pageferry.uffd.write_protect_log import WriteProtectLog
-
-__all__ = [
-    "PagemapScanLog",
-    "UffdAbsentPages",
-    "VcpuView",
-    "WriteProtectLog",
-    "check_pagemap_scan",
-    "check_userfaultfd",
-]

@@ -17,7 +17,7 @@ from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import KvmVm
+from pageferry.kvm.vm import KvmVm
 from pageferry.vmm.accel import Accel, choose_machines
 from pageferry.vmm.doctor import examine
 

@@ -13,7 +13,7 @@ from pageferry.devices.dma import DMA_MMIO
 from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 
 MiB = 1 << 20
 DATA = 0x300000

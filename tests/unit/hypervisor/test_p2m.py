@@ -5,7 +5,7 @@ from pageferry.core.errors import LogDirtyMemoryError, P2MError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import MAX_GFN, PSE, P2MType
+from pageferry.hypervisor.p2m_types import MAX_GFN, PSE, P2MType
 
 MiB = 1 << 20
 RW, LOGDIRTY = P2MType.RAM_RW, P2MType.RAM_LOGDIRTY

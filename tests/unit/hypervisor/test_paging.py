@@ -7,7 +7,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
-from pageferry.hypervisor.p2m import READABLE, P2MType
+from pageferry.hypervisor.p2m_types import READABLE, P2MType
 
 MiB = 1 << 20
 

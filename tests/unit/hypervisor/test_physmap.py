@@ -7,7 +7,7 @@ from soft import access
 from pageferry.core.errors import GuestCrash, P2MError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.p2m import P2MType
+from pageferry.hypervisor.p2m_types import P2MType
 
 MiB = 1 << 20
 PAGES = 6 * 256 + 1

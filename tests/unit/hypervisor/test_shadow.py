@@ -13,7 +13,7 @@ from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, pag
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.guest_walk import GuestPageFault
-from pageferry.hypervisor.p2m import WRITE
+from pageferry.hypervisor.p2m_types import WRITE
 from pageferry.hypervisor.shadow_mmu import TABLE_WINDOW
 from pageferry.hypervisor.shadow_tables import Key
 

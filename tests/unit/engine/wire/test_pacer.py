@@ -1,7 +1,6 @@
 """Pacer: a cap that is changed while it is used."""
 
-from pageferry.core.token_bucket import BURST_S
-from pageferry.engine.wire.pacer import Pacer
+from pageferry.engine.wire.pacer import BURST_S, Pacer
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 
 MiB = 1 << 20
