@@ -5,4 +5,6 @@ page fault), :mod:`.paging` (the four operators, ``mark_dirty``, and what nested
 :mod:`.locks` (the order that the RFC asks for). Around them: :mod:`.machine` (machine frames), :mod:`.guest_walk` (the
 guest's own page tables), :mod:`.mmio`, :mod:`.cpu`, :mod:`.domain` and :mod:`.audit`. The same log-dirty without nested
 paging, by other operations behind the same dispatch: :mod:`.shadow` and :mod:`.shadow_mmu`, over :mod:`.shadow_tables`.
+
+``examples/rfc_tour.py`` shows it at work.
 """
