@@ -102,7 +102,7 @@ class DirtyBitmap:
     """A set of frames ``0 .. nbits-1``.
 
     ``words`` is uint64[ceil(nbits/64)]; bit i of word w is frame 64w+i. Bits past ``nbits`` in the last word are
-    always 0 after any method here; whoever writes ``words`` directly (a kernel call) keeps it so.
+    always 0 after any method here; a caller that writes ``words`` directly (a kernel call) keeps it so.
 
     Args:
         nbits: how many frames, at least 0. A multiple of 64 is not required.

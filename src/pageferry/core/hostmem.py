@@ -64,7 +64,7 @@ def atomic_or_u32(hva: int, bits: int) -> None:
     """Set ``bits`` (below 0x800) in the u32 at ``hva``, as one step for every thread, emulated vCPUs included.
 
     Python has no such operation on memory, but the kernel does one for us: FUTEX_WAKE_OP is "``*uaddr2 |= oparg``, then
-    wake waiters", and nobody waits here. About a microsecond.
+    wake waiters", and there are none here. About a microsecond.
 
     Raises:
         VmError: the kernel refuses.
@@ -81,7 +81,7 @@ def atomic_or_u32(hva: int, bits: int) -> None:
         _raise("futex")
 
 
-#: Nobody can make a file with these smaller or larger.
+#: No process can make a file with these smaller or larger.
 _FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -124,7 +124,7 @@ class MemFd:
         """Return the file that another process made with this size, and handed over; the descriptor is ours then.
 
         Raises:
-            VmError: it is no such file, or could be made smaller under us, which would kill whoever touches it.
+            VmError: it is no such file, or could be made smaller under us: to touch it would then kill this process.
         """
         memfd = cls.__new__(cls)
         memfd.fd, memfd.size_bytes = fd, size_bytes
@@ -253,12 +253,12 @@ class HostMapping:
             _raise("mremap")
 
     def map_nothing(self, at: int, size_bytes: int) -> None:
-        """Put memory that belongs to nobody into a range: whoever comes late reads zeros there and harms nothing."""
+        """Put memory of its own into a range: a late access reads zeros there and harms nothing."""
         self._check(at, size_bytes)
         self._map_nothing(at, size_bytes)
 
     def clear(self) -> None:
-        """Give back all that is mapped, though views may live on: there is memory that belongs to nobody now."""
+        """Give back all that is mapped. Views may live on: they read as zeros."""
         self._map_nothing(0, -(-self.size_bytes // SIZE_2M) * SIZE_2M)  # a huge page goes only as a whole
 
     def _map_nothing(self, at: int, size_bytes: int) -> None:

@@ -87,7 +87,7 @@ def storage_bytes(memory_bytes: int) -> int:
 
 
 def _touched(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[GfnArray, GfnArray]:
-    # A hugetlb file does not tell what has storage. Nobody touches guest memory but through this mapping.
+    # A hugetlb file does not tell what has storage. Guest memory is touched through this mapping only.
     runs = [mapping.resident(region.gpa, region.size_bytes) for region in regions]
     return np.concatenate([starts for starts, _ in runs]), np.concatenate([lengths for _, lengths in runs])
 
@@ -212,11 +212,11 @@ class GuestMemory:
         return None if self.huge_pages is HugePages.OFF else self._vcpu_mapping.huge_bytes()
 
     def on_write(self, mark: Callable[[GfnArray], None] | None) -> None:
-        """Set who is told of frames written through this object (a LogDirty's ``mark``), or nobody."""
+        """Set what is told of frames written through this object (a LogDirty's ``mark``); None: nothing is."""
         self._on_write = mark
 
     def on_touch(self, fetch: Callable[[GfnArray], None] | None) -> None:
-        """Set who brings the content of frames before anybody here touches them, or nobody: all of it is there."""
+        """Set what brings the content of frames before they are touched here; None: all of it is there."""
         self._fetch = fetch
 
     @property
@@ -314,7 +314,7 @@ class GuestMemory:
     def views(self, starts: GfnArray, lengths: GfnArray) -> list[memoryview]:
         """Return one writable view per run, straight onto guest memory: for gather and scatter I/O.
 
-        Whoever writes through a view calls :meth:`wrote` afterwards.
+        A caller that writes through a view calls :meth:`wrote` afterwards.
 
         Raises:
             VmError: a frame is not RAM.
@@ -343,7 +343,7 @@ class GuestMemory:
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
 
     def close(self) -> None:
-        """Give all storage back to the host at once, whoever still holds a view: it reads as zero now."""
+        """Give all storage back to the host at once. A view that is still held reads as zeros."""
         self._on_write = None
         self._populated = _nothing
         self.mapping.clear()

@@ -5,11 +5,11 @@ without knowing of each other: the *user's* (``pause``/``resume``: one flag) and
 ``thaw``: a count, held for the length of one operator such as CLEAN, or by a migration from the pause to its end). A
 vCPU runs when neither holds it.
 
-Whoever waits for vCPUs to stop may hold the DOMAIN lock of the software hypervisor, never another that a vCPU may take
-on its way out; and a vCPU's own thread (a device, a console sink) may not wait for that at all: it is refused.
+A thread that waits for vCPUs to stop may hold the DOMAIN lock of the software hypervisor, never another that a vCPU may
+take on its way out; and a vCPU's own thread (a device, a console sink) may not wait for that at all: it is refused.
 
 Stopping is asked for with ``kick()``. A kick may come just before the vCPU enters the guest and be lost there, so
-whoever waits repeats it until every vCPU has said that it stopped.
+the waiting thread repeats it until every vCPU has said that it stopped.
 """
 
 import logging

@@ -143,7 +143,7 @@ class AbsentPages(Protocol):
     """The frames of a guest that are absent, and how they get their content; made by :meth:`Vm.await_memory`."""
 
     def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
-        """Give frames their content, and let whoever waits for them go on; any thread.
+        """Give frames their content, and let the threads that wait for them go on; any thread may call it.
 
         Args:
             gfns: uint64[n], ascending; none was installed by a call that returned.

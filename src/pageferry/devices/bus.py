@@ -1,9 +1,9 @@
 """DeviceBus: dispatches port I/O and MMIO to devices, saves and restores them all.
 
 One lock serialises device accesses of several vCPUs; the software hypervisor gives it a place in its order of locks.
-A device may write guest memory under it, and its marks take the log-dirty lock: so nobody who holds that waits for a
-vCPU, and no device waits for vCPUs to stop. An access that no device claims reads all ones and ignores
-writes, as on a PC.
+A device may write guest memory under it, and its marks take the log-dirty lock: so no thread that holds that waits for
+a vCPU, and no device waits for vCPUs to stop. An access that no device claims reads all ones and ignores writes, as on
+a PC.
 """
 
 import threading

@@ -5,7 +5,7 @@ offset travels with the guest; the time does not: after a migration the guest re
 it stood still. If the destination's clock is behind the source's, so is then the guest's.
 
 Simpler than the chip: the oscillator and the divider always run, the day of the week follows from the date, there are
-no interrupts, and of register C only the update-ended flag is ever set (alarm bytes are kept, nobody compares them).
+no interrupts, and of register C only the update-ended flag is ever set (alarm bytes are kept and not compared).
 
 Source: Motorola MC146818 data sheet, *Address Map*, *Registers*; byte 0x32 is the century by the PC's convention.
 """

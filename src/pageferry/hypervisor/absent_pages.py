@@ -31,7 +31,7 @@ class P2MAbsentPages:
         p2m.fetch = lambda gfn: fetch(np.array([gfn], np.uint64))
 
     def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
-        """Give frames their content, by the mapping of everybody who is no vCPU; see the protocol."""
+        """Give frames their content, by the mapping that is not the vCPUs'; see the protocol."""
         at, view = 0, np.frombuffer(self._memory.mapping.view, np.uint8)
         for start, length in zip(*(part.tolist() for part in runs_of(gfns)), strict=True):
             size_bytes = length << PAGE_SHIFT

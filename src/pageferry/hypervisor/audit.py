@@ -162,7 +162,7 @@ def _check_grants(domain: Domain, found: Leaves) -> None:
 
 
 def _check_inside_ram(domain: Domain, found: Leaves) -> None:
-    """What is mapped is RAM to everybody else too, from end to end, with nothing removed between."""
+    """What is mapped is RAM to ``memory`` too, from end to end, with nothing removed between."""
     last = found.gfns + _U(found.pages - 1)
     _require_none(~domain.memory.are_ram(found.gfns) | ~domain.memory.are_ram(last), found.gfns, "an entry outside RAM")
     removed = domain.memory.removed()

@@ -17,6 +17,9 @@ has no handlers, and so any exception is its end: a GuestCrash, as the triple fa
 import time
 from dataclasses import replace
 
+from unicorn import unicorn_const as const
+from unicorn import x86_const as x86
+
 from pageferry.core.cpuid import Leaves, answer
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
@@ -53,7 +56,6 @@ from pageferry.hypervisor.traps import (
     exception_name,
     is_trapped,
 )
-from pageferry.hypervisor.unicorn_api import const, x86
 
 _READ_WRITE = api.READ | api.WRITE
 _CPUID_REGISTERS = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)

@@ -2,7 +2,7 @@
 
 Memory has two faces. The *machine* face is one mapping of the memfd in machine order: Unicorn, the P2M and the page
 walkers use it. The *guest* face is :class:`GuestMemory`: the same frames mapped once more, at their gpa. It is a
-foreign mapping in Xen's sense: writable, outside the P2M's reach, so whoever writes through it marks (law 4).
+foreign mapping in Xen's sense: writable, outside the P2M's reach, so a writer through it marks (law 4).
 """
 
 from collections.abc import Callable
@@ -226,7 +226,7 @@ class Domain(StandardMachine):
             vcpu.load(state)
 
     def _save_kvm_clock(self) -> int | None:
-        return self._kvm_clock_ns  # nobody can read it here: it stands still, and so never goes back
+        return self._kvm_clock_ns  # a guest here cannot read it: it stands still, and so never goes back
 
     def _load_kvm_clock(self, clock_ns: int) -> None:
         self._kvm_clock_ns = clock_ns

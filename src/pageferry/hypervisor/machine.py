@@ -311,7 +311,7 @@ class MachineMemory:
         return gfns[new], np.add.reduceat(pages, np.flatnonzero(new))
 
     def close(self) -> None:
-        """Give the memory back; whoever still holds a view reads zeros."""
+        """Give the memory back; a view that is still held reads as zeros."""
         self.mapping.clear()
         self.memfd.close()
 

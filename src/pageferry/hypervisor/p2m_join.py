@@ -27,7 +27,7 @@ def join_tables(pool: PagingPool, m2p: ReverseMap, root_mfn: Mfn, becomes: P2MTy
     """Join what can be joined under a root; return how many table frames went back to the pool.
 
     4 KiB entries become 2 MiB ones and these 1 GiB ones; a table that holds nothing but one kind of hole becomes that
-    hole. Nobody walks the table meanwhile: the domain is stopped.
+    hole. The domain is stopped: no vCPU walks the table meanwhile.
 
     Args:
         pool: has the tables.

@@ -180,7 +180,7 @@ class PhysMap:
         """Let a removed frame of the guest be another owner's page, which that owner has granted.
 
         Raises:
-            VmError: the frame was not removed, or the page is nobody else's; nothing changed.
+            VmError: the frame was not removed, or the page has no other owner; nothing changed.
             P2MError: as for :meth:`decrease_reservation`.
 
         Source: Xen ``GNTTABOP_map_grant_ref`` under HAP; ``p2m_grant_map_rw`` and ``p2m_grant_map_ro``.
@@ -232,7 +232,7 @@ class PhysMap:
             self._paging.flush_tlbs()
 
     def _own_ram(self, gfns: ArrayLike) -> GfnArray:
-        """Return ``gfns`` ascending, all of them RAM of the domain's own that nobody has mapped."""
+        """Return ``gfns`` ascending, all of them RAM of the domain's own, without foreign mappings."""
         wanted = self._distinct(gfns)
         wrong = ~self._memory.are_ram(wanted)
         wrong |= np.isin(wanted, np.array(list(self._grants), np.uint64))

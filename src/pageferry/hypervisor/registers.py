@@ -11,11 +11,13 @@ enters ring 3 as a kernel does, by ``iretq``, on a private page that no guest se
 import dataclasses
 import struct
 
+from unicorn import x86_const as x86
+
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, Segment, VcpuState
 from pageferry.core.xsave import FP_SSE, component_names
 from pageferry.hypervisor.traps import CR4_TSD, arm_io_breakpoints
-from pageferry.hypervisor.unicorn_api import Engine, x86
+from pageferry.hypervisor.unicorn_api import Engine
 
 _GENERAL = (
     ("rax", x86.UC_X86_REG_RAX),

@@ -10,7 +10,6 @@ from typing import Any
 
 import unicorn
 from unicorn import unicorn_const as const
-from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import uclib
 
 from pageferry.core.errors import VmError
@@ -20,7 +19,6 @@ _binding: Any = unicorn  # the package's annotations are incomplete
 TLB_FILL = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p
 )
-CODE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
 INTERRUPT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
 CPUID = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 SYSTEM_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
@@ -127,7 +125,3 @@ class Engine:
     def set(self, register: int, value: Any) -> None:  # noqa: ANN401
         """Write a register."""
         self._uc.reg_write(register, value)
-
-
-__all__ = ["CODE", "CPUID", "INTERRUPT", "MMIO_READ", "MMIO_WRITE", "PORT_IN", "PORT_OUT", "SYSTEM_CALL", "TLB_FILL"]
-__all__ += ["ACCESS_FETCH", "ACCESS_WRITE", "EXECUTE", "READ", "WRITE", "Engine", "TlbEntry", "const", "x86"]

@@ -42,7 +42,7 @@ ENTRY_BYTES = _ENTRY.itemsize
 _LOOK_ENTRIES = 4096
 #: A write fault takes a microsecond at the very least: a quarter of the time in which a ring fills up.
 _PERIOD_S_PER_ENTRY = 0.25e-6
-#: However small the ring: whoever looks in this period must not eat a CPU.
+#: However small the ring: looking must not eat a CPU.
 _MIN_PERIOD_S = 0.005
 #: Calls that do not reset everything, one after the other, before we give up.
 _RESET_ATTEMPTS = 100

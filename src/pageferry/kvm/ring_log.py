@@ -23,9 +23,9 @@ MiB written by one vCPU in one cycle), a full one, or the CLEAN of a range. How 
 also pushes an entry, of a page that may be writable already, each time it writes itself: where it emulates an
 instruction, or sets accessed bits in the guest's page tables.
 
-**Locks.** ``_operator`` is held around everything that touches rings. Its holder waits for the kernel, and for
-the lock of ``_held``, and for nothing else; above all, never for a vCPU. So a vCPU with a full ring, which waits for
-it, gets it, whatever the others do: operators do not pause the guest, and whoever pauses it holds no lock of ours. The
+**Locks.** ``_operator`` is held around everything that touches rings. Its holder waits for the kernel, and for the lock
+of ``_held``, and for nothing else; above all, never for a vCPU. So a vCPU with a full ring, which waits for it, gets
+it, whatever the others do: operators do not pause the guest, and a thread that pauses it holds no lock of ours. The
 kernel in turn waits for vCPUs inside KVM_RUN only.
 
 **Why no write is lost** (laws 1, 2 and 4)::
@@ -70,7 +70,7 @@ _log = logging.getLogger(__name__)
 class _Collector:
     """Calls ``collect`` on a thread of its own once in each period; started when made.
 
-    If that fails it is logged and the thread ends: whoever needs what is collected finds the same failure.
+    A failure is logged and ends the thread: the next operator, which harvests by itself, meets it too.
 
     Args:
         collect: what to do; may be called once more while :meth:`end` returns.

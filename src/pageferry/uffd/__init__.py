@@ -1,7 +1,7 @@
 """The host's page tables at work for guests whose vCPUs are KVM's: log-dirty, and pages that come when touched.
 
 KVM follows the host's page tables: a vCPU writes a page only while the host's entry for it is writable. So protecting
-the *host's* mapping is log-dirty without KVM's help. What is protected is a mapping of RAM that only the vCPUs use;
-everybody else (devices, the engine, boot) writes through :class:`~pageferry.core.memory.GuestMemory`'s own, never
-faults, and marks as ever.
+the *host's* mapping is log-dirty without KVM's help. What is protected is a mapping of RAM that only the vCPUs use.
+Devices, the engine and boot write through :class:`~pageferry.core.memory.GuestMemory`'s own mapping, never fault, and
+mark as ever.
 """

@@ -30,7 +30,7 @@ class UffdAbsentPages:
     """The absent frames of a guest; implements :class:`pageferry.core.vm.AbsentPages`.
 
     Args:
-        memory: the guest's; nobody touches it during the call.
+        memory: the guest's; no other thread touches it during the call.
         mappings: every mapping of it that is touched, ``memory.mapping`` first.
         fetch: brings frames by :meth:`install`, on the handler's thread; a failure is for it to keep.
         absent: frames that lose their storage; all without storage wait to be installed.
@@ -68,7 +68,7 @@ class UffdAbsentPages:
         memory.on_touch(fetch)
 
     def install(self, gfns: GfnArray, content: NDArray[np.uint8]) -> None:
-        """Give frames their content, and wake whoever waits for them.
+        """Give frames their content, and wake the threads that wait for them.
 
         Args:
             gfns: uint64[n], ascending; one that was installed before, by a call that failed, keeps what it holds.
@@ -84,7 +84,7 @@ class UffdAbsentPages:
             at += size_bytes
 
     def finish(self) -> None:
-        """Let what was not installed be zeros, and wake everybody."""
+        """Let what was not installed be zeros, and wake every thread that waits."""
         self._finished = True
         for hva, size_bytes in self._ranges():
             self._uffd.unregister(hva, size_bytes)

@@ -66,7 +66,7 @@ class UffdFd(Fd):
         self.ioctl(uapi.UFFDIO_REGISTER, uapi.UffdioRegister(range=where, mode=mode))
 
     def copy(self, hva: int, content: NDArray[np.uint8]) -> None:
-        """Give missing pages their content, each as one step, and wake whoever waits for one of them here.
+        """Give missing pages their content, each as one step, and wake the threads that wait for one of them here.
 
         Args:
             hva: of the first page; the range was registered for missing pages. One that is there keeps what it holds.
@@ -89,7 +89,7 @@ class UffdFd(Fd):
             at += max(request.copy, 0)
 
     def wake(self, hva: int, size_bytes: int) -> None:
-        """Let whoever waits for a page of a range try again.
+        """Have the threads that wait for a page of a range try again.
 
         Raises:
             UffdError: the kernel refused.
@@ -97,7 +97,7 @@ class UffdFd(Fd):
         self.ioctl(uapi.UFFDIO_WAKE, uapi.UffdioRange(start=hva, len=size_bytes))
 
     def unregister(self, hva: int, size_bytes: int) -> None:
-        """Make a range writable again and wake whoever waits for a page of it; ours or not.
+        """Make a range writable again and wake the threads that wait for a page of it; ours or not.
 
         To close the descriptor is not enough: a child that was forked may hold it as well.
 
@@ -120,7 +120,7 @@ class UffdFd(Fd):
         self._write_protect(hva, size_bytes, uapi.UFFDIO_WRITEPROTECT_MODE_WP)
 
     def unprotect(self, hva: int, size_bytes: int) -> None:
-        """Make a range writable and wake whoever waits for a page of it.
+        """Make a range writable and wake the threads that wait for a page of it.
 
         Raises:
             UffdError: the kernel refused.

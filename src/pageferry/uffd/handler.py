@@ -21,8 +21,9 @@ class FaultHandler:
 
     Args:
         uffd: whose faults; stays the caller's, open until ``stop`` has returned.
-        resolve: called with ``UFFD_MSG[n]``, n at least 1: all faults that wait. Whoever caused them waits until then.
-        failed: called when ``resolve`` or the kernel fails, with the error; nobody resolves faults any more.
+        resolve: called with ``UFFD_MSG[n]``, n at least 1: all faults that wait. The threads that caused them
+            wait until it returns.
+        failed: called when ``resolve`` or the kernel fails, with the error; faults are not resolved any more.
 
     Raises:
         UffdError: no descriptor is left for it.
@@ -54,7 +55,7 @@ class FaultHandler:
         try:
             while all(fd != self._wake for fd, _ in poll.poll()):
                 faults = self._uffd.read_faults()
-                if faults.size:  # or whoever waited was interrupted
+                if faults.size:  # none: the thread that waited was interrupted
                     self._resolve(faults)
         except Exception as error:
             self._failed(error)

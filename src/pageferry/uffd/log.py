@@ -1,12 +1,12 @@
-"""UffdLog: what log-dirty by the host's page tables has in common, whoever resolves the faults.
+"""UffdLog: the base of log-dirty by the host's page tables; a subclass resolves the faults.
 
 While log-dirty is on, all RAM in the vCPUs' view is registered with a userfaultfd and write-protected, pages without
 storage included (the kernel then keeps a marker for each: 2 MiB of page tables per GiB of RAM, touched or not; huge
 page mappings are split). A subclass says which pages are writable again, and protects those again on CLEAN. Bits of
 writers that are no vCPU (``mark``) are in ``_held``.
 
-**Why nobody deadlocks.** The protected mapping is written through by vCPUs alone, inside an ioctl that has released
-the interpreter lock. So whoever resolves a fault may take that lock, and no thread of Python ever waits for a page.
+**Why no thread deadlocks.** Only vCPUs write through the protected mapping, inside an ioctl that has released the
+interpreter lock. So the thread that resolves a fault may take that lock, and no Python code ever waits for a page.
 
 **Why no mark is lost** (laws 2 and 4)::
 
@@ -39,7 +39,7 @@ class UffdLog(HeldLog, ABC):
     """Base of the trackers here; implements :class:`pageferry.core.vm.LogDirty`.
 
     Args:
-        view: RAM as the vCPUs see it; KVM's slots point there, and nobody else writes through it.
+        view: RAM as the vCPUs see it; KVM's slots point there, and only vCPUs write through it.
     """
 
     features: ClassVar[int] = 0
@@ -80,7 +80,7 @@ class UffdLog(HeldLog, ABC):
             self._held.begin()
 
     def off(self) -> None:
-        """OFF: all RAM WRITABLE, whoever waits for a page goes on, the bitmap is freed. May be called twice.
+        """OFF: all RAM WRITABLE, a vCPU that waits for a page goes on, the bitmap is freed. May be called twice.
 
         Raises:
             UffdError: the kernel refused for a region; log-dirty is off, that region may go on being slow.
@@ -172,10 +172,10 @@ class UffdLog(HeldLog, ABC):
 
     @abstractmethod
     def _fault_count(self) -> int | None:
-        """Return the write faults since ENABLE, None when nobody counts them."""
+        """Return the write faults since ENABLE, None when they are not counted."""
 
     def _release(self) -> UffdError | None:
-        """Make all writable, wake whoever waits, close the userfaultfd; return what the kernel refused first."""
+        """Make all writable, wake the vCPUs that wait, close the userfaultfd; return what the kernel refused first."""
         failure: UffdError | None = None
         if self._uffd is not None:
             self._end()

@@ -1,8 +1,8 @@
 """PagemapScanLog: asynchronous write protection, read back with PAGEMAP_SCAN.
 
 A write to a protected page traps into the kernel, which removes the protection by itself (UFFD_FEATURE_WP_ASYNC): the
-page tables *are* the bitmap, and nobody handles or counts faults. PAGEMAP_SCAN returns the pages that are not
-protected; with PM_SCAN_WP_MATCHING it protects each in the step that finds it, under the page table's lock.
+page tables *are* the bitmap, and faults are neither handled here nor counted. PAGEMAP_SCAN returns the pages that are
+not protected; with PM_SCAN_WP_MATCHING it protects each in the step that finds it, under the page table's lock.
 
 CLEAN looks first and then protects, in spans around what it saw: a scan that protects makes KVM drop its mappings of
 the *whole* span, dirty or not, and the guest would pay for each of them with a fault.
@@ -59,7 +59,7 @@ class PagemapScanLog(UffdLog):
         self._pagemap.close()
 
     def _begin(self, uffd: UffdFd) -> None:
-        pass  # nobody handles faults
+        pass  # the kernel handles faults
 
     def _end(self) -> None:
         pass

@@ -19,7 +19,7 @@ SPAN_GAP_WORDS = 8
 class VcpuView:
     """RAM as only the vCPUs write it: host address ``mapping.hva + gpa``.
 
-    ``memory``: everybody else's view of the same bytes, by another mapping.
+    ``memory``: the same bytes by another mapping, for all other writers.
     """
 
     memory: GuestMemory

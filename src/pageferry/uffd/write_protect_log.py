@@ -30,7 +30,7 @@ What a fault costs is two context switches and our thread's turn with the interp
 Python without a pause may keep that from it for ``sys.getswitchinterval()``; the engine's threads let go of it in every
 call that sends, reads or digests memory.
 
-**When the handler fails** nobody must wait for ever: all RAM becomes writable at once, and PEEK and CLEAN refuse until
+**When the handler fails** no vCPU may wait for ever: all RAM becomes writable at once, and PEEK and CLEAN refuse until
 OFF. A migration fails then; a write is not lost, and the guest runs on.
 
 Source: RFC, "Nested page fault handling"; kernel ``admin-guide/mm/userfaultfd.rst``, "Write Protect Notifications".
@@ -127,7 +127,7 @@ class WriteProtectLog(UffdLog):
             raise LogDirtyError("the fault handler failed, and pages were written unseen") from self._failure
 
     def _fail(self, uffd: UffdFd, error: Exception) -> None:
-        """Let everybody write everything; on the handler's thread, which ends."""
+        """Make all RAM writable; on the handler's thread, which ends."""
         _log.error("the fault handler failed: %r", error)
         with self._step:
             self._failure = error
