@@ -95,10 +95,10 @@ def test_nobody_at_the_control_socket(here, tmp_path):
     assert "no guest process answers" in complaint(here("migrate", "--control", tmp_path / "x", "tcp://127.0.0.1:1"), 6)
 
 
-def test_a_port_in_use(tmp_path):
+def test_a_port_in_use(here, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        result = cli("receive", f"tcp://127.0.0.1:{port}", "--control", tmp_path / "x", "--accel", "soft")
+        result = here("receive", f"tcp://127.0.0.1:{port}", "--control", tmp_path / "x", "--accel", "soft")
     assert "cannot listen at" in complaint(result, 2)
 
 
@@ -114,11 +114,11 @@ def test_kvm_that_is_missing_is_said_with_a_hint(tmp_path):
     assert "hint: " in result.stderr
 
 
-def test_huge_pages_that_the_host_has_not_are_said_with_a_hint(hugetlb_pool):
-    result = cli("run", "idle", "--memory", "1G", "--accel", "kvm", "--hugepages", "hugetlb")
+def test_huge_pages_that_the_host_has_not_are_said_with_a_hint(here, hugetlb_pool):
+    result = here("run", "idle", "--memory", "1G", "--accel", "kvm", "--hugepages", "hugetlb")
     assert "pool of 2 MiB pages cannot give 512" in complaint(result, 5)
     assert "hint: as root: sysctl vm.nr_hugepages=" in result.stderr
-    assert "single 4 KiB frames" in complaint(cli("run", "idle", "--accel", "soft", "--hugepages", "hugetlb"), 5)
+    assert "single 4 KiB frames" in complaint(here("run", "idle", "--accel", "soft", "--hugepages", "hugetlb"), 5)
 
 
 def elf(code):
@@ -137,10 +137,10 @@ def elf(code):
         ("f4", 9, "crashed"),  # hlt, in ring 3
     ],
 )
-def test_a_program_of_ones_own(tmp_path, process_accel, code, returncode, says):
+def test_a_program_of_ones_own(here, tmp_path, accel, code, returncode, says):
     file = tmp_path / "mine.elf"
     file.write_bytes(elf(bytes.fromhex("66baf803b068ee" + code)))  # 'h' to the console first
-    result = cli("run", file, "--memory", "8M", "--accel", process_accel)
+    result = here("run", file, "--memory", "8M", "--accel", accel)
     assert result.returncode == returncode, result.stderr
     assert result.stdout == "h"
     assert says in result.stderr
@@ -190,8 +190,8 @@ def test_help_and_version_tell(here):
     assert here().returncode == 2
 
 
-def test_doctor_tells_what_works():
-    result = cli("doctor", "--json")
+def test_doctor_tells_what_works(here):
+    result = here("doctor", "--json")
     assert result.returncode == 0, result.stderr
     findings = json.loads(result.stdout)
     assert findings["accel-soft"]["works"] is True
@@ -200,7 +200,7 @@ def test_doctor_tells_what_works():
         assert findings["kvm-cpuid"]["works"] is probe().exact_cpuid
     for finding in findings.values():
         assert finding["works"] or finding["advice"]
-    assert "accel-kvm" in cli("doctor").stdout
+    assert "accel-kvm" in here("doctor").stdout
 
 
 def test_a_cpu_that_the_machine_has_not_is_said_with_a_hint():
@@ -219,6 +219,7 @@ def test_interrupt_controllers_that_the_machine_has_not_are_said_with_a_hint(her
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")
 @pytest.mark.kvm
 def test_demo_of_a_guest_with_interrupt_controllers(kvm_support):
     if not kvm_support.capabilities["KVM_CAP_IRQCHIP"]:
@@ -247,6 +248,7 @@ def test_demo_prints_one_json_object(process_accel):
     assert "round 0" in result.stderr
 
 
+@pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")
 def test_a_demo_that_the_oracle_watches(process_accel):
     result = cli(
         "demo",
@@ -276,6 +278,7 @@ def test_an_oracle_that_cannot_be_is_refused_in_one_line(here):
     )
 
 
+@pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")
 def test_a_picture_is_drawn_of_a_migration_and_of_one_that_failed(tmp_path):
     for name, limit, code in (("a.html", "60000", 0), ("b.html", "0.001", 3)):
         file = tmp_path / name
@@ -287,6 +290,7 @@ def test_a_picture_is_drawn_of_a_migration_and_of_one_that_failed(tmp_path):
         assert json.loads(data) == json.loads(result.stdout)
 
 
+@pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")
 def test_a_disk_that_is_full_spoils_the_picture_and_not_the_migration(tmp_path):
     (tmp_path / "a.html").symlink_to("/dev/full")
     result = cli(
@@ -297,6 +301,7 @@ def test_a_disk_that_is_full_spoils_the_picture_and_not_the_migration(tmp_path):
     assert "migration completed" in result.stdout
 
 
+@pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")
 def test_demo_of_a_guest_with_two_vcpus(process_accel):
     result = cli(
         "demo",
