@@ -41,7 +41,7 @@ from pageferry.core.page_words import page_words, zero_pages
 from pageferry.core.policies import ConvergePolicy, XenPolicy
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
-from pageferry.engine.options import DEFAULT_WIRE, WireOptions
+from pageferry.engine.options import DEFAULT_WIRE, MigrationOptions, WireOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.guests.boot import GuestParams, boot
@@ -138,7 +138,7 @@ def migration(
         pass
     with Child(migration_receiver, accel) as port:
         vm.resume()
-        source = Source(vm, Endpoint(host="127.0.0.1", port=port), XenPolicy(), wire=wire)
+        source = Source(vm, Endpoint(host="127.0.0.1", port=port), XenPolicy(), MigrationOptions(wire=wire))
         report = source.run()
     vm.close()
     return report.total_s, report.to_json()
@@ -237,13 +237,13 @@ def changing_migration(accel: str, wire: WireOptions) -> dict[str, Any]:
     with Child(migration_receiver, accel) as port:
         vm.resume()
         time.sleep(CHANGES_WARM_UP_S)
-        source = Source(vm, Endpoint(host="127.0.0.1", port=port), ConvergePolicy(), wire=wire)
+        source = Source(vm, Endpoint(host="127.0.0.1", port=port), ConvergePolicy(), MigrationOptions(wire=wire))
         with contextlib.suppress(MigrationError):  # the report tells that its policy gave up
             source.run()
     vm.close()
-    if source.report is None:
+    if source.job.report is None:
         raise RuntimeError("a migration left no report")
-    return source.report.to_json()
+    return source.job.report.to_json()
 
 
 def nothing_but_storage(memory: GuestMemory, first_byte: int) -> None:

@@ -14,6 +14,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.engine.destination import Destination
+from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.hypervisor import audit
@@ -232,6 +233,12 @@ class Taped:
         return [record.event for record in records]
 
 
+def source_of(vm, endpoint, policy, *, on_event=lambda event: None, work_before=None, **options):
+    """Return a Source; ``options`` are those of :class:`MigrationOptions`."""
+    options = MigrationOptions(**({"timeout_s": TIMEOUT_S} | options))
+    return Source(vm, endpoint, policy, options, on_event=on_event, work_before=work_before)
+
+
 class Move:
     """One migration of ``vm`` to an inn, taped; ``there`` is the Vm that arrived, or the error."""
 
@@ -246,7 +253,7 @@ class Move:
         """Move the guest; return the report."""
         self.taped = Taped(self.inn.open(), before_connect)
         try:
-            self.source = Source(self.vm, self.taped, policy or XenPolicy(), timeout_s=TIMEOUT_S, **options)
+            self.source = source_of(self.vm, self.taped, policy or XenPolicy(), **options)
             return self.source.run()
         finally:
             self.there = self.inn.outcome()
@@ -276,14 +283,16 @@ class Running:
 
     def status(self, wanted):
         """Wait for a status."""
-        until(lambda: self._source.report is not None or self._source.status == wanted, wanted)
-        assert self._source.status == wanted
+        until(lambda: self._source.job.report is not None or self._source.job.status == wanted, wanted)
+        assert self._source.job.status == wanted
 
     def rounds(self, count):
         """Wait for so many rounds."""
-        until(lambda: self._source.report is not None or self._source.traffic().rounds >= count, f"{count} rounds")
+        until(
+            lambda: self._source.job.report is not None or self._source.job.traffic().rounds >= count, f"{count} rounds"
+        )
 
     def end(self):
         """Wait for the end; return the report."""
         self._thread.join()
-        return self._source.report
+        return self._source.job.report

@@ -18,10 +18,9 @@ from pageferry.core.events import Phase, RoundProgress
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.engine import features
 from pageferry.engine.destination import Destination
-from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, WireOptions
-from pageferry.engine.pages import lanes
+from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, VerifyMode, WireOptions
+from pageferry.engine.pages import send as send_module
 from pageferry.engine.pages.receive import PageWriter, Receiver
-from pageferry.engine.verify.prove import VerifyMode
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.pacer import BURST_S
 from pageferry.engine.wire.peer import Peer, PeerFailedError
@@ -76,7 +75,7 @@ def test_zero_pages_travel_by_name(guests, move):
     assert report.rounds[0].zero_pages == len(first)
     assert [stats.zero_pages for stats in report.rounds[1:]] == [50, 25, 0]
     assert report.verified
-    assert trip.source.traffic().zero_pages == len(first) + len(later)
+    assert trip.source.job.traffic().counts.zero_pages == len(first) + len(later)
 
 
 def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeypatch):
@@ -162,9 +161,9 @@ def test_a_cancel_does_not_wait_for_the_cap(guests, move):
     with pytest.raises(MigrationError, match="cancelled"):
         trip.run(
             wire=WireOptions(bandwidth_bytes_per_s=MIN_BANDWIDTH_BYTES_PER_S),
-            on_event=lambda event: trip.source.cancel() if isinstance(event, RoundProgress) else None,
+            on_event=lambda event: trip.source.job.cancel() if isinstance(event, RoundProgress) else None,
         )
-    assert trip.source.traffic().sent_bytes < FREE.size * PAGE_SIZE
+    assert trip.source.job.traffic().sent_bytes < FREE.size * PAGE_SIZE
     assert not vm.log_dirty.enabled
 
 
@@ -347,7 +346,9 @@ def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests,
 
 def test_a_page_on_another_pages_connection_is_refused(guests, move, monkeypatch):
     one = np.uint64(1)
-    monkeypatch.setattr(lanes, "connection_of", lambda gfns, count: (gfns // np.uint64(512) + one) % np.uint64(count))
+    monkeypatch.setattr(
+        send_module, "connection_of", lambda gfns, count: (gfns // np.uint64(512) + one) % np.uint64(count)
+    )
     vm = guests("idle")
     fill(vm, WIDE, 1)
     with pytest.raises(MigrationError, match="belongs on another connection") as failed:
@@ -516,8 +517,8 @@ def test_packed_pages_arrive_and_those_that_do_not_get_smaller_go_as_they_are(gu
     assert sum(e.pfns.size for e in packed) == sum(stats.packed_pages for stats in report.rounds)
     on_the_wire = sum(8 + -(-(8 + 8 * e.pfns.size + len(e.data)) // 8) * 8 for e in packed)
     assert on_the_wire == sum(stats.packed_bytes for stats in report.rounds)
-    traffic = trip.source.traffic()
-    assert (traffic.packed_pages, traffic.packed_bytes) == (sum(e.pfns.size for e in packed), on_the_wire)
+    counts = trip.source.job.traffic().counts
+    assert (counts.packed_pages, counts.packed_bytes) == (sum(e.pfns.size for e in packed), on_the_wire)
 
 
 @pytest.mark.parametrize("workload", sample(["random", "kv"], "kv checks itself", quick=["kv"]))
@@ -595,8 +596,8 @@ def test_of_a_page_that_is_sent_again_and_again_only_the_change_travels(guests, 
     on_the_wire = sum(8 + -(-(8 + 8 * event.pfns.size + len(event.data)) // 8) * 8 for event in deltas)
     assert on_the_wire == sum(stats.delta_bytes for stats in report.rounds) < 3 * WIDE.size * PAGE_SIZE // 10
     assert report.delta_cache_bytes == 64 << 20
-    traffic = trip.source.traffic()
-    assert (traffic.delta_pages, traffic.delta_bytes) == (3 * WIDE.size, on_the_wire)
+    counts = trip.source.job.traffic().counts
+    assert (counts.delta_pages, counts.delta_bytes) == (3 * WIDE.size, on_the_wire)
 
 
 @pytest.mark.parametrize("workload", sample(["hotset", "kv"], "kv checks itself", quick=["kv"]))

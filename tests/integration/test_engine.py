@@ -6,12 +6,13 @@ import socket
 import struct
 import threading
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from at_work import runs_on, work
 from tiers import sample
-from trips import TIMEOUT_S, Rounds, Running
+from trips import TIMEOUT_S, Rounds, Running, source_of
 
 from mutation.mark_faults import MarksNothing
 from pageferry import __version__
@@ -42,15 +43,17 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
-from pageferry.engine import attempt as attempt_module
-from pageferry.engine import copying
 from pageferry.engine import features as features_module
-from pageferry.engine.options import WireOptions
-from pageferry.engine.source import Source
+from pageferry.engine import precopy
+from pageferry.engine import report as report_module
+from pageferry.engine import source as source_module
+from pageferry.engine.accounts import PageAccounts
+from pageferry.engine.options import VerifyMode, WireOptions
+from pageferry.engine.precopy import Precopy
 from pageferry.engine.verify import audit as audit_module
+from pageferry.engine.verify import cost as cost_module
 from pageferry.engine.verify import digests as verify_module
-from pageferry.engine.verify import prove as prove_module
-from pageferry.engine.verify.prove import Prover, VerifyMode
+from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.guests.boot import boot
@@ -81,13 +84,13 @@ def cut_when_held(wire):
 
 def attempt(vm, uri, policy=None, **options):
     endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
-    return Source(vm, endpoint, policy or XenPolicy(), timeout_s=options.pop("timeout_s", TIMEOUT_S), **options)
+    return source_of(vm, endpoint, policy or XenPolicy(), **options)
 
 
 def expect_as_before(vm, inn, source):
     """Law 5: the source as it was, log-dirty off, nobody at the destination, and the next attempt works."""
-    assert source.report.status in ("failed", "cancelled")
-    assert source.report.guest_at is GuestAt.SOURCE
+    assert source.job.report.status in ("failed", "cancelled")
+    assert source.job.report.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
     assert vm.status is VmStatus.RUNNING
     assert runs_on(vm)
@@ -150,7 +153,7 @@ def test_a_failure_to_find_words_changes_no_outcome(running, inn, monkeypatch):
     def fail(report):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(attempt_module, "explain", fail)
+    monkeypatch.setattr(report_module, "explain", fail)
     vm = running()
     report = attempt(vm, inn.open()).run()
     assert (report.status, report.explanation) == ("completed", None)
@@ -299,7 +302,7 @@ def test_an_audit_proves_memory_while_the_guest_runs(running, inn, workload):
 
 
 def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(running, inn, monkeypatch):
-    monkeypatch.setattr(prove_module, "digest_pages_per_s", lambda *_: 1e6)
+    monkeypatch.setattr(cost_module, "digest_pages_per_s", lambda *_: 1e6)
     vm = running("idle")
     report = attempt(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
     assert isinstance(inn.outcome(), type(vm))
@@ -367,10 +370,10 @@ def test_measuring_takes_a_twentieth_of_the_time_at_most(guests, monkeypatch):
         now[0] += 1e-6
         return now[0]
 
-    prover = Prover(vm, VerifyMode.FULL, 0.3, now_s)
+    cost = ProofCost(vm.memory, PageAccounts(vm.memory.gfn_limit), now_s)
     for step_s in (0.0, 0.39, 0.02, 0.39, 0.02):
         now[0] += step_s
-        prover.prepare()
+        cost.measure()
     assert looks == pytest.approx([0.02, 0.45, 0.88], abs=0.001)
 
 
@@ -388,15 +391,15 @@ def test_an_audit_finds_a_lost_page_while_the_guest_runs(running, inn, monkeypat
     sound = vm.log_dirty
     vm.replace_tracker(MarksNothing(vm))
     vm.memory.write(gpa_of(STRAY_GFN), b"sent in round 0")
-    start, catch_up = audit_module.Auditor.start, prove_module.Prover.catch_up
+    start, idle = audit_module.Auditor.start, audit_module.Auditor.idle
     monkeypatch.setattr(audit_module.Auditor, "start", lambda auditor: None)  # not yet: first the write below
-    monkeypatch.setattr(prove_module.Prover, "catch_up", lambda *_: None)
+    monkeypatch.setattr(audit_module.Auditor, "idle", lambda auditor: True)
 
     def write_unmarked(event):
         if isinstance(event, RoundBegan) and event.index == 1:
             vm.memory.write(gpa_of(STRAY_GFN), b"never reported")
-            start(source._prover._auditor)
-            monkeypatch.setattr(prove_module.Prover, "catch_up", catch_up)
+            start(source._proof._auditor)
+            monkeypatch.setattr(audit_module.Auditor, "idle", idle)
 
     source = attempt(vm, inn.open(), Rounds(1000), verify=VerifyMode.AUDIT, on_event=write_unmarked)
     with pytest.raises(PeerError, match=r"memory is not ours, and .*MarksNothing reported no write") as failed:
@@ -429,7 +432,7 @@ def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, 
     source = attempt(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
     with pytest.raises(PeerError, match="cannot audit"):
         source.run()
-    assert source.report.rounds == ()
+    assert source.job.report.rounds == ()
     assert isinstance(inn.outcome(), MigrationError)
     report = attempt(vm, inn.open(), Rounds(1, limit_s=1e-6)).run()
     assert isinstance(inn.outcome(), type(vm))
@@ -448,7 +451,7 @@ def test_a_mismatch_names_the_first_gfn_and_fails_closed(running, inn):
     with pytest.raises(PeerError, match="first difference at gfn 0x10 "):
         source.run()
     assert isinstance(inn.outcome(), PeerError)
-    assert not source.report.verified
+    assert not source.job.report.verified
     inn.make_vm = plain
     expect_as_before(vm, inn, source)
 
@@ -517,18 +520,18 @@ def test_law_6_an_unanswered_commit_ends_unknown_and_paused(running, inn, wires)
     source = attempt(vm, wire.uri)
     with cut_when_held(wire), pytest.raises(TransportError) as caught:
         source.run()
-    assert caught.value.guest_at is source.report.guest_at is GuestAt.UNKNOWN
+    assert caught.value.guest_at is source.job.report.guest_at is GuestAt.UNKNOWN
     there = inn.outcome()
     assert runs_on(there)  # it did arrive; only the answer was lost
     before = work(vm)
     vm.resume()
     assert work(vm) == before
-    assert not source.cancel()
+    assert not source.job.cancel()
     there.close()
-    source.take_back()
+    source.job.take_back()
     assert runs_on(vm)
     with pytest.raises(VmError, match="no guest to take back"):
-        source.take_back()
+        source.job.take_back()
 
 
 def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(running, inn, wires):
@@ -539,7 +542,7 @@ def test_law_6_a_lost_commit_ends_unknown_and_the_destination_never_runs(running
         source.run()
     assert caught.value.guest_at is GuestAt.UNKNOWN
     assert isinstance(inn.outcome(), MigrationError)
-    source.take_back()
+    source.job.take_back()
     assert not vm.log_dirty.enabled
     assert runs_on(vm)
     expect_as_before_next = attempt(vm, inn.open())
@@ -636,7 +639,7 @@ def test_a_guest_that_runs_there_is_there_whatever_fails_here(running, inn, monk
     assert source.run().guest_at is GuestAt.DESTINATION
     monkeypatch.undo()
     with pytest.raises(VmError, match="no guest to take back"):
-        source.take_back()
+        source.job.take_back()
     assert runs_on(inn.outcome())
 
 
@@ -686,7 +689,7 @@ def test_a_cancel_ends_a_connect_that_nobody_answers(guests, inn):
 
         thread = threading.Thread(target=run)
         thread.start()
-        assert source.cancel()
+        assert source.job.cancel()
         thread.join(60)
         assert "cancelled" in str(failures[0])
         for sock in full:
@@ -709,11 +712,11 @@ class Never:
 
 def test_a_cancel_leaves_the_guest_here(running, inn):
     vm = running("hotset")
-    source = attempt(vm, inn.open(), Never(lambda index: source.cancel() if index == 2 else None))
+    source = attempt(vm, inn.open(), Never(lambda index: source.job.cancel() if index == 2 else None))
     with pytest.raises(PolicyAbort, match="cancelled"):
         source.run()
     inn.outcome()
-    assert source.report.status == "cancelled"
+    assert source.job.report.status == "cancelled"
     expect_as_before(vm, inn, source)
 
 
@@ -891,7 +894,7 @@ def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the
     with pytest.raises(PeerError, match="the software machine has no interrupt controllers") as caught:
         source.run()
     assert (caught.value.phase, caught.value.hint) == ("hello", "use --machine plain, or --accel kvm")
-    assert source.report.rounds == ()
+    assert source.job.report.rounds == ()
     inn.make_vm = make_vm
     assert isinstance(inn.outcome(), MigrationError)
     expect_as_before(vm, inn, source)
@@ -915,7 +918,7 @@ def test_a_machine_model_that_nobody_knows_is_refused_by_name(inn):
 
 
 def test_a_round_cleans_part_by_part_and_reports_what_it_found(running, inn, monkeypatch):
-    monkeypatch.setattr(copying, "_CHUNK_PAGES", 1024)
+    monkeypatch.setattr(source_module, "Precopy", partial(Precopy, chunk_pages=1024))
     vm = running("hotset")
     cleaned, clean_range = [], vm.log_dirty.clean_range
 
@@ -973,7 +976,7 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(running, 
     assert runs_on(vm)
     with pytest.raises(VmError, match="not frozen"):
         vm.thaw()
-    assert source.report.throttled_s > 0
+    assert source.job.report.throttled_s > 0
 
 
 def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(running, inn):
@@ -995,18 +998,18 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(running, inn
 
 
 def test_an_attempt_that_is_held_is_ready_and_waits(running, inn, monkeypatch):
-    monkeypatch.setattr(copying, "HELD_ROUND_S", 0.001)
+    monkeypatch.setattr(precopy, "HELD_ROUND_S", 0.001)
     vm = running("kv")
     policy = DowntimePolicy(limit_s=3600, max_rounds=4)  # rounds of an attempt that is held do not count
     source = attempt(vm, inn.open(), policy, hold=True)
     moving = Running(source)
     moving.status("pre-switchover")
     moving.rounds(12)
-    assert (source.status, source.frozen, source.guest_at) == ("pre-switchover", False, GuestAt.SOURCE)
+    assert (source.job.status, source.job.frozen, source.job.guest_at) == ("pre-switchover", False, GuestAt.SOURCE)
     assert runs_on(vm)
-    outlook = source.outlook()
+    outlook = source.job.outlook()
     assert (outlook.eta_s, outlook.eta_reason) == (None, "it is ready, and held until it is told to go on")
-    source.go_on()
+    source.job.go_on()
     report = moving.end()
     assert (report.status, report.guest_at, report.verified) == ("completed", GuestAt.DESTINATION, True)
     assert runs_on(inn.outcome())
@@ -1017,7 +1020,7 @@ def test_an_attempt_that_is_held_can_be_cancelled(running, inn):
     source = attempt(vm, inn.open(), DowntimePolicy(limit_s=3600), hold=True)
     moving = Running(source)
     moving.status("pre-switchover")
-    assert source.cancel()
+    assert source.job.cancel()
     assert moving.end().status == "cancelled"
     assert isinstance(inn.outcome(), MigrationError)
     expect_as_before(vm, inn, source)
@@ -1032,11 +1035,11 @@ def test_limits_change_while_it_runs(running, inn):
     def changes(event):
         if isinstance(event, RoundEnded) and event.stats.index == 1:
             with pytest.raises(UsageError, match="the downtime policy has no deadline"):
-                source.change_limits({"deadline_s": 3})
+                source.job.change_limits({"deadline_s": 3})
             with pytest.raises(UsageError, match="positive limit"):
-                source.change_limits({"downtime_limit_s": -1.0}, WireOptions(bandwidth_bytes_per_s=1 << 20))
-            assert source._pacer.rate_bytes_per_s is None  # all or nothing
-            source.change_limits({"downtime_limit_s": 3600.0}, WireOptions(bandwidth_bytes_per_s=1 << 30))
+                source.job.change_limits({"downtime_limit_s": -1.0}, WireOptions(bandwidth_bytes_per_s=1 << 20))
+            assert source.job.pacer.rate_bytes_per_s is None  # all or nothing
+            source.job.change_limits({"downtime_limit_s": 3600.0}, WireOptions(bandwidth_bytes_per_s=1 << 30))
 
     report = source.run()
     assert (report.status, len(report.rounds)) == ("completed", 4)
@@ -1051,9 +1054,9 @@ def test_the_outlook_is_of_what_was_measured(running, inn):
         vm,
         inn.open(),
         Rounds(2),
-        on_event=lambda e: seen.append(source.outlook()) if isinstance(e, RoundEnded) else None,
+        on_event=lambda e: seen.append(source.job.outlook()) if isinstance(e, RoundEnded) else None,
     )
-    assert source.outlook().eta_reason == "nothing was sent yet"
+    assert source.job.outlook().eta_reason == "nothing was sent yet"
     report = source.run()
     first = report.rounds[0]
     assert seen[0].wire_bytes_per_s == pytest.approx(first.sent_bytes / first.duration_s)

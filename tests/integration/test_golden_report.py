@@ -13,8 +13,7 @@ from mutation.trips import Engine, trip_of, write
 from pageferry.core.events import RoundEnded, RoundProgress
 from pageferry.core.policy import Action, Decision
 from pageferry.engine.image.save import Save
-from pageferry.engine.options import WireOptions
-from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.options import VerifyMode, WireOptions
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.packing import Packing
 from pageferry.testing.lab import Lab

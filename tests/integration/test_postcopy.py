@@ -9,6 +9,7 @@ import pytest
 import trips
 from at_work import runs_on, slots, until
 from tiers import sample
+from trips import source_of
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
@@ -19,14 +20,13 @@ from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import destination as destination_module
 from pageferry.engine import source as source_module
-from pageferry.engine.options import WireOptions
+from pageferry.engine.options import VerifyMode, WireOptions
 from pageferry.engine.postcopy import client as client_module
 from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.postcopy.recovery import come_back
-from pageferry.engine.postcopy.server import LeftBehind
-from pageferry.engine.source import Source
-from pageferry.engine.verify.prove import Prover, VerifyMode
+from pageferry.engine.postcopy.server import MissingPages
+from pageferry.engine.verify.prove import MemoryProof
 from pageferry.engine.wire import connections
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
@@ -108,13 +108,13 @@ def leave():
 
     def go(vm, uri, policy=None, **options):
         endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
-        source = Source(vm, endpoint, policy or Switch(vm), timeout_s=GIVE_UP_S, **options)
+        source = source_of(vm, endpoint, policy or Switch(vm), timeout_s=GIVE_UP_S, **options)
 
         def run():
             try:
                 source.run()
             except MigrationError:
-                assert source.error is not None
+                assert source.job.error is not None
 
         thread = threading.Thread(target=run)
         made.append((source, thread))
@@ -123,7 +123,7 @@ def leave():
 
     yield go
     for source, thread in made:
-        source.abandon()
+        source.job.abandon()
         thread.join(GIVE_UP_S)
         assert not thread.is_alive()
 
@@ -146,15 +146,15 @@ def running(guests, *arguments, **options):
 
 
 def report_of(source):
-    return until(lambda: source.report, "end of the migration")
+    return until(lambda: source.job.report, "end of the migration")
 
 
 def pause_of(source):
     """Why the migration waits for somebody to recover it, when it does."""
 
     def paused():
-        assert source.report is None, source.report.reason
-        return source.postcopy_paused
+        assert source.job.report is None, source.job.report.reason
+        return source.job.postcopy_paused
 
     return until(paused, "pause")
 
@@ -217,10 +217,10 @@ def test_only_what_is_touched_comes_while_the_rest_waits(guests, inn, leave, hel
     at = 700
     assert inn.vm.memory.read_u64(LATE_GPA + at * PAGE_SIZE) == at
     assert pages_there(inn) == 1
-    assert source.status == "postcopy-active"
-    assert source.report is None
-    left_bytes = source.traffic().remaining_pages * PAGE_SIZE
-    outlook = source.outlook()
+    assert source.job.status == "postcopy-active"
+    assert source.job.report is None
+    left_bytes = source.job.traffic().remaining_pages * PAGE_SIZE
+    outlook = source.job.outlook()
     assert outlook.eta_s == pytest.approx(left_bytes / outlook.wire_bytes_per_s, rel=0.5)
     assert outlook.eta_reason == "the guest runs there already, and the rest follows"
     assert (outlook.expected_downtime_s, outlook.dirty_bytes_per_s) == (None, 0.0)
@@ -257,7 +257,7 @@ def test_what_is_written_here_before_a_page_has_come_stays(guests, inn, leave, h
 def scissors(monkeypatch):
     """Cuts each connection of post-copy when so many bytes of pages have gone on it, in the middle of a frame."""
     budgets = []
-    serve = LeftBehind.serve
+    serve = MissingPages.serve
 
     def serve_some(left, peer, on_progress):
         channel = peer.channel
@@ -276,7 +276,7 @@ def scissors(monkeypatch):
         channel.send = send_some
         serve(left, peer, on_progress)
 
-    monkeypatch.setattr(LeftBehind, "serve", serve_some)
+    monkeypatch.setattr(MissingPages, "serve", serve_some)
     return budgets
 
 
@@ -292,17 +292,17 @@ def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(
     source = leave(vm, inn.open(), on_event=events.append)
     for number in range(1, len(cuts) + 1):
         pause_of(source)
-        assert (source.outlook().eta_s, "migrate --recover" in source.outlook().eta_reason) == (None, True)
-        assert source.status == "postcopy-paused"
+        assert (source.job.outlook().eta_s, "migrate --recover" in source.job.outlook().eta_reason) == (None, True)
+        assert source.job.status == "postcopy-paused"
         until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in events) == n, "word of it")
-        assert source.guest_at is GuestAt.DESTINATION
+        assert source.job.guest_at is GuestAt.DESTINATION
         until(lambda n=number: sum(isinstance(event, PostcopyPaused) for event in inn.events) == n, "pause there")
         assert inn.vm.status is VmStatus.RUNNING  # the user's pause is his own
         until(lambda: inn.vm.run_control.held, "stop: it is asked for by a thread")
-        assert source.recover(inn.endpoint)
+        assert source.job.recover(inn.endpoint)
     report = report_of(source)
     there = inn.done()
-    assert not source.recover(inn.endpoint)
+    assert not source.job.recover(inn.endpoint)
     assert there.memory.read(LATE_GPA, len(LATE)) == LATE
     assert runs_on(there)
     assert (report.status, report.postcopy.cuts) == ("completed", len(cuts))
@@ -326,7 +326,7 @@ class Cut:
 def shears(monkeypatch):
     """Cuts connections of post-copy, the first of these the first, in the middle of whatever is being said."""
     cuts = []
-    serve, take_from, ask_ahead = LeftBehind.serve, PostcopyClient.take_from, PostcopyClient._ask_ahead
+    serve, take_from, ask_ahead = MissingPages.serve, PostcopyClient.take_from, PostcopyClient._ask_ahead
     turns = {side: iter(range(1 << 30)) for side in Side}
 
     def cut_of(side, channel):
@@ -357,7 +357,7 @@ def shears(monkeypatch):
         client.quiet = cut is not None and cut.quiet
         take_from(client, peer)
 
-    monkeypatch.setattr(LeftBehind, "serve", serve_some)
+    monkeypatch.setattr(MissingPages, "serve", serve_some)
     monkeypatch.setattr(PostcopyClient, "take_from", take_some)
     monkeypatch.setattr(
         PostcopyClient, "_ask_ahead", lambda client, peer: None if client.quiet else ask_ahead(client, peer)
@@ -389,8 +389,7 @@ def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm
     for _ in range(dice.randrange(3)):  # these while there is surely much left that is waited for
         by, most = dice.choice([(Side.SOURCE, 30 * PAGE_SIZE), (Side.DESTINATION, 600)])
         shears.append(Cut(by, dice.randrange(most), quiet=True))
-    shears.append(Cut(Side.SOURCE, dice.randrange(pages * PAGE_SIZE // 4)))  # so much comes for certain
-    for _ in range(dice.randrange(4)):
+    for _ in range(dice.randrange(1, 5)):
         by, most = dice.choice([(Side.SOURCE, pages * PAGE_SIZE), (Side.DESTINATION, pages * 10)])
         shears.append(Cut(by, int(most ** dice.random())))
     vm = make_vm(VmConfig(memory_bytes=32 * MiB))
@@ -400,16 +399,16 @@ def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm
         vm.resume()
         runs_on(vm)
         source = leave(vm, inn.open(), SwitchWithAll(vm, oracle.gfns))
-        while until(lambda: source.report or source.postcopy_paused, "end or pause") != source.report:
-            assert source.recover(inn.endpoint)
+        while until(lambda: source.job.report or source.job.postcopy_paused, "end or pause") != source.job.report:
+            assert source.job.recover(inn.endpoint)
         there = inn.done()
         left_at = slots(vm)[0].work
     finally:
         vm.close()
-    report = source.report
+    report = source.job.report
     assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION), report.reason
     assert report.postcopy.missing_pages >= pages
-    assert 1 <= report.postcopy.cuts <= len(shears)
+    assert min(1, len(shears)) <= report.postcopy.cuts <= len(shears)
     there.attach_sync(True)
     assert there.wait(GIVE_UP_S) is VmStatus.PAUSED, there.end
     rounds = there.sync_value()
@@ -437,7 +436,7 @@ def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, sciss
     with pytest.raises(PeerRefusedError, match="belongs to another source"):
         stranger.receive()
     stranger.channel.close()
-    assert source.recover(inn.endpoint)
+    assert source.job.recover(inn.endpoint)
     assert report_of(source).status == "completed"
     assert runs_on(inn.done())
 
@@ -450,10 +449,10 @@ def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, sci
     pause_of(source)
     with socket.create_server(("127.0.0.1", 0)) as gone:
         nobody = Endpoint(host="127.0.0.1", port=gone.getsockname()[1])
-    assert source.recover(nobody)
+    assert source.job.recover(nobody)
     until(lambda: sum(isinstance(event, PostcopyPaused) for event in events) == 2, "second pause")
-    assert source.postcopy_paused.startswith("the connection to tcp://127.0.0.1:")
-    assert source.recover(inn.endpoint)
+    assert source.job.postcopy_paused.startswith("the connection to tcp://127.0.0.1:")
+    assert source.job.recover(inn.endpoint)
     report = report_of(source)
     assert (report.status, report.postcopy.cuts) == ("completed", 1)
     assert runs_on(inn.done())
@@ -471,7 +470,7 @@ def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, in
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     pause_of(source)
-    assert source.recover(inn.endpoint)
+    assert source.job.recover(inn.endpoint)
     assert report_of(source).status == "completed"
     there = inn.done()
     assert there.memory.read(LATE_GPA, len(LATE)) == LATE
@@ -492,7 +491,7 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
         return admitted
 
     monkeypatch.setattr(client_module, "admit", admit_too_late)
-    assert source.recover(inn.endpoint)
+    assert source.job.recover(inn.endpoint)
     inn.expect_lost()
 
 
@@ -500,14 +499,14 @@ def test_law_6_a_source_that_gives_up_after_the_switch_never_runs_the_guest(gues
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     assert inn.arrived.wait(GIVE_UP_S)
-    until(lambda: source.keeps_pages, "switch")
-    assert not source.cancel()
-    source.abandon()
+    until(lambda: source.job.keeps_pages, "switch")
+    assert not source.job.cancel()
+    source.job.abandon()
     report = report_of(source)
     assert (report.status, report.guest_at) == ("failed", GuestAt.DESTINATION)
     assert "the guest is lost" in report.reason
     with pytest.raises(VmError):
-        source.take_back()
+        source.job.take_back()
     frozen_work = slots(vm)
     vm.resume()
     assert slots(vm) == frozen_work
@@ -521,7 +520,7 @@ def test_a_guest_that_ends_there_needs_no_more_pages(guests, inn, leave, held):
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     assert inn.arrived.wait(GIVE_UP_S)
-    until(lambda: source.keeps_pages, "switch")
+    until(lambda: source.job.keeps_pages, "switch")
     inn.destination.release()
     assert report_of(source).status == "completed"
     assert inn.done() is inn.vm
@@ -555,7 +554,7 @@ def cut_at(guests, inn, leave, wires, frame):
     wire.cut()
     wire.release()
     pause_of(source)
-    assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
+    assert (source.job.guest_at, source.job.report) == (GuestAt.UNKNOWN, None)
     frozen_work = slots(vm)
     vm.resume()
     assert slots(vm) == frozen_work
@@ -565,8 +564,8 @@ def cut_at(guests, inn, leave, wires, frame):
 def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guests, inn, leave, wires):
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
     inn.expect_nobody()
-    source.take_back()
-    assert (report_of(source).status, source.guest_at) == ("failed", GuestAt.SOURCE)
+    source.job.take_back()
+    assert (report_of(source).status, source.job.guest_at) == ("failed", GuestAt.SOURCE)
     assert runs_on(vm)
 
 
@@ -575,11 +574,11 @@ def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn,
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
     inn.expect_nobody()
     inn.open()
-    assert source.recover(inn.endpoint)
+    assert source.job.recover(inn.endpoint)
     report = report_of(source)
     assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
     assert "never ran there" in report.reason
-    assert source.guest_at is GuestAt.SOURCE
+    assert source.job.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
     assert runs_on(vm)
     inn.expect_nobody()
@@ -590,14 +589,14 @@ def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn,
 def test_law_6_a_switch_that_was_heard_of_is_recovered(guests, inn, leave, wires):
     _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
     assert inn.arrived.wait(GIVE_UP_S)
-    assert source.recover(inn.endpoint)
+    assert source.job.recover(inn.endpoint)
     report = report_of(source)
     there = inn.done()
     assert (report.status, report.guest_at, report.postcopy.cuts) == ("completed", GuestAt.DESTINATION, 1)
     assert there.memory.read(LATE_GPA, len(LATE)) == LATE
     assert runs_on(there)
     with pytest.raises(VmError):
-        source.take_back()
+        source.job.take_back()
 
 
 def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests, inn, leave, wires, make_vm, accel):
@@ -605,14 +604,14 @@ def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests,
     other = Inn(make_vm, accel)
     try:
         for answers in range(1, 3):
-            assert source.recover(other.open())
+            assert source.job.recover(other.open())
             other.expect_nobody()
             pause_of(source)
-            assert "no guest of that migration is here" in source.postcopy_paused, answers
-            assert (source.guest_at, source.report) == (GuestAt.UNKNOWN, None)
+            assert "no guest of that migration is here" in source.job.postcopy_paused, answers
+            assert (source.job.guest_at, source.job.report) == (GuestAt.UNKNOWN, None)
     finally:
         other.close()
-    assert source.recover(inn.endpoint)
+    assert source.job.recover(inn.endpoint)
     assert report_of(source).status == "completed"
     assert runs_on(inn.done())
 
@@ -628,10 +627,10 @@ def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, lea
 
     monkeypatch.setattr(source_module, "come_back", come_back_slowly)
     try:
-        assert source.recover(inn.endpoint)
+        assert source.job.recover(inn.endpoint)
         assert asking.wait(GIVE_UP_S)
         with pytest.raises(VmError, match="no guest to take back"):
-            source.take_back()
+            source.job.take_back()
     finally:
         go_on.set()
     assert report_of(source).status == "completed"
@@ -651,7 +650,7 @@ def test_a_last_word_that_was_lost_is_said_again(guests, inn, leave, wires, fram
     assert runs_on(inn.vm)
     if frame is FrameType.COMPLETE:
         pause_of(source)
-        assert source.recover(inn.endpoint)
+        assert source.job.recover(inn.endpoint)
         inn.done()
     report = report_of(source)
     assert (report.status, report.verified_pages) == ("completed", expand_runs(*vm.memory.populated()).size)
@@ -664,20 +663,20 @@ def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn,
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     assert report_of(source).guest_at is GuestAt.SOURCE
-    assert source.error.phase == "hello"
-    assert "cannot let a guest wait for its pages" in source.error.reason
+    assert source.job.error.phase == "hello"
+    assert "cannot let a guest wait for its pages" in source.job.error.reason
     assert runs_on(vm)
 
 
 def test_a_page_that_is_said_to_be_missing_and_proven_is_neither(guests, inn, leave, monkeypatch):
-    prove = Prover.prove
-    monkeypatch.setattr(Prover, "prove", lambda prover, peer, spent_s, missing: prove(prover, peer, spent_s))
+    prove = MemoryProof.prove
+    monkeypatch.setattr(MemoryProof, "prove", lambda proof, peer, spent_s, missing: prove(proof, peer, spent_s))
     vm = running(guests, "kv")
     vm.pause()
     vm.memory.write(LATE_GPA, LATE)  # so what is old there is equal too
     source = leave(vm, inn.open())
     assert report_of(source).guest_at is GuestAt.SOURCE
-    assert "proven that is missing" in source.error.reason
+    assert "proven that is missing" in source.job.error.reason
     vm.resume()
     assert runs_on(vm)
 

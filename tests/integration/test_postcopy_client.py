@@ -14,7 +14,7 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.vm import VmConfig
 from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import can_wait
-from pageferry.engine.postcopy.server import LeftBehind
+from pageferry.engine.postcopy.server import MissingPages
 from pageferry.kvm.vm import KvmVm
 from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
 from pageferry.stream.ferry_postcopy import digest_of
@@ -257,7 +257,7 @@ def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, c
 
 @pytest.mark.parametrize("gfns", [[2], [3, 7], [1 << 40]])
 def test_a_source_gives_no_page_that_it_has_not_kept(vm, gfns):
-    left = LeftBehind(vm.memory, MISSING)
+    left = MissingPages(vm.memory, MISSING)
     peer = Source()
     peer.receive = lambda: Wanted(gfns=np.array(gfns, np.uint64))
     with pytest.raises(RemoteStreamError, match="asks for no missing page"):
@@ -270,7 +270,7 @@ def test_a_source_sends_content_of_pages_that_have_some_and_names_the_others(vm)
     for gfn in (3, 4, 100):
         vm.memory.write(gpa_of(gfn), bytes(PAGE_SIZE))
     vm.memory.write(gpa_of(5), b"five")
-    left = LeftBehind(vm.memory, MISSING)
+    left = MissingPages(vm.memory, MISSING)
     again = Wanted(gfns=MISSING)  # its answer was lost in a cut, and counts once
     said = [Wanted(gfns=MISSING, urgent=True), again, Complete(waits=1, waited_ns=2, longest_ns=2)]
     sent, counted = [], []

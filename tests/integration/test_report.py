@@ -27,7 +27,7 @@ import pytest
 from at_work import runs_on, work
 from machines import KINDS
 from proxy import Wire
-from trips import LOOPBACK, TIMEOUT_S, Inn, Taped
+from trips import LOOPBACK, Inn, Taped, source_of
 from witness import OWN, Witness, decisions, gfns_of, named_zero, populated_pages
 
 from pageferry.core.errors import GuestAt, MigrationError
@@ -36,9 +36,7 @@ from pageferry.core.explain import explain
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import Action
 from pageferry.core.vm import VmConfig
-from pageferry.engine.options import DEFAULT_WIRE, WireOptions
-from pageferry.engine.source import Source
-from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.options import DEFAULT_WIRE, VerifyMode, WireOptions
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
@@ -115,11 +113,10 @@ class Seen:
             self.wire = Wire((here.host, here.port))
             here = Endpoint.parse(self.wire.uri)
         witness.taped = Taped(here)
-        self.source = Source(
+        self.source = source_of(
             self.vm,
             witness.taped,
             witness,
-            timeout_s=TIMEOUT_S,
             verify=self.scenario.verify,
             wire=self.scenario.wire,
             on_event=witness.on_event,
@@ -129,7 +126,7 @@ class Seen:
         try:
             self.report: MigrationReport = self.source.run()
         except MigrationError:
-            self.report = self.source.report
+            self.report = self.source.job.report
         self.returned_s = time.monotonic()
         self.there = self.inn.outcome()
         if self.wire is not None:

@@ -74,9 +74,9 @@ def attempt(vm, path, policy=None, *, on_event=lambda _: None, **options):
 
 def expect_as_before(vm, path, save):
     """The guest runs on, log-dirty off, there is no file, and the next attempt works."""
-    assert save.report.status in ("failed", "cancelled")
-    assert save.report.guest_at is save.guest_at is GuestAt.SOURCE
-    assert (save.report.downtime_s, save.frozen) == (None, False)
+    assert save.job.report.status in ("failed", "cancelled")
+    assert save.job.report.guest_at is save.job.guest_at is GuestAt.SOURCE
+    assert (save.job.report.downtime_s, save.job.frozen) == (None, False)
     assert not vm.log_dirty.enabled
     assert os.listdir(path.parent) == []
     assert runs_on(vm)
@@ -231,11 +231,11 @@ def test_a_cancel_does_not_wait_for_the_cap(running, path):
         vm,
         path,
         bandwidth_bytes_per_s=MIN_BANDWIDTH_BYTES_PER_S,
-        on_event=lambda event: save.cancel() if isinstance(event, RoundProgress) else None,
+        on_event=lambda event: save.job.cancel() if isinstance(event, RoundProgress) else None,
     )
     with pytest.raises(PolicyAbort, match="cancelled"):
         save.run()
-    assert save.traffic().sent_bytes < MiB
+    assert save.job.traffic().sent_bytes < MiB
     expect_as_before(vm, path, save)
 
 
@@ -256,11 +256,11 @@ def test_a_guest_that_is_stopped_stays_stopped_until_somebody_knows_better(runni
     vm = running("kv")
     save = attempt(vm, path, stop=True)
     with pytest.raises(VmError, match="no guest to take back"):
-        save.take_back()
+        save.job.take_back()
     report = save.run()
     assert (report.status, report.guest_at, report.downtime_s) == ("completed", GuestAt.DESTINATION, None)
     assert report.verified
-    assert save.frozen
+    assert save.job.frozen
     vm.resume()
     stopped_at = slots(vm)
     there = restored(path, make_vm)
@@ -268,8 +268,8 @@ def test_a_guest_that_is_stopped_stays_stopped_until_somebody_knows_better(runni
     there.resume()
     assert runs_on(there)
     assert slots(vm) == stopped_at
-    save.take_back()
-    assert (save.guest_at, save.frozen) == (GuestAt.SOURCE, False)
+    save.job.take_back()
+    assert (save.job.guest_at, save.job.frozen) == (GuestAt.SOURCE, False)
     assert runs_on(vm)
 
 
@@ -290,21 +290,21 @@ def test_cancelled_in_any_phase_the_guest_runs_on_and_nothing_is_left(running, p
 
     def cancel(event):
         if isinstance(event, PhaseBegan) and event.phase is phase:
-            assert save.cancel()
+            assert save.job.cancel()
 
     save = attempt(vm, path, on_event=cancel, stop=stop)
     with pytest.raises(PolicyAbort, match="cancelled"):
         save.run()
-    assert save.report.status == "cancelled"
+    assert save.job.report.status == "cancelled"
     expect_as_before(vm, path, save)
-    assert not save.handing_over
+    assert not save.job.handing_over
 
 
 def test_too_late_to_cancel_when_the_file_is_whole(running, path):
     vm = running("kv")
     save = attempt(vm, path)
     save.run()
-    assert not save.cancel()
+    assert not save.job.cancel()
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -348,7 +348,7 @@ def test_a_file_system_without_room_is_refused_before_anything_is_written(runnin
         save = attempt(vm, path)
         with pytest.raises(MigrationError, match=r"the guest holds .* has 4 KiB free \(phase connect"):
             save.run()
-    assert save.traffic().sent_bytes == 0
+    assert save.job.traffic().sent_bytes == 0
     expect_as_before(vm, path, save)
 
 
@@ -384,7 +384,7 @@ def test_what_the_disk_wrote_wrongly_is_found_and_is_no_file(running, path, monk
         save = attempt(vm, path)
         with pytest.raises(MigrationError, match=says):
             save.run()
-    assert not save.report.verified
+    assert not save.job.report.verified
     assert vm.status is VmStatus.PAUSED
     vm.resume()
     expect_as_before(vm, path, save)

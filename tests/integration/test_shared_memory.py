@@ -7,14 +7,13 @@ import socket
 
 import pytest
 from at_work import runs_on, work
-from trips import TIMEOUT_S, Running
+from trips import Running, source_of
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MemFd
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
@@ -57,7 +56,7 @@ def inn(inns, tmp_path):
 
 
 def move(vm, inn, **options):
-    return Source(vm, inn.endpoint, XenPolicy(), timeout_s=TIMEOUT_S, **options)
+    return source_of(vm, inn.endpoint, XenPolicy(), **options)
 
 
 @pytest.mark.parametrize("tracker", ["kvm-bitmap", "kvm-ring", "pagemap-scan"])
@@ -118,7 +117,7 @@ def test_a_failure_before_the_commit_leaves_the_guest_and_its_memory(guest, inn)
     with pytest.raises(MigrationError, match="no such state here"):
         source.run()
     assert isinstance(there.outcome(), MigrationError)
-    assert source.report.guest_at is GuestAt.SOURCE
+    assert source.job.report.guest_at is GuestAt.SOURCE
     assert runs_on(vm)
     assert there.made[0].memory.storage is not None
 
@@ -141,7 +140,7 @@ def test_one_that_is_held_waits_and_can_be_cancelled(guest, inn):
     moving = Running(source)
     moving.status("pre-switchover")
     assert runs_on(vm)
-    source.cancel()
+    source.job.cancel()
     assert moving.end().status == "cancelled"
     assert runs_on(vm)
 

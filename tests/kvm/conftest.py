@@ -23,6 +23,7 @@ from pageferry.core.policies import XenPolicy
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.destination import Destination
+from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.kvm import uapi
@@ -157,7 +158,7 @@ class Journey:
         self._thread = threading.Thread(target=self._receive)
         self.there = None
         endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
-        self.source = Source(vm, endpoint, XenPolicy(), timeout_s=60)
+        self.source = Source(vm, endpoint, XenPolicy(), MigrationOptions(timeout_s=60))
 
     def _receive(self):
         sock, _ = self._listener.accept()

@@ -192,7 +192,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
     assert "choose a host that has it" in caught.value.hint
     assert isinstance(trip.there, MigrationError)
     assert [config.cpu for config in arrived] == [vm.cpuid]
-    assert trip.source.report.rounds == ()
+    assert trip.source.job.report.rounds == ()
     assert not vm.log_dirty.enabled
     assert runs_on_the_cpu_it_was_given(vm)
     monkeypatch.undo()

@@ -229,7 +229,7 @@ def test_a_destination_without_xsave_refuses_such_a_table_before_the_first_page(
     with pytest.raises(PeerError, match="this host lacks xsave, XSAVE of x87, XSAVE of SSE, XSAVE of AVX") as caught:
         trip.make()
     assert (caught.value.phase, caught.value.guest_at) == ("hello", GuestAt.SOURCE)
-    assert trip.source.report.rounds == ()
+    assert trip.source.job.report.rounds == ()
 
 
 def test_a_destination_without_the_component_refuses_by_its_name(kvm, without_avx):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mutation.altered import AlteredSource
 from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import MigrationError
@@ -13,10 +14,9 @@ from pageferry.core.events import Event, RoundEnded
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import Vm
-from pageferry.engine.source import Source
-from pageferry.engine.verify.audit import Auditor, Proof
-from pageferry.engine.verify.prove import VerifyMode
-from pageferry.engine.wire.peer import Peer
+from pageferry.engine.options import VerifyMode
+from pageferry.engine.verify.audit import Auditor
+from pageferry.engine.verify.digests import RunDigests
 from pageferry.testing.lab import Lab, Violation, require
 
 
@@ -48,7 +48,7 @@ def written_after_it_was_proven(lab: Lab, engine: Engine) -> None:
                 write(guest, 7, 2 + event.stats.index)
 
         arrive(trip, verify=VerifyMode.AUDIT, on_event=disturb)
-        report = trip.source.report if trip.source is not None else None
+        report = trip.source.job.report if trip.source is not None else None
         require(report is not None and report.audited_pages > 0, "nothing was audited")
 
 
@@ -93,7 +93,7 @@ def a_claim_is_not_believed(lab: Lab, engine: Engine) -> None:
 class _ClaimsAll(Auditor):
     """Says that all is proven, and proves nothing."""
 
-    def due(self) -> Proof | None:
+    def due(self) -> RunDigests | None:
         return None
 
     def idle(self) -> bool:
@@ -103,13 +103,8 @@ class _ClaimsAll(Auditor):
         return self._memory.all_ram()
 
 
-class ClaimsEverything(Source):
+class ClaimsEverything(AlteredSource, parts={"verify.prove.Auditor": _ClaimsAll}):
     """The report, and the destination, are told of pages as proven that were not audited."""
-
-    def _hello(self, peer: Peer) -> None:
-        super()._hello(peer)
-        if self._prover._auditor is not None:
-            self._prover._auditor = _ClaimsAll(self._vm.memory, self._vm.log_dirty.peek)
 
 
 def _flip(memory: GuestMemory, gfn: int) -> None:

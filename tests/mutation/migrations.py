@@ -87,7 +87,7 @@ def a_failed_attempt_leaves_no_trace(lab: Lab, engine: Engine) -> None:
             write(guest, 6, 1)
             if isinstance(event, RoundProgress) and event.index == 1:
                 assert trip.source is not None
-                trip.source.cancel()
+                trip.source.job.cancel()
 
         try:
             trip.go(on_event=cancel)

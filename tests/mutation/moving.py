@@ -1,11 +1,11 @@
-"""Faults of the engine: source.py (with attempt.py) and destination.py. Each is a class derived from the sound one."""
+"""Faults of the engine: its source with pre-copy, and its destination. Each has one part replaced by a faulty one."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from mutation.altered import Altered
+from mutation.altered import Altered, AlteredSource
 from mutation.fault import Faults, Room
 from mutation.mutant import Faithful
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
@@ -13,9 +13,14 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
-from pageferry.engine.source import Source
+from pageferry.engine.attempt import Attempt
+from pageferry.engine.guest import TrackedGuest
+from pageferry.engine.pages.encode import PlainCoder
+from pageferry.engine.pages.send import Lanes
+from pageferry.engine.precopy import Precopy, Sink, stop_and_copy
 from pageferry.engine.verify.compare import Comparison, ReceivedPages
 from pageferry.engine.verify.digests import Digests
+from pageferry.stream.codec import Encoder
 
 fault = Faults(Room.ENGINE)
 
@@ -44,24 +49,33 @@ class _CleansLate(Faithful):
             self._sound.clean()
 
 
+class _CleansWhenSent(Precopy):
+    def _send_round(self, chunks: Iterable[GfnArray], expected_pages: int) -> tuple[RoundStats, DirtyBitmap]:
+        stats, dirty = super()._send_round(chunks, expected_pages)
+        if stats.index:
+            late: Any = self._vm.log_dirty
+            late.really_clean()
+        return stats, dirty
+
+
 @fault(
     "no bug on record: the two steps of a round the wrong way round",
     law=3,
     found_by=("written-right-after-a-read",),
 )
-class ReadBeforeClean(Source):
+class ReadBeforeClean(AlteredSource, parts={"source.Precopy": _CleansWhenSent}):
     """A round reads the bitmap, sends the pages, and clears the bits when they are sent."""
 
     def __init__(self, vm: Vm, *args: Any, **options: Any) -> None:
-        self._late = _CleansLate(vm)
-        machine: Any = _Instead(vm, log_dirty=self._late)
+        machine: Any = _Instead(vm, log_dirty=_CleansLate(vm))
         super().__init__(machine, *args, **options)
 
-    def _send_round(self, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:
-        stats = super()._send_round(chunks, **options)
-        if stats.index:
-            self._late.really_clean()
-        return stats
+
+class _SkipsZeros(Lanes):
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        views = self.all[0]._memory.page_views(gfns)
+        content = np.array([np.frombuffer(view, np.uint64).any() for view in views], np.bool_)
+        super().send(gfns[content], fresh=fresh)
 
 
 @fault(
@@ -69,15 +83,14 @@ class ReadBeforeClean(Source):
     law=2,
     found_by=("a-page-becomes-zero",),
 )
-class ZeroPagesSkipped(Source):
+class ZeroPagesSkipped(AlteredSource, parts={"source.Lanes": _SkipsZeros}):
     """Pages of zeros are not sent in any round: the destination's memory starts as zeros."""
 
-    def _send_round(self, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:
-        return super()._send_round(map(self._not_zero, chunks), **options)
 
-    def _not_zero(self, gfns: GfnArray) -> GfnArray:
-        views = self._vm.memory.page_views(gfns)
-        return gfns[np.array([np.frombuffer(view, np.uint64).any() for view in views], np.bool_)]
+def unless_nothing_remained(attempt: Attempt, sink: Sink, gfns: GfnArray) -> None:
+    """Copy the last pages only if some were left when they were last counted."""
+    if attempt.rounds.ended[-1].remaining_pages:
+        stop_and_copy(attempt, sink, gfns)
 
 
 @fault(
@@ -85,27 +98,13 @@ class ZeroPagesSkipped(Source):
     law=2,
     found_by=("written-after-the-last-count",),
 )
-class FinalRoundSkipped(Source):
+class FinalRoundSkipped(AlteredSource, parts={"source.stop_and_copy": unless_nothing_remained}):
     """When the last round left nothing dirty, the pause has nothing to copy."""
 
-    def _stop_and_copy(self) -> None:
-        if self._sender.rounds[-1].remaining_pages:
-            super()._stop_and_copy()
 
-
-@fault(
-    "QEMU: compressed a page while the guest was changing it, so what was sent was of no one moment",
-    law=3,
-    found_by=("written-right-after-a-read",),
-)
-class StalePageCache(Source):
-    """A page that was sent before is sent again from a cache."""
-
-    _cache: dict[int, bytes] | None = None
-
-    def _send_round(self, chunks: Iterable[GfnArray], **options: Any) -> RoundStats:
-        memory = self._vm.memory
-        cache = self._cache = {} if self._cache is None else self._cache
+class _SendsOldPages(PlainCoder):
+    def __init__(self, memory: GuestMemory, encoder: Encoder) -> None:
+        cache: dict[int, bytes] = {}
 
         def views(starts: GfnArray, lengths: GfnArray) -> list[bytes]:
             pages = expand_runs(starts, lengths)
@@ -114,8 +113,25 @@ class StalePageCache(Source):
             return [cache[gfn] for gfn in pages.tolist()]
 
         stale: Any = _Instead(memory, views=views)
-        self._lanes._main._coder._memory = stale  # type: ignore[attr-defined]  # the plain one
-        return super()._send_round(chunks, **options)
+        super().__init__(stale, encoder)
+
+
+@fault(
+    "QEMU: compressed a page while the guest was changing it, so what was sent was of no one moment",
+    law=3,
+    found_by=("written-right-after-a-read",),
+)
+class StalePageCache(AlteredSource, parts={"source.PlainCoder": _SendsOldPages}):
+    """A page that was sent before is sent again from a cache."""
+
+
+class _LooksBeforeEnable(TrackedGuest):
+    def enable(self) -> None:
+        self._early = super().populated()
+        super().enable()
+
+    def populated(self) -> GfnArray:
+        return self._early
 
 
 @fault(
@@ -123,13 +139,13 @@ class StalePageCache(Source):
     law=3,
     found_by=("touched-just-before-enable",),
 )
-class SnapshotBeforeEnable(Source):
+class SnapshotBeforeEnable(AlteredSource, parts={"attempt.TrackedGuest": _LooksBeforeEnable}):
     """The first round sends what had storage before ENABLE."""
 
-    def _enable(self) -> GfnArray:
-        early = expand_runs(*self._vm.memory.populated())
-        super()._enable()
-        return early
+
+class _LeavesLogDirtyOn(TrackedGuest):
+    def release(self) -> None:
+        pass
 
 
 @fault(
@@ -137,11 +153,14 @@ class SnapshotBeforeEnable(Source):
     law=5,
     found_by=("a-failed-attempt-leaves-no-trace",),
 )
-class LogDirtyLeftOn(Source):
+class LogDirtyLeftOn(AlteredSource, parts={"attempt.TrackedGuest": _LeavesLogDirtyOn}):
     """A failed attempt does not turn log-dirty off."""
 
-    def _disarm(self) -> None:
-        pass
+
+class _StaysFrozen(TrackedGuest):
+    def restore(self) -> None:
+        super().restore()
+        self.vm.freeze()
 
 
 @fault(
@@ -149,12 +168,8 @@ class LogDirtyLeftOn(Source):
     law=5,
     found_by=("a-failed-attempt-leaves-no-trace",),
 )
-class FrozenAfterFailure(Source):
+class FrozenAfterFailure(AlteredSource, parts={"attempt.TrackedGuest": _StaysFrozen}):
     """A failed attempt leaves the guest frozen."""
-
-    def _fall_back(self) -> None:
-        super()._fall_back()
-        self._vm.freeze()
 
 
 class _Unmarked(ReceivedPages):

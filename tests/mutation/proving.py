@@ -3,29 +3,18 @@
 from dataclasses import replace
 
 from mutation import audit_checks
-from mutation.altered import Altered
+from mutation.altered import Altered, AlteredSource
 from mutation.fault import Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.frames import GfnArray
-from pageferry.engine.source import Source
-from pageferry.engine.verify.audit import Auditor, Proof
+from pageferry.engine.accounts import PageAccounts
+from pageferry.engine.report import ReportBuilder
+from pageferry.engine.verify.audit import Auditor
 from pageferry.engine.verify.compare import ReceivedPages
-from pageferry.engine.verify.digests import digest_runs
-from pageferry.engine.wire.peer import Peer
+from pageferry.engine.verify.digests import RunDigests, digest_runs
 
 fault = Faults(Room.ENGINE)
-
-
-class _Audits(Source):
-    """Audits in another way."""
-
-    _auditor_class: type[Auditor] = Auditor
-
-    def _hello(self, peer: Peer) -> None:
-        super()._hello(peer)
-        if self._prover._auditor is not None:
-            self._prover._auditor = self._auditor_class(self._vm.memory, self._vm.log_dirty.peek)
 
 
 class _LooksFirst(Auditor):
@@ -36,7 +25,7 @@ class _LooksFirst(Auditor):
         self._early = self._peek()
         return begun
 
-    def due(self) -> Proof | None:
+    def due(self) -> RunDigests | None:
         with self._changed:
             sound, self._peek = self._peek, lambda: self._early.copy()
             try:
@@ -50,15 +39,15 @@ class _LooksFirst(Auditor):
     law=7,
     found_by=("written-while-it-is-digested",),
 )
-class DigestedAfterItsBitWasRead(_Audits):
+class DigestedAfterItsBitWasRead(AlteredSource, parts={"verify.prove.Auditor": _LooksFirst}):
     """An audit reads the bits first and digests then: a page that is written in between is said to lie still."""
 
-    _auditor_class = _LooksFirst
 
-
-class _KeepsProofs(Auditor):
-    def cleaned(self, gfns: GfnArray) -> None:
-        pass
+class _KeepsProofs(PageAccounts):
+    def cleaned(self, dirty: DirtyBitmap, gfns: range | None = None) -> None:
+        proven = self.proven()
+        super().cleaned(dirty, gfns)
+        self.proven_pages |= proven
 
 
 @fault(
@@ -66,10 +55,8 @@ class _KeepsProofs(Auditor):
     law=7,
     found_by=("written-after-it-was-proven",),
 )
-class ProofOutlivesThePage(_Audits):
+class ProofOutlivesThePage(AlteredSource, parts={"attempt.PageAccounts": _KeepsProofs}):
     """A page that was proven stays so when it is dirty and is sent again."""
-
-    _auditor_class = _KeepsProofs
 
 
 @fault(
@@ -114,16 +101,9 @@ class AnyClaimBelieved(Altered):
     part = _Believes
 
 
-@fault(
-    "no bug on record: a number that looks better without it",
-    law=None,
-    found_by=("the-downtime-is-all-of-it",),
-)
-class DowntimeWithoutTheProof(Source):
-    """The downtime that is reported leaves out the verification."""
-
-    def _finish(self, status: str, reason: str) -> MigrationReport:
-        report = super()._finish(status, reason)
+class _LeavesOutTheProof(ReportBuilder):
+    def build(self, status: str, reason: str) -> MigrationReport:
+        report = super().build(status, reason)
         if report.downtime_s is not None and report.downtime_parts_s is not None:
             parts_s = {name: part_s for name, part_s in report.downtime_parts_s.items() if name != Phase.VERIFY}
             report = replace(report, downtime_s=sum(parts_s.values()), downtime_parts_s=parts_s)
@@ -131,17 +111,28 @@ class DowntimeWithoutTheProof(Source):
 
 
 @fault(
-    "no bug on record: a stall is a part of the time that was lost, and not besides it",
+    "no bug on record: a number that looks better without it",
     law=None,
-    found_by=("lost-time-counts-once",),
+    found_by=("the-downtime-is-all-of-it",),
 )
-class LostTimeCountedTwice(Source):
-    """What held the guest is added to the time that it lost, which has it already."""
+class DowntimeWithoutTheProof(AlteredSource, parts={"attempt.ReportBuilder": _LeavesOutTheProof}):
+    """The downtime that is reported leaves out the verification."""
 
-    def _finish(self, status: str, reason: str) -> MigrationReport:
-        report = super()._finish(status, reason)
+
+class _CountsStallsTwice(ReportBuilder):
+    def build(self, status: str, reason: str) -> MigrationReport:
+        report = super().build(status, reason)
         spent = report.guest_time
         if spent is None or spent.lost_s is None:
             return report
         lost_s = spent.lost_s + spent.rehearsal_s + spent.enable_s + spent.clean_s
         return replace(report, guest_time=replace(spent, lost_s=lost_s))
+
+
+@fault(
+    "no bug on record: a stall is a part of the time that was lost, and not besides it",
+    law=None,
+    found_by=("lost-time-counts-once",),
+)
+class LostTimeCountedTwice(AlteredSource, parts={"attempt.ReportBuilder": _CountsStallsTwice}):
+    """What held the guest is added to the time that it lost, which has it already."""

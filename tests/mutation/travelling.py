@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from mutation.altered import Altered
+from mutation.altered import Altered, AlteredSave, AlteredSource
 from mutation.fault import Faults, Room
+from mutation.moving import unless_nothing_remained
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
@@ -14,14 +15,11 @@ from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.sink import FileSink
 from pageferry.engine.pages.cache import PageCache
-from pageferry.engine.pages.lane import Lane
 from pageferry.engine.pages.receive import PageWriter
+from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.postcopy.pager import DemandPager
-from pageferry.engine.source import Source
+from pageferry.engine.source import DestinationSink, Source
 from pageferry.engine.verify.file import AtPause
-from pageferry.engine.wire.channel import Channel
-from pageferry.engine.wire.peer import Peer
-from pageferry.stream.codec import Encoder
 from pageferry.stream.records import ZeroPages
 
 fault = Faults(Room.ENGINE)
@@ -49,8 +47,8 @@ class _Rereads(PageCache):
 class CacheReadsMemoryAgain(Source):
     """What goes into the delta cache is read from memory once more, and is not what was sent."""
 
-    def _lane(self, channel: Channel, encoder: Encoder) -> Lane:
-        lane = super()._lane(channel, encoder)
+    def _lane(self, *args: Any) -> Lane:
+        lane = super()._lane(*args)
         coder: Any = lane._coder
         if getattr(coder, "_cache", None) is not None:
             coder._cache = _Rereads(self._vm.memory, coder._cache)
@@ -66,8 +64,8 @@ class CacheReadsMemoryAgain(Source):
 class CacheKeepsWhatBecameZero(Source):
     """A page that is named zero stays in the delta cache: the next change is one of its old content."""
 
-    def _lane(self, channel: Channel, encoder: Encoder) -> Lane:
-        lane = super()._lane(channel, encoder)
+    def _lane(self, *args: Any) -> Lane:
+        lane = super()._lane(*args)
         coder: Any = lane._coder
         coder.forget = lambda gfns: None
         return lane
@@ -90,20 +88,29 @@ class ZeroNamedAndNotCleared(Altered):
     part = _LeavesWhatWasThere
 
 
+class _SkipsBorders(Lanes):
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        last = np.uint64(PAGES_PER_2M - 1)
+        super().send(gfns[gfns % np.uint64(PAGES_PER_2M) != last] if len(self.all) > 1 else gfns, fresh=fresh)
+
+
 @fault(
     "no bug on record: what a partition by ranges invites",
     law=2,
     found_by=("both-sides-of-a-border",),
 )
-class BorderPageSkipped(Source):
+class BorderPageSkipped(AlteredSource, parts={"source.Lanes": _SkipsBorders}):
     """Over several connections, the last page of a connection's piece is nobody's."""
 
-    def _hello(self, peer: Peer) -> None:
-        super()._hello(peer)
-        if self._wire.connections > 1:
-            lanes: Any = self._lanes
-            send, last = lanes.send, np.uint64(PAGES_PER_2M - 1)
-            lanes.send = lambda gfns, fresh: send(gfns[gfns % np.uint64(PAGES_PER_2M) != last], fresh=fresh)
+
+class _NeverDrains(Lanes):
+    def drain(self) -> None:
+        pass
+
+
+class _NeverFences(DestinationSink):
+    def fence(self, number: int) -> None:
+        pass
 
 
 @fault(
@@ -111,16 +118,8 @@ class BorderPageSkipped(Source):
     law=3,
     found_by=("a-round-ends-when-all-is-sent",),
 )
-class BarrierMissing(Source):
+class BarrierMissing(AlteredSource, parts={"source.Lanes": _NeverDrains, "source.DestinationSink": _NeverFences}):
     """A round ends when the first connection has sent its pages."""
-
-    def _hello(self, peer: Peer) -> None:
-        super()._hello(peer)
-        lanes: Any = self._lanes
-        lanes.barrier = lambda: None
-
-    def _settle(self, number: int) -> None:
-        """Ask nobody whether they are in place."""
 
 
 @fault(
@@ -128,12 +127,8 @@ class BarrierMissing(Source):
     law=2,
     found_by=("saved-after-the-last-count",),
 )
-class SavedWithoutTheLastRound(Save):
+class SavedWithoutTheLastRound(AlteredSave, parts={"image.save.stop_and_copy": unless_nothing_remained}):
     """When the last round left nothing dirty, a save has nothing to write at the pause."""
-
-    def _stop_and_copy(self) -> None:
-        if self._sender.rounds[-1].remaining_pages:
-            super()._stop_and_copy()
 
 
 @fault(
@@ -144,9 +139,9 @@ class SavedWithoutTheLastRound(Save):
 class FileNotReadBack(Save):
     """A file gets its name when it is written, and is not compared with the guest."""
 
-    def _prove(self, sink: FileSink, at_pause: AtPause) -> None:
-        sink.settle()
-        self._prover.verified_pages = at_pause.pages
+    def _prove(self, file: FileSink, at_pause: AtPause) -> None:
+        file.settle()
+        self._attempt.report.verified_pages = at_pause.pages
 
 
 class _LetsTouch(DemandPager):

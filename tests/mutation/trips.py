@@ -22,6 +22,7 @@ from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.save import Save
+from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.testing.lab import Guest, Lab, Violation, listed, require
@@ -116,9 +117,8 @@ class Trip:
                     self._guest.vm,
                     endpoint,
                     policy or Rounds(rounds),
-                    timeout_s=_TIMEOUT_S,
+                    MigrationOptions(timeout_s=_TIMEOUT_S, **options),
                     on_event=on_event,
-                    **options,
                 )
                 return self.source.run()
             finally:

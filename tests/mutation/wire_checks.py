@@ -1,17 +1,20 @@
 """Checks of the ways that pages travel: packed, by their changes, by name, on several connections."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from mutation.mutant import WINDOW_S
-from mutation.trips import PAGES, Engine, Trip, arrive, trip_of, write
+from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.events import Event, RoundBegan, RoundEnded
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray, gpa_of
 from pageferry.core.page_words import PageWords
 from pageferry.engine.options import WireOptions
+from pageferry.engine.pages.encode import PackingCoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import available
 from pageferry.testing.lab import Lab, require
@@ -28,14 +31,23 @@ def _by_changes() -> WireOptions:
     return WireOptions(compress=packings[0], delta_cache_bytes=MAX_PAGES_PER_RECORD * PAGE_SIZE)
 
 
-def _coder(trip: Trip) -> Any:
-    assert trip.source is not None
-    return trip.source._lanes._main._coder
+@contextmanager
+def _coders() -> Iterator[list[Any]]:
+    """Collect the coders that are made meanwhile."""
+    made: list[Any] = []
+    init = PackingCoder.__init__
+
+    def note(coder: PackingCoder, *args: Any, **options: Any) -> None:
+        init(coder, *args, **options)
+        made.append(coder)
+
+    with patch.object(PackingCoder, "__init__", note):
+        yield made
 
 
 def written_while_it_is_encoded(lab: Lab, engine: Engine) -> None:
     """A page that changes between its copy and the end of its encoding, in every round, arrives as at the pause."""
-    with trip_of(lab, engine) as (guest, trip):
+    with trip_of(lab, engine) as (guest, trip), _coders() as coders:
         values = iter(range(2, 1_000))
         frozen = threading.Event()
 
@@ -45,7 +57,7 @@ def written_while_it_is_encoded(lab: Lab, engine: Engine) -> None:
 
         def disturb(event: Event) -> None:
             if isinstance(event, RoundBegan) and event.index == 0:
-                _call_first(getattr(_coder(trip), "_cache", None), "swap", change)
+                _call_first(coders[0]._cache if coders else None, "swap", change)
             elif isinstance(event, RoundBegan) and event.final:
                 frozen.set()
             elif isinstance(event, RoundEnded) and not event.stats.final:
@@ -114,7 +126,7 @@ def a_round_ends_when_all_is_sent(lab: Lab, engine: Engine) -> None:
             if isinstance(event, RoundEnded) and event.stats.index == 0:
                 guest.memory.write(gpa_of(PAGES_PER_2M), b"of the second connection")
                 assert trip.source is not None
-                hold(trip.source._lanes._others[0].lane.channel)
+                hold(trip.source.job._channels[1])
             elif isinstance(event, RoundEnded) and event.stats.index == 1:
                 early.append(not gone.is_set())
                 over.set()

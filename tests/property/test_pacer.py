@@ -10,8 +10,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S
 from pageferry.engine.pages.encode import PlainCoder
-from pageferry.engine.pages.lane import Lane
-from pageferry.engine.pages.lanes import Lanes
+from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.wire.pacer import BURST_S, Pacer
 from pageferry.stream.codec import Encoder
 from pageferry.stream.order import Role

@@ -10,8 +10,8 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, page_words
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.encode import PackingCoder, PlainCoder
-from pageferry.engine.pages.lane import Lane
 from pageferry.engine.pages.receive import Activity, PageWriter, read_stream
+from pageferry.engine.pages.send import Lane
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.stream.codec import Decoder, Encoder
 from pageferry.stream.format import EXTENSIONS

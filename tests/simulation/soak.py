@@ -29,6 +29,7 @@ from pageferry.core.policies import ConvergePolicy, DowntimePolicy, XenPolicy
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
 from pageferry.engine.destination import Destination
+from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.guests.abi import read_status
@@ -139,7 +140,7 @@ def migrate(vm: Vm, leg: Leg) -> tuple[Vm, MigrationReport]:
         server.start()
         try:
             endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
-            report = Source(vm, endpoint, leg.policy, timeout_s=_TIMEOUT_S).run()
+            report = Source(vm, endpoint, leg.policy, MigrationOptions(timeout_s=_TIMEOUT_S)).run()
         finally:
             server.join()
     require(bool(arrived) and report.verified, "the migration completed, but no verified guest has arrived")

@@ -11,8 +11,7 @@ from pageferry.core.memory import ram_layout
 from pageferry.core.policy_names import POLICIES, make_policy
 from pageferry.core.units import parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
-from pageferry.engine.options import WireOptions
-from pageferry.engine.verify.prove import VerifyMode
+from pageferry.engine.options import VerifyMode, WireOptions
 from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel
 

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TransferSpeed
 
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
-from pageferry.engine.attempt import HELD
+from pageferry.engine.job import HELD
 
 Json = dict[str, Any]
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.page_counts import PageCounts
 
 #: Rounds that moved less than this say more about latency than about the wire.
 RATE_SAMPLE_BYTES = 4 << 20
@@ -19,34 +20,19 @@ _NEAR = 1.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundStats:
-    """One round of pre-copy.
+class RoundStats(PageCounts):
+    """One round of pre-copy, and what it sent.
 
     ``dirty_pages``: pages that it found dirty, each part of memory looked at just before it was sent (round 0: pages
-    with storage).
-    ``sent_pages``/``sent_bytes``: what went over the wire, headers included in the bytes. ``zero_pages``: how many of
-    the pages were sent as a mere word that they are zero; ``packed_pages``: how many packed, in ``packed_bytes``;
-    ``delta_pages``: of how many only what had changed, in ``delta_bytes``.
-    ``remaining_pages``: pages dirty when it ended. The final round is the stop-and-copy: nothing remains.
+    with storage). ``remaining_pages``: pages dirty when it ended. The final round is the stop-and-copy: nothing
+    remains.
     """
 
     index: int
     dirty_pages: int
-    sent_pages: int
-    sent_bytes: int
     duration_s: float
     remaining_pages: int
     final: bool = False
-    zero_pages: int = 0
-    packed_pages: int = 0
-    packed_bytes: int = 0
-    delta_pages: int = 0
-    delta_bytes: int = 0
-
-    @property
-    def moved_bytes(self) -> int:
-        """How much memory with content it moved, which packing makes more than went over the wire; headers included."""
-        return max(self.sent_bytes, (self.sent_pages - self.zero_pages) * PAGE_SIZE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NoReturn
+from typing import Generic
 
 from pageferry import __version__
 from pageferry.core.errors import GuestAt, PageferryError, PeerError, RecordError, UsageError, VmError
@@ -41,9 +41,9 @@ from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
 from pageferry.engine.image.room import make_machine
 from pageferry.engine.pages.receive import Populator, Receiver
-from pageferry.engine.phases import PhaseClock, guarded
 from pageferry.engine.postcopy.client import PostcopyClient, refuse_return
 from pageferry.engine.postcopy.pager import can_wait
+from pageferry.engine.progress import PhaseClock, guarded
 from pageferry.engine.verify.compare import AuditMismatchError, Comparison, ReceivedPages, mismatch_of
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, take_in
@@ -265,24 +265,18 @@ class Destination(Generic[AnyVm]):
     # -- proof and handoff -----------------------------------------------------------------------------------------
 
     def _compare(self, comparison: Comparison, agreed: tuple[str, ...]) -> None:
-        """Hear which pages are missing, and compare all digests. A mismatch is told, and the source then fails."""
-        last = False
-        while not last:
+        """Take in what is missing and compare all digests; a mismatch is told, and the source has the last word."""
+        compared, mismatch = False, None
+        while not compared or mismatch is not None:
             frame = self._peer.receive()
             if isinstance(frame, Missing) and features.POSTCOPY in agreed and not comparison.begun:
                 comparison.take_missing(frame)
             elif isinstance(frame, Digests):
-                last = frame.last
-                if (mismatch := comparison.compare(frame)) is not None:
+                if mismatch is None and (mismatch := comparison.compare(frame)) is not None:
                     self._peer.send(mismatch)
-                    self._hear_failed()
+                compared = frame.last
             else:
                 raise self._unexpected(frame)
-
-    def _hear_failed(self) -> NoReturn:
-        while isinstance(frame := self._peer.receive(), Digests):
-            pass  # sent before the source heard of the mismatch
-        raise self._unexpected(frame)
 
     def _begin_postcopy(self, vm: Vm, comparison: Comparison, token: str) -> PostcopyClient:
         if self._accept is None:

@@ -1,10 +1,12 @@
-"""WireOptions: what a user asks of the way from source to destination."""
+"""What a user may ask of a migration."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import Packing, packer
@@ -54,3 +56,29 @@ class WireOptions:
 
 #: One connection, no cap, nothing encoded.
 DEFAULT_WIRE = WireOptions()
+
+
+class VerifyMode(StrEnum):
+    """When memory is digested: ``full`` at the pause, ``audit`` mostly while the guest runs."""
+
+    FULL = "full"
+    AUDIT = "audit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationOptions:
+    """How a guest is moved.
+
+    ``name``: what the guest is called, for people. ``timeout_s``: how long a connection may stand still. ``verify``:
+    None: ``full`` where that fits the downtime limit, ``audit`` otherwise. ``wire``: how pages may travel. ``hold``: do
+    not pause the guest before it is told to go on, however ready all is; rounds go on meanwhile.
+    """
+
+    name: str = "guest"
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    verify: VerifyMode | None = None
+    wire: WireOptions = DEFAULT_WIRE
+    hold: bool = False
+
+
+DEFAULT_OPTIONS = MigrationOptions()

@@ -5,6 +5,7 @@
     source                                        destination
       | -- HELLO ------------------------------------> |  makes a machine, or refuses
       | <------------------------------------ HELLO -- |
+      | -- JOIN, on each further connection ---------> |
       |  ENABLE                                         |
       | == pre-copy: CLEAN, then copy, round by round => |  scatters pages into place
       | <--------------- REACHED, after each round --- |
@@ -19,7 +20,8 @@
 Where the policy decides for post-copy, what is dirty at the freeze stays here: it is named before DIGESTS, SWITCH
 stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.postcopy.client`).
 
-What holds when it ends, and what others may ask meanwhile, is :mod:`pageferry.engine.attempt`'s.
+What holds at the end is written in :mod:`pageferry.engine.attempt`; what others may ask meanwhile, in
+:mod:`pageferry.engine.job`.
 """
 
 import contextlib
@@ -29,34 +31,27 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from pageferry import __version__
-from pageferry.core.errors import (
-    GuestAt,
-    MigrationError,
-    PageferryError,
-    PeerError,
-    TransportError,
-    TruncatedError,
-    VmError,
-)
-from pageferry.core.events import Event, Phase, PostcopyProgress, PostcopyRecovered
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, TransportError, TruncatedError, VmError
+from pageferry.core.events import Event, MigrationReport, Phase, PostcopyPaused, PostcopyProgress, PostcopyRecovered
+from pageferry.core.frames import GfnArray
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policy import Policy, may_switch
+from pageferry.core.policy import Action, Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features
-from pageferry.engine.attempt import HELD
-from pageferry.engine.copying import HELD_ROUND_S, Copying
+from pageferry.engine.attempt import Attempt
 from pageferry.engine.failures import as_migration_error
-from pageferry.engine.options import DEFAULT_WIRE, WireOptions
+from pageferry.engine.job import HELD
+from pageferry.engine.options import DEFAULT_OPTIONS, DEFAULT_WIRE, MigrationOptions
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.encode import PackingCoder, PageCoder, PlainCoder
-from pageferry.engine.pages.lane import Lane
-from pageferry.engine.pages.lanes import Lanes
-from pageferry.engine.postcopy.late_counts import LateCounts
+from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.postcopy.recovery import come_back
-from pageferry.engine.postcopy.server import LeftBehind
-from pageferry.engine.verify import digests as verify
-from pageferry.engine.verify.prove import VerifyMode
-from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.postcopy.server import MissingPages, Postcopy
+from pageferry.engine.precopy import HELD_ROUND_S, Precopy, stop_and_copy
+from pageferry.engine.progress import Rounds
+from pageferry.engine.verify.digests import hint_runs
+from pageferry.engine.verify.prove import MemoryProof
+from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.connections import join
 from pageferry.engine.wire.peer import Peer, PeerFailedError, PeerRefusedError
 from pageferry.stream.codec import Encoder
@@ -84,92 +79,163 @@ def _ignore(_: Event) -> None:
     """See nothing."""
 
 
-class Source(Copying):
-    """One attempt to move a guest away, phase by phase.
+class DestinationSink:
+    """Sends pages to a destination, and hears what it says meanwhile.
+
+    Args:
+        lanes: one for each connection.
+        peer: the destination, on the first of them.
+        proof: knows which pages a MISMATCH is of.
+        rounds: of the migration.
+        fences: whether the destination answers a FENCE.
+    """
+
+    def __init__(self, lanes: Lanes, peer: Peer, proof: MemoryProof, rounds: Rounds, *, fences: bool) -> None:
+        self.lanes = lanes
+        self._peer = peer
+        self._proof = proof
+        self._rounds = rounds
+        self._fences = fences
+
+    def begin(self, gfns: GfnArray) -> None:
+        """Pages that are not sent are zeros at the destination already."""
+
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raise what the destination says, if it says anything within ``wait_s``."""
+        if self._peer.channel.readable(wait_s):
+            raise self._complaint(self._peer.receive())
+
+    def fence(self, number: int) -> None:
+        """Wait until the destination has everything that was sent in round ``number``; raises what it says instead."""
+        if not self._fences:
+            return
+        self.lanes.send_fence(number)
+        frame = self._peer.receive()
+        if frame != Reached(number=number):
+            raise self._complaint(frame)
+
+    def _complaint(self, frame: Frame) -> PageferryError:
+        if isinstance(frame, Mismatch):
+            return self._proof.mismatch(frame, self._rounds.index)
+        return self._peer.out_of_turn(frame)
+
+
+class Source:
+    """One attempt to move a guest away.
 
     Args:
         vm: the guest; running or paused.
         endpoint: where the destination listens.
         policy: decides after each round.
-        name: what the guest is called, for people.
-        timeout_s: how long the connection may stand still.
-        verify: see :class:`~pageferry.engine.attempt.Attempt`; so are the rest.
-        wire: there.
-        hold: there.
-        on_event: there.
-        work_before: there.
+        options: how to move it.
+        on_event: sees every event, on the thread that calls :meth:`run`.
+        work_before: see :class:`~pageferry.engine.attempt.Attempt`.
     """
-
-    _peer: Peer
-    _agreed: frozenset[RecordType]
-    _token = ""
 
     def __init__(
         self,
         vm: Vm,
         endpoint: Endpoint,
         policy: Policy,
+        options: MigrationOptions = DEFAULT_OPTIONS,
         *,
-        name: str = "guest",
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        verify: VerifyMode | None = None,
-        wire: WireOptions = DEFAULT_WIRE,
-        hold: bool = False,
         on_event: Callable[[Event], None] = _ignore,
         work_before: WorkSample | None = None,
     ) -> None:
-        super().__init__(vm, policy, verify=verify, wire=wire, hold=hold, on_event=on_event, work_before=work_before)
+        self._vm = vm
         self._endpoint = endpoint
-        self._name = name
-        self._timeout_s = timeout_s
+        self._options = options
+        self._wire = options.wire
+        self._attempt = Attempt(
+            vm, policy, wire=options.wire, hold=options.hold, on_event=on_event, work_before=work_before
+        )
+        self.job = self._attempt.job
+        self._proof = MemoryProof(
+            vm,
+            self._attempt.accounts,
+            options.verify,
+            limit_s=lambda: self.job.downtime_limit_s,
+            now_s=self._attempt.clock.now_s,
+        )
+        self._encoder = Encoder()
 
-    def _go(self) -> None:
-        phase = self._clock.phase
-        with phase(Phase.CONNECT):
-            peer = self._peer = self._connect()
-        with phase(Phase.HELLO):
-            self._hello(peer)
-        with self._last_words(peer):
-            with contextlib.closing(self._lanes):
-                with phase(Phase.PRECOPY):
-                    self._precopy(peer)
-                with phase(Phase.PAUSE):
-                    self._pause()
-                with phase(Phase.STOP_AND_COPY):
-                    self._stop_and_copy()
-                with phase(Phase.STATE):
-                    self._state(peer)
-            with phase(Phase.VERIFY):
-                self._verify(peer)
-        with phase(Phase.HANDOFF):
-            peer = self._handoff(peer)
-        if self._left is not None and self._late_counts is not None:
-            with phase(Phase.POSTCOPY):
-                self._serve(peer, self._left, self._late_counts)
-        self._leave()
+    def run(self) -> MigrationReport:
+        """Move the guest; call once. ``job.report`` is set afterwards, also when this raises.
+
+        Raises:
+            MigrationError: it did not move (``guest_at`` SOURCE), or that is not known (UNKNOWN), or it moved and is
+                lost (DESTINATION, in post-copy).
+        """
+        attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
+        with attempt.under_way(self._as_migration_error), contextlib.closing(self._proof):
+            with phase(Phase.CONNECT):
+                peer = Peer(self._connect(), Side.SOURCE)
+            with phase(Phase.HELLO):
+                token, agreed = self._hello(peer)
+                self._proof.agree(audits=features.AUDIT in agreed)
+                sink = self._sink(peer, token, features.records_of(agreed))
+            with self._last_words(sink):
+                with contextlib.closing(sink.lanes):
+                    with phase(Phase.PRECOPY):
+                        attempt.expect_alive()
+                        peer.channel.send(self._stream_begin(features.records_of(agreed)))
+                        if report.shared_memory:
+                            switches = self._wait_while_held(peer, sink)
+                        else:
+                            switches = self._precopy(sink, may_switch=features.POSTCOPY in agreed)
+                    with phase(Phase.PAUSE):
+                        attempt.stop_guest()
+                    with phase(Phase.STOP_AND_COPY):
+                        if not report.shared_memory:
+                            self._stop_and_copy(sink, token, switches=switches)
+                    with phase(Phase.STATE):
+                        records = attempt.guest.last_records()
+                        sink.lanes.finish()
+                        peer.channel.send([self._encoder.record(record) for record in records])
+                        peer.stream_passed(self._encoder.offset)
+                with phase(Phase.VERIFY):
+                    self._verify(peer)
+            with phase(Phase.HANDOFF):
+                peer = self._hand_over(peer)
+                report.running_at_s = attempt.clock.now_s()
+            if self.job.postcopy is not None:
+                with phase(Phase.POSTCOPY):
+                    self._serve(peer, self.job.postcopy)
+            attempt.guest.release()
+            self.job.close()
+        assert self.job.report is not None
+        return self.job.report
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
-        peer = str(self._endpoint)
         return as_migration_error(
-            error, phase=self._clock.current, guest_at=guest_at, peer=peer, timeout_s=self._timeout_s
+            error,
+            phase=self._attempt.clock.current,
+            guest_at=guest_at,
+            peer=str(self._endpoint),
+            timeout_s=self._options.timeout_s,
         )
 
-    def _connect(self) -> Peer:
-        return Peer(self._open(), Side.SOURCE)
+    # -- connect, hello --------------------------------------------------------------------------------------------
 
-    def _open(self) -> Channel:
-        channel = self._endpoint.connect(self._timeout_s, given_up=lambda: self._cancelled)
-        channel.pacer = self._pacer
-        with self._commit_lock:
-            self._channels.append(channel)
-            if self._cancelled:
-                raise self._abort("cancelled")
+    def _connect(self) -> Channel:
+        handoff = self.job.handoff
+        channel = self._endpoint.connect(self._options.timeout_s, given_up=lambda: handoff.cancelled)
+        channel.pacer = self.job.pacer
+        self.job.opened(channel)
         return channel
 
-    def _hello(self, peer: Peer) -> None:
+    def _hello(self, peer: Peer) -> tuple[str, tuple[str, ...]]:
+        """Offer the guest; return the migration's token and what the destination uses of the offer."""
         peer.greet()
         starts, lengths = self._vm.memory.populated()
-        storage = self._vm.memory.storage if self._may_share(peer) else None
+        shares = peer.channel.local and self._wire == DEFAULT_WIRE
+        storage = self._vm.memory.storage if shares else None
+        offered = features.offer(
+            self._wire,
+            audit=self._proof.may_audit,
+            shared=storage is not None,
+            postcopy=may_switch(self.job.policy),
+        )
         peer.send(
             SourceHello(
                 version=__version__,
@@ -179,210 +245,182 @@ class Source(Copying):
                 cpuid=self._vm.cpuid,
                 machine=str(self._vm.config.machine),
                 migration_id=str(uuid.uuid4()),
-                name=self._name,
-                populated=verify.hint_runs(starts, lengths),
+                name=self._options.name,
+                populated=hint_runs(starts, lengths),
                 populated_pages=int(lengths.sum()),
-                features=self._offer(peer),
+                features=offered,
                 connections=self._wire.connections,
             ),
             None if storage is None else storage.fd,
         )
-        hello = peer.receive()
-        if not isinstance(hello, DestinationHello):
-            raise self._unexpected(hello)
-        self._peer_accel = hello.accel
-        features.check_answer(self._wire, self._offer(peer), hello.features)
-        self._shared = features.SHARED_MEMORY in hello.features
-        self._token = hello.token
-        self._may_switch = features.POSTCOPY in hello.features
-        self._agreed = features.records_of(hello.features)
-        self._prover.agree(hello.features)
-        main = self._lane(peer.channel, self._encoder)
-        self._lanes = Lanes(main, [self._join(hello.token, index) for index in range(1, self._wire.connections)])
+        hello = peer.expect(DestinationHello)
+        features.check_answer(self._wire, offered, hello.features)
+        self._attempt.report.destination_accel = hello.accel
+        self._attempt.report.shared_memory = features.SHARED_MEMORY in hello.features
+        return hello.token, hello.features
 
-    def _offer(self, peer: Peer) -> tuple[str, ...]:
-        return features.offer(
-            self._wire,
-            audit=self._prover.may_audit,
-            shared=self._may_share(peer),
-            postcopy=may_switch(self._policy),
-        )
+    def _sink(self, peer: Peer, token: str, records: frozenset[RecordType]) -> DestinationSink:
+        """Open a lane for each connection."""
+        main = self._lane(peer.channel, self._encoder, records)
+        others = []
+        for index in range(1, self._wire.connections):
+            channel = self._connect()
+            join(channel, token, index)
+            encoder = Encoder(Role.SECTION)
+            channel.send([encoder.header(agreed=records), encoder.record(StaticDataEnd())])
+            others.append(self._lane(channel, encoder, records))
+        fences = RecordType.FENCE in records
+        return DestinationSink(Lanes(main, others), peer, self._proof, self._attempt.rounds, fences=fences)
 
-    def _join(self, token: str, index: int) -> Lane:
-        channel = self._open()
-        join(channel, token, index)
-        encoder = Encoder(Role.SECTION)
-        channel.send([encoder.header(agreed=self._agreed), encoder.record(StaticDataEnd())])
-        return self._lane(channel, encoder)
-
-    def _lane(self, channel: Channel, encoder: Encoder) -> Lane:
+    def _lane(self, channel: Channel, encoder: Encoder, records: frozenset[RecordType]) -> Lane:
         memory, packing = self._vm.memory, self._wire.compress
         coder: PageCoder = PlainCoder(memory, encoder)
         if packing is not Packing.NONE:
             share_bytes = self._wire.delta_cache_bytes // self._wire.connections
             cache = PageCache(share_bytes, memory.gfn_limit) if share_bytes else None
             coder = PackingCoder(memory, encoder, packer(packing), cache)
-        says_zero = RecordType.ZERO_PAGES in self._agreed
-        return Lane(memory, channel, encoder, coder, says_zero=says_zero, on_sent=self._on_sent)
+        says_zero = RecordType.ZERO_PAGES in records
+        return Lane(memory, channel, encoder, coder, says_zero=says_zero, on_sent=self._attempt.accounts.sent)
 
-    def _may_share(self, peer: Peer) -> bool:
-        """Whether the destination is on this host and may have our memory instead of a copy."""
-        return peer.channel.local and self._vm.memory.storage is not None and self._wire == DEFAULT_WIRE
+    # -- the stream ------------------------------------------------------------------------------------------------
 
-    def _share(self, peer: Peer) -> None:
+    def _stream_begin(self, records: frozenset[RecordType]) -> list[bytes]:
+        return [self._encoder.header(agreed=records), *map(self._encoder.record, self._attempt.guest.first_records())]
+
+    def _precopy(self, sink: DestinationSink, *, may_switch: bool) -> bool:
+        """Copy the running guest; return whether it switches before all of its pages have gone."""
+        decision = Precopy(self._attempt, sink, self._proof, may_switch=may_switch).run()
+        self._attempt.report.stop_reason = decision.reason
+        return decision.action is Action.POST_COPY
+
+    def _wait_while_held(self, peer: Peer, sink: DestinationSink) -> bool:
         """Stand in for pre-copy where the destination has our memory: nothing of it is sent, not even what is dirty."""
-        xalloc = np.array([PageType.XALLOC], np.uint8)  # the format wants to hear of one page, and that it is there
+        xalloc = np.array([PageType.XALLOC], np.uint8)  # the format demands a page: one that is there
         peer.channel.send([self._encoder.page_data([0], xalloc)])
-        if not self._go_on.is_set():
-            self.status = HELD
-        while not self._go_on.wait(HELD_ROUND_S):
-            self._hear(peer)
-            self._expect_alive()
-        self.status = "active"
-        if self._cancelled:
-            raise self._abort("cancelled")
-        self._stop_reason = "the destination has the same memory"
+        if not self.job.may_go_on:
+            self.job.status = HELD
+        while not self.job.wait_to_go_on(HELD_ROUND_S):
+            sink.check()
+            self._attempt.expect_alive()
+        self.job.status = "active"
+        self.job.check()
+        self._attempt.report.stop_reason = "the destination has the same memory"
+        return False
 
-    def _precopy(self, peer: Peer) -> None:
-        self._expect_alive()
-        header = self._encoder.header(agreed=self._agreed)
-        peer.channel.send([header, *(self._encoder.record(record) for record in self._static_records())])
-        if self._shared:
-            self._share(peer)
-        else:
-            self._copy_running()
-
-    def _before_record(self) -> None:
-        self._hear(self._peer)
-        super()._before_record()
-
-    def _hear(self, peer: Peer, wait_s: float = 0.0) -> None:
-        """Raise what the destination says, if it says anything."""
-        if peer.channel.readable(wait_s):
-            frame = peer.receive()
-            if isinstance(frame, Mismatch):
-                raise self._prover.mismatch(frame, len(self._sender.rounds))
-            raise self._unexpected(frame)
-
-    def _settle(self, number: int) -> None:
-        if RecordType.FENCE not in self._agreed:
-            return
-        self._lanes.send_fence(number)
-        frame = self._peer.receive()
-        if isinstance(frame, Mismatch):
-            raise self._prover.mismatch(frame, number)
-        if frame != Reached(number=number):
-            raise self._unexpected(frame)
+    def _stop_and_copy(self, sink: DestinationSink, token: str, *, switches: bool) -> None:
+        """Send what is dirty, or note it as missing. The guest writes no more: PEEK is enough."""
+        dirty = self._vm.log_dirty.peek()
+        self._attempt.accounts.cleaned(dirty)
+        gfns = dirty.gfns()
+        if switches:
+            missing = gfns[self._vm.memory.are_ram(gfns)]
+            gfns = gfns[:0]
+            if missing.size:
+                pages = MissingPages(self._vm.memory, missing)
+                self.job.postcopy = Postcopy(pages, token, self._attempt.clock.now_s)
+        stop_and_copy(self._attempt, sink, gfns)
 
     @contextlib.contextmanager
-    def _last_words(self, peer: Peer) -> Iterator[None]:
+    def _last_words(self, sink: DestinationSink) -> Iterator[None]:
         """Prefer what the destination says on the first connection to how one of them broke."""
         try:
             yield
         except OSError as error:
             if not isinstance(error, VmError):
                 with contextlib.suppress(OSError, TruncatedError):
-                    self._hear(peer, _LAST_WORDS_S if self._wire.connections > 1 else 0.0)
+                    sink.check(_LAST_WORDS_S if self._wire.connections > 1 else 0.0)
             raise
-
-    def _stop_and_copy(self) -> None:
-        if not self._shared:
-            super()._stop_and_copy()
-
-    def _state(self, peer: Peer) -> None:
-        records = self._final_records()
-        self._lanes.finish()
-        peer.channel.send([self._encoder.record(record) for record in records])
-        peer.stream_passed(self._encoder.offset)
 
     def _verify(self, peer: Peer) -> None:
-        spent_s = self._clock.now_s() - self._clock.began_s[Phase.PAUSE] + self._state_s / 2  # it is loaded there
-        missing = None if self._left is None else self._left.missing
-        if self._left is not None:
-            self._left.announce(peer)
-        answer = self._prover.look(peer) if self._shared else self._prover.prove(peer, spent_s, missing)
-        if answer is not None:
-            raise self._unexpected(answer)
+        proof, report, postcopy = self._proof, self._attempt.report, self.job.postcopy
+        if report.shared_memory:
+            proof.look(peer)
+        else:
+            # The guest stands still since the pause, and will while its state is loaded.
+            clock = self._attempt.clock
+            spent_s = clock.now_s() - clock.began_s[Phase.PAUSE] + self._attempt.state_s / 2
+            if postcopy is not None:
+                postcopy.missing.announce(peer)
+            proof.prove(peer, spent_s, None if postcopy is None else postcopy.missing.bitmap)
+        report.verified_pages, report.audited_pages = proof.verified_pages, proof.audited_pages
 
-    def _handoff(self, peer: Peer) -> Peer:
+    # -- the handoff -----------------------------------------------------------------------------------------------
+
+    def _hand_over(self, peer: Peer) -> Peer:
         """Hand the guest over; return the connection on which the destination may ask for pages."""
-        with self._commit_lock:
-            if self._cancelled:
-                raise self._abort("cancelled")
-            paused = self._vm.status is VmStatus.PAUSED
-            self._committed = True
+        handoff, postcopy = self.job.handoff, self.job.postcopy
+        paused = self._vm.status is VmStatus.PAUSED
+        if not handoff.commit():
+            raise self.job.abort("cancelled")
         try:
-            peer.send(Commit(paused=paused) if self._left is None else Switch(paused=paused))
-            answer = peer.receive()
-            if not isinstance(answer, Running):
-                raise self._unexpected(answer)
+            peer.send(Commit(paused=paused) if postcopy is None else Switch(paused=paused))
+            peer.expect(Running)
         except PeerFailedError:
-            self._committed = False  # a destination that says so promises that the guest never runs there
+            handoff.refused()  # a destination that says so promises that the guest never runs there
             raise
         except (OSError, PageferryError) as error:
-            if self._left is None:
+            handoff.lost()
+            if postcopy is None:
                 raise
-            self.guest_at = GuestAt.UNKNOWN
-            self._pause_postcopy(error)
-            peer = self._recovered()
-        self._running_at_s = self._clock.now_s()
-        self.guest_at = GuestAt.DESTINATION
+            peer = self._recovered(postcopy, error)
+        handoff.running()
         return peer
 
-    def _serve(self, peer: Peer, left: LeftBehind, late: LateCounts) -> None:
+    def _serve(self, peer: Peer, postcopy: Postcopy) -> None:
         """Answer for the pages that are missing there, over as many connections as it takes."""
+        missing = postcopy.missing
 
         def on_progress() -> None:
             progress = PostcopyProgress(
-                missing_pages=left.pages, sent_pages=left.sent_pages, urgent_pages=left.urgent_pages
+                missing_pages=missing.pages, sent_pages=missing.sent_pages, urgent_pages=missing.urgent_pages
             )
-            self._on_event(progress)
+            self._attempt.on_event(progress)
 
-        self.status = "postcopy-active"
-        if self._recovery.abandoned:  # before the answer to SWITCH was there
+        self.job.status = "postcopy-active"
+        if postcopy.recovery.abandoned:  # before the answer to SWITCH was there
             peer.channel.abort()
         while True:
             try:
-                late.connected()
-                left.serve(peer, on_progress)
+                postcopy.connected()
+                missing.serve(peer, on_progress)
                 return
             except (OSError, PageferryError, PeerFailedError) as error:
-                self._pause_postcopy(error)
-            peer = self._recovered()
+                peer = self._recovered(postcopy, error)
 
-    def _recovered(self) -> Peer:
-        """Wait until somebody says where to connect, and the destination is there.
+    def _recovered(self, postcopy: Postcopy, error: Exception) -> Peer:
+        """After a cut, wait until somebody says where to connect, and the destination is there.
 
         Raises:
             PeerFailedError: where the guest is was not known, and it is here.
-            TransportError: nobody will say it.
+            TransportError: it was given up.
         """
-        while (endpoint := self._recovery.wait()) is not None:
-            self.status = "postcopy-recover"
+        handoff = self.job.handoff
+        self._cut(postcopy, error)
+        while (endpoint := postcopy.recovery.wait()) is not None:
+            self.job.status = "postcopy-recover"
             self._endpoint = endpoint
             try:
-                peer = come_back(self._open(), self._token)
-            except (OSError, PageferryError, PeerFailedError) as error:
-                promised = isinstance(error, PeerFailedError) and not isinstance(error, PeerRefusedError)
-                if promised and self.guest_at is GuestAt.UNKNOWN:
-                    self._committed, self.guest_at = False, GuestAt.SOURCE
+                peer = come_back(self._connect(), postcopy.token)
+            except (OSError, PageferryError, PeerFailedError) as again:
+                promised = isinstance(again, PeerFailedError) and not isinstance(again, PeerRefusedError)
+                if promised and handoff.guest_at is GuestAt.UNKNOWN:
+                    handoff.refused()
                     raise
-                self._pause_postcopy(error)
+                self._cut(postcopy, again)
                 continue
-            self.status = "postcopy-active"
-            self._on_event(PostcopyRecovered())
+            self.job.status = "postcopy-active"
+            self._attempt.on_event(PostcopyRecovered())
             return peer
         lost = "given up before all pages had gone, and the guest is lost"
-        reason = lost if self.guest_at is GuestAt.DESTINATION else self._cut_reason
-        raise TransportError(reason, phase=str(self._clock.current), guest_at=self.guest_at)
+        reason = lost if handoff.guest_at is GuestAt.DESTINATION else postcopy.cut_reason
+        raise TransportError(reason, phase=str(self._attempt.clock.current), guest_at=handoff.guest_at)
 
-    def _unexpected(self, frame: Frame) -> PeerError:
-        what = f"the destination answered {type(frame).__name__} out of turn"
-        at = GuestAt.UNKNOWN if self._committed else GuestAt.SOURCE
-        return PeerError(what, phase=str(self._clock.current), guest_at=at)
-
-    def _leave(self) -> None:
-        """The guest is gone: free what served its migration; it stays frozen here."""
-        self._disarm()
-        for channel in self._channels:
-            channel.close()
+    def _cut(self, postcopy: Postcopy, error: Exception) -> None:
+        """Note that the connection is lost while pages are here that the guest needs at the destination."""
+        self.job.cut()
+        if not isinstance(error, MigrationError):
+            error = self._as_migration_error(error, self.job.guest_at)
+        postcopy.cut(error.reason)
+        self.job.status = "postcopy-paused"
+        postcopy.recovery.begin()
+        self._attempt.on_event(PostcopyPaused(reason=error.reason))

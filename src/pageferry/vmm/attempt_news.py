@@ -13,8 +13,7 @@ from pageferry.core.events import (
     RoundEnded,
     RoundProgress,
 )
-from pageferry.engine.attempt import HELD, Attempt
-from pageferry.engine.image.save import Save
+from pageferry.engine.job import HELD, Job
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import RECOVER_HINT
@@ -37,21 +36,21 @@ class AttemptNews:
         self._said_status = ""
         self._next_progress_s = 0.0
 
-    def happened(self, attempt: Attempt, event: Event) -> None:
-        """Tell of one of the engine's events, of ``attempt``."""
+    def happened(self, job: Job, event: Event) -> None:
+        """Tell of one of the engine's events, of ``job``."""
         self._announcer.postcopy(event)
         if isinstance(event, PostcopyPaused):
-            self._say_cut(attempt, event)
+            self._say_cut(job, event)
         if isinstance(event, PhaseBegan):
-            self._phase_began(attempt, event.phase)
+            self._phase_began(job, event.phase)
         if isinstance(event, RoundEnded):
             self._announcer.event("MIGRATION_PASS", {"pass": event.stats.index + 1})
-            self._tell_held(attempt.status)
+            self._tell_held(job.status)
         if not isinstance(event, RoundProgress | PostcopyProgress):
             self._announcer.engine_event(event)
         elif time.monotonic() >= self._next_progress_s:
             self._next_progress_s = time.monotonic() + _PROGRESS_INTERVAL_S
-            outlook = attempt.outlook()
+            outlook = job.outlook()
             self._announcer.engine_event(event, {"eta_s": outlook.eta_s, "eta_reason": outlook.eta_reason})
 
     def succeeded(self, report: MigrationReport) -> None:
@@ -61,27 +60,27 @@ class AttemptNews:
         down = "" if report.downtime_s is None else f", {report.downtime_s * 1e3:.1f} ms down"
         self._announcer.say(f"the guest has {what}: {report.total_s:.2f} s in total{down}")
 
-    def failed(self, attempt: Attempt, error: MigrationError) -> None:
+    def failed(self, job: Job, error: MigrationError) -> None:
         """Tell that it did not come to that, and whether the guest runs on."""
-        status = attempt.report.status if attempt.report is not None else "failed"
+        status = job.report.status if job.report is not None else "failed"
         self._announcer.migration(status)
         if self._said_stop and error.guest_at is GuestAt.SOURCE and self._guest.running:
             self._announcer.event("RESUME")
         self._announcer.say(f"migration {status}: {error}")
 
-    def _say_cut(self, attempt: Attempt, event: PostcopyPaused) -> None:
+    def _say_cut(self, job: Job, event: PostcopyPaused) -> None:
         where = "the guest stands still there and needs pages that are here"
-        if attempt.guest_at is GuestAt.UNKNOWN:
+        if job.guest_at is GuestAt.UNKNOWN:
             where = "whether the guest runs there is not known; if it does, it needs pages that are here"
         self._announcer.say(f"{event.reason}; {where} ({RECOVER_HINT})")
 
-    def _phase_began(self, attempt: Attempt, phase: Phase) -> None:
-        if phase is (Phase.PRECOPY if isinstance(attempt, Save) else Phase.HELLO):
+    def _phase_began(self, job: Job, phase: Phase) -> None:
+        if phase is (Phase.PRECOPY if job.file is not None else Phase.HELLO):
             self._announcer.migration("active")
         if phase is Phase.PAUSE and self._guest.running:
             self._said_stop = True
             self._announcer.event("STOP")
-        if phase is Phase.HANDOFF and self._said_stop and not attempt.frozen and self._guest.running:
+        if phase is Phase.HANDOFF and self._said_stop and not job.frozen and self._guest.running:
             self._said_stop = False  # it runs on while the file that holds it as it was is finished
             self._announcer.event("RESUME")
 

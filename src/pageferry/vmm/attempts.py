@@ -9,11 +9,9 @@ from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy
 from pageferry.core.policy_names import make_policy
 from pageferry.core.vm import Vm
-from pageferry.engine.attempt import Attempt
 from pageferry.engine.image.save import Save
-from pageferry.engine.options import WireOptions
+from pageferry.engine.options import MigrationOptions, VerifyMode, WireOptions
 from pageferry.engine.source import Source
-from pageferry.engine.verify.prove import VerifyMode
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.stream.packing import Packing
 from pageferry.vmm.arguments import Arguments, saved_to
@@ -25,8 +23,8 @@ class MakeAttempt(Protocol):
 
     def __call__(
         self, vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None
-    ) -> Attempt:
-        """Make it; see :class:`~pageferry.engine.attempt.Attempt`. ``name`` is the guest's, for people."""
+    ) -> Source | Save:
+        """Make it; see :class:`~pageferry.engine.source.Source`. ``name`` is the guest's, for people."""
 
 
 def asked_for(uri: str, args: Arguments) -> MakeAttempt:
@@ -54,19 +52,9 @@ def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
     )
     hold = args.flag("x-hold")
 
-    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Attempt:
-        return Source(
-            vm,
-            endpoint,
-            policy,
-            name=name,
-            timeout_s=timeout_s,
-            verify=verify,
-            wire=wire,
-            hold=hold,
-            on_event=on_event,
-            work_before=work_before,
-        )
+    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Source | Save:
+        options = MigrationOptions(name=name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold)
+        return Source(vm, endpoint, policy, options, on_event=on_event, work_before=work_before)
 
     return make
 
@@ -76,7 +64,7 @@ def _saving(args: Arguments, file: Path) -> MakeAttempt:
     stop = args.flag("x-stop")
     wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
 
-    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Attempt:
+    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Source | Save:
         return Save(
             vm,
             file,

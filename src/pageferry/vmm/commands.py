@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pageferry.core.vm import VmStatus
-from pageferry.engine.attempt import HELD
+from pageferry.engine.job import HELD
 from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer

@@ -6,9 +6,10 @@ from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
-from pageferry.engine.attempt import HELD, Attempt
 from pageferry.engine.image.save import Save
+from pageferry.engine.job import HELD, Job
 from pageferry.engine.options import WireOptions
+from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.attempt_news import AttemptNews
@@ -40,7 +41,7 @@ class Outgoing:
     def __init__(self, guest: Guest, announcer: Announcer) -> None:
         self._guest = guest
         self._announcer = announcer
-        self._attempt: Attempt | None = None
+        self._job: Job | None = None
         self._thread: threading.Thread | None = None
 
     # -- where the guest is ----------------------------------------------------------------------------------------
@@ -49,25 +50,25 @@ class Outgoing:
     def under_way(self) -> bool:
         """Whether one is neither done nor failed."""
         thread_lives = self._thread is not None and self._thread.is_alive()
-        return thread_lives and self._attempt is not None and self._attempt.report is None
+        return thread_lives and self._job is not None and self._job.report is None
 
     @property
     def guest_at(self) -> GuestAt:
         """Where the guest is, as far as this process knows; SOURCE is here."""
-        attempt = self._attempt
-        return GuestAt.SOURCE if attempt is None else attempt.guest_at
+        job = self._job
+        return GuestAt.SOURCE if job is None else job.guest_at
 
     @property
     def holds_guest(self) -> bool:
         """Whether the guest stands still for an attempt's sake."""
-        attempt = self._attempt
-        return attempt is not None and attempt.frozen
+        job = self._job
+        return job is not None and job.frozen
 
     @property
     def keeps_pages(self) -> bool:
         """Whether the guest may run at the destination and need pages that are here only."""
-        attempt = self._attempt
-        return attempt is not None and attempt.keeps_pages
+        job = self._job
+        return job is not None and job.keeps_pages
 
     def check_here(self) -> None:
         """Check that the guest is here and ours to stop, to resume or to migrate; the guest's lock is held.
@@ -81,7 +82,7 @@ class Outgoing:
             if self.under_way:
                 hint = f"pageferry migrate --recover finds out; {hint}"
             raise QmpError("whether the guest has moved is not known", hint=hint)
-        if self.under_way and self._attempt is not None and self._attempt.handing_over:
+        if self.under_way and self._job is not None and self._job.handing_over:
             raise QmpError("the guest is being handed over")
 
     def check_not_moved(self) -> None:
@@ -91,7 +92,8 @@ class Outgoing:
             QmpError: it is; says where.
         """
         if self.guest_at is GuestAt.DESTINATION:
-            hint = "if nobody restored it: pageferry resume --force" if isinstance(self._attempt, Save) else ""
+            file = None if self._job is None else self._job.file
+            hint = "" if file is None else "if nobody restored it: pageferry resume --force"
             raise QmpError(self._where_it_went(), hint=hint)
 
     def take_back(self) -> None:
@@ -102,13 +104,11 @@ class Outgoing:
         Raises:
             VmError: the attempt was not one whose guest may be here.
         """
-        attempt = self._attempt
-        if attempt is None:
+        job = self._job
+        if job is None:
             return
-        if attempt.guest_at is GuestAt.UNKNOWN or (
-            attempt.guest_at is GuestAt.DESTINATION and isinstance(attempt, Save)
-        ):
-            attempt.take_back()
+        if job.guest_at is GuestAt.UNKNOWN or (job.guest_at is GuestAt.DESTINATION and job.file is not None):
+            job.take_back()
 
     # -- what can be done with an attempt --------------------------------------------------------------------------
 
@@ -125,10 +125,10 @@ class Outgoing:
         news = AttemptNews(self._guest, self._announcer)
 
         def on_event(event: Event) -> None:
-            news.happened(attempt, event)
+            news.happened(attempt.job, event)
 
         attempt = make(vm, name=self._guest.name, on_event=on_event, work_before=self._guest.work.oldest())
-        self._attempt = attempt
+        self._job = attempt.job
         self._guest.work.forget()
         self._thread = threading.Thread(target=self._main, args=(attempt, news), name="migrate", daemon=True)
         self._announcer.migration("setup")
@@ -140,7 +140,7 @@ class Outgoing:
         Raises:
             QmpError: there is none.
         """
-        if self._attempt is None or not self._attempt.recover(endpoint):
+        if self._job is None or not self._job.recover(endpoint):
             raise QmpError("no migration here was cut after the switch", hint="start one without --recover")
 
     def cancel(self) -> None:
@@ -149,11 +149,11 @@ class Outgoing:
         Raises:
             QmpError: it is too late.
         """
-        if self._attempt is not None and self.under_way and not self._attempt.cancel():
+        if self._job is not None and self.under_way and not self._job.cancel():
             raise QmpError(f"too late to cancel: {_TOO_LATE[self.guest_at]}")
 
     def change_limits(self, limits: dict[str, float | int], bandwidth: WireOptions | None) -> None:
-        """Change limits of the attempt under way; see :meth:`~pageferry.engine.attempt.Attempt.change_limits`.
+        """Change limits of the attempt under way; see :meth:`~pageferry.engine.job.Job.change_limits`.
 
         Raises:
             QmpError: there is none.
@@ -170,41 +170,42 @@ class Outgoing:
         Raises:
             QmpError: there is none, or it is in another state.
         """
-        attempt = self._current()
-        if state != HELD or attempt.status not in (HELD, "active"):
-            raise QmpError(f"the migration is not in state {state!r} but {attempt.status!r}")
-        attempt.go_on()
+        job = self._current()
+        if state != HELD or job.status not in (HELD, "active"):
+            raise QmpError(f"the migration is not in state {state!r} but {job.status!r}")
+        job.go_on()
 
     def info(self) -> dict[str, Any]:
         """Return the answer to ``query-migrate``; empty when there was no attempt."""
-        return {} if self._attempt is None else migrate_info(self._attempt)
+        return {} if self._job is None else migrate_info(self._job)
 
     def abandon(self) -> None:
         """Give up the attempt under way, if there is one; a guest that has switched without all its pages is lost."""
-        if self._attempt is not None:
-            self._attempt.abandon()
+        if self._job is not None:
+            self._job.abandon()
 
     def join(self) -> None:
         """Return when no attempt is under way."""
         if self._thread is not None:
             self._thread.join()
 
-    def _current(self) -> Attempt:
-        if self._attempt is None or not self.under_way:
+    def _current(self) -> Job:
+        if self._job is None or not self.under_way:
             raise QmpError("there is no migration in progress")
-        return self._attempt
+        return self._job
 
     def _where_it_went(self) -> str:
-        if isinstance(self._attempt, Save):
-            return f"the guest was saved to {self._attempt.path} and stopped here; restore it from there"
+        file = None if self._job is None else self._job.file
+        if file is not None:
+            return f"the guest was saved to {file} and stopped here; restore it from there"
         return "the guest has moved to another process; attach to it there"
 
-    def _main(self, attempt: Attempt, news: AttemptNews) -> None:
+    def _main(self, attempt: Source | Save, news: AttemptNews) -> None:
         try:
             report = attempt.run()
         except MigrationError as error:
             self._guest.work.forget()
-            news.failed(attempt, error)
+            news.failed(attempt.job, error)
             return
         except Exception:
             _log.exception("a migration ended by a defect")

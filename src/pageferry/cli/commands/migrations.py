@@ -41,7 +41,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_rate
 from pageferry.core.vm import MachineModel
-from pageferry.engine.attempt import HELD
+from pageferry.engine.job import HELD
 from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.guests.workloads import WORKLOADS, load_guest

@@ -20,30 +20,88 @@ Postcondition on failure: the guest is here, running or paused as it was, log-di
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError, VmError
-from pageferry.core.events import Event, Phase
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
+from pageferry.core.events import Event, MigrationReport, Phase
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.guest_time import WorkSample
+from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import Policy
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm
-from pageferry.engine.copying import Copying
+from pageferry.engine.attempt import Attempt
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.image.sink import FileSink
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.encode import PlainCoder
-from pageferry.engine.pages.lane import Lane
-from pageferry.engine.pages.lanes import Lanes
+from pageferry.engine.pages.send import Lane, Lanes
+from pageferry.engine.precopy import Precopy, stop_and_copy
+from pageferry.engine.verify.cost import ProofCost
+from pageferry.engine.verify.digests import RunDigests
 from pageferry.engine.verify.file import AtPause
-from pageferry.engine.verify.prove import VerifyMode
-from pageferry.stream.format import MAX_PAGES_PER_RECORD, PageType
-from pageferry.stream.records import HvmContext
+from pageferry.stream.codec import Encoder
 
 
-class Save(Copying):
+class _FilePages:
+    """Sends pages into a file, which never answers.
+
+    Args:
+        memory: the guest's.
+        lane: to the file.
+    """
+
+    def __init__(self, memory: GuestMemory, lane: Lane) -> None:
+        self.lanes = Lanes(lane)
+        self._memory = memory
+        self._lane = lane
+
+    def begin(self, gfns: GfnArray) -> None:
+        """Name all of RAM but these frames as untouched: so the file tells the guest's size, and is sparse."""
+        untouched = self._memory.all_ram() - DirtyBitmap.of(self._memory.gfn_limit, gfns)
+        self._lane.name_untouched(untouched.gfns())
+
+    def check(self) -> None:
+        """Hear nothing."""
+
+    def fence(self, number: int) -> None:
+        """Wait for nothing: what was written is read back at the end."""
+
+
+class _FileVerifier:
+    """Knows what digesting at the pause will take; nothing is proven of a file while it is written.
+
+    Args:
+        attempt: whose guest is saved.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._accounts = attempt.accounts
+        self._cost = ProofCost(attempt.guest.vm.memory, attempt.accounts, attempt.clock.now_s)
+
+    def begin_round(self, dirty: DirtyBitmap) -> None:
+        """Measure what a proof takes."""
+        self._cost.measure()
+
+    def due(self) -> RunDigests | None:
+        """Return nothing."""
+        return None
+
+    def idle(self) -> bool:
+        """Tell that there is nothing to wait for."""
+        return True
+
+    def wait(self) -> None:
+        """Wait for nothing."""
+
+    def pause_s(self, dirty: DirtyBitmap) -> float:
+        """Return how long finding and digesting everything at a pause now would take."""
+        return self._cost.found_s + self._cost.digest_s((self._accounts.populated | dirty).count())
+
+    def close(self) -> None:
+        """End nothing."""
+
+
+class Save:
     """One attempt to save a guest.
 
     Args:
@@ -56,8 +114,6 @@ class Save(Copying):
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
     """
 
-    _downtime_phases = (Phase.PAUSE, Phase.STOP_AND_COPY, Phase.STATE, Phase.VERIFY)
-
     def __init__(
         self,
         vm: Vm,
@@ -69,119 +125,92 @@ class Save(Copying):
         on_event: Callable[[Event], None],
         work_before: WorkSample | None = None,
     ) -> None:
-        mode = VerifyMode.FULL  # nobody is there to audit a file while it is written
-        wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
-        super().__init__(vm, policy, verify=mode, wire=wire, hold=False, on_event=on_event, work_before=work_before)
-        self.path = path
-        self._file = str(path)
+        self._vm = vm
+        self._path = path
         self._stop = stop
+        wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
+        self._attempt = Attempt(vm, policy, wire=wire, file=path, on_event=on_event, work_before=work_before)
+        self.job = self._attempt.job
+        self._encoder = Encoder()
 
-    @property
-    def handing_over(self) -> bool:
-        """Whether the file may have its name already, and the guest is not ours to pause or resume."""
-        return self._committed and self._stop
-
-    def take_back(self) -> None:
-        """Let a guest run on that was saved and stopped; the caller knows that nobody has restored it.
+    def run(self) -> MigrationReport:
+        """Save the guest; call once. ``job.report`` is set afterwards, also when this raises.
 
         Raises:
-            VmError: it was not stopped.
+            MigrationError: it was not saved; the guest is here.
         """
-        if self.guest_at is not GuestAt.DESTINATION:
-            raise VmError("there is no guest to take back")
-        self.guest_at = GuestAt.SOURCE
-        self._thaw()
-
-    def _go(self) -> None:
-        phase = self._clock.phase
-        with phase(Phase.CONNECT):
-            sink = self._open()
-        with phase(Phase.PRECOPY):
-            self._precopy(sink)
-        with phase(Phase.PAUSE):
-            self._pause()
-        with phase(Phase.STOP_AND_COPY):
-            self._stop_and_copy()
-        with phase(Phase.STATE):
-            context = self._state(sink)
-        with phase(Phase.VERIFY):
-            at_pause = AtPause.of(self._vm.memory, context)
-        if not self._stop:
-            self._thaw()
-            self._running_at_s = self._clock.now_s()
-        self._disarm()
-        with phase(Phase.HANDOFF):
-            self._prove(sink, at_pause)
-            self._commit(sink)
+        attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
+        with attempt.under_way(self._as_migration_error):
+            with phase(Phase.CONNECT):
+                file = self._open()
+            with phase(Phase.PRECOPY):
+                attempt.expect_alive()
+                file.send([self._encoder.header(), *map(self._encoder.record, attempt.guest.first_records())])
+                coder = PlainCoder(self._vm.memory, self._encoder)
+                lane = Lane(self._vm.memory, file, self._encoder, coder, says_zero=False, on_sent=attempt.accounts.sent)
+                sink = _FilePages(self._vm.memory, lane)
+                report.stop_reason = Precopy(attempt, sink, _FileVerifier(attempt)).run().reason
+            with phase(Phase.PAUSE):
+                attempt.stop_guest()
+            with phase(Phase.STOP_AND_COPY):
+                stop_and_copy(attempt, sink, self._vm.log_dirty.peek().gfns())
+            with phase(Phase.STATE):
+                records = attempt.guest.last_records()
+                file.send([self._encoder.record(record) for record in records])
+            with phase(Phase.VERIFY):
+                _, _, context, _ = records
+                at_pause = AtPause.of(self._vm.memory, context.data)
+            if not self._stop:
+                attempt.guest.thaw()
+                report.running_at_s = attempt.clock.now_s()
+            attempt.guest.release()
+            with phase(Phase.HANDOFF):
+                self._prove(file, at_pause)
+                self._commit(file)
+        assert self.job.report is not None
+        return self.job.report
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
         if isinstance(error, PageferryError):  # before OSError: a KvmError is both, and no fault of the disk
             reason, hint = str(error), error.hint
         elif isinstance(error, OSError):
-            reason = f"cannot write {self.path}: {error.strerror or error}"
+            reason = f"cannot write {self._path}: {error.strerror or error}"
             hint = "nothing is left of it; save where there is room"
         else:
             reason, hint = f"internal error: {error!r}", ""
-        return MigrationError(reason, phase=str(self._clock.current), guest_at=guest_at, hint=hint)
-
-    def _fall_back(self) -> None:
-        self._running_at_s = None
-        super()._fall_back()
+        return MigrationError(reason, phase=str(self._attempt.clock.current), guest_at=guest_at, hint=hint)
 
     def _open(self) -> FileSink:
-        sink = FileSink(self.path)
-        sink.pacer = self._pacer
-        with self._commit_lock:
-            self._channels.append(sink)
+        file = FileSink(self._path)
+        file.pacer = self.job.pacer
+        self.job.opened(file)
         needed_bytes = int(self._vm.memory.populated()[1].sum()) * PAGE_SIZE
-        free_bytes = sink.free_bytes()
+        free_bytes = file.free_bytes()
         if needed_bytes > free_bytes:
             needed, free = format_size(needed_bytes), format_size(free_bytes)
             raise UsageError(
-                f"the guest holds {needed}, and {self.path.parent} has {free} free",
+                f"the guest holds {needed}, and {self._path.parent} has {free} free",
                 hint="make room there, or save elsewhere",
             )
-        coder = PlainCoder(self._vm.memory, self._encoder)
-        lane = Lane(self._vm.memory, sink, self._encoder, coder, says_zero=False, on_sent=self._on_sent)
-        self._lanes = Lanes(lane)
-        return sink
+        return file
 
-    def _precopy(self, sink: FileSink) -> None:
-        self._expect_alive()
-        static = (self._encoder.record(record) for record in self._static_records())
-        sink.send([self._encoder.header(), *static])
-        self._copy_running()
+    def _prove(self, file: FileSink, at_pause: AtPause) -> None:
+        """Read the file back and compare it with the guest at the pause."""
+        file.settle()
+        with SavedGuest(self._path, file.fileno()) as saved:
+            at_pause.expect_in(saved, self.job.check)
+        self._attempt.report.verified_pages = at_pause.pages
 
-    def _before_rounds(self, gfns: GfnArray) -> None:
-        """Write that all but these have memory and no content: the file tells the guest's size, and is sparse."""
-        untouched = self._vm.memory.all_ram() - DirtyBitmap.of(self._vm.memory.gfn_limit, gfns)
-        types = np.full(MAX_PAGES_PER_RECORD, PageType.XALLOC, np.uint8)
-        named = untouched.gfns()
-        for at in range(0, named.size, MAX_PAGES_PER_RECORD):
-            batch = named[at : at + MAX_PAGES_PER_RECORD]
-            self._channels[0].send([self._encoder.page_data(batch, types[: batch.size])])
-
-    def _state(self, sink: FileSink) -> bytes:
-        records = self._final_records()
-        sink.send([self._encoder.record(record) for record in records])
-        return next(record.data for record in records if isinstance(record, HvmContext))
-
-    def _prove(self, sink: FileSink, at_pause: AtPause) -> None:
-        sink.settle()
-        with SavedGuest(self.path, sink.fileno()) as saved:
-            at_pause.expect_in(saved, self._before_record)
-        self._prover.verified_pages = at_pause.pages
-
-    def _commit(self, sink: FileSink) -> None:
-        with self._commit_lock:
-            if self._cancelled:
-                raise self._abort("cancelled")
-            self._committed = True
+    def _commit(self, file: FileSink) -> None:
+        """Give the file its name; from then on a guest that was to stop is in the file and not here."""
+        handoff = self.job.handoff
+        if not handoff.commit():
+            raise self.job.abort("cancelled")
         try:
-            sink.commit()
+            file.commit()
         except OSError:
-            self._committed = False
+            handoff.refused()
             raise
-        sink.close()
+        file.close()
         if self._stop:
-            self.guest_at = GuestAt.DESTINATION
+            handoff.running()

@@ -31,7 +31,7 @@ def _may_replace(path: Path) -> bool:
 
 
 class FileSink:
-    """One file on its way; an :class:`~pageferry.engine.wire.outlet.Outlet`.
+    """One file on its way; an :class:`~pageferry.engine.pages.send.Outlet`.
 
     Args:
         path: what it will be called; what is there now stays until :meth:`commit`.

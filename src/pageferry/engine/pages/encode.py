@@ -5,7 +5,7 @@ is sent straight from memory may be (and is dirty and sent again: law 3), but a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from pageferry.core.bitmap import runs_of
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
+from pageferry.core.page_counts import NO_PAGES, PageCounts
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.pages.cache import PageCache
 from pageferry.stream.codec import Encoder
@@ -26,17 +27,14 @@ _WORTH = 7 / 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coded:
-    """The records of a batch of pages: what to send, in order.
-
-    ``packed_pages`` of them took ``packed_bytes``; of others the change alone is sent: ``delta_pages``, which took
-    ``delta_bytes``.
-    """
+    """The records of a batch of pages: what to send, in order, and the counts of what was packed."""
 
     buffers: Sequence[bytes | memoryview]
-    packed_pages: int = 0
-    packed_bytes: int = 0
-    delta_pages: int = 0
-    delta_bytes: int = 0
+    counts: PageCounts = NO_PAGES
+
+
+#: The records of no pages.
+NOTHING = Coded(buffers=())
 
 
 class PageCoder(Protocol):
@@ -118,12 +116,7 @@ class PackingCoder:
         if known.all():
             return delta
         packed = self._packed(gfns[~known], copies[~known])
-        return replace(
-            packed,
-            buffers=[*delta.buffers, *packed.buffers],
-            delta_pages=delta.delta_pages,
-            delta_bytes=delta.delta_bytes,
-        )
+        return Coded(buffers=[*delta.buffers, *packed.buffers], counts=delta.counts + packed.counts)
 
     def forget(self, gfns: GfnArray) -> None:
         """Drop pages from the cache; see :class:`PageCoder`."""
@@ -136,7 +129,7 @@ class PackingCoder:
         if len(packed) > _WORTH * raw.nbytes:
             return None
         record = self._encoder.record(DeltaPages(pfns=gfns, data=packed))
-        return Coded(buffers=[record], delta_pages=gfns.size, delta_bytes=len(record))
+        return Coded(buffers=[record], counts=PageCounts(delta_pages=gfns.size, delta_bytes=len(record)))
 
     def _packed(self, gfns: GfnArray, copies: PageWords) -> Coded:
         raw = copies.data.cast("B")
@@ -144,4 +137,4 @@ class PackingCoder:
         if len(packed) > _WORTH * raw.nbytes:
             return Coded(buffers=[self._encoder.page_data(gfns), raw])
         record = self._encoder.record(PackedPages(pfns=gfns, data=packed))
-        return Coded(buffers=[record], packed_pages=gfns.size, packed_bytes=len(record))
+        return Coded(buffers=[record], counts=PageCounts(packed_pages=gfns.size, packed_bytes=len(record)))

@@ -5,8 +5,8 @@
     connection 0:  read_stream -> PageWriter    on the thread that iterates Receiver.events
     connection 1:  read_stream -> PageWriter    on a thread of its own, and so on
 
-A page comes on one connection only (:mod:`pageferry.engine.pages.stripes`), so what is said of it is taken in the order
-in which it was said. A FENCE is reached when all connections have come to it.
+A page comes on one connection only (:func:`~pageferry.engine.wire.connections.connection_of`), so what is said of it
+is taken in the order in which it was said. A FENCE is reached when all connections have come to it.
 """
 
 import threading
@@ -21,9 +21,9 @@ from pageferry.core.events import Phase
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
-from pageferry.engine.pages.stripes import connection_of
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
+from pageferry.engine.wire.connections import connection_of
 from pageferry.stream.codec import Decoder
 from pageferry.stream.format import BodyError, PageType, RecordType, carries_data
 from pageferry.stream.intake import Need

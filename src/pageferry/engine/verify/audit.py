@@ -17,7 +17,6 @@ The destination does not believe that a page was audited, it remembers:
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,8 @@ from pageferry.core.bitmap import DirtyBitmap, expand_runs, split_runs
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
-from pageferry.engine.verify import digests as verify
+from pageferry.engine.accounts import PageAccounts
+from pageferry.engine.verify.digests import RunDigests, digest_runs
 
 #: How much is digested at once, 32 MiB or up to 64 MiB: on all cores for some milliseconds. Of a large guest more, so
 #: that it has so many pieces at the most: each costs two PEEKs, of the whole guest.
@@ -35,54 +35,36 @@ _MAX_PIECES = 256
 _REGION_WORDS = PAGES_PER_2M // 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Proof:
-    """Digests of runs that are at the destination as they are here.
-
-    Run i is ``pages[i]`` frames (uint64[n], 1 to 512 each) from ``first_gfns[i]`` (uint64[n]); ``digests`` is
-    uint8[n, 16]. Runs ascend and are disjoint.
-    """
-
-    first_gfns: GfnArray
-    pages: GfnArray
-    digests: verify.Digests
-
-    def part(self, chosen: NDArray[np.bool_]) -> "Proof":
-        """Return the runs that are chosen, bool[n]."""
-        return Proof(first_gfns=self.first_gfns[chosen], pages=self.pages[chosen], digests=self.digests[chosen])
-
-
 class Auditor:
-    """The source's half: follows what is sent, digests what lies still, tells what is proven.
+    """Digests what lies still, and tells what is proven; the source's half of an audit.
 
-    The sender calls everything but the thread of this class's own, which only digests.
+    The sender calls everything; a thread of its own digests.
 
     Args:
         memory: the guest's.
+        accounts: of its pages.
         peek: the tracker's PEEK.
     """
 
-    def __init__(self, memory: GuestMemory, peek: Callable[[], DirtyBitmap]) -> None:
+    def __init__(self, memory: GuestMemory, accounts: PageAccounts, peek: Callable[[], DirtyBitmap]) -> None:
         self._memory = memory
+        self._accounts = accounts
+        self._changed = accounts.changed
         self._peek = peek
-        self._changed = threading.Condition()
-        self._sent = DirtyBitmap(memory.gfn_limit)  # and not reported since
-        self._taken = DirtyBitmap(memory.gfn_limit)  # by a CLEAN since the piece under way was begun
-        self._proven = DirtyBitmap(memory.gfn_limit)
         # When a 2 MiB region was last proven, as a number that grows; 0: never.
         self._proven_at = np.zeros(-(-memory.gfn_limit // PAGES_PER_2M), np.uint32)
         self._passes = 0
-        self._owed_pages = 0  # at the most: sent, and in no piece yet
-        self._hurried = False  # somebody waits: what there is is piece enough
+        self._begun = 0  # sendings that are in a piece, or were when there was nothing to digest
+        self._hurried_at: int | None = None  # the sendings when the sender began to wait: what there is makes a piece
         self._cursor = 0  # a word of the bitmaps
         self._piece: tuple[GfnArray, GfnArray] | None = None
-        self._proof: Proof | None = None
+        self._ready: RunDigests | None = None
         self._failure: Exception | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._main, name="audit", daemon=True)
 
     def start(self) -> None:
-        """Begin; whatever was :meth:`sent` is audited from now on."""
+        """Begin; whatever was sent is audited from now on."""
         self._thread.start()
 
     def close(self) -> None:
@@ -93,22 +75,7 @@ class Auditor:
         if self._thread.ident is not None:
             self._thread.join()
 
-    def cleaned(self, gfns: GfnArray) -> None:
-        """A CLEAN returned these frames (uint64[n]): they are to be sent again, and nothing is proven of them."""
-        with self._changed:
-            self._sent.clear(gfns)
-            self._proven.clear(gfns)
-            self._taken.set(gfns)
-
-    def sent(self, gfns: GfnArray) -> None:
-        """These frames (uint64[n]) are on the wire, ahead of whatever is sent next."""
-        with self._changed:
-            self._sent.set(gfns)
-            self._owed_pages += gfns.size
-            self._hurried = False
-            self._changed.notify_all()
-
-    def due(self) -> Proof | None:
+    def due(self) -> RunDigests | None:
         """Return digests that are ready and still those of what was sent, or None; does not wait for any.
 
         The caller sends them before anything else of these pages.
@@ -119,17 +86,16 @@ class Auditor:
         with self._changed:
             if self._failure is not None:
                 raise self._failure
-            proof = self._proof
-            if proof is None or self._memory.unmarked_writes:
+            ready = self._ready
+            if ready is None or self._memory.unmarked_writes:
                 return None
             moved = self._peek()  # after the line above: the marks of all that was digested are there
-            moved |= self._taken
-            kept = ~_any_in_runs(moved, proof.first_gfns, proof.pages)
-            proof = proof.part(kept)
-            self._remember(proof)
-            self._proof = self._piece = None
+            moved |= self._accounts.taken_pages
+            ready = ready.part(~_any_in_runs(moved, ready.first_gfns, ready.pages))
+            self._remember(ready)
+            self._ready = self._piece = None
             self._changed.notify_all()
-            return proof if proof.first_gfns.size else None
+            return ready if ready.first_gfns.size else None
 
     def idle(self) -> bool:
         """Tell whether there is nothing to do: all that was sent and lies still is proven."""
@@ -139,17 +105,16 @@ class Auditor:
     def wait(self, timeout_s: float) -> None:
         """Wait until :meth:`due` may have something, the auditor idles, or the time is over.
 
-        Whoever waits sends nothing meanwhile, so that what is no whole piece yet is digested, too.
+        The caller sends nothing meanwhile, so what is less than a whole piece is digested, too.
         """
         with self._changed:
-            self._hurried = True
+            self._hurried_at = self._accounts.sendings
             self._changed.notify_all()
             self._changed.wait_for(self._nothing_more_by_waiting, timeout_s)
 
     def proven(self) -> DirtyBitmap:
         """Return which frames were proven and not reported since; a copy."""
-        with self._changed:
-            return self._proven.copy()
+        return self._accounts.proven()
 
     def oldest(self, at_most_pages: int) -> DirtyBitmap:
         """Return proven frames, at most so many: those of the 2 MiB regions that were proven longest ago."""
@@ -165,19 +130,23 @@ class Auditor:
         return chosen
 
     def _nothing_more_by_waiting(self) -> bool:
-        return self._proof is not None or not self._hurried or self._failure is not None or self._closing
+        return self._ready is not None or not self._hurried or self._failure is not None or self._closing
+
+    @property
+    def _hurried(self) -> bool:
+        return self._hurried_at == self._accounts.sendings
 
     @property
     def _piece_pages(self) -> int:
         return max(_PIECE_PAGES, self._memory.gfn_limit // _MAX_PIECES)
 
-    def _remember(self, proof: Proof) -> None:
+    def _remember(self, proven: RunDigests) -> None:
         self._passes += 1
-        self._proven.set_runs(proof.first_gfns, proof.pages)
-        self._proven_at[(proof.first_gfns // np.uint64(PAGES_PER_2M)).astype(np.int64)] = self._passes
+        self._accounts.proven_pages.set_runs(proven.first_gfns, proven.pages)
+        self._proven_at[(proven.first_gfns // np.uint64(PAGES_PER_2M)).astype(np.int64)] = self._passes
 
     def _candidates(self) -> DirtyBitmap:
-        return self._sent - self._proven - self._peek()
+        return self._accounts.sent_pages - self._accounts.proven_pages - self._peek()
 
     def _main(self) -> None:
         try:
@@ -192,14 +161,15 @@ class Auditor:
         """Wait for something to digest and choose it; return False when it is over."""
         with self._changed:
             while not self._closing:
-                if self._proof is None and (self._hurried or self._owed_pages >= self._piece_pages):
+                owed_pages = self._accounts.sendings - self._begun
+                if self._ready is None and (self._hurried or owed_pages >= self._piece_pages):
                     candidates = self._candidates()
                     if candidates.any():
                         self._piece = self._next(candidates)
-                        self._owed_pages = max(0, self._owed_pages - int(self._piece[1].sum()))
-                        self._taken = DirtyBitmap(self._memory.gfn_limit)
+                        self._begun += min(owed_pages, int(self._piece[1].sum()))
+                        self._accounts.taken_pages = DirtyBitmap(self._memory.gfn_limit)
                         return True
-                    self._owed_pages, self._hurried = 0, False
+                    self._begun, self._hurried_at = self._accounts.sendings, None
                     self._changed.notify_all()
                 self._changed.wait()
             return False
@@ -222,15 +192,15 @@ class Auditor:
             raise VmError("there is no piece to digest")
         starts, lengths = self._piece
         try:
-            digests = verify.digest_runs(self._memory, starts, lengths)
+            digests = digest_runs(self._memory, starts, lengths)
         except VmError:  # the guest gave a frame back meanwhile; what is no RAM is no candidate the next time
             with self._changed:
-                self._sent &= self._memory.all_ram()
+                self._accounts.sent_pages &= self._memory.all_ram()
                 self._piece = None
                 self._changed.notify_all()
             return
         with self._changed:
-            self._proof = Proof(first_gfns=starts, pages=lengths, digests=digests)
+            self._ready = RunDigests(first_gfns=starts, pages=lengths, digests=digests)
             self._changed.notify_all()
 
 

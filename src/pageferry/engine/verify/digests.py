@@ -8,6 +8,7 @@ pages name the first frame.
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
@@ -30,6 +31,23 @@ Digests = NDArray[np.uint8]
 
 
 NO_DIGESTS: Digests = np.empty((0, DIGEST_BYTES), np.uint8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RunDigests:
+    """Runs of pages and their digests.
+
+    Run i is ``pages[i]`` frames (uint64[n], 1 to 512 each) from ``first_gfns[i]`` (uint64[n]); ``digests`` is
+    uint8[n, 16]. Runs ascend and are disjoint.
+    """
+
+    first_gfns: GfnArray
+    pages: GfnArray
+    digests: Digests
+
+    def part(self, chosen: NDArray[np.bool_]) -> "RunDigests":
+        """Return the runs that are chosen, bool[n]."""
+        return RunDigests(first_gfns=self.first_gfns[chosen], pages=self.pages[chosen], digests=self.digests[chosen])
 
 
 def populated_runs(memory: GuestMemory) -> tuple[GfnArray, GfnArray]:

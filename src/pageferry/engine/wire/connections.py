@@ -1,4 +1,4 @@
-"""How further connections join a migration, and how a source comes back: by the token of the destination's hello."""
+"""The connections of one migration: how those after the first join, how a source comes back, which pages go where."""
 
 import contextlib
 import hmac
@@ -7,7 +7,11 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pageferry.core.errors import PageferryError, RemoteStreamError
+from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.stream.ferry import Join, Joined, Recover, Recovered, Refuse, Side
@@ -30,6 +34,11 @@ def _anything(_: Join | Recover) -> bool:
 
 def _is_one_of(free: Collection[int], join: Join) -> bool:
     return join.index in free
+
+
+def connection_of(gfns: GfnArray, connections: int) -> NDArray[np.uint64]:
+    """Return the connection of each page, uint64[n], from 0: 2 MiB of memory each, round-robin (docs/stream.md, 2)."""
+    return (gfns // np.uint64(PAGES_PER_2M)) % np.uint64(connections)
 
 
 def join(channel: Channel, token: str, index: int) -> None:

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Sequence
+from typing import TypeVar
 
+from pageferry.core.errors import RemoteStreamError
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.ferry import (
     Conversation,
@@ -14,6 +16,8 @@ from pageferry.stream.ferry import (
     Side,
 )
 from pageferry.stream.intake import Need
+
+_F = TypeVar("_F", bound=Frame)
 
 
 class PeerFailedError(Exception):
@@ -40,6 +44,7 @@ class Peer:
 
     def __init__(self, channel: Channel, side: Side) -> None:
         self.channel = channel
+        self._side = side
         self._conversation = Conversation(side)
         self._encoder = FerryEncoder(self._conversation)
         self._decoder = FerryDecoder(self._conversation)
@@ -90,6 +95,22 @@ class Peer:
         if isinstance(frame, Failed):
             raise PeerFailedError(frame.reason, frame.hint, frame.gfn)
         return frame
+
+    def expect(self, kind: type[_F]) -> _F:
+        """Return the peer's next frame, which is to be of this kind; raises as :meth:`receive`.
+
+        Raises:
+            RemoteStreamError: it is of another.
+        """
+        frame = self.receive()
+        if not isinstance(frame, kind):
+            raise self.out_of_turn(frame)
+        return frame
+
+    def out_of_turn(self, frame: Frame) -> RemoteStreamError:
+        """Return the error for a frame of the peer's that has no place here."""
+        did = "answered" if self._side is Side.SOURCE else "sent"
+        return RemoteStreamError(f"the {self._side.other} {did} {type(frame).__name__} out of turn")
 
     def receive_content(self, view: memoryview) -> None:
         """Fill ``view`` with the page content that follows the frame which was received last.

@@ -10,6 +10,7 @@ from tiers import sample
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
 from pageferry.core.memory import GuestMemory
+from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.verify import audit
 from pageferry.engine.verify import digests as verify
 from pageferry.engine.verify.audit import Auditor
@@ -31,23 +32,24 @@ class Migration:
         self.dirty = DirtyBitmap(self.memory.gfn_limit)
         self.memory.on_write(self.dirty.set)
         self.received = ReceivedPages(self.there, audits=True)
-        self.auditor = Auditor(self.memory, self.dirty.copy)
+        self.accounts = PageAccounts(self.memory.gfn_limit)
+        self.auditor = Auditor(self.memory, self.accounts, self.dirty.copy)
         self.proofs = []
 
     def write(self, gfn, value):
         self.memory.write(gfn * PAGE_SIZE + 8, value.to_bytes(8, "little"))
 
     def clean(self):
-        gfns = self.dirty.gfns()
-        self.dirty.clear(gfns)
-        self.auditor.cleaned(gfns)
-        return gfns
+        taken = self.dirty.copy()
+        self.dirty.clear(taken.gfns())
+        self.accounts.cleaned(taken)
+        return taken.gfns()
 
     def send(self, gfns):
         for gfn in gfns.tolist():
             self.there.write(gfn * PAGE_SIZE, self.memory.read(gfn * PAGE_SIZE, PAGE_SIZE))
         self.received.arrived(gfns)
-        self.auditor.sent(gfns)
+        self.accounts.sent(gfns)
 
     def deliver(self):
         """Let the destination check what is due; return the first gfn of a run that differs there, or None."""
@@ -91,7 +93,7 @@ def during_digest(monkeypatch):
             actions.pop()()
         return digests
 
-    monkeypatch.setattr(audit.verify, "digest_runs", digest_runs)
+    monkeypatch.setattr(audit, "digest_runs", digest_runs)
     return actions.append
 
 
@@ -201,8 +203,8 @@ def test_a_failure_of_the_tracker_is_raised_where_it_is_asked(migration):
     def broken():
         raise RuntimeError("no PEEK today")
 
-    auditor = Auditor(migration.memory, broken)
-    auditor.sent(gfns_of(1))
+    auditor = Auditor(migration.memory, migration.accounts, broken)
+    migration.accounts.sent(gfns_of(1))
     auditor.start()
     auditor.wait(_GIVE_UP_S)
     with pytest.raises(RuntimeError, match="no PEEK today"):

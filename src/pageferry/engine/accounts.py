@@ -1,10 +1,11 @@
-"""SendCounts: how often each page was sent, and in which rounds."""
+"""What the source knows of each page: whether it has storage, was sent and is proven; how often it was sent."""
 
 import threading
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
 from pageferry.core.sent_pages import HeatMap, HotRange, SentPages
 
@@ -24,6 +25,69 @@ _AREAS = 32
 #: no gap among thousands is that much longer than the usual one.)
 _MIN_GAP_PAGES = 64
 _GAP_FACTOR = 24
+
+
+class PageAccounts:
+    """Accounts of every page of one guest. Any thread may call; ``changed`` guards everything but ``counts``.
+
+    A page is *sent* from when it is on the wire until a CLEAN or the last PEEK reports it; *proven* while its digest
+    was found equal at the destination since it was sent; *taken* when it was reported since the auditor began its
+    last piece.
+
+    Args:
+        gfn_limit: one more than the last frame.
+    """
+
+    def __init__(self, gfn_limit: int) -> None:
+        self.changed = threading.Condition()
+        """Notified when pages are sent."""
+        self.counts = SendCounts(gfn_limit)
+        self.populated = DirtyBitmap(gfn_limit)
+        """What had storage at the last look, and all that was reported since."""
+        self.sent_pages = DirtyBitmap(gfn_limit)
+        self.proven_pages = DirtyBitmap(gfn_limit)
+        self.taken_pages = DirtyBitmap(gfn_limit)
+        self.sendings = 0
+        """How many pages were sent in all, each as often as it was."""
+        self._round = 0
+
+    def found(self, starts: GfnArray, lengths: GfnArray) -> None:
+        """Take in which runs have storage now; a page that gets some later is dirty by then."""
+        with self.changed:
+            self.populated = DirtyBitmap(self.populated.nbits)
+            self.populated.set_runs(starts, lengths)
+
+    def cleaned(self, dirty: DirtyBitmap, gfns: range | None = None) -> None:
+        """Take in what a CLEAN returned, or the last PEEK: it is to be sent again, and nothing is proven of it.
+
+        Args:
+            dirty: what was reported.
+            gfns: outside of this range nothing was; None: all of memory.
+        """
+        words = slice(None) if gfns is None else dirty.words_of(gfns)
+        reported = dirty.words[words]
+        with self.changed:
+            self.populated.words[words] |= reported
+            self.sent_pages.words[words] &= ~reported
+            self.proven_pages.words[words] &= ~reported
+            self.taken_pages.words[words] |= reported
+
+    def begin_round(self, index: int) -> None:
+        """Count what is sent from now on as sent in round ``index``; all of the rounds before is on the wire."""
+        self._round = index
+
+    def sent(self, gfns: GfnArray) -> None:
+        """Take in that these frames (uint64[n], strictly ascending) are on the wire, ahead of what is sent next."""
+        self.counts.add(self._round, gfns)
+        with self.changed:
+            self.sent_pages.set(gfns)
+            self.sendings += gfns.size
+            self.changed.notify_all()
+
+    def proven(self) -> DirtyBitmap:
+        """Return which frames are proven; a copy."""
+        with self.changed:
+            return self.proven_pages.copy()
 
 
 class SendCounts:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pageferry.engine.pages.counts import SendCounts
+from pageferry.engine.accounts import SendCounts
 
 SPARSE_16_GIB = (17 << 30) >> 12  # gfn limit of a guest of 16 GiB: the PCI hole lies inside
 

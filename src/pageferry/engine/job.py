@@ -1,0 +1,239 @@
+"""Job: what others may ask of a migration or a save while it goes on: cancel, hold, limits, status, recover."""
+
+import threading
+from pathlib import Path
+
+from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, VmError
+from pageferry.core.events import MigrationReport, Phase
+from pageferry.core.policy import Policy, downtime_limit_s
+from pageferry.core.policy_names import with_limits
+from pageferry.engine.guest import TrackedGuest
+from pageferry.engine.handoff import Custody, Handoff
+from pageferry.engine.options import WireOptions
+from pageferry.engine.pages.send import Outlet
+from pageferry.engine.postcopy.server import Postcopy
+from pageferry.engine.progress import Outlook, PhaseClock, Rounds, Traffic
+from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.pacer import Pacer
+
+#: The status of a migration that is ready and waits to be told to go on; QEMU's word.
+HELD = "pre-switchover"
+
+
+class Job:
+    """One migration or save, as others see it and act on it; from any thread.
+
+    Args:
+        guest: at its source.
+        policy: decides after each round; its limits may change.
+        rounds: how far it is.
+        clock: on which it is timed.
+        bandwidth_bytes_per_s: a cap on what is sent; None: none.
+        hold: do not pause the guest before :meth:`go_on`.
+        file: where to, for a save.
+    """
+
+    def __init__(
+        self,
+        guest: TrackedGuest,
+        policy: Policy,
+        rounds: Rounds,
+        clock: PhaseClock,
+        *,
+        bandwidth_bytes_per_s: int | None,
+        hold: bool = False,
+        file: Path | None = None,
+    ) -> None:
+        self.policy = policy
+        self.pacer = Pacer(bandwidth_bytes_per_s)
+        self.handoff = Handoff()
+        self.file = file
+        self.status = "setup"
+        self.postcopy: Postcopy | None = None
+        """Made at the pause when the guest is to switch before all its pages have gone."""
+        self.report: MigrationReport | None = None
+        """What it did, once it has ended."""
+        self.error: MigrationError | None = None
+        """Why it failed, if it did."""
+        self._guest = guest
+        self._rounds = rounds
+        self._clock = clock
+        self._channels: list[Outlet] = []
+        self._go_on = threading.Event()
+        if not hold:
+            self._go_on.set()
+        self._ended = threading.Event()
+
+    # -- status ----------------------------------------------------------------------------------------------------
+
+    @property
+    def guest_at(self) -> GuestAt:
+        """Where the guest is."""
+        return self.handoff.guest_at
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the guest stands still here for our sake."""
+        return self._guest.frozen
+
+    @property
+    def handing_over(self) -> bool:
+        """Whether the guest was committed and stands still here, so that only the answer says whose it is."""
+        return self.handoff.custody is Custody.COMMITTED and self.frozen
+
+    @property
+    def keeps_pages(self) -> bool:
+        """Whether the guest may run at the destination and need pages that are here only."""
+        return self.postcopy is not None and self.handoff.committed and self.report is None
+
+    @property
+    def postcopy_paused(self) -> str | None:
+        """Why pages that the guest needs at the destination are here without a connection, or None."""
+        return None if self.postcopy is None else self.postcopy.paused
+
+    @property
+    def elapsed_s(self) -> float:
+        """How long it has taken so far, or took."""
+        if self.report is not None:
+            return self.report.total_s
+        began_s = self._clock.began_s.get(Phase.CONNECT)
+        return 0.0 if began_s is None else self._clock.now_s() - began_s
+
+    @property
+    def downtime_limit_s(self) -> float | None:
+        """The pause that the policy allows now; None where it has no limit."""
+        return downtime_limit_s(self.policy)
+
+    def traffic(self) -> Traffic:
+        """Return how far it is."""
+        remaining_pages = self._rounds.remaining_pages if self.postcopy is None else self.postcopy.missing.left_pages
+        return Traffic(
+            memory_bytes=self._guest.vm.memory.size_bytes,
+            rounds=self._rounds.index,
+            counts=self._rounds.counts,
+            remaining_pages=remaining_pages,
+            sent_bytes=sum(channel.sent_bytes for channel in tuple(self._channels)),
+        )
+
+    def outlook(self) -> Outlook:
+        """Return how fast it goes and when it will be over."""
+        if self.postcopy is not None and self.handoff.committed:
+            return self.postcopy.outlook(self._rounds.wire_bytes_per_s())
+        return self._rounds.outlook(limit_s=self.downtime_limit_s, held=self.status == HELD)
+
+    # -- what may be asked -----------------------------------------------------------------------------------------
+
+    def change_limits(self, given: dict[str, float | int], bandwidth: WireOptions | None = None) -> None:
+        """Change limits while it runs; all of them or none.
+
+        Args:
+            given: limits of the policy, by the names of :func:`pageferry.core.policy_names.make_policy`.
+            bandwidth: with the new cap; None leaves it as it is.
+
+        Raises:
+            UsageError: the policy has no such limit, or a value has no sense.
+        """
+        self.policy = with_limits(self.policy, given)
+        if bandwidth is not None:
+            self.pacer.set_rate(bandwidth.bandwidth_bytes_per_s)
+
+    def go_on(self) -> None:
+        """Let a migration that was told to hold pause the guest when all is ready."""
+        self._go_on.set()
+
+    def cancel(self) -> bool:
+        """Ask for an end; the guest stays here.
+
+        Returns:
+            False when it is too late: it was committed.
+        """
+        if not self.handoff.cancel():
+            return False
+        self._go_on.set()
+        self.cut()
+        return True
+
+    def recover(self, endpoint: Endpoint) -> bool:
+        """Go on at ``endpoint`` with a migration that was cut after the switch.
+
+        Returns:
+            False when it does not wait for that.
+        """
+        return self.postcopy is not None and self.postcopy.recovery.ask(endpoint)
+
+    def abandon(self) -> None:
+        """Give up whatever is under way: a guest that has switched without all its pages is lost.
+
+        An answer to the commit is still waited for.
+        """
+        if self.cancel():
+            return
+        if self.postcopy is not None:
+            self.postcopy.recovery.abandon()
+        if self.guest_at is GuestAt.DESTINATION:
+            self.cut()
+
+    def take_back(self) -> None:
+        """Declare that the guest is here: of a migration that is UNKNOWN, or of a guest that was saved and stopped.
+
+        The caller knows that it runs nowhere else and never will.
+
+        Raises:
+            VmError: there is no such guest.
+        """
+        if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
+            self._ended.wait()
+        saved = self.file is not None and self.guest_at is GuestAt.DESTINATION
+        if self.report is None or not (saved or self.guest_at is GuestAt.UNKNOWN):
+            raise VmError("there is no guest to take back")
+        self.handoff.taken_back()
+        self._guest.restore()
+
+    # -- for the attempt itself ------------------------------------------------------------------------------------
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it is not, or no more, told to hold."""
+        return self._go_on.is_set()
+
+    def wait_to_go_on(self, timeout_s: float) -> bool:
+        """Wait until it may go on; return whether it may."""
+        return self._go_on.wait(timeout_s)
+
+    def opened(self, channel: Outlet) -> None:
+        """Take in a connection or file, which is cut by a cancel.
+
+        Raises:
+            PolicyAbort: it was cancelled already.
+        """
+        self._channels.append(channel)
+        self.check()
+
+    def check(self) -> None:
+        """Raise if it was cancelled.
+
+        Raises:
+            PolicyAbort: it was.
+        """
+        if self.handoff.cancelled:
+            raise self.abort("cancelled")
+
+    def abort(self, reason: str) -> PolicyAbort:
+        """Return the error that ends it before the commit, for a reason that is no failure."""
+        return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
+
+    def cut(self) -> None:
+        """Wake every thread that sends or receives, with an error."""
+        for channel in tuple(self._channels):
+            channel.abort()
+
+    def close(self) -> None:
+        """Close every connection or file."""
+        for channel in tuple(self._channels):
+            channel.close()
+
+    def ended(self, status: str, report: MigrationReport) -> None:
+        """Take in how it ended."""
+        self.report = report
+        self.status = status
+        self._ended.set()

@@ -1,0 +1,317 @@
+"""Sends guest pages: one lane for each connection, or one for a file.
+
+The lane of a page depends on its gfn alone, so what is said of a page arrives in the order in which it was said,
+however far one connection runs ahead of another.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from pageferry.core.errors import VmError
+from pageferry.core.frames import GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.page_counts import NO_PAGES, PageCounts
+from pageferry.core.page_words import page_words, zero_pages
+from pageferry.engine.pages.encode import NOTHING, Coded, PageCoder
+from pageferry.engine.verify.digests import RunDigests
+from pageferry.engine.wire.connections import connection_of
+from pageferry.engine.wire.pacer import Pacer
+from pageferry.stream.codec import Encoder
+from pageferry.stream.format import MAX_DIGESTS, MAX_PAGES_PER_RECORD, PageType
+from pageferry.stream.records import Audit, End, Fence, ZeroPages
+
+#: How much waits for a connection: enough that it never idles, little enough that CLEAN and copy stay close.
+_WAITING_TASKS = 2
+
+
+class Outlet(Protocol):
+    """Takes a stream: a connection, or a file.
+
+    ``pacer``: keeps it to a bandwidth, if anything does. ``sent_bytes``: how many bytes went there so far.
+    """
+
+    pacer: Pacer | None
+    sent_bytes: int
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Send all of ``buffers`` in order.
+
+        Raises:
+            OSError: it could not be done; some of it may have gone.
+        """
+
+    def abort(self) -> None:
+        """Have a thread that is sending come back soon, if it can be; from any thread."""
+
+    def close(self) -> None:
+        """Send no more. May be called twice."""
+
+
+class Lane:
+    """Sends guest pages over one connection, or into a file; used by one thread at a time.
+
+    Args:
+        memory: the guest's.
+        channel: where to.
+        encoder: of the stream on that channel, which has begun.
+        coder: makes records of pages with content.
+        says_zero: whether a page that became zero may be named as such.
+        on_sent: told of the frames of each batch when they are on the wire, on the thread that sends.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        channel: Outlet,
+        encoder: Encoder,
+        coder: PageCoder,
+        *,
+        says_zero: bool,
+        on_sent: Callable[[GfnArray], None],
+    ) -> None:
+        self.channel = channel
+        self.counts = NO_PAGES
+        """What was sent, without bytes: those are the channel's."""
+        self._memory = memory
+        self._words = page_words(memory)
+        self._encoder = encoder
+        self._coder = coder
+        self._says_zero = says_zero
+        self._on_sent = on_sent
+
+    @property
+    def batch_pages(self) -> int:
+        """How many pages may go into one record now; the bandwidth cap may change that."""
+        return MAX_PAGES_PER_RECORD if self.channel.pacer is None else self.channel.pacer.batch_pages
+
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        """Send pages, a record or two for each batch; frames that are no RAM any more are left out.
+
+        Args:
+            gfns: uint64[n], strictly ascending. Law 3: the CLEAN that reported them has returned.
+            fresh: nothing was sent of these pages before, and the destination's memory began as zeros.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        for batch in _batches(gfns, lambda: self.batch_pages):
+            self._send_batch(batch, fresh=fresh)
+
+    def send_audit(self, audit: RunDigests) -> None:
+        """Send digests of pages that were sent before.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        for at in range(0, audit.first_gfns.size, MAX_DIGESTS):
+            piece = slice(at, at + MAX_DIGESTS)
+            pages = audit.pages[piece].astype(np.uint32)
+            record = Audit(first_gfns=audit.first_gfns[piece], pages=pages, digests=audit.digests[piece])
+            self.channel.send([self._encoder.record(record)])
+
+    def send_removed(self, gfns: GfnArray) -> None:
+        """Tell that frames are no RAM of the guest any more (PAGE_DATA of type XTAB, without data).
+
+        Args:
+            gfns: uint64[n], strictly ascending; the guest is frozen.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self._name(gfns, PageType.XTAB)
+
+    def name_untouched(self, gfns: GfnArray) -> None:
+        """Tell that frames are RAM and zeros (PAGE_DATA of type XALLOC, without data); arguments as above."""
+        self._name(gfns, PageType.XALLOC)
+
+    def send_fence(self, number: int) -> None:
+        """Ask the destination to say when it has come so far.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.record(Fence(number=number))])
+
+    def finish(self) -> None:
+        """End a section.
+
+        Raises:
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.record(End())])
+
+    def _send_batch(self, gfns: GfnArray, *, fresh: bool) -> None:
+        zero, others, coded = self._coded(gfns, fresh=fresh)
+        if zero.size:
+            self._coder.forget(zero)
+            name = self._named(zero, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=zero))
+            self.channel.send([name])
+        self.channel.send(coded.buffers)
+        self.counts += coded.counts + PageCounts(sent_pages=zero.size + others.size, zero_pages=zero.size)
+        self._on_sent(gfns)
+
+    def _name(self, gfns: GfnArray, page_type: PageType) -> None:
+        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+            self.channel.send([self._named(gfns[at : at + MAX_PAGES_PER_RECORD], page_type)])
+
+    def _named(self, gfns: GfnArray, page_type: PageType) -> bytes:
+        return self._encoder.page_data(gfns, np.full(gfns.size, page_type, np.uint8))
+
+    def _coded(self, gfns: GfnArray, *, fresh: bool) -> tuple[GfnArray, GfnArray, Coded]:
+        # Returns the frames that are zero, the others, and the records of those. Frames that are no RAM any more are in
+        # neither: the guest may give pages back at any time.
+        while True:
+            present = gfns[self._memory.are_ram(gfns)]
+            zero = zero_pages(self._words, present) if fresh or self._says_zero else np.zeros(present.size, np.bool_)
+            others = present[~zero]
+            try:
+                return present[zero], others, self._coder.code(others, fresh=fresh) if others.size else NOTHING
+            except VmError:
+                continue  # one more was given back since are_ram()
+
+
+class Lanes:
+    """Sends pages over one or more connections, each page on its own.
+
+    Args:
+        main: the first; what goes there is sent on the thread that calls.
+        others: each is given a thread, which :meth:`close` ends.
+    """
+
+    def __init__(self, main: Lane, others: Sequence[Lane] = ()) -> None:
+        self._workers = [_Worker(lane) for lane in others]
+        self.all = (main, *others)
+        """Every lane, the main one first."""
+
+    @property
+    def counts(self) -> PageCounts:
+        """What was sent so far; complete after :meth:`drain`."""
+        sent_bytes = sum(lane.channel.sent_bytes for lane in self.all)
+        return replace(sum((lane.counts for lane in self.all), NO_PAGES), sent_bytes=sent_bytes)
+
+    def batches(self, gfns: GfnArray) -> Iterator[GfnArray]:
+        """Cut frames (uint64[n]) into batches for :meth:`send`, each when the one before it was sent."""
+        return _batches(gfns, lambda: self.all[0].batch_pages * len(self.all))
+
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        """Send pages, each on its lane; all but the main lane may still be at it afterwards.
+
+        Args:
+            gfns: as for :meth:`Lane.send`.
+            fresh: as there.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        if self._workers:
+            lanes = connection_of(gfns, len(self.all))
+            for index, worker in enumerate(self._workers, 1):
+                if (part := gfns[lanes == index]).size:
+                    worker.send(part, fresh=fresh)
+            gfns = gfns[lanes == 0]
+        self.all[0].send(gfns, fresh=fresh)
+
+    def send_audit(self, audit: RunDigests) -> None:
+        """Send digests, each on the lane of its pages: a run lies in one piece of 2 MiB.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        lanes = connection_of(audit.first_gfns, len(self.all))
+        for index, worker in enumerate(self._workers, 1):
+            worker.send_audit(audit.part(lanes == index))
+        self.all[0].send_audit(audit.part(lanes == 0))
+
+    def drain(self) -> None:
+        """Wait until all that was given to :meth:`send` is sent.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        for worker in self._workers:
+            worker.wait()
+
+    def send_removed(self, gfns: GfnArray) -> None:
+        """As :meth:`Lane.send_removed`, each page on its lane; after :meth:`drain`."""
+        lanes = connection_of(gfns, len(self.all))
+        for index, lane in enumerate(self.all):
+            lane.send_removed(gfns[lanes == index])
+
+    def send_fence(self, number: int) -> None:
+        """As :meth:`Lane.send_fence`, on every lane; after :meth:`drain`."""
+        for lane in self.all:
+            lane.send_fence(number)
+
+    def finish(self) -> None:
+        """End the sections, after :meth:`drain`; the main stream goes on.
+
+        Raises:
+            OSError: a connection was cut or stalled.
+        """
+        for worker in self._workers:
+            worker.lane.finish()
+
+    def close(self) -> None:
+        """End the threads and their connections, whatever is still waiting there. May be repeated."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """A lane with a thread."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane = lane
+        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_TASKS)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
+        self._thread.start()
+
+    def send(self, gfns: GfnArray, *, fresh: bool) -> None:
+        self._put(lambda: self.lane.send(gfns, fresh=fresh))
+
+    def send_audit(self, audit: RunDigests) -> None:
+        self._put(lambda: self.lane.send_audit(audit))
+
+    def wait(self) -> None:
+        self._tasks.join()
+        self._check()
+
+    def close(self) -> None:
+        self.lane.channel.abort()
+        if self._thread.is_alive():
+            self._tasks.put(None)
+            self._thread.join()
+        self.lane.channel.close()
+
+    def _put(self, task: Callable[[], None]) -> None:
+        self._check()
+        self._tasks.put(task)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                if self._failure is None:  # after a failure tasks are only taken off the queue
+                    task()
+            except BaseException as error:
+                self._failure = error
+            finally:
+                self._tasks.task_done()
+
+
+def _batches(gfns: GfnArray, batch_pages: Callable[[], int]) -> Iterator[GfnArray]:
+    """Cut frames into batches, each when the one before it was sent: the cap, and so their size, may have changed."""
+    at = 0
+    while at < gfns.size:
+        batch = gfns[at : at + batch_pages()]
+        yield batch
+        at += batch.size
