@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort
-from pageferry.core.events import Event, MigrationEnded
+from pageferry.core.events import Event, MigrationEnded, Warned
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
@@ -105,6 +105,11 @@ class Attempt:
             self._end("failed", "interrupted")
             raise
         self._end("completed", self.report.stop_reason)
+
+    def warn(self, text: str) -> None:
+        """Tell of something that may hurt the guest later, in one line; the report has it too."""
+        self.report.warnings.append(text)
+        self.on_event(Warned(text=text))
 
     def stop_guest(self) -> None:
         """Freeze the guest: pre-copy is over.

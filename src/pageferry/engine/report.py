@@ -53,6 +53,7 @@ class ReportBuilder:
         """Why pre-copy ended."""
         self.verified_pages = 0
         self.audited_pages = 0
+        self.warnings: list[str] = []
         self.running_at_s: float | None = None
         """When the guest ran again, on the clock of the phases."""
         self._guest = guest
@@ -113,6 +114,7 @@ class ReportBuilder:
             guest_time=self._stall.result(),
             explanation=None,
             file=None if job.file is None else str(job.file),
+            warnings=tuple(self.warnings),
             postcopy=postcopy_stats,
         )
         try:

@@ -35,6 +35,7 @@ from pageferry.core.errors import GuestAt, MigrationError, PageferryError, Trans
 from pageferry.core.events import Event, MigrationReport, Phase, PostcopyPaused, PostcopyProgress, PostcopyRecovered
 from pageferry.core.frames import GfnArray
 from pageferry.core.guest_time import WorkSample
+from pageferry.core.host_cpu import HostCpu, cpu_warning
 from pageferry.core.policy import Action, Policy, may_switch
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features
@@ -128,6 +129,7 @@ class Source:
         endpoint: where the destination listens.
         policy: decides after each round.
         options: how to move it.
+        host_cpu: the CPU that it runs on; None: not known.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
     """
@@ -139,12 +141,14 @@ class Source:
         policy: Policy,
         options: MigrationOptions = DEFAULT_OPTIONS,
         *,
+        host_cpu: HostCpu | None = None,
         on_event: Callable[[Event], None] = _ignore,
         work_before: WorkSample | None = None,
     ) -> None:
         self._vm = vm
         self._endpoint = endpoint
         self._options = options
+        self._host_cpu = host_cpu
         self._wire = options.wire
         self._attempt = Attempt(
             vm, policy, wire=options.wire, hold=options.hold, on_event=on_event, work_before=work_before
@@ -250,11 +254,14 @@ class Source:
                 populated_pages=int(lengths.sum()),
                 features=offered,
                 connections=self._wire.connections,
+                host_cpu=self._host_cpu,
             ),
             None if storage is None else storage.fd,
         )
         hello = peer.expect(DestinationHello)
         features.check_answer(self._wire, offered, hello.features)
+        if (warning := cpu_warning(self._host_cpu, hello.host_cpu)) is not None:
+            self._attempt.warn(warning)
         self._attempt.report.destination_accel = hello.accel
         self._attempt.report.shared_memory = features.SHARED_MEMORY in hello.features
         return hello.token, hello.features

@@ -12,6 +12,7 @@ from pageferry.core.events import (
     PostcopyProgress,
     RoundEnded,
     RoundProgress,
+    Warned,
 )
 from pageferry.engine.job import HELD, Job
 from pageferry.vmm.announcer import Announcer
@@ -39,6 +40,8 @@ class AttemptNews:
     def happened(self, job: Job, event: Event) -> None:
         """Tell of one of the engine's events, of ``job``."""
         self._announcer.postcopy(event)
+        if isinstance(event, Warned):
+            self._announcer.say(f"warning: {event.text}")
         if isinstance(event, PostcopyPaused):
             self._say_cut(job, event)
         if isinstance(event, PhaseBegan):

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from pageferry.core.events import Event
 from pageferry.core.guest_time import WorkSample
+from pageferry.core.host_cpu import HostCpu
 from pageferry.core.policy import Policy
 from pageferry.core.policy_names import make_policy
 from pageferry.core.vm import Vm
@@ -22,7 +23,13 @@ class MakeAttempt(Protocol):
     """Makes the attempt once the guest is known, with everything else settled."""
 
     def __call__(
-        self, vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None
+        self,
+        vm: Vm,
+        *,
+        name: str,
+        host_cpu: HostCpu | None,
+        on_event: Callable[[Event], None],
+        work_before: WorkSample | None,
     ) -> Source | Save:
         """Make it; see :class:`~pageferry.engine.source.Source`. ``name`` is the guest's, for people."""
 
@@ -52,9 +59,16 @@ def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
     )
     hold = args.flag("x-hold")
 
-    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Source | Save:
+    def make(
+        vm: Vm,
+        *,
+        name: str,
+        host_cpu: HostCpu | None,
+        on_event: Callable[[Event], None],
+        work_before: WorkSample | None,
+    ) -> Source | Save:
         options = MigrationOptions(name=name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold)
-        return Source(vm, endpoint, policy, options, on_event=on_event, work_before=work_before)
+        return Source(vm, endpoint, policy, options, host_cpu=host_cpu, on_event=on_event, work_before=work_before)
 
     return make
 
@@ -64,12 +78,20 @@ def _saving(args: Arguments, file: Path) -> MakeAttempt:
     stop = args.flag("x-stop")
     wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
 
-    def make(vm: Vm, *, name: str, on_event: Callable[[Event], None], work_before: WorkSample | None) -> Source | Save:
+    def make(
+        vm: Vm,
+        *,
+        name: str,
+        host_cpu: HostCpu | None,
+        on_event: Callable[[Event], None],
+        work_before: WorkSample | None,
+    ) -> Source | Save:
         return Save(
             vm,
             file,
             policy,
             stop=stop,
+            host_cpu=host_cpu,
             bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
             on_event=on_event,
             work_before=work_before,

@@ -6,6 +6,7 @@ from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
+from pageferry.core.host_cpu import HostCpu
 from pageferry.engine.image.save import Save
 from pageferry.engine.job import HELD, Job
 from pageferry.engine.options import WireOptions
@@ -35,11 +36,13 @@ class Outgoing:
 
     Args:
         guest: the guest.
+        host_cpu: the CPU that it runs on; None: not known.
         announcer: hears how each attempt goes.
     """
 
-    def __init__(self, guest: Guest, announcer: Announcer) -> None:
+    def __init__(self, guest: Guest, host_cpu: HostCpu | None, announcer: Announcer) -> None:
         self._guest = guest
+        self._host_cpu = host_cpu
         self._announcer = announcer
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
@@ -127,7 +130,13 @@ class Outgoing:
         def on_event(event: Event) -> None:
             news.happened(attempt.job, event)
 
-        attempt = make(vm, name=self._guest.name, on_event=on_event, work_before=self._guest.work.oldest())
+        attempt = make(
+            vm,
+            name=self._guest.name,
+            host_cpu=self._host_cpu,
+            on_event=on_event,
+            work_before=self._guest.work.oldest(),
+        )
         self._job = attempt.job
         self._guest.work.forget()
         self._thread = threading.Thread(target=self._main, args=(attempt, news), name="migrate", daemon=True)

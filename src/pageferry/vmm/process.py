@@ -57,7 +57,7 @@ class GuestProcess:
         self._announcer = Announcer(on_message)
         self._guest = Guest(on_console)
         self._incoming = Incoming(self._guest, machines, self._announcer)
-        self._outgoing = Outgoing(self._guest, self._announcer)
+        self._outgoing = Outgoing(self._guest, machines.host_cpu, self._announcer)
         self._queries = Queries(self._guest, machines, self._incoming, self._outgoing)
         self._server = None if control is None else self._make_server(control)
         self._made: Machine | None = None  # here, by boot or restore, to be started; who arrives starts by itself

@@ -25,6 +25,7 @@ from pageferry.core.errors import GuestAt, MigrationError, PageferryError, Usage
 from pageferry.core.events import Event, MigrationReport, Phase
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.guest_time import WorkSample
+from pageferry.core.host_cpu import HostCpu
 from pageferry.core.memory import GuestMemory
 from pageferry.core.policy import Policy
 from pageferry.core.units import format_size
@@ -109,6 +110,7 @@ class Save:
         path: of the file, absolute.
         policy: decides after each round.
         stop: leave the guest frozen when the file is whole, instead of letting it run on.
+        host_cpu: the CPU that it runs on; None: not known.
         bandwidth_bytes_per_s: a cap on what is written, as :class:`~pageferry.engine.options.WireOptions` has it.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
@@ -121,6 +123,7 @@ class Save:
         policy: Policy,
         *,
         stop: bool = False,
+        host_cpu: HostCpu | None = None,
         bandwidth_bytes_per_s: int | None = None,
         on_event: Callable[[Event], None],
         work_before: WorkSample | None = None,
@@ -128,6 +131,7 @@ class Save:
         self._vm = vm
         self._path = path
         self._stop = stop
+        self._host_cpu = host_cpu
         wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
         self._attempt = Attempt(vm, policy, wire=wire, file=path, on_event=on_event, work_before=work_before)
         self.job = self._attempt.job
@@ -143,6 +147,8 @@ class Save:
         with attempt.under_way(self._as_migration_error):
             with phase(Phase.CONNECT):
                 file = self._open()
+                if self._host_cpu is not None and (warning := self._host_cpu.warning) is not None:
+                    attempt.warn(f"{warning}; restore it on a host with the same CPU")
             with phase(Phase.PRECOPY):
                 attempt.expect_alive()
                 file.send([self._encoder.header(), *map(self._encoder.record, attempt.guest.first_records())])
