@@ -1,6 +1,5 @@
 """A witness beside real trackers of running guests: the whole kit passes through it, and it names what a fault lost."""
 
-import numpy as np
 import pytest
 from tiers import sample
 
@@ -20,7 +19,7 @@ from pageferry.witness.machines import with_witness
 ODD = (4 << 20) + 3 * 4096
 
 
-FEW = ["rounds-are-exact", "given-back-bits-return", "marks-by-range", "free-running-kv", "two-cleaners"]
+FEW = ["rounds-are-exact", "marks-by-range", "free-running-kv", "two-cleaners"]
 
 
 @pytest.mark.parametrize("check", sample([check.name for check in CHECKS], "one witness for all", quick=FEW))
@@ -97,15 +96,6 @@ def test_writers_whose_marks_are_lost_are_found(lab, fault):
         guest.memory.write(gpa_of(STRAY_GFN) + 4000, b"x" * 200)
         gfn = STRAY_GFN + (fault is mark_faults.MarksTheFirst)
         expect_lost(guest.log_dirty.peek, gfn=gfn, fault=fault, round_index=0)
-
-
-def test_bits_that_were_not_given_back_are_named(lab):
-    with lab(mark_faults.KeepsGivenBits).tracked() as guest:
-        guest.play(3)
-        guest.log_dirty.give_back(guest.log_dirty.clean())
-        with pytest.raises(LostPageError) as lost:
-            guest.log_dirty.clean()
-        assert np.isin(guest.oracle.gfns, lost.value.gfns).all()
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,6 @@ CAUGHT_BY = {
     mark_faults.MarksTheFirst: ("host-writes-are-marked", "marks-and-writes-mix"),
     mark_faults.MarkLosesARace: ("writing-thread",),
     mark_faults.RefusesStrangeMarks: ("marks-outside-ram",),
-    mark_faults.KeepsGivenBits: ("given-back-bits-return", "failed-rounds"),
-    mark_faults.GiveBackReplaces: ("given-back-bits-return",),
     faults.SharesItsBitmap: ("bitmaps-are-the-callers",),
     faults.EnablesTwice: ("enable-twice",),
     faults.StartsAllDirty: ("enable-starts-clear",),
@@ -54,7 +52,7 @@ CAUGHT_BY = {
     ),
     range_faults.RangeReturnsAll: ("range-returns-its-own",),
     range_faults.RangeProtectsItsFirstWord: ("range-leaves-the-others", "stamped-copy-by-range"),
-    range_faults.RangeClearsBeforeItReads: ("range-returns-its-own", "given-back-by-range", "cleaned-by-range-smp"),
+    range_faults.RangeClearsBeforeItReads: ("range-returns-its-own", "cleaned-by-range-smp"),
     range_faults.RangeShiftedByAWord: ("range-returns-its-own", "range-leaves-the-others", "stamped-copy-by-range"),
     range_faults.RangeForgetsTheTail: ("range-returns-its-own", "range-leaves-the-others", "strange-ranges"),
     range_faults.RangeEndsAtTheHole: ("range-returns-its-own", "stamped-copy-by-range"),
@@ -62,7 +60,6 @@ CAUGHT_BY = {
     range_faults.EmptyRangeIsAll: ("strange-ranges",),
     range_faults.RangeWorksWhileOff: ("off-at-first", "off-and-on-again"),
     range_faults.RangeKnowsNoMarks: ("marks-by-range", "cleaned-by-range-dma"),
-    range_faults.RangeKnowsNotWhatWasGivenBack: ("given-back-by-range",),
 }
 CASES = [(fault, check) for fault, checks in CAUGHT_BY.items() for check in checks]
 FIRST = [(fault, checks[0]) for fault, checks in CAUGHT_BY.items()]

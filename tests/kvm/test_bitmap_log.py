@@ -59,7 +59,7 @@ def test_state_errors(kvm, manual_protect):
     assert not log.enabled
     log.off()
     log.mark(np.array([1], np.uint64))  # ignored
-    for refused in (log.peek, log.clean, log.stats, lambda: log.give_back(DirtyBitmap(1024))):
+    for refused in (log.peek, log.clean, log.stats):
         with pytest.raises(LogDirtyError, match="off"):
             refused()
     log.enable()
@@ -111,10 +111,6 @@ def test_bitmaps_are_the_callers_own(kvm, manual_protect):
     for take in (log.peek, log.clean, log.peek):
         take().set(7)
         assert not log.peek().test(7)
-    back = DirtyBitmap.of(1024, [5])
-    log.give_back(back)
-    back.set(6)
-    assert gfns(log.clean()) == {5}
 
 
 def test_writes_after_clean_are_seen_again(kvm, manual_protect):
@@ -206,16 +202,6 @@ def test_dma_marks_what_it_writes_after_it_wrote(kvm, manual_protect):
     dirty = vm.log_dirty.clean().gfns().astype(np.int64)
     copy[dirty] = memory[dirty]
     assert np.array_equal(copy, memory)
-
-
-def test_give_back_returns_what_a_failed_round_took(kvm, manual_protect):
-    vm = kvm.guest("touch", manual_protect=manual_protect, rdi=0x20_0000, rsi=0x20_0000, rbp=0x20_0000)
-    vm.log_dirty.enable()
-    run_to_end(vm)
-    taken = vm.log_dirty.clean()
-    vm.log_dirty.give_back(taken)
-    assert vm.log_dirty.peek() == taken
-    assert vm.log_dirty.clean() == taken
 
 
 @pytest.mark.parametrize("pages", [513, 575, 576, 577, 1000, 1023])

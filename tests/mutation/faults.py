@@ -1,7 +1,7 @@
 """Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
 
 Each wraps a sound tracker of any machine; ``mutated(make_vm, fault)`` gives the kit a machine with that fault. Those
-of marks and of bits given back are in :mod:`.mark_faults`, those of CLEAN of a range alone in :mod:`.range_faults`.
+of marks are in :mod:`.mark_faults`, those of CLEAN of a range alone in :mod:`.range_faults`.
 """
 
 import threading
@@ -148,7 +148,7 @@ class StartsAllDirty(Faithful):
     def enable(self) -> None:
         """ENABLE and set everything."""
         self._sound.enable()
-        self._sound.give_back(self._vm.memory.all_ram())
+        self._sound.mark(self._vm.memory.all_ram().gfns())
 
 
 class WorksWhileOff(Faithful):
@@ -185,7 +185,7 @@ class OffKeepsTheBits(Faithful):
         """ENABLE, with the bits of last time."""
         self._sound.enable()
         if self._kept is not None:
-            self._sound.give_back(self._kept)
+            self._sound.mark(self._kept.gfns())
 
 
 class IgnoresTheHole(Faithful):

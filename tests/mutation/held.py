@@ -19,8 +19,3 @@ def drop_marks(log: Any) -> None:
         return clean_range
 
     replace(log, "clean_range", wrap)
-
-
-def drop_given_back(log: Any) -> None:
-    """Have ``give_back`` drop the bits of the failed round."""
-    replace(log, "give_back", lambda _: lambda bitmap: log._held.expect_on())

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
-from mutation.held import drop_given_back, drop_marks
+from mutation.held import drop_marks
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_START, gfn_of
 from pageferry.kvm.bitmap_log import KvmBitmapLog
@@ -179,13 +179,3 @@ def kvm_peek_takes(vm: KvmVm) -> None:
         return peek
 
     replace(log, "_peek", wrap)
-
-
-@fault(
-    "Propolis, Firecracker: the dirty bits of a failed attempt were lost",
-    law=5,
-    found_by=("given-back-bits-return",),
-)
-def kvm_bits_not_given_back(vm: KvmVm) -> None:
-    """``give_back`` drops the bits of the failed round."""
-    drop_given_back(_log(vm))

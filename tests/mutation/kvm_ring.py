@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
-from mutation.held import drop_given_back, drop_marks
+from mutation.held import drop_marks
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
 from pageferry.core.vm import VmStatus
@@ -256,14 +256,3 @@ def ring_reset_cut_short(vm: KvmVm) -> None:
         return reset
 
     replace(rings, "reset", wrap)
-
-
-@fault(
-    "Propolis, Firecracker: the dirty bits of a failed attempt were lost",
-    law=5,
-    found_by=("given-back-bits-return",),
-    tracker=RING,
-)
-def ring_bits_not_given_back(vm: KvmVm) -> None:
-    """``give_back`` drops the bits of the failed round."""
-    drop_given_back(log_of(vm))

@@ -1,4 +1,4 @@
-"""Faults of marks and of bits given back, in front of any tracker; see :mod:`.faults`."""
+"""Faults of marks, in front of any tracker; see :mod:`.faults`."""
 
 import threading
 
@@ -57,28 +57,9 @@ class RefusesStrangeMarks(Faithful):
         self._sound.mark(gfns)
 
 
-class KeepsGivenBits(Faithful):
-    """A failed round's bits are lost."""
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Do nothing."""
-        self._sound.stats()
-
-
-class GiveBackReplaces(Faithful):
-    """Giving bits back loses those that were set since."""
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Replace the bitmap."""
-        self._sound.clean()
-        self._sound.give_back(bitmap)
-
-
 FAULTS: tuple[type[Faithful], ...] = (
     MarksNothing,
     MarksTheFirst,
     MarkLosesARace,
     RefusesStrangeMarks,
-    KeepsGivenBits,
-    GiveBackReplaces,
 )

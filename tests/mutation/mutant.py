@@ -56,10 +56,6 @@ class Faithful:
         """Mark frames."""
         self._sound.mark(gfns)
 
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Give bits back."""
-        self._sound.give_back(bitmap)
-
     def stats(self) -> LogDirtyStats:
         """Return the counters."""
         return self._sound.stats()

@@ -137,30 +137,8 @@ class RangeKnowsNoMarks(_SoundWhole):
         """CLEAN of the range, but for marks."""
         bitmap = self._sound.clean_range(gfns)
         unmarked = bitmap - self._marked
-        self._sound.give_back(bitmap - unmarked)
+        self._sound.mark((bitmap - unmarked).gfns())
         return unmarked
-
-
-class RangeKnowsNotWhatWasGivenBack(_SoundWhole):
-    """Bits that were given back are cleared by the CLEAN of their range, and not returned."""
-
-    def __init__(self, vm: Machine) -> None:
-        super().__init__(vm)
-        self._given = DirtyBitmap(vm.memory.gfn_limit)
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Give back, and remember."""
-        self._sound.give_back(bitmap)
-        self._given |= bitmap
-
-    def clean(self) -> DirtyBitmap:
-        """CLEAN."""
-        self._given.words[:] = 0
-        return self._sound.clean()
-
-    def clean_range(self, gfns: range) -> DirtyBitmap:
-        """CLEAN of the range, but for what was given back."""
-        return self._sound.clean_range(gfns) - self._given.take(gfns)
 
 
 FAULTS: tuple[type[Faithful], ...] = (
@@ -175,5 +153,4 @@ FAULTS: tuple[type[Faithful], ...] = (
     EmptyRangeIsAll,
     RangeWorksWhileOff,
     RangeKnowsNoMarks,
-    RangeKnowsNotWhatWasGivenBack,
 )

@@ -237,16 +237,6 @@ def second_reader_takes_bits(domain: Domain) -> None:
 
 
 @fault(
-    "Propolis, Firecracker: the dirty bits of an attempt that failed were lost",
-    law=5,
-    found_by=("given-back-bits-return",),
-)
-def bits_not_given_back(domain: Domain) -> None:
-    """``give_back`` drops the bits of the failed round."""
-    replace(domain.paging, "give_back", lambda _: lambda bitmap: domain.paging.stats())
-
-
-@fault(
     "Firecracker: a full snapshot did not reset the dirty bits",
     law=None,
     found_by=("off-and-on-again",),
@@ -268,7 +258,7 @@ def bits_outlive_off(domain: Domain) -> None:
         def enable() -> None:
             sound()
             for bitmap in kept:
-                paging.give_back(bitmap)
+                paging.mark(bitmap.gfns())
 
         return enable
 

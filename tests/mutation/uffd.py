@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
-from mutation.held import drop_given_back
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.kvm.vm import KvmVm
@@ -245,14 +244,3 @@ def uffd_only_the_vcpus_bits(vm: KvmVm) -> None:
     log = log_of(vm)
     replace(log, "mark", lambda _: lambda gfns: None)
     vm.memory.on_write(log.mark)
-
-
-@fault(
-    "Propolis, Firecracker: the dirty bits of a failed attempt were lost",
-    law=5,
-    found_by=("given-back-bits-return",),
-    tracker=_WP,
-)
-def uffd_bits_not_given_back(vm: KvmVm) -> None:
-    """``give_back`` drops the bits of the failed round."""
-    drop_given_back(log_of(vm))

@@ -19,7 +19,6 @@ from hypothesis.stateful import (
 from soft import access
 from tiers import sample
 
-from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import GuestCrash, LogDirtyError, LogDirtyMemoryError, P2MError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
@@ -51,7 +50,6 @@ class DomainAgainstDicts(RuleBasedStateMachine):
         self.grants = {}  # gfn -> mfn
         self.foreign = []  # mappings, with their frames
         self.dirty = None  # the set, while log-dirty is on
-        self.taken = set()  # what a CLEAN took and nobody gave back
         self.failed = False  # pages could not be told apart
 
     def at(self, gfn):
@@ -85,7 +83,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             pool = self.domain.machine.pool
             assert pool.needed + -(-self.pages // 32768) > pool.allocation
             return
-        self.dirty, self.taken, self.failed = self.held(), set(), False
+        self.dirty, self.failed = self.held(), False
 
     @rule(clean=st.booleans())
     def report(self, clean):
@@ -96,7 +94,6 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             return
         assert set(operator().gfns().tolist()) == self.dirty
         if clean:
-            self.taken |= self.dirty
             self.dirty = self.held()
 
     @rule(low=st.integers(0, 24), words=st.integers(0, 24))
@@ -109,15 +106,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             return
         inside = {gfn for gfn in self.dirty if gfn in gfns}
         assert set(self.paging.clean_range(gfns).gfns().tolist()) == inside
-        self.taken |= inside
         self.dirty = self.dirty - inside | {gfn for gfn in self.held() if gfn in gfns}
-
-    @rule()
-    def give_back(self):
-        if self.dirty is not None:
-            self.paging.give_back(DirtyBitmap.of(self.pages, array(self.taken)))
-            self.dirty |= self.taken - self.removed
-            self.taken = set()
 
     @rule()
     def off(self):

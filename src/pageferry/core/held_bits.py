@@ -11,7 +11,7 @@ from pageferry.core.memory import GuestMemory
 class HeldBits:
     """The bits that are a tracker's own and not the kernel's, while log-dirty is on; off at first.
 
-    They are those of writers that are no vCPU (``mark``), those given back, and whatever the tracker has taken from
+    They are those of writers that are no vCPU (``mark``), and whatever the tracker has taken from
     the kernel and not yet handed out. All methods may be called from any thread. Their lock is held for moments and
     nothing is called under it: a device marks on a vCPU's thread, and must not wait for a long CLEAN.
 
@@ -109,11 +109,3 @@ class HeldLog:
         Frames that are not RAM are ignored.
         """
         self._held.mark(gfns)
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Set again the bits that a failed round had taken with ``clean()``.
-
-        Raises:
-            LogDirtyError: log-dirty is off.
-        """
-        self._held.add(bitmap)

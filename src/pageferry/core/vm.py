@@ -132,11 +132,8 @@ class LogDirty(Protocol):
     def mark(self, gfns: GfnArray) -> None:
         """Mark frames dirty, *after* writing them by other means than a vCPU. Does nothing while log-dirty is off.
 
-        Frames that are not RAM are ignored.
+        Frames that are not RAM are ignored. Who has taken bits by :meth:`clean` gives them back in the same way.
         """
-
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Set again the bits that a failed round had taken with ``clean()`` (law 5). Needs log-dirty on."""
 
     def stats(self) -> LogDirtyStats:
         """Return the counters; does not disturb the bitmap. Needs log-dirty on."""

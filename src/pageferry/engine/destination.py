@@ -29,7 +29,7 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic
+from typing import Generic, NoReturn
 
 from pageferry import __version__
 from pageferry.core.errors import GuestAt, PageferryError, PeerError, RecordError, UsageError, VmError
@@ -265,18 +265,24 @@ class Destination(Generic[AnyVm]):
     # -- proof and handoff -----------------------------------------------------------------------------------------
 
     def _compare(self, comparison: Comparison, agreed: tuple[str, ...]) -> None:
-        """Take in what is missing and compare all digests; a mismatch is told, and the source has the last word."""
-        compared, mismatch = False, None
-        while not compared or mismatch is not None:
+        """Hear which pages are missing, and compare all digests. A mismatch is told, and the source then fails."""
+        last = False
+        while not last:
             frame = self._peer.receive()
             if isinstance(frame, Missing) and features.POSTCOPY in agreed and not comparison.begun:
                 comparison.take_missing(frame)
             elif isinstance(frame, Digests):
-                if mismatch is None and (mismatch := comparison.compare(frame)) is not None:
+                last = frame.last
+                if (mismatch := comparison.compare(frame)) is not None:
                     self._peer.send(mismatch)
-                compared = frame.last
+                    self._hear_failed()
             else:
                 raise self._unexpected(frame)
+
+    def _hear_failed(self) -> NoReturn:
+        while isinstance(frame := self._peer.receive(), Digests):
+            pass  # sent before the source heard of the mismatch
+        raise self._unexpected(frame)
 
     def _begin_postcopy(self, vm: Vm, comparison: Comparison, token: str) -> PostcopyClient:
         if self._accept is None:

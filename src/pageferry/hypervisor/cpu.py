@@ -74,22 +74,30 @@ class SoftVcpu:
         p2m: the domain's P2M.
         bus: the devices.
         shadow: the domain's shadow paging; used after :meth:`use_shadow`.
+        paging: the domain's log-dirty.
+        tlb: its own, as the others know it.
         cpuid: what its CPUID instruction answers from.
     """
 
-    paging: Paging
-    """The domain's paging; set by the domain before anything runs."""
-
     def __init__(
-        self, machine: MachineMemory, p2m: P2M, bus: DeviceBus, shadow: ShadowPaging, *, cpuid: Leaves
+        self,
+        machine: MachineMemory,
+        p2m: P2M,
+        bus: DeviceBus,
+        shadow: ShadowPaging,
+        *,
+        paging: Paging,
+        tlb: Tlb,
+        cpuid: Leaves,
     ) -> None:
         self._machine = machine
         self._p2m = p2m
         self._bus = bus
         self._cpuid = cpuid
         self._walker = GuestWalker(machine.words, self._walker_access)
-        self.shadow_mmu = ShadowMmu(shadow, p2m, self._walker, self._on_failure)
-        self.tlb = Tlb()
+        self.shadow_mmu = ShadowMmu(shadow, p2m, self._walker, paging, self._on_failure)
+        self._paging = paging
+        self.tlb = tlb
         self._translate = self._nested_walk
         self._mmio = MmioWindow(bus, self._on_failure)
         self._engine: api.Engine | None = None
@@ -257,7 +265,7 @@ class SoftVcpu:
         mfn, p2m_type = self._p2m.lookup(gfn)
         writes = p2m_type in WRITABLE
         if not (writes if write else p2m_type in READABLE):
-            resolution = nested_page_fault(self.paging, gfn, p2m_type, write=write)
+            resolution = nested_page_fault(self._paging, gfn, p2m_type, write=write)
             if resolution is Resolution.DISCARD:  # no device has this gpa, so the bus ignores it; reads fill again
                 return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
             if resolution is Resolution.EMULATE:
@@ -275,7 +283,7 @@ class SoftVcpu:
     def _walker_access(self, gfn: int) -> int:
         """Return the mfn of a guest page table, writable: AMD-V's walker writes (see guest_walk)."""
         mfn, p2m_type = self._p2m.lookup(gfn)
-        if p2m_type in WRITABLE or nested_page_fault(self.paging, gfn, p2m_type, write=True) is Resolution.RETRY:
+        if p2m_type in WRITABLE or nested_page_fault(self._paging, gfn, p2m_type, write=True) is Resolution.RETRY:
             return mfn
         raise GuestCrash(f"page table in device space or read-only RAM, gpa {gfn << PAGE_SHIFT:#x}")
 

@@ -25,7 +25,7 @@ from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import P2MType
-from pageferry.hypervisor.paging import LogDirtyOps, Paging, hap_log_dirty_ops
+from pageferry.hypervisor.paging import LogDirtyOps, Paging, Tlb, hap_log_dirty_ops
 from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
 
@@ -34,6 +34,7 @@ _SPARE_SHADOW_FRAMES = 64
 #: One walk's shadows are four; the rest makes it rarer that they are blown.
 _PROMISED_SHADOW_FRAMES = 16
 _USE_KVM = "use --machine plain, or --accel kvm"
+#: Machine memory that a large guest leaves unused, so that no gfn is its own mfn: 2 GiB.
 _GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
 
@@ -65,36 +66,15 @@ class Domain(StandardMachine):
             raise UnsupportedError("shared-memory", "the soft machine has its frames in an order of its own")
         cpuid = _cpuid_table(config.cpu)
         regions = ram_layout(config.memory_bytes)
-        extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
-        gfn_limit = regions[-1].first_gfn + regions[-1].pages
-        # Enough to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB; and the log-dirty bitmap.
-        pool_frames = 2 + -(-gfn_limit // PAGES_PER_1G) + extents_2m + -(-gfn_limit // (8 * PAGE_SIZE))
-        pool_frames += _SPARE_POOL_FRAMES
-        # And shadows of it all, at 4 KiB, by tables of which each maps half of what it could.
-        shadow_frames = _SPARE_SHADOW_FRAMES + 2 * extents_2m
-        pool_frames += shadow_frames
-        if regions[0].pages >= PAGES_PER_1G:
-            extents_2m += _GAP_2M
+        extents_2m, pool_frames, shadow_frames = _frames_needed(regions)
         self.locks = DomainLocks()
         self.machine = MachineMemory(
             extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging, thp=thp
         )
         self.p2m = P2M(self.machine, self.locks.p2m)
-        mapping = HostMapping(gfn_limit << PAGE_SHIFT)
-        self._populate(mapping, regions)
-        super().__init__(config, self._guest_memory(regions, mapping, thp=thp), cpuid)
-        self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, budget=shadow_frames)
-        self.vcpus = tuple(
-            SoftVcpu(
-                self.machine,
-                self.p2m,
-                self.platform.bus,
-                self.shadow,
-                cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
-            )
-            for index in range(config.cpus)
-        )
-        self.shadow.tlbs = tuple(vcpu.tlb for vcpu in self.vcpus)
+        super().__init__(config, self._make_memory(regions, thp=thp), cpuid)
+        tlbs = tuple(Tlb() for _ in range(config.cpus))
+        self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, tlbs=tlbs, budget=shadow_frames)
         self.paging = Paging(
             tracker=paging_mode,
             ops=self._ops(paging_mode),
@@ -103,7 +83,7 @@ class Domain(StandardMachine):
             memory=self.memory,
             locks=self.locks,
             hold=self._hold,
-            tlbs=self.shadow.tlbs,
+            tlbs=tlbs,
         )
         self.physmap = PhysMap(
             machine=self.machine,
@@ -114,8 +94,19 @@ class Domain(StandardMachine):
             locks=self.locks,
             hold=self._hold,
         )
+        self.vcpus = tuple(
+            SoftVcpu(
+                self.machine,
+                self.p2m,
+                self.platform.bus,
+                self.shadow,
+                paging=self.paging,
+                tlb=tlb,
+                cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
+            )
+            for index, tlb in enumerate(tlbs)
+        )
         for vcpu in self.vcpus:
-            vcpu.paging = vcpu.shadow_mmu.paging = self.paging
             vcpu.use_shadow(paging_mode == "shadow")
         self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
         self.platform.bus.use_lock(self.locks.devices)
@@ -162,20 +153,23 @@ class Domain(StandardMachine):
                 for gfn in range(whole - PAGES_PER_1G, region.first_gfn - 1, -PAGES_PER_1G):
                     self._enter(mapping, gfn, PAGES_PER_1G)
 
-    def _guest_memory(self, regions: tuple[RamRegion, ...], mapping: HostMapping, *, thp: bool) -> GuestMemory:
+    def _make_memory(self, regions: tuple[RamRegion, ...], *, thp: bool) -> GuestMemory:
+        """Give RAM its frames, and return the guest's face of them."""
+        mapping = HostMapping(_gfn_limit(regions) << PAGE_SHIFT)
+        self._populate(mapping, regions)
         if not thp:
-            return GuestMemory(regions, mapping, self._populated)
+            return GuestMemory(regions, mapping, self._stored_runs)
         for region in regions:
             mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
         return GuestMemory(
             regions,
             mapping,
-            self._populated,
+            self._stored_runs,
             huge_pages=HugePages.THP,
             vcpu_mapping=self.machine.mapping,
         )
 
-    def _populated(self) -> tuple[GfnArray, GfnArray]:
+    def _stored_runs(self) -> tuple[GfnArray, GfnArray]:
         return self.physmap.populated()
 
     def _hold(self) -> AbstractContextManager[None]:
@@ -235,6 +229,23 @@ class Domain(StandardMachine):
         for vcpu in self.vcpus:
             vcpu.close()
         self.machine.close()
+
+
+def _gfn_limit(regions: tuple[RamRegion, ...]) -> int:
+    return regions[-1].first_gfn + regions[-1].pages
+
+
+def _frames_needed(regions: tuple[RamRegion, ...]) -> tuple[int, int, int]:
+    """Return how many frames of 2 MiB RAM needs, how many frames the paging pool, and how many of these for shadows."""
+    gfn_limit = _gfn_limit(regions)
+    extents_2m = sum(-(-region.pages // PAGES_PER_2M) for region in regions)
+    # Enough to split everything: the root, L3, an L2 per GiB, an L1 per 2 MiB; and the log-dirty bitmap.
+    pool_frames = 2 + -(-gfn_limit // PAGES_PER_1G) + extents_2m + -(-gfn_limit // (8 * PAGE_SIZE)) + _SPARE_POOL_FRAMES
+    # And shadows of it all, at 4 KiB, by tables of which each maps half of what it could.
+    shadow_frames = _SPARE_SHADOW_FRAMES + 2 * extents_2m
+    if regions[0].pages >= PAGES_PER_1G:
+        extents_2m += _GAP_2M
+    return extents_2m, pool_frames + shadow_frames, shadow_frames
 
 
 def _cpuid_table(cpu: CpuModel | Leaves) -> Leaves:

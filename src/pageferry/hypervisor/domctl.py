@@ -119,5 +119,5 @@ def _report(domain: Domain, given: ShadowOpArguments, *, clear: bool) -> int:
         given.pages = pages
     if clear and buffer is not None and pages < limit and domain.paging.enabled:
         bitmap.clear_range(0, pages)
-        domain.paging.give_back(bitmap)
+        domain.paging.mark(bitmap.gfns())
     return 0

@@ -314,18 +314,6 @@ class Paging:
             if self._bitmap is not None:
                 self._bitmap.set_range(first, pages)
 
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Set again the bits that a failed round had taken with ``clean()`` (law 5).
-
-        Raises:
-            LogDirtyError: log-dirty is off.
-        """
-        with self._locks.log_dirty:
-            ours = self._on()
-            ours |= bitmap
-            if (removed := self._memory.removed()).size:
-                ours.clear(removed)
-
     def stats(self) -> LogDirtyStats:
         """Return the counters since ``enable()``.
 

@@ -54,18 +54,20 @@ class ShadowPaging:
         machine: machine memory.
         p2m: the domain's P2M.
         lock: the SHADOW lock.
+        tlbs: the vCPUs'.
         budget: frames for shadow tables.
     """
 
-    def __init__(self, machine: MachineMemory, p2m: P2M, lock: OrderedLock, *, budget: int) -> None:
+    def __init__(
+        self, machine: MachineMemory, p2m: P2M, lock: OrderedLock, *, tlbs: Sequence[Tlb], budget: int
+    ) -> None:
         self.tables = ShadowTables(machine, budget)
         self.lock = lock
         self.fault_count = 0
         self.emulated_writes = 0
-        self.tlbs: Sequence[Tlb] = ()
-        """One per vCPU; set by the domain before anything runs."""
         self._machine = machine
         self._p2m = p2m
+        self._tlbs = tuple(tlbs)
         self._pages = np.frombuffer(machine.words, np.uint64).reshape(-1, 512)
         self._bytes = machine.words.cast("B")
         self._out_of_sync: dict[int, list[int]] = {}  # gfn -> each vCPU's count of TLB flushes when it got its shadow
@@ -113,7 +115,7 @@ class ShadowPaging:
             for gfn, flushes in tuple(self._out_of_sync.items()):
                 mfn = self._p2m.lookup(gfn)[0]
                 self.tables.resync_page(gfn, self._pages[mfn])
-                if all(tlb.flushes > then for tlb, then in zip(self.tlbs, flushes, strict=True)):
+                if all(tlb.flushes > then for tlb, then in zip(self._tlbs, flushes, strict=True)):
                     self._out_of_sync.pop(gfn, None)
 
     def fill(self, walker: GuestWalker, gva: int) -> tuple[int, int, int] | None:
@@ -185,9 +187,9 @@ class ShadowPaging:
         # TLBs may still map them writable.
         if self.tables.newly_protected:
             for gfn in self.tables.newly_protected:
-                self._out_of_sync[gfn] = [tlb.flushes for tlb in self.tlbs]
+                self._out_of_sync[gfn] = [tlb.flushes for tlb in self._tlbs]
             self.tables.newly_protected.clear()
-            for tlb in self.tlbs:
+            for tlb in self._tlbs:
                 tlb.request_flush()
 
     def read_table(self, gpa: int, size: int) -> int:

@@ -37,20 +37,20 @@ class ShadowMmu:
         p2m: the domain's.
         walker: the vCPU's walker of the guest's tables; its own accesses go through :meth:`table_read` and
             :meth:`table_write` in this mode.
+        paging: the domain's.
         failed: takes an exception that must not travel through the emulator.
     """
-
-    paging: Paging
-    """The domain's paging; set by the domain before anything runs."""
 
     def __init__(
         self,
         shadow: ShadowPaging,
         p2m: P2M,
         walker: GuestWalker,
+        paging: Paging,
         failed: Callable[[BaseException], None],
     ) -> None:
         self.shadow = shadow
+        self._paging = paging
         self._p2m = p2m
         self._walker = walker
         self._failed = failed
@@ -93,7 +93,7 @@ class ShadowMmu:
         """Tell whether the P2M allows an access, after the nested fault that it may take."""
         if p2m_type in (WRITABLE if write else READABLE):
             return True
-        return nested_page_fault(self.paging, gfn, p2m_type, write=write) is Resolution.RETRY
+        return nested_page_fault(self._paging, gfn, p2m_type, write=write) is Resolution.RETRY
 
     def _fault(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
         shadow, p2m = self.shadow, self._p2m

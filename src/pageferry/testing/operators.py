@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PAGE_SIZE, PCI_HOLE_START, gfn_of, gpa_of
 from pageferry.core.state import MachineState
@@ -28,13 +27,11 @@ STRAY_GFN = 0x3
 def _require_off(guest: Guest) -> None:
     log_dirty = guest.log_dirty
     require(not log_dirty.enabled, "enabled is set while log-dirty is off")
-    empty = DirtyBitmap(guest.memory.gfn_limit)
     for name, call in (
         ("PEEK", log_dirty.peek),
         ("CLEAN", log_dirty.clean),
         ("CLEAN of a range", lambda: log_dirty.clean_range(range(64))),
         ("stats", log_dirty.stats),
-        ("give_back", lambda: log_dirty.give_back(empty)),
     ):
         _require_refused(name, call, "while log-dirty is off")
 
@@ -124,7 +121,7 @@ def rounds_add_up(lab: Lab) -> None:
 
 
 def bitmaps_are_the_callers(lab: Lab) -> None:
-    """What the caller does with a returned or given bitmap changes nothing inside."""
+    """What the caller does with a returned bitmap changes nothing inside."""
     with lab.tracked() as guest:
         guest.play(3)
         peeked = guest.log_dirty.peek()
@@ -137,10 +134,6 @@ def bitmaps_are_the_callers(lab: Lab) -> None:
         guest.log_dirty.clean()
         cleaned.clear(STRAY_GFN)
         require(cleaned == kept, "a bitmap that CLEAN had returned changed later")
-        given = DirtyBitmap.of(guest.memory.gfn_limit, STRAY_GFN)
-        guest.log_dirty.give_back(given)
-        given.words[:] = 0
-        require(guest.log_dirty.peek().test(STRAY_GFN), "clearing a bitmap after give_back took its bits away")
 
 
 def off_and_on_again(lab: Lab) -> None:
@@ -256,22 +249,4 @@ def state_restore_keeps_tracking(lab: Lab) -> None:
         state = guest.vm.save_state()
         guest.vm.load_state(MachineState(vcpus=state.vcpus, devices=state.devices))
         guest.play(8)
-        guest.require_exact(guest.log_dirty.clean())
-
-
-def given_back_bits_return(lab: Lab) -> None:
-    """Bits that a failed round gives back are reported again, with those of later writes."""
-    with lab.tracked() as guest:
-        guest.play(1)
-        taken = guest.log_dirty.clean()
-        guest.log_dirty.give_back(taken)
-        require(guest.log_dirty.peek() == taken, "give_back did not restore the bitmap that CLEAN took")
-        guest.require_exact(guest.log_dirty.clean())
-        guest.play(4)
-        taken = guest.log_dirty.clean()
-        guest.play(7)
-        guest.log_dirty.give_back(taken)
-        guest.play(2)
-        guest.require_exact(guest.log_dirty.clean())
-        guest.play(3)
         guest.require_exact(guest.log_dirty.clean())

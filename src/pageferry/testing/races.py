@@ -160,22 +160,6 @@ def two_cleaners(lab: Lab) -> None:
         _finish_copy(guest, copy)
 
 
-def failed_rounds(lab: Lab) -> None:
-    """Rounds that take the bits and give them back, while the guest writes on, lose nothing."""
-    with lab.guest("random", pages=400, rate=_SLOW) as guest:
-        copy = _start_copy(guest)
-        for number in range(_ROUNDS):
-            _write_once(guest, number)
-            reported = guest.log_dirty.clean()
-            if number % 3 == 0:
-                copy.take(reported)
-            else:
-                guest.progress()
-                guest.log_dirty.give_back(reported)
-            guest.progress()
-        _finish_copy(guest, copy)
-
-
 def on_and_off_while_running(lab: Lab) -> None:
     """A second attempt after OFF, with the guest running all the time, is as good as the first."""
     with lab.guest("hotset", pages=120) as guest:

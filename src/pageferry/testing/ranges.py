@@ -103,28 +103,6 @@ def marks_by_range(lab: Lab) -> None:
             guest.require_exact(guest.log_dirty.clean(), also=[gfn for gfn in edges.tolist() if gfn not in part])
 
 
-def given_back_by_range(lab: Lab) -> None:
-    """Bits that were taken of a range and given back are reported by its next CLEAN, and by that of the whole."""
-    with lab.tracked() as guest:
-        parts = guest.parts()
-        for part in parts:
-            guest.play(3)
-            taken = guest.log_dirty.clean_range(part)
-            guest.log_dirty.give_back(taken)
-            again = guest.log_dirty.clean_range(part)
-            require(again == taken, f"CLEAN of {part} does not return what was given back there")
-            guest.log_dirty.give_back(again)
-            guest.require_exact(guest.log_dirty.clean())
-        guest.play(4)
-        taken = guest.log_dirty.clean()
-        guest.play(7)
-        guest.log_dirty.give_back(taken)
-        collected = DirtyBitmap(guest.memory.gfn_limit)
-        for part in parts:
-            collected |= guest.log_dirty.clean_range(part)
-        guest.require_exact(collected)
-
-
 def stamped_copy_by_range(lab: Lab) -> None:
     """A copy made range by range, while the guest writes between them, equals memory after the last round."""
     with lab.tracked() as guest:

@@ -112,19 +112,6 @@ class CrossCheck:
         """Return the primary's counters."""
         return self._primary.stats()
 
-    def give_back(self, bitmap: DirtyBitmap) -> None:
-        """Give bits back to both, which must report them again, changed or not.
-
-        Raises:
-            LogDirtyError: log-dirty is off.
-        """
-        with self._operator:
-            for log in self._logs:
-                log.give_back(bitmap)
-            ram = self._memory.all_ram()
-            ram &= bitmap
-            self._ledger.give_back(ram)
-
     def clean(self) -> DirtyBitmap:
         """CLEAN both, compare, and return what the primary reported.
 
@@ -154,7 +141,7 @@ class CrossCheck:
                 changed = contents.changed(self._to_read(reports, gfns), keep=True)
             except BaseException:
                 for log, reported in zip(self._logs, reports, strict=False):  # as far as it came
-                    log.give_back(reported)
+                    log.mark(reported.gfns())
                 raise
             self._ledger.settle(reports, changed, gfns)
             return reports[0]

@@ -124,12 +124,6 @@ class Ledger:
             debts.settle(reported, changed)
         self._count(reports, changed, gfns, new_round=new_round)
 
-    def give_back(self, pages: DirtyBitmap) -> None:
-        """Have both report these pages again, changed or not."""
-        self._note_changed(pages, self._round)
-        for debts in self._debts:
-            debts.owed |= pages
-
     def settle_last(self, reports: Reports, changed: DirtyBitmap, again: Sequence[Callable[[], DirtyBitmap]]) -> None:
         """Take note of a PEEK at a guest that stands still, and of what was found changed after it.
 

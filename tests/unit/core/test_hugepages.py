@@ -87,7 +87,7 @@ def test_thp_on_the_software_machine_single_frames_still_come_and_go(thp):
     assert domain.memory.read(1539 * PAGE, PAGE) == domain.memory.read(1542 * PAGE, PAGE) == bytes([7]) * PAGE
     assert 1540 not in gfns(domain.memory)
     assert max(gfns(domain.memory)) < domain.memory.gfn_limit
-    domain.vcpus[0].paging.enable()
+    domain.paging.enable()
     domain.resume()
     domain.pause()
     audit.check(domain)

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from soft import access
 
-from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import GuestCrash, LogDirtyError, UnsupportedError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor import audit
@@ -158,7 +157,7 @@ def test_marks_set_bits_but_give_no_right(domain):
 
 def test_state_errors(domain):
     paging = domain.paging
-    for operator in (paging.peek, paging.clean, paging.stats, lambda: paging.give_back(DirtyBitmap(1537))):
+    for operator in (paging.peek, paging.clean, paging.stats):
         with pytest.raises(LogDirtyError, match="off"):
             operator()
     paging.off()
@@ -170,17 +169,6 @@ def test_state_errors(domain):
     paging.off()
     paging.off()
     assert not paging.enabled
-
-
-def test_bits_given_back_return_and_come_with_no_right(domain):
-    domain.paging.enable()
-    write(domain, 3, 4)
-    taken = domain.paging.clean()
-    write(domain, 5)
-    domain.paging.give_back(taken)
-    assert types(domain, 3, 4, 5) == ["RAM_LOGDIRTY", "RAM_LOGDIRTY", "RAM_RW"]
-    audit.check(domain)
-    assert domain.paging.clean().gfns().tolist() == [3, 4, 5]
 
 
 def test_bitmaps_are_the_callers_own(domain):

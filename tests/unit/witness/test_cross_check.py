@@ -57,10 +57,6 @@ class Scripted:
         if self.bits is not None:
             self.bits.set(gfns)
 
-    def give_back(self, bitmap):
-        bits = self._on()
-        bits |= bitmap
-
     def stats(self):
         return LogDirtyStats(fault_count=7, dirty_count=self._on().count())
 
@@ -214,17 +210,6 @@ def test_a_good_peek_settles_nothing_for_the_clean_after_it():
         world.log.clean()
 
 
-def test_bits_given_back_must_come_again_though_nothing_changes(world):
-    world.write(9)
-    taken = world.log.clean()
-    world.log.give_back(taken)
-    assert world.log.clean() == taken
-    world.log.give_back(taken)
-    world.first.bits.clear(9)
-    with pytest.raises(LostPageError, match="gfn 0x9 "):
-        world.log.clean()
-
-
 def test_ranges_are_judged_by_themselves_and_make_one_round(world):
     low, high = range(256), range(256, PAGES)
     world.write(3, unseen_by=world.first)
@@ -285,7 +270,7 @@ STEPS = st.lists(
         st.tuples(st.just("touch"), GFNS, st.integers(0, 1)),
         st.tuples(st.just("clean"), RANGES, st.lists(GFNS, max_size=2), st.lists(GFNS, max_size=2)),
         st.tuples(st.just("peek"), st.booleans()),
-        st.tuples(st.just("return"), st.lists(GFNS, max_size=3)),
+        st.tuples(st.just("mark"), st.lists(GFNS, max_size=3)),
     ),
     max_size=30,
 )
@@ -318,7 +303,7 @@ def play(world, steps):
             world.still = rest[0]
             world.log.peek()
         else:
-            world.log.give_back(DirtyBitmap.of(PAGES, np.array(rest[0], np.uint64)))
+            world.log.mark(np.array(rest[0], np.uint64))
 
 
 @given(steps=STEPS, digests=st.booleans())
