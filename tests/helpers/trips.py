@@ -19,10 +19,12 @@ from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
-from pageferry.stream.codec import NEED_DATA, Decoder
-from pageferry.stream.ferry import Conversation, Digests, FerryDecoder, Join, Pages, Side, SourceHello, Switch
-from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.ferry import FerryDecoder
+from pageferry.stream.ferry_frames import Digests, FrameType, Join, Pages, SourceHello, Switch
+from pageferry.stream.ferry_order import Conversation, Side
 from pageferry.stream.format import EXTENSIONS
+from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.order import Role
 from pageferry.stream.records import End
 

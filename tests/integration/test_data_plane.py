@@ -25,7 +25,8 @@ from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.pacer import BURST_S
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.stream import packing as packing_module
-from pageferry.stream.ferry import Join, Reached, Side, SourceHello
+from pageferry.stream.ferry_frames import Join, Reached, SourceHello
+from pageferry.stream.ferry_order import Side
 from pageferry.stream.format import PageType
 from pageferry.stream.packing import Packing, available, packer
 from pageferry.stream.records import Audit, DeltaPages, Fence, PackedPages, PageData, ZeroPages

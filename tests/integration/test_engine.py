@@ -61,9 +61,10 @@ from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
-from pageferry.stream.codec import Encoder
-from pageferry.stream.ferry import PROTOCOL_VERSION, Side, SourceHello
-from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.ferry import PROTOCOL_VERSION
+from pageferry.stream.ferry_frames import FrameType, SourceHello
+from pageferry.stream.ferry_order import Side
 from pageferry.stream.records import CpuidPolicy, StaticDataEnd
 from pageferry.testing.operators import STRAY_GFN
 from pageferry.witness.cross_check import CrossCheck

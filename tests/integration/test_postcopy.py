@@ -32,8 +32,8 @@ from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
-from pageferry.stream.ferry import Join, Side
-from pageferry.stream.ferry_frames import FrameType
+from pageferry.stream.ferry_frames import FrameType, Join
+from pageferry.stream.ferry_order import Side
 from pageferry.testing import StampOracle
 
 MiB = 1 << 20

@@ -16,8 +16,8 @@ from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.postcopy.server import MissingPages
 from pageferry.kvm.vm import KvmVm
-from pageferry.stream.ferry import Complete, Dropped, Pages, Running, Wanted
-from pageferry.stream.ferry_postcopy import digest_of
+from pageferry.stream.ferry_bodies import digest_of
+from pageferry.stream.ferry_frames import Complete, Dropped, Pages, Running, Wanted
 from pageferry.uffd import uapi
 from pageferry.uffd.fds import UffdFd
 

@@ -42,9 +42,7 @@ from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
-from pageferry.stream.ferry import Digests, Missing, Pages
-from pageferry.stream.ferry_frames import FrameType
-from pageferry.stream.ferry_postcopy import COMPLETE_BODY
+from pageferry.stream.ferry_frames import COMPLETE_BODY, Digests, FrameType, Missing, Pages
 from pageferry.stream.format import FENCE, RECORD_HEADER
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.packing import Packing, available, packer

@@ -30,8 +30,9 @@ from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
-from pageferry.stream.codec import NEED_DATA, Decoder
+from pageferry.stream.decoder import Decoder
 from pageferry.stream.format import PageType
+from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.records import (
     CpuidPolicy,
     End,

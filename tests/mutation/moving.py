@@ -20,7 +20,7 @@ from pageferry.engine.pages.send import Lanes
 from pageferry.engine.precopy import Precopy, Sink, stop_and_copy
 from pageferry.engine.verify.compare import Comparison, ReceivedPages
 from pageferry.engine.verify.digests import Digests
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 
 fault = Faults(Room.ENGINE)
 

@@ -23,29 +23,29 @@ from pageferry.core.state import (
     Segment,
     VcpuState,
 )
-from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
-from pageferry.stream.ferry import (
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.ferry import FerryDecoder, FerryEncoder
+from pageferry.stream.ferry_bodies import body_of as frame_body
+from pageferry.stream.ferry_bodies import parse_body as parse_frame
+from pageferry.stream.ferry_frames import (
+    TYPE_OF,
     Commit,
-    Conversation,
     DestinationHello,
     Digests,
     Failed,
-    FerryDecoder,
-    FerryEncoder,
     Join,
     Joined,
     Mismatch,
     Ready,
     Refuse,
     Running,
-    Side,
     SourceHello,
 )
-from pageferry.stream.ferry_bodies import body_of as frame_body
-from pageferry.stream.ferry_bodies import parse_body as parse_frame
-from pageferry.stream.ferry_frames import TYPE_OF
+from pageferry.stream.ferry_order import Conversation, Side
 from pageferry.stream.format import EXTENSIONS, PageType, payload_bytes
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
+from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.records import (
     BodyError,
     CpuidPolicy,

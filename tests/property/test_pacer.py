@@ -12,7 +12,7 @@ from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.wire.pacer import BURST_S, Pacer
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.order import Role
 from pageferry.stream.records import StaticDataEnd
 

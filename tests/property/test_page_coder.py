@@ -13,7 +13,8 @@ from pageferry.engine.pages.encode import PackingCoder, PlainCoder
 from pageferry.engine.pages.receive import Activity, PageWriter, read_stream
 from pageferry.engine.pages.send import Lane
 from pageferry.engine.verify.compare import ReceivedPages
-from pageferry.stream.codec import Decoder, Encoder
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import EXTENSIONS
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, available, packer

@@ -17,7 +17,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.hypervisor.registers import reset_state
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import BodyError, PageType, carries_data
 from pageferry.stream.hvm_context import encode_machine_state
 from pageferry.stream.page_index import GONE, UNNAMED, ZERO, PageIndex

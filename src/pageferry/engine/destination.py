@@ -48,7 +48,7 @@ from pageferry.engine.verify.compare import AuditMismatchError, Comparison, Rece
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, take_in
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry import (
+from pageferry.stream.ferry_frames import (
     Commit,
     DestinationHello,
     Digests,
@@ -59,10 +59,10 @@ from pageferry.stream.ferry import (
     Recover,
     Refuse,
     Running,
-    Side,
     SourceHello,
     Switch,
 )
+from pageferry.stream.ferry_order import Side
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.records import CpuidPolicy, Fence, HvmContext, StaticDataEnd
 

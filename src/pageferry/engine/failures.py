@@ -14,7 +14,7 @@ from pageferry.core.errors import (
 )
 from pageferry.core.events import Phase
 from pageferry.engine.wire.peer import PeerFailedError
-from pageferry.stream.ferry import Failed
+from pageferry.stream.ferry_frames import Failed
 
 
 def as_migration_error(

@@ -55,18 +55,18 @@ from pageferry.engine.verify.prove import MemoryProof
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.connections import join
 from pageferry.engine.wire.peer import Peer, PeerFailedError, PeerRefusedError
-from pageferry.stream.codec import Encoder
-from pageferry.stream.ferry import (
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.ferry_frames import (
     Commit,
     DestinationHello,
     Frame,
     Mismatch,
     Reached,
     Running,
-    Side,
     SourceHello,
     Switch,
 )
+from pageferry.stream.ferry_order import Side
 from pageferry.stream.format import PageType, RecordType
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, packer

@@ -1,4 +1,19 @@
-"""Decoder: the bytes of a libxc migration stream -> records; see :mod:`pageferry.stream.codec`."""
+"""Decoder: the bytes of a libxc migration stream -> records, no I/O.
+
+Page data need not pass through here. Make the decoder with ``zero_copy=True`` and receive it where it belongs::
+
+    while not decoder.ended:
+        event = decoder.next_event()
+        if event is NEED_DATA:
+            decoder.feed(receive_some(at_most=decoder.wanted_bytes))   # decoder.eof() when the peer is gone
+        elif isinstance(event, PageDataHeader):
+            receive_exactly(event.payload_bytes, into=guest_pages(event))
+            decoder.payload_received()
+
+A caller that never reads more than ``wanted_bytes`` never has page data in a buffer of its own. Garbage either parses
+or raises :class:`~pageferry.core.errors.RemoteStreamError`; nothing is allocated by a length that came from the peer
+before that length was found to be in bounds.
+"""
 
 from collections.abc import Callable, Collection
 

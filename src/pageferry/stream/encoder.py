@@ -1,4 +1,8 @@
-"""Encoder: records -> the bytes of a libxc migration stream; see :mod:`pageferry.stream.codec`."""
+"""Encoder: records -> the bytes of a libxc migration stream, no I/O.
+
+Page data need not pass through here: take the head of a PAGE_DATA record from :meth:`Encoder.page_data` and send the
+pages after it straight from guest memory.
+"""
 
 from collections.abc import Collection
 from struct import error as StructError

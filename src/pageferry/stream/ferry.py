@@ -69,55 +69,13 @@ from pageferry.stream.ferry_bodies import body_of, check_ascent, parse_body
 from pageferry.stream.ferry_frames import (
     MAX_BODY_BYTES,
     TYPE_OF,
-    Commit,
-    DestinationHello,
     Digests,
-    Failed,
     Frame,
     FrameType,
-    Join,
-    Joined,
-    Mismatch,
-    Reached,
-    Ready,
-    Refuse,
-    Running,
-    SourceHello,
 )
 from pageferry.stream.ferry_order import Conversation, Phase, Side
-from pageferry.stream.ferry_postcopy import Complete, Dropped, Missing, Pages, Recover, Recovered, Switch, Wanted
 from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
-
-__all__ = [
-    "NEED_DATA",
-    "Commit",
-    "Complete",
-    "Conversation",
-    "DestinationHello",
-    "Digests",
-    "Dropped",
-    "Failed",
-    "FerryDecoder",
-    "FerryEncoder",
-    "Frame",
-    "Join",
-    "Joined",
-    "Mismatch",
-    "Missing",
-    "Pages",
-    "Phase",
-    "Reached",
-    "Ready",
-    "Recover",
-    "Recovered",
-    "Refuse",
-    "Running",
-    "Side",
-    "SourceHello",
-    "Switch",
-    "Wanted",
-]
 
 MAGIC = b"\x89PGFERRY"
 PROTOCOL_VERSION = 2

@@ -5,47 +5,64 @@ is refused in a name. Reasons and hints longer than ``MAX_TEXT_CHARS`` are cut.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import xxhash
+from numpy.typing import NDArray
 
 from pageferry.core.cpuid import CpuidLeaf, Leaves, check_leaves
 from pageferry.core.errors import UsageError
-from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.host_cpu import HostCpu
-from pageferry.stream import ferry_postcopy, run_digests
+from pageferry.stream import run_digests
 from pageferry.stream.ferry_frames import (
     COMMIT_BODY,
     COMMIT_PAUSED,
+    COMPLETE_BODY,
+    COUNT_HEAD,
+    DIGEST_BYTES,
     DIGESTS_LAST,
     MAX_CONNECTIONS,
     MAX_CPUS,
     MAX_FEATURES,
+    MAX_MISSING_RUNS,
     MAX_NAME_CHARS,
     MAX_POPULATED_RUNS,
     MAX_TEXT_CHARS,
+    MAX_WANTED_PAGES,
     MISMATCH_HEAD,
+    MISSING_RUN,
+    WANTED_URGENT,
     Commit,
+    Complete,
     DestinationHello,
     Digests,
+    Dropped,
     Failed,
     Frame,
     FrameType,
     Join,
     Joined,
     Mismatch,
+    Missing,
+    Pages,
     Reached,
     Ready,
+    Recover,
+    Recovered,
     Refuse,
     Running,
     SourceHello,
+    Switch,
+    Wanted,
 )
-from pageferry.stream.ferry_postcopy import Complete, Dropped, Missing, Pages, Recover, Recovered, Switch, Wanted
-from pageferry.stream.format import MAX_RANGE_PAGES, PFN_MASK, BodyError
+from pageferry.stream.format import MAX_RANGE_PAGES, PAGE_TYPE_SHIFT, PFN_MASK, BodyError, PageType
 
 _MAX_U32 = (1 << 32) - 1
+_ZERO = np.uint64(PageType.XALLOC << PAGE_TYPE_SHIFT)
 _TEXTS = frozenset({"name", "reason", "hint"})
 
 
@@ -62,8 +79,17 @@ def body_of(frame: Frame) -> bytes:
         case Mismatch():
             head = MISMATCH_HEAD.pack(frame.first_gfn, len(frame.page_digests), 0)
             return head + frame.page_digests.astype("<u8").tobytes()
-        case Missing() | Wanted() | Pages() | Complete():
-            return ferry_postcopy.pack(frame)
+        case Missing():
+            runs = np.empty(len(frame.first_gfns), MISSING_RUN)
+            runs["first_gfn"], runs["pages"] = frame.first_gfns, frame.pages
+            return COUNT_HEAD.pack(runs.size, 0) + runs.tobytes()
+        case Wanted():
+            flags = WANTED_URGENT if frame.urgent else 0
+            return COUNT_HEAD.pack(len(frame.gfns), flags) + frame.gfns.astype("<u8").tobytes()
+        case Pages():
+            return COUNT_HEAD.pack(len(frame.gfns), 0) + frame.digest + _entries(frame.gfns, frame.zero).tobytes()
+        case Complete():
+            return COMPLETE_BODY.pack(frame.waits, frame.waited_ns, frame.median_ns, frame.p99_ns, frame.longest_ns)
         case Commit() | Switch():
             return COMMIT_BODY.pack(COMMIT_PAUSED if frame.paused else 0, 0)
         case Running() | Joined() | Dropped() | Recovered():
@@ -83,6 +109,20 @@ def parse_body(frame_type: FrameType, body: bytes) -> Frame:
         BodyError: the body is malformed, or a field is missing, of the wrong type or out of bounds.
     """
     return _PARSERS[frame_type](body)
+
+
+def digest_of(gfns: GfnArray, zero: NDArray[np.bool_], content: Sequence[memoryview]) -> bytes:
+    """Return what :attr:`Pages.digest` must be, 16 bytes: of the entries, as they are in the frame, and the content.
+
+    Args:
+        gfns: uint64[n].
+        zero: bool[n].
+        content: of those that are not zero, one after another, in pieces of any size.
+    """
+    digest = xxhash.xxh3_128(_entries(gfns, zero).data)
+    for piece in content:
+        digest.update(piece)
+    return digest.digest()
 
 
 def check_ascent(frame: Frame, digested_to: int) -> int:
@@ -292,6 +332,69 @@ def _parse_join(body: bytes) -> Join:
     return Join(token=fields.name("token"), index=fields.integer("index", 1, MAX_CONNECTIONS - 1))
 
 
+def _entries(gfns: GfnArray, zero: NDArray[np.bool_]) -> NDArray[np.uint64]:
+    return (gfns | np.where(zero, _ZERO, np.uint64(0))).astype("<u8")
+
+
+def _counted(body: bytes, most: int, entry_bytes: int, fixed_bytes: int = 0) -> tuple[int, int]:
+    # Count and flags of a body that begins with them, its length checked.
+    if len(body) < COUNT_HEAD.size:
+        raise BodyError(f"a body of {len(body)} bytes is too short")
+    count, flags = COUNT_HEAD.unpack_from(body)
+    if not 1 <= count <= most or len(body) != COUNT_HEAD.size + fixed_bytes + count * entry_bytes:
+        raise BodyError(f"a body of {len(body)} bytes does not hold {count} entries")
+    return count, flags
+
+
+def _checked(gfns: GfnArray) -> GfnArray:
+    if (gfns[1:] <= gfns[:-1]).any() or int(gfns[-1]) > PFN_MASK:
+        raise BodyError("the gfns do not ascend, or one is too large")
+    return gfns
+
+
+def _parse_missing(body: bytes) -> Missing:
+    count, flags = _counted(body, MAX_MISSING_RUNS, MISSING_RUN.itemsize)
+    if flags:
+        raise BodyError("a reserved field is not 0")
+    runs = np.frombuffer(body, MISSING_RUN, count, COUNT_HEAD.size)
+    first_gfns, pages = runs["first_gfn"].astype(np.uint64), runs["pages"].astype(np.uint64)
+    if not pages.all():
+        raise BodyError("a run is empty")
+    if int(first_gfns.max()) > PFN_MASK or (pages > np.uint64(PFN_MASK) - first_gfns).any():
+        raise BodyError("a run ends past the largest gfn")
+    if (first_gfns[1:] < first_gfns[:-1] + pages[:-1]).any():
+        raise BodyError("the runs do not ascend")
+    return Missing(first_gfns=first_gfns, pages=pages)
+
+
+def _parse_wanted(body: bytes) -> Wanted:
+    count, flags = _counted(body, MAX_WANTED_PAGES, 8)
+    if flags & ~WANTED_URGENT:
+        raise BodyError(f"flags {flags:#x}")
+    gfns = np.frombuffer(body, "<u8", count, COUNT_HEAD.size).astype(np.uint64)
+    return Wanted(gfns=_checked(gfns), urgent=bool(flags))
+
+
+def _parse_pages(body: bytes) -> Pages:
+    count, flags = _counted(body, MAX_WANTED_PAGES, 8, DIGEST_BYTES)
+    if flags:
+        raise BodyError("a reserved field is not 0")
+    at = COUNT_HEAD.size + DIGEST_BYTES
+    entries = np.frombuffer(body, "<u8", count, at).astype(np.uint64)
+    zero = entries & ~np.uint64(PFN_MASK) == _ZERO
+    gfns = np.where(zero, entries & np.uint64(PFN_MASK), entries)
+    return Pages(gfns=_checked(gfns), zero=zero, digest=body[COUNT_HEAD.size : at])
+
+
+def _parse_complete(body: bytes) -> Complete:
+    if len(body) != COMPLETE_BODY.size:
+        raise BodyError(f"a body of {len(body)} bytes, not {COMPLETE_BODY.size}")
+    waits, waited_ns, median_ns, p99_ns, longest_ns = COMPLETE_BODY.unpack(body)
+    if not median_ns <= p99_ns <= longest_ns <= waited_ns:
+        raise BodyError("a few waits were longer than more of them")
+    return Complete(waits=waits, waited_ns=waited_ns, median_ns=median_ns, p99_ns=p99_ns, longest_ns=longest_ns)
+
+
 _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.SOURCE_HELLO: _parse_source_hello,
     FrameType.DESTINATION_HELLO: _parse_destination_hello,
@@ -305,11 +408,11 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.FAILED: _parse_failed,
     FrameType.JOIN: _parse_join,
     FrameType.JOINED: lambda _: Joined(),
-    FrameType.MISSING: ferry_postcopy.parse_missing,
+    FrameType.MISSING: _parse_missing,
     FrameType.SWITCH: lambda body: Switch(paused=_paused(body)),
-    FrameType.WANTED: ferry_postcopy.parse_wanted,
-    FrameType.PAGES: ferry_postcopy.parse_pages,
-    FrameType.COMPLETE: ferry_postcopy.parse_complete,
+    FrameType.WANTED: _parse_wanted,
+    FrameType.PAGES: _parse_pages,
+    FrameType.COMPLETE: _parse_complete,
     FrameType.DROPPED: lambda _: Dropped(),
     FrameType.RECOVER: lambda body: Recover(token=_fields(body).name("token")),
     FrameType.RECOVERED: lambda _: Recovered(),

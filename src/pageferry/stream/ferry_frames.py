@@ -11,20 +11,6 @@ from numpy.typing import NDArray
 from pageferry.core.cpuid import Leaves
 from pageferry.core.frames import GfnArray
 from pageferry.core.host_cpu import HostCpu
-from pageferry.stream.ferry_postcopy import (
-    COMPLETE_BODY,
-    MAX_MISSING_BYTES,
-    MAX_PAGES_BYTES,
-    MAX_WANTED_BYTES,
-    Complete,
-    Dropped,
-    Missing,
-    Pages,
-    Recover,
-    Recovered,
-    Switch,
-    Wanted,
-)
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES, RUN_DIGEST, RUN_DIGESTS_HEAD
 
 MAX_HELLO_BYTES = 128 << 10
@@ -42,6 +28,20 @@ MISMATCH_HEAD = Struct("<QII")
 #: flags u32, reserved u32.
 COMMIT_BODY = Struct("<II")
 COMMIT_PAUSED = 1 << 0
+
+#: count u32, flags u32.
+COUNT_HEAD = Struct("<II")
+MISSING_RUN = np.dtype([("first_gfn", "<u8"), ("pages", "<u8")])
+MAX_MISSING_RUNS = 1 << 16
+#: Most pages of one WANTED: what somebody who needs another page now may have to wait for.
+MAX_WANTED_PAGES = 64
+WANTED_URGENT = 1 << 0
+DIGEST_BYTES = 16
+MAX_MISSING_BYTES = COUNT_HEAD.size + MAX_MISSING_RUNS * MISSING_RUN.itemsize
+MAX_WANTED_BYTES = COUNT_HEAD.size + MAX_WANTED_PAGES * 8
+MAX_PAGES_BYTES = COUNT_HEAD.size + DIGEST_BYTES + MAX_WANTED_PAGES * 8
+#: waits, waited_ns, median_ns, p99_ns, longest_ns; u64 each.
+COMPLETE_BODY = Struct("<QQQQQ")
 
 
 class FrameType(IntEnum):
@@ -199,6 +199,81 @@ class Join:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
     """The connection belongs to the migration; a section of the stream follows on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Missing:
+    """Pages that come after the switch: what the destination has of them is old.
+
+    Run i is pages ``first_gfns[i] .. first_gfns[i] + pages[i] - 1``, uint64[n] each, ascending and disjoint; n is 1 to
+    65,536.
+    """
+
+    first_gfns: GfnArray
+    pages: GfnArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """As :class:`Commit`, for a guest some of whose pages are missing: the source keeps them and answers WANTED."""
+
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Wanted:
+    """The destination asks for missing pages: ``gfns`` uint64[n], strictly ascending, n from 1 to 64.
+
+    ``urgent``: somebody there waits for them.
+    """
+
+    gfns: GfnArray
+    urgent: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pages:
+    """The answer to one WANTED: the same ``gfns``, and which of them are ``zero``, bool[n].
+
+    The content of the others follows the frame, 4,096 bytes each. ``digest`` is 16 bytes:
+    :func:`~pageferry.stream.ferry_bodies.digest_of` all that.
+    """
+
+    gfns: GfnArray
+    zero: NDArray[np.bool_]
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Complete:
+    """The destination needs nothing more: every missing page has come, or the guest has ended there.
+
+    ``waits``: how often somebody there had to wait for a page; ``waited_ns``: how long, all of it added up;
+    ``median_ns``, ``p99_ns``, ``longest_ns``: half of them, 99 in 100 and all of them were no longer than that.
+    """
+
+    waits: int = 0
+    waited_ns: int = 0
+    median_ns: int = 0
+    p99_ns: int = 0
+    longest_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dropped:
+    """The source has COMPLETE, and keeps no page any longer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recover:
+    """A new connection in place of one that was cut after the switch, of the migration with this ``token``."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovered:
+    """The guest is here and waits for its pages; WANTED follows."""
 
 
 Frame: TypeAlias = (

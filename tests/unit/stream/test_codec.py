@@ -9,8 +9,10 @@ import pytest
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError, RecordError, TruncatedError, VersionError
 from pageferry.stream import format as fmt
-from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import BodyError, PageType, RecordType
+from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.records import (
     TYPE_OF,
     Audit,

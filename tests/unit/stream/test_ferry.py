@@ -20,37 +20,8 @@ from pageferry.core.errors import (
 )
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.host_cpu import HostCpu
-from pageferry.stream.ferry import (
-    MAGIC,
-    NEED_DATA,
-    PROTOCOL_VERSION,
-    Commit,
-    Complete,
-    Conversation,
-    DestinationHello,
-    Digests,
-    Dropped,
-    Failed,
-    FerryDecoder,
-    FerryEncoder,
-    Join,
-    Joined,
-    Mismatch,
-    Missing,
-    Pages,
-    Phase,
-    Reached,
-    Ready,
-    Recover,
-    Recovered,
-    Refuse,
-    Running,
-    Side,
-    SourceHello,
-    Switch,
-    Wanted,
-)
-from pageferry.stream.ferry_bodies import body_of, parse_body
+from pageferry.stream.ferry import MAGIC, PROTOCOL_VERSION, FerryDecoder, FerryEncoder
+from pageferry.stream.ferry_bodies import body_of, digest_of, parse_body
 from pageferry.stream.ferry_frames import (
     MAX_BODY_BYTES,
     MAX_FEATURES,
@@ -58,10 +29,31 @@ from pageferry.stream.ferry_frames import (
     MAX_POPULATED_RUNS,
     MAX_TEXT_CHARS,
     TYPE_OF,
+    Commit,
+    Complete,
+    DestinationHello,
+    Digests,
+    Dropped,
+    Failed,
     FrameType,
+    Join,
+    Joined,
+    Mismatch,
+    Missing,
+    Pages,
+    Reached,
+    Ready,
+    Recover,
+    Recovered,
+    Refuse,
+    Running,
+    SourceHello,
+    Switch,
+    Wanted,
 )
-from pageferry.stream.ferry_postcopy import digest_of
+from pageferry.stream.ferry_order import Conversation, Phase, Side
 from pageferry.stream.format import MAX_DIGESTS, PFN_MASK, RUN_DIGEST, BodyError, RecordType
+from pageferry.stream.intake import NEED_DATA
 
 HELLO = SourceHello(
     version="0.1.0",

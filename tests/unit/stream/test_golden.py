@@ -22,10 +22,12 @@ from pageferry.core.state import (
     Segment,
     VcpuState,
 )
-from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import PageType, carries_data
 from pageferry.stream.hvm_context import decode_cpu, decode_machine_state, encode_cpu, encode_machine_state
 from pageferry.stream.hvm_entries import Typecode, join_entries, split_entries
+from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.records import (
     CpuidPolicy,
     End,

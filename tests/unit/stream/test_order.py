@@ -7,8 +7,10 @@ import pytest
 
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.errors import LocalStreamError, OrderError
-from pageferry.stream.codec import NEED_DATA, Decoder, Encoder
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import EXTENSIONS, RecordType
+from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import (
     Audit,

@@ -11,7 +11,7 @@ from pageferry.core.units import format_size
 from pageferry.core.vm import AnyVm, MachineModel, VmConfig
 from pageferry.engine import features
 from pageferry.engine.wire.channel import Channel
-from pageferry.stream.ferry import SourceHello
+from pageferry.stream.ferry_frames import SourceHello
 
 
 def expect_room(memory: GuestMemory, pages: int) -> None:

@@ -40,7 +40,7 @@ from pageferry.engine.precopy import Precopy, stop_and_copy
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.verify.digests import RunDigests
 from pageferry.engine.verify.file import AtPause
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 
 
 class _FilePages:

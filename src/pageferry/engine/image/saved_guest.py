@@ -25,7 +25,7 @@ from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_
 from pageferry.core.memory import MAX_MEMORY_BYTES, GuestMemory, ram_layout
 from pageferry.core.state import MachineState
 from pageferry.core.vm import MachineModel, VmConfig
-from pageferry.stream.codec import Decoder
+from pageferry.stream.decoder import Decoder
 from pageferry.stream.format import BodyError
 from pageferry.stream.hvm_context import state_in_stream
 from pageferry.stream.intake import Need

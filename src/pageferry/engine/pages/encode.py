@@ -16,7 +16,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.page_counts import NO_PAGES, PageCounts
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.pages.cache import PageCache
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import Packer
 from pageferry.stream.records import DeltaPages, PackedPages

@@ -24,7 +24,7 @@ from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import connection_of
-from pageferry.stream.codec import Decoder
+from pageferry.stream.decoder import Decoder
 from pageferry.stream.format import BodyError, PageType, RecordType, carries_data
 from pageferry.stream.intake import Need
 from pageferry.stream.order import Role

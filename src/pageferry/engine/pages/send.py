@@ -21,7 +21,7 @@ from pageferry.engine.pages.encode import NOTHING, Coded, PageCoder
 from pageferry.engine.verify.digests import RunDigests
 from pageferry.engine.wire.connections import connection_of
 from pageferry.engine.wire.pacer import Pacer
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import MAX_DIGESTS, MAX_PAGES_PER_RECORD, PageType
 from pageferry.stream.records import Audit, End, Fence, ZeroPages
 

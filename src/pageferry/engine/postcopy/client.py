@@ -37,8 +37,18 @@ from pageferry.core.vm import Vm
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.wire.connections import POLL_S, Accept, admit
 from pageferry.engine.wire.peer import Peer, PeerFailedError
-from pageferry.stream.ferry import Complete, Dropped, Failed, Pages, Recover, Recovered, Refuse, Wanted
-from pageferry.stream.ferry_postcopy import MAX_WANTED_PAGES, digest_of
+from pageferry.stream.ferry_bodies import digest_of
+from pageferry.stream.ferry_frames import (
+    MAX_WANTED_PAGES,
+    Complete,
+    Dropped,
+    Failed,
+    Pages,
+    Recover,
+    Recovered,
+    Refuse,
+    Wanted,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ import threading
 from pageferry.core.errors import RemoteStreamError
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry import Recover, Recovered, Side
+from pageferry.stream.ferry_frames import Recover, Recovered
+from pageferry.stream.ferry_order import Side
 
 
 def come_back(channel: Channel, token: str) -> Peer:

@@ -18,8 +18,8 @@ from pageferry.core.policy import RATE_SAMPLE_BYTES
 from pageferry.engine.postcopy.recovery import Recovery
 from pageferry.engine.progress import Outlook
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry import Complete, Dropped, Missing, Pages, Wanted
-from pageferry.stream.ferry_postcopy import MAX_MISSING_RUNS, digest_of
+from pageferry.stream.ferry_bodies import digest_of
+from pageferry.stream.ferry_frames import MAX_MISSING_RUNS, Complete, Dropped, Missing, Pages, Wanted
 
 _CUT = "the connection was cut: pageferry migrate --recover goes on"
 _SWITCHED = "the guest runs there already, and the rest follows"

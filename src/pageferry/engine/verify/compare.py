@@ -15,7 +15,7 @@ from pageferry.core.errors import RecordError, VerifyError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify import digests as verify
-from pageferry.stream.ferry import Digests, Mismatch, Missing
+from pageferry.stream.ferry_frames import Digests, Mismatch, Missing
 
 
 class AuditMismatchError(VerifyError):

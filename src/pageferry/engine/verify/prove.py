@@ -25,7 +25,7 @@ from pageferry.engine.verify import digests as verify
 from pageferry.engine.verify.audit import Auditor
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry import Digests, Failed, Mismatch, Ready
+from pageferry.stream.ferry_frames import Digests, Failed, Mismatch, Ready
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES
 
 _WAIT_S = 0.05

@@ -14,7 +14,8 @@ from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.peer import Peer, PeerFailedError
-from pageferry.stream.ferry import Join, Joined, Recover, Recovered, Refuse, Side
+from pageferry.stream.ferry_frames import Join, Joined, Recover, Recovered, Refuse
+from pageferry.stream.ferry_order import Side
 
 #: Accepts a connection: None when none came within so many seconds.
 Accept = Callable[[float], Channel | None]

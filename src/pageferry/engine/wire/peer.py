@@ -6,15 +6,9 @@ from typing import TypeVar
 
 from pageferry.core.errors import RemoteStreamError
 from pageferry.engine.wire.channel import Channel
-from pageferry.stream.ferry import (
-    Conversation,
-    Failed,
-    FerryDecoder,
-    FerryEncoder,
-    Frame,
-    Refuse,
-    Side,
-)
+from pageferry.stream.ferry import FerryDecoder, FerryEncoder
+from pageferry.stream.ferry_frames import Failed, Frame, Refuse
+from pageferry.stream.ferry_order import Conversation, Side
 from pageferry.stream.intake import Need
 
 _F = TypeVar("_F", bound=Frame)

@@ -7,7 +7,7 @@ import pytest
 
 from pageferry.core.errors import UsageError
 from pageferry.engine.image.sink import FileSink
-from pageferry.stream.codec import Encoder
+from pageferry.stream.encoder import Encoder
 
 
 @pytest.fixture

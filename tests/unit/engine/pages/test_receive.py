@@ -14,7 +14,8 @@ from pageferry.core.memory import GuestMemory
 from pageferry.engine.pages.receive import Activity, PageWriter, Populator, Receiver, read_stream
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
-from pageferry.stream.codec import Decoder, Encoder
+from pageferry.stream.decoder import Decoder
+from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import EXTENSIONS, PageType, carries_data
 from pageferry.stream.order import Role
 from pageferry.stream.records import (

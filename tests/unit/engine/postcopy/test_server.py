@@ -5,7 +5,7 @@ import pytest
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import RATE_SAMPLE_BYTES
 from pageferry.engine.postcopy.server import Postcopy
-from pageferry.stream.ferry import Complete
+from pageferry.stream.ferry_frames import Complete
 
 SAMPLE_PAGES = RATE_SAMPLE_BYTES // PAGE_SIZE
 

@@ -8,7 +8,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify.compare import AuditMismatchError, Comparison, ReceivedPages
 from pageferry.engine.verify.digests import digest_runs
-from pageferry.stream.ferry import Digests, Missing
+from pageferry.stream.ferry_frames import Digests, Missing
 
 
 def gfns(*numbers):
