@@ -188,7 +188,7 @@ def test_a_change_of_a_word_takes_few_bytes_the_second_time():
         first = coder.code(gfns, fresh=True)
         words[:USED, 5] += np.uint64(1)
         second = coder.code(gfns, fresh=False)
-        assert (first.delta_pages, second.delta_pages) == (0, USED)
-        assert second.delta_bytes == len(b"".join(second.buffers)) < USED * PAGE_SIZE // 20
+        assert (first.counts.delta_pages, second.counts.delta_pages) == (0, USED)
+        assert second.counts.delta_bytes == len(b"".join(second.buffers)) < USED * PAGE_SIZE // 20
         coder.forget(gfns[:4])
-        assert coder.code(gfns, fresh=False).delta_pages == USED - 4
+        assert coder.code(gfns, fresh=False).counts.delta_pages == USED - 4
