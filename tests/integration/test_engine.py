@@ -584,7 +584,7 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
 
 def test_a_host_without_room_refuses_before_the_first_page(running, inn, monkeypatch):
     vm = running()
-    monkeypatch.setattr("pageferry.engine.image.room.available_bytes", lambda: 40_000)
+    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 40_000)
     source = attempt(vm, inn.open())
     with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
         source.run()

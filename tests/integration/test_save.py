@@ -476,7 +476,7 @@ def test_a_machine_with_interrupt_controllers_is_made_again(path, restored, kvm_
 
 def test_a_host_without_room_refuses(running, path, restored, make_vm, monkeypatch):
     attempt(running("kv"), path).run()
-    monkeypatch.setattr("pageferry.engine.image.room.available_bytes", lambda: 4096)
+    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 4096)
     with pytest.raises(UsageError, match="this host has 4 KiB available"):
         restored(path, make_vm)
 

@@ -12,6 +12,7 @@ from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import PageWords, page_words
 from pageferry.engine.image.lazy import LazyRestore
+from pageferry.engine.image.proof import AtPause
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.sink import FileSink
 from pageferry.engine.pages.cache import PageCache
@@ -19,7 +20,6 @@ from pageferry.engine.pages.receive import PageWriter
 from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.source import DestinationSink, Source
-from pageferry.engine.verify.file import AtPause
 from pageferry.stream.records import ZeroPages
 
 fault = Faults(Room.ENGINE)

@@ -39,11 +39,11 @@ from pageferry.core.state import MachineState
 from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
-from pageferry.engine.image.room import make_machine
 from pageferry.engine.pages.receive import Populator, Receiver
 from pageferry.engine.postcopy.client import PostcopyClient, refuse_return
 from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.progress import PhaseClock, guarded
+from pageferry.engine.room import make_machine
 from pageferry.engine.verify.compare import AuditMismatchError, Comparison, ReceivedPages, mismatch_of
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, take_in

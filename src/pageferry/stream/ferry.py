@@ -73,7 +73,7 @@ from pageferry.stream.ferry_frames import (
     Frame,
     FrameType,
 )
-from pageferry.stream.ferry_order import Conversation, Phase, Side
+from pageferry.stream.ferry_order import Conversation, Side, Stage
 from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 
@@ -228,8 +228,8 @@ class FerryDecoder:
             raise self._not_pageferry(had)
         if had or self._intake.offset != self._record_start:
             raise TruncatedError("the peer closed the connection", record=self._record, offset=self._record_offset)
-        if self._conversation.phase not in (Phase.RUNNING, Phase.CLOSED, Phase.JOINED):
-            raise TruncatedError(f"the peer closed the connection while {self._conversation.phase}")
+        if self._conversation.stage not in (Stage.RUNNING, Stage.CLOSED, Stage.JOINED):
+            raise TruncatedError(f"the peer closed the connection while {self._conversation.stage}")
 
     @property
     def _stream_bytes(self) -> int:

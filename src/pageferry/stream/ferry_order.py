@@ -24,7 +24,7 @@ class Side(StrEnum):
         return Side.DESTINATION if self is Side.SOURCE else Side.SOURCE
 
 
-class Phase(StrEnum):
+class Stage(StrEnum):
     """How far the conversation is, as one side sees it."""
 
     GREETING = "greeting"
@@ -45,14 +45,14 @@ class Phase(StrEnum):
     RECOVERING = "recovering"
 
 
-_P, _S, _D = Phase, Side.SOURCE, Side.DESTINATION
+_P, _S, _D = Stage, Side.SOURCE, Side.DESTINATION
 #: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise.
 _NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE)
 
-#: (phase, sender, frame) -> next phase. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
+#: (stage, sender, frame) -> next stage. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
 #: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame; on a further
 #: connection nothing is said after JOINED: a section of the stream follows.
-TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
+TABLE: dict[tuple[Stage, Side, FrameType], Stage] = {
     (_P.GREETING, _S, _F.SOURCE_HELLO): _P.ANSWERING,
     (_P.GREETING, _D, _F.REFUSE): _P.CLOSED,  # the hello is not even read, or cannot be
     (_P.ANSWERING, _D, _F.DESTINATION_HELLO): _P.STREAMING,
@@ -81,9 +81,9 @@ TABLE: dict[tuple[Phase, Side, FrameType], Phase] = {
     (_P.RECOVERING, _D, _F.RECOVERED): _P.FETCHING,
     (_P.RECOVERING, _D, _F.REFUSE): _P.CLOSED,
     **{(p, _S, _F.FAILED): _P.CLOSED for p in (_P.DIGESTING, _P.COMPARING, _P.MISMATCHED, _P.READY)},
-    **{(p, _D, _F.FAILED): _P.CLOSED for p in Phase if p not in _NO_PROMISE},
+    **{(p, _D, _F.FAILED): _P.CLOSED for p in Stage if p not in _NO_PROMISE},
 }
-LAST_DIGESTS: dict[Phase, Phase] = {_P.DIGESTING: _P.COMPARING, _P.MISMATCHED: _P.MISMATCHED}
+LAST_DIGESTS: dict[Stage, Stage] = {_P.DIGESTING: _P.COMPARING, _P.MISMATCHED: _P.MISMATCHED}
 
 
 class Conversation:
@@ -93,22 +93,22 @@ class Conversation:
         side: which end we are.
     """
 
-    __slots__ = ("phase", "side", "stream_bytes")
+    __slots__ = ("side", "stage", "stream_bytes")
 
     def __init__(self, side: Side) -> None:
         self.side = side
-        self.phase = Phase.GREETING
+        self.stage = Stage.GREETING
         self.stream_bytes = 0
 
     def check(self, sender: Side, frame_type: FrameType) -> str | None:
         """Return why ``sender`` may not send this frame now, or None when it may."""
-        if (self.phase, sender, frame_type) in TABLE:
+        if (self.stage, sender, frame_type) in TABLE:
             return None
-        return f"the {sender} may not send it while {self.phase}"
+        return f"the {sender} may not send it while {self.stage}"
 
     def passed(self, sender: Side, frame_type: FrameType, *, last: bool = False) -> None:
         """Move on after a frame that :meth:`check` allowed; ``last`` says that it is the last DIGESTS."""
-        self.phase = LAST_DIGESTS[self.phase] if last else TABLE[self.phase, sender, frame_type]
+        self.stage = LAST_DIGESTS[self.stage] if last else TABLE[self.stage, sender, frame_type]
 
     def stream_passed(self, stream_bytes: int) -> None:
         """Say that the libxc stream is over: END was sent (source) or taken (destination).
@@ -119,7 +119,7 @@ class Conversation:
         Raises:
             LocalStreamError: it is not the stream's turn.
         """
-        if self.phase is not Phase.STREAMING:
-            raise LocalStreamError(f"the libxc stream cannot end while {self.phase}")
-        self.phase = Phase.DIGESTING
+        if self.stage is not Stage.STREAMING:
+            raise LocalStreamError(f"the libxc stream cannot end while {self.stage}")
+        self.stage = Stage.DIGESTING
         self.stream_bytes = stream_bytes

@@ -51,7 +51,7 @@ from pageferry.stream.ferry_frames import (
     Switch,
     Wanted,
 )
-from pageferry.stream.ferry_order import Conversation, Phase, Side
+from pageferry.stream.ferry_order import Conversation, Side
 from pageferry.stream.format import MAX_DIGESTS, PFN_MASK, RUN_DIGEST, BodyError, RecordType
 from pageferry.stream.intake import NEED_DATA
 
@@ -101,8 +101,8 @@ class End:
         self.decoder = FerryDecoder(self.conversation)
 
     @property
-    def phase(self):
-        return self.conversation.phase
+    def stage(self):
+        return self.conversation.stage
 
     def tell(self, other, frame):
         other.decoder.feed(self.encoder.frame(frame))
@@ -117,43 +117,43 @@ def ends():
     return source, destination
 
 
-def advance(ends, phase):
-    """Bring both ends to ``phase`` by legal frames."""
+def advance(ends, stage):
+    """Bring both ends to ``stage`` by legal frames."""
     source, destination = ends
     steps = [
-        (Phase.ANSWERING, lambda: source.tell(destination, HELLO)),
-        (Phase.STREAMING, lambda: destination.tell(source, ANSWER)),
-        (Phase.DIGESTING, lambda: [end.conversation.stream_passed(1000) for end in ends]),
-        (Phase.COMPARING, lambda: source.tell(destination, digests(0, 16, last=True))),
-        (Phase.READY, lambda: destination.tell(source, Ready(verified_pages=32))),
-        (Phase.COMMITTED, lambda: source.tell(destination, Commit())),
-        (Phase.RUNNING, lambda: destination.tell(source, Running())),
+        (Stage.ANSWERING, lambda: source.tell(destination, HELLO)),
+        (Stage.STREAMING, lambda: destination.tell(source, ANSWER)),
+        (Stage.DIGESTING, lambda: [end.conversation.stream_passed(1000) for end in ends]),
+        (Stage.COMPARING, lambda: source.tell(destination, digests(0, 16, last=True))),
+        (Stage.READY, lambda: destination.tell(source, Ready(verified_pages=32))),
+        (Stage.COMMITTED, lambda: source.tell(destination, Commit())),
+        (Stage.RUNNING, lambda: destination.tell(source, Running())),
     ]
-    if phase is Phase.MISMATCHED:
-        advance(ends, Phase.COMPARING)
+    if stage is Stage.MISMATCHED:
+        advance(ends, Stage.COMPARING)
         destination.tell(source, MISMATCH)
-    elif phase is Phase.CLOSED:
-        advance(ends, Phase.COMPARING)
+    elif stage is Stage.CLOSED:
+        advance(ends, Stage.COMPARING)
         destination.tell(source, Failed(reason="x"))
-    elif phase in (Phase.JOINING, Phase.JOINED):
+    elif stage in (Stage.JOINING, Stage.JOINED):
         source.tell(destination, Join(token="t", index=1))
-        if phase is Phase.JOINED:
+        if stage is Stage.JOINED:
             destination.tell(source, Joined())
-    elif phase in (Phase.SWITCHED, Phase.FETCHING, Phase.COMPLETE):
-        advance(ends, Phase.READY)
+    elif stage in (Stage.SWITCHED, Stage.FETCHING, Stage.COMPLETE):
+        advance(ends, Stage.READY)
         source.tell(destination, Switch())
-        if phase is not Phase.SWITCHED:
+        if stage is not Stage.SWITCHED:
             destination.tell(source, Running())
-        if phase is Phase.COMPLETE:
+        if stage is Stage.COMPLETE:
             destination.tell(source, COMPLETE)
-    elif phase is Phase.RECOVERING:
+    elif stage is Stage.RECOVERING:
         source.tell(destination, Recover(token="t"))
-    elif phase is not Phase.GREETING:
+    elif stage is not Stage.GREETING:
         for reached, step in steps:
             step()
-            if reached is phase:
+            if reached is stage:
                 break
-    assert [end.phase for end in ends] == [phase, phase]
+    assert [end.stage for end in ends] == [stage, stage]
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------
@@ -175,14 +175,14 @@ def test_a_whole_conversation(ends):
     assert source.tell(destination, Commit(paused=True)) == Commit(paused=True)
     assert destination.tell(source, Running()) == Running()
     for end in ends:
-        assert end.phase is Phase.RUNNING
+        assert end.stage is Stage.RUNNING
         assert end.decoder.next_event() is NEED_DATA
         end.decoder.eof()
 
 
 def test_a_conversation_that_switches_and_is_cut_and_goes_on(ends):
     source, destination = ends
-    advance(ends, Phase.DIGESTING)
+    advance(ends, Stage.DIGESTING)
     heard = source.tell(destination, MISSING)
     assert (heard.first_gfns.tolist(), heard.pages.tolist()) == ([1, 16], [2, 1])
     source.tell(destination, digests(32, last=True))
@@ -209,7 +209,7 @@ def test_a_conversation_that_switches_and_is_cut_and_goes_on(ends):
 
 def test_a_mismatch_ends_with_failed(ends):
     source, destination = ends
-    advance(ends, Phase.DIGESTING)
+    advance(ends, Stage.DIGESTING)
     source.tell(destination, digests(0, 16))
     heard = destination.tell(source, MISMATCH)
     assert heard.first_gfn == 16
@@ -217,7 +217,7 @@ def test_a_mismatch_ends_with_failed(ends):
     source.tell(destination, digests(32, last=True))  # these were under way
     failed = Failed(reason="memory differs", hint="report it", gfn=17)
     assert source.tell(destination, failed) == failed
-    assert [end.phase for end in ends] == [Phase.CLOSED] * 2
+    assert [end.stage for end in ends] == [Stage.CLOSED] * 2
 
 
 def test_a_refusal_may_come_before_the_hello_is_read(ends):
@@ -234,66 +234,66 @@ EXAMPLES += [MISSING, Switch(), WANTED, PAGES, COMPLETE, Dropped(), Recover(toke
 EXAMPLES += [Reached(number=7)]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
-    (Phase.GREETING, SOURCE): {SourceHello, Join, Recover},
-    (Phase.GREETING, DESTINATION): {Refuse, Failed},
-    (Phase.ANSWERING, SOURCE): set(),
-    (Phase.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
-    (Phase.STREAMING, SOURCE): set(),
-    (Phase.STREAMING, DESTINATION): {Reached, Mismatch, Failed},
-    (Phase.DIGESTING, SOURCE): {Missing, Digests, Failed},
-    (Phase.DIGESTING, DESTINATION): {Mismatch, Failed},
-    (Phase.COMPARING, SOURCE): {Failed},
-    (Phase.COMPARING, DESTINATION): {Mismatch, Ready, Failed},
-    (Phase.MISMATCHED, SOURCE): {Digests, Failed},
-    (Phase.MISMATCHED, DESTINATION): {Failed},
-    (Phase.READY, SOURCE): {Commit, Switch, Failed},
-    (Phase.READY, DESTINATION): {Failed},
-    (Phase.COMMITTED, SOURCE): set(),
-    (Phase.COMMITTED, DESTINATION): {Running, Failed},
-    (Phase.RUNNING, SOURCE): set(),
-    (Phase.RUNNING, DESTINATION): set(),
-    (Phase.CLOSED, SOURCE): set(),
-    (Phase.CLOSED, DESTINATION): set(),
-    (Phase.JOINING, SOURCE): set(),
-    (Phase.JOINING, DESTINATION): {Joined, Refuse, Failed},
-    (Phase.JOINED, SOURCE): set(),
-    (Phase.JOINED, DESTINATION): set(),
-    (Phase.SWITCHED, SOURCE): set(),
-    (Phase.SWITCHED, DESTINATION): {Running, Failed},
-    (Phase.FETCHING, SOURCE): {Pages},
-    (Phase.FETCHING, DESTINATION): {Wanted, Complete},
-    (Phase.RECOVERING, SOURCE): set(),
-    (Phase.COMPLETE, SOURCE): {Pages, Dropped},
-    (Phase.COMPLETE, DESTINATION): set(),
-    (Phase.RECOVERING, DESTINATION): {Recovered, Refuse, Failed},
+    (Stage.GREETING, SOURCE): {SourceHello, Join, Recover},
+    (Stage.GREETING, DESTINATION): {Refuse, Failed},
+    (Stage.ANSWERING, SOURCE): set(),
+    (Stage.ANSWERING, DESTINATION): {DestinationHello, Refuse, Failed},
+    (Stage.STREAMING, SOURCE): set(),
+    (Stage.STREAMING, DESTINATION): {Reached, Mismatch, Failed},
+    (Stage.DIGESTING, SOURCE): {Missing, Digests, Failed},
+    (Stage.DIGESTING, DESTINATION): {Mismatch, Failed},
+    (Stage.COMPARING, SOURCE): {Failed},
+    (Stage.COMPARING, DESTINATION): {Mismatch, Ready, Failed},
+    (Stage.MISMATCHED, SOURCE): {Digests, Failed},
+    (Stage.MISMATCHED, DESTINATION): {Failed},
+    (Stage.READY, SOURCE): {Commit, Switch, Failed},
+    (Stage.READY, DESTINATION): {Failed},
+    (Stage.COMMITTED, SOURCE): set(),
+    (Stage.COMMITTED, DESTINATION): {Running, Failed},
+    (Stage.RUNNING, SOURCE): set(),
+    (Stage.RUNNING, DESTINATION): set(),
+    (Stage.CLOSED, SOURCE): set(),
+    (Stage.CLOSED, DESTINATION): set(),
+    (Stage.JOINING, SOURCE): set(),
+    (Stage.JOINING, DESTINATION): {Joined, Refuse, Failed},
+    (Stage.JOINED, SOURCE): set(),
+    (Stage.JOINED, DESTINATION): set(),
+    (Stage.SWITCHED, SOURCE): set(),
+    (Stage.SWITCHED, DESTINATION): {Running, Failed},
+    (Stage.FETCHING, SOURCE): {Pages},
+    (Stage.FETCHING, DESTINATION): {Wanted, Complete},
+    (Stage.RECOVERING, SOURCE): set(),
+    (Stage.COMPLETE, SOURCE): {Pages, Dropped},
+    (Stage.COMPLETE, DESTINATION): set(),
+    (Stage.RECOVERING, DESTINATION): {Recovered, Refuse, Failed},
 }
 
 
 @pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: type(frame).__name__)
 @pytest.mark.parametrize("side", Side)
-@pytest.mark.parametrize("phase", Phase)
-def test_each_side_sends_and_hears_exactly_what_its_turn_allows(ends, phase, side, frame):
-    advance(ends, phase)
+@pytest.mark.parametrize("stage", Stage)
+def test_each_side_sends_and_hears_exactly_what_its_turn_allows(ends, stage, side, frame):
+    advance(ends, stage)
     sender, listener = ends if side is Side.SOURCE else reversed(ends)
     body = body_of(frame)
     whole = struct.pack("<II", TYPE_OF[type(frame)], len(body)) + body
-    if type(frame) in ALLOWED[phase, side]:
+    if type(frame) in ALLOWED[stage, side]:
         assert sender.encoder.frame(frame) == whole
         listener.decoder.feed(whole)
         assert type(listener.decoder.next_event()) is type(frame)
-        assert sender.phase == listener.phase
+        assert sender.stage == listener.stage
         return
-    with pytest.raises(LocalStreamError, match=f"the {side} may not send it while {phase} in "):
+    with pytest.raises(LocalStreamError, match=f"the {side} may not send it while {stage} in "):
         sender.encoder.frame(frame)
     listener.decoder.feed(whole[:8])  # refused by its header alone
-    with pytest.raises(OrderError, match=f"the {side} may not send it while {phase} in "):
+    with pytest.raises(OrderError, match=f"the {side} may not send it while {stage} in "):
         listener.decoder.next_event()
-    assert [end.phase for end in ends] == [phase, phase]
+    assert [end.stage for end in ends] == [stage, stage]
 
 
 def test_ready_before_the_last_digests_were_sent_is_refused(ends):
     source, _ = ends
-    advance(ends, Phase.DIGESTING)
+    advance(ends, Stage.DIGESTING)
     source.encoder.frame(digests(0))
     source.decoder.feed(struct.pack("<II", FrameType.READY, 20) + b'{"verified_pages":1}')
     with pytest.raises(OrderError, match="may not send it while digesting in READY"):
@@ -302,7 +302,7 @@ def test_ready_before_the_last_digests_were_sent_is_refused(ends):
 
 def test_digests_ascend_from_frame_to_frame(ends):
     source, destination = ends
-    advance(ends, Phase.DIGESTING)
+    advance(ends, Stage.DIGESTING)
     source.tell(destination, digests(0, 16))
     with pytest.raises(LocalStreamError, match="do not ascend from frame to frame in DIGESTS"):
         source.encoder.frame(digests(31))
@@ -319,7 +319,7 @@ def test_the_stream_has_its_turn():
 
 def test_offsets_count_the_stream_where_it_came_in(ends):
     source, destination = ends
-    advance(ends, Phase.DIGESTING)
+    advance(ends, Stage.DIGESTING)
     before = 16 + 8 + len(body_of(HELLO)) + 1000
     assert destination.decoder.offset == before
     assert source.decoder.offset == 16 + 8 + len(body_of(ANSWER))
@@ -412,12 +412,12 @@ def test_a_peer_that_goes_away_is_truncated(cut):
         decoder.eof()
 
 
-@pytest.mark.parametrize("phase", [p for p in Phase if p not in (Phase.RUNNING, Phase.CLOSED, Phase.JOINED)])
-def test_a_peer_that_goes_away_between_frames_is_truncated(ends, phase):
-    advance(ends, phase)
+@pytest.mark.parametrize("stage", [p for p in Stage if p not in (Stage.RUNNING, Stage.CLOSED, Stage.JOINED)])
+def test_a_peer_that_goes_away_between_frames_is_truncated(ends, stage):
+    advance(ends, stage)
     for end in ends:
         assert end.decoder.next_event() is NEED_DATA
-        with pytest.raises(TruncatedError, match=f"closed the connection while {phase}$"):
+        with pytest.raises(TruncatedError, match=f"closed the connection while {stage}$"):
             end.decoder.eof()
 
 
@@ -437,25 +437,25 @@ def test_no_frame_type_is_a_record_type():
 @pytest.mark.parametrize("excess", [1, None])
 def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
     phases = {
-        FrameType.SOURCE_HELLO: Phase.GREETING,
-        FrameType.DESTINATION_HELLO: Phase.ANSWERING,
-        FrameType.REFUSE: Phase.ANSWERING,
-        FrameType.DIGESTS: Phase.DIGESTING,
-        FrameType.COMMIT: Phase.READY,
-        FrameType.RUNNING: Phase.COMMITTED,
-        FrameType.JOIN: Phase.GREETING,
-        FrameType.JOINED: Phase.JOINING,
-        FrameType.MISSING: Phase.DIGESTING,
-        FrameType.SWITCH: Phase.READY,
-        FrameType.WANTED: Phase.FETCHING,
-        FrameType.PAGES: Phase.FETCHING,
-        FrameType.COMPLETE: Phase.FETCHING,
-        FrameType.RECOVER: Phase.GREETING,
-        FrameType.RECOVERED: Phase.RECOVERING,
-        FrameType.DROPPED: Phase.COMPLETE,
-        FrameType.REACHED: Phase.STREAMING,
+        FrameType.SOURCE_HELLO: Stage.GREETING,
+        FrameType.DESTINATION_HELLO: Stage.ANSWERING,
+        FrameType.REFUSE: Stage.ANSWERING,
+        FrameType.DIGESTS: Stage.DIGESTING,
+        FrameType.COMMIT: Stage.READY,
+        FrameType.RUNNING: Stage.COMMITTED,
+        FrameType.JOIN: Stage.GREETING,
+        FrameType.JOINED: Stage.JOINING,
+        FrameType.MISSING: Stage.DIGESTING,
+        FrameType.SWITCH: Stage.READY,
+        FrameType.WANTED: Stage.FETCHING,
+        FrameType.PAGES: Stage.FETCHING,
+        FrameType.COMPLETE: Stage.FETCHING,
+        FrameType.RECOVER: Stage.GREETING,
+        FrameType.RECOVERED: Stage.RECOVERING,
+        FrameType.DROPPED: Stage.COMPLETE,
+        FrameType.REACHED: Stage.STREAMING,
     }
-    advance(ends, phases.get(frame_type, Phase.COMPARING))
+    advance(ends, phases.get(frame_type, Stage.COMPARING))
     from_source = (FrameType.SOURCE_HELLO, FrameType.DIGESTS, FrameType.COMMIT, FrameType.JOIN)
     from_source += (FrameType.MISSING, FrameType.SWITCH, FrameType.PAGES, FrameType.RECOVER, FrameType.DROPPED)
     listener = ends[1 if frame_type in from_source else 0]
@@ -640,25 +640,25 @@ def test_the_digest_of_pages_is_of_what_stands_in_the_frame_and_after_it():
 
 
 @pytest.mark.parametrize(
-    ("phase", "frame", "match"),
+    ("stage", "frame", "match"),
     [
-        (Phase.GREETING, dataclasses.replace(HELLO, cpus=0), "cpus is no"),
-        (Phase.DIGESTING, digests(*range(0, 16 * (MAX_DIGESTS + 1), 16)), "is longer than"),
-        (Phase.DIGESTING, digests(), "flags 0x0 with 0 digests"),
-        (Phase.DIGESTING, digests(-1 & (1 << 64) - 1), "past the largest gfn"),
-        (Phase.DIGESTING, Failed(reason="x", gfn=1 << 60), "gfn is no integer"),
+        (Stage.GREETING, dataclasses.replace(HELLO, cpus=0), "cpus is no"),
+        (Stage.DIGESTING, digests(*range(0, 16 * (MAX_DIGESTS + 1), 16)), "is longer than"),
+        (Stage.DIGESTING, digests(), "flags 0x0 with 0 digests"),
+        (Stage.DIGESTING, digests(-1 & (1 << 64) - 1), "past the largest gfn"),
+        (Stage.DIGESTING, Failed(reason="x", gfn=1 << 60), "gfn is no integer"),
         (
-            Phase.GREETING,
+            Stage.GREETING,
             SourceHello(**{**{f: getattr(HELLO, f) for f in HELLO.__slots__}, "version": b"x"}),
             "written",
         ),
     ],
 )
-def test_what_the_peer_would_refuse_is_not_sent(ends, phase, frame, match):
-    advance(ends, phase)
+def test_what_the_peer_would_refuse_is_not_sent(ends, stage, frame, match):
+    advance(ends, stage)
     with pytest.raises(LocalStreamError, match=match):
         ends[0].encoder.frame(frame)
-    assert ends[0].phase is phase
+    assert ends[0].stage is stage
 
 
 def test_text_from_the_peer_is_safe_to_print():

@@ -10,8 +10,8 @@ from pageferry.core.errors import PageferryError
 from pageferry.core.frames import PAGES_PER_2M
 from pageferry.core.vm import AnyVm, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
-from pageferry.engine.image.room import expect_room
 from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.room import expect_room
 
 #: How much is read between two reports of progress: 64 MiB.
 _STEP_PAGES = 32 * PAGES_PER_2M

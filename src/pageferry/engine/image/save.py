@@ -31,6 +31,7 @@ from pageferry.core.policy import Policy
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
+from pageferry.engine.image.proof import AtPause
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.image.sink import FileSink
 from pageferry.engine.options import WireOptions
@@ -39,7 +40,6 @@ from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.precopy import Precopy, stop_and_copy
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.verify.digests import RunDigests
-from pageferry.engine.verify.file import AtPause
 from pageferry.stream.encoder import Encoder
 
 
