@@ -51,7 +51,7 @@ from pageferry.stream.ferry_frames import (
     Switch,
     Wanted,
 )
-from pageferry.stream.ferry_order import Conversation, Side
+from pageferry.stream.ferry_order import Conversation, Side, Stage
 from pageferry.stream.format import MAX_DIGESTS, PFN_MASK, RUN_DIGEST, BodyError, RecordType
 from pageferry.stream.intake import NEED_DATA
 
