@@ -144,6 +144,11 @@ def test_a_guest_that_sees_the_cpu_of_its_host_is_warned_of(start, process_accel
     assert len(warned) == shown
     assert (f"warning: {HostCpu(**host).warning}" in cli("status", "--control", process.control).stdout) is shown
     assert all(host["name"] in line for line in warned)
+    there = start("receive", "tcp://127.0.0.1:0", "--accel", process_accel)
+    result = migrate(process, str(there.endpoint()), "--json")
+    warnings = json.loads(result.stdout)["warnings"]
+    assert len(warnings) == shown
+    assert all(f"warning: {line}\n" in result.stderr and "the destination has the same" in line for line in warnings)
 
 
 def test_huge_pages_at_each_end_are_its_own_affair(start, thp, hugetlb_pool, kvm_support):
