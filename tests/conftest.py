@@ -18,6 +18,7 @@ from hypothesis import settings
 from machines import KINDS
 from proxy import Wire
 from tiers import sample
+from trips import LOOPBACK, Inn
 
 from pageferry.cli import main
 from pageferry.core.errors import KvmError, UnsupportedError, VmError
@@ -233,6 +234,20 @@ def hugetlb_pool():
         if left() < POOL_PAGES:
             pytest.skip(f"the host could set aside only {left()} pages of 2 MiB")
         yield left
+
+
+@pytest.fixture
+def inns():
+    """Opens destinations, and closes them."""
+    made = []
+
+    def open_one(make_vm, accel, endpoint=LOOPBACK):
+        made.append(Inn(make_vm, accel, endpoint))
+        return made[-1]
+
+    yield open_one
+    for inn in made:
+        inn.close()
 
 
 @pytest.fixture

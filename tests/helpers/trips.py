@@ -37,12 +37,14 @@ class Inn:
     """A destination on a thread: takes in one guest after another, each as ``make_vm`` makes it.
 
     ``made`` are the machines, ``destination`` takes in the last guest, ``channels`` are its connections, ``said`` what
-    was sent on the first of them, ``vm`` that guest, or ``error`` what became of it instead.
+    was sent on the first of them, ``vm`` that guest, or ``error`` what became of it instead. ``kind`` is the class of
+    ``destination``.
     """
 
-    def __init__(self, make_vm, accel, endpoint=LOOPBACK):
+    def __init__(self, make_vm, accel, endpoint=LOOPBACK, *, kind=Destination):
         self.make_vm = make_vm
         self.accel = accel
+        self._kind = kind
         self._listener = endpoint.listen()
         self.endpoint = endpoint.bound(self._listener)
         self.made = []
@@ -74,7 +76,7 @@ class Inn:
     def _serve(self, options):
         try:
             self.channels.append(self._heard(Channel(self._listener.accept()[0], TIMEOUT_S)))
-            self.destination = Destination(
+            self.destination = self._kind(
                 self.channels[0], self._make, accel=self.accel, accept=self._accept, **options
             )
             self.vm = self.destination.run()
@@ -94,6 +96,12 @@ class Inn:
         """Return the guest that arrived, or the error, when it is clear which."""
         self._thread.join()
         return self.vm or self.error
+
+    def check_out(self):
+        """Return the guest that arrived; it is the caller's from now on."""
+        guest, self.vm = self.vm, None
+        self.made.remove(guest)
+        return guest
 
     def close(self):
         """Take in nobody any more, and give everything back."""
@@ -235,10 +243,10 @@ class Taped:
         return [record.event for record in records]
 
 
-def source_of(vm, endpoint, policy, *, on_event=lambda event: None, work_before=None, **options):
-    """Return a Source; ``options`` are those of :class:`MigrationOptions`."""
+def source_of(vm, endpoint, policy=None, *, on_event=lambda event: None, work_before=None, kind=Source, **options):
+    """Return a Source, or another of that ``kind``; ``options`` are those of :class:`MigrationOptions`."""
     options = MigrationOptions(**({"timeout_s": TIMEOUT_S} | options))
-    return Source(vm, endpoint, policy, options, on_event=on_event, work_before=work_before)
+    return kind(vm, endpoint, policy or XenPolicy(), options, on_event=on_event, work_before=work_before)
 
 
 class Move:
@@ -255,7 +263,7 @@ class Move:
         """Move the guest; return the report."""
         self.taped = Taped(self.inn.open(), before_connect)
         try:
-            self.source = source_of(self.vm, self.taped, policy or XenPolicy(), **options)
+            self.source = source_of(self.vm, self.taped, policy, **options)
             return self.source.run()
         finally:
             self.there = self.inn.outcome()

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from at_work import runs_on
 from processes import PAGEFERRY, Process, launch, reap
-from trips import LOOPBACK, Inn, Move
+from trips import Move
 
 
 @pytest.fixture
@@ -36,20 +36,6 @@ def background():
     yield begin
     for popen in made:
         reap(popen)
-
-
-@pytest.fixture
-def inns():
-    """Opens destinations, and closes them."""
-    made = []
-
-    def open_one(make_vm, accel, endpoint=LOOPBACK):
-        made.append(Inn(make_vm, accel, endpoint))
-        return made[-1]
-
-    yield open_one
-    for inn in made:
-        inn.close()
 
 
 @pytest.fixture

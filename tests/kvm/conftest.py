@@ -7,25 +7,20 @@ import contextlib
 import ctypes
 import dataclasses
 import os
-import socket
 import struct
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from trips import Move
 
 from pageferry.core.cpuid import CpuModel
-from pageferry.core.errors import MigrationError, UnsupportedError
+from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.memory import GuestMemory
-from pageferry.core.policies import XenPolicy
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import MachineModel, VmConfig
-from pageferry.engine.destination import Destination
-from pageferry.engine.options import MigrationOptions
-from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.kvm import uapi
 from pageferry.kvm.trackers import DEFAULT_TRACKER, bitmap_tracker
 from pageferry.kvm.vm import KvmVm
@@ -149,37 +144,10 @@ def wait_for(vm, condition):
     raise AssertionError("the guest does not get there")
 
 
-class Journey:
-    """One migration to a machine that ``make_vm`` makes; ``there`` is the guest, or the error at the destination."""
-
-    def __init__(self, vm, make_vm):
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._make_vm = make_vm
-        self._thread = threading.Thread(target=self._receive)
-        self.there = None
-        endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
-        self.source = Source(vm, endpoint, XenPolicy(), MigrationOptions(timeout_s=60))
-
-    def _receive(self):
-        sock, _ = self._listener.accept()
-        try:
-            self.there = Destination(Channel(sock, 60), self._make_vm, accel="any").run()
-        except MigrationError as error:
-            self.there = error
-
-    def make(self):
-        self._thread.start()
-        try:
-            return self.source.run()
-        finally:
-            self._thread.join(60)
-            self._listener.close()
-
-
 @pytest.fixture
-def journey():
-    """Makes journeys."""
-    return Journey
+def journey(inns):
+    """Makes migrations of a guest to a machine that ``make_vm`` makes."""
+    return lambda vm, make_vm: Move(vm, inns(make_vm, "any"))
 
 
 @pytest.fixture

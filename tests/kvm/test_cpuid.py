@@ -155,7 +155,7 @@ def test_a_guest_sees_the_same_cpu_all_the_way(kvm_support, askers, first, journ
     table = vm.cpuid
     for make_vm in (other, first):
         trip = journey(vm, make_vm)
-        assert trip.make().verified
+        assert trip.run().verified
         vm = trip.there
         askers.made.append(vm)
         assert vm.cpuid == table
@@ -186,7 +186,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
 
     trip = journey(vm, make_vm)
     with pytest.raises(PeerError, match="this host lacks mmx, which the guest was given") as caught:
-        trip.make()
+        trip.run()
     assert caught.value.guest_at is GuestAt.SOURCE
     assert caught.value.phase == "hello"
     assert "choose a host that has it" in caught.value.hint
@@ -197,7 +197,7 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
     assert runs_on_the_cpu_it_was_given(vm)
     monkeypatch.undo()
     second = journey(vm, KvmVm)
-    assert second.make().verified
+    assert second.run().verified
     askers.made.append(second.there)
 
 
@@ -214,7 +214,7 @@ def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, mo
     monkeypatch.setattr(Encoder, "record", lie)
     trip = journey(vm, make_vm)
     with pytest.raises(MigrationError, match="not the CPU of the hello"):
-        trip.make()
+        trip.run()
     monkeypatch.undo()
     assert asked(vm)
 
@@ -232,10 +232,10 @@ def test_a_guest_with_all_of_the_host_moves_to_its_like_only(kvm_support, askers
     assert runs_on_the_cpu_it_was_given(vm)
     trip = journey(vm, Domain)
     with pytest.raises(PeerError, match=r"the software machine lacks .*, which the guest was given"):
-        trip.make()
+        trip.run()
     assert runs_on_the_cpu_it_was_given(vm)
     trip = journey(vm, KvmVm)
-    assert trip.make().verified
+    assert trip.run().verified
     askers.made.append(trip.there)
     assert runs_on_the_cpu_it_was_given(trip.there)
 

@@ -123,7 +123,7 @@ def test_a_running_guest_moves_with_its_ymm_registers(kvm, avx_cpu, journey, mon
     vm.resume()
     assert works_on(kvm, vm)
     trip = journey(vm, KvmVm)
-    assert trip.make().verified
+    assert trip.run().verified
     try:
         assert works_on(kvm, trip.there)
         trip.there.pause()
@@ -141,7 +141,7 @@ def test_a_destination_without_avx_refuses_before_the_commit_and_the_guest_stays
     monkeypatch.setattr("pageferry.kvm.xsave.shown_cpuid", lambda vcpu: SOFT_CPU)
     trip = journey(vm, KvmVm)
     with pytest.raises(MigrationError, match="a vCPU here has no AVX, which the guest uses") as caught:
-        trip.make()
+        trip.run()
     assert caught.value.guest_at is GuestAt.SOURCE
     assert isinstance(trip.there, MigrationError)
     assert not vm.log_dirty.enabled
@@ -227,7 +227,7 @@ def test_a_destination_without_xsave_refuses_such_a_table_before_the_first_page(
     monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: baseline(xsave_table))
     trip = journey(vm, KvmVm)
     with pytest.raises(PeerError, match="this host lacks xsave, XSAVE of x87, XSAVE of SSE, XSAVE of AVX") as caught:
-        trip.make()
+        trip.run()
     assert (caught.value.phase, caught.value.guest_at) == ("hello", GuestAt.SOURCE)
     assert trip.source.job.report.rounds == ()
 

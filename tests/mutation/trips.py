@@ -4,30 +4,26 @@ The guest stands still at a sync point of ``stamp``, and everything that writes 
 engine, so each run is the same.
 """
 
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from trips import Inn, Rounds, source_of
 
 from pageferry.core.errors import MigrationError
 from pageferry.core.events import Event, MigrationReport
 from pageferry.core.frames import GfnArray, gpa_of
 from pageferry.core.memory import GuestMemory
-from pageferry.core.policy import Action, Decision, Policy, Progress
+from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.save import Save
-from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
 from pageferry.testing.lab import Guest, Lab, Violation, listed, require
 
-_TIMEOUT_S = 30.0
 PAGES = np.arange(0x130, 0x140, dtype=np.uint64)  # RAM that no guest of the kit touches
 
 
@@ -45,20 +41,6 @@ class Engine:
     lazy: type[LazyRestore] = LazyRestore
 
 
-class Rounds:
-    """A policy: so many rounds of pre-copy, then the pause."""
-
-    name = "rounds"
-
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
-
-    def decide(self, progress: Progress) -> Decision:
-        """Count."""
-        action = Action.NEXT_ROUND if len(progress.rounds) < self._rounds else Action.STOP_AND_COPY
-        return Decision(action=action, reason="counted")
-
-
 class Trip:
     """One migration of a guest; ``there`` is the machine at the other end, or None."""
 
@@ -67,31 +49,19 @@ class Trip:
         self._engine = engine
         self._guest = guest
         self._on_made = on_made
-        self.made: list[Vm] = []
+        self._inn = Inn(self._make, guest.vm.accel, kind=engine.destination)
         self.there: Vm | None = None
         self.source: Source | None = None
 
     def _make(self, config: VmConfig) -> Vm:
         vm = self._lab.make_vm(config)
-        self.made.append(vm)
         self._on_made(vm)
         return vm
 
-    def _serve(self, listener: socket.socket, on_event: Callable[[Event], None]) -> None:
-        try:
-            channel = Channel(listener.accept()[0], _TIMEOUT_S)
-            accel = self._guest.vm.accel
-            there = self._engine.destination(
-                channel,
-                self._make,
-                accel=accel,
-                accept=lambda wait_s: accept_within(listener, wait_s, _TIMEOUT_S),
-                on_event=on_event,
-            )
-            self.there = there.run()
-            there.see_off()
-        except (MigrationError, OSError):
-            self.there = None
+    @property
+    def made(self) -> list[Vm]:
+        """The machines at the other end."""
+        return self._inn.made
 
     def go(
         self,
@@ -107,22 +77,15 @@ class Trip:
         Raises:
             MigrationError: it failed.
         """
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            listener.settimeout(_TIMEOUT_S)
-            server = threading.Thread(target=self._serve, args=(listener, there_on_event), name="destination")
-            server.start()
-            try:
-                endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
-                self.source = self._engine.source(
-                    self._guest.vm,
-                    endpoint,
-                    policy or Rounds(rounds),
-                    MigrationOptions(timeout_s=_TIMEOUT_S, **options),
-                    on_event=on_event,
-                )
-                return self.source.run()
-            finally:
-                server.join()
+        endpoint, policy = self._inn.open(on_event=there_on_event), policy or Rounds(rounds)
+        try:
+            self.source = source_of(
+                self._guest.vm, endpoint, policy, on_event=on_event, kind=self._engine.source, **options
+            )
+            return self.source.run()
+        finally:
+            self._inn.outcome()
+            self.there = self._inn.vm
 
     def require_arrived(self) -> Vm:
         """Check that the guest's memory arrived, byte for byte."""
@@ -134,8 +97,7 @@ class Trip:
 
     def close(self) -> None:
         """Free the machines at the other end."""
-        for vm in self.made:
-            vm.close()
+        self._inn.close()
 
 
 def different(ours: GuestMemory, theirs: GuestMemory) -> GfnArray:

@@ -14,24 +14,19 @@ host are left out, which is said.
 import argparse
 import random
 import secrets
-import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from machines import Kind, working_kinds
+from trips import Inn, source_of
 
-from pageferry.core.errors import MigrationError, PageferryError
+from pageferry.core.errors import PageferryError
 from pageferry.core.events import MigrationReport
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import ConvergePolicy, DowntimePolicy, XenPolicy
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
-from pageferry.engine.destination import Destination
-from pageferry.engine.options import MigrationOptions
-from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.guests.abi import read_status
 from pageferry.testing.lab import Lab, Violation, require
 
@@ -125,26 +120,14 @@ def migrate(vm: Vm, leg: Leg) -> tuple[Vm, MigrationReport]:
         MigrationError: it did not move.
         Violation: it moved without proof.
     """
-    arrived: list[Vm] = []
-
-    def serve(listener: socket.socket) -> None:
-        try:
-            channel = Channel(listener.accept()[0], _TIMEOUT_S)
-            arrived.append(Destination(channel, leg.kind.make_vm, accel=leg.kind.accel).run())
-        except (MigrationError, OSError):
-            arrived.clear()  # the source has the reason
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(_TIMEOUT_S)
-        server = threading.Thread(target=serve, args=(listener,), name="destination")
-        server.start()
-        try:
-            endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
-            report = Source(vm, endpoint, leg.policy, MigrationOptions(timeout_s=_TIMEOUT_S)).run()
-        finally:
-            server.join()
-    require(bool(arrived) and report.verified, "the migration completed, but no verified guest has arrived")
-    return arrived[0], report
+    inn = Inn(leg.kind.make_vm, leg.kind.accel)
+    try:
+        report = source_of(vm, inn.open(), leg.policy).run()
+        arrived = inn.outcome() is inn.vm
+        require(arrived and report.verified, "the migration completed, but no verified guest has arrived")
+        return inn.check_out(), report
+    finally:
+        inn.close()
 
 
 def until_checked(vm: Vm) -> None:
