@@ -268,13 +268,6 @@ class HostMapping:
         if libc.mmap(self.hva + at, size_bytes, prot, flags, -1, 0) == _MAP_FAILED:
             _raise("mmap")
 
-    def unmap(self, at: int, size_bytes: int) -> None:
-        """Make a range inaccessible again; the reservation stays."""
-        self._check(at, size_bytes)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
-        if libc.mmap(self.hva + at, size_bytes, _PROT_NONE, flags, -1, 0) == _MAP_FAILED:
-            _raise("mmap")
-
     def advise(self, at: int, size_bytes: int, advice: int) -> None:
         """Call ``madvise`` on a range without holding the interpreter lock."""
         self._check(at, size_bytes)

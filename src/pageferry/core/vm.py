@@ -182,7 +182,7 @@ class Vm(Protocol):
 
     @property
     def accel(self) -> str:
-        """``kvm`` or ``soft``."""
+        """The kind of machine: ``kvm``, ``soft``."""
 
     @property
     def log_dirty(self) -> LogDirty:

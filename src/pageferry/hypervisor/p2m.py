@@ -236,33 +236,6 @@ class P2M:
         self._words[at] = self._words[at] & ADDRESS | PSE | BITS[new]
         return gfn & -(1 << shift), 1 << shift
 
-    def change_type_range(self, first: int, pages: int, old: P2MType, new: P2MType) -> int:
-        """Change every page of type ``old`` in a range to ``new``; return how many there were.
-
-        Superpages inside the range change whole; only those across its ends are split. Both types have frames.
-
-        Raises:
-            P2MError: a split was needed and the pool is exhausted, or a type has no frame; no type changed.
-
-        Source: Xen ``p2m_change_type_range``.
-        """
-        assert self.lock.mine
-        if not (BITS[old] & PRESENT and BITS[new] & PRESENT):
-            raise P2MError("only frames change their type", gfn=first, p2m_type=f"{old.name} to {new.name}".lower())
-        end, changed = first + pages, 0
-        for edge in (first, end):
-            self._split_at(edge)
-        gfn = first
-        while gfn < end:
-            at, shift = self.find(gfn)
-            count = 1 if shift else min(end - gfn, 512 - (gfn & 511))
-            entries = self._tables.reshape(-1)[at - (self._pool.first_mfn << 9) :][:count]
-            chosen = entries >> _U(TYPE_SHIFT) & _U(TYPE_MASK) == _U(old)
-            np.copyto(entries, entries & _U(ADDRESS | (PSE if shift else 0)) | _U(BITS[new]), where=chosen)
-            changed += int(np.count_nonzero(chosen)) << shift
-            gfn = gfn + count if not shift else ((gfn >> shift) + 1) << shift
-        return changed
-
     def change_types(self, gfns: GfnArray, old: P2MType, new: P2MType) -> int:
         """Change every one of ``gfns`` that is a 4 KiB page of type ``old`` to ``new``; return how many there were.
 
@@ -341,13 +314,6 @@ class P2M:
             entry |= USER
         self._words[at] = entry
         return entry
-
-    def _split_at(self, gfn: int) -> None:
-        """Split the superpages that ``gfn`` lies inside of, until it is the first frame of an entry."""
-        if gfn < MAX_GFN:
-            at, shift = self.find(gfn)
-            while self._words[at] & PRESENT and gfn & (1 << shift) - 1:
-                at, shift = self._split(gfn, at, shift)
 
     def _split(self, gfn: int, at: int, shift: int) -> tuple[int, int]:
         """Replace an entry of ``1 << shift`` pages by a table of 512 alike; return ``gfn``'s and its shift."""

@@ -179,7 +179,7 @@ def test_granted_frames_in_a_row_do_not_join(large):
 def test_only_pages_of_one_type_join_and_only_where_their_frames_do(large):
     with large.p2m.lock:
         large.p2m.change_type(5, RW, P2MType.RAM_RO)
-        large.p2m.change_type_range(512, 512, RW, P2MType.RAM_RO)
+        large.p2m.change_superpage_type(512, P2MType.RAM_RO)
         large.p2m.change_type(600, P2MType.RAM_RO, P2MType.RAM_RO)  # splits, and says the same
     large.physmap.add_to_physmap(1025, 1024)
     large.physmap.populate_physmap(1025)
@@ -189,31 +189,6 @@ def test_only_pages_of_one_type_join_and_only_where_their_frames_do(large):
     assert [large.p2m.lookup(gfn)[1] for gfn in (4, 5, 511, 512, 1023, 1024)] == [RW, 3, RW, 3, 3, RW]
 
 
-def test_a_range_changes_superpages_whole_and_splits_only_its_ends(large):
-    first, end = 700, 2 * GiB_PAGES + 1000
-    with large.p2m.lock:
-        assert large.p2m.change_type_range(first, end - first, RW, P2MType.RAM_RO) == end - first
-        assert large.p2m.change_type_range(first, end - first, RW, P2MType.RAM_RO) == 0
-    edges = (first - 1, first, GiB_PAGES, end - 1, end)
-    assert [large.p2m.lookup(gfn)[1] for gfn in edges] == [RW, 3, 3, 3, RW]
-    assert shapes(large) == (1, 2 + 511, 1 + 2 * 512)
-    with large.p2m.lock:
-        assert large.p2m.change_type_range(0, 1 << 36, P2MType.RAM_RO, RW) == end - first
-        large.p2m.join()
-        with pytest.raises(P2MError, match="only frames"):
-            large.p2m.change_type_range(0, 1, P2MType.MMIO_DM, RW)
-        with pytest.raises(P2MError, match="no frame to map"):
-            large.p2m.change_type(3 * GiB_PAGES, P2MType.MMIO_DM, RW)
-    assert shapes(large) == (2, 3, 1)
-
-
-def test_a_range_without_frames_to_split_changes_nothing(large):
-    large.machine.pool.set_allocation(large.machine.pool.used + 2)
-    with large.p2m.lock, pytest.raises(P2MError, match="no frame"):
-        large.p2m.change_type_range(5, 2 * GiB_PAGES, RW, P2MType.RAM_RO)
-    assert all(large.p2m.lookup(gfn)[1] == RW for gfn in range(0, large.memory.gfn_limit, 1009))
-
-
 def test_a_hole_of_one_type_is_one_entry(large):
     with large.p2m.lock:
         assert large.p2m.change_type(3 * GiB_PAGES, P2MType.MMIO_DM, P2MType.INVALID)
@@ -221,6 +196,8 @@ def test_a_hole_of_one_type_is_one_entry(large):
     with large.p2m.lock:
         assert large.p2m.change_type(3 * GiB_PAGES, P2MType.INVALID, P2MType.MMIO_DM)
         assert large.p2m.join() == 2
+        with pytest.raises(P2MError, match="no frame to map"):
+            large.p2m.change_type(3 * GiB_PAGES, P2MType.MMIO_DM, RW)
 
 
 def test_without_a_frame_a_whole_gigabyte_is_dirty_and_peek_refuses(large):
