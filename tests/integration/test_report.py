@@ -1,6 +1,6 @@
 """Every field of a migration's report against an independent count of the same thing.
 
-``FIELDS`` is the table: field -> what it is compared with. The counts are the test's own (tests/helpers/witness.py):
+``FIELDS`` is the table: field -> what it is compared with. The counts are the test's own (tests/helpers/onlooker.py):
 the bytes at a proxy, the records on a tape of the wire, what the tracker returned, the guest's own counter of work,
 calls that are noted where they are made, and spans of the test's clock around what is timed: a time in the report must
 lie between the least that it can have been and the most. A field that nobody has put in the table fails a test.
@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import pytest
 from at_work import runs_on, work
 from machines import KINDS
+from onlooker import OWN, Onlooker, decisions, gfns_of, named_zero, populated_pages
 from proxy import Wire
 from trips import LOOPBACK, Inn, Taped, source_of
-from witness import OWN, Witness, decisions, gfns_of, named_zero, populated_pages
 
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationReport, Phase
@@ -100,25 +100,25 @@ class Seen:
         boot(self.vm, load_workload("hotset"), params=GuestParams(working_set_bytes=4 * MiB))
         self.vm.resume()
         assert runs_on(self.vm)
-        self.witness = Witness(self.vm, list(scenario.decisions))
+        self.onlooker = Onlooker(self.vm, list(scenario.decisions))
         self.arrived = None  # when the destination had all and was about to run it
         self.equal = None
         self._move()
 
     def _move(self):
-        here, witness = self.inn.open(before_run=self._before_run), self.witness
+        here, onlooker = self.inn.open(before_run=self._before_run), self.onlooker
         if self.scenario.wire.connections == 1 and not self.scenario.unix:
             self.wire = Wire((here.host, here.port))
             here = Endpoint.parse(self.wire.uri)
-        witness.taped = Taped(here)
+        onlooker.taped = Taped(here)
         self.source = source_of(
             self.vm,
-            witness.taped,
-            witness,
+            onlooker.taped,
+            onlooker,
             verify=self.scenario.verify,
             wire=self.scenario.wire,
-            on_event=witness.on_event,
-            work_before=witness.work_before,
+            on_event=onlooker.on_event,
+            work_before=onlooker.work_before,
         )
         self.began_s = time.monotonic()
         try:
@@ -130,15 +130,15 @@ class Seen:
         if self.wire is not None:
             self.wire.close()
         self.moved = not isinstance(self.there, Exception)
-        self.per_round = witness.rounds() if witness.round_began else []
-        self.late = [frame for frame in witness.taped.placed()[1] if isinstance(frame, Pages)] if self.moved else []
-        if witness.switches:  # what the guest wrote since is another matter
+        self.per_round = onlooker.rounds() if onlooker.round_began else []
+        self.late = [frame for frame in onlooker.taped.placed()[1] if isinstance(frame, Pages)] if self.moved else []
+        if onlooker.switches:  # what the guest wrote since is another matter
             pairs = zip(self.vm.memory.page_views(OWN[::2]), self.there.memory.page_views(OWN[::2]), strict=True)
             self.equal = all(bytes(a) == bytes(b) for a, b in pairs)
 
     def _before_run(self, there, name):
         self.arrived = time.monotonic()
-        if self.witness.switches:  # to look at a page that is missing is to wait for it
+        if self.onlooker.switches:  # to look at a page that is missing is to wait for it
             return
         self.work_there = sum(work(there))
         populated = self.vm.memory.populated()
@@ -157,12 +157,12 @@ class Seen:
     def sendings(self, index):
         """The calls that sent pages of a round."""
         places = {(record.connection, record.begin) for record in self.per_round[index][0]}
-        return [each for each in self.witness.taped.sendings if (each.connection, each.begin) in places]
+        return [each for each in self.onlooker.taped.sendings if (each.connection, each.begin) in places]
 
     def frozen(self):
         """The call that paused the guest for good, if it came to that."""
-        calls = [each for each in self.witness.of("freeze") if each.thread == "MainThread"]
-        return calls[-1] if Phase.PAUSE in self.witness.began else None
+        calls = [each for each in self.onlooker.of("freeze") if each.thread == "MainThread"]
+        return calls[-1] if Phase.PAUSE in self.onlooker.began else None
 
     def counter(self):
         """How often each page is on the tapes."""
@@ -175,16 +175,16 @@ class Seen:
 
     def dirty(self, index):
         """What the tracker returned for a round, frame by frame; round 0 has no such thing."""
-        begin, end = self.witness.round_began[index], self.witness.ends_of_rounds()[index]
-        calls = self.witness.of("clean_range", begin, end)
-        if index == len(self.witness.decided):  # the stop-and-copy takes what a PEEK says
-            begin = self.witness.began[Phase.STOP_AND_COPY]
-            calls = self.witness.of("peek", begin, end)[:1]
+        begin, end = self.onlooker.round_began[index], self.onlooker.ends_of_rounds()[index]
+        calls = self.onlooker.of("clean_range", begin, end)
+        if index == len(self.onlooker.decided):  # the stop-and-copy takes what a PEEK says
+            begin = self.onlooker.began[Phase.STOP_AND_COPY]
+            calls = self.onlooker.of("peek", begin, end)[:1]
         return [gfn for call in calls for gfn in call.result.gfns().tolist()]
 
     def state(self):
         """The record of the guest's state, if it was sent."""
-        records, _ = self.witness.taped.placed()
+        records, _ = self.onlooker.taped.placed()
         return next((record.event for record in records if isinstance(record.event, HvmContext)), None)
 
     def said(self, number):
@@ -198,7 +198,7 @@ class Seen:
 
     def digests(self):
         """The frames of digests that were sent at the pause."""
-        return [frame for frame in self.witness.taped.placed()[1] if isinstance(frame, Digests)]
+        return [frame for frame in self.onlooker.taped.placed()[1] if isinstance(frame, Digests)]
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def within(value, least, most):
 
 def since_began(seen, least_s, most_s):
     """The bounds of a time since the migration began, which was between the call of ``run`` and its first event."""
-    return least_s - seen.witness.began[Phase.CONNECT].at_s, most_s - seen.began_s
+    return least_s - seen.onlooker.began[Phase.CONNECT].at_s, most_s - seen.began_s
 
 
 # -- what it was -------------------------------------------------------------------------------------------------------
@@ -259,13 +259,13 @@ def what_the_test_made(seen):
     assert seen.report.source_accel == seen.scenario.accel
     assert seen.report.destination_accel == seen.scenario.there
     assert seen.report.tracker == seen.scenario.tracker
-    assert seen.report.policy == "witness"
+    assert seen.report.policy == "onlooker"
     assert seen.report.memory_bytes == MEMORY_BYTES == seen.vm.memory.size_bytes
 
 
 @counted("connections")
 def connections_that_were_accepted(seen):
-    assert seen.report.connections == len(seen.inn.channels) == len(seen.witness.taped.tapes)
+    assert seen.report.connections == len(seen.inn.channels) == len(seen.onlooker.taped.tapes)
 
 
 @counted("compress", "delta_cache_bytes")
@@ -315,17 +315,17 @@ def no_file(seen):
 
 @counted("sent_bytes")
 def bytes_on_the_wire(seen):
-    assert seen.report.sent_bytes == sum(map(len, seen.witness.taped.tapes))
+    assert seen.report.sent_bytes == sum(map(len, seen.onlooker.taped.tapes))
     if seen.wire is not None:
         assert seen.report.sent_bytes == seen.wire.forwarded_bytes
 
 
 @counted("rounds.index", "rounds.final")
 def rounds_in_their_order(seen):
-    last = len(seen.witness.round_began) - 1
+    last = len(seen.onlooker.round_began) - 1
     expected = [(index, seen.moved and index == last) for index in range(last + 1)]
     assert [(stats.index, stats.final) for stats in seen.report.rounds] == expected
-    sweeps = len(seen.witness.of("clean_range"))  # of a guest this small one CLEAN is a round
+    sweeps = len(seen.onlooker.of("clean_range"))  # of a guest this small one CLEAN is a round
     assert len(expected) == (sweeps + 1 + seen.moved if expected else 0)
 
 
@@ -362,7 +362,7 @@ def packed_records_on_the_tape(seen):
 def pages_that_the_tracker_returned(seen):
     for index, stats in enumerate(seen.report.rounds):
         if index:
-            later = seen.witness.switches and stats.final  # what is dirty then, is missing
+            later = seen.onlooker.switches and stats.final  # what is dirty then, is missing
             assert stats.dirty_pages == (0 if later else len(seen.dirty(index)))
         else:
             assert seen.counter().keys() >= set(OWN[::2].tolist())
@@ -376,17 +376,17 @@ def pages_dirty_by_the_tests_own_peek(seen):
         if stats.final:
             assert stats.remaining_pages == 0
         else:
-            least = seen.witness.round_progress[stats.index].dirty_pages
-            assert 0 < least <= stats.remaining_pages <= seen.witness.decided[stats.index][0].dirty_pages
+            least = seen.onlooker.round_progress[stats.index].dirty_pages
+            assert 0 < least <= stats.remaining_pages <= seen.onlooker.decided[stats.index][0].dirty_pages
 
 
 @counted("rounds.duration_s")
 def spans_of_the_rounds(seen):
-    for stats, end in zip(seen.report.rounds, seen.witness.ends_of_rounds(), strict=True):
+    for stats, end in zip(seen.report.rounds, seen.onlooker.ends_of_rounds(), strict=True):
         sendings = seen.sendings(stats.index)
         first_s = min((each.began_s for each in sendings), default=0.0)
         last_s = max((each.ended_s for each in sendings), default=0.0)
-        outside_s = end.at_s - seen.witness.round_began[stats.index].at_s
+        outside_s = end.at_s - seen.onlooker.round_began[stats.index].at_s
         within(stats.duration_s, last_s - first_s, outside_s)
 
 
@@ -467,8 +467,8 @@ def the_state_on_the_wire(seen):
 @counted("devices.save_ns")
 def how_long_each_device_took(seen):
     for each in seen.report.devices:
-        call = seen.witness.device_calls[each.name][-1]
-        whole = seen.witness.of("save_state")[-1]
+        call = seen.onlooker.device_calls[each.name][-1]
+        whole = seen.onlooker.of("save_state")[-1]
         within(
             each.save_ns, 0.9 * 1e9 * (call.ended_s - call.began_s) - 1e3, 1e9 * (whole.ended_s - whole.began_s) + 1e3
         )
@@ -479,7 +479,7 @@ def how_long_each_device_took(seen):
 
 @counted("total_s")
 def from_the_first_event_to_the_end(seen):
-    least_s = seen.witness.taped.sendings[-1].ended_s
+    least_s = seen.onlooker.taped.sendings[-1].ended_s
     within(seen.report.total_s, *since_began(seen, least_s, seen.returned_s))
 
 
@@ -488,8 +488,8 @@ def when_the_pause_began(seen):
     if seen.frozen() is None:
         assert seen.report.paused_at_s is None
     else:
-        began = seen.witness.began[Phase.PAUSE].at_s
-        least_s = seen.witness.ended[Phase.PRECOPY].at_s
+        began = seen.onlooker.began[Phase.PAUSE].at_s
+        least_s = seen.onlooker.ended[Phase.PRECOPY].at_s
         within(seen.report.paused_at_s, *since_began(seen, least_s, began))
 
 
@@ -499,10 +499,10 @@ def for_how_long_the_guest_ran_nowhere(seen):
         assert seen.report.downtime_s is None
         return
     frozen = seen.frozen()
-    if not seen.witness.switches:
-        assert seen.work_there == seen.witness.began[Phase.STOP_AND_COPY].work  # it did nothing meanwhile
+    if not seen.onlooker.switches:
+        assert seen.work_there == seen.onlooker.began[Phase.STOP_AND_COPY].work  # it did nothing meanwhile
     within(
-        seen.report.downtime_s, seen.arrived - frozen.ended_s, seen.returned_s - seen.witness.ended[Phase.PRECOPY].at_s
+        seen.report.downtime_s, seen.arrived - frozen.ended_s, seen.returned_s - seen.onlooker.ended[Phase.PRECOPY].at_s
     )
 
 
@@ -514,13 +514,13 @@ def what_was_done_meanwhile(seen):
         return
     assert sum(parts.values()) == pytest.approx(seen.report.downtime_s)
     assert list(parts) == [str(phase) for phase in DOWNTIME_PHASES]
-    began, ended = seen.witness.began, seen.witness.ended
+    began, ended = seen.onlooker.began, seen.onlooker.ended
     edges = (Phase.PRECOPY, *DOWNTIME_PHASES)
     for before, phase, after in zip(edges, DOWNTIME_PHASES, DOWNTIME_PHASES[1:], strict=False):
         inside_s = ended[phase].at_s - began[phase].at_s
         within(parts[str(phase)], inside_s, began[after].at_s - ended[before].at_s)
     within(parts["handoff"], seen.arrived - began[Phase.HANDOFF].at_s, seen.returned_s - ended[Phase.VERIFY].at_s)
-    save = seen.witness.of("save_state")[-1]
+    save = seen.onlooker.of("save_state")[-1]
     assert parts["state"] >= save.ended_s - save.began_s
     assert parts["pause"] >= seen.frozen().ended_s - seen.frozen().began_s
 
@@ -540,7 +540,7 @@ def pages_that_vcpus_made_dirty(seen):
 @counted("throttled_s")
 def for_how_long_somebody_held_it(seen):
     freezes, thaws = (
-        [each for each in seen.witness.of(name) if each.thread == "throttle"] for name in ("freeze", "thaw")
+        [each for each in seen.onlooker.of(name) if each.thread == "throttle"] for name in ("freeze", "thaw")
     )
     assert bool(freezes) == any(decision.throttle for decision in seen.scenario.decisions)
     least_s = sum(thaw.began_s - freeze.ended_s for freeze, thaw in zip(freezes, thaws, strict=True))
@@ -553,13 +553,13 @@ def for_how_long_somebody_held_it(seen):
 def when_rounds_ended(seen):
     for index, end in enumerate(seen.report.round_ends):
         least_s = max(each.ended_s for each in seen.sendings(index))
-        within(end.ended_s, *since_began(seen, least_s, seen.witness.decided[index][0].at_s))
+        within(end.ended_s, *since_began(seen, least_s, seen.onlooker.decided[index][0].at_s))
 
 
 @counted("round_ends.work")
 def what_the_guest_says_it_had_done(seen):
     for index, end in enumerate(seen.report.round_ends):
-        assert seen.witness.decided[index][0].work <= end.work <= seen.witness.round_ended[index].work
+        assert seen.onlooker.decided[index][0].work <= end.work <= seen.onlooker.round_ended[index].work
 
 
 @counted(
@@ -575,7 +575,7 @@ def what_the_policy_said(seen):
 @counted("round_ends.fixed_s", "round_ends.expected_downtime_s")
 def what_a_pause_would_have_cost(seen):
     for index, end in enumerate(seen.report.round_ends):
-        rehearsal = seen.witness.of("save_state")[0]
+        rehearsal = seen.onlooker.of("save_state")[0]
         assert end.fixed_s >= 2 * (rehearsal.ended_s - rehearsal.began_s)
         moved_bytes = duration_s = 0
         for stats in reversed(seen.report.rounds[: index + 1]):
@@ -593,14 +593,14 @@ def what_a_pause_would_have_cost(seen):
 
 @counted("guest_time")
 def nothing_where_there_was_no_precopy(seen):
-    assert (seen.report.guest_time is None) == (not seen.witness.decided)
+    assert (seen.report.guest_time is None) == (not seen.onlooker.decided)
 
 
 def in_precopy(function):
     """Only where there was any."""
 
     def looks(seen):
-        if seen.witness.decided:
+        if seen.onlooker.decided:
             function(seen, seen.report.guest_time)
 
     return looks
@@ -608,35 +608,35 @@ def in_precopy(function):
 
 def rehearsed(seen):
     """The calls that froze the guest and let it go to see what its state costs."""
-    return seen.witness.of("freeze")[0], seen.witness.of("thaw")[0]
+    return seen.onlooker.of("freeze")[0], seen.onlooker.of("thaw")[0]
 
 
 def last_moment(seen):
     """When the guest did its last work before the pause, or the end: at the least and the most; and its work then."""
-    witness = seen.witness
+    onlooker = seen.onlooker
     if seen.frozen() is None:
-        end = witness.ended[Phase.PRECOPY]
+        end = onlooker.ended[Phase.PRECOPY]
         return end.at_s, seen.returned_s, end.work, None
-    return seen.frozen().ended_s, witness.ended[Phase.PAUSE].at_s, *[witness.ended[Phase.PAUSE].work] * 2
+    return seen.frozen().ended_s, onlooker.ended[Phase.PAUSE].at_s, *[onlooker.ended[Phase.PAUSE].work] * 2
 
 
 @counted("guest_time.precopy_s")
 @in_precopy
 def from_the_handshake_to_the_pause(seen, spent):
     first_s, last_s, _, _ = last_moment(seen)
-    within(spent.precopy_s, first_s - rehearsed(seen)[0].began_s, last_s - seen.witness.ended[Phase.HELLO].at_s)
+    within(spent.precopy_s, first_s - rehearsed(seen)[0].began_s, last_s - seen.onlooker.ended[Phase.HELLO].at_s)
 
 
 @counted("guest_time.rehearsal_s", "guest_time.enable_s", "guest_time.clean_s")
 @in_precopy
 def calls_that_held_it(seen, spent):
-    witness, (freeze, thaw) = seen.witness, rehearsed(seen)
-    (enable,) = witness.of("enable")
-    within(spent.rehearsal_s, thaw.ended_s - freeze.began_s, enable.began_s - witness.began[Phase.PRECOPY].at_s)
-    within(spent.enable_s, enable.ended_s - enable.began_s, witness.round_began[0].at_s - thaw.ended_s)
-    inside_s = sum(each.ended_s - each.began_s for each in witness.of("clean_range"))
-    outside_s = sum(each.at_s for each, _ in witness.decided[1:]) - sum(
-        each.at_s for each in witness.round_began[1 : len(witness.decided)]
+    onlooker, (freeze, thaw) = seen.onlooker, rehearsed(seen)
+    (enable,) = onlooker.of("enable")
+    within(spent.rehearsal_s, thaw.ended_s - freeze.began_s, enable.began_s - onlooker.began[Phase.PRECOPY].at_s)
+    within(spent.enable_s, enable.ended_s - enable.began_s, onlooker.round_began[0].at_s - thaw.ended_s)
+    inside_s = sum(each.ended_s - each.began_s for each in onlooker.of("clean_range"))
+    outside_s = sum(each.at_s for each, _ in onlooker.decided[1:]) - sum(
+        each.at_s for each in onlooker.round_began[1 : len(onlooker.decided)]
     )
     within(spent.clean_s, inside_s, outside_s)
 
@@ -644,9 +644,9 @@ def calls_that_held_it(seen, spent):
 @counted("guest_time.work_before_per_s", "guest_time.work_during_per_s", "guest_time.work_after_per_s")
 @in_precopy
 def by_the_guests_own_counter(seen, spent):
-    witness, before = seen.witness, seen.witness.work_before
-    first, rehearsal = witness.began[Phase.PRECOPY], rehearsed(seen)[0]
-    most_work = witness.round_began[0].work
+    onlooker, before = seen.onlooker, seen.onlooker.work_before
+    first, rehearsal = onlooker.began[Phase.PRECOPY], rehearsed(seen)[0]
+    most_work = onlooker.round_began[0].work
     least = (first.work - before.work) / (rehearsal.began_s - before.at_s)
     within(spent.work_before_per_s, least, (most_work - before.work) / (first.at_s - before.at_s))
     first_s, last_s, least_work, last_work = last_moment(seen)
@@ -669,14 +669,14 @@ def work_that_was_not_done(seen, spent):
 
 @counted("postcopy")
 def nothing_where_nothing_was_missing(seen):
-    assert (seen.report.postcopy is not None) == seen.witness.switches
+    assert (seen.report.postcopy is not None) == seen.onlooker.switches
 
 
 def after_the_switch(function):
     """Only where there was one."""
 
     def looks(seen):
-        if seen.witness.switches:
+        if seen.onlooker.switches:
             function(seen, seen.report.postcopy)
 
     return looks
@@ -685,9 +685,9 @@ def after_the_switch(function):
 @counted("postcopy.missing_pages", "postcopy.sent_pages", "postcopy.zero_pages")
 @after_the_switch
 def pages_that_went_afterwards(seen, late):
-    missing = [frame for frame in seen.witness.taped.placed()[1] if isinstance(frame, Missing)]
+    missing = [frame for frame in seen.onlooker.taped.placed()[1] if isinstance(frame, Missing)]
     assert late.missing_pages == sum(int(frame.pages.sum()) for frame in missing)
-    assert late.missing_pages == len(seen.dirty(len(seen.witness.decided)))
+    assert late.missing_pages == len(seen.dirty(len(seen.onlooker.decided)))
     assert late.sent_pages == len({gfn for frame in seen.late for gfn in frame.gfns.tolist()}) == late.missing_pages
     assert late.zero_pages == sum(int(frame.zero.sum()) for frame in seen.late)
 
@@ -703,7 +703,7 @@ def pages_that_somebody_waited_for(seen, late):
 @counted("postcopy.duration_s", "postcopy.cuts", "postcopy.cut_s")
 @after_the_switch
 def how_long_they_took(seen, late):
-    least_s = seen.witness.taped.sendings[-1].ended_s - seen.witness.ended[Phase.HANDOFF].at_s
+    least_s = seen.onlooker.taped.sendings[-1].ended_s - seen.onlooker.ended[Phase.HANDOFF].at_s
     within(late.duration_s, least_s, seen.returned_s - seen.arrived)
     assert (late.cuts, late.cut_s) == (0, 0.0)  # of real ones: test_postcopy.py
 

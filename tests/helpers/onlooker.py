@@ -1,4 +1,4 @@
-"""Witness: sees one migration from outside, by the test's own clock and counts, to compare the report with.
+"""Onlooker: sees one migration from outside, by the test's own clock and counts, to compare the report with.
 
 It asks nothing of the engine: the wire is taped where it is written, calls of the machine, its tracker and its devices
 are noted where they are made, and the policy and the observer of events are the test's own.
@@ -45,7 +45,7 @@ class Mark:
     dirty_pages: int | None = None
 
 
-class Witness:
+class Onlooker:
     """Watches ``vm``; ``run`` moves it and sees. Give its ``policy`` and ``on_event`` to whoever moves it.
 
     Args:
@@ -53,7 +53,7 @@ class Witness:
         decisions: what the policy says after each round, in turn.
     """
 
-    name = "witness"
+    name = "onlooker"
 
     def __init__(self, vm, decisions, limit_s=None):
         self.vm = vm
