@@ -2,7 +2,13 @@
 
 import contextlib
 import socket
+import struct
 import threading
+
+
+def marker(frame_type):
+    """Where a frame of that type begins on the wire."""
+    return struct.pack("<I", frame_type)
 
 
 class Wire:
@@ -63,6 +69,14 @@ class Wire:
 
     def release(self):
         self._released.set()
+
+    @contextlib.contextmanager
+    def cut_when_held(self):
+        """Cut it as soon as it holds what it was told to hold; what is held is lost."""
+        cutter = threading.Thread(target=lambda: (self.held.wait(60), self.cut()))
+        cutter.start()
+        yield
+        cutter.join()
 
     def cut(self):
         for sock in self._sockets:

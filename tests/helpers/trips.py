@@ -1,18 +1,20 @@
 """Migrations between two machines in one process: the other end, policies that count, a copy of what is sent."""
 
+import math
 import struct
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from at_work import until
+from at_work import runs_on, until
 
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import MigrationError
+from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
+from pageferry.core.vm import VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
@@ -31,6 +33,8 @@ from pageferry.stream.records import End
 #: How long a connection may stand still where no test is about that.
 TIMEOUT_S = 60
 LOOPBACK = Endpoint(host="127.0.0.1")
+#: So many rounds does a policy make that somebody else must end.
+FOREVER = math.inf
 
 
 class Inn:
@@ -245,6 +249,7 @@ class Taped:
 
 def source_of(vm, endpoint, policy=None, *, on_event=lambda event: None, work_before=None, kind=Source, **options):
     """Return a Source, or another of that ``kind``; ``options`` are those of :class:`MigrationOptions`."""
+    endpoint = Endpoint.parse(endpoint) if isinstance(endpoint, str) else endpoint
     options = MigrationOptions(**({"timeout_s": TIMEOUT_S} | options))
     return kind(vm, endpoint, policy or XenPolicy(), options, on_event=on_event, work_before=work_before)
 
@@ -274,6 +279,18 @@ class Move:
         gfns = expand_runs(*self.vm.memory.populated())
         ours, theirs = (memory.page_views(gfns) for memory in (self.vm.memory, self.there.memory))
         assert [int(g) for g, a, b in zip(gfns, ours, theirs, strict=True) if bytes(a) != bytes(b)] == []
+
+
+def expect_as_before(vm, inn, source):
+    """Law 5: the source as it was, log-dirty off, nobody at the destination, and the next attempt works."""
+    assert source.job.report.status in ("failed", "cancelled")
+    assert source.job.report.guest_at is GuestAt.SOURCE
+    assert not vm.log_dirty.enabled
+    assert vm.status is VmStatus.RUNNING
+    assert runs_on(vm)
+    second = source_of(vm, inn.open())
+    assert second.run().status == "completed"
+    assert runs_on(inn.outcome())
 
 
 class Running:
