@@ -28,11 +28,17 @@ from pageferry.core.memory import GuestMemory
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.verify.digests import RunDigests, digest_runs
 
-#: How much is digested at once, 32 MiB or up to 64 MiB: on all cores for some milliseconds. Of a large guest more, so
-#: that it has so many pieces at the most: each costs two PEEKs, of the whole guest.
 _PIECE_PAGES = 8192
 _MAX_PIECES = 256
 _REGION_WORDS = PAGES_PER_2M // 64
+
+
+def piece_pages(memory_pages: int) -> int:
+    """Return how much of a guest is to be digested at once: 32 MiB, on all cores for some milliseconds.
+
+    Of a large guest more, so that it has 256 pieces at the most: each costs two PEEKs, of the whole guest.
+    """
+    return max(_PIECE_PAGES, memory_pages // _MAX_PIECES)
 
 
 class Auditor:
@@ -44,13 +50,17 @@ class Auditor:
         memory: the guest's.
         accounts: of its pages.
         peek: the tracker's PEEK.
+        piece_pages: how much is digested at once; up to twice as much, if that is all.
     """
 
-    def __init__(self, memory: GuestMemory, accounts: PageAccounts, peek: Callable[[], DirtyBitmap]) -> None:
+    def __init__(
+        self, memory: GuestMemory, accounts: PageAccounts, peek: Callable[[], DirtyBitmap], *, piece_pages: int
+    ) -> None:
         self._memory = memory
         self._accounts = accounts
         self._changed = accounts.changed
         self._peek = peek
+        self._piece_pages = piece_pages
         # When a 2 MiB region was last proven, as a number that grows; 0: never.
         self._proven_at = np.zeros(-(-memory.gfn_limit // PAGES_PER_2M), np.uint32)
         self._passes = 0
@@ -135,10 +145,6 @@ class Auditor:
     @property
     def _hurried(self) -> bool:
         return self._hurried_at == self._accounts.sendings
-
-    @property
-    def _piece_pages(self) -> int:
-        return max(_PIECE_PAGES, self._memory.gfn_limit // _MAX_PIECES)
 
     def _remember(self, proven: RunDigests) -> None:
         self._passes += 1

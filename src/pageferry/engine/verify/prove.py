@@ -22,7 +22,7 @@ from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.options import VerifyMode
 from pageferry.engine.verify import digests as verify
-from pageferry.engine.verify.audit import Auditor
+from pageferry.engine.verify.audit import Auditor, piece_pages
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Digests, Failed, Mismatch, Ready
@@ -82,7 +82,10 @@ class MemoryProof:
             PeerError: it does not, and was asked to.
         """
         if audits and self.may_audit:
-            self._auditor = Auditor(self._vm.memory, self._accounts, self._vm.log_dirty.peek)
+            memory = self._vm.memory
+            self._auditor = Auditor(
+                memory, self._accounts, self._vm.log_dirty.peek, piece_pages=piece_pages(memory.gfn_limit)
+            )
         elif self._mode is VerifyMode.AUDIT:
             raise PeerError(
                 "the destination cannot audit during pre-copy",

@@ -1,10 +1,10 @@
 """Proof during pre-copy: what is proven is what was sent, whatever the guest does meanwhile."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
+from at_work import until
 from tiers import sample
 
 from pageferry.core.bitmap import DirtyBitmap
@@ -13,7 +13,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.verify import audit
 from pageferry.engine.verify import digests as verify
-from pageferry.engine.verify.audit import Auditor
+from pageferry.engine.verify.audit import Auditor, piece_pages
 from pageferry.engine.verify.compare import AuditMismatchError, ReceivedPages
 
 _GIVE_UP_S = 60.0
@@ -26,14 +26,14 @@ def gfns_of(*gfns):
 class Migration:
     """A guest, its dirty bits, a destination, and the auditor between them; the test is guest and sender."""
 
-    def __init__(self, memory_bytes=8 << 20):
+    def __init__(self, memory_bytes=8 << 20, piece_pages=8192):
         self.memory = GuestMemory.linear(memory_bytes)
         self.there = GuestMemory.linear(memory_bytes)
         self.dirty = DirtyBitmap(self.memory.gfn_limit)
         self.memory.on_write(self.dirty.set)
         self.received = ReceivedPages(self.there, audits=True)
         self.accounts = PageAccounts(self.memory.gfn_limit)
-        self.auditor = Auditor(self.memory, self.accounts, self.dirty.copy)
+        self.auditor = Auditor(self.memory, self.accounts, self.dirty.copy, piece_pages=piece_pages)
         self.proofs = []
 
     def write(self, gfn, value):
@@ -77,6 +77,14 @@ class Migration:
 @pytest.fixture
 def migration():
     made = Migration()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def piecemeal():
+    """A migration whose pages are digested 64 at once."""
+    made = Migration(piece_pages=64)
     yield made
     made.close()
 
@@ -203,7 +211,7 @@ def test_a_failure_of_the_tracker_is_raised_where_it_is_asked(migration):
     def broken():
         raise RuntimeError("no PEEK today")
 
-    auditor = Auditor(migration.memory, migration.accounts, broken)
+    auditor = Auditor(migration.memory, migration.accounts, broken, piece_pages=64)
     migration.accounts.sent(gfns_of(1))
     auditor.start()
     auditor.wait(_GIVE_UP_S)
@@ -228,89 +236,72 @@ def test_the_oldest_proofs_come_first(migration):
     assert oldest(30) == migration.auditor.proven()
 
 
-def test_more_than_one_piece(migration, monkeypatch):
-    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
+def test_more_than_one_piece(piecemeal):
     for gfn in range(0, 2048, 3):
-        migration.write(gfn, gfn)
-    migration.send(migration.clean())
-    migration.auditor.start()
-    migration.finish()
-    assert len(migration.proofs) > 5
-    assert migration.auditor.proven().gfns().tolist() == list(range(0, 2048, 3))
+        piecemeal.write(gfn, gfn)
+    piecemeal.send(piecemeal.clean())
+    piecemeal.auditor.start()
+    piecemeal.finish()
+    assert len(piecemeal.proofs) > 5
+    assert piecemeal.auditor.proven().gfns().tolist() == list(range(0, 2048, 3))
 
 
-def test_what_is_no_whole_piece_waits_until_the_sender_does(migration, monkeypatch):
-    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
+def test_what_is_no_whole_piece_waits_until_the_sender_does(piecemeal):
     for gfn in range(0, 2048, 32):
-        migration.write(gfn, gfn + 1)
-    migration.auditor.start()
-    for gfn in migration.clean()[:63]:
-        migration.send(gfns_of(gfn))
-        assert migration.deliver() is None
-    migration.finish()
-    (proof,) = migration.proofs
+        piecemeal.write(gfn, gfn + 1)
+    piecemeal.auditor.start()
+    for gfn in piecemeal.clean()[:63]:
+        piecemeal.send(gfns_of(gfn))
+        assert piecemeal.deliver() is None
+    piecemeal.finish()
+    (proof,) = piecemeal.proofs
     assert proof.pages.sum() == 63
 
 
-def test_a_whole_piece_is_begun_while_the_sender_goes_on(migration, monkeypatch):
-    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
+def test_a_whole_piece_is_begun_while_the_sender_goes_on(piecemeal):
     for gfn in range(64):
-        migration.write(gfn, gfn + 1)
-    migration.auditor.start()
-    migration.send(migration.clean())
-    deadline_s = time.monotonic() + _GIVE_UP_S
-    while not migration.proofs and time.monotonic() < deadline_s:
-        assert migration.deliver() is None
-        time.sleep(0.001)
-    assert migration.auditor.proven().count() == 64
+        piecemeal.write(gfn, gfn + 1)
+    piecemeal.auditor.start()
+    piecemeal.send(piecemeal.clean())
+
+    def proven():
+        assert piecemeal.deliver() is None
+        return piecemeal.proofs
+
+    until(proven, "proof")
+    assert piecemeal.auditor.proven().count() == 64
 
 
-def test_pieces_grow_with_the_guest(monkeypatch):
-    monkeypatch.setattr(audit, "_MAX_PIECES", 4)
-    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
-    migration = Migration()
-    try:
-        for gfn in range(2048):
-            migration.write(gfn, gfn + 1)
-        migration.auditor.start()
-        migration.send(migration.clean())
-        migration.finish()
-        assert len(migration.proofs) == 4
-    finally:
-        migration.close()
+def test_pieces_grow_with_the_guest():
+    assert [piece_pages(gibibytes << 18) for gibibytes in (1, 8, 16, 1024)] == [8192, 8192, 16384, 1 << 20]
 
 
 @pytest.mark.parametrize("attempt", sample(range(20), "more of the same", quick=range(2)))
-def test_whatever_the_guest_does_a_proof_is_of_what_was_sent(dice, attempt, monkeypatch):
-    monkeypatch.setattr(audit, "_PIECE_PAGES", 64)
-    migration = Migration()
-    try:
-        migration.auditor.start()
-        waiting = gfns_of()
-        for step in range(600):
-            match dice.randrange(6):
-                case 0 | 1 | 2:
-                    migration.write(dice.randrange(200), step + 1)
-                case 3 if not waiting.size:
-                    waiting = migration.clean()
-                case 4 if waiting.size:
-                    some = dice.randrange(waiting.size) + 1
-                    migration.send(waiting[:some])
-                    waiting = waiting[some:]
-                case _:
-                    assert migration.deliver() is None
-        migration.send(waiting)
-        migration.finish()
-        assert migration.auditor.proven().any()
-        clean = migration.auditor.proven() - migration.dirty
-        starts, lengths = clean.runs()
-        assert migration.received.all_proven(starts, lengths)
-        assert (
-            verify.first_difference(
-                verify.digest_runs(migration.memory, starts, lengths),
-                verify.digest_runs(migration.there, starts, lengths),
-            )
-            is None
+def test_whatever_the_guest_does_a_proof_is_of_what_was_sent(piecemeal, dice, attempt):
+    piecemeal.auditor.start()
+    waiting = gfns_of()
+    for step in range(600):
+        match dice.randrange(6):
+            case 0 | 1 | 2:
+                piecemeal.write(dice.randrange(200), step + 1)
+            case 3 if not waiting.size:
+                waiting = piecemeal.clean()
+            case 4 if waiting.size:
+                some = dice.randrange(waiting.size) + 1
+                piecemeal.send(waiting[:some])
+                waiting = waiting[some:]
+            case _:
+                assert piecemeal.deliver() is None
+    piecemeal.send(waiting)
+    piecemeal.finish()
+    assert piecemeal.auditor.proven().any()
+    clean = piecemeal.auditor.proven() - piecemeal.dirty
+    starts, lengths = clean.runs()
+    assert piecemeal.received.all_proven(starts, lengths)
+    assert (
+        verify.first_difference(
+            verify.digest_runs(piecemeal.memory, starts, lengths),
+            verify.digest_runs(piecemeal.there, starts, lengths),
         )
-    finally:
-        migration.close()
+        is None
+    )
