@@ -59,7 +59,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A guest to move. ``converge``: whether it may be held back."""
+    """A guest to move. ``converge``: whether it may be throttled."""
 
     title: str
     load: Load

@@ -1,4 +1,4 @@
-"""Rounds of pre-copy: what is seen and changed of them, and guests that are held back meanwhile."""
+"""Rounds of pre-copy: what is seen and changed of them, and guests that are throttled meanwhile."""
 
 import threading
 from functools import partial

@@ -191,7 +191,7 @@ class MigrationReport:
     ``sent_bytes``: over the wire from the first byte to the last; those of the rounds are page data and its records.
     ``connections``: how many it went over, or was to. ``compress``: how page data was packed,
     or was to. ``bandwidth_bytes_per_s``: the cap on that, None without one.
-    ``throttled_s``: for how long the policy had the guest held during pre-copy.
+    ``throttled_s``: for how long the policy had the guest throttled during pre-copy.
     ``round_ends``: one for each of ``rounds`` that ended with a decision. ``sent``: how often which pages were sent.
     ``paused_at_s``: when the pause began, since the migration began; None if it never did.
     ``guest_time``: where the guest's time went besides the downtime; None if there was no pre-copy.

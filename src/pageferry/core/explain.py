@@ -113,7 +113,7 @@ def _guest_time(report: MigrationReport, time: GuestTime) -> tuple[str, ...]:
             f"{during:,.0f} during){lost}."
         )
     parts = [
-        f"held back by the policy for {format_duration(report.throttled_s)}" if report.throttled_s else "",
+        f"throttled by the policy for {format_duration(report.throttled_s)}" if report.throttled_s else "",
         f"frozen for {format_duration(time.rehearsal_s)} to rehearse saving its state" if time.rehearsal_s else "",
         f"ENABLE {format_duration(time.enable_s)}" if time.enable_s else "",
         f"CLEAN {format_duration(time.clean_s)}" if time.clean_s else "",
@@ -127,7 +127,7 @@ def _guest_time(report: MigrationReport, time: GuestTime) -> tuple[str, ...]:
 def _faults(report: MigrationReport, time: GuestTime) -> list[str]:
     """Return the write faults: as counted, or one for each dirty page that a CLEAN reported (law 8); and their cost.
 
-    The cost is an upper bound: what the guest lost and was not held for, divided among them.
+    The cost is an upper bound: what the guest lost while it was not throttled, divided among them.
     """
     faults = report.fault_count
     if faults is None:
@@ -158,7 +158,7 @@ def _advice(report: MigrationReport) -> tuple[str, ...]:
         return ()
     last = report.round_ends[-1]
     if last.decision.action is Action.ABORT and report.policy in _LIMIT_POLICIES:
-        return (*_limit(report), *_hold(report, last))
+        return (*_limit(report), *_throttle(report, last))
     if last.decision.action is Action.STOP_AND_COPY:
         return _earlier(report) or _verification(report)
     return ()
@@ -176,10 +176,10 @@ def _limit(report: MigrationReport) -> tuple[str, ...]:
     )
 
 
-def _hold(report: MigrationReport, last: RoundEnd) -> tuple[str, ...]:
-    """Return by how much ``converge`` would have held the guest after the last round.
+def _throttle(report: MigrationReport, last: RoundEnd) -> tuple[str, ...]:
+    """Return by how much ``converge`` would have throttled the guest after the last round.
 
-    Nothing if it decided this, or if most of the pause would not have been pages: what is held does not help then.
+    Nothing if it decided this, or if most of the pause would not have been pages: throttling does not help then.
     """
     converge = ConvergePolicy()
     if report.policy == converge.name or last.fixed_s > last.expected_downtime_s / 2:
@@ -195,7 +195,7 @@ def _hold(report: MigrationReport, last: RoundEnd) -> tuple[str, ...]:
     if not throttle:
         return ()
     return (
-        f"--policy {converge.name} would have held the guest for {throttle:.0%} of its time after that, "
+        f"--policy {converge.name} would have throttled the guest for {throttle:.0%} of its time after that, "
         "so that each round leaves half.",
     )
 

@@ -121,11 +121,12 @@ class DowntimePolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvergePolicy:
-    """As ``downtime``, but a guest that writes faster than the wire moves is held back until its memory fits.
+    """As ``downtime``, but a guest that writes faster than the wire moves is throttled until its memory fits.
 
-    Nothing is held while rounds shrink by themselves. Then the guest is held for the share of its time that would have
-    made the last round leave half of what it had to send, reckoned anew after every round: it grows where the guest
-    writes the same few pages again and again, and ends as soon as it is not needed. At most ``max_throttle``.
+    It runs freely while rounds shrink by themselves. Then it is throttled for the share of its time that would have
+    made the last round leave half of what it had to send, reckoned anew after every round: the share grows where the
+    guest writes the same few pages again and again, and is 0 again as soon as it is not needed. At most
+    ``max_throttle``.
     """
 
     limit_s: float = 0.3
@@ -142,7 +143,7 @@ class ConvergePolicy:
         return "converge"
 
     def decide(self, progress: Progress) -> Decision:
-        """Compare with the limit; hold the guest back as far as the last round shows that it must be."""
+        """Compare with the limit; throttle the guest as far as the last round shows that it must be."""
         expected = f"{progress.expected_downtime_s * 1e3:.0f} ms expected, {self.limit_s * 1e3:.0f} ms allowed"
         if progress.expected_downtime_s <= self.limit_s:
             if len(progress.rounds) < self.max_rounds and _nears(progress, self.limit_s):
@@ -152,10 +153,10 @@ class ConvergePolicy:
             return _abort(why)
         at_most = progress.throttle >= self.max_throttle and progress.rounds_since_low_water >= _PATIENCE_ROUNDS
         if len(progress.rounds) >= self.max_rounds or at_most:
-            held = f"held for {progress.throttle:.0%} of its time"
-            return _abort(f"no convergence, the guest {held}: {expected}; {_low_water(progress)}")
+            throttled = f"throttled for {progress.throttle:.0%} of its time"
+            return _abort(f"no convergence, the guest {throttled}: {expected}; {_low_water(progress)}")
         throttle = self.throttle_for(progress)
-        return _next_round(f"{expected}; the guest is held for {throttle:.0%}" if throttle else expected, throttle)
+        return _next_round(f"{expected}; the guest is throttled for {throttle:.0%}" if throttle else expected, throttle)
 
     def throttle_for(self, progress: Progress) -> float:
         """Return the share of its time for which the guest must be held so that the next round leaves half."""
@@ -211,7 +212,7 @@ class DeadlinePolicy:
 class PostcopyPolicy:
     """As ``downtime`` for ``max_rounds`` rounds; if the pause still does not fit then, switch, and copy the rest after.
 
-    It always ends, whatever the guest writes, and neither holds the guest back nor makes its pause longer; after the
+    It always ends, whatever the guest writes, and neither throttles the guest nor makes its pause longer; after the
     switch the guest waits for each page that it touches before it has come.
     """
 

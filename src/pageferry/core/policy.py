@@ -123,7 +123,7 @@ class Decision:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.throttle < 1.0:
-            raise UsageError(f"a guest cannot be held for {self.throttle:g} of its time", hint="0 to less than 1")
+            raise UsageError(f"a guest cannot be throttled for {self.throttle:g} of its time", hint="0 to less than 1")
 
 
 class Policy(Protocol):

@@ -168,7 +168,7 @@ def guest_time(**changes):
             guest_time(rehearsal_s=0.002, enable_s=0.001, clean_s=0.25),
             {"throttled_s": 1.5},
             (
-                "Known stalls: held back by the policy for 1.50 s, frozen for 2.0 ms to rehearse saving its state, "
+                "Known stalls: throttled by the policy for 1.50 s, frozen for 2.0 ms to rehearse saving its state, "
                 "ENABLE 1.0 ms, CLEAN 250.0 ms.",
             ),
         ),
@@ -178,7 +178,7 @@ def guest_time(**changes):
             guest_time(lost_s=3.0, rehearsal_s=0.5),
             {"fault_count": 1000, "throttled_s": 1.5},
             (
-                "Known stalls: held back by the policy for 1.50 s, frozen for 500.0 ms to rehearse saving its state.",
+                "Known stalls: throttled by the policy for 1.50 s, frozen for 500.0 ms to rehearse saving its state.",
                 "It took 1,000 write faults to find its dirty pages: at most 1.0 ms of its time each.",
             ),
         ),
@@ -186,7 +186,7 @@ def guest_time(**changes):
             guest_time(lost_s=1.0),
             {"fault_count": 1000, "throttled_s": 1.5},
             (
-                "Known stalls: held back by the policy for 1.50 s.",
+                "Known stalls: throttled by the policy for 1.50 s.",
                 "It took 1,000 write faults to find its dirty pages.",
             ),
         ),

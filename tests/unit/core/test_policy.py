@@ -243,10 +243,10 @@ def test_a_guest_is_held_by_what_the_last_round_showed():
     # It dirtied as many pages as were sent: half of its time would have left half of them.
     full = stats(0, sent=100_000, remaining=100_000)
     assert ConvergePolicy().decide(progress(full)).throttle == pytest.approx(0.5)
-    # It still did, held for half of its time: the other half of what it has left goes too.
+    # It still did, throttled for half of its time: the other half of what it has left goes too.
     assert ConvergePolicy().decide(progress(full, throttle=0.5)).throttle == pytest.approx(0.75)
     assert ConvergePolicy().decide(progress(full, throttle=0.94)).throttle == pytest.approx(0.95)
-    # It shrinks well, perhaps because it is held.
+    # It shrinks well, perhaps because it is throttled.
     shrinking = stats(0, sent=100_000, remaining=40_000)
     assert ConvergePolicy().decide(progress(shrinking, throttle=0.5)).throttle == pytest.approx(0.5)
 
@@ -302,8 +302,8 @@ def test_an_option_belongs_to_its_policy(name, options, said):
 
 
 @pytest.mark.parametrize("throttle", [-0.1, 1.0, float("nan")])
-def test_a_guest_is_not_held_for_ever(throttle):
-    with pytest.raises(UsageError, match="cannot be held"):
+def test_a_guest_is_not_throttled_for_ever(throttle):
+    with pytest.raises(UsageError, match="cannot be throttled"):
         Decision(action=Action.NEXT_ROUND, reason="", throttle=throttle)
 
 
