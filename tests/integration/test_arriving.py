@@ -9,18 +9,8 @@ from tiers import sample
 from trips import Rounds, source_of
 
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import (
-    GuestAt,
-    VmError,
-)
-from pageferry.core.events import (
-    DOWNTIME_PHASES,
-    MigrationEnded,
-    Phase,
-    PhaseBegan,
-    RoundEnded,
-    RoundProgress,
-)
+from pageferry.core.errors import GuestAt, VmError
+from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import DowntimePolicy
 from pageferry.core.vm import VmStatus
 from pageferry.engine import report as report_module

@@ -79,8 +79,8 @@ def test_zero_pages_travel_by_name(guests, move):
     assert trip.source.job.traffic().counts.zero_pages == len(first) + len(later)
 
 
-def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, monkeypatch):
-    monkeypatch.setattr(features, "agree", lambda offered, **_: ())
+def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, another_version):
+    another_version(features.ZERO_PAGES, features.FENCE, features.AUDIT)
     vm = guests("idle")
     fill(vm, FREE, 1)
     trip = move(vm)
@@ -335,9 +335,8 @@ def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_v
     source.close()
 
 
-def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests, move, monkeypatch):
-    sound = features.agree
-    monkeypatch.setattr(features, "agree", lambda offer, **can: sound(offer, **(can | {"several_connections": False})))
+def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests, move, another_version):
+    another_version(features.CONNECTIONS)
     vm = guests("idle")
     with pytest.raises(MigrationError, match="takes one connection only") as failed:
         move(vm).run(wire=WireOptions(connections=2))
@@ -446,9 +445,8 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
         assert [record.number for record in records if isinstance(record, Fence)] == [0, 1, 2]
 
 
-def test_a_destination_that_does_not_know_fences_is_not_waited_for(guests, move, monkeypatch):
-    agree = features.agree
-    monkeypatch.setattr(features, "agree", lambda *given, **options: tuple(set(agree(*given, **options)) - {"fence"}))
+def test_a_destination_that_does_not_know_fences_is_not_waited_for(guests, move, another_version):
+    another_version(features.FENCE)
     trip = move(guests("idle"))
     trip.run()
     trip.expect_equal()
@@ -533,8 +531,8 @@ def test_a_running_guest_moves_packed(guests, move, packing, workload):
     assert work(trip.there) >= work(vm)
 
 
-def test_a_destination_without_the_library_is_not_migrated_to(guests, move, packing, monkeypatch):
-    monkeypatch.setattr(features, "available", lambda: ())
+def test_a_destination_without_the_library_is_not_migrated_to(guests, move, packing, another_version):
+    another_version(*features.PACK.values())
     vm = guests("idle")
     with pytest.raises(MigrationError, match=f"the destination cannot unpack {packing}") as failed:
         move(vm).run(wire=WireOptions(compress=packing))
@@ -612,9 +610,8 @@ def test_a_running_guest_moves_by_its_changes(guests, move, packing, workload):
     assert work(trip.there) >= work(vm)
 
 
-def test_a_destination_that_takes_no_deltas_is_not_migrated_to(guests, move, packing, monkeypatch):
-    sound = features.agree
-    monkeypatch.setattr(features, "agree", lambda offer, **how: tuple(set(sound(offer, **how)) - {"delta"}))
+def test_a_destination_that_takes_no_deltas_is_not_migrated_to(guests, move, packing, another_version):
+    another_version(features.DELTA)
     vm = guests("idle")
     with pytest.raises(MigrationError, match="takes no deltas") as failed:
         move(vm).run(wire=WireOptions(compress=packing, delta_cache_bytes=4 << 20))

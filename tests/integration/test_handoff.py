@@ -5,13 +5,7 @@ from at_work import runs_on, work
 from proxy import marker
 from trips import expect_as_before, source_of
 
-from pageferry.core.errors import (
-    GuestAt,
-    MigrationError,
-    PeerError,
-    TransportError,
-    VmError,
-)
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, TransportError, VmError
 from pageferry.stream.ferry_frames import FrameType
 
 

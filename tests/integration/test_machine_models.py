@@ -8,10 +8,7 @@ from trips import expect_as_before, source_of
 
 from pageferry import __version__
 from pageferry.core.cpuid import SOFT_CPU
-from pageferry.core.errors import (
-    MigrationError,
-    PeerError,
-)
+from pageferry.core.errors import MigrationError, PeerError
 from pageferry.core.vm import MachineModel
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.hypervisor.domain import Domain

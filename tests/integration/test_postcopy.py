@@ -18,7 +18,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.engine import destination as destination_module
+from pageferry.engine import features
 from pageferry.engine import source as source_module
 from pageferry.engine.options import VerifyMode, WireOptions
 from pageferry.engine.postcopy import client as client_module
@@ -659,8 +659,8 @@ def test_a_last_word_that_was_lost_is_said_again(guests, inn, leave, wires, fram
     assert runs_on(inn.vm)
 
 
-def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave, monkeypatch):
-    monkeypatch.setattr(destination_module, "can_wait", lambda vm: False)
+def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave, another_version):
+    another_version(features.POSTCOPY)
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     assert report_of(source).guest_at is GuestAt.SOURCE

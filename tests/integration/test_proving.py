@@ -9,17 +9,11 @@ from trips import Rounds, expect_as_before, source_of
 
 from mutation.mark_faults import MarksNothing
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import (
-    MigrationError,
-    PeerError,
-    VerifyError,
-)
-from pageferry.core.events import (
-    RoundBegan,
-)
+from pageferry.core.errors import MigrationError, PeerError, VerifyError
+from pageferry.core.events import RoundBegan
 from pageferry.core.frames import gpa_of
 from pageferry.core.memory import GuestMemory
-from pageferry.engine import features as features_module
+from pageferry.engine import features
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.options import VerifyMode
 from pageferry.engine.verify import audit as audit_module
@@ -216,9 +210,9 @@ def test_a_destination_believes_no_audit_that_it_has_not_seen(running, inn, monk
     expect_as_before(vm, inn, source)
 
 
-def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, inn, monkeypatch):
+def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, inn, another_version):
     vm = running("idle")
-    monkeypatch.setattr(features_module, "agree", lambda offered, **_: ())
+    another_version(features.AUDIT)
     source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
     with pytest.raises(PeerError, match="cannot audit"):
         source.run()

@@ -7,16 +7,8 @@ import pytest
 from at_work import runs_on
 from trips import TIMEOUT_S, Rounds, Running, expect_as_before, source_of
 
-from pageferry.core.errors import (
-    GuestAt,
-    MigrationError,
-    PolicyAbort,
-    UsageError,
-    VmError,
-)
-from pageferry.core.events import (
-    RoundEnded,
-)
+from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UsageError, VmError
+from pageferry.core.events import RoundEnded
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.engine import precopy

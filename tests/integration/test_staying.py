@@ -26,9 +26,7 @@ from pageferry.core.errors import (
     UsageError,
     VmError,
 )
-from pageferry.core.events import (
-    RoundBegan,
-)
+from pageferry.core.events import RoundBegan
 from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.vm import VmConfig, VmStatus
