@@ -1,8 +1,8 @@
 """The attempt that a ``migrate`` command asks for: a migration to another process, or a save to a file."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pageferry.core.events import Event
 from pageferry.core.guest_time import WorkSample
@@ -16,22 +16,25 @@ from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.stream.packing import Packing
 from pageferry.vmm.arguments import Arguments, saved_to
-from pageferry.vmm.qmp import QmpError
 
 
-class MakeAttempt(Protocol):
-    """Makes the attempt once the guest is known, with everything else settled."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Departing:
+    """A guest that is about to be moved or saved.
 
-    def __call__(
-        self,
-        vm: Vm,
-        *,
-        name: str,
-        host_cpu: HostCpu | None,
-        on_event: Callable[[Event], None],
-        work_before: WorkSample | None,
-    ) -> Source | Save:
-        """Make it; see :class:`~pageferry.engine.source.Source`. ``name`` is the guest's, for people."""
+    ``name``: what it is called, for people. ``host_cpu``: the CPU that it runs on; None: not known. ``on_event``: sees
+    the attempt's events. ``work_before``: see :class:`~pageferry.engine.attempt.Attempt`.
+    """
+
+    vm: Vm
+    name: str
+    host_cpu: HostCpu | None
+    on_event: Callable[[Event], None]
+    work_before: WorkSample | None
+
+
+MakeAttempt = Callable[[Departing], Source | Save]
+"""Makes the attempt once the guest is known, with everything else settled."""
 
 
 def asked_for(uri: str, args: Arguments) -> MakeAttempt:
@@ -54,21 +57,21 @@ def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
     wire = WireOptions(
         bandwidth_bytes_per_s=args.integer("x-bandwidth"),
         connections=args.integer("x-connections") or 1,
-        compress=_packing(args.text("x-compress", Packing.NONE)),
+        compress=args.choice("x-compress", Packing) or Packing.NONE,
         delta_cache_bytes=args.integer("x-delta-cache") or 0,
     )
     hold = args.flag("x-hold")
 
-    def make(
-        vm: Vm,
-        *,
-        name: str,
-        host_cpu: HostCpu | None,
-        on_event: Callable[[Event], None],
-        work_before: WorkSample | None,
-    ) -> Source | Save:
-        options = MigrationOptions(name=name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold)
-        return Source(vm, endpoint, policy, options, host_cpu=host_cpu, on_event=on_event, work_before=work_before)
+    def make(guest: Departing) -> Source | Save:
+        return Source(
+            guest.vm,
+            endpoint,
+            policy,
+            MigrationOptions(name=guest.name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold),
+            host_cpu=guest.host_cpu,
+            on_event=guest.on_event,
+            work_before=guest.work_before,
+        )
 
     return make
 
@@ -78,23 +81,16 @@ def _saving(args: Arguments, file: Path) -> MakeAttempt:
     stop = args.flag("x-stop")
     wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
 
-    def make(
-        vm: Vm,
-        *,
-        name: str,
-        host_cpu: HostCpu | None,
-        on_event: Callable[[Event], None],
-        work_before: WorkSample | None,
-    ) -> Source | Save:
+    def make(guest: Departing) -> Source | Save:
         return Save(
-            vm,
+            guest.vm,
             file,
             policy,
             stop=stop,
-            host_cpu=host_cpu,
+            host_cpu=guest.host_cpu,
             bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
-            on_event=on_event,
-            work_before=work_before,
+            on_event=guest.on_event,
+            work_before=guest.work_before,
         )
 
     return make
@@ -107,10 +103,3 @@ def _policy(args: Arguments) -> Policy:
         max_rounds=args.integer("x-max-rounds"),
         deadline_s=args.number("x-deadline-s"),
     )
-
-
-def _packing(name: str) -> Packing:
-    try:
-        return Packing(name)
-    except ValueError:
-        raise QmpError(f"Invalid parameter 'x-compress', expected: {', '.join(Packing)}") from None

@@ -14,7 +14,7 @@ from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.attempt_news import AttemptNews
-from pageferry.vmm.attempts import MakeAttempt
+from pageferry.vmm.attempts import Departing, MakeAttempt
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.migrate_info import migrate_info
 from pageferry.vmm.qmp import QmpError
@@ -131,11 +131,13 @@ class Outgoing:
             news.happened(attempt.job, event)
 
         attempt = make(
-            vm,
-            name=self._guest.name,
-            host_cpu=self._host_cpu,
-            on_event=on_event,
-            work_before=self._guest.work.oldest(),
+            Departing(
+                vm=vm,
+                name=self._guest.name,
+                host_cpu=self._host_cpu,
+                on_event=on_event,
+                work_before=self._guest.work.oldest(),
+            )
         )
         self._job = attempt.job
         self._guest.work.forget()
