@@ -1,10 +1,11 @@
 """The ``pageferry`` command.
 
-Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect; 2 wrong usage; 3 the migration or save did not
-happen and the guest is at the source; 4 whether the guest moved is not known; 5 this machine lacks what was asked for;
-6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or not whole; 8 the guest ended with a code
-other than 0; 9 the guest crashed; 10 two streams differ; 11 the guest has switched, and needs pages that are still at
-the source; 130 a demo, migration or save was interrupted, and the guest is at the source.
+Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect, or standard output was closed; 2 wrong
+usage; 3 the migration or save did not happen and the guest is at the source; 4 whether the guest moved is not known;
+5 this machine lacks what was asked for; 6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or
+not whole; 8 the guest ended with a code other than 0; 9 the guest crashed; 10 two streams differ; 11 the guest has
+switched, and needs pages that are still at the source; 130 a demo, migration or save was interrupted, and the guest
+is at the source.
 """
 
 import logging
@@ -18,7 +19,7 @@ import typer
 from pageferry import __version__
 from pageferry.cli.client import Interrupted
 from pageferry.cli.commands import control, migrations, processes, tools
-from pageferry.cli.shell import ERR, complain, exit_code_of
+from pageferry.cli.shell import ERR, ExitCode, complain, exit_code_of
 from pageferry.core.errors import PageferryError
 
 app = typer.Typer(
@@ -59,13 +60,13 @@ def run() -> None:
         code = app(standalone_mode=False)
     except _BadOption as error:
         complain(error.format_message(), "pageferry --help tells more")
-        code = 2
+        code = ExitCode.USAGE
     except (KeyboardInterrupt, typer.Abort, Interrupted) as error:
         complain("cancelled; the guest runs on at the source" if isinstance(error, Interrupted) else "interrupted")
-        code = 130
+        code = ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = ExitCode.DEFECT
     except Exception as error:
         if logging.getLogger().isEnabledFor(logging.DEBUG):
             raise
@@ -74,7 +75,7 @@ def run() -> None:
         else:
             complain(f"internal error: {error!r}", "this is a defect: pageferry --debug ... shows where")
         code = exit_code_of(error)
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
 
 
 def _version(wanted: bool) -> None:
@@ -92,4 +93,4 @@ def _main(
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if context.invoked_subcommand is None:
         ERR.print(context.get_help(), markup=False, soft_wrap=True)
-        raise typer.Exit(2)
+        raise typer.Exit(ExitCode.USAGE)

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from contextlib import suppress
+from enum import IntEnum
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +18,33 @@ from pageferry.core.errors import (
     UsageError,
 )
 
+
+class ExitCode(IntEnum):
+    """Every code that a command ends with; README.md and :mod:`pageferry.cli.main` say what each means."""
+
+    DONE = 0
+    DEFECT = 1
+    USAGE = 2
+    GUEST_AT_SOURCE = 3
+    GUEST_UNKNOWN = 4
+    UNSUPPORTED = 5
+    PROCESS = 6
+    STREAM = 7
+    GUEST_FAILED = 8
+    GUEST_CRASHED = 9
+    DIFFERENT = 10
+    GUEST_SWITCHED = 11
+    INTERRUPTED = 130
+
+
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
+
+_BY_GUEST_AT = {
+    GuestAt.SOURCE: ExitCode.GUEST_AT_SOURCE,
+    GuestAt.UNKNOWN: ExitCode.GUEST_UNKNOWN,
+    GuestAt.DESTINATION: ExitCode.GUEST_SWITCHED,
+}
 
 
 def complain(message: str, hint: str = "") -> None:
@@ -47,14 +73,14 @@ def end_as_by_ctrl_c() -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def exit_code_of(error: BaseException) -> int:
-    """Return the exit code of a command that ends by an error; README.md lists them."""
+def exit_code_of(error: BaseException) -> ExitCode:
+    """Return the exit code of a command that ends by an error."""
     if isinstance(error, UsageError):
-        return 2
+        return ExitCode.USAGE
     if isinstance(error, MigrationError):
-        return {GuestAt.SOURCE: 3, GuestAt.UNKNOWN: 4, GuestAt.DESTINATION: 11}[error.guest_at]
+        return _BY_GUEST_AT[error.guest_at]
     if isinstance(error, UnsupportedError):
-        return 5
+        return ExitCode.UNSUPPORTED
     if isinstance(error, RemoteStreamError):
-        return 7
-    return 6 if isinstance(error, PageferryError) else 1
+        return ExitCode.STREAM
+    return ExitCode.PROCESS if isinstance(error, PageferryError) else ExitCode.DEFECT

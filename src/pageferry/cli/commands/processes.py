@@ -24,7 +24,7 @@ from pageferry.cli.options import (
     vm_config,
 )
 from pageferry.cli.progress import ReadingView
-from pageferry.cli.shell import ERR, tell
+from pageferry.cli.shell import ERR, ExitCode, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_size
@@ -69,7 +69,7 @@ def run_guest(
         process.boot(program, config, params)
         process.start()
         code = process.wait()
-    raise typer.Exit(code)
+    raise typer.Exit(ExitCode(code))
 
 
 def receive(
@@ -87,7 +87,7 @@ def receive(
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
         code = process.wait()
-    raise typer.Exit(code)
+    raise typer.Exit(ExitCode(code))
 
 
 def restore(
@@ -112,7 +112,7 @@ def restore(
             saved.close()
         process.start()
         code = process.wait()
-    raise typer.Exit(code)
+    raise typer.Exit(ExitCode(code))
 
 
 @contextmanager

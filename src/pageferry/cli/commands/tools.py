@@ -6,7 +6,7 @@ import typer
 
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.options import JsonOption
-from pageferry.cli.shell import ERR, OUT, print_object
+from pageferry.cli.shell import ERR, OUT, ExitCode, print_object
 from pageferry.cli.streams import STANDARD_INPUT, opened
 from pageferry.core.errors import UsageError
 from pageferry.vmm.doctor import examine
@@ -24,7 +24,7 @@ def inspect(
             raise UsageError("--diff compares two streams", hint="it checks both; only one can be standard input")
         found = compared(file, diff, ERR)
         print_object(found) if as_json else print_differences(found, file, diff, OUT)
-        raise typer.Exit(0 if found["same"] else 10)
+        raise typer.Exit(ExitCode.DONE if found["same"] else ExitCode.DIFFERENT)
     with opened(file, ERR) as read:
         if as_json:
             print_json(file, read, records=not check)
