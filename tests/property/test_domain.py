@@ -314,7 +314,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
             self.domain.close()
 
 
-@pytest.mark.parametrize("lives", sample([5, 100], "more of the same", quick=[5]))
+@pytest.mark.parametrize("lives", sample([5, 60], "more of the same", quick=[5]))
 def test_a_domain_does_what_dicts_do(lives):
     # Without shrinking: a step of this machine costs milliseconds, and its steps are readable as they come.
     phases = (Phase.explicit, Phase.reuse, Phase.generate)
