@@ -7,6 +7,9 @@ READY := $(VENV)/.ready
 # Workers for tests: one for each core, four at the most. SEED= repeats a run that failed: its chance is all decided by it.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if $(SEED),--hypothesis-seed $(SEED))
 
+# Else each of the hundreds of processes that the tests start compiles all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all test-npt soak lint bench mutants guests clean
 
 $(READY): pyproject.toml
