@@ -17,8 +17,8 @@ from pageferry.engine import features
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.options import VerifyMode
 from pageferry.engine.verify import audit as audit_module
+from pageferry.engine.verify import compare as compare_module
 from pageferry.engine.verify import cost as cost_module
-from pageferry.engine.verify import digests as verify_module
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.testing.operators import STRAY_GFN
 
@@ -106,7 +106,7 @@ def test_the_destination_finds_what_has_storage_while_the_source_does(running, i
 
         monkeypatch.setattr(owner, name, call)
 
-    noted(verify_module, "digest_runs")
+    noted(compare_module, "digest_runs")
     noted(GuestMemory, "populated")
     vm = running("idle")
     source_of(vm, inn.open(), Rounds(2), verify=VerifyMode.FULL).run()

@@ -17,13 +17,13 @@ from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UnsupportedError, UsageError, VmError
 from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded, RoundProgress
 from pageferry.core.frames import gpa_of
-from pageferry.core.policies import DowntimePolicy, XenPolicy
+from pageferry.core.policies import DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine.image import save as save_module
+from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.restore import restore
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.saved_guest import SavedGuest
-from pageferry.engine.image.sink import FileSink
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S
 from pageferry.engine.wire.pacer import BURST_S
 from pageferry.guests.boot import GuestParams, boot
@@ -311,8 +311,8 @@ def test_too_late_to_cancel_when_the_file_is_whole(running, path):
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_disk_that_fills_up_leaves_the_guest_running_and_no_file(running, path, monkeypatch, stop):
     vm = running("kv")
-    monkeypatch.setattr(FileSink, "free_bytes", lambda _: 1 << 60)
-    send = FileSink.send
+    monkeypatch.setattr(FileOutlet, "free_bytes", lambda _: 1 << 60)
+    send = FileOutlet.send
 
     def full(sink, buffers):
         if sink.sent_bytes > 4096:
@@ -320,7 +320,7 @@ def test_a_disk_that_fills_up_leaves_the_guest_running_and_no_file(running, path
         send(sink, buffers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FileSink, "send", full)
+        patch.setattr(FileOutlet, "send", full)
         save = attempt(vm, path, stop=stop)
         with pytest.raises(MigrationError, match=r"cannot write .*guest.bin: No space left on device \(phase pre-copy"):
             save.run()
@@ -335,7 +335,7 @@ def test_a_disk_that_breaks_at_the_end_leaves_the_guest_running_and_no_file(runn
 
     vm = running("kv")
     with monkeypatch.context() as patch:
-        patch.setattr(FileSink, step, broken)
+        patch.setattr(FileOutlet, step, broken)
         save = attempt(vm, path, stop=stop)
         with pytest.raises(MigrationError, match=r"Input/output error \(phase handoff, guest at source\)"):
             save.run()
@@ -345,7 +345,7 @@ def test_a_disk_that_breaks_at_the_end_leaves_the_guest_running_and_no_file(runn
 def test_a_file_system_without_room_is_refused_before_anything_is_written(running, path, monkeypatch):
     vm = running("kv")
     with monkeypatch.context() as patch:
-        patch.setattr(FileSink, "free_bytes", lambda _: 4096)
+        patch.setattr(FileOutlet, "free_bytes", lambda _: 4096)
         save = attempt(vm, path)
         with pytest.raises(MigrationError, match=r"the guest holds .* has 4 KiB free \(phase connect"):
             save.run()
@@ -381,7 +381,7 @@ def test_what_the_disk_wrote_wrongly_is_found_and_is_no_file(running, path, monk
     vm = running("kv")
     vm.pause()  # so that every content in the file counts
     with monkeypatch.context() as patch:
-        patch.setattr(FileSink, "settle", functools.partialmethod(damage, FileSink.settle, offset_of))
+        patch.setattr(FileOutlet, "settle", functools.partialmethod(damage, FileOutlet.settle, offset_of))
         save = attempt(vm, path)
         with pytest.raises(MigrationError, match=says):
             save.run()
@@ -497,3 +497,9 @@ def test_what_cannot_be_read_is_no_guest(running, path, restored, make_vm, monke
         restored(path, make)
     with pytest.raises(VmError):
         made[0].resume()
+
+
+def test_a_policy_that_may_switch_saves_nothing(running, path):
+    with pytest.raises(UsageError, match="a save cannot follow the postcopy policy"):
+        attempt(running(), path, PostcopyPolicy())
+    assert not path.exists()

@@ -19,7 +19,7 @@ from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lanes
 from pageferry.engine.precopy import Precopy, Sink, stop_and_copy
 from pageferry.engine.verify.compare import Comparison, ReceivedPages
-from pageferry.engine.verify.digests import Digests
+from pageferry.engine.verify.digests import DigestArray
 from pageferry.stream.encoder import Encoder
 
 fault = Faults(Room.ENGINE)
@@ -190,7 +190,7 @@ class RestoreNotMarked(Altered):
 
 
 class _NeverLooks(Comparison):
-    def _difference(self, starts: GfnArray, lengths: GfnArray, theirs: Digests) -> None:
+    def _difference(self, starts: GfnArray, lengths: GfnArray, theirs: DigestArray) -> None:
         pass
 
 

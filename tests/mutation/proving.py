@@ -9,6 +9,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.frames import GfnArray
 from pageferry.engine.accounts import PageAccounts
+from pageferry.engine.job import JobStatus
 from pageferry.engine.report import ReportBuilder
 from pageferry.engine.verify.audit import Auditor
 from pageferry.engine.verify.compare import ReceivedPages
@@ -44,10 +45,10 @@ class DigestedAfterItsBitWasRead(AlteredSource, parts={"verify.prove.Auditor": _
 
 
 class _KeepsProofs(PageAccounts):
-    def cleaned(self, dirty: DirtyBitmap, gfns: range | None = None) -> None:
+    def reported(self, dirty: DirtyBitmap, gfns: range | None = None) -> None:
         proven = self.proven()
-        super().cleaned(dirty, gfns)
-        self.proven_pages |= proven
+        super().reported(dirty, gfns)
+        self.is_proven |= proven
 
 
 @fault(
@@ -102,7 +103,7 @@ class AnyClaimBelieved(Altered):
 
 
 class _LeavesOutTheProof(ReportBuilder):
-    def build(self, status: str, reason: str) -> MigrationReport:
+    def build(self, status: JobStatus, reason: str) -> MigrationReport:
         report = super().build(status, reason)
         if report.downtime_s is not None and report.downtime_parts_s is not None:
             parts_s = {name: part_s for name, part_s in report.downtime_parts_s.items() if name != Phase.VERIFY}
@@ -120,7 +121,7 @@ class DowntimeWithoutTheProof(AlteredSource, parts={"attempt.ReportBuilder": _Le
 
 
 class _CountsStallsTwice(ReportBuilder):
-    def build(self, status: str, reason: str) -> MigrationReport:
+    def build(self, status: JobStatus, reason: str) -> MigrationReport:
         report = super().build(status, reason)
         spent = report.guest_time
         if spent is None or spent.lost_s is None:

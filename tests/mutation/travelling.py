@@ -12,9 +12,9 @@ from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import PageWords, page_words
 from pageferry.engine.image.lazy import LazyRestore
+from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.proof import AtPause
 from pageferry.engine.image.save import Save
-from pageferry.engine.image.sink import FileSink
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.receive import PageWriter
 from pageferry.engine.pages.send import Lane, Lanes
@@ -139,7 +139,7 @@ class SavedWithoutTheLastRound(AlteredSave, parts={"image.save.stop_and_copy": u
 class FileNotReadBack(Save):
     """A file gets its name when it is written, and is not compared with the guest."""
 
-    def _prove(self, file: FileSink, at_pause: AtPause) -> None:
+    def _prove(self, file: FileOutlet, at_pause: AtPause) -> None:
         file.settle()
         self._attempt.report.verified_pages = at_pause.pages
 

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TransferSpeed
 
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
-from pageferry.engine.job import HELD
+from pageferry.engine.job import JobStatus
 
 Json = dict[str, Any]
 
@@ -57,7 +57,7 @@ class ProgressView:
         elif kind == "Warned":
             self._console.print(f"warning: {event['text']}", markup=False, highlight=False, soft_wrap=True)
         elif kind == "Status":
-            self._hold(event["status"] == HELD)
+            self._hold(event["status"] == JobStatus.HELD)
         elif kind == "RoundEnded":
             if self._task is not None:
                 self._bar.remove_task(self._task)

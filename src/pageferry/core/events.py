@@ -83,7 +83,7 @@ class RoundEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoundEnd:
+class RoundOutcome:
     """Where things stood when a round of pre-copy ended.
 
     ``ended_s``: since the migration began. ``work``: operations that the guest had done, by its own count; None unless
@@ -188,7 +188,8 @@ class MigrationReport:
     ``state_bytes``: all state but memory, as sent; ``devices``: each device's part of it. None and empty when the
     attempt ended before. (Loading at the destination is in the part *verify*, which waits for it.)
     ``fault_count``: write faults that tracking cost the guest; None if the tracker cannot know.
-    ``sent_bytes``: over the wire from the first byte to the last; those of the rounds are page data and its records.
+    ``sent_bytes``: over the wire from the first byte to the last; those of the
+    rounds are page data, its records, and the digests sent between them.
     ``connections``: how many it went over, or was to. ``compress``: how page data was packed,
     or was to. ``bandwidth_bytes_per_s``: the cap on that, None without one.
     ``throttled_s``: for how long the policy had the guest throttled during pre-copy.
@@ -226,7 +227,7 @@ class MigrationReport:
     fault_count: int | None
     throttled_s: float
     reason: str
-    round_ends: tuple[RoundEnd, ...]
+    round_ends: tuple[RoundOutcome, ...]
     sent: SentPages
     paused_at_s: float | None
     guest_time: GuestTime | None

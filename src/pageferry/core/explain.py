@@ -7,7 +7,7 @@ the function says.
 import math
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import Explanation, MigrationReport, Phase, PostcopyStats, RoundEnd
+from pageferry.core.events import Explanation, MigrationReport, Phase, PostcopyStats, RoundOutcome
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import GuestTime
 from pageferry.core.policies import ConvergePolicy, DowntimePolicy
@@ -176,7 +176,7 @@ def _limit(report: MigrationReport) -> tuple[str, ...]:
     )
 
 
-def _throttle(report: MigrationReport, last: RoundEnd) -> tuple[str, ...]:
+def _throttle(report: MigrationReport, last: RoundOutcome) -> tuple[str, ...]:
     """Return by how much ``converge`` would have throttled the guest after the last round.
 
     Nothing if it decided this, or if most of the pause would not have been pages: throttling does not help then.

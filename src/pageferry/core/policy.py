@@ -39,8 +39,8 @@ class RoundStats(PageCounts):
 class Progress:
     """Everything measured so far.
 
-    ``memory_pages``: the guest's RAM. ``fixed_s``: what a pause costs besides page data: state, verification and
-    handoff, as measured or estimated by the engine. ``elapsed_s``: since the migration began. ``throttle``: the share
+    ``memory_pages``: the guest's RAM. ``fixed_s``: what a pause costs besides page data: state and verification, as
+    measured by the engine. ``elapsed_s``: since the migration began. ``throttle``: the share
     of its time that the guest was held during the last round, 0 to 1.
     """
 

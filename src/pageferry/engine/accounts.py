@@ -28,11 +28,11 @@ _GAP_FACTOR = 24
 
 
 class PageAccounts:
-    """Accounts of every page of one guest. Any thread may call; ``changed`` guards everything but ``counts``.
+    """Accounts of every page of one guest. Any thread may call; ``changed`` guards everything but ``send_counts``.
 
-    A page is *sent* from when it is on the wire until a CLEAN or the last PEEK reports it; *proven* while its digest
-    was found equal at the destination since it was sent; *taken* when it was reported since the auditor began its
-    last piece.
+    A page *is sent* from when it is on the wire until a CLEAN or the last PEEK reports it, and *is proven* while its
+    digest was found equal at the destination since it was sent. It *was reported* if that happened since the auditor
+    began its last piece.
 
     Args:
         gfn_limit: one more than the last frame.
@@ -41,12 +41,12 @@ class PageAccounts:
     def __init__(self, gfn_limit: int) -> None:
         self.changed = threading.Condition()
         """Notified when pages are sent."""
-        self.counts = SendCounts(gfn_limit)
+        self.send_counts = SendCounts(gfn_limit)
         self.populated = DirtyBitmap(gfn_limit)
         """What had storage at the last look, and all that was reported since."""
-        self.sent_pages = DirtyBitmap(gfn_limit)
-        self.proven_pages = DirtyBitmap(gfn_limit)
-        self.taken_pages = DirtyBitmap(gfn_limit)
+        self.is_sent = DirtyBitmap(gfn_limit)
+        self.is_proven = DirtyBitmap(gfn_limit)
+        self.was_reported = DirtyBitmap(gfn_limit)
         self.sendings = 0
         """How many pages were sent in all, each as often as it was."""
         self._round = 0
@@ -57,7 +57,7 @@ class PageAccounts:
             self.populated = DirtyBitmap(self.populated.nbits)
             self.populated.set_runs(starts, lengths)
 
-    def cleaned(self, dirty: DirtyBitmap, gfns: range | None = None) -> None:
+    def reported(self, dirty: DirtyBitmap, gfns: range | None = None) -> None:
         """Take in what a CLEAN returned, or the last PEEK: it is to be sent again, and nothing is proven of it.
 
         Args:
@@ -68,9 +68,9 @@ class PageAccounts:
         reported = dirty.words[words]
         with self.changed:
             self.populated.words[words] |= reported
-            self.sent_pages.words[words] &= ~reported
-            self.proven_pages.words[words] &= ~reported
-            self.taken_pages.words[words] |= reported
+            self.is_sent.words[words] &= ~reported
+            self.is_proven.words[words] &= ~reported
+            self.was_reported.words[words] |= reported
 
     def begin_round(self, index: int) -> None:
         """Count what is sent from now on as sent in round ``index``; all of the rounds before is on the wire."""
@@ -78,16 +78,16 @@ class PageAccounts:
 
     def sent(self, gfns: GfnArray) -> None:
         """Take in that these frames (uint64[n], strictly ascending) are on the wire, ahead of what is sent next."""
-        self.counts.add(self._round, gfns)
+        self.send_counts.add(self._round, gfns)
         with self.changed:
-            self.sent_pages.set(gfns)
+            self.is_sent.set(gfns)
             self.sendings += gfns.size
             self.changed.notify_all()
 
     def proven(self) -> DirtyBitmap:
         """Return which frames are proven; a copy."""
         with self.changed:
-            return self.proven_pages.copy()
+            return self.is_proven.copy()
 
 
 class SendCounts:

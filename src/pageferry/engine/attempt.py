@@ -18,7 +18,7 @@ from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.guest_time import StallMeter
-from pageferry.engine.job import Job
+from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.progress import PhaseClock, Rounds, guarded
 from pageferry.engine.report import ReportBuilder
@@ -89,22 +89,22 @@ class Attempt:
         Raises:
             MigrationError: the guest did not move (``guest_at`` SOURCE), or that is not known (UNKNOWN).
         """
-        self.job.status = "active"
+        self.job.status = JobStatus.ACTIVE
         try:
             yield
         except Exception as error:
             self._fall_back()
             failure = self._failure(error, as_error)
             self.job.error = failure
-            self._end("cancelled" if self.job.handoff.cancelled else "failed", failure.reason)
+            self._end(JobStatus.CANCELLED if self.job.handoff.cancelled else JobStatus.FAILED, failure.reason)
             if failure is error:
                 raise
             raise failure from error
         except BaseException:
             self._fall_back()
-            self._end("failed", "interrupted")
+            self._end(JobStatus.FAILED, "interrupted")
             raise
-        self._end("completed", self.report.stop_reason)
+        self._end(JobStatus.COMPLETED, self.report.stop_reason)
 
     def warn(self, text: str) -> None:
         """Tell of something that may hurt the guest later, in one line; the report has it too."""
@@ -150,9 +150,9 @@ class Attempt:
         if not self.job.handoff.committed:
             self.guest.restore()
 
-    def _end(self, status: str, reason: str) -> None:
+    def _end(self, status: JobStatus, reason: str) -> None:
         if self.job.postcopy is not None:
-            self.accounts.counts.add(self.rounds.index, self.job.postcopy.missing.gone.gfns())
+            self.accounts.send_counts.add(self.rounds.index, self.job.postcopy.missing.gone.gfns())
         report = self.report.build(status, reason)
         self.job.ended(status, report)
         self.on_event(MigrationEnded(report=report))

@@ -30,7 +30,7 @@ def as_migration_error(
         timeout_s: how long it was allowed to stand still.
     """
     if isinstance(error, PeerFailedError):
-        return PeerError(error.reason, phase=str(phase), guest_at=guest_at, hint=error.hint)
+        return PeerError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, VmError | UsageError):  # before OSError: a KvmError is both, and no fault of the connection
         return MigrationError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, TruncatedError | OSError):
@@ -53,7 +53,7 @@ def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError,
     """
     where, at = str(phase), GuestAt.SOURCE
     if isinstance(error, PeerFailedError):
-        return PeerError(error.reason, phase=where, guest_at=at, hint=error.hint), None
+        return PeerError(str(error), phase=where, guest_at=at, hint=error.hint), None
     if isinstance(error, MigrationError):
         return error, Failed(reason=error.reason, hint=error.hint)
     if isinstance(error, TruncatedError):

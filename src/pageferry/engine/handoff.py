@@ -2,14 +2,16 @@
 
 ::
 
-    HERE --commit--> COMMITTED --running--> THERE
-      ^                  |  |                 ^
-      |<---- refused ----+  +-- lost --> UNKNOWN
-      |                                    |  |
-      +<------- refused, taken back -------+  +-- running --> THERE
+    HERE -- commit --> COMMITTED -- running --> THERE
+    | ^                  |  |                     |
+    | |<---- refused ----+  +-- lost --> UNKNOWN  |
+    | |                                  |  |     |
+    | +<------- refused, taken back -----+  +-- running --> THERE
+    | +<------------------ taken back ------------+
+    +-- keep --> KEPT
 
-*Refused*: the destination promised that the guest never runs there. *Taken back*: a person declared it. A cancel is
-possible in HERE only, and once it was heard nothing commits any more.
+*Refused*: the destination promised that the guest never runs there. *Taken back*: a person declared it. *Kept*: the
+guest was saved and runs on. A cancel is possible in HERE only, and once it was heard nothing leaves HERE.
 """
 
 import threading
@@ -25,6 +27,7 @@ class Custody(StrEnum):
     COMMITTED = "committed"
     UNKNOWN = "unknown"
     THERE = "there"
+    KEPT = "kept"
 
 
 _GUEST_AT = {
@@ -32,6 +35,7 @@ _GUEST_AT = {
     Custody.COMMITTED: GuestAt.SOURCE,
     Custody.UNKNOWN: GuestAt.UNKNOWN,
     Custody.THERE: GuestAt.DESTINATION,
+    Custody.KEPT: GuestAt.SOURCE,
 }
 
 
@@ -55,8 +59,8 @@ class Handoff:
 
     @property
     def committed(self) -> bool:
-        """Whether the destination may run the guest, so that it must not run here."""
-        return self._custody is not Custody.HERE
+        """Whether the guest may run elsewhere, so that it must not run here."""
+        return self._custody not in (Custody.HERE, Custody.KEPT)
 
     @property
     def cancelled(self) -> bool:
@@ -66,16 +70,17 @@ class Handoff:
     def cancel(self) -> bool:
         """Forbid the commit; return False when it is too late."""
         with self._lock:
-            self._cancelled = self._cancelled or not self.committed
-            return not self.committed
+            in_time = self._custody is Custody.HERE
+            self._cancelled = self._cancelled or in_time
+            return in_time
 
     def commit(self) -> bool:
         """Go from HERE to COMMITTED, before the destination hears of it; return False when it was cancelled."""
-        with self._lock:
-            if self._cancelled:
-                return False
-            self._move(Custody.COMMITTED, Custody.HERE)
-            return True
+        return self._leave(Custody.COMMITTED)
+
+    def keep(self) -> bool:
+        """Go from HERE to KEPT, before a saved guest's file gets its name; return False when it was cancelled."""
+        return self._leave(Custody.KEPT)
 
     def running(self) -> None:
         """The destination runs the guest."""
@@ -92,6 +97,12 @@ class Handoff:
     def lost(self) -> None:
         """No answer to the commit can be had."""
         self._move(Custody.UNKNOWN, Custody.COMMITTED, Custody.UNKNOWN)
+
+    def _leave(self, custody: Custody) -> bool:
+        with self._lock:
+            if not self._cancelled:
+                self._move(custody, Custody.HERE)
+            return not self._cancelled
 
     def _move(self, custody: Custody, *allowed: Custody) -> None:
         if self._custody not in allowed:

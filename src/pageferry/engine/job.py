@@ -1,6 +1,7 @@
 """Job: what others may ask of a migration or a save while it goes on: cancel, hold, limits, status, recover."""
 
 import threading
+from enum import StrEnum
 from pathlib import Path
 
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, VmError
@@ -16,8 +17,19 @@ from pageferry.engine.progress import Outlook, PhaseClock, Rounds, Traffic
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.pacer import Pacer
 
-#: The status of a migration that is ready and waits to be told to go on; QEMU's word.
-HELD = "pre-switchover"
+
+class JobStatus(StrEnum):
+    """How far a job is, in QEMU's words. HELD: it is ready, and waits to be told to go on."""
+
+    SETUP = "setup"
+    ACTIVE = "active"
+    HELD = "pre-switchover"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER = "postcopy-recover"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 class Job:
@@ -48,7 +60,7 @@ class Job:
         self.pacer = Pacer(bandwidth_bytes_per_s)
         self.handoff = Handoff()
         self.file = file
-        self.status = "setup"
+        self.status = JobStatus.SETUP
         self.postcopy: Postcopy | None = None
         """Made at the pause when the guest is to switch before all its pages have gone."""
         self.report: MigrationReport | None = None
@@ -63,6 +75,7 @@ class Job:
         if not hold:
             self._go_on.set()
         self._ended = threading.Event()
+        self._limits_lock = threading.Lock()  # between two who change limits at once
 
     # -- status ----------------------------------------------------------------------------------------------------
 
@@ -79,7 +92,7 @@ class Job:
     @property
     def handing_over(self) -> bool:
         """Whether the guest was committed and stands still here, so that only the answer says whose it is."""
-        return self.handoff.custody is Custody.COMMITTED and self.frozen
+        return self.handoff.custody is Custody.COMMITTED
 
     @property
     def keeps_pages(self) -> bool:
@@ -119,7 +132,7 @@ class Job:
         """Return how fast it goes and when it will be over."""
         if self.postcopy is not None and self.handoff.committed:
             return self.postcopy.outlook(self._rounds.wire_bytes_per_s())
-        return self._rounds.outlook(limit_s=self.downtime_limit_s, held=self.status == HELD)
+        return self._rounds.outlook(limit_s=self.downtime_limit_s, held=self.status is JobStatus.HELD)
 
     # -- what may be asked -----------------------------------------------------------------------------------------
 
@@ -133,9 +146,10 @@ class Job:
         Raises:
             UsageError: the policy has no such limit, or a value has no sense.
         """
-        self.policy = with_limits(self.policy, given)
-        if bandwidth is not None:
-            self.pacer.set_rate(bandwidth.bandwidth_bytes_per_s)
+        with self._limits_lock:
+            self.policy = with_limits(self.policy, given)
+            if bandwidth is not None:
+                self.pacer.set_rate(bandwidth.bandwidth_bytes_per_s)
 
     def go_on(self) -> None:
         """Let a migration that was told to hold pause the guest when all is ready."""
@@ -232,7 +246,7 @@ class Job:
         for channel in tuple(self._channels):
             channel.close()
 
-    def ended(self, status: str, report: MigrationReport) -> None:
+    def ended(self, status: JobStatus, report: MigrationReport) -> None:
         """Take in how it ended."""
         self.report = report
         self.status = status

@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.events import RoundEnd, RoundEnded
+from pageferry.core.events import RoundEnded, RoundOutcome
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.guest_time import Stall
-from pageferry.engine.job import HELD
+from pageferry.engine.job import JobStatus
 from pageferry.engine.pages.send import Lanes
 from pageferry.engine.verify.digests import RunDigests
 
@@ -141,7 +141,7 @@ class Precopy:
                 self._verifier.close()
                 return decision
             attempt.throttle.set(decision.throttle)
-            if self._job.status == HELD:
+            if self._job.status is JobStatus.HELD:
                 self._job.wait_to_go_on(HELD_ROUND_S)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
@@ -184,11 +184,11 @@ class Precopy:
             part = range(first, min(first + self._chunk_pages, gfn_limit))
             with self._attempt.stall.spent_on(Stall.CLEAN):
                 dirty = self._vm.log_dirty.clean_range(part)
-            self._attempt.accounts.cleaned(dirty, part)
+            self._attempt.accounts.reported(dirty, part)
             yield dirty.gfns(part)
 
     def _decide(self, stats: RoundStats, dirty: DirtyBitmap, throttle: float, ended_s: float) -> Decision:
-        """Ask the policy, of one instant: the round's end, and the bitmap then."""
+        """Ask the policy about the end of the round: one instant, of which the bitmap and all figures are."""
         fixed_s = self._attempt.rounds.fixed_s = self._attempt.state_s + self._verifier.pause_s(dirty)
         progress = Progress(
             memory_pages=self._vm.memory.pages,
@@ -200,7 +200,7 @@ class Precopy:
         decision = self._unless_held(self._job.policy.decide(progress))
         work = self._attempt.stall.work()
         self._attempt.report.round_ends.append(
-            RoundEnd(
+            RoundOutcome(
                 ended_s=ended_s,
                 work=None if work is None else work.work,
                 fixed_s=fixed_s,
@@ -215,13 +215,13 @@ class Precopy:
     def _unless_held(self, decision: Decision) -> Decision:
         """Turn a stop into another round as long as the migration is told to hold."""
         if self._job.may_go_on:
-            self._job.status = "active"
+            self._job.status = JobStatus.ACTIVE
             return decision
         if decision.action not in (Action.STOP_AND_COPY, Action.POST_COPY):
             return decision
-        if self._job.status != HELD:
+        if self._job.status is not JobStatus.HELD:
             self._judged_rounds = self._attempt.rounds.index
-            self._job.status = HELD
+            self._job.status = JobStatus.HELD
         return replace(decision, action=Action.NEXT_ROUND, reason=f"ready, and held: {decision.reason}")
 
     def _rounds_to_judge(self) -> tuple[RoundStats, ...]:
@@ -230,6 +230,13 @@ class Precopy:
         if self._judged_rounds is None or len(rounds) <= self._judged_rounds:
             return rounds
         return (*rounds[: self._judged_rounds], replace(rounds[-1], index=self._judged_rounds))
+
+
+def last_dirty(attempt: Attempt) -> GfnArray:
+    """Return what is dirty in a frozen guest, uint64[n]. Nothing writes any more: PEEK is enough."""
+    dirty = attempt.guest.vm.log_dirty.peek()
+    attempt.accounts.reported(dirty)
+    return dirty.gfns()
 
 
 def stop_and_copy(attempt: Attempt, sink: Sink, gfns: GfnArray) -> None:

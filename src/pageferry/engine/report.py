@@ -4,12 +4,12 @@ import logging
 from dataclasses import replace
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import DOWNTIME_PHASES, MigrationReport, Phase, RoundEnd
+from pageferry.core.events import DOWNTIME_PHASES, MigrationReport, Phase, RoundOutcome
 from pageferry.core.explain import explain
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.guest_time import StallMeter
-from pageferry.engine.job import Job
+from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.progress import PhaseClock, Rounds
 from pageferry.engine.throttle import Throttle
@@ -48,7 +48,7 @@ class ReportBuilder:
     ) -> None:
         self.destination_accel: str | None = None
         self.shared_memory = False
-        self.round_ends: list[RoundEnd] = []
+        self.round_ends: list[RoundOutcome] = []
         self.stop_reason = ""
         """Why pre-copy ended."""
         self.verified_pages = 0
@@ -65,16 +65,16 @@ class ReportBuilder:
         self._stall = stall
         self._throttle = throttle
 
-    def build(self, status: str, reason: str) -> MigrationReport:
+    def build(self, status: JobStatus, reason: str) -> MigrationReport:
         """Return the report of an attempt that ends now.
 
         Args:
-            status: ``completed``, ``failed`` or ``cancelled``.
+            status: COMPLETED, FAILED or CANCELLED.
             reason: in words.
         """
         ended_s = self._clock.now_s()
         vm, wire, job, began_s = self._guest.vm, self._wire, self._job, self._clock.began_s
-        moved = self.running_at_s is not None and (status == "completed" or job.guest_at is GuestAt.DESTINATION)
+        moved = self.running_at_s is not None and (status is JobStatus.COMPLETED or job.guest_at is GuestAt.DESTINATION)
         running_at_s = self.running_at_s if moved else None
         phases = DOWNTIME_PHASES if job.file is None else _SAVE_DOWNTIME_PHASES
         missing = None if job.postcopy is None else job.postcopy.missing
@@ -109,7 +109,7 @@ class ReportBuilder:
             throttled_s=self._throttle.held_s,
             reason=reason,
             round_ends=tuple(self.round_ends),
-            sent=self._accounts.counts.result(),
+            sent=self._accounts.send_counts.result(),
             paused_at_s=None if paused_at_s is None else paused_at_s - began_s[Phase.CONNECT],
             guest_time=self._stall.result(),
             explanation=None,

@@ -41,14 +41,14 @@ from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.failures import as_migration_error
-from pageferry.engine.job import HELD
+from pageferry.engine.job import JobStatus
 from pageferry.engine.options import DEFAULT_OPTIONS, DEFAULT_WIRE, MigrationOptions
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.encode import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.postcopy.recovery import come_back
 from pageferry.engine.postcopy.server import MissingPages, Postcopy
-from pageferry.engine.precopy import HELD_ROUND_S, Precopy, stop_and_copy
+from pageferry.engine.precopy import HELD_ROUND_S, Precopy, last_dirty, stop_and_copy
 from pageferry.engine.progress import Rounds
 from pageferry.engine.verify.digests import hint_runs
 from pageferry.engine.verify.prove import MemoryProof
@@ -305,20 +305,18 @@ class Source:
         xalloc = np.array([PageType.XALLOC], np.uint8)  # the format demands a page: one that is there
         peer.channel.send([self._encoder.page_data([0], xalloc)])
         if not self.job.may_go_on:
-            self.job.status = HELD
+            self.job.status = JobStatus.HELD
         while not self.job.wait_to_go_on(HELD_ROUND_S):
             sink.check()
             self._attempt.expect_alive()
-        self.job.status = "active"
+        self.job.status = JobStatus.ACTIVE
         self.job.check()
         self._attempt.report.stop_reason = "the destination has the same memory"
         return False
 
     def _stop_and_copy(self, sink: DestinationSink, token: str, *, switches: bool) -> None:
-        """Send what is dirty, or note it as missing. The guest writes no more: PEEK is enough."""
-        dirty = self._vm.log_dirty.peek()
-        self._attempt.accounts.cleaned(dirty)
-        gfns = dirty.gfns()
+        """Send what is dirty, or note it as missing."""
+        gfns = last_dirty(self._attempt)
         if switches:
             missing = gfns[self._vm.memory.are_ram(gfns)]
             gfns = gfns[:0]
@@ -383,7 +381,7 @@ class Source:
             )
             self._attempt.on_event(progress)
 
-        self.job.status = "postcopy-active"
+        self.job.status = JobStatus.POSTCOPY_ACTIVE
         if postcopy.recovery.abandoned:  # before the answer to SWITCH was there
             peer.channel.abort()
         while True:
@@ -391,7 +389,7 @@ class Source:
                 postcopy.connected()
                 missing.serve(peer, on_progress)
                 return
-            except (OSError, PageferryError, PeerFailedError) as error:
+            except (OSError, PageferryError) as error:
                 peer = self._recovered(postcopy, error)
 
     def _recovered(self, postcopy: Postcopy, error: Exception) -> Peer:
@@ -404,18 +402,18 @@ class Source:
         handoff = self.job.handoff
         self._cut(postcopy, error)
         while (endpoint := postcopy.recovery.wait()) is not None:
-            self.job.status = "postcopy-recover"
+            self.job.status = JobStatus.POSTCOPY_RECOVER
             self._endpoint = endpoint
             try:
                 peer = come_back(self._connect(), postcopy.token)
-            except (OSError, PageferryError, PeerFailedError) as again:
+            except (OSError, PageferryError) as again:
                 promised = isinstance(again, PeerFailedError) and not isinstance(again, PeerRefusedError)
                 if promised and handoff.guest_at is GuestAt.UNKNOWN:
                     handoff.refused()
                     raise
                 self._cut(postcopy, again)
                 continue
-            self.job.status = "postcopy-active"
+            self.job.status = JobStatus.POSTCOPY_ACTIVE
             self._attempt.on_event(PostcopyRecovered())
             return peer
         lost = "given up before all pages had gone, and the guest is lost"
@@ -428,6 +426,6 @@ class Source:
         if not isinstance(error, MigrationError):
             error = self._as_migration_error(error, self.job.guest_at)
         postcopy.cut(error.reason)
-        self.job.status = "postcopy-paused"
+        self.job.status = JobStatus.POSTCOPY_PAUSED
         postcopy.recovery.begin()
         self._attempt.on_event(PostcopyPaused(reason=error.reason))

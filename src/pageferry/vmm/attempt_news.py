@@ -14,7 +14,7 @@ from pageferry.core.events import (
     RoundProgress,
     Warned,
 )
-from pageferry.engine.job import HELD, Job
+from pageferry.engine.job import Job, JobStatus
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import RECOVER_HINT
@@ -88,6 +88,6 @@ class AttemptNews:
             self._announcer.event("RESUME")
 
     def _tell_held(self, status: str) -> None:
-        if status != self._said_status and HELD in (status, self._said_status):
+        if status != self._said_status and JobStatus.HELD in (status, self._said_status):
             self._announcer.migration(status)
         self._said_status = status

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pageferry.core.vm import VmStatus
-from pageferry.engine.job import HELD
+from pageferry.engine.job import JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer
@@ -126,7 +126,7 @@ class Commands:
 
     def _migrate_continue(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)
-        state = args.text("state", HELD)
+        state = args.text("state", JobStatus.HELD)
         args.done()
         self._outgoing.go_on(state)
 

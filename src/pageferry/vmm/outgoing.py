@@ -8,7 +8,7 @@ from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
 from pageferry.core.host_cpu import HostCpu
 from pageferry.engine.image.save import Save
-from pageferry.engine.job import HELD, Job
+from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Endpoint
@@ -182,7 +182,7 @@ class Outgoing:
             QmpError: there is none, or it is in another state.
         """
         job = self._current()
-        if state != HELD or job.status not in (HELD, "active"):
+        if state != JobStatus.HELD or job.status not in (JobStatus.HELD, JobStatus.ACTIVE):
             raise QmpError(f"the migration is not in state {state!r} but {job.status!r}")
         job.go_on()
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import MigrationReport, PostcopyStats, RoundEnd
+from pageferry.core.events import MigrationReport, PostcopyStats, RoundOutcome
 from pageferry.core.explain import explain
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.guest_time import GuestTime
@@ -47,7 +47,7 @@ def report(*rounds, fixed_s=0.01, action=Action.STOP_AND_COPY, policy="downtime"
         progress = Progress(memory_pages=65536, rounds=made[: index + 1], fixed_s=fixed_s)
         last = index == len(made) - 1
         ends.append(
-            RoundEnd(
+            RoundOutcome(
                 ended_s=index + 1.0,
                 work=None,
                 fixed_s=fixed_s,

@@ -8,10 +8,11 @@ import pytest
 from pageferry.core.errors import GuestAt
 from pageferry.engine.handoff import Custody, Handoff
 
-STEPS = ("cancel", "commit", "running", "refused", "lost", "taken_back")
+STEPS = ("cancel", "commit", "running", "refused", "keep", "lost", "taken_back")
 #: What may follow in each state, and where it leads; all else is a defect of ours and raises.
 LEGAL = {
     (Custody.HERE, "commit"): Custody.COMMITTED,
+    (Custody.HERE, "keep"): Custody.KEPT,
     (Custody.COMMITTED, "running"): Custody.THERE,
     (Custody.COMMITTED, "refused"): Custody.HERE,
     (Custody.COMMITTED, "lost"): Custody.UNKNOWN,
@@ -46,8 +47,8 @@ def test_each_step_leads_where_it_may_and_nowhere_else(depth):
             assert in_time == (before is Custody.HERE)
             assert handoff.custody is before
             assert handoff.cancelled == (cancelled or in_time)
-        elif step == "commit" and before is Custody.HERE and cancelled:
-            assert not handoff.commit()
+        elif step in ("commit", "keep") and before is Custody.HERE and cancelled:
+            assert not getattr(handoff, step)()
             assert handoff.custody is Custody.HERE
         elif (before, step) in LEGAL:
             getattr(handoff, step)()
@@ -57,7 +58,7 @@ def test_each_step_leads_where_it_may_and_nowhere_else(depth):
                 getattr(handoff, step)()
             assert handoff.custody is before
         # It may run here only where nobody was told that it may run there, or somebody took that back.
-        assert handoff.committed == (handoff.custody is not Custody.HERE)
+        assert handoff.committed == (handoff.custody not in (Custody.HERE, Custody.KEPT))
         assert (handoff.guest_at is GuestAt.DESTINATION) == (handoff.custody is Custody.THERE)
         assert (handoff.guest_at is GuestAt.UNKNOWN) == (handoff.custody is Custody.UNKNOWN)
     assert seen

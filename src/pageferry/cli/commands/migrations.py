@@ -41,7 +41,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_rate
 from pageferry.core.vm import MachineModel
-from pageferry.engine.job import HELD
+from pageferry.engine.job import JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
 from pageferry.guests.workloads import WORKLOADS, load_guest
@@ -141,7 +141,7 @@ def save(
 def switch(control: ControlOption) -> None:
     """Let a migration that was told to hold pause its guest and finish."""
     with QmpClient(control) as client:
-        client.execute("migrate-continue", state=HELD)
+        client.execute("migrate-continue", state=JobStatus.HELD)
 
 
 def cancel(control: ControlOption) -> None:

@@ -16,7 +16,14 @@ from pageferry.core.errors import VerifyError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.image.saved_guest import SavedGuest
-from pageferry.engine.verify import digests as verify
+from pageferry.engine.verify.digests import (
+    DigestArray,
+    batches,
+    digest_runs,
+    digest_views,
+    first_difference,
+    populated_runs,
+)
 from pageferry.stream.hvm_context import encode_machine_state
 
 #: How much of a file is looked at at once: 32 MiB.
@@ -32,15 +39,15 @@ class AtPause:
 
     starts: GfnArray
     lengths: GfnArray
-    digests: verify.Digests
+    digests: DigestArray
     removed: GfnArray
     context: bytes
 
     @classmethod
     def of(cls, memory: GuestMemory, context: bytes) -> "AtPause":
         """Digest a guest that stands still."""
-        starts, lengths = verify.populated_runs(memory)
-        digests = verify.digest_runs(memory, starts, lengths)
+        starts, lengths = populated_runs(memory)
+        digests = digest_runs(memory, starts, lengths)
         return cls(starts=starts, lengths=lengths, digests=digests, removed=memory.removed(), context=context)
 
     @property
@@ -63,13 +70,13 @@ class AtPause:
         if not same_state or not np.array_equal(saved.removed, self.removed):
             raise VerifyError("the file does not hold the state of the guest at the pause", gfn=None)
         buffer = np.empty(_BATCH_PAGES << PAGE_SHIFT, np.uint8)
-        for piece in verify.batches(self.lengths, _BATCH_PAGES - PAGES_PER_2M, self.lengths.size):
+        for piece in batches(self.lengths, _BATCH_PAGES - PAGES_PER_2M, self.lengths.size):
             check()
             lengths = self.lengths[piece]
             found = saved.content(expand_runs(self.starts[piece], lengths), buffer)
             edges = np.concatenate(([0], np.cumsum(lengths))).astype(np.int64) << PAGE_SHIFT
             views = [found[begin:end] for begin, end in pairwise(edges.tolist())]
-            wrong = verify.first_difference(verify.digest_views(views, lengths), self.digests[piece])
+            wrong = first_difference(digest_views(views, lengths), self.digests[piece])
             if wrong is not None:
                 first, pages = int(self.starts[piece][wrong]), int(lengths[wrong])
                 raise VerifyError(f"the file is not the guest at the pause: {pages} pages at gfn {first:#x}", gfn=None)

@@ -27,23 +27,23 @@ from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.host_cpu import HostCpu
 from pageferry.core.memory import GuestMemory
-from pageferry.core.policy import Policy
+from pageferry.core.policy import Policy, may_switch
 from pageferry.core.units import format_size
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
+from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.proof import AtPause
 from pageferry.engine.image.saved_guest import SavedGuest
-from pageferry.engine.image.sink import FileSink
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lane, Lanes
-from pageferry.engine.precopy import Precopy, stop_and_copy
+from pageferry.engine.precopy import Precopy, last_dirty, stop_and_copy
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.verify.digests import RunDigests
 from pageferry.stream.encoder import Encoder
 
 
-class _FilePages:
+class FileSink:
     """Sends pages into a file, which never answers.
 
     Args:
@@ -114,6 +114,9 @@ class Save:
         bandwidth_bytes_per_s: a cap on what is written, as :class:`~pageferry.engine.options.WireOptions` has it.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
+
+    Raises:
+        UsageError: the policy may switch before all pages are saved.
     """
 
     def __init__(
@@ -128,6 +131,9 @@ class Save:
         on_event: Callable[[Event], None],
         work_before: WorkSample | None = None,
     ) -> None:
+        if may_switch(policy):
+            hint = "a guest in a file cannot ask for its pages; choose another policy"
+            raise UsageError(f"a save cannot follow the {policy.name} policy", hint=hint)
         self._vm = vm
         self._path = path
         self._stop = stop
@@ -154,12 +160,12 @@ class Save:
                 file.send([self._encoder.header(), *map(self._encoder.record, attempt.guest.first_records())])
                 coder = PlainCoder(self._vm.memory, self._encoder)
                 lane = Lane(self._vm.memory, file, self._encoder, coder, says_zero=False, on_sent=attempt.accounts.sent)
-                sink = _FilePages(self._vm.memory, lane)
+                sink = FileSink(self._vm.memory, lane)
                 report.stop_reason = Precopy(attempt, sink, _FileVerifier(attempt)).run().reason
             with phase(Phase.PAUSE):
                 attempt.stop_guest()
             with phase(Phase.STOP_AND_COPY):
-                stop_and_copy(attempt, sink, self._vm.log_dirty.peek().gfns())
+                stop_and_copy(attempt, sink, last_dirty(attempt))
             with phase(Phase.STATE):
                 records = attempt.guest.last_records()
                 file.send([self._encoder.record(record) for record in records])
@@ -186,8 +192,8 @@ class Save:
             reason, hint = f"internal error: {error!r}", ""
         return MigrationError(reason, phase=str(self._attempt.clock.current), guest_at=guest_at, hint=hint)
 
-    def _open(self) -> FileSink:
-        file = FileSink(self._path)
+    def _open(self) -> FileOutlet:
+        file = FileOutlet(self._path)
         file.pacer = self.job.pacer
         self.job.opened(file)
         needed_bytes = int(self._vm.memory.populated()[1].sum()) * PAGE_SIZE
@@ -200,22 +206,23 @@ class Save:
             )
         return file
 
-    def _prove(self, file: FileSink, at_pause: AtPause) -> None:
+    def _prove(self, file: FileOutlet, at_pause: AtPause) -> None:
         """Read the file back and compare it with the guest at the pause."""
         file.settle()
         with SavedGuest(self._path, file.fileno()) as saved:
             at_pause.expect_in(saved, self.job.check)
         self._attempt.report.verified_pages = at_pause.pages
 
-    def _commit(self, file: FileSink) -> None:
+    def _commit(self, file: FileOutlet) -> None:
         """Give the file its name; from then on a guest that was to stop is in the file and not here."""
         handoff = self.job.handoff
-        if not handoff.commit():
+        if not (handoff.commit() if self._stop else handoff.keep()):
             raise self.job.abort("cancelled")
         try:
             file.commit()
         except OSError:
-            handoff.refused()
+            if self._stop:
+                handoff.refused()
             raise
         file.close()
         if self._stop:

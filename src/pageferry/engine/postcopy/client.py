@@ -36,7 +36,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import Vm
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.wire.connections import POLL_S, Accept, admit
-from pageferry.engine.wire.peer import Peer, PeerFailedError
+from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_bodies import digest_of
 from pageferry.stream.ferry_frames import (
     MAX_WANTED_PAGES,
@@ -129,7 +129,7 @@ class PostcopyClient:
             try:
                 self.say_complete(peer)
                 break
-            except (OSError, PageferryError, PeerFailedError):
+            except (OSError, PageferryError):
                 peer.channel.close()
             self._peer = peer = self._accepted()
         if peer is not None:
@@ -158,7 +158,7 @@ class PostcopyClient:
         try:
             self.take_from(peer)
         except Exception as error:  # whatever it is: what has come stays, and another connection may do better
-            if not isinstance(error, OSError | PageferryError | PeerFailedError):
+            if not isinstance(error, OSError | PageferryError):
                 _log.exception("post-copy was cut by a defect")
             peer.channel.close()
             return f"the connection was cut: {error}"

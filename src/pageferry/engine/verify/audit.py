@@ -100,7 +100,7 @@ class Auditor:
             if ready is None or self._memory.unmarked_writes:
                 return None
             moved = self._peek()  # after the line above: the marks of all that was digested are there
-            moved |= self._accounts.taken_pages
+            moved |= self._accounts.was_reported
             ready = ready.part(~_any_in_runs(moved, ready.first_gfns, ready.pages))
             self._remember(ready)
             self._ready = self._piece = None
@@ -148,11 +148,11 @@ class Auditor:
 
     def _remember(self, proven: RunDigests) -> None:
         self._passes += 1
-        self._accounts.proven_pages.set_runs(proven.first_gfns, proven.pages)
+        self._accounts.is_proven.set_runs(proven.first_gfns, proven.pages)
         self._proven_at[(proven.first_gfns // np.uint64(PAGES_PER_2M)).astype(np.int64)] = self._passes
 
     def _candidates(self) -> DirtyBitmap:
-        return self._accounts.sent_pages - self._accounts.proven_pages - self._peek()
+        return self._accounts.is_sent - self._accounts.is_proven - self._peek()
 
     def _main(self) -> None:
         try:
@@ -173,7 +173,7 @@ class Auditor:
                     if candidates.any():
                         self._piece = self._next(candidates)
                         self._begun += min(owed_pages, int(self._piece[1].sum()))
-                        self._accounts.taken_pages = DirtyBitmap(self._memory.gfn_limit)
+                        self._accounts.was_reported = DirtyBitmap(self._memory.gfn_limit)
                         return True
                     self._begun, self._hurried_at = self._accounts.sendings, None
                     self._changed.notify_all()
@@ -201,7 +201,7 @@ class Auditor:
             digests = digest_runs(self._memory, starts, lengths)
         except VmError:  # the guest gave a frame back meanwhile; what is no RAM is no candidate the next time
             with self._changed:
-                self._accounts.sent_pages &= self._memory.all_ram()
+                self._accounts.is_sent &= self._memory.all_ram()
                 self._piece = None
                 self._changed.notify_all()
             return

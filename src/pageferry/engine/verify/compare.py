@@ -14,7 +14,13 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import RecordError, VerifyError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
-from pageferry.engine.verify import digests as verify
+from pageferry.engine.verify.digests import (
+    DigestArray,
+    digest_runs,
+    first_difference,
+    first_nonzero_outside,
+    page_digests,
+)
 from pageferry.stream.ferry_frames import Digests, Mismatch, Missing
 
 
@@ -76,7 +82,7 @@ class ReceivedPages:
             AuditMismatchError: a run differs.
             VmError: a run is not RAM.
         """
-        index = verify.first_difference(verify.digest_runs(self.memory, first_gfns, pages), digests)
+        index = first_difference(digest_runs(self.memory, first_gfns, pages), digests)
         if index is not None:
             raise AuditMismatchError(int(first_gfns[index]), int(pages[index]))
         with self._lock:
@@ -152,9 +158,9 @@ class Comparison:
             raise VerifyError("a page was never proven equal", gfn=None)
         return self._difference(starts[~audited], lengths[~audited], frame.digests[~audited])
 
-    def _difference(self, starts: GfnArray, lengths: GfnArray, theirs: verify.Digests) -> Mismatch | None:
+    def _difference(self, starts: GfnArray, lengths: GfnArray, theirs: DigestArray) -> Mismatch | None:
         memory = self._pages.memory
-        index = verify.first_difference(verify.digest_runs(memory, starts, lengths), theirs)
+        index = first_difference(digest_runs(memory, starts, lengths), theirs)
         return None if index is None else mismatch_of(memory, int(starts[index]), int(lengths[index]))
 
     def conclude(self) -> int:
@@ -171,7 +177,7 @@ class Comparison:
         if known.count() != pages + self.missing.count():
             raise VerifyError("a page is proven that is missing", gfn=None)
         if not self._shared:  # else there is no elsewhere: the memory is one
-            gfn = verify.first_nonzero_outside(self._pages.memory, self._populated, *known.runs())
+            gfn = first_nonzero_outside(self._pages.memory, self._populated, *known.runs())
             if gfn is not None:
                 raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)
         return pages
@@ -179,4 +185,4 @@ class Comparison:
 
 def mismatch_of(memory: GuestMemory, first_gfn: int, pages: int) -> Mismatch:
     """Return what tells the source which page of a run that differs it is."""
-    return Mismatch(first_gfn=first_gfn, page_digests=verify.page_digests(memory, first_gfn, pages))
+    return Mismatch(first_gfn=first_gfn, page_digests=page_digests(memory, first_gfn, pages))

@@ -26,11 +26,11 @@ _SAMPLE_PAGES = 8 * PAGES_PER_2M
 #: How much one DIGESTS frame covers: enough to keep all cores busy, little enough that both sides work at once.
 FRAME_PAGES = 64 * PAGES_PER_2M
 
-Digests = NDArray[np.uint8]
+DigestArray = NDArray[np.uint8]
 """uint8[n, 16]: one xxh3-128 digest (canonical, big-endian) per run."""
 
 
-NO_DIGESTS: Digests = np.empty((0, DIGEST_BYTES), np.uint8)
+NO_DIGESTS: DigestArray = np.empty((0, DIGEST_BYTES), np.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +43,7 @@ class RunDigests:
 
     first_gfns: GfnArray
     pages: GfnArray
-    digests: Digests
+    digests: DigestArray
 
     def part(self, chosen: NDArray[np.bool_]) -> "RunDigests":
         """Return the runs that are chosen, bool[n]."""
@@ -61,12 +61,12 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="digest")
 
 
-def digest_runs(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> Digests:
+def digest_runs(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> DigestArray:
     """Return the digest of each run, on all cores and mostly without the interpreter lock."""
     return digest_views(memory.views(starts, lengths), lengths)
 
 
-def digest_views(views: list[memoryview], lengths: GfnArray) -> Digests:
+def digest_views(views: list[memoryview], lengths: GfnArray) -> DigestArray:
     """Return the digest of each view, of so many pages, as :func:`digest_runs` does of guest memory."""
     if not views:
         return NO_DIGESTS
@@ -93,7 +93,7 @@ def batches(lengths: GfnArray, max_pages: int, max_runs: int) -> Iterator[slice]
         at = end
 
 
-def first_difference(ours: Digests, theirs: Digests) -> int | None:
+def first_difference(ours: DigestArray, theirs: DigestArray) -> int | None:
     """Return the index of the first digest that differs, or None when all are equal.
 
     Args:

@@ -21,9 +21,17 @@ from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.options import VerifyMode
-from pageferry.engine.verify import digests as verify
 from pageferry.engine.verify.audit import Auditor, piece_pages
 from pageferry.engine.verify.cost import ProofCost
+from pageferry.engine.verify.digests import (
+    DIGEST_BYTES,
+    FRAME_PAGES,
+    NO_DIGESTS,
+    RunDigests,
+    batches,
+    different_pages,
+    digest_runs,
+)
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Digests, Failed, Mismatch, Ready
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES
@@ -107,7 +115,7 @@ class MemoryProof:
             self._audits = True
             self._auditor.start()
 
-    def due(self) -> verify.RunDigests | None:
+    def due(self) -> RunDigests | None:
         """Return digests to send now, each behind the pages that it is of; None when there are none."""
         return self._auditor.due() if self._auditor is not None and self._audits else None
 
@@ -140,7 +148,7 @@ class MemoryProof:
             round_index: of the round under way.
         """
         tracker = self._vm.log_dirty.tracker
-        gfns = verify.different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
+        gfns = different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
         if self._auditor is not None:
             gfns = gfns[self._auditor.proven().test_many(gfns) & ~self._vm.log_dirty.peek().test_many(gfns)]
         why = f"in round {round_index} the destination's memory is not ours, and {tracker} reported no write to it"
@@ -158,7 +166,7 @@ class MemoryProof:
 
         Args:
             peer: the stream has passed.
-            spent_s: how long the guest stands still already, what is still to come besides this included.
+            spent_s: the downtime so far, and what the pause still takes after this proof.
             missing: pages that come after the switch, each with its own digest; they are not proven here.
 
         Raises:
@@ -171,12 +179,12 @@ class MemoryProof:
         audited = self._not_again(populated, spent_s)
         starts, lengths, is_audited = _merged(populated - audited, audited)
         if not starts.size:
-            none, pages = verify.NO_DIGESTS, lengths.astype(np.uint32)
+            none, pages = NO_DIGESTS, lengths.astype(np.uint32)
             peer.send(Digests(first_gfns=starts, pages=pages, digests=none, audited=is_audited, last=True))
-        for piece in verify.batches(np.where(is_audited, 0, lengths), verify.FRAME_PAGES, MAX_DIGESTS):
+        for piece in batches(np.where(is_audited, 0, lengths), FRAME_PAGES, MAX_DIGESTS):
             fresh = ~is_audited[piece]
-            digests = np.zeros((fresh.size, verify.DIGEST_BYTES), np.uint8)
-            digests[fresh] = verify.digest_runs(self._vm.memory, starts[piece][fresh], lengths[piece][fresh])
+            digests = np.zeros((fresh.size, DIGEST_BYTES), np.uint8)
+            digests[fresh] = digest_runs(self._vm.memory, starts[piece][fresh], lengths[piece][fresh])
             peer.send(
                 Digests(
                     first_gfns=starts[piece],
@@ -194,7 +202,7 @@ class MemoryProof:
         starts, _ = self._vm.memory.populated()
         some = starts[:: -(-starts.size // _LOOKED_AT) or 1]
         pages = np.ones_like(some)
-        digests = verify.digest_runs(self._vm.memory, some, pages)
+        digests = digest_runs(self._vm.memory, some, pages)
         none = np.zeros(some.size, np.bool_)
         peer.send(Digests(first_gfns=some, pages=pages.astype(np.uint32), digests=digests, audited=none, last=True))
         self._expect_ready(peer, some.size)
@@ -233,7 +241,7 @@ class MemoryProof:
         return audited - self._auditor.oldest(max(0, int(again_s * pages_per_s)))
 
     def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:
-        gfns = verify.different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
+        gfns = different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)
         error = _failure("the destination's memory is not ours", gfns, Phase.VERIFY)
         with contextlib.suppress(OSError):
             peer.send(Failed(reason=error.reason, gfn=_first(gfns)))

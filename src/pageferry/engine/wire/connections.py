@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.engine.wire.channel import Channel
-from pageferry.engine.wire.peer import Peer, PeerFailedError
+from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Join, Joined, Recover, Recovered, Refuse
 from pageferry.stream.ferry_order import Side
 
@@ -116,7 +116,7 @@ def admit(
     """
     patience_s, channel.timeout_s = channel.timeout_s, min(channel.timeout_s, _PATIENCE_S)
     peer = Peer(channel, Side.DESTINATION)
-    with contextlib.suppress(OSError, PageferryError, PeerFailedError):
+    with contextlib.suppress(OSError, PageferryError):
         peer.greet()
         frame = peer.receive()
         if isinstance(frame, request) and hmac.compare_digest(frame.token.encode(), token.encode()) and fits(frame):

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from typing import TypeVar
 
-from pageferry.core.errors import RemoteStreamError
+from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.ferry import FerryDecoder, FerryEncoder
 from pageferry.stream.ferry_frames import Failed, Frame, Refuse
@@ -14,14 +14,8 @@ from pageferry.stream.intake import Need
 _F = TypeVar("_F", bound=Frame)
 
 
-class PeerFailedError(Exception):
+class PeerFailedError(PageferryError):
     """The peer said, in words of its own, that it refuses or has failed: the guest does not and will not run there."""
-
-    def __init__(self, reason: str, hint: str = "", gfn: int | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.hint = hint
-        self.gfn = gfn
 
 
 class PeerRefusedError(PeerFailedError):
@@ -85,9 +79,9 @@ class Peer:
                 raise ConnectionResetError("the peer closed the connection")
             self._decoder.feed(data)
         if isinstance(frame, Refuse):
-            raise PeerRefusedError(frame.reason, frame.hint)
+            raise PeerRefusedError(frame.reason, hint=frame.hint)
         if isinstance(frame, Failed):
-            raise PeerFailedError(frame.reason, frame.hint, frame.gfn)
+            raise PeerFailedError(frame.reason, hint=frame.hint)
         return frame
 
     def expect(self, kind: type[_F]) -> _F:

@@ -42,7 +42,7 @@ class Migration:
     def clean(self):
         taken = self.dirty.copy()
         self.dirty.clear(taken.gfns())
-        self.accounts.cleaned(taken)
+        self.accounts.reported(taken)
         return taken.gfns()
 
     def send(self, gfns):

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from pageferry.core.errors import UsageError
-from pageferry.engine.image.sink import FileSink
+from pageferry.engine.image.outlet import FileOutlet
 from pageferry.stream.encoder import Encoder
 
 
@@ -16,7 +16,7 @@ def path(tmp_path):
 
 
 def write(path, *data):
-    sink = FileSink(path)
+    sink = FileOutlet(path)
     sink.send(list(data))
     sink.settle()
     return sink
@@ -39,7 +39,7 @@ def test_it_has_its_name_only_when_it_is_committed(path):
 def test_what_is_no_saved_guest_is_not_replaced(path, content):
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is no saved guest"):
-        FileSink(path)
+        FileOutlet(path)
     assert path.read_bytes() == content
     assert os.listdir(path.parent) == [path.name]
 
@@ -78,7 +78,7 @@ def test_what_a_killed_process_left_is_taken_over_and_a_living_one_is_not_distur
     path.with_name("guest.bin.part").write_bytes(b"left by somebody who was killed")
     first = write(path, b"mine")
     with pytest.raises(UsageError, match="is being written already"):
-        FileSink(path)
+        FileOutlet(path)
     first.commit()
     first.close()
     assert path.read_bytes() == b"mine"
@@ -88,11 +88,11 @@ def test_what_is_no_file_stays_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "/"):
         with pytest.raises(UsageError, match="no regular file"):
-            FileSink(path)
+            FileOutlet(path)
     assert os.listdir(tmp_path) == ["pipe"]
     os.mkfifo(tmp_path / "x.part")
     with pytest.raises(UsageError, match="no regular file"):
-        FileSink(tmp_path / "x")
+        FileOutlet(tmp_path / "x")
 
 
 def test_a_folder_that_cannot_be_written_to_the_disk_is_no_success(path, monkeypatch):

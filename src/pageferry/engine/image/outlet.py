@@ -1,4 +1,4 @@
-"""FileSink: a file that comes into being whole or not at all, written as a connection is: gathered, in order.
+"""FileOutlet: a file that comes into being whole or not at all, written as a connection is: gathered, in order.
 
 What is written goes to ``NAME.part`` beside it, which nobody else can read, since it holds a guest's memory. A rename
 makes it NAME when it is on the disk. What a killed process left under that name is taken over by the next one.
@@ -30,7 +30,7 @@ def _may_replace(path: Path) -> bool:
     return len(begin) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(begin)[:2] == (MARKER, IMAGE_ID)
 
 
-class FileSink:
+class FileOutlet:
     """One file on its way; an :class:`~pageferry.engine.pages.send.Outlet`.
 
     Args:
