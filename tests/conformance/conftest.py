@@ -3,13 +3,13 @@
 from functools import partial
 
 import pytest
+from machines import KINDS, expect_works
 from tiers import sample
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.trackers import ring_tracker
 from pageferry.kvm.vm import KvmVm
-from pageferry.uffd.fds import check_pagemap_scan, check_userfaultfd
 from pageferry.witness.machines import with_digests, with_witness
 
 
@@ -36,58 +36,47 @@ def small_pages(config):
     return domain
 
 
-#: Dirty rings as large as they get, and so small that guests of the kit fill them.
-RINGS = ("kvm-ring", "kvm-small-ring")
-ON_KVM = {
-    "kvm": KvmVm,
-    "uffd-wp": partial(KvmVm, tracker="uffd-wp"),
-    "pagemap-scan": partial(KvmVm, tracker="pagemap-scan"),
-}
+#: Dirty rings so small that guests of the kit fill them.
+SMALL_RING = "kvm-small-ring"
+#: Every tracker that a user can choose; a new one joins by itself.
+CHOICES = {kind.tracker: kind for kind in KINDS}
 #: Trackers with a witness: it must blame no sound one, and return what the tracker returns.
 WATCHED = {
-    "kvm+digests": partial(KvmVm, tracker=with_witness("kvm-bitmap", "digests")),
-    "kvm+pagemap-scan": partial(KvmVm, tracker=with_witness("kvm-bitmap", "pagemap-scan")),
-    "uffd-wp+kvm": partial(KvmVm, tracker=with_witness("uffd-wp", "kvm-bitmap")),
+    "kvm-bitmap+digests": partial(KvmVm, tracker=with_witness("kvm-bitmap", "digests")),
+    "kvm-bitmap+pagemap-scan": partial(KvmVm, tracker=with_witness("kvm-bitmap", "pagemap-scan")),
+    "uffd-wp+kvm-bitmap": partial(KvmVm, tracker=with_witness("uffd-wp", "kvm-bitmap")),
     "hap+digests": with_digests(Domain),
 }
-#: What KVM machines with these trackers need besides KVM.
-CHECKED = {"uffd-wp": check_userfaultfd, "pagemap-scan": check_pagemap_scan}
-MACHINES = {
-    **ON_KVM,
-    "hap": Domain,
-    "small-pages": small_pages,
-    "shadow": partial(Domain, paging_mode="shadow"),
-    "hybrid": hybrid,
-}
+MACHINES = {**{name: kind.make_vm for name, kind in CHOICES.items()}, "small-pages": small_pages, "hybrid": hybrid}
 
 
 def expect_host(request, name):
-    if name.partition("+")[0] in ON_KVM:
-        request.getfixturevalue("kvm_support")
+    """Skip the test where this host cannot run a tracker of that name, or a pair ``tracker+witness``."""
+    for kind in (CHOICES[each] for each in name.split("+") if each in CHOICES):
+        if kind.accel == "kvm":
+            request.getfixturevalue("kvm_support")
         try:
-            for each in name.split("+"):
-                CHECKED.get(each, lambda: None)()
+            expect_works(kind)
         except UnsupportedError as error:
             pytest.skip(f"{error} ({error.hint})")
 
 
 @pytest.fixture(
     params=sample(
-        [*MACHINES, *RINGS],
+        [*MACHINES, SMALL_RING],
         "a variant of a tracker whose like is in `make test`",
-        quick=["kvm", "uffd-wp", "pagemap-scan", "kvm-ring", "hap", "shadow"],
+        quick=CHOICES,
     )
 )
 def make_vm(request):
     """Makes a machine with the tracker under test from a VmConfig."""
-    if request.param in RINGS:
-        smallest_bytes = request.getfixturevalue("smallest_ring_bytes")
-        return partial(KvmVm, tracker=ring_tracker(smallest_bytes) if request.param == "kvm-small-ring" else "kvm-ring")
+    if request.param == SMALL_RING:
+        return partial(KvmVm, tracker=ring_tracker(request.getfixturevalue("smallest_ring_bytes")))
     expect_host(request, request.param)
     return MACHINES[request.param]
 
 
-@pytest.fixture(params=sample(WATCHED, "one pair on each machine", quick=["kvm+pagemap-scan", "hap+digests"]))
+@pytest.fixture(params=sample(WATCHED, "one pair on each machine", quick=["kvm-bitmap+pagemap-scan", "hap+digests"]))
 def make_watched_vm(request):
     """Makes a machine with a tracker and a witness."""
     expect_host(request, request.param)

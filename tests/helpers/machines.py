@@ -11,6 +11,7 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.paging import PAGING_MODES
 from pageferry.kvm.probe import probe
 from pageferry.kvm.trackers import TRACKERS
 from pageferry.kvm.vm import KvmVm
@@ -37,7 +38,7 @@ class Kind:
 
 KINDS: tuple[Kind, ...] = (
     *(Kind(accel="kvm", tracker=name, make_vm=partial(KvmVm, tracker=name)) for name in TRACKERS),
-    *(Kind(accel="soft", tracker=mode, make_vm=partial(Domain, paging_mode=mode)) for mode in ("hap", "shadow")),
+    *(Kind(accel="soft", tracker=mode, make_vm=partial(Domain, paging_mode=mode)) for mode in PAGING_MODES),
 )
 
 

@@ -29,14 +29,14 @@ from mutation.migrations import migration_checks
 from mutation.mutant import mutated
 from mutation.trips import Engine
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm.trackers import DEFAULT_TRACKER
+from pageferry.hypervisor.paging import PAGING_MODES
+from pageferry.kvm.trackers import DEFAULT_TRACKER, TRACKERS
 from pageferry.kvm.vm import KvmVm
 from pageferry.testing import conformance
 from pageferry.testing.conformance import Check
 from pageferry.testing.lab import Lab, MakeVm
 
 _SEED = 1
-_UFFD_TRACKERS = ("uffd-wp", "pagemap-scan")
 
 
 def _wrapped_trackers() -> tuple[Fault, ...]:
@@ -100,12 +100,11 @@ def lab_of(fault: Fault) -> Lab:
 def sound_benches(*, kvm: bool) -> Iterator[tuple[Room, Lab, tuple[Check, ...]]]:
     """Yield every lab without a fault, and the checks that must pass there."""
     for memory_bytes in (ODD, BEHIND_THE_HOLE):
-        soft = Lab(make_vm=Domain, memory_bytes=memory_bytes, seed=_SEED)
-        yield Room.HYPERVISOR, soft, _ON_SOFT
-        shadow = Lab(make_vm=partial(Domain, paging_mode="shadow"), memory_bytes=memory_bytes, seed=_SEED)
-        yield Room.HYPERVISOR, shadow, _ON_SOFT
+        for mode in PAGING_MODES:
+            soft = Lab(make_vm=partial(Domain, paging_mode=mode), memory_bytes=memory_bytes, seed=_SEED)
+            yield Room.HYPERVISOR, soft, _ON_SOFT
         if kvm:
-            for tracker in (DEFAULT_TRACKER, "kvm-ring", *_UFFD_TRACKERS):
-                on_kvm = Lab(make_vm=partial(KvmVm, tracker=tracker), memory_bytes=memory_bytes, seed=_SEED)
-                yield Room.UFFD if tracker in _UFFD_TRACKERS else Room.KVM, on_kvm, conformance.CHECKS
+            for name, tracker in TRACKERS.items():
+                on_kvm = Lab(make_vm=partial(KvmVm, tracker=name), memory_bytes=memory_bytes, seed=_SEED)
+                yield Room.UFFD if tracker.own_mapping else Room.KVM, on_kvm, conformance.CHECKS
     yield Room.ENGINE, Lab(make_vm=Domain, memory_bytes=ODD, seed=_SEED), migration_checks(Engine())

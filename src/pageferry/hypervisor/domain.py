@@ -25,7 +25,7 @@ from pageferry.hypervisor.locks import DomainLocks
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import P2MType
-from pageferry.hypervisor.paging import LogDirtyOps, Paging, Tlb, hap_log_dirty_ops
+from pageferry.hypervisor.paging import PAGING_MODES, LogDirtyOps, Paging, Tlb, hap_log_dirty_ops
 from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
 
@@ -56,7 +56,7 @@ class Domain(StandardMachine):
     MAX_VCPUS = 8
     """More would only wait for each other."""
 
-    def __init__(self, config: VmConfig, *, paging_mode: str = "hap", thp: bool = False) -> None:
+    def __init__(self, config: VmConfig, *, paging_mode: str = PAGING_MODES[0], thp: bool = False) -> None:
         _check_mode(paging_mode)
         if not 1 <= config.cpus <= self.MAX_VCPUS:
             raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
@@ -257,5 +257,7 @@ def _cpuid_table(cpu: CpuModel | Leaves) -> Leaves:
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in ("hap", "shadow"):
-        raise UnsupportedError("paging-mode", f"there is no paging mode {mode!r}", hint="use hap or shadow")
+    if mode not in PAGING_MODES:
+        raise UnsupportedError(
+            "paging-mode", f"there is no paging mode {mode!r}", hint=f"one of {', '.join(PAGING_MODES)}"
+        )

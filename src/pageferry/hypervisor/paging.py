@@ -48,6 +48,8 @@ from pageferry.hypervisor.machine import PagingPool
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import P2MType
 
+#: What a domain can run under; also the names of its trackers. The first is the default.
+PAGING_MODES = ("hap", "shadow")
 _LOGDIRTY = P2MType.RAM_LOGDIRTY.value
 
 

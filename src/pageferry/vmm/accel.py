@@ -12,9 +12,6 @@ from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.witness import DIGESTS
 
-#: The paging modes of the software machine; the first is its own.
-_SOFT_TRACKERS = ("hap", "shadow")
-
 
 class Accel(StrEnum):
     """What a user can ask for."""
@@ -78,7 +75,9 @@ def choose_machines(
 
 def _choose(accel: Accel, tracker: str | None) -> tuple[str, str, bool]:
     # The name, the reason, and whether guests see their own CPUID table.
-    if tracker in _SOFT_TRACKERS and accel is Accel.AUTO:
+    from pageferry.hypervisor.paging import PAGING_MODES
+
+    if tracker in PAGING_MODES and accel is Accel.AUTO:
         return "soft", f"of tracker {tracker}", True
     if accel is Accel.SOFT:
         return "soft", "asked for", True
@@ -95,14 +94,15 @@ def _choose(accel: Accel, tracker: str | None) -> tuple[str, str, bool]:
 
 def _make_soft(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:
     from pageferry.hypervisor.domain import Domain
+    from pageferry.hypervisor.paging import PAGING_MODES
 
-    if tracker not in (None, *_SOFT_TRACKERS):
-        raise UnsupportedError("tracker", f"no tracker {tracker} on soft", hint=f"one of {', '.join(_SOFT_TRACKERS)}")
+    if tracker not in (None, *PAGING_MODES):
+        raise UnsupportedError("tracker", f"no tracker {tracker} on soft", hint=f"one of {', '.join(PAGING_MODES)}")
     if huge_pages is HugePages.HUGETLB:
         raise UnsupportedError(
             "hugetlb", "the soft machine gives memory back by single 4 KiB frames", hint="use --hugepages thp"
         )
-    make = partial(Domain, paging_mode=tracker or _SOFT_TRACKERS[0], thp=huge_pages is HugePages.THP)
+    make = partial(Domain, paging_mode=tracker or PAGING_MODES[0], thp=huge_pages is HugePages.THP)
     if witness is None:
         return make
     if witness != DIGESTS:

@@ -22,8 +22,6 @@ from pageferry.vmm.accel import Accel, choose_machines
 
 _TRIAL_MEMORY_BYTES = 32 << 20
 _TRIAL_PATIENCE_S = 10.0
-#: Trackers of KVM that need more of the kernel than KVM does.
-_OTHER_TRACKERS = ("kvm-ring", "uffd-wp", "pagemap-scan")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +40,9 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Try everything; never raises for what is missing."""
+    from pageferry.kvm.trackers import DEFAULT_TRACKER, TRACKERS
+
+    others = [name for name in TRACKERS if name != DEFAULT_TRACKER]  # accel-kvm tries the default
     return [
         _try("memfd", _memfd, "pageferry needs Linux with memfd_create"),
         _try("populate-ahead", _populate, "slower receiving without it; Linux 5.14 has it"),
@@ -51,7 +52,7 @@ def examine() -> list[Finding]:
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
         _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
         _try("kvm-manual-protect", _manual_protect, "use --accel soft"),
-        *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in _OTHER_TRACKERS),
+        *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in others),
         _try("machine-irqchip", partial(_trial, Accel.KVM, machine=MachineModel.IRQCHIP), ""),
         _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
     ]
