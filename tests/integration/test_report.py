@@ -12,9 +12,11 @@ What no count can tell:
 - ``round_ends.fixed_s`` is an estimate of what a pause will cost. Only its part for the state has a floor, which is
   compared: saving it took so long in the rehearsal, and loading it will take as long again.
 - ``fault_count`` has no second count on ``kvm``: the kernel keeps none, and the report says null.
-- ``explanation`` is made of the other fields by a pure function, with tests of its own (tests/unit/test_explain.py).
+- ``explanation`` is made of the other fields by a pure function, with tests of its own
+  (tests/unit/core/test_explain.py).
 - ``postcopy.waits`` and how long they were are the destination's own count; compared is what it said of them.
-- ``guest_time.work_after_per_s`` is known to ``demo`` alone, which sees both ends (tests/unit/test_guest_time.py).
+- ``guest_time.work_after_per_s`` is known to ``demo`` alone, which sees both ends
+  (tests/unit/engine/test_guest_time.py).
 """
 
 import os

@@ -1,5 +1,6 @@
-"""What the documents name exists: tests, checks, faults and modules."""
+"""What the documents and the comments name exists: files, modules and what is in them; tests, checks and faults."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -10,6 +11,17 @@ from mutation.checks import CHECKS as HYPERVISOR_CHECKS
 from pageferry.testing import CHECKS
 
 ROOT = Path(__file__).parents[2]
+FOLDERS = ("src", "tests", "docs", "benchmarks", "examples")
+ROOMS = tuple(path.parent.name for path in (ROOT / "src" / "pageferry").glob("*/__init__.py"))
+DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+#: All files and folders, each by a path that begins with a slash.
+FILES = {
+    f"/{path.relative_to(ROOT)}"
+    for path in (*ROOT.iterdir(), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*")))
+}
+#: ``.py`` files by any name, and whatever is said to be in one of our folders or rooms.
+OURS = re.compile(rf"[\w./-]+\.py|(?:{'|'.join((*FOLDERS, *ROOMS))})/[\w./-]*")
 TESTS = {
     name
     for path in (ROOT / "tests").rglob("test_*.py")
@@ -20,9 +32,41 @@ KNOWN = {check.name for check in (*CHECKS, *HYPERVISOR_CHECKS)} | {fault.name fo
 OTHERS = {"free-running-*"}
 
 
+def missing(names):
+    """Return which of these paths are the end of no path in the repository."""
+    return {name for name in names if not any(path.endswith(f"/{name.rstrip('/')}") for path in FILES)}
+
+
+def quoted(document):
+    return re.findall(r"`([^`\n]+)`", document.read_text())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_file_and_module_that_a_document_names_exists(document):
+    words = {word for code in quoted(document) for word in code.split()}
+    assert not missing(word for word in words if OURS.fullmatch(word))
+    links = re.findall(r"\]\(([^)#:\s]+)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+    for name in words:
+        if match := re.fullmatch(rf"(?:pageferry\.)?((?:{'|'.join(ROOMS)})(?:\.\w+)+)(?:\(.*)?", name):
+            pkgutil.resolve_name(f"pageferry.{match[1]}")
+
+
+def test_every_file_that_the_source_names_exists():
+    named = re.compile(rf"\b(?:{'|'.join((*FOLDERS, *ROOMS))})/[\w./-]+\.(?:py|md)\b")
+    found = {path: missing(named.findall(path.read_text())) for path in SOURCES}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_every_module_and_class_that_the_source_refers_to_exists():
+    for path in SOURCES:
+        for name in re.findall(r":(?:mod|class|func|meth|attr|data):`~?(pageferry\.[\w.]+)`", path.read_text()):
+            pkgutil.resolve_name(name)
+
+
 @pytest.fixture(scope="module")
 def names():
-    return re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "hypervisor.md").read_text())
+    return quoted(ROOT / "docs" / "hypervisor.md")
 
 
 def test_every_test_that_the_document_names_exists(names):

@@ -157,7 +157,10 @@ class VerifyError(RemoteStreamError):
 
 
 class MigrationError(PageferryError):
-    """A migration ended without moving the guest, or without knowing whether it moved.
+    """A migration failed; ``guest_at`` says where the guest is.
+
+    SOURCE: it did not move. UNKNOWN: the commit or the switch was not answered. DESTINATION: it moved by post-copy, and
+    the connection or a process ended before all of its pages had come.
 
     Args:
         message: one line for a person.

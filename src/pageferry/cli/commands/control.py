@@ -48,7 +48,11 @@ def pause(control: ControlOption) -> None:
 def resume(
     control: ControlOption,
     force: Annotated[
-        bool, typer.Option(help="Take back a guest whose migration ended unknown, if it surely runs nowhere else.")
+        bool,
+        typer.Option(
+            help="Take back a guest that `save --stop` left here, or whose migration ended unknown, "
+            "if it surely runs nowhere else."
+        ),
     ] = False,
 ) -> None:
     """Let a paused guest run on."""
