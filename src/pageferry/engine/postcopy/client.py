@@ -59,7 +59,9 @@ _TAKEN = Refuse(reason="the guest here belongs to another source", hint="pagefer
 
 
 class PostcopyClient:
-    """The missing pages of a guest that is about to switch. Making it gives up what they hold here.
+    """The missing pages of a guest that is about to switch.
+
+    The constructor discards the present content of these frames.
 
     Args:
         vm: the guest, which has not run.
@@ -283,7 +285,11 @@ class PostcopyClient:
 
 
 class _Freeze:
-    """Freezes a guest from now on, on a thread: a vCPU that waits for a page stops only when it has it."""
+    """Freezes a guest from now on, on a thread of its own: on the caller's it would be a deadlock.
+
+    ``freeze`` returns when every vCPU has stopped. A vCPU that waits for a page stops when it has the page, which comes
+    over the connection that the caller is about to accept.
+    """
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm

@@ -7,9 +7,14 @@ this way need not be digested at the pause, and a lost dirty bit is found while 
     sender   CLEAN ... send 7,8,9 ... |              | due(): PEEK; 8 was written: dropped; 7 and 9 go out as AUDIT
     auditor                           | digest 7,8,9 |
 
-What makes a digest one of what was sent, for any interleaving: when it was complete, no write was under way whose mark
-is still to come; then PEEK finds the page clear; and no CLEAN since the digest began took its bit. Whoever wrote it
-after it was last read for sending, which was before, has set its bit: PEEK shows it, or a CLEAN took it.
+A digest is of what was sent, for any interleaving, if:
+
+1. when the digest is complete, no write is under way whose mark is still to come;
+2. a PEEK after that finds the page clear;
+3. no CLEAN since the digest began has taken the page's bit.
+
+The digest begins after the page was last read for sending. So a write after the page was read for sending shows in the
+PEEK or in a CLEAN.
 
 The destination does not believe that a page was audited, it remembers:
 :class:`~pageferry.engine.verify.compare.ReceivedPages`.
