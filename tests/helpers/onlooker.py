@@ -134,10 +134,10 @@ class Onlooker:
         return len(self.decided) > 0 and self.decided[-1][1].action is not Action.NEXT_ROUND
 
     def decide(self, progress):
-        """Say what was planned, as a policy; a guest that is to be held was, by then."""
+        """Say what was planned, as a policy; a guest that is to be throttled was, by then."""
         if self.decided and self.decided[-1][1].throttle:
             before = self.decided[-1][0]
-            until(lambda: any(each.thread == "throttle" for each in self.of("thaw", before)), "hold")
+            until(lambda: any(each.thread == "throttle" for each in self.of("thaw", before)), "throttle")
         decision = self.decisions[len(self.decided)]
         self.decided.append((self.mark(self.dirty_pages()), decision))
         return decision
@@ -177,7 +177,7 @@ def named_zero(event):
 
 
 def decisions(*throttles, last=Action.STOP_AND_COPY):
-    """A round for each share of its time that the guest is to be held in the next, then one more and ``last``."""
+    """A round for each share of its time that the guest is to be throttled in the next, then one more and ``last``."""
     planned = [
         Decision(action=Action.NEXT_ROUND, reason=f"round {index}", throttle=share)
         for index, share in enumerate(throttles)

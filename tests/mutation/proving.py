@@ -136,4 +136,4 @@ class _CountsStallsTwice(ReportBuilder):
     found_by=("lost-time-counts-once",),
 )
 class LostTimeCountedTwice(AlteredSource, parts={"attempt.ReportBuilder": _CountsStallsTwice}):
-    """What held the guest is added to the time that it lost, which has it already."""
+    """What stalled the guest is added to the time that it lost, which has it already."""

@@ -20,8 +20,8 @@ class GuestTime:
 
     ``precopy_s``: from the end of the handshake to the pause, or to the failure.
     ``rehearsal_s``: how long the guest was frozen to measure what saving its state costs.
-    ``enable_s``, ``clean_s``: how long ENABLE and all CLEANs took; the guest is held, or its first writes wait, for a
-    part of them, so each is at least the stall that it caused.
+    ``enable_s``, ``clean_s``: how long ENABLE and all CLEANs took; the guest is stopped, or its first writes wait, for
+    a part of them, so each is at least the stall that it caused.
     ``work_before_per_s``, ``work_during_per_s``, ``work_after_per_s``: operations per second by the guest's own count
     (docs/guest-abi.md): before the migration, during pre-copy, and at the destination. None: it does not count, it was
     paused, or nobody looked.

@@ -40,8 +40,8 @@ class Progress:
     """Everything measured so far.
 
     ``memory_pages``: the guest's RAM. ``fixed_s``: what a pause costs besides page data: state and verification, as
-    measured by the engine. ``elapsed_s``: since the migration began. ``throttle``: the share
-    of its time that the guest was held during the last round, 0 to 1.
+    measured by the engine. ``elapsed_s``: since the migration began. ``throttle``: the share of its time for which the
+    guest was throttled during the last round, 0 to 1.
     """
 
     memory_pages: int
@@ -113,8 +113,8 @@ class Action(StrEnum):
 class Decision:
     """What to do, and why in words for a person.
 
-    ``throttle``: the share of its time for which the guest is to be held during the next round, 0 (not at all) to less
-    than 1. It is let go when pre-copy ends, however it ends.
+    ``throttle``: the share of its time for which the guest is to be throttled during the next round, 0 (not at all) to
+    less than 1. It ends with pre-copy, however that ends.
     """
 
     action: Action

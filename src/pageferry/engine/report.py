@@ -106,7 +106,7 @@ class ReportBuilder:
             audited_pages=self.audited_pages,
             shared_memory=self.shared_memory,
             fault_count=self._guest.fault_count,
-            throttled_s=self._throttle.held_s,
+            throttled_s=self._throttle.throttled_s,
             reason=reason,
             round_ends=tuple(self.round_ends),
             sent=self._accounts.send_counts.result(),

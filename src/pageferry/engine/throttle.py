@@ -1,8 +1,7 @@
-"""Throttle: holds a guest back for a share of its time, so that it writes less.
+"""Throttle: freezes a guest for a share of its time, so that it writes less.
 
-One cycle lets the guest run for a while, measures how long that really was, and holds it for as long as its share
-demands: so the share is kept however late a thread wakes up. The guest is held by ``freeze``, which nests: whoever else
-pauses it notices nothing.
+One cycle lets the guest run for a while, measures how long that really was, and freezes it for as long as its share
+demands: so the share is kept however late a thread wakes up. Freezing nests: others who pause the guest notice nothing.
 """
 
 import threading
@@ -19,7 +18,7 @@ _MIN_RUN_S = 0.001
 
 
 class Throttle:
-    """Holds ``vm`` back; not at all until :meth:`set` says so.
+    """Throttles ``vm``; not at all until :meth:`set` says so.
 
     Args:
         vm: the guest.
@@ -33,26 +32,26 @@ class Throttle:
         self._wait_for = wait_for
         self._changed = threading.Condition()
         self._share = 0.0
-        self._held_s = 0.0
+        self._throttled_s = 0.0
         self._closed = False
         self._failure: Exception | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def share(self) -> float:
-        """The share of its time for which the guest is held now."""
+        """The share of its time for which the guest is throttled now."""
         return self._share
 
     @property
-    def held_s(self) -> float:
-        """For how long the guest was held in all."""
-        return self._held_s
+    def throttled_s(self) -> float:
+        """For how long the guest was frozen in all."""
+        return self._throttled_s
 
     def set(self, share: float) -> None:
-        """Hold the guest for ``share`` of its time from now on, 0 to less than 1.
+        """Throttle the guest for ``share`` of its time from now on, 0 to less than 1.
 
         Raises:
-            VmError: the guest could not be held or let go since the last call.
+            VmError: the guest could not be frozen or thawed since the last call.
         """
         with self._changed:
             if self._failure is not None:
@@ -66,7 +65,7 @@ class Throttle:
             self._changed.notify()
 
     def close(self) -> None:
-        """Let the guest go, for good. It runs on when this returns, unless somebody else holds it. May be repeated."""
+        """Stop throttling, for good: when this returns, the throttle freezes nothing. May be repeated."""
         with self._changed:
             self._closed = True
             self._share = 0.0
@@ -78,7 +77,7 @@ class Throttle:
         try:
             while not self._closed:
                 self._cycle()
-        except Exception as error:  # told at the next set(); a guest that cannot be frozen is not held either
+        except Exception as error:  # told at the next set(); a guest that cannot be frozen runs
             self._failure = error
 
     def _cycle(self) -> None:
@@ -92,14 +91,14 @@ class Throttle:
             share = self._share
         ran_s = self._now_s() - began_s
         if share:
-            self._hold(ran_s * share / (1.0 - share))
+            self._freeze(ran_s * share / (1.0 - share))
 
-    def _hold(self, hold_s: float) -> None:
+    def _freeze(self, freeze_s: float) -> None:
         self._vm.freeze()
         try:
             share, began_s = self._share, self._now_s()
             with self._changed:
-                self._wait_for(self._changed, lambda: self._share < share, hold_s)
+                self._wait_for(self._changed, lambda: self._share < share, freeze_s)
         finally:
             self._vm.thaw()
-            self._held_s += self._now_s() - began_s
+            self._throttled_s += self._now_s() - began_s

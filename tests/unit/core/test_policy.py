@@ -173,17 +173,19 @@ def test_no_policy_runs_on_past_its_low_water_mark(policy):
 
 def guest(*, wire, dirty, hot, policy, memory=200_000, fixed_s=0.02):
     """Simulate a guest: pages a second on the wire and dirtied, distinct pages of its hot set; return its rounds."""
-    rounds, elapsed_s, to_send, held = [], 0.0, memory, 0.0
+    rounds, elapsed_s, to_send, throttle = [], 0.0, memory, 0.0
     while True:
         duration_s = to_send / wire
         elapsed_s += duration_s
-        remaining = int(min(hot, dirty * (1 - held) * duration_s))
+        remaining = int(min(hot, dirty * (1 - throttle) * duration_s))
         rounds.append(stats(len(rounds), sent=to_send, remaining=remaining, duration_s=max(duration_s, 1e-6)))
-        seen = Progress(memory_pages=memory, rounds=tuple(rounds), fixed_s=fixed_s, elapsed_s=elapsed_s, throttle=held)
+        seen = Progress(
+            memory_pages=memory, rounds=tuple(rounds), fixed_s=fixed_s, elapsed_s=elapsed_s, throttle=throttle
+        )
         decision = policy.decide(seen)
         if decision.action is not Action.NEXT_ROUND:
             return decision, rounds, elapsed_s + remaining / wire + fixed_s
-        held, to_send = decision.throttle, remaining
+        throttle, to_send = decision.throttle, remaining
 
 
 @given(
@@ -225,18 +227,18 @@ def test_converge_ends_within_the_limit_whatever_the_guest_writes(dirty, hot):
 
 
 def test_a_guest_that_converges_by_itself_is_never_held():
-    policy, held = ConvergePolicy(), []
+    policy, throttles = ConvergePolicy(), []
 
     class Watched:
         def decide(self, seen):
             decision = policy.decide(seen)
-            held.append(decision.throttle)
+            throttles.append(decision.throttle)
             return decision
 
     decision, rounds, _ = guest(wire=100_000, dirty=45_000, hot=10**6, policy=Watched())
     assert decision.action is Action.STOP_AND_COPY
     assert len(rounds) > 1
-    assert set(held) == {0.0}
+    assert set(throttles) == {0.0}
 
 
 def test_a_guest_is_held_by_what_the_last_round_showed():

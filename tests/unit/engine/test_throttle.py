@@ -11,34 +11,34 @@ _CYCLES = 5
 
 
 class Frozen:
-    """A guest that can only be held; counts how often it was, and tells the end of hold number ``_CYCLES``."""
+    """A guest that can only be frozen; counts how often it was, and tells the end of freeze number ``_CYCLES``."""
 
     def __init__(self):
-        self.held = self.holds = 0
+        self.frozen = self.freezes = 0
         self.went_on = threading.Event()
-        self.holding = threading.Event()
+        self.freezing = threading.Event()
 
     def freeze(self):
-        self.holds += 1
-        self.held += 1
-        self.holding.set()
+        self.freezes += 1
+        self.frozen += 1
+        self.freezing.set()
 
     def thaw(self):
-        self.held -= 1
-        if self.holds == _CYCLES:
+        self.frozen -= 1
+        if self.freezes == _CYCLES:
             self.went_on.set()
 
 
 class LateClock:
     """Time that passes in waits only; each takes ``late`` times as long as it should.
 
-    Notes how long the guest ran and was held. After ``_CYCLES`` holds time stands still.
+    Notes how long the guest ran and was frozen. After ``_CYCLES`` freezes time stands still.
     """
 
     def __init__(self, vm, late):
         self._vm, self._late = vm, late
         self._now_s = 0.0
-        self.ran_s, self.held_s = [], []
+        self.ran_s, self.frozen_s = [], []
 
     def now_s(self):
         return self._now_s
@@ -47,7 +47,7 @@ class LateClock:
         if self._vm.went_on.is_set():
             return condition.wait_for(predicate)
         self._now_s += timeout_s * self._late
-        (self.held_s if self._vm.held else self.ran_s).append(timeout_s * self._late)
+        (self.frozen_s if self._vm.frozen else self.ran_s).append(timeout_s * self._late)
         return predicate()
 
 
@@ -66,7 +66,7 @@ def throttle(vm):
 def test_nothing_is_held_at_first_nor_by_a_share_of_nothing(vm, throttle):
     throttle.set(0.0)
     throttle.close()
-    assert (vm.holds, throttle.held_s) == (0, 0.0)
+    assert (vm.freezes, throttle.throttled_s) == (0, 0.0)
 
 
 @pytest.mark.parametrize("late", [1, 40])
@@ -77,23 +77,23 @@ def test_the_share_is_kept_however_late_a_thread_wakes_up(vm, share, late):
     throttle.set(share)
     assert vm.went_on.wait(60)
     throttle.close()
-    assert len(clock.held_s) == len(clock.ran_s) == _CYCLES
-    for ran_s, held_s in zip(clock.ran_s, clock.held_s, strict=True):
-        assert held_s == pytest.approx(late * ran_s * share / (1 - share))  # what it should be, and late once more
-    assert throttle.held_s == pytest.approx(sum(clock.held_s))
+    assert len(clock.frozen_s) == len(clock.ran_s) == _CYCLES
+    for ran_s, frozen_s in zip(clock.ran_s, clock.frozen_s, strict=True):
+        assert frozen_s == pytest.approx(late * ran_s * share / (1 - share))  # what it should be, and late once more
+    assert throttle.throttled_s == pytest.approx(sum(clock.frozen_s))
 
 
 def test_a_guest_that_is_held_for_long_is_let_go_at_once(vm, throttle):
-    throttle.set(0.9999999)  # a hold of hours
-    assert vm.holding.wait(60)
+    throttle.set(0.9999999)  # a freeze of hours
+    assert vm.freezing.wait(60)
     throttle.close()
-    assert vm.held == 0
+    assert vm.frozen == 0
     assert throttle.share == 0.0
 
 
 def test_a_smaller_share_takes_effect_while_the_guest_is_held(vm, throttle):
     throttle.set(0.9999999)
-    assert vm.holding.wait(60)
+    assert vm.freezing.wait(60)
     throttle.set(0.5)
     assert vm.went_on.wait(60)
 
@@ -102,7 +102,7 @@ def test_once_closed_nothing_is_held_any_more(vm, throttle):
     throttle.close()
     throttle.set(0.5)
     assert throttle.share == 0.0
-    assert vm.holds == 0
+    assert vm.freezes == 0
 
 
 def test_a_guest_that_cannot_be_held_is_told(vm, throttle):
