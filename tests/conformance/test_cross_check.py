@@ -3,8 +3,8 @@
 import pytest
 from tiers import sample
 
-from mutation import faults, mark_faults
-from mutation.mutant import mutated
+from mutation import tracker_faults, tracker_marks
+from mutation.tracker_wrapper import mutated
 from pageferry.core.errors import LostPageError, UnsupportedError
 from pageferry.core.frames import gpa_of
 from pageferry.hypervisor.domain import Domain
@@ -66,35 +66,35 @@ def expect_lost(call, *, gfn, fault, round_index):
 
 
 def test_a_dropped_bit_is_named(lab):
-    with lab(faults.DropsABit).tracked() as guest:
+    with lab(tracker_faults.DropsABit).tracked() as guest:
         guest.play(3)  # all pages
         guest.log_dirty.clean()
-        expect_lost(guest.log_dirty.peek, gfn=guest.memory.gfn_limit - 1, fault=faults.DropsABit, round_index=0)
+        expect_lost(guest.log_dirty.peek, gfn=guest.memory.gfn_limit - 1, fault=tracker_faults.DropsABit, round_index=0)
 
 
 def test_a_last_word_that_is_dropped_is_named(lab):
-    with lab(faults.DropsTheLastWord).tracked() as guest:
+    with lab(tracker_faults.DropsTheLastWord).tracked() as guest:
         guest.play(3)
         gfn = guest.memory.gfn_limit & ~63
-        expect_lost(guest.log_dirty.peek, gfn=gfn, fault=faults.DropsTheLastWord, round_index=0)
+        expect_lost(guest.log_dirty.peek, gfn=gfn, fault=tracker_faults.DropsTheLastWord, round_index=0)
         guest.log_dirty.clean()
-        expect_lost(guest.log_dirty.clean, gfn=gfn, fault=faults.DropsTheLastWord, round_index=0)
+        expect_lost(guest.log_dirty.clean, gfn=gfn, fault=tracker_faults.DropsTheLastWord, round_index=0)
 
 
 def test_a_page_not_protected_again_is_named(lab):
-    with lab(faults.DoesNotProtectAgain).tracked() as guest:
+    with lab(tracker_faults.DoesNotProtectAgain).tracked() as guest:
         guest.play(3)
         guest.log_dirty.clean()
         guest.play(8)  # all pages again
         guest.log_dirty.clean()
-        expect_lost(guest.log_dirty.clean, gfn=STATUS_GFN, fault=faults.DoesNotProtectAgain, round_index=1)
+        expect_lost(guest.log_dirty.clean, gfn=STATUS_GFN, fault=tracker_faults.DoesNotProtectAgain, round_index=1)
 
 
-@pytest.mark.parametrize("fault", [mark_faults.MarksNothing, mark_faults.MarksTheFirst])
+@pytest.mark.parametrize("fault", [tracker_marks.MarksNothing, tracker_marks.MarksTheFirst])
 def test_writers_whose_marks_are_lost_are_found(lab, fault):
     with lab(fault).tracked() as guest:
         guest.memory.write(gpa_of(STRAY_GFN) + 4000, b"x" * 200)
-        gfn = STRAY_GFN + (fault is mark_faults.MarksTheFirst)
+        gfn = STRAY_GFN + (fault is tracker_marks.MarksTheFirst)
         expect_lost(guest.log_dirty.peek, gfn=gfn, fault=fault, round_index=0)
 
 

@@ -7,7 +7,7 @@ from at_work import runs_on
 from tiers import sample
 from trips import Rounds, expect_as_before, source_of
 
-from mutation.mark_faults import MarksNothing
+from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import MigrationError, PeerError, VerifyError
 from pageferry.core.events import RoundBegan

@@ -11,7 +11,7 @@ import pytest
 from at_work import runs_on, slots
 from tiers import sample
 
-from mutation.mark_faults import MarksNothing
+from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UnsupportedError, UsageError, VmError

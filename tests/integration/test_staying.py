@@ -13,7 +13,7 @@ from proxy import marker
 from tiers import sample
 from trips import FOREVER, Rounds, expect_as_before, source_of
 
-from mutation.mark_faults import MarksNothing
+from mutation.tracker_marks import MarksNothing
 from pageferry import __version__
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import (

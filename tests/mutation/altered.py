@@ -1,69 +1,52 @@
-"""Altered: a destination one of whose parts is a faulty one."""
+"""A source, a destination and a save with faulty parts in the place of sound ones."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, ClassVar
 from unittest.mock import patch
 
-from pageferry.core.events import MigrationReport
 from pageferry.engine.destination import Destination
 from pageferry.engine.image.save import Save
 from pageferry.engine.source import Source
 
 
-class Altered(Destination[Any]):
-    """Takes a guest in with a faulty ``part`` where the sound one is made: ``place``, a module of the engine's."""
+class _Altered:
+    """Is made and runs with faulty parts; before the class of the engine among the bases.
 
-    place: ClassVar[str] = "destination"
-    part: ClassVar[type]
-
-    def run(self) -> Any:
-        """Take the guest in."""
-        sound = self.part.__mro__[1]
-        with patch(f"pageferry.engine.{self.place}.{sound.__name__}", self.part):
-            return super().run()
-
-
-class AlteredSource(Source):
-    """Moves a guest with faulty ``parts`` in the place of sound ones: by where they are looked up in the engine."""
+    ``parts``, a keyword of the class: each faulty part by where the sound one is looked up, as ``source.Lanes``. A
+    class without it has those of the class that it is derived from.
+    """
 
     _parts: ClassVar[Mapping[str, Any]]
 
     def __init_subclass__(cls, *, parts: Mapping[str, Any] | None = None) -> None:
-        """Name the parts; None: those of the class that this one is derived from."""
+        super().__init_subclass__()
         if parts is not None:
             cls._parts = parts
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        with replaced(self._parts):
+        with self._replaced():
             super().__init__(*args, **options)
 
-    def run(self) -> MigrationReport:
-        """Move the guest."""
-        with replaced(self._parts):
+    def run(self) -> Any:
+        """Do what the sound one does, less well."""
+        with self._replaced():
             return super().run()
 
-
-class AlteredSave(Save):
-    """Saves a guest with faulty ``parts``, as :class:`AlteredSource` moves one."""
-
-    _parts: ClassVar[Mapping[str, Any]]
-
-    def __init_subclass__(cls, *, parts: Mapping[str, Any] | None = None) -> None:
-        """Name the parts; None: those of the class that this one is derived from."""
-        if parts is not None:
-            cls._parts = parts
-
-    def run(self) -> MigrationReport:
-        """Save the guest."""
-        with replaced(self._parts):
-            return super().run()
+    def _replaced(self) -> ExitStack:
+        with ExitStack() as stack:
+            for place, part in self._parts.items():
+                stack.enter_context(patch(f"pageferry.engine.{place}", part))
+            return stack.pop_all()
 
 
-@contextmanager
-def replaced(parts: Mapping[str, Any]) -> Iterator[None]:
-    """Have parts of the engine replaced for the length of a ``with`` block."""
-    with ExitStack() as stack:
-        for place, part in parts.items():
-            stack.enter_context(patch(f"pageferry.engine.{place}", part))
-        yield
+class AlteredSource(_Altered, Source):
+    """Moves a guest with faulty parts."""
+
+
+class AlteredDestination(_Altered, Destination[Any]):
+    """Takes a guest in with faulty parts."""
+
+
+class AlteredSave(_Altered, Save):
+    """Saves a guest with faulty parts."""

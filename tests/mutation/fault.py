@@ -19,7 +19,7 @@ _Inject = TypeVar("_Inject", bound=Callable[..., Any])
 class Room(StrEnum):
     """Where a fault is injected, and so what finds it: the kit on that machine, or migrations.
 
-    TRACKER: in front of a sound tracker, as :mod:`mutation.faults` has them.
+    TRACKER: in front of a sound tracker, as :mod:`mutation.tracker_faults` has them.
     """
 
     TRACKER = "tracker"

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
-from mutation.held import drop_marks
+from mutation.held_bits import drop_marks
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_START, gfn_of
 from pageferry.kvm.bitmap_log import KvmBitmapLog

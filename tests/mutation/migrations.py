@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from mutation import audit_checks, file_checks, postcopy_checks, report_checks, wire_checks
-from mutation.mutant import Faithful, mutated
+from mutation.tracker_wrapper import Faithful, mutated
 from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError

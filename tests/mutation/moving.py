@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from mutation.altered import Altered, AlteredSource
+from mutation.altered import AlteredDestination, AlteredSource
 from mutation.fault import Faults, Room
-from mutation.mutant import Faithful
+from mutation.tracker_wrapper import Faithful
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
@@ -183,10 +183,8 @@ class _Unmarked(ReceivedPages):
     law=4,
     found_by=("what-arrives-is-marked",),
 )
-class RestoreNotMarked(Altered):
+class RestoreNotMarked(AlteredDestination, parts={"destination.ReceivedPages": _Unmarked}):
     """Pages that arrive are written and not marked."""
-
-    part = _Unmarked
 
 
 class _NeverLooks(Comparison):
@@ -199,7 +197,5 @@ class _NeverLooks(Comparison):
     law=7,
     found_by=("verification-tells",),
 )
-class DigestsNotCompared(Altered):
+class DigestsNotCompared(AlteredDestination, parts={"destination.Comparison": _NeverLooks}):
     """The destination answers READY whatever the digests say."""
-
-    part = _NeverLooks

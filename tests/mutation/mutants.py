@@ -35,11 +35,11 @@ and load, or of the report. *Caught by* is the first check that fails; the check
 others. *After* counts the checks tried, and the CLEANs in all of them together; where a guest runs free that number
 varies.
 
-The faults are in `mutation`: one function each, which replaces one step of one machine. Those of the
-software hypervisor and of KVM fall to the conformance kit (or to the audit, the paging pool and moves of each device,
-where the kit cannot look), those of the engine to migrations and saves that are disturbed at the worst moment. The
-faults of a *tracker* stand in front of a sound one and need no implementation to break: they prove the published kit
-alone.
+The faults are in `tests/mutation/`; its `__init__.py` lists the modules. In the software hypervisor and over KVM a
+fault is a function that replaces one step of one machine. It falls to the conformance kit, or, where the kit cannot
+look, to the audit, the paging pool and moves of each device. In the engine a fault is a source, a destination, a save
+or a lazy restore with a wrong part. It falls to migrations and saves that are disturbed at the worst moment. The
+faults of a *tracker* wrap a sound one and need no implementation to break: they prove the published kit alone.
 """
 
 _TITLES = {

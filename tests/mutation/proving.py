@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from mutation import audit_checks
-from mutation.altered import Altered, AlteredSource
+from mutation.altered import AlteredDestination, AlteredSource
 from mutation.fault import Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.events import MigrationReport, Phase
@@ -80,10 +80,8 @@ class _NeverDiffers(ReceivedPages):
     law=7,
     found_by=("an-audit-tells",),
 )
-class AuditsNotCompared(Altered):
+class AuditsNotCompared(AlteredDestination, parts={"destination.ReceivedPages": _NeverDiffers}):
     """The destination takes every audited page for proven, whatever the digests say."""
-
-    part = _NeverDiffers
 
 
 class _Believes(ReceivedPages):
@@ -96,10 +94,8 @@ class _Believes(ReceivedPages):
     law=7,
     found_by=("a-claim-is-not-believed",),
 )
-class AnyClaimBelieved(Altered):
+class AnyClaimBelieved(AlteredDestination, parts={"destination.ReceivedPages": _Believes}):
     """At the pause the destination believes whatever it is told of audits."""
-
-    part = _Believes
 
 
 class _LeavesOutTheProof(ReportBuilder):

@@ -9,16 +9,16 @@ from mutation import (
     checks,
     device_checks,
     devices,
-    faults,
+    hypervisor_ranges,
     kvm_log,
     kvm_ring,
     moving,
     pagemap,
     proving,
-    range_faults,
-    ranges,
     ring_ranges,
     tables,
+    tracker_faults,
+    tracker_ranges,
     tracking,
     travelling,
     uffd,
@@ -26,7 +26,7 @@ from mutation import (
 )
 from mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
 from mutation.migrations import migration_checks
-from mutation.mutant import mutated
+from mutation.tracker_wrapper import mutated
 from mutation.trips import Engine
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.paging import PAGING_MODES
@@ -41,19 +41,19 @@ _SEED = 1
 
 def _wrapped_trackers() -> tuple[Fault, ...]:
     register = Faults(Room.TRACKER)
-    for wrapper in faults.FAULTS:
-        size = BEHIND_THE_HOLE if wrapper in (faults.IgnoresTheHole, range_faults.RangeEndsAtTheHole) else ODD
+    for wrapper in tracker_faults.FAULTS:
+        size = BEHIND_THE_HOLE if wrapper in (tracker_faults.IgnoresTheHole, tracker_ranges.RangeEndsAtTheHole) else ODD
         register("", law=None, found_by=(), memory_bytes=size)(wrapper)
     return register.all()
 
 
 WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
-"""The faults of :mod:`mutation.faults`, which need no implementation to break."""
+"""The faults of :mod:`mutation.tracker_faults`, which need no implementation to break."""
 
 DECLARED: tuple[Fault, ...] = tuple(
     fault
     for room in (
-        *(tracking, ranges, tables, writers, devices, kvm_log, kvm_ring, ring_ranges, uffd, pagemap),
+        *(tracking, hypervisor_ranges, tables, writers, devices, kvm_log, kvm_ring, ring_ranges, uffd, pagemap),
         *(moving, proving, travelling),
     )
     for fault in room.fault.all()

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mutation.altered import Altered, AlteredSave, AlteredSource
+from mutation.altered import AlteredDestination, AlteredSave, AlteredSource
 from mutation.fault import Faults, Room
 from mutation.moving import unless_nothing_remained
 from pageferry.core.bitmap import DirtyBitmap
@@ -81,11 +81,8 @@ class _LeavesWhatWasThere(PageWriter):
     law=2,
     found_by=("a-page-becomes-zero",),
 )
-class ZeroNamedAndNotCleared(Altered):
+class ZeroNamedAndNotCleared(AlteredDestination, parts={"pages.receive.PageWriter": _LeavesWhatWasThere}):
     """The destination notes that a page became zero, and leaves in it what was there."""
-
-    place = "pages.receive"
-    part = _LeavesWhatWasThere
 
 
 class _SkipsBorders(Lanes):
@@ -154,11 +151,8 @@ class _LetsTouch(DemandPager):
     law=2,
     found_by=("written-before-it-came",),
 )
-class NobodyWaits(Altered):
+class NobodyWaits(AlteredDestination, parts={"postcopy.client.DemandPager": _LetsTouch}):
     """In post-copy, whoever touches a missing page does not wait for its content."""
-
-    place = "postcopy.client"
-    part = _LetsTouch
 
 
 @fault(

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from mutation.mutant import WINDOW_S
+from mutation.tracker_wrapper import WINDOW_S
 from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.events import Event, RoundBegan, RoundEnded
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray, gpa_of

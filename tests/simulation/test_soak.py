@@ -7,7 +7,7 @@ import pytest
 from machines import KINDS, Kind
 from tiers import sample
 
-from mutation.mutant import Faithful, mutated
+from mutation.tracker_wrapper import Faithful, mutated
 from pageferry.core.errors import PageferryError, UnsupportedError, VmError
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmStatus

@@ -1,23 +1,21 @@
 """Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
 
 Each wraps a sound tracker of any machine; ``mutated(make_vm, fault)`` gives the kit a machine with that fault. Those
-of marks are in :mod:`.mark_faults`, those of CLEAN of a range alone in :mod:`.range_faults`.
+of marks are in :mod:`.tracker_marks`, those of CLEAN of a range alone in :mod:`.tracker_ranges`.
 """
 
 import threading
 
 import numpy as np
 
-from mutation import mark_faults, range_faults
-from mutation.mutant import WINDOW_S, Faithful, mutated
+from mutation import tracker_marks, tracker_ranges
+from mutation.tracker_wrapper import WINDOW_S, Faithful
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, gfn_of, gpa_of
 from pageferry.core.machine import Machine
 from pageferry.core.vm import LogDirtyStats
 from pageferry.testing.operators import STRAY_GFN
-
-__all__ = ["FAULTS", "Faithful", "mutated"]
 
 _A_HANDFUL = 16
 
@@ -275,6 +273,6 @@ FAULTS: tuple[type[Faithful], ...] = (
     CountsWrong,
     FaultsTwice,
     BreaksUnderTwoCallers,
-    *mark_faults.FAULTS,
-    *range_faults.FAULTS,
+    *tracker_marks.FAULTS,
+    *tracker_ranges.FAULTS,
 )

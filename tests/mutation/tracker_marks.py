@@ -1,8 +1,8 @@
-"""Faults of marks, in front of any tracker; see :mod:`.faults`."""
+"""Faults of marks, in front of any tracker; see :mod:`.tracker_faults`."""
 
 import threading
 
-from mutation.mutant import WINDOW_S, Faithful
+from mutation.tracker_wrapper import WINDOW_S, Faithful
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
 from pageferry.core.machine import Machine

@@ -1,8 +1,8 @@
-"""Faults of CLEAN of a range alone, in front of any tracker whose whole CLEAN is sound; see :mod:`.faults`."""
+"""Faults of CLEAN of a range alone, in front of any tracker whose whole CLEAN is sound; see :mod:`.tracker_faults`."""
 
 import numpy as np
 
-from mutation.mutant import Faithful
+from mutation.tracker_wrapper import Faithful
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_END, GfnArray, gfn_of
 from pageferry.core.machine import Machine
