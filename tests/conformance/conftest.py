@@ -1,6 +1,6 @@
 """Every tracker: KVM's, and the software hypervisor's in each paging mode, in hybrid order, and without superpages."""
 
-from functools import partial
+from functools import cache, partial
 
 import pytest
 from machines import KINDS, expect_works
@@ -50,15 +50,23 @@ WATCHED = {
 MACHINES = {**{name: kind.make_vm for name, kind in CHOICES.items()}, "small-pages": small_pages, "hybrid": hybrid}
 
 
+@cache
+def missing_for(kind):
+    """Return what this host lacks for a kind of machine; None: nothing."""
+    try:
+        expect_works(kind)
+    except UnsupportedError as error:
+        return f"{error} ({error.hint})"
+    return None
+
+
 def expect_host(request, name):
     """Skip the test where this host cannot run a tracker of that name, or a pair ``tracker+witness``."""
     for kind in (CHOICES[each] for each in name.split("+") if each in CHOICES):
         if kind.accel == "kvm":
             request.getfixturevalue("kvm_support")
-        try:
-            expect_works(kind)
-        except UnsupportedError as error:
-            pytest.skip(f"{error} ({error.hint})")
+        if lacks := missing_for(kind):
+            pytest.skip(lacks)
 
 
 @pytest.fixture(

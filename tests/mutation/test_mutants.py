@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiers import sample
 
+import mutation
 from mutation import DECLARED, FAULTS, WRAPPED, Room, checks_of, lab_of, mutants, sound_benches
 from mutation.fault import ODD, injected, replace
 from mutation.kvm_ring import full_before_clean
@@ -97,6 +98,11 @@ def test_names_are_distinct_and_each_fault_says_what_it_is():
     real = [fault for fault in FAULTS if not fault.stands_for.startswith("no bug on record")]
     assert len(real) >= 15
     assert any("device-marks-after-the-write" in fault.found_by for fault in FAULTS)
+
+
+def test_the_package_names_all_its_modules():
+    modules = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", Path(__file__).stem}
+    assert set(re.findall(r":mod:`\.(\w+)`", mutation.__doc__)) == modules
 
 
 def test_the_document_lists_the_faults_that_there_are():

@@ -1,5 +1,6 @@
 """Faults of the ways that pages travel: encoded, by name, on several connections, by a file, after a switch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,16 @@ from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import PageWords, page_words
 from pageferry.engine.image.lazy import LazyRestore
-from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.proof import AtPause
-from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.pages.cache import PageCache
+from pageferry.engine.pages.encode import PackingCoder
 from pageferry.engine.pages.receive import PageWriter
-from pageferry.engine.pages.send import Lane, Lanes
+from pageferry.engine.pages.send import Lanes
 from pageferry.engine.postcopy.pager import DemandPager
-from pageferry.engine.source import DestinationSink, Source
+from pageferry.engine.source import DestinationSink
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.packing import Packer
 from pageferry.stream.records import ZeroPages
 
 fault = Faults(Room.ENGINE)
@@ -38,21 +41,24 @@ class _Rereads(PageCache):
         return super().swap(gfns, self._memory_words[gfns])
 
 
+class _CachesMemory(PackingCoder):
+    def __init__(self, memory: GuestMemory, encoder: Encoder, packer: Packer, cache: PageCache | None) -> None:
+        super().__init__(memory, encoder, packer, None if cache is None else _Rereads(memory, cache))
+
+
 @fault(
     "QEMU: XBZRLE encoded a page straight from memory that the guest was changing",
     law=3,
     found_by=("written-while-it-is-encoded",),
     needs=_NEEDS,
 )
-class CacheReadsMemoryAgain(Source):
+class CacheReadsMemoryAgain(AlteredSource, parts={"source.PackingCoder": _CachesMemory}):
     """What goes into the delta cache is read from memory once more, and is not what was sent."""
 
-    def _lane(self, *args: Any) -> Lane:
-        lane = super()._lane(*args)
-        coder: Any = lane._coder
-        if getattr(coder, "_cache", None) is not None:
-            coder._cache = _Rereads(self._vm.memory, coder._cache)
-        return lane
+
+class _NeverForgets(PackingCoder):
+    def forget(self, gfns: GfnArray) -> None:
+        pass
 
 
 @fault(
@@ -61,14 +67,8 @@ class CacheReadsMemoryAgain(Source):
     found_by=("zero-and-back-again",),
     needs=_NEEDS,
 )
-class CacheKeepsWhatBecameZero(Source):
+class CacheKeepsWhatBecameZero(AlteredSource, parts={"source.PackingCoder": _NeverForgets}):
     """A page that is named zero stays in the delta cache: the next change is one of its old content."""
-
-    def _lane(self, *args: Any) -> Lane:
-        lane = super()._lane(*args)
-        coder: Any = lane._coder
-        coder.forget = lambda gfns: None
-        return lane
 
 
 class _LeavesWhatWasThere(PageWriter):
@@ -128,17 +128,18 @@ class SavedWithoutTheLastRound(AlteredSave, parts={"image.save.stop_and_copy": u
     """When the last round left nothing dirty, a save has nothing to write at the pause."""
 
 
+class _ExpectsNothing(AtPause):
+    def expect_in(self, saved: SavedGuest, check: Callable[[], None]) -> None:
+        pass
+
+
 @fault(
     "no bug on record: what was written is taken for what is on the disk",
     law=7,
     found_by=("a-spoiled-file-is-no-file",),
 )
-class FileNotReadBack(Save):
+class FileNotReadBack(AlteredSave, parts={"image.save.AtPause": _ExpectsNothing}):
     """A file gets its name when it is written, and is not compared with the guest."""
-
-    def _prove(self, file: FileOutlet, at_pause: AtPause) -> None:
-        file.settle()
-        self._attempt.report.verified_pages = at_pause.pages
 
 
 class _LetsTouch(DemandPager):
