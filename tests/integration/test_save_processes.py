@@ -35,7 +35,7 @@ def endless_policy(tmp_path):
 
 @pytest.fixture
 def guest(start):
-    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--accel", "soft")
+    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--rate", "5000", "--accel", "soft")
     assert process.runs_on()
     return process
 
@@ -51,7 +51,7 @@ def save(process, file, *arguments, **options):
 
 
 def test_a_guest_travels_by_files_between_the_machines(start, file, kvm_support):
-    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--accel", "kvm")
+    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--rate", "5000", "--accel", "kvm")
     for step, accel in enumerate(("soft", "kvm", "soft")):
         assert process.runs_on()
         result = save(process, file, "--json")
