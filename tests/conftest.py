@@ -6,9 +6,7 @@ import functools
 import os
 import random
 import secrets
-import signal
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -16,11 +14,11 @@ import machines
 import pytest
 from hypothesis import settings
 from machines import KINDS
+from processes import command
 from proxy import Wire
 from tiers import sample
 from trips import LOOPBACK, Inn
 
-from pageferry.cli import main
 from pageferry.core.errors import KvmError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hugepages import HugePages, expect_offered
@@ -265,17 +263,12 @@ def wires():
 
 
 @pytest.fixture
-def here(capfd, monkeypatch):
-    """Runs commands in this process, which spares each the second that a process takes to begin."""
+def here(capfd):
+    """Runs commands in this process, those too that run a guest."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pageferry", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main.run()
+        code = command(*arguments)
         said = capfd.readouterr()
-        return subprocess.CompletedProcess(sys.argv, ended.value.code, said.out, said.err)
+        return subprocess.CompletedProcess(arguments, code, said.out, said.err)
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
