@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import reports
 
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.plot.html import page
@@ -20,26 +22,13 @@ PARTS = {"pause": 0.01, "stop-and-copy": 0.1, "state": 0.02, "verify": 0.15, "ha
 
 
 def stats(index, sent, remaining, duration_s, *, final=False):
-    return {
-        "index": index,
-        "sent_pages": sent,
-        "sent_bytes": sent * 4096,
-        "duration_s": duration_s,
-        "remaining_pages": remaining,
-        "final": final,
-    }
+    return asdict(reports.stats(index, sent, remaining, duration_s=duration_s, final=final))
 
 
 def report(**changes):
-    """A report of two rounds and the stop-and-copy; round 1 of a guest that was held."""
-    made = {
-        "status": "completed",
-        "guest_at": "destination",
-        "source_accel": "kvm",
-        "destination_accel": "soft",
-        "tracker": "kvm-bitmap",
-        "policy": "converge",
-        "memory_bytes": 256 * MiB,
+    """A report of two rounds and the stop-and-copy, as JSON; in round 1 the guest was throttled."""
+    made = reports.report((2560, 256), (256, 64), policy="converge", source_accel="kvm", tracker="kvm-bitmap").to_json()
+    seen = {
         "total_s": 3.5,
         "downtime_s": 0.3,
         "downtime_parts_s": PARTS,
@@ -57,9 +46,8 @@ def report(**changes):
         },
         "explanation": WORDS,
         "reason": "it </script> fits",
-        "postcopy": None,
     }
-    return made | changes
+    return json.loads(json.dumps(made | seen | changes))
 
 
 NOTHING = report(
