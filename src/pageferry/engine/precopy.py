@@ -50,7 +50,7 @@ class Sink(Protocol):
         """Raise what the destination says, if it says anything."""
 
     def fence(self, number: int) -> None:
-        """Wait until everything that was sent in round ``number`` is in place; the lanes are drained.
+        """Wait until everything that was sent in round ``number`` is in place.
 
         Raises:
             OSError: cut or stalled.

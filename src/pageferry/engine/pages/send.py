@@ -228,7 +228,7 @@ class Lanes:
         self.all[0].send_audit(audit.part(lanes == 0))
 
     def drain(self) -> None:
-        """Wait until all that was given to :meth:`send` is sent.
+        """Wait until all pages and digests that the lanes were given are sent.
 
         Raises:
             OSError: a connection was cut or stalled.
@@ -237,22 +237,25 @@ class Lanes:
             worker.wait()
 
     def send_removed(self, gfns: GfnArray) -> None:
-        """As :meth:`Lane.send_removed`, each page on its lane; after :meth:`drain`."""
+        """As :meth:`Lane.send_removed`, each page on its lane, behind whatever the lane was given before."""
+        self.drain()
         lanes = connection_of(gfns, len(self.all))
         for index, lane in enumerate(self.all):
             lane.send_removed(gfns[lanes == index])
 
     def send_fence(self, number: int) -> None:
-        """As :meth:`Lane.send_fence`, on every lane; after :meth:`drain`."""
+        """As :meth:`Lane.send_fence`, on every lane, behind whatever the lane was given before."""
+        self.drain()
         for lane in self.all:
             lane.send_fence(number)
 
     def finish(self) -> None:
-        """End the sections, after :meth:`drain`; the main stream goes on.
+        """End the sections, behind whatever they were given before; the main stream goes on.
 
         Raises:
             OSError: a connection was cut or stalled.
         """
+        self.drain()
         for worker in self._workers:
             worker.lane.finish()
 
