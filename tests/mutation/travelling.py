@@ -152,8 +152,8 @@ class _LetsTouch(DemandPager):
     law=2,
     found_by=("written-before-it-came",),
 )
-class NobodyWaits(AlteredDestination, parts={"postcopy.client.DemandPager": _LetsTouch}):
-    """In post-copy, whoever touches a missing page does not wait for its content."""
+class MissingPagesNotWaitedFor(AlteredDestination, parts={"postcopy.client.DemandPager": _LetsTouch}):
+    """In post-copy, a missing page is used without a wait for its content."""
 
 
 @fault(

@@ -96,7 +96,7 @@ class Outgoing:
         """
         if self.guest_at is GuestAt.DESTINATION:
             file = None if self._job is None else self._job.file
-            hint = "" if file is None else "if nobody restored it: pageferry resume --force"
+            hint = "" if file is None else "if it was not restored: pageferry resume --force"
             raise QmpError(self._where_it_went(), hint=hint)
 
     def take_back(self) -> None:

@@ -28,8 +28,9 @@ class LazyRestore:
 
     Args:
         saved: the file; closed at the end.
-        vm: the guest, which has not run, and whose memory nobody has touched.
-        on_failure: told, on a thread of its own, that a page cannot be read: whoever touches a missing page now waits.
+        vm: the guest, which has not run, with untouched memory.
+        on_failure: told, on a thread of its own, that a page cannot be read: a vCPU that touches a missing
+            page waits from now on.
 
     Raises:
         UnsupportedError: this host or machine cannot let a guest wait for pages.
@@ -58,7 +59,7 @@ class LazyRestore:
         return self._pager.missing_pages
 
     def read_ahead(self) -> None:
-        """Begin to read what nobody waits for, too."""
+        """Begin to read the pages that no vCPU waits for, too."""
         with self._changed:
             self._reads_ahead = True
             self._changed.notify_all()
@@ -88,7 +89,7 @@ class LazyRestore:
                 self._pager.install(gfns, np.frombuffer(self._saved.content(gfns, self._buffer), np.uint8))
             except PageferryError as error:
                 self._stop_at(error)
-            except Exception as error:  # or the guest would wait for ever, and nobody knew why
+            except Exception as error:  # or the guest would wait for ever without a reason given
                 _log.exception("reading a guest's memory ended by a defect")
                 self._stop_at(VmError(f"internal error: {error!r}"))
         self._pager.close()

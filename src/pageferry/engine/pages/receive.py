@@ -355,4 +355,4 @@ class Populator:
             try:
                 self._memory.populate(self._starts[index : index + 1], self._lengths[index : index + 1])
             except VmError:
-                return  # only a head start: whoever touches the page first meets the same refusal
+                return  # only a head start: the first touch of the page meets the same refusal

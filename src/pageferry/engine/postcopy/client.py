@@ -52,7 +52,7 @@ from pageferry.stream.ferry_frames import (
 
 _log = logging.getLogger(__name__)
 
-#: How many pages may be under way that nobody waits for: 512 KiB, what a page in need may wait behind. Measured: more
+#: How many pages may be under way that no vCPU waits for: 512 KiB, what an urgent page may wait behind. Measured: more
 #: of them make the waits longer, and the whole no faster.
 _AHEAD_PAGES = 128
 _TAKEN = Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there")
@@ -68,7 +68,7 @@ class PostcopyClient:
         missing: its frames whose content is at the source.
         accept: where the source comes back from.
         token: that it must show.
-        aborted: set when nobody is to wait any longer; :meth:`abort` is called after that.
+        aborted: set when all waiting is to end; :meth:`abort` is called after that.
         on_event: sees pauses and recoveries.
 
     Raises:
@@ -106,7 +106,7 @@ class PostcopyClient:
     def take_all(self, peer: Peer) -> None:
         """Have all missing pages come, first over the connection of the switch; the guest stands still between two.
 
-        On failure nobody waits for pages any more, and there is no connection.
+        On failure no thread waits for pages, and there is no connection.
 
         Raises:
             TransportError: it was aborted, and the guest is lost.
@@ -150,7 +150,7 @@ class PostcopyClient:
             self._peer.channel.abort()
 
     def close(self) -> None:
-        """Let nobody wait for pages any more; the guest stands still for ever, or has all of them."""
+        """End all waits for pages; the guest stands still for ever, or has all of them."""
         self._pager.close()
 
     # -- one connection --------------------------------------------------------------------------------------------
@@ -190,13 +190,13 @@ class PostcopyClient:
         self._pager.close()
 
     def _ask_urgently(self) -> None:
-        # Under the lock, and yet it waits for nobody: what is under way at once is too little to fill a socket.
+        # Under the lock, and yet it does not block: what is under way at once is too little to fill a socket.
         with self._asking:
             peer = self._peer
             if peer is None or self._released:
                 return  # the next connection begins with it
             while (gfns := self._pager.needed(MAX_WANTED_PAGES)).size:
-                with contextlib.suppress(OSError):  # whoever receives finds it out as well
+                with contextlib.suppress(OSError):  # the receiving thread meets the same cut
                     peer.send(Wanted(gfns=gfns, urgent=True))
 
     def _ask_ahead(self, peer: Peer) -> None:
@@ -233,7 +233,7 @@ class PostcopyClient:
         try:
             peer.send(self._complete())
         except LocalStreamError:
-            return  # it is not our turn yet, or everything has come: whoever's turn it is says it
+            return  # not our turn yet, or everything has come: the thread that takes pages says it
         except OSError:
             _log.debug("the source of a guest that has ended is gone")
         peer.channel.finish()
@@ -257,7 +257,7 @@ class PostcopyClient:
         return self._released or self._aborted.is_set()
 
     def _source_that_returns(self, reason: str) -> Peer | None:
-        """Let the guest stand still until its source is back; None: nobody waits for it any longer."""
+        """Let the guest stand still until its source is back; None: it is not waited for any longer."""
         if self._released:
             return None
         freeze = _Freeze(self._vm)

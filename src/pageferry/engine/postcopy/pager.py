@@ -1,8 +1,8 @@
 """DemandPager: lets a guest run while some of its pages are missing. Lazy restore and post-copy share it.
 
 A page is *missing* while its content is elsewhere: in the file of a restore, at the source of a migration. It is
-*absent* while it has no storage here: a missing page, and one that is zero and was never touched. Whoever touches an
-absent page waits in :meth:`DemandPager.fetch`; the user of the pager brings the content::
+*absent* while it has no storage here: a missing page, and one that is zero and was never touched. A thread that touches
+an absent page waits in :meth:`DemandPager.fetch`; the user of the pager brings the content::
 
     vCPU, device, engine                      the user of the pager
       | fetch: missing, so note the need
@@ -12,8 +12,8 @@ absent page waits in :meth:`DemandPager.fetch`; the user of the pager brings the
       | <------------------------------------- |
       | go on: write, and mark
 
-A page is installed once, by the step that ends its being missing; whoever writes to it does so afterwards. So content
-that comes never overwrites what was written here.
+A page is installed once, by the step that ends its being missing; writes to it come afterwards. So content that
+comes never overwrites what was written here.
 """
 
 import threading
@@ -38,7 +38,7 @@ _NONE = np.empty(0, np.uint64)
 
 
 def can_wait(vm: Vm) -> bool:
-    """Find out by doing it whether a machine can let its guest wait for pages; nobody touches its memory meanwhile."""
+    """Find out by doing it whether a machine can let its guest wait for pages; its memory stays untouched."""
     try:
         trial = vm.await_memory(_bring_nothing, DirtyBitmap(vm.memory.gfn_limit))
     except VmError:
@@ -66,7 +66,7 @@ class DemandPager:
     Args:
         vm: the guest, which has not run.
         missing: its missing frames, uint64[n], in the order in which they are best brought; what they hold is given up.
-        on_need: called by whoever is about to wait, on its thread, with no lock held; must not wait for a page.
+        on_need: called by a thread that is about to wait, with no lock held; must not wait for a page.
 
     Raises:
         UnsupportedError: this host or machine cannot let a guest wait for pages.
@@ -91,7 +91,7 @@ class DemandPager:
         self._needs: list[_Need] = []
         self._waits_ns = array("Q")
         self.over = False
-        """Whether all pages have come, or the guest was given up: nobody waits any more."""
+        """Whether all pages have come, or the guest was given up: all waits are over."""
         self._installer = vm.await_memory(self.fetch, self._missing.copy())
 
     def fetch(self, gfns: GfnArray) -> None:
@@ -183,7 +183,7 @@ class DemandPager:
             return np.sort(np.array(self._waits_ns, np.uint64))
 
     def close(self) -> None:
-        """Let nobody wait any more: all pages have come, or the guest, which will not run again, is given up.
+        """End all waits: all pages have come, or the guest, which will not run again, is given up.
 
         Not on a thread that is in :meth:`fetch`. A second call does nothing.
         """

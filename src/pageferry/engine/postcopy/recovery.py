@@ -56,7 +56,7 @@ class Recovery:
             return True
 
     def abandon(self) -> None:
-        """Say that nobody ever will."""
+        """Give up: no address will be told."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()

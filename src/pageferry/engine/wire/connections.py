@@ -22,7 +22,7 @@ Accept = Callable[[float], Channel | None]
 
 #: How long to wait for a connection before looking at anything else.
 POLL_S = 0.1
-#: While a stranger who connected says nothing, nobody can join or come back.
+#: While a stranger who connected says nothing, no source can join or come back.
 _PATIENCE_S = 2.0
 _BUSY = Refuse(reason="another guest is being received here", hint="try again when it has arrived")
 _Request = TypeVar("_Request", Join, Recover)
