@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from reports import stats
 
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, XenPolicy
@@ -33,7 +34,7 @@ def made(index, sent, duration_s, remaining):
 @st.composite
 def progresses(draw):
     seen = tuple(made(index, *each) for index, each in enumerate(draw(st.lists(rounds, min_size=1, max_size=12))))
-    elapsed_s = sum(stats.duration_s for stats in seen) * draw(st.floats(1, 2))
+    elapsed_s = sum(each.duration_s for each in seen) * draw(st.floats(1, 2))
     return Progress(
         memory_pages=MEMORY_PAGES,
         rounds=seen,
@@ -67,17 +68,7 @@ def test_a_guest_is_paused_only_when_that_is_expected_to_fit_its_limit_and_nothi
 
 @pytest.mark.parametrize("policy", [DowntimePolicy, ConvergePolicy])
 def test_a_pause_that_fits_by_a_rounding_is_decided_like_any_other(policy):
-    rounds = tuple(
-        RoundStats(
-            index=index,
-            dirty_pages=sent,
-            sent_pages=sent,
-            sent_bytes=sent * PAGE_SIZE,
-            duration_s=1.0,
-            remaining_pages=56,
-        )
-        for index, sent in enumerate((1, 1, 558))
-    )
+    rounds = tuple(stats(index, sent, 56) for index, sent in enumerate((1, 1, 558)))
     progress = Progress(memory_pages=1000, rounds=rounds, fixed_s=0.0)
     assert progress.expected_downtime_s == pytest.approx(0.3)
     assert policy(limit_s=progress.expected_downtime_s).decide(progress).action is Action.STOP_AND_COPY

@@ -4,23 +4,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reports import stats
 
 from pageferry.core.errors import UsageError
-from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
-from pageferry.core.policy import Action, Decision, Progress, RoundStats, may_switch
+from pageferry.core.policy import Action, Decision, Progress, may_switch
 from pageferry.core.policy_names import make_policy, with_limits
-
-
-def stats(index, *, sent, remaining, duration_s=1.0):
-    return RoundStats(
-        index=index,
-        dirty_pages=sent,
-        sent_pages=sent,
-        sent_bytes=sent * PAGE_SIZE,
-        duration_s=duration_s,
-        remaining_pages=remaining,
-    )
 
 
 def progress(*rounds, fixed_s=0.0, memory_pages=100_000, throttle=0.0):
