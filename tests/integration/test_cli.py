@@ -114,7 +114,7 @@ def test_kvm_that_is_missing_is_said_with_a_hint(tmp_path):
     assert "hint: " in result.stderr
 
 
-def test_huge_pages_that_the_host_has_not_are_said_with_a_hint(here, hugetlb_pool):
+def test_huge_pages_that_the_host_has_not_are_said_with_a_hint(here, kvm_support, hugetlb_pool):
     result = here("run", "idle", "--memory", "1G", "--accel", "kvm", "--hugepages", "hugetlb")
     assert "pool of 2 MiB pages cannot give 512" in complaint(result, 5)
     assert "hint: as root: sysctl vm.nr_hugepages=" in result.stderr

@@ -23,7 +23,7 @@ def irqchip(kvm_support):
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, irqchip):
     vm = guests("smp", cpus=2, machine=MachineModel.IRQCHIP)
     vm.resume()
@@ -36,7 +36,7 @@ def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, ir
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the_first_page(running, inn, irqchip):
     vm = running("kv", machine=MachineModel.IRQCHIP)
     make_vm, inn.make_vm = inn.make_vm, Domain

@@ -232,7 +232,7 @@ def test_a_page_that_is_installed_is_marked(vm, client):
     assert sorted(np.concatenate(marked).tolist()) == MISSING.tolist()
 
 
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_pages_that_came_before_the_host_refused_stay_when_they_come_again(vm, client, accel, monkeypatch):
     """Of a run of three the first was installed, and written by the guest before the others could be."""
     ioctl = UffdFd.ioctl
@@ -293,7 +293,7 @@ def test_a_source_sends_content_of_pages_that_have_some_and_names_the_others(vm)
     assert counted == [0, 0]
 
 
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_host_without_userfaultfd_is_found_out_by_trying(vm, accel, monkeypatch):
     assert can_wait(vm)
 
@@ -304,7 +304,7 @@ def test_a_host_without_userfaultfd_is_found_out_by_trying(vm, accel, monkeypatc
     assert not can_wait(vm)
 
 
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel, monkeypatch):
     """A huge page that is not taken apart would be zeros in place of absent: that is refused."""
     monkeypatch.setattr(vm.memory.mapping, "advise", lambda at, size_bytes, advice: None)
@@ -312,7 +312,7 @@ def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel, monkeypatch
         client_of(vm)
 
 
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_pages_of_huge_pages_come_one_by_one(accel, kvm_support, thp):
     vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.THP)
     try:
@@ -327,7 +327,7 @@ def test_pages_of_huge_pages_come_one_by_one(accel, kvm_support, thp):
         vm.close()
 
 
-@pytest.mark.parametrize("accel", ["kvm"])
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_pool_of_huge_pages_is_refused(accel, kvm_support, hugetlb_pool):
     vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.HUGETLB)
     assert not can_wait(vm)
