@@ -25,20 +25,20 @@ def irqchip(kvm_support):
 @pytest.mark.kvm
 @pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, irqchip):
-    vm = guests("smp", cpus=2, machine=MachineModel.IRQCHIP)
+    vm = guests("smp", cpus=2, machine=MachineModel.PC)
     vm.resume()
     assert runs_on(vm)
     for _ in range(2):
         assert source_of(vm, inn.open()).run().verified
         vm = inn.outcome()
-        assert vm.config.machine is MachineModel.IRQCHIP
+        assert vm.config.machine is MachineModel.PC
         assert runs_on(vm)
 
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("accel", ["kvm"], indirect=True)
 def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the_first_page(running, inn, irqchip):
-    vm = running("kv", machine=MachineModel.IRQCHIP)
+    vm = running("kv", machine=MachineModel.PC)
     make_vm, inn.make_vm = inn.make_vm, Domain
     source = source_of(vm, inn.open())
     with pytest.raises(PeerError, match="the software machine has no interrupt controllers") as caught:

@@ -35,7 +35,7 @@ def pc(kvm):
     missing = [name for name in ("KVM_CAP_IRQCHIP", "KVM_CAP_PIT2") if not kvm.support.capabilities[name]]
     if missing:
         pytest.skip(f"this KVM lacks {', '.join(missing)}")
-    return lambda *args, **kwargs: kvm.guest(*args, machine=MachineModel.IRQCHIP, **kwargs)
+    return lambda *args, **kwargs: kvm.guest(*args, machine=MachineModel.PC, **kwargs)
 
 
 def patched(lapic, **registers):
@@ -156,7 +156,7 @@ def test_a_halted_vcpu_can_be_paused_and_moved_again(pc):
     assert (state.mp_state, state.rbx) == (MpState.HALTED, before)
 
 
-@pytest.mark.parametrize("name", ["kvm-pic0", "kvm-pic1"])
+@pytest.mark.parametrize("name", ["pic0", "pic1"])
 def test_a_pic_travels(pc, name):
     vm = pc("spin", rflags=0x3002)
     pic = device(vm, name, KvmPicState)
@@ -175,43 +175,43 @@ def test_a_pic_travels(pc, name):
 
 def test_the_ioapic_travels(pc):
     vm = pc("spin")
-    ioapic = device(vm, "kvm-ioapic", KvmIoapicState)
+    ioapic = device(vm, "ioapic", KvmIoapicState)
     ioapic.id, ioapic.ioregsel = 3, 0x12
     for pin in range(24):
         ioapic.redirtbl[pin] = MASKED | 1 << 56 | 0x30 + pin
-    load_device(vm, "kvm-ioapic", ioapic)
-    assert bytes(device(moved(vm, pc), "kvm-ioapic", KvmIoapicState)) == bytes(ioapic)
+    load_device(vm, "ioapic", ioapic)
+    assert bytes(device(moved(vm, pc), "ioapic", KvmIoapicState)) == bytes(ioapic)
 
 
 def test_what_is_pending_in_the_ioapic_reaches_the_local_apic_that_was_restored_before_it(pc):
     vm = pc("spin", rflags=0x3002)  # interrupts are off: it waits there
     with_vcpu(vm, lapic=patched(vm.save_state().vcpus[0].lapic, rf0=0x1FF))
-    ioapic = device(vm, "kvm-ioapic", KvmIoapicState)
+    ioapic = device(vm, "ioapic", KvmIoapicState)
     ioapic.redirtbl[5], ioapic.irr = 0x35, 1 << 5
-    load_device(vm, "kvm-ioapic", ioapic)
+    load_device(vm, "ioapic", ioapic)
     assert register(vm.save_state().vcpus[0].lapic, IRR + 0x10) == 1 << 0x15
 
 
 def test_the_pit_travels(pc):
     vm = pc("spin")
-    pit = device(vm, "kvm-pit", uapi.KvmPitState2)
+    pit = device(vm, "pit", uapi.KvmPitState2)
     for number, channel in enumerate(pit.channels):
         channel.count, channel.mode, channel.rw_mode, channel.gate = 0x1000 + number, 2, 3, 1
         channel.latched_count, channel.write_latch, channel.read_state, channel.write_state = 0x1234, 0x56, 3, 3
     pit.flags = 2
-    load_device(vm, "kvm-pit", pit)
-    assert bytes(device(moved(vm, pc), "kvm-pit", uapi.KvmPitState2)) == bytes(pit)
+    load_device(vm, "pit", pit)
+    assert bytes(device(moved(vm, pc), "pit", uapi.KvmPitState2)) == bytes(pit)
 
 
 def test_a_pit_that_ticks_goes_on_ticking_elsewhere(pc, kvm, monkeypatch):
     monkeypatch.setitem(kvm.PROGRAMS, "pit", READ_PIT)
     vm = pc("pit")
-    pic = device(vm, "kvm-pic0", KvmPicState)
+    pic = device(vm, "pic0", KvmPicState)
     pic.imr = 0xFF  # nobody takes its ticks
-    load_device(vm, "kvm-pic0", pic)
-    pit = device(vm, "kvm-pit", uapi.KvmPitState2)
+    load_device(vm, "pic0", pic)
+    pit = device(vm, "pit", uapi.KvmPitState2)
     pit.channels[0].count, pit.channels[0].mode, pit.channels[0].rw_mode = 0x10000, 2, 3
-    load_device(vm, "kvm-pit", pit)
+    load_device(vm, "pit", pit)
     for _ in range(2):
         seen = set()
         vm.resume()
@@ -236,20 +236,20 @@ PIC, IOAPIC, PIT = KvmPicState, KvmIoapicState, uapi.KvmPitState2
 @pytest.mark.parametrize(
     ("name", "kind", "offset", "byte", "says"),
     [
-        ("kvm-pic0", PIC, PIC.priority_add.offset, 8, "priority_add is 0x8, more than 0x7"),
-        ("kvm-pic0", PIC, PIC.init_state.offset, 4, "init_state is 0x4"),
-        ("kvm-pic1", PIC, PIC.poll.offset, 2, "poll is 0x2, more than 0x1"),
-        ("kvm-pic1", PIC, PIC.elcr_mask.offset, 0xF8, "elcr_mask is 0xf8, not 0xde"),
-        ("kvm-ioapic", IOAPIC, 0, 1, "it is at 0xfec00001, not 0xfec00000"),
-        ("kvm-ioapic", IOAPIC, IOAPIC.id.offset, 16, "id is 0x10, more than 0xf"),
-        ("kvm-ioapic", IOAPIC, IOAPIC.irr.offset + 3, 1, "irr is 0x1000000"),
-        ("kvm-ioapic", IOAPIC, IOAPIC.pad.offset, 1, "pad is 0x1"),
-        ("kvm-pit", PIT, 3, 1, "count is 0x1010000, more than 0x10000"),
-        ("kvm-pit", PIT, 13, 6, "mode is 6"),
-        ("kvm-pit", PIT, 15, 2, "gate is 0x2"),
-        ("kvm-pit", PIT, 16, 1, "count_load_time is 0x1, more than 0x0"),
-        ("kvm-pit", PIT, PIT.flags.offset, 4, "a flag or reserved field is not 0"),
-        ("kvm-pit", PIT, PIT.reserved.offset, 1, "a flag or reserved field is not 0"),
+        ("pic0", PIC, PIC.priority_add.offset, 8, "priority_add is 0x8, more than 0x7"),
+        ("pic0", PIC, PIC.init_state.offset, 4, "init_state is 0x4"),
+        ("pic1", PIC, PIC.poll.offset, 2, "poll is 0x2, more than 0x1"),
+        ("pic1", PIC, PIC.elcr_mask.offset, 0xF8, "elcr_mask is 0xf8, not 0xde"),
+        ("ioapic", IOAPIC, 0, 1, "it is at 0xfec00001, not 0xfec00000"),
+        ("ioapic", IOAPIC, IOAPIC.id.offset, 16, "id is 0x10, more than 0xf"),
+        ("ioapic", IOAPIC, IOAPIC.irr.offset + 3, 1, "irr is 0x1000000"),
+        ("ioapic", IOAPIC, IOAPIC.pad.offset, 1, "pad is 0x1"),
+        ("pit", PIT, 3, 1, "count is 0x1010000, more than 0x10000"),
+        ("pit", PIT, 13, 6, "mode is 6"),
+        ("pit", PIT, 15, 2, "gate is 0x2"),
+        ("pit", PIT, 16, 1, "count_load_time is 0x1, more than 0x0"),
+        ("pit", PIT, PIT.flags.offset, 4, "a flag or reserved field is not 0"),
+        ("pit", PIT, PIT.reserved.offset, 1, "a flag or reserved field is not 0"),
     ],
 )
 def test_what_no_chip_can_have_is_refused(pc, name, kind, offset, byte, says):
@@ -283,13 +283,13 @@ def test_a_machine_without_interrupt_controllers_refuses_the_state_of_one_with_t
     plain = kvm.guest("spin")
     with pytest.raises(UnsupportedError, match="no interrupt controllers, and the state has a local APIC"):
         plain.load_state(saved)
-    with pytest.raises(VmError, match=r"saved devices .*kvm-ioapic.* are not this machine's"):
+    with pytest.raises(VmError, match=r"saved devices .*ioapic.* are not this machine's"):
         plain.load_state(dataclasses.replace(saved, vcpus=(kvm.start_state(),)))
 
 
 def test_the_software_machine_has_none(kvm):
     with pytest.raises(UnsupportedError, match="software machine has no interrupt controllers") as caught:
-        Domain(VmConfig(memory_bytes=4 << 20, machine=MachineModel.IRQCHIP))
+        Domain(VmConfig(memory_bytes=4 << 20, machine=MachineModel.PC))
     assert "--accel kvm" in caught.value.hint
 
 
@@ -300,5 +300,5 @@ def test_a_kvm_that_lacks_a_part_says_which(kvm, monkeypatch, name):
         VmFd, "check_extension", lambda fd, number: 0 if number == getattr(uapi, name) else plain(fd, number)
     )
     with pytest.raises(UnsupportedError, match=f"this KVM lacks {name}") as caught:
-        kvm.guest(machine=MachineModel.IRQCHIP)
+        kvm.guest(machine=MachineModel.PC)
     assert "--machine plain" in caught.value.hint

@@ -74,7 +74,7 @@ def test_a_machine_with_interrupt_controllers_has_its_order_too(kvm, recorded):
     if not kvm.support.capabilities["KVM_CAP_IRQCHIP"]:
         pytest.skip("this KVM has no KVM_CAP_IRQCHIP")
     with recorded() as seen:
-        vm = kvm.guest("spin", vcpus=(kvm.start_state(), kvm.start_state()), machine=MachineModel.IRQCHIP)
+        vm = kvm.guest("spin", vcpus=(kvm.start_state(), kvm.start_state()), machine=MachineModel.PC)
     expect_order(seen, "KVM_CREATE_IRQCHIP", "KVM_CREATE_PIT2", "KVM_CREATE_VCPU")
     with recorded() as seen:
         saved = vm.save_state()

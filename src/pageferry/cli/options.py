@@ -51,7 +51,7 @@ CpuOption = Annotated[
 ]
 MachineOption = Annotated[
     MachineModel,
-    typer.Option(help="plain, or irqchip: with a PC's interrupt controllers and PIT, which KVM has inside (kvm)."),
+    typer.Option(help="plain, or pc: with a PC's interrupt controllers and timer (kvm)."),
 ]
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]

@@ -35,6 +35,11 @@ class GuestExit:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestReset:
+    """The guest asked to be started anew: it ends here, and whoever ran it may boot it again."""
+
+
+@dataclass(frozen=True, slots=True)
 class SyncPoint:
     """The guest reached a sync point and showed a value: it pauses until the host has answered and resumes it."""
 
@@ -53,7 +58,7 @@ class InvalidateTlb:
     """The guest changed its page tables: the vCPU forgets its translations. Its ``run()`` does that by itself."""
 
 
-Effect = GuestExit | SyncPoint | Wait | InvalidateTlb
+Effect = GuestExit | GuestReset | SyncPoint | Wait | InvalidateTlb
 """What a device asks of the machine, acted on after the instruction that caused it has completed."""
 
 
@@ -280,6 +285,8 @@ class RunControl:
     def _act(self, effect: Effect | None, end: GuestEnd | None) -> None:
         if isinstance(effect, GuestExit):
             end = GuestEnd(exit_code=effect.code)
+        elif isinstance(effect, GuestReset):
+            end = GuestEnd(exit_code=0, reset=True)
         elif isinstance(effect, SyncPoint):
             self._user_paused = True
             self._sync_value = effect.value

@@ -159,6 +159,10 @@ class DeviceState:
     save_ns: int | None = field(default=None, compare=False)
 
 
+#: The key of the first interrupt controller of a PC; a machine whose state has it is one.
+PIC_NAME = "pic0"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineState:
     """A whole machine without its memory.

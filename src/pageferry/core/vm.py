@@ -24,11 +24,11 @@ from pageferry.core.state import MachineState
 class MachineModel(StrEnum):
     """What a machine has besides RAM, vCPUs and the standard devices.
 
-    PLAIN: nothing. IRQCHIP: local APICs, an IOAPIC, two PICs and a PIT, as a PC has them.
+    PLAIN: nothing. PC: a PC's interrupt controllers and timer, as an operating system wants them.
     """
 
     PLAIN = "plain"
-    IRQCHIP = "irqchip"
+    PC = "pc"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,10 +162,14 @@ class AbsentPages(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestEnd:
-    """Why a guest stopped for good: its exit code (SHUTDOWN), or one line on what it did (CRASHED)."""
+    """Why a guest stopped for good: its exit code (SHUTDOWN), or one line on what it did (CRASHED).
+
+    ``reset``: it asked to be started anew, which is its end here; the exit code is 0.
+    """
 
     exit_code: int | None = None
     crash: str | None = None
+    reset: bool = False
 
 
 class Vm(Protocol):

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.state import PIC_NAME
 from pageferry.devices.bus import Stateful, expect_size
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
@@ -61,10 +62,10 @@ def create_irqchip(vm: VmFd) -> tuple[Stateful, ...]:
             raise UnsupportedError("machine", f"this KVM lacks {name}", hint="use --machine plain")
     vm.ioctl(uapi.KVM_CREATE_IRQCHIP)
     vm.ioctl(uapi.KVM_CREATE_PIT2, uapi.KvmPitConfig(flags=uapi.KVM_PIT_SPEAKER_DUMMY))
-    pics = {"kvm-pic0": uapi.KVM_IRQCHIP_PIC_MASTER, "kvm-pic1": uapi.KVM_IRQCHIP_PIC_SLAVE}
+    pics = {PIC_NAME: uapi.KVM_IRQCHIP_PIC_MASTER, "pic1": uapi.KVM_IRQCHIP_PIC_SLAVE}
     return (
         *(_Chip(name, vm, chip_id, "pic", _pic_faults) for name, chip_id in pics.items()),
-        _Chip("kvm-ioapic", vm, uapi.KVM_IRQCHIP_IOAPIC, "ioapic", _ioapic_faults),
+        _Chip("ioapic", vm, uapi.KVM_IRQCHIP_IOAPIC, "ioapic", _ioapic_faults),
         _Pit(vm),
     )
 
@@ -106,7 +107,7 @@ class _Chip:
 @dataclass(frozen=True, slots=True)
 class _Pit:
     vm: VmFd
-    name: str = "kvm-pit"
+    name: str = "pit"
 
     def save(self) -> bytes:
         """Return the PIT's structure without the times at which its counters were loaded."""

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pageferry.core.errors import GuestCrash, KvmError, VmError
-from pageferry.core.run import Effect, GuestExit, InvalidateTlb, SyncPoint
+from pageferry.core.run import Effect, GuestExit, GuestReset, InvalidateTlb, SyncPoint
 from pageferry.core.state import VcpuState
 from pageferry.devices.bus import DeviceBus
 from pageferry.kvm import uapi, vcpu_state
@@ -52,7 +52,7 @@ _SUBERRORS = {
 
 def _stronger(first: Effect | None, second: Effect | None) -> Effect | None:
     """Of two effects of one instruction return the one to act on: an end before a meeting before a wait."""
-    for kind in (GuestExit, SyncPoint):
+    for kind in (GuestExit, GuestReset, SyncPoint):
         for effect in (first, second):
             if isinstance(effect, kind):
                 return effect

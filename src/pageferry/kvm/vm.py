@@ -88,7 +88,7 @@ class KvmVm(StandardMachine):
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
-            if config.machine is MachineModel.IRQCHIP:
+            if config.machine is MachineModel.PC:
                 self.platform.bus.elsewhere = create_irqchip(self.vm_fd)
             event_flags = enable_events(self.vm_fd)
             self.vcpu_mapping = self.memory.mapping
@@ -115,7 +115,7 @@ class KvmVm(StandardMachine):
             table=self.cpuid,
             listed=listed,
             event_flags=event_flags,
-            irqchip=self.config.machine is MachineModel.IRQCHIP,
+            irqchip=self.config.machine is MachineModel.PC,
         )
         return KvmVcpu(fd, self.platform.bus, parts, index=index)
 

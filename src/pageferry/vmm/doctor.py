@@ -53,7 +53,7 @@ def examine() -> list[Finding]:
         _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
         _try("kvm-manual-protect", _manual_protect, "use --accel soft"),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in others),
-        _try("machine-irqchip", partial(_trial, Accel.KVM, machine=MachineModel.IRQCHIP), ""),
+        _try("machine-pc", partial(_trial, Accel.KVM, machine=MachineModel.PC), ""),
         _try("socket-buffers", _socket_buffers, "raise net.core.wmem_max and net.core.rmem_max to 8388608"),
     ]
 

@@ -167,8 +167,10 @@ class GuestProcess:
             self._announcer.event("GUEST_PANICKED", {"action": "shutdown", "x-reason": end.crash})
             why, code = f"the guest crashed: {end.crash}", 9
         else:
-            self._announcer.event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
-            why, code = f"the guest ended with exit code {end.exit_code}", 8 if end.exit_code else 0
+            reason = "guest-reset" if end.reset else "guest-shutdown"
+            self._announcer.event("SHUTDOWN", {"guest": True, "reason": reason})
+            how = "asked to be started anew" if end.reset else f"ended with exit code {end.exit_code}"
+            why, code = f"the guest {how}", 8 if end.exit_code else 0
         self._guest.console.end(why)
         self._announcer.say(why)
         return code

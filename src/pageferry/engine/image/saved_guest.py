@@ -23,7 +23,7 @@ from pageferry.core.cpuid import Leaves
 from pageferry.core.errors import RecordError, TruncatedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray
 from pageferry.core.memory import MAX_MEMORY_BYTES, GuestMemory, ram_layout
-from pageferry.core.state import MachineState
+from pageferry.core.state import PIC_NAME, MachineState
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.stream.decoder import Decoder
 from pageferry.stream.format import BodyError
@@ -239,5 +239,5 @@ def _open(path: Path) -> int:
 
 
 def _machine_of(state: MachineState) -> MachineModel:
-    has_irqchip = any(vcpu.lapic is not None for vcpu in state.vcpus)
-    return MachineModel.IRQCHIP if has_irqchip else MachineModel.PLAIN
+    is_pc = any(device.name == PIC_NAME for device in state.devices)
+    return MachineModel.PC if is_pc else MachineModel.PLAIN
