@@ -6,6 +6,7 @@ import functools
 import os
 import random
 import secrets
+import signal
 import subprocess
 import weakref
 from pathlib import Path
@@ -42,8 +43,16 @@ settings.load_profile("pageferry")
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     """One seed decides all chance of a run: Hypothesis's own option, which every worker is handed."""
+    heed_signals()
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = secrets.randbits(32)
+
+
+def heed_signals():
+    """A run that a shell put into the background ignores Ctrl-C, and so would every process that a test starts."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_report_header(config):
