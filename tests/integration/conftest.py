@@ -7,7 +7,7 @@ from at_work import runs_on
 from processes import PAGEFERRY, Process, launch, reap
 from trips import Move
 
-from pageferry.engine import features
+from pageferry.engine.destination import Destination
 
 
 @pytest.fixture
@@ -48,21 +48,14 @@ def inn(inns, make_vm, accel):
 
 @pytest.fixture
 def move(inns, make_vm, accel):
-    """Makes taped migrations of a guest to a machine of its kind."""
-    return lambda vm: Move(vm, inns(make_vm, accel))
+    """Makes taped migrations of a guest to a machine of its kind; ``kind`` is the class of the destination."""
 
+    def make(vm, kind=Destination):
+        inn = inns(make_vm, accel)
+        inn.kind = kind
+        return Move(vm, inn)
 
-@pytest.fixture
-def another_version(monkeypatch):
-    """Lets destinations know nothing of the features that are named, as another version of pageferry might."""
-
-    def lacks(*names):
-        agree = features.agree
-        monkeypatch.setattr(
-            features, "agree", lambda offered, **can: agree([each for each in offered if each not in names], **can)
-        )
-
-    return lacks
+    return make
 
 
 @pytest.fixture

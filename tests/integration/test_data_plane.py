@@ -7,21 +7,23 @@ import time
 
 import numpy as np
 import pytest
+from altered import AlteredDestination, AlteredSource, lacking
 from at_work import runs_on, work
 from tiers import sample
 from trips import Rounds
 
+from mutation.fault import replace
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError
 from pageferry.core.events import Phase, RoundProgress
-from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
 from pageferry.engine import features
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, VerifyMode, WireOptions
-from pageferry.engine.pages import send as send_module
 from pageferry.engine.pages.receive import PageWriter, Receiver
 from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.connections import connection_of
 from pageferry.engine.wire.pacer import BURST_S
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.stream import packing as packing_module
@@ -79,11 +81,10 @@ def test_zero_pages_travel_by_name(guests, move):
     assert trip.source.job.traffic().counts.zero_pages == len(first) + len(later)
 
 
-def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, another_version):
-    another_version(features.ZERO_PAGES, features.FENCE, features.AUDIT)
+def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move):
     vm = guests("idle")
     fill(vm, FREE, 1)
-    trip = move(vm)
+    trip = move(vm, lacking(features.ZERO_PAGES, features.FENCE, features.AUDIT))
     report = trip.run(Rounds(2, lambda index: fill(vm, FREE, 0) if index == 0 else None))
     trip.expect_equal()
     events = trip.taped.records(agreed=())
@@ -93,11 +94,9 @@ def test_without_an_agreement_the_stream_is_xens_unchanged(guests, move, another
     assert report.rounds[1].zero_pages == 0
 
 
-def test_a_destination_that_takes_up_what_was_not_offered_is_refused(guests, move, monkeypatch):
-    monkeypatch.setattr(features, "agree", lambda offered, **_: ("teleport",))
-    monkeypatch.setattr(features, "records_of", lambda agreed: frozenset())
+def test_a_destination_that_takes_up_what_was_not_offered_is_refused(guests, move):
     vm = guests("idle")
-    trip = move(vm)
+    trip = move(vm, AlteredDestination.having({"features.agree": lambda offered, **_: ("teleport",)}))
     with pytest.raises(MigrationError, match="uses teleport, which was not offered") as failed:
         trip.run()
     assert failed.value.guest_at is GuestAt.SOURCE
@@ -335,24 +334,23 @@ def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_v
     source.close()
 
 
-def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests, move, another_version):
-    another_version(features.CONNECTIONS)
+def test_a_destination_that_takes_one_connection_only_is_not_migrated_to(guests, move):
     vm = guests("idle")
     with pytest.raises(MigrationError, match="takes one connection only") as failed:
-        move(vm).run(wire=WireOptions(connections=2))
+        move(vm, lacking(features.CONNECTIONS)).run(wire=WireOptions(connections=2))
     assert failed.value.hint == "leave out --connections"
     assert failed.value.guest_at is GuestAt.SOURCE
 
 
-def test_a_page_on_another_pages_connection_is_refused(guests, move, monkeypatch):
-    one = np.uint64(1)
-    monkeypatch.setattr(
-        send_module, "connection_of", lambda gfns, count: (gfns // np.uint64(512) + one) % np.uint64(count)
-    )
+def test_a_page_on_another_pages_connection_is_refused(guests, move):
+    def next_one(gfns, count):
+        return connection_of(gfns + np.uint64(PAGES_PER_2M), count)
+
     vm = guests("idle")
     fill(vm, WIDE, 1)
+    wrong = AlteredSource.having({"pages.send.connection_of": next_one})
     with pytest.raises(MigrationError, match="belongs on another connection") as failed:
-        move(vm).run(wire=WireOptions(connections=2))
+        move(vm).run(wire=WireOptions(connections=2), kind=wrong)
     assert failed.value.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
 
@@ -376,26 +374,21 @@ def test_an_audit_follows_each_page_on_its_connection(guests, move, connections)
 
 
 @pytest.mark.parametrize("connection", [0, 1, 2])
-def test_a_wrong_page_is_found_while_the_guest_runs_whichever_connection_it_came_on(
-    guests, move, monkeypatch, connection
-):
-    sound = PageWriter.page_data
+def test_a_wrong_page_is_found_while_the_guest_runs_whichever_connection_it_came_on(guests, move, connection):
+    class Spoils(PageWriter):
+        def page_data(self, header):
+            super().page_data(header)
+            if self._index == connection:
+                self._words[WIDE[np.isin(WIDE, header.pfns)][:1], 7] ^= np.uint64(1)
 
-    def spoil(self, header):
-        sound(self, header)
-        if self._index == connection:
-            self._words[WIDE[np.isin(WIDE, header.pfns)][:1], 7] ^= np.uint64(1)
-
-    monkeypatch.setattr(PageWriter, "page_data", spoil)
     vm = guests("idle")
     fill(vm, WIDE, 1)
     vm.resume()
-    trip = move(vm)
+    trip = move(vm, AlteredDestination.having({"pages.receive.PageWriter": Spoils}))
     with pytest.raises(MigrationError, match="memory is not ours") as failed:
         trip.run(Rounds(1000), wire=WireOptions(connections=3), verify=VerifyMode.AUDIT)
     assert failed.value.phase == Phase.PRECOPY
     assert int(failed.value.__cause__.gfn) // 512 % 3 == connection
-    monkeypatch.undo()
     vm.pause()
     expect_as_before(vm, move)
 
@@ -410,20 +403,21 @@ def test_impossible_numbers_of_connections_are_refused(connections):
 
 
 @pytest.mark.parametrize("connections", [1, 3])
-def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monkeypatch, connections):
+def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, connections):
     """The last connection takes its pages in only when the first waits for it."""
-    wait_reached, page_data = Receiver._wait_reached, PageWriter.page_data
     waits = threading.Event()
     rounds = []
 
-    def wait(self, number):
-        waits.set()
-        wait_reached(self, number)
+    class Tells(Receiver):
+        def _wait_reached(self, number):
+            waits.set()
+            super()._wait_reached(number)
 
-    def take(self, header):
-        if self._index == 2 and len(rounds) < 3:  # nobody waits in the stop-and-copy
-            assert waits.wait(60)
-        page_data(self, header)
+    class TakesLate(PageWriter):
+        def page_data(self, header):
+            if self._index == 2 and len(rounds) < 3:  # nobody waits in the stop-and-copy
+                assert waits.wait(60)
+            super().page_data(header)
 
     def compare(index):
         gfns = expand_runs(*vm.memory.populated())
@@ -432,11 +426,9 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
         waits.clear()
         fill(vm, WIDE, index + 2)
 
-    monkeypatch.setattr(Receiver, "_wait_reached", wait)
-    monkeypatch.setattr(PageWriter, "page_data", take)
     vm = guests("idle")
     fill(vm, WIDE, 1)
-    trip = move(vm)
+    trip = move(vm, AlteredDestination.having({"destination.Receiver": Tells, "pages.receive.PageWriter": TakesLate}))
     trip.run(Rounds(3, compare), wire=WireOptions(connections=connections))
     trip.expect_equal()
     assert rounds == [[], [], []]
@@ -445,27 +437,19 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, monke
         assert [record.number for record in records if isinstance(record, Fence)] == [0, 1, 2]
 
 
-def test_a_destination_that_does_not_know_fences_is_not_waited_for(guests, move, another_version):
-    another_version(features.FENCE)
-    trip = move(guests("idle"))
+def test_a_destination_that_does_not_know_fences_is_not_waited_for(guests, move):
+    trip = move(guests("idle"), lacking(features.FENCE))
     trip.run()
     trip.expect_equal()
     assert not any(isinstance(record, Fence) for record in trip.taped.records())
 
 
-def test_an_answer_to_another_fence_ends_the_migration(guests, move, monkeypatch):
-    send = Peer.send
-
-    def lie(self, frame, fd=None):
-        send(self, Reached(number=frame.number + 1) if isinstance(frame, Reached) else frame, fd)
-
-    monkeypatch.setattr(Peer, "send", lie)
+def test_an_answer_to_another_fence_ends_the_migration(guests, move):
     vm = guests("idle")
-    trip = move(vm)
+    trip = move(vm, AlteredDestination.having({"destination.Reached": lambda number: Reached(number=number + 1)}))
     with pytest.raises(MigrationError, match="the destination answered Reached out of turn") as failed:
         trip.run()
     assert failed.value.guest_at is GuestAt.SOURCE
-    monkeypatch.undo()
     expect_as_before(vm, move)
 
 
@@ -531,11 +515,10 @@ def test_a_running_guest_moves_packed(guests, move, packing, workload):
     assert work(trip.there) >= work(vm)
 
 
-def test_a_destination_without_the_library_is_not_migrated_to(guests, move, packing, another_version):
-    another_version(*features.PACK.values())
+def test_a_destination_without_the_library_is_not_migrated_to(guests, move, packing):
     vm = guests("idle")
     with pytest.raises(MigrationError, match=f"the destination cannot unpack {packing}") as failed:
-        move(vm).run(wire=WireOptions(compress=packing))
+        move(vm, lacking(*features.PACK.values())).run(wire=WireOptions(compress=packing))
     assert "pip install 'pageferry[compress]'" in failed.value.hint
     assert failed.value.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
@@ -553,13 +536,17 @@ def test_a_source_without_the_library_says_so_before_anything_begins(packing, mo
     assert available() == ()
 
 
-def test_packed_data_that_is_not_what_it_should_be_ends_the_migration(guests, move, packing, monkeypatch):
-    sound = type(packer(packing)).pack
-    monkeypatch.setattr(type(packer(packing)), "pack", lambda self, data: sound(self, data)[:-5] + b"wrong")
+def test_packed_data_that_is_not_what_it_should_be_ends_the_migration(guests, move, packing):
+    def spoiling(packing):
+        made = packer(packing)
+        replace(made, "pack", lambda sound: lambda data: sound(data)[:-5] + b"wrong")
+        return made
+
     vm = guests("idle")
     fill(vm, WIDE, 1)
+    wrong = AlteredSource.having({"source.packer": spoiling})
     with pytest.raises(MigrationError, match=r"packed by|came out of|PACKED_PAGES|memory is not ours") as failed:
-        move(vm).run(wire=WireOptions(compress=packing))
+        move(vm).run(wire=WireOptions(compress=packing), kind=wrong)
     assert failed.value.guest_at is GuestAt.SOURCE
 
 
@@ -610,11 +597,10 @@ def test_a_running_guest_moves_by_its_changes(guests, move, packing, workload):
     assert work(trip.there) >= work(vm)
 
 
-def test_a_destination_that_takes_no_deltas_is_not_migrated_to(guests, move, packing, another_version):
-    another_version(features.DELTA)
+def test_a_destination_that_takes_no_deltas_is_not_migrated_to(guests, move, packing):
     vm = guests("idle")
     with pytest.raises(MigrationError, match="takes no deltas") as failed:
-        move(vm).run(wire=WireOptions(compress=packing, delta_cache_bytes=4 << 20))
+        move(vm, lacking(features.DELTA)).run(wire=WireOptions(compress=packing, delta_cache_bytes=4 << 20))
     assert failed.value.hint == "leave out --delta-cache"
     assert failed.value.guest_at is GuestAt.SOURCE
 

@@ -1,25 +1,23 @@
 """Law 7: memory is proven equal, while the guest runs and at the pause; what differs fails closed."""
 
-import threading
-
 import pytest
+from altered import AlteredDestination, AlteredSource, lacking
 from at_work import runs_on
 from tiers import sample
 from trips import Rounds, expect_as_before, source_of
 
+from mutation.audit_checks import ClaimsEverything
+from mutation.fault import injected, replace
 from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import MigrationError, PeerError, VerifyError
 from pageferry.core.events import RoundBegan
 from pageferry.core.frames import gpa_of
-from pageferry.core.memory import GuestMemory
 from pageferry.engine import features
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.options import VerifyMode
-from pageferry.engine.verify import audit as audit_module
-from pageferry.engine.verify import compare as compare_module
-from pageferry.engine.verify import cost as cost_module
 from pageferry.engine.verify.cost import ProofCost
+from pageferry.engine.verify.digests import digest_runs
 from pageferry.testing.operators import STRAY_GFN
 
 
@@ -43,19 +41,9 @@ def test_law_7_memory_is_equal_at_the_pause(running, inn):
 def corrupting(inn, change):
     """The destination's machines change their memory by ``change(memory)`` after everything was received."""
     plain = inn.make_vm
-
-    def make(config):
-        vm = plain(config)
-        load = vm.load_state
-
-        def load_state(state):
-            load(state)
-            change(vm.memory)
-
-        vm.load_state = load_state
-        return vm
-
-    inn.make_vm = make
+    inn.make_vm = injected(
+        plain, lambda vm: replace(vm, "load_state", lambda load: lambda state: (load(state), change(vm.memory)))
+    )
     return plain
 
 
@@ -85,52 +73,42 @@ def test_an_audit_proves_memory_while_the_guest_runs(running, inn, workload):
     assert max(1, lay_still - zeros) <= report.audited_pages <= lay_still
 
 
-def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(running, inn, monkeypatch):
-    monkeypatch.setattr(cost_module, "digest_pages_per_s", lambda *_: 1e6)
+def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(running, inn):
     vm = running("idle")
-    report = source_of(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT).run()
+    fast = AlteredSource.having({"verify.cost.digest_pages_per_s": lambda *_: 1e6})
+    report = source_of(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT, kind=fast).run()
     assert isinstance(inn.outcome(), type(vm))
     assert (report.verified, report.audited_pages) == (True, 0)
 
 
-def test_the_destination_finds_what_has_storage_while_the_source_does(running, inn, monkeypatch):
+def noting(calls, name):
+    """Wrap a function: each call of it adds ``name``."""
+    return lambda sound: lambda *args: (calls.append(name), sound(*args))[1]
+
+
+def test_the_destination_finds_what_has_storage_while_the_source_does(running, inn):
     calls = []
-
-    def noted(owner, name):
-        real = getattr(owner, name)
-
-        def call(*args):
-            if threading.current_thread() is not threading.main_thread():
-                calls.append(name)
-            return real(*args)
-
-        monkeypatch.setattr(owner, name, call)
-
-    noted(compare_module, "digest_runs")
-    noted(GuestMemory, "populated")
+    inn.make_vm = injected(inn.make_vm, lambda vm: replace(vm.memory, "populated", noting(calls, "look")))
+    inn.kind = AlteredDestination.having({"verify.compare.digest_runs": noting(calls, "digest")(digest_runs)})
     vm = running("idle")
     source_of(vm, inn.open(), Rounds(2), verify=VerifyMode.FULL).run()
     assert isinstance(inn.outcome(), type(vm))
-    assert calls[:2] == ["populated", "digest_runs"]
-    assert calls.count("populated") == 1
+    assert calls[:2] == ["look", "digest"]
+    assert calls.count("look") == 1
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
 @pytest.mark.parametrize("verify", VerifyMode)
-def test_nothing_is_measured_between_a_round_and_the_pause(running, inn, monkeypatch, verify, rounds):
+def test_nothing_is_measured_between_a_round_and_the_pause(running, inn, verify, rounds):
     vm = running("idle")
     calls = []
-
-    def noted(owner, name):
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args: (calls.append(name), real(*args))[1])
 
     def on_event(event):
         if isinstance(event, RoundBegan):
             calls.append("round")
 
-    noted(vm.memory, "populated")  # measuring begins so
-    noted(vm, "freeze")
+    replace(vm.memory, "populated", noting(calls, "populated"))  # measuring begins so
+    replace(vm, "freeze", noting(calls, "freeze"))
     source_of(vm, inn.open(), Rounds(rounds), verify=verify, on_event=on_event).run()
     assert isinstance(inn.outcome(), type(vm))
     until_pause = calls[: len(calls) - calls[::-1].index("freeze")]
@@ -139,7 +117,7 @@ def test_nothing_is_measured_between_a_round_and_the_pause(running, inn, monkeyp
     assert until_pause[until_pause.index("round") - 1] == "populated"
 
 
-def test_measuring_takes_a_twentieth_of_the_time_at_most(guests, monkeypatch):
+def test_measuring_takes_a_twentieth_of_the_time_at_most(guests):
     vm = guests("idle")
     now, looks, populated = [0.0], [], vm.memory.populated
 
@@ -148,7 +126,7 @@ def test_measuring_takes_a_twentieth_of_the_time_at_most(guests, monkeypatch):
         looks.append(now[0])
         return populated()
 
-    monkeypatch.setattr(vm.memory, "populated", look)
+    replace(vm.memory, "populated", lambda _: look)
 
     def now_s():
         now[0] += 1e-6
@@ -170,49 +148,40 @@ def test_by_itself_it_audits_where_the_limit_is_too_small_for_all(running, inn, 
     assert (report.audited_pages > 0) == audits
 
 
-def test_an_audit_finds_a_lost_page_while_the_guest_runs(running, inn, monkeypatch):
+def test_an_audit_finds_a_lost_page_while_the_guest_runs(running, inn):
     vm = running("idle")
     sound = vm.log_dirty
     vm.replace_tracker(MarksNothing(vm))
     vm.memory.write(gpa_of(STRAY_GFN), b"sent in round 0")
-    start, idle = audit_module.Auditor.start, audit_module.Auditor.idle
-    monkeypatch.setattr(audit_module.Auditor, "start", lambda auditor: None)  # not yet: first the write below
-    monkeypatch.setattr(audit_module.Auditor, "idle", lambda auditor: True)
+    policy = Rounds(1000)
 
     def write_unmarked(event):
         if isinstance(event, RoundBegan) and event.index == 1:
             vm.memory.write(gpa_of(STRAY_GFN), b"never reported")
-            start(source._proof._auditor)
-            monkeypatch.setattr(audit_module.Auditor, "idle", idle)
+            policy.limit_s = 1e-6  # so it audits from the next round on
 
-    source = source_of(vm, inn.open(), Rounds(1000), verify=VerifyMode.AUDIT, on_event=write_unmarked)
+    source = source_of(vm, inn.open(), policy, on_event=write_unmarked)
     with pytest.raises(PeerError, match=r"memory is not ours, and .*MarksNothing reported no write") as failed:
         source.run()
     assert isinstance(failed.value.__cause__, VerifyError)
     assert failed.value.__cause__.gfn == STRAY_GFN
     assert isinstance(inn.outcome(), MigrationError)
-    monkeypatch.undo()
     vm.replace_tracker(sound)
     expect_as_before(vm, inn, source)
 
 
-def test_a_destination_believes_no_audit_that_it_has_not_seen(running, inn, monkeypatch):
+def test_a_destination_believes_no_audit_that_it_has_not_seen(running, inn):
     vm = running("idle")
-    everything = vm.memory.all_ram()
-    monkeypatch.setattr(audit_module.Auditor, "proven", lambda self: everything.copy())
-    monkeypatch.setattr(audit_module.Auditor, "due", lambda self: None)
-    monkeypatch.setattr(audit_module.Auditor, "idle", lambda self: True)
-    source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
+    source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT, kind=ClaimsEverything)
     with pytest.raises(PeerError, match="a page was never proven equal"):
         source.run()
     assert isinstance(inn.outcome(), MigrationError)
-    monkeypatch.undo()
     expect_as_before(vm, inn, source)
 
 
-def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, inn, another_version):
+def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, inn):
     vm = running("idle")
-    another_version(features.AUDIT)
+    inn.kind = lacking(features.AUDIT)
     source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)
     with pytest.raises(PeerError, match="cannot audit"):
         source.run()

@@ -4,30 +4,29 @@ import threading
 from functools import partial
 
 import pytest
+from altered import AlteredSource
 from at_work import runs_on
 from trips import TIMEOUT_S, Rounds, Running, expect_as_before, source_of
 
+from mutation.fault import replace
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UsageError, VmError
 from pageferry.core.events import RoundEnded
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.policy import Action, Decision
-from pageferry.engine import precopy
-from pageferry.engine import source as source_module
 from pageferry.engine.options import WireOptions
 from pageferry.engine.precopy import Precopy
 
 
-def test_a_round_cleans_part_by_part_and_reports_what_it_found(running, inn, monkeypatch):
-    monkeypatch.setattr(source_module, "Precopy", partial(Precopy, chunk_pages=1024))
+def test_a_round_cleans_part_by_part_and_reports_what_it_found(running, inn):
     vm = running("hotset")
-    cleaned, clean_range = [], vm.log_dirty.clean_range
+    cleaned = []
 
-    def watched(gfns):
-        cleaned.append((gfns, clean_range(gfns)))
-        return cleaned[-1][1]
+    def watched(clean_range):
+        return lambda gfns: (cleaned.append((gfns, clean_range(gfns))), cleaned[-1][1])[1]
 
-    monkeypatch.setattr(vm.log_dirty, "clean_range", watched)
-    report = source_of(vm, inn.open(), XenPolicy(max_rounds=3, min_dirty_pages=0)).run()
+    replace(vm.log_dirty, "clean_range", watched)
+    small = AlteredSource.having({"source.Precopy": partial(Precopy, chunk_pages=1024)})
+    report = source_of(vm, inn.open(), XenPolicy(max_rounds=3, min_dirty_pages=0), kind=small).run()
     assert report.verified
     assert runs_on(inn.outcome())
     limit = vm.memory.gfn_limit
@@ -42,7 +41,7 @@ class Holds:
 
     name = "holds"
 
-    def __init__(self, action, vm, monkeypatch):
+    def __init__(self, action, vm):
         self._action = action
         self._held = threading.Event()
         freeze = vm.freeze
@@ -52,7 +51,7 @@ class Holds:
             if threading.current_thread().name == "throttle":
                 self._held.set()
 
-        monkeypatch.setattr(vm, "freeze", watched)
+        replace(vm, "freeze", lambda _: watched)
 
     def decide(self, progress):
         if progress.last.index == 3:
@@ -62,17 +61,17 @@ class Holds:
         return Decision(action=Action.NEXT_ROUND, reason="on", throttle=0.9)
 
 
-def test_a_guest_that_was_held_back_arrives_and_is_free(running, inn, monkeypatch):
+def test_a_guest_that_was_held_back_arrives_and_is_free(running, inn):
     vm = running("hotset")
-    report = source_of(vm, inn.open(), Holds(Action.STOP_AND_COPY, vm, monkeypatch)).run()
+    report = source_of(vm, inn.open(), Holds(Action.STOP_AND_COPY, vm)).run()
     assert report.verified
     assert report.throttled_s > 0
     assert runs_on(inn.outcome())
 
 
-def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(running, inn, monkeypatch):
+def test_a_guest_that_was_held_back_is_let_go_when_the_policy_gives_up(running, inn):
     vm = running("hotset")
-    source = source_of(vm, inn.open(), Holds(Action.ABORT, vm, monkeypatch))
+    source = source_of(vm, inn.open(), Holds(Action.ABORT, vm))
     with pytest.raises(PolicyAbort, match="enough"):
         source.run()
     assert runs_on(vm)
@@ -99,11 +98,11 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(running, inn
         vm.thaw()
 
 
-def test_an_attempt_that_is_held_is_ready_and_waits(running, inn, monkeypatch):
-    monkeypatch.setattr(precopy, "HELD_ROUND_S", 0.001)
+def test_an_attempt_that_is_held_is_ready_and_waits(running, inn):
     vm = running("kv")
     policy = DowntimePolicy(limit_s=3600, max_rounds=4)  # rounds of an attempt that is held do not count
-    source = source_of(vm, inn.open(), policy, hold=True)
+    eager = AlteredSource.having({"source.Precopy": partial(Precopy, held_round_s=0.001)})
+    source = source_of(vm, inn.open(), policy, hold=True, kind=eager)
     moving = Running(source)
     moving.status("pre-switchover")
     moving.rounds(12)

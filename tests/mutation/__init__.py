@@ -7,7 +7,7 @@ Not part of the published kit, which knows no implementation. A fault is declare
   vCPU's own), :mod:`.devices`;
 - in the trackers of KVM machines, such a function too: :mod:`.kvm_log`, :mod:`.kvm_ring`, :mod:`.ring_ranges`,
   :mod:`.uffd`, :mod:`.pagemap`, with the steps that they share in :mod:`.held_bits`;
-- in the engine, a source, destination, save or lazy restore with a wrong part (:mod:`.altered`): :mod:`.moving` (rounds
+- in the engine, a source, destination, save or lazy restore with a wrong part (:mod:`altered`): :mod:`.moving` (rounds
   and the pause), :mod:`.proving` (the proof, and the report), :mod:`.travelling` (encoders, connections, files,
   post-copy);
 - in front of any tracker, a class that wraps it (:mod:`.tracker_wrapper`): :mod:`.tracker_faults`,

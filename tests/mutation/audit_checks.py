@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from altered import AlteredSource
 
-from mutation.altered import AlteredSource
 from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import MigrationError

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from altered import AlteredDestination, AlteredSource
 
-from mutation.altered import AlteredDestination, AlteredSource
 from mutation.fault import Faults, Room
 from mutation.tracker_wrapper import Faithful
 from pageferry.core.bitmap import DirtyBitmap, expand_runs

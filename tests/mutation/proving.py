@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
+from altered import AlteredDestination, AlteredSource
+
 from mutation import audit_checks
-from mutation.altered import AlteredDestination, AlteredSource
 from mutation.fault import Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.events import MigrationReport, Phase

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from altered import AlteredDestination, AlteredSave, AlteredSource
 
-from mutation.altered import AlteredDestination, AlteredSave, AlteredSource
 from mutation.fault import Faults, Room
 from mutation.moving import unless_nothing_remained
 from pageferry.core.bitmap import DirtyBitmap

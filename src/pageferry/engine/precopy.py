@@ -88,6 +88,7 @@ class Precopy:
         verifier: of what is sent.
         may_switch: whether the policy may decide for post-copy.
         chunk_pages: how much memory is cleaned at once; a multiple of 64.
+        held_round_s: how long a round waits for the word to go on while the migration is held.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Precopy:
         *,
         may_switch: bool = False,
         chunk_pages: int = CHUNK_PAGES,
+        held_round_s: float = HELD_ROUND_S,
     ) -> None:
         self._attempt = attempt
         self._vm = attempt.guest.vm
@@ -106,6 +108,7 @@ class Precopy:
         self._verifier = verifier
         self._may_switch = may_switch
         self._chunk_pages = chunk_pages
+        self._held_round_s = held_round_s
         self._judged_rounds: int | None = None  # how many there were when the migration began to be held
 
     def run(self) -> Decision:
@@ -142,7 +145,7 @@ class Precopy:
                 return decision
             attempt.throttle.set(decision.throttle)
             if self._job.status is JobStatus.HELD:
-                self._job.wait_to_go_on(HELD_ROUND_S)
+                self._job.wait_to_go_on(self._held_round_s)
             chunks, expected_pages = self._clean_in_chunks(), stats.remaining_pages
 
     def _send_round(self, chunks: Iterable[GfnArray], expected_pages: int) -> tuple[RoundStats, DirtyBitmap]:

@@ -1,0 +1,73 @@
+"""A source, a destination and a save with other parts in the place of their own, for as long as they run."""
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+from unittest.mock import patch
+
+from pageferry.engine import features
+from pageferry.engine.destination import Destination
+from pageferry.engine.image.save import Save
+from pageferry.engine.source import Source
+
+
+class _Altered:
+    """Is made and runs with other parts; before the class of the engine among the bases.
+
+    ``parts``, a keyword of the class: each by where the one in whose place it is is looked up, as ``source.Lanes``.
+    They come on top of those of the class that it is derived from.
+    """
+
+    _parts: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def __init_subclass__(cls, *, parts: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init_subclass__()
+        cls._parts = {**cls._parts, **parts}
+
+    @classmethod
+    def having(cls, parts: Mapping[str, Any]) -> type[Self]:
+        """Return a class with these parts."""
+        return type(cls.__name__, (cls,), {}, parts=parts)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with self._replaced():
+            super().__init__(*args, **options)
+
+    def run(self) -> Any:
+        """Do what the class of the engine does, with these parts."""
+        with self._replaced():
+            return super().run()
+
+    def _replaced(self) -> ExitStack:
+        with ExitStack() as stack:
+            for place, part in self._parts.items():
+                stack.enter_context(patch(f"pageferry.engine.{place}", part))
+            return stack.pop_all()
+
+
+class AlteredSource(_Altered, Source):
+    """Moves a guest with other parts."""
+
+
+class AlteredDestination(_Altered, Destination[Any]):
+    """Takes a guest in with other parts."""
+
+    def see_off(self) -> None:
+        """Let the source go, with these parts."""
+        with self._replaced():
+            super().see_off()
+
+
+class AlteredSave(_Altered, Save):
+    """Saves a guest with other parts."""
+
+
+def lacking(*names: str) -> type[AlteredDestination]:
+    """Return a destination that knows nothing of these features, as one of another version of pageferry might."""
+    agree = features.agree
+
+    def agree_on_others(offered: Collection[str], **can: bool) -> tuple[str, ...]:
+        return agree([each for each in offered if each not in names], **can)
+
+    return AlteredDestination.having({"features.agree": agree_on_others})
