@@ -52,9 +52,9 @@ BAD = {
     "ends inside the ELF header": elf()[:63],
     "is not a 64-bit ELF file": elf(elfclass=1),
     "is not a little-endian": elf(order=2),
-    r"is not for x86-64 \(EM_AARCH64\)": elf(machine=183),
+    r"is not for x86-64 \(machine 183\)": elf(machine=183),
     "is position-independent": elf(kind=3),
-    r"is not an executable \(ET_REL\)": elf(kind=1),
+    r"is not an executable \(type 1\)": elf(kind=1),
     "is dynamically linked": elf(segment(TEXT), segment(0x400000, kind=3)),
     "is dynamically linked, ": elf(segment(TEXT), segment(0x400000, kind=2)),
     "has nothing to load": elf(phnum=0),
@@ -112,7 +112,7 @@ def test_a_file_larger_than_any_program_is_refused(tmp_path):
 
 
 def test_a_file_without_end_is_refused():
-    with pytest.raises(UsageError, match="is not an ELF file"):
+    with pytest.raises(UsageError, match="is larger than 256 MiB"):
         load_elf("/dev/zero")
 
 
