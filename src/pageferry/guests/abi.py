@@ -6,9 +6,10 @@ The normative text is ``docs/guest-abi.md``; ``programs/guest.h`` says the same 
 import struct
 from dataclasses import dataclass
 
-from pageferry.core.frames import PAGE_SIZE, SIZE_1G, SIZE_2M
+from pageferry.core.frames import SIZE_1G
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState, ring_3_state
+from pageferry.guests.page_tables import identity_map, identity_map_bytes
 
 ABI_VERSION = 1
 INFO_MAGIC = int.from_bytes(b"PFGUEST1", "little")
@@ -26,11 +27,6 @@ MAX_CPUS = (STACKS_TOP - PAGE_TABLES_LIMIT) // STACK_BYTES
 MAX_RAM_REGIONS = 4
 MAX_ARGUMENTS = 8
 _MAPPED_AT_LEAST = 4 << 30
-
-_PDPT_GPA = PAGE_TABLES_GPA + PAGE_SIZE
-_FIRST_PD_GPA = PAGE_TABLES_GPA + 2 * PAGE_SIZE
-_TABLE_FLAGS = 0x07  # present, writable, user
-_LEAF_FLAGS = 0x87  # the same, and 2 MiB
 
 _INFO = struct.Struct(f"<12Q{2 * MAX_RAM_REGIONS}Q{MAX_ARGUMENTS}Q")
 
@@ -123,16 +119,12 @@ def mapped_gib(end_of_ram: int) -> int:
 
 def page_tables_end(end_of_ram: int) -> int:
     """Return the first gpa after the page tables."""
-    return _FIRST_PD_GPA + mapped_gib(end_of_ram) * PAGE_SIZE
+    return PAGE_TABLES_GPA + identity_map_bytes(mapped_gib(end_of_ram))
 
 
 def page_tables(end_of_ram: int) -> bytes:
-    """Return the page tables, to be written at ``PAGE_TABLES_GPA``: PML4, PDPT, one PD per GiB, 2 MiB pages."""
-    gib = mapped_gib(end_of_ram)
-    pml4 = struct.pack("<Q", _PDPT_GPA | _TABLE_FLAGS).ljust(PAGE_SIZE, b"\0")
-    pdpt = struct.pack(f"<{gib}Q", *(_FIRST_PD_GPA + i * PAGE_SIZE | _TABLE_FLAGS for i in range(gib)))
-    leaves = struct.pack(f"<{gib * 512}Q", *(at | _LEAF_FLAGS for at in range(0, gib * SIZE_1G, SIZE_2M)))
-    return pml4 + pdpt.ljust(PAGE_SIZE, b"\0") + leaves
+    """Return the page tables, to be written at ``PAGE_TABLES_GPA``: an identity map that ring 3 may use."""
+    return identity_map(PAGE_TABLES_GPA, mapped_gib(end_of_ram), user=True)
 
 
 def entry_state(entry: int, index: int) -> VcpuState:
