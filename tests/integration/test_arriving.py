@@ -4,16 +4,17 @@ import functools
 
 import numpy as np
 import pytest
+from altered import AlteredSource
 from at_work import runs_on, work
 from tiers import sample
 from trips import Rounds, source_of
 
+from mutation.tracker_wrapper import Faithful
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, VmError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import DowntimePolicy
 from pageferry.core.vm import VmStatus
-from pageferry.engine import report as report_module
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
@@ -69,13 +70,10 @@ def test_a_running_guest_moves_and_runs_on(guests, inn, accel, workload):
         assert report.fault_count == sum(r.dirty_pages for r in report.rounds[1:])
 
 
-def test_a_failure_to_find_words_changes_no_outcome(running, inn, monkeypatch):
-    def fail(report):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(report_module, "explain", fail)
+def test_a_failure_to_find_words_changes_no_outcome(running, inn):
     vm = running()
-    report = source_of(vm, inn.open()).run()
+    speechless = AlteredSource.having({"report.explain": lambda report: 1 / 0})
+    report = source_of(vm, inn.open(), kind=speechless).run()
     assert (report.status, report.explanation) == ("completed", None)
     assert runs_on(inn.outcome())
 
@@ -150,16 +148,15 @@ def test_observers_cannot_end_a_migration(running, inn):
     assert runs_on(inn.outcome())
 
 
-def test_a_guest_that_runs_there_is_there_whatever_fails_here(running, inn, monkeypatch):
+def test_a_guest_that_runs_there_is_there_whatever_fails_here(running, inn):
+    class StaysOn(Faithful):
+        def off(self):
+            raise VmError("cannot be turned off")
+
     vm = running()
-
-    def fail(self):
-        raise VmError("cannot be turned off")
-
-    monkeypatch.setattr(type(vm.log_dirty), "off", fail)
+    vm.replace_tracker(StaysOn(vm))
     source = source_of(vm, inn.open())
     assert source.run().guest_at is GuestAt.DESTINATION
-    monkeypatch.undo()
     with pytest.raises(VmError, match="no guest to take back"):
         source.job.take_back()
     assert runs_on(inn.outcome())

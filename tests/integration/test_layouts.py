@@ -1,11 +1,14 @@
 """Guests of every size and shape move between all kinds of machines, at the cost of what they have touched."""
 
+from dataclasses import replace
+
 import pytest
 from machines import Kind
 from tiers import sample
 
+from mutation import fault
+from mutation.fault import injected
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.memory import GuestMemory
 from pageferry.core.policies import XenPolicy
 from pageferry.hypervisor.domain import Domain
 from pageferry.testing import check_log_dirty
@@ -26,30 +29,30 @@ PAGES = 120
 SOFT = Kind(accel="soft", tracker="hap", make_vm=Domain)
 
 
-@pytest.fixture
-def viewed_pages(monkeypatch):
-    """Counts the pages that anybody reads or writes through any guest's memory: what a migration's time goes with."""
-    counts = [0]
-    views = GuestMemory.views
+def counting(kind, viewed_pages):
+    """Return this kind of machine; pages of it that anybody reads or writes through its memory are counted.
 
-    def count(memory, starts, lengths):
-        counts[0] += int(lengths.sum())
-        return views(memory, starts, lengths)
+    They are what a migration's time goes with.
+    """
 
-    monkeypatch.setattr(GuestMemory, "views", count)
-    return lambda: counts[0]
+    def counted(views):
+        return lambda starts, lengths: (viewed_pages.append(int(lengths.sum())), views(starts, lengths))[1]
+
+    return replace(kind, make_vm=injected(kind.make_vm, lambda vm: fault.replace(vm.memory, "views", counted)))
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_a_guest_of_that_size_goes_and_comes_back(kind, size, viewed_pages):
+def test_a_guest_of_that_size_goes_and_comes_back(kind, size):
     """Its working set is the end of its RAM: above 4 GiB, and in 3 GiB + 4 KiB on both sides of the hole."""
+    viewed_pages = []
+    kind, soft = counting(kind, viewed_pages), counting(SOFT, viewed_pages)
     with Lab(make_vm=kind.make_vm, memory_bytes=SIZES[size], seed=5).guest("kv", pages=PAGES) as guest:
         vm = guest.vm
         assert expand_runs(*vm.memory.populated()).size < 60  # booted: program, page tables, information page
         vm.resume()
-        for there in (SOFT, kind):
+        for there in (soft, kind):
             soak.until_checked(vm)
-            before = viewed_pages()
+            viewed_pages.clear()
             last, (vm, report) = vm, soak.migrate(vm, soak.Leg(kind=there, policy=XenPolicy(max_rounds=3)))
             populated = expand_runs(*last.memory.populated())
             assert (last.memory.gfn_limit - 1) in populated.tolist()
@@ -57,7 +60,7 @@ def test_a_guest_of_that_size_goes_and_comes_back(kind, size, viewed_pages):
             assert report.verified_pages == populated.size
             assert report.rounds[0].sent_pages <= populated.size
             # Each round once at each end, and three samples to estimate the downtime; at last a digest at each end.
-            assert viewed_pages() - before <= populated.size * (5 * len(report.rounds) + 2)
+            assert sum(viewed_pages) <= populated.size * (5 * len(report.rounds) + 2)
             assert set(expand_runs(*vm.memory.populated()).tolist()) >= set(populated.tolist())
             assert (vm.memory.size_bytes, vm.memory.gfn_limit) == (SIZES[size], last.memory.gfn_limit)
             last.close()

@@ -1,13 +1,15 @@
 """Saving a running guest to a file and restoring it: what the file is, and every way to fail."""
 
-import functools
 import io
 import os
 import time
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from altered import AlteredSave
 from at_work import runs_on, slots
 from tiers import sample
 
@@ -19,8 +21,8 @@ from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded, Rou
 from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
-from pageferry.engine.image import save as save_module
 from pageferry.engine.image.outlet import FileOutlet
+from pageferry.engine.image.proof import AtPause
 from pageferry.engine.image.restore import restore
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -69,8 +71,8 @@ def restored():
         vm.close()
 
 
-def attempt(vm, path, policy=None, *, on_event=lambda _: None, **options):
-    return Save(vm, path, policy or XenPolicy(), on_event=on_event, **options)
+def attempt(vm, path, policy=None, *, on_event=lambda _: None, kind=Save, **options):
+    return kind(vm, path, policy or XenPolicy(), on_event=on_event, **options)
 
 
 def expect_as_before(vm, path, save):
@@ -311,23 +313,22 @@ def test_too_late_to_cancel_when_the_file_is_whole(running, path):
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_disk_that_fills_up_leaves_the_guest_running_and_no_file(running, path, monkeypatch, stop):
     vm = running("kv")
-    monkeypatch.setattr(FileOutlet, "free_bytes", lambda _: 1 << 60)
-    send = FileOutlet.send
+    writev = os.writev
 
-    def full(sink, buffers):
-        if sink.sent_bytes > 4096:
+    def full(fd, buffers):
+        if os.lseek(fd, 0, os.SEEK_CUR) > 4096:
             raise OSError(28, "No space left on device")
-        send(sink, buffers)
+        return writev(fd, buffers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FileOutlet, "send", full)
+        patch.setattr(os, "writev", full)
         save = attempt(vm, path, stop=stop)
         with pytest.raises(MigrationError, match=r"cannot write .*guest.bin: No space left on device \(phase pre-copy"):
             save.run()
     expect_as_before(vm, path, save)
 
 
-@pytest.mark.parametrize("step", ["settle", "commit"])
+@pytest.mark.parametrize("step", ["fsync", "rename"])
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_disk_that_breaks_at_the_end_leaves_the_guest_running_and_no_file(running, path, monkeypatch, step, stop):
     def broken(*_):
@@ -335,7 +336,7 @@ def test_a_disk_that_breaks_at_the_end_leaves_the_guest_running_and_no_file(runn
 
     vm = running("kv")
     with monkeypatch.context() as patch:
-        patch.setattr(FileOutlet, step, broken)
+        patch.setattr(os, step, broken)
         save = attempt(vm, path, stop=stop)
         with pytest.raises(MigrationError, match=r"Input/output error \(phase handoff, guest at source\)"):
             save.run()
@@ -345,7 +346,7 @@ def test_a_disk_that_breaks_at_the_end_leaves_the_guest_running_and_no_file(runn
 def test_a_file_system_without_room_is_refused_before_anything_is_written(running, path, monkeypatch):
     vm = running("kv")
     with monkeypatch.context() as patch:
-        patch.setattr(FileOutlet, "free_bytes", lambda _: 4096)
+        patch.setattr(os, "fstatvfs", lambda fd: SimpleNamespace(f_bavail=8, f_frsize=512))
         save = attempt(vm, path)
         with pytest.raises(MigrationError, match=r"the guest holds .* has 4 KiB free \(phase connect"):
             save.run()
@@ -361,13 +362,6 @@ def last_page(content):
     return pages[-1].offset + 8 + pages[-1].body_bytes - 100
 
 
-def damage(sink, settle, offset_of):
-    settle(sink)
-    content = os.pread(sink.fileno(), os.fstat(sink.fileno()).st_size, 0)
-    at = offset_of(content)
-    os.pwrite(sink.fileno(), bytes([content[at] ^ 1]), at)
-
-
 @pytest.mark.parametrize(
     ("offset_of", "says"),
     [
@@ -377,14 +371,19 @@ def damage(sink, settle, offset_of):
     ],
     ids=["page", "end", "state"],
 )
-def test_what_the_disk_wrote_wrongly_is_found_and_is_no_file(running, path, monkeypatch, offset_of, says):
+def test_what_the_disk_wrote_wrongly_is_found_and_is_no_file(running, path, offset_of, says):
+    class Spoiled(FileOutlet):
+        def settle(self):
+            super().settle()
+            content = self.part.read_bytes()
+            at = offset_of(content)
+            os.pwrite(self.fileno(), bytes([content[at] ^ 1]), at)
+
     vm = running("kv")
     vm.pause()  # so that every content in the file counts
-    with monkeypatch.context() as patch:
-        patch.setattr(FileOutlet, "settle", functools.partialmethod(damage, FileOutlet.settle, offset_of))
-        save = attempt(vm, path)
-        with pytest.raises(MigrationError, match=says):
-            save.run()
+    save = attempt(vm, path, kind=AlteredSave.having({"image.save.FileOutlet": Spoiled}))
+    with pytest.raises(MigrationError, match=says):
+        save.run()
     assert not save.job.report.verified
     assert vm.status is VmStatus.PAUSED
     vm.resume()
@@ -408,26 +407,22 @@ def test_a_page_that_the_tracker_lost_is_found(running, path):
     expect_as_before(vm, path, save)
 
 
-def test_content_where_the_guest_has_none_is_found(running, path, monkeypatch):
+class Forgets(AtPause):
+    """Does not know of the last run that the guest had."""
+
+    @classmethod
+    def of(cls, memory, context):
+        found = super().of(memory, context)
+        parts = {name: getattr(found, name)[:-1] for name in ("starts", "lengths", "digests")}
+        return replace(found, **parts)
+
+
+def test_content_where_the_guest_has_none_is_found(running, path):
     vm = running("idle")
-    of = save_module.AtPause.of.__func__
-
-    def forgets(cls, memory, context):
-        found = of(cls, memory, context)
-        return cls(
-            starts=found.starts[:-1],
-            lengths=found.lengths[:-1],
-            digests=found.digests[:-1],
-            removed=found.removed,
-            context=context,
-        )
-
     vm.memory.write(gpa_of(STRAY_GFN), b"content")
-    with monkeypatch.context() as patch:
-        patch.setattr(save_module.AtPause, "of", classmethod(forgets))
-        save = attempt(vm, path)
-        with pytest.raises(MigrationError, match="the file has content where the guest had none: first difference"):
-            save.run()
+    save = attempt(vm, path, kind=AlteredSave.having({"image.save.AtPause": Forgets}))
+    with pytest.raises(MigrationError, match="the file has content where the guest had none: first difference"):
+        save.run()
     expect_as_before(vm, path, save)
 
 
@@ -474,11 +469,12 @@ def test_a_machine_with_interrupt_controllers_is_made_again(path, restored, kvm_
         restored(path, Domain)
 
 
-def test_a_host_without_room_refuses(running, path, restored, make_vm, monkeypatch):
+def test_a_host_without_room_refuses(running, path, make_vm):
     attempt(running("kv"), path).run()
-    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 4096)
-    with pytest.raises(UsageError, match="this host has 4 KiB available"):
-        restored(path, make_vm)
+    with SavedGuest(path) as saved:
+        saved.data_pages = np.broadcast_to(np.uint64(0), 1 << 40)
+        with pytest.raises(UsageError, match=r"the guest holds 4096 TiB, this host has .* available"):
+            restore(saved, make_vm)
 
 
 def test_what_cannot_be_read_is_no_guest(running, path, restored, make_vm, monkeypatch):

@@ -8,12 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from altered import AlteredDestination
 from at_work import runs_on
 from proxy import marker
 from tiers import sample
 from trips import FOREVER, Rounds, expect_as_before, source_of
 
 from mutation.tracker_marks import MarksNothing
+from mutation.tracker_wrapper import Faithful
 from pageferry import __version__
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import (
@@ -30,6 +32,7 @@ from pageferry.core.events import RoundBegan
 from pageferry.core.frames import gpa_of
 from pageferry.core.policies import DowntimePolicy, XenPolicy
 from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.engine.destination import Destination
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
@@ -124,39 +127,42 @@ def test_a_refusal_carries_its_reason_and_hint(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_host_without_room_refuses_before_the_first_page(running, inn, monkeypatch):
+def test_a_host_without_room_refuses_before_the_first_page(running, inn):
     vm = running()
-    monkeypatch.setattr("pageferry.engine.room.available_bytes", lambda: 40_000)
+    inn.kind = AlteredDestination.having({"room.available_bytes": lambda: 40_000})
     source = source_of(vm, inn.open())
     with pytest.raises(PeerError, match=r"this host has 39\.06 KiB available") as caught:
         source.run()
     assert caught.value.phase == "hello"
     inn.outcome()
-    monkeypatch.undo()
+    inn.kind = Destination
     expect_as_before(vm, inn, source)
 
 
-def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(running, inn, monkeypatch):
+class UnreadableWhenFrozen(Faithful):
+    """Cannot be read while the guest is frozen."""
+
+    def peek(self):
+        self._expect_running()
+        return super().peek()
+
+    def stats(self):
+        self._expect_running()
+        return super().stats()
+
+    def _expect_running(self):
+        if self._vm.run_control.held:
+            raise VmError("the log cannot be read")
+
+
+def test_a_tracker_that_fails_while_the_guest_is_frozen_cannot_keep_it_so(running, inn):
     vm = running()
-    tracker = type(vm.log_dirty)
-    broken = {"peek": tracker.peek, "stats": tracker.stats}
-
-    def fail(self):
-        raise VmError("the log cannot be read")
-
+    sound = vm.log_dirty
+    vm.replace_tracker(UnreadableWhenFrozen(vm))
     source = source_of(vm, inn.open(), XenPolicy(max_rounds=1))
-    freeze = vm.freeze
-
-    def freeze_and_break():
-        freeze()
-        if vm.log_dirty.enabled:
-            for name in broken:
-                monkeypatch.setattr(tracker, name, fail)
-
-    monkeypatch.setattr(vm, "freeze", freeze_and_break)
     with pytest.raises(MigrationError, match="cannot be read"):
         source.run()
-    monkeypatch.undo()
+    vm.replace_tracker(sound)
     inn.outcome()
     expect_as_before(vm, inn, source)
 
