@@ -8,13 +8,13 @@ import pytest
 from at_work import runs_on, slots, until
 from tiers import sample
 
+from mutation.fault import injected, replace
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import gpa_of
 from pageferry.core.hugepages import HugePages
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmStatus
-from pageferry.engine.image import lazy as lazy_module
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore_lazily
 from pageferry.engine.image.save import Save
@@ -48,20 +48,12 @@ def saved(running, tmp_path):
 
 
 @pytest.fixture
-def held(monkeypatch):
-    """Only what is touched is read until this is called."""
-    begun, read_ahead = [], LazyRestore.read_ahead
-    monkeypatch.setattr(LazyRestore, "read_ahead", lambda lazy: begun.append(lazy))
-    return lambda: [read_ahead(lazy) for lazy in begun]
-
-
-@pytest.fixture
 def restored():
     """Restores lazily; ends what came of it."""
     made = []
 
-    def make(path, make_vm, on_failure=lambda _: None):
-        vm, lazy = restore_lazily(SavedGuest(path), make_vm, on_failure=on_failure)
+    def make(path, make_vm, on_failure=lambda _: None, restore=restore_lazily):
+        vm, lazy = restore(SavedGuest(path), make_vm, on_failure=on_failure)
         made.append((vm, lazy))
         return vm, lazy
 
@@ -71,6 +63,13 @@ def restored():
             vm.pause()
         lazy.close()
         vm.close()
+
+
+def in_small_pieces(saved, make_vm, *, on_failure):
+    vm = make_vm(saved.config)
+    lazy = LazyRestore(saved, vm, on_failure=on_failure, piece_pages=3)
+    vm.load_state(saved.state)
+    return vm, lazy
 
 
 def expect_all_there(vm, lazy, original):
@@ -98,7 +97,7 @@ def machine(request):
 @pytest.mark.parametrize(
     ("workload", "cpus"), sample([("kv", 1), ("dma", 1), ("smp", 2)], "two vCPUs wait as one does", quick=[("smp", 2)])
 )
-def test_only_what_is_touched_is_read_while_the_rest_waits(saved, held, restored, machine, workload, cpus):
+def test_only_what_is_touched_is_read_while_the_rest_waits(saved, restored, machine, workload, cpus):
     path, original = saved(workload, cpus=cpus, working_set_bytes=8 * MiB, memory_bytes=64 * MiB)
     vm, lazy = restored(path, machine)
     pages = lazy.missing_pages
@@ -107,7 +106,7 @@ def test_only_what_is_touched_is_read_while_the_rest_waits(saved, held, restored
     assert runs_on(vm)
     assert 0 < lazy.missing_pages < pages
     assert not lazy.done
-    held()
+    lazy.read_ahead()
     until(lambda: lazy.done, "end of the restore")
     assert runs_on(vm)
     report = Save(vm, path, XenPolicy(), on_event=lambda _: None).run()  # it is a guest like any other
@@ -119,13 +118,14 @@ def test_only_what_is_touched_is_read_while_the_rest_waits(saved, held, restored
 def test_a_guest_that_does_not_run_gets_all_of_its_memory(saved, restored, machine):
     path, original = saved("hotset")
     vm, lazy = restored(path, machine)
+    lazy.read_ahead()
     expect_all_there(vm, lazy, original)
     vm.resume()
     assert runs_on(vm)
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_code_that_is_no_vcpu_finds_what_it_touches(saved, held, restored, machine):
+def test_code_that_is_no_vcpu_finds_what_it_touches(saved, restored, machine):
     """Reads, writes of a part of a page, copies and views; also of pages that have no content."""
     path, original = saved("idle")
     populated = expand_runs(*original.memory.populated()).tolist()
@@ -140,16 +140,16 @@ def test_code_that_is_no_vcpu_finds_what_it_touches(saved, held, restored, machi
     memory.copy_within(first, size - 4096, 4096)
     assert bytes(memory.page_views(np.array([(size >> 12) - 1], np.uint64))[0]) == original.memory.read(first, 4096)
     assert lazy.missing_pages > 0 or len(populated) < 3
-    held()
+    lazy.read_ahead()
     until(lambda: lazy.done, "end of the restore")
     assert memory.read(last, 4096) == whole[:1] + b"x" + whole[2:]
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_many_who_touch_the_same_pages_at_once_all_find_them(saved, restored, machine, monkeypatch):
-    monkeypatch.setattr(lazy_module, "_PIECE_PAGES", 3)
+def test_many_who_touch_the_same_pages_at_once_all_find_them(saved, restored, machine):
     path, original = saved("kv")
-    vm, lazy = restored(path, machine)
+    vm, lazy = restored(path, machine, restore=in_small_pieces)
+    lazy.read_ahead()
     gfns = expand_runs(*original.memory.populated())
     wrong = []
 
@@ -187,7 +187,7 @@ def disk(monkeypatch):
 
 
 @pytest.fixture
-def stopped(saved, held, restored, machine, disk):
+def stopped(saved, restored, machine, disk):
     """A guest that stands still for a page that cannot be read, and what tells of the next such page."""
     path, _ = saved("kv")
     told = threading.Event()
@@ -206,7 +206,7 @@ def stopped(saved, held, restored, machine, disk):
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk, held):
+def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk):
     vm, lazy, told = stopped
     assert lazy.failure is not None
     told.clear()
@@ -218,15 +218,15 @@ def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk, 
     vm.resume()
     lazy.retry()
     assert runs_on(vm)
-    held()
+    lazy.read_ahead()
     until(lambda: lazy.done, "end of the restore")
     assert runs_on(vm)
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_a_restore_that_is_given_up_while_somebody_waits_for_a_page_leaves_nobody_waiting(stopped, held):
+def test_a_restore_that_is_given_up_while_somebody_waits_for_a_page_leaves_nobody_waiting(stopped):
     vm, lazy, _ = stopped
-    held()
+    lazy.read_ahead()
     lazy.close()
     lazy.close()
     with pytest.raises(VmError, match="the guest was given up before all its pages had come"):
@@ -235,7 +235,7 @@ def test_a_restore_that_is_given_up_while_somebody_waits_for_a_page_leaves_nobod
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_the_process_tells_of_it_and_goes_on_when_told(saved, held, tmp_path, disk):
+def test_the_process_tells_of_it_and_goes_on_when_told(saved, tmp_path, disk):
     path, _ = saved("kv")
     messages = []
     machines = choose_machines(Accel.SOFT)
@@ -256,7 +256,6 @@ def test_the_process_tells_of_it_and_goes_on_when_told(saved, held, tmp_path, di
             disk.broken = False
             client.execute("cont")
             until(lambda: client.execute("query-status")["status"] == "running", "running")
-            held()
             until(lambda: client.execute("x-query-guest")["unread_pages"] == 0, "end of the restore")
             before = client.execute("x-query-guest")["work"]
             until(lambda: client.execute("x-query-guest")["work"] > before, "work")
@@ -265,14 +264,13 @@ def test_the_process_tells_of_it_and_goes_on_when_told(saved, held, tmp_path, di
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_a_process_that_ends_in_the_middle_of_it_ends(saved, held, tmp_path, disk):
+def test_a_process_that_ends_in_the_middle_of_it_ends(saved, tmp_path, disk):
     path, _ = saved("kv")
     process = GuestProcess(choose_machines(Accel.SOFT), None, on_console=lambda _: None, on_message=lambda _: None)
     process.restore_lazily(SavedGuest(path))
     disk.broken = True
     process.start()
     until(lambda: process.run_state() == "io-error", "io-error")
-    held()
     process.close()
 
 
@@ -297,17 +295,19 @@ def test_a_pool_of_huge_pages_is_refused(saved, restored, hugetlb_pool, kvm_supp
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_a_state_that_does_not_fit_leaves_nothing(saved, machine, monkeypatch):
+def test_a_state_that_does_not_fit_leaves_nothing(saved, machine):
     path, _ = saved("idle")
     made = []
 
-    def make(config):
-        made.append(machine(config))
-        monkeypatch.setattr(made[-1], "load_state", lambda _: (_ for _ in ()).throw(VmError("no such device")))
-        return made[-1]
+    def refuse(state):
+        raise VmError("no such device")
+
+    def break_it(vm):
+        made.append(vm)
+        replace(vm, "load_state", lambda _: refuse)
 
     with pytest.raises(VmError, match="no such device"):
-        restore_lazily(SavedGuest(path), make, on_failure=lambda _: None)
+        restore_lazily(SavedGuest(path), injected(machine, break_it), on_failure=lambda _: None)
     with pytest.raises(VmError):
         made[0].resume()
     assert "uffd-handler" not in {thread.name for thread in threading.enumerate()}

@@ -70,6 +70,11 @@ class Guest:
         """Whether a page that is waited for cannot be read from that file."""
         return self.lazy is not None and self.lazy.failure is not None
 
+    def read_ahead(self) -> None:
+        """Begin to read what no vCPU waits for, too; after :meth:`Machine.resume`, for a failure pauses the guest."""
+        if self.lazy is not None:
+            self.lazy.read_ahead()
+
     def read_again(self) -> None:
         """Try again to read what could not be read, if there is such a page."""
         if self.lazy is not None:

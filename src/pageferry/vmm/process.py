@@ -92,7 +92,9 @@ class GuestProcess:
         self._adopt(restore(saved, self._machines.make_vm, on_progress=on_progress), saved.path.stem)
 
     def restore_lazily(self, saved: SavedGuest) -> None:
-        """As :meth:`restore`, but its memory is read when it is touched, and in any case; the file is closed then.
+        """As :meth:`restore`, but its memory is read when it is touched, and once it runs in any case.
+
+        The file is closed when all of it was read.
 
         Raises:
             UnsupportedError: this host cannot wait for pages.
@@ -125,6 +127,7 @@ class GuestProcess:
             self._server.start()
         if self._made is not None:
             self._made.resume()
+            self._guest.read_ahead()
 
     def wait(self) -> int:
         """Wait until the guest ends here or the process is told to quit; return its exit code.

@@ -20,7 +20,7 @@ from pageferry.engine.postcopy.pager import DemandPager
 _log = logging.getLogger(__name__)
 
 #: How much is read at once: what somebody who needs another page may have to wait for.
-_PIECE_PAGES = PAGES_PER_2M
+PIECE_PAGES = PAGES_PER_2M
 
 
 class LazyRestore:
@@ -31,15 +31,24 @@ class LazyRestore:
         vm: the guest, which has not run, with untouched memory.
         on_failure: told, on a thread of its own, that a page cannot be read: a vCPU that touches a missing
             page waits from now on.
+        piece_pages: how much is read at once.
 
     Raises:
         UnsupportedError: this host or machine cannot let a guest wait for pages.
     """
 
-    def __init__(self, saved: SavedGuest, vm: Vm, *, on_failure: Callable[[PageferryError], None]) -> None:
+    def __init__(
+        self,
+        saved: SavedGuest,
+        vm: Vm,
+        *,
+        on_failure: Callable[[PageferryError], None],
+        piece_pages: int = PIECE_PAGES,
+    ) -> None:
         self._saved = saved
         self._on_failure = on_failure
-        self._buffer = np.empty(_PIECE_PAGES * PAGE_SIZE, np.uint8)
+        self._piece_pages = piece_pages
+        self._buffer = np.empty(piece_pages * PAGE_SIZE, np.uint8)
         self._changed = threading.Condition()
         self._reads_ahead = False
         self.failure: PageferryError | None = None
@@ -100,9 +109,9 @@ class LazyRestore:
         with self._changed:
             while self._pager.missing_pages and not self._pager.over:
                 if self.failure is None:
-                    gfns = self._pager.needed(_PIECE_PAGES)
+                    gfns = self._pager.needed(self._piece_pages)
                     if not gfns.size and self._reads_ahead:
-                        gfns = self._pager.ahead(_PIECE_PAGES)
+                        gfns = self._pager.ahead(self._piece_pages)
                     if gfns.size:
                         return gfns
                 self._changed.wait()

@@ -50,7 +50,9 @@ def restore(
 def restore_lazily(
     saved: SavedGuest, make_vm: Callable[[VmConfig], AnyVm], *, on_failure: Callable[[PageferryError], None]
 ) -> tuple[AnyVm, LazyRestore]:
-    """Make the machine of a saved guest, whose memory is read when it is touched, and by a thread in any case.
+    """Make the machine of a saved guest, whose memory is read when it is touched.
+
+    The rest is read when :meth:`LazyRestore.read_ahead` says so.
 
     Args:
         saved: the file; closed when all of it was read.
@@ -67,7 +69,6 @@ def restore_lazily(
         undo.callback(lazy.close)
         vm.load_state(saved.state)
         undo.pop_all()
-    lazy.read_ahead()
     return vm, lazy
 
 
