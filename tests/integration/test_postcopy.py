@@ -2,12 +2,14 @@
 
 import socket
 import threading
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import trips
+from altered import AlteredDestination, AlteredSource, lacking
 from at_work import runs_on, slots, until
+from shears import Cut, Shears, Way
 from tiers import sample
 from trips import source_of
 
@@ -19,16 +21,12 @@ from pageferry.core.policies import XenPolicy
 from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import features
-from pageferry.engine import source as source_module
 from pageferry.engine.options import VerifyMode, WireOptions
-from pageferry.engine.postcopy import client as client_module
-from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.postcopy.recovery import come_back
-from pageferry.engine.postcopy.server import MissingPages
 from pageferry.engine.verify.prove import MemoryProof
-from pageferry.engine.wire import connections
 from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.connections import admit
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
@@ -60,14 +58,39 @@ class Switch:
         return Decision(action=Action.POST_COPY, reason="so")
 
 
+#: Takes nobody for a stranger because the host is busy.
+Patient = AlteredDestination.having({"wire.connections._PATIENCE_S": GIVE_UP_S})
+
+
 class Inn(trips.Inn):
-    """A destination that tells what happens to the guest: ``arrived`` when it is ours, and all ``events``."""
+    """A destination that tells what happens to the guest: ``arrived`` when it is ours, and all ``events``.
+
+    ``shears`` cut the connections to it.
+    """
 
     def __init__(self, make_vm, accel):
-        super().__init__(make_vm, accel)
+        super().__init__(make_vm, accel, kind=Patient)
         self.events = []
         self.arrived = threading.Event()
         self.dropped = set()
+        self.shears = Shears()
+        self.endpoint = Way(self.endpoint, self.shears)
+
+    def _heard(self, channel):
+        return self.shears.watch(super()._heard(channel), Side.DESTINATION)
+
+    def _accept(self, wait_s):
+        channel = super()._accept(wait_s)
+        return channel and self.shears.watch(channel, Side.DESTINATION)
+
+    def ask_ahead_only_while(self, may):
+        """Ask for pages that nobody waits for only while ``may()``."""
+
+        class Reserved(DemandPager):
+            def ahead(self, at_most):
+                return super().ahead(at_most) if may() else np.empty(0, np.uint64)
+
+        self.kind = self.kind.having({"postcopy.client.DemandPager": Reserved})
 
     def _arrive(self, vm, name):
         self.vm = vm
@@ -106,8 +129,7 @@ def leave():
     """Moves guests on threads of their own; gives up what is left of it."""
     made = []
 
-    def go(vm, uri, policy=None, **options):
-        endpoint = uri if isinstance(uri, Endpoint) else Endpoint.parse(uri)
+    def go(vm, endpoint, policy=None, **options):
         source = source_of(vm, endpoint, policy or Switch(vm), timeout_s=GIVE_UP_S, **options)
 
         def run():
@@ -129,11 +151,10 @@ def leave():
 
 
 @pytest.fixture
-def held(monkeypatch):
+def held(inn):
     """The destination asks for nothing but what is touched, until this is set."""
     gate = threading.Event()
-    ahead, nothing = DemandPager.ahead, np.empty(0, np.uint64)
-    monkeypatch.setattr(DemandPager, "ahead", lambda pager, most: ahead(pager, most) if gate.is_set() else nothing)
+    inn.ask_ahead_only_while(gate.is_set)
     yield gate
     gate.set()
 
@@ -157,12 +178,6 @@ def pause_of(source):
         return source.job.postcopy_paused
 
     return until(paused, "pause")
-
-
-@pytest.fixture(autouse=True)
-def patience(monkeypatch):
-    """Nobody is taken for a stranger because the host is busy."""
-    monkeypatch.setattr(connections, "_PATIENCE_S", GIVE_UP_S)
 
 
 @pytest.mark.parametrize(
@@ -253,40 +268,10 @@ def test_what_is_written_here_before_a_page_has_come_stays(guests, inn, leave, h
     assert runs_on(inn.vm)
 
 
-@pytest.fixture
-def scissors(monkeypatch):
-    """Cuts each connection of post-copy when so many bytes of pages have gone on it, in the middle of a frame."""
-    budgets = []
-    serve = MissingPages.serve
-
-    def serve_some(left, peer, on_progress):
-        channel = peer.channel
-        send, left_bytes = channel.send, [budgets.pop(0) if budgets else None]
-
-        def send_some(buffers, fd=None):
-            data = b"".join(buffers)
-            if left_bytes[0] is not None and len(data) > left_bytes[0]:
-                send([data[: left_bytes[0]]])
-                channel.abort()
-                raise ConnectionResetError("cut by the test")
-            if left_bytes[0] is not None:
-                left_bytes[0] -= len(data)
-            send(buffers)
-
-        channel.send = send_some
-        serve(left, peer, on_progress)
-
-    monkeypatch.setattr(MissingPages, "serve", serve_some)
-    return budgets
-
-
 @pytest.mark.parametrize("attempt", sample(range(4), "more of the same", quick=[0]))
 @pytest.mark.parametrize(("workload", "cpus"), [("kv", 1), ("smp", 2)])
-def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(
-    guests, inn, leave, scissors, dice, attempt, workload, cpus
-):
-    cuts = [dice.randrange(LATE_PAGES * PAGE_SIZE // 4) for _ in range(3)]
-    scissors += cuts
+def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(guests, inn, leave, dice, attempt, workload, cpus):
+    inn.shears.cuts = cuts = [Cut(Side.SOURCE, dice.randrange(LATE_PAGES * PAGE_SIZE // 4)) for _ in range(3)]
     vm = running(guests, workload, cpus=cpus)
     events = []
     source = leave(vm, inn.open(), on_event=events.append)
@@ -310,61 +295,6 @@ def test_a_cut_connection_pauses_the_guest_and_a_new_one_goes_on(
     assert sum(isinstance(event, PostcopyRecovered) for event in inn.events) == len(cuts)
 
 
-@dataclass
-class Cut:
-    """What happens to one connection: cut when so many bytes have gone on it in one direction.
-
-    ``quiet``: the destination asks there for nothing but what somebody waits for.
-    """
-
-    by: Side
-    after_bytes: int
-    quiet: bool = False
-
-
-@pytest.fixture
-def shears(monkeypatch):
-    """Cuts connections of post-copy, the first of these the first, in the middle of whatever is being said."""
-    cuts = []
-    serve, take_from, ask_ahead = MissingPages.serve, PostcopyClient.take_from, PostcopyClient._ask_ahead
-    turns = {side: iter(range(1 << 30)) for side in Side}
-
-    def cut_of(side, channel):
-        number = next(turns[side])
-        cut = cuts[number] if number < len(cuts) else None
-        if cut is not None and cut.by is side:
-            send, left_bytes = channel.send, cut.after_bytes
-
-            def send_some(buffers, fd=None):
-                nonlocal left_bytes
-                data = b"".join(buffers)
-                if len(data) > left_bytes:
-                    send([data[:left_bytes]])
-                    channel.abort()
-                    raise ConnectionResetError("cut by the test")
-                left_bytes -= len(data)
-                send(buffers)
-
-            channel.send = send_some
-        return cut
-
-    def serve_some(left, peer, on_progress):
-        cut_of(Side.SOURCE, peer.channel)
-        serve(left, peer, on_progress)
-
-    def take_some(client, peer):
-        cut = cut_of(Side.DESTINATION, peer.channel)
-        client.quiet = cut is not None and cut.quiet
-        take_from(client, peer)
-
-    monkeypatch.setattr(MissingPages, "serve", serve_some)
-    monkeypatch.setattr(PostcopyClient, "take_from", take_some)
-    monkeypatch.setattr(
-        PostcopyClient, "_ask_ahead", lambda client, peer: None if client.quiet else ask_ahead(client, peer)
-    )
-    return cuts
-
-
 class SwitchWithAll:
     """Switches after a round in which the guest was busy; all that it works on is to come then."""
 
@@ -383,16 +313,17 @@ class SwitchWithAll:
 
 
 @pytest.mark.parametrize("attempt", sample(range(20), "more of the same", quick=range(2)))
-def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, shears, dice, attempt):
+def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, dice, attempt):
     """What it should have is played through on the host, round by round (docs/guest-abi.md, ``stamp``)."""
-    pages = 2048
+    pages, cuts = 2048, inn.shears.cuts
+    inn.ask_ahead_only_while(lambda: not inn.shears.quiet)
     for _ in range(dice.randrange(3)):  # these while there is surely much left that is waited for
         by, most = dice.choice([(Side.SOURCE, 30 * PAGE_SIZE), (Side.DESTINATION, 600)])
-        shears.append(Cut(by, dice.randrange(most), quiet=True))
-    shears.append(Cut(Side.SOURCE, dice.randrange(pages * PAGE_SIZE // 4)))  # so much comes for certain
+        cuts.append(Cut(by, dice.randrange(most), quiet=True))
+    cuts.append(Cut(Side.SOURCE, dice.randrange(pages * PAGE_SIZE // 4)))  # so much comes for certain
     for _ in range(dice.randrange(4)):
         by, most = dice.choice([(Side.SOURCE, pages * PAGE_SIZE), (Side.DESTINATION, pages * 10)])
-        shears.append(Cut(by, int(most ** dice.random())))
+        cuts.append(Cut(by, int(most ** dice.random())))
     vm = make_vm(VmConfig(memory_bytes=32 * MiB))
     try:
         params = GuestParams(working_set_bytes=pages * PAGE_SIZE, rate=300, seed=dice.getrandbits(64))
@@ -409,7 +340,7 @@ def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm
     report = source.job.report
     assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION), report.reason
     assert report.postcopy.missing_pages >= pages
-    assert 1 <= report.postcopy.cuts <= len(shears)
+    assert 1 <= report.postcopy.cuts <= len(cuts)
     there.attach_sync(True)
     assert there.wait(GIVE_UP_S) is VmStatus.PAUSED, there.end
     rounds = there.sync_value()
@@ -421,8 +352,8 @@ def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm
     assert oracle.wrong_gfns(there.memory).size == 0
 
 
-def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, scissors):
-    scissors.append(0)
+def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave):
+    inn.shears.cuts = [Cut(Side.SOURCE, 0)]
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     pause_of(source)
@@ -442,8 +373,8 @@ def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave, sciss
     assert runs_on(inn.done())
 
 
-def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, scissors):
-    scissors.append(0)
+def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave):
+    inn.shears.cuts = [Cut(Side.SOURCE, 0)]
     vm = running(guests, "kv")
     events = []
     source = leave(vm, inn.open(), on_event=events.append)
@@ -459,15 +390,16 @@ def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave, sci
     assert runs_on(inn.done())
 
 
-def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, inn, leave, monkeypatch):
-    install, defects = PostcopyClient._install, [ZeroDivisionError("a defect")]
+def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, inn, leave):
+    defects = [ZeroDivisionError("a defect")]
 
-    def install_or_fail(client, peer, frame):
-        if defects:
-            raise defects.pop()
-        install(client, peer, frame)
+    class Defective(DemandPager):
+        def install(self, gfns, content):
+            if defects:
+                raise defects.pop()
+            super().install(gfns, content)
 
-    monkeypatch.setattr(PostcopyClient, "_install", install_or_fail)
+    inn.kind = inn.kind.having({"postcopy.client.DemandPager": Defective})
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     pause_of(source)
@@ -478,20 +410,17 @@ def test_a_defect_at_the_destination_costs_the_connection_and_no_page(guests, in
     assert runs_on(there)
 
 
-def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_pages(
-    guests, inn, leave, scissors, monkeypatch
-):
-    scissors.append(0)
-    vm = running(guests, "kv")
-    source = leave(vm, inn.open())
-    pause_of(source)
-
+def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_pages(guests, inn, leave):
     def admit_too_late(*request, **words):
-        admitted = connections.admit(*request, **words)
+        admitted = admit(*request, **words)
         inn.destination.abort()
         return admitted
 
-    monkeypatch.setattr(client_module, "admit", admit_too_late)
+    inn.shears.cuts = [Cut(Side.SOURCE, 0)]
+    inn.kind = inn.kind.having({"postcopy.client.admit": admit_too_late})
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    pause_of(source)
     assert source.job.recover(inn.endpoint)
     inn.expect_lost()
 
@@ -617,18 +546,17 @@ def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests,
     assert runs_on(inn.done())
 
 
-def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, leave, wires, monkeypatch):
+def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, leave, wires):
     _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
     asking, go_on = threading.Event(), threading.Event()
 
-    def come_back_slowly(channel, token):
+    def connect_slowly(timeout_s, given_up):
         asking.set()
         assert go_on.wait(GIVE_UP_S)
-        return come_back(channel, token)
+        return inn.endpoint.connect(timeout_s, given_up=given_up)
 
-    monkeypatch.setattr(source_module, "come_back", come_back_slowly)
     try:
-        assert source.job.recover(inn.endpoint)
+        assert source.job.recover(SimpleNamespace(connect=connect_slowly))
         assert asking.wait(GIVE_UP_S)
         with pytest.raises(VmError, match="no guest to take back"):
             source.job.take_back()
@@ -659,8 +587,8 @@ def test_a_last_word_that_was_lost_is_said_again(guests, inn, leave, wires, fram
     assert runs_on(inn.vm)
 
 
-def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave, another_version):
-    another_version(features.POSTCOPY)
+def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn, leave):
+    inn.kind = lacking(features.POSTCOPY)
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     assert report_of(source).guest_at is GuestAt.SOURCE
@@ -669,13 +597,15 @@ def test_a_destination_that_cannot_wait_for_pages_is_not_begun_with(guests, inn,
     assert runs_on(vm)
 
 
-def test_a_page_that_is_said_to_be_missing_and_proven_is_neither(guests, inn, leave, monkeypatch):
-    prove = MemoryProof.prove
-    monkeypatch.setattr(MemoryProof, "prove", lambda proof, peer, spent_s, missing: prove(proof, peer, spent_s))
+def test_a_page_that_is_said_to_be_missing_and_proven_is_neither(guests, inn, leave):
+    class ProvesAll(MemoryProof):
+        def prove(self, peer, spent_s, missing=None):
+            super().prove(peer, spent_s)
+
     vm = running(guests, "kv")
     vm.pause()
     vm.memory.write(LATE_GPA, LATE)  # so what is old there is equal too
-    source = leave(vm, inn.open())
+    source = leave(vm, inn.open(), kind=AlteredSource.having({"source.MemoryProof": ProvesAll}))
     assert report_of(source).guest_at is GuestAt.SOURCE
     assert "proven that is missing" in source.job.error.reason
     vm.resume()
