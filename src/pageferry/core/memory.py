@@ -10,7 +10,8 @@ dirty *after* the write. Marking first would let a ``clean()`` in between take t
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +30,7 @@ from pageferry.core.frames import (
     Gpa,
     gfns_touched,
 )
-from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_POPULATE_WRITE, HostMapping, MemFd
+from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_POPULATE_WRITE, MADV_REMOVE, HostMapping, MemFd
 from pageferry.core.hugepages import HugePages, pool_too_small
 
 #: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
@@ -302,6 +303,36 @@ class GuestMemory:
             view[target_gpa : target_gpa + size_bytes] = view[source_gpa : source_gpa + size_bytes]
             self.wrote(gfns_touched(target_gpa, size_bytes))
 
+    def reading(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """Return one read-only view per range ``(gpa, size_bytes)``, straight onto guest memory: for gather I/O.
+
+        Raises:
+            VmError: a range is not RAM.
+        """
+        return [view.toreadonly() for view in self._byte_views(ranges)]
+
+    @contextmanager
+    def writing(self, ranges: Sequence[tuple[int, int]]) -> Iterator[list[memoryview]]:
+        """Lend one writable view per range ``(gpa, size_bytes)``: for scatter I/O.
+
+        When the block ends, however it does, the frames of all ranges are marked dirty.
+
+        Raises:
+            VmError: a range is not RAM; the block was not entered.
+        """
+        views = self._byte_views(ranges)
+        with self._writes:
+            try:
+                yield views
+            finally:
+                for gpa, size_bytes in ranges:
+                    self.wrote(gfns_touched(gpa, size_bytes))
+
+    def _byte_views(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        for gpa, size_bytes in ranges:
+            self._check(gpa, size_bytes)
+        return [self.mapping.view[gpa : gpa + size_bytes] for gpa, size_bytes in ranges]
+
     def read_u64(self, gpa: int) -> int:
         """Return the little-endian u64 at ``gpa``."""
         return int.from_bytes(self.read(gpa, 8), "little")
@@ -341,6 +372,27 @@ class GuestMemory:
             raise VmError("a run of frames is not inside guest memory")
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
+
+    def release(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Give the storage of ranges ``(gpa, size_bytes)`` back to the host, as far as possible; their content is lost.
+
+        What is released reads as zeros, and is dirty. Nothing is released of a pool of huge pages, nor while pages of
+        the guest are absent.
+
+        Args:
+            ranges: of whole pages.
+
+        Raises:
+            VmError: a range is not RAM; nothing was released.
+        """
+        for gpa, size_bytes in ranges:
+            self._check(gpa, size_bytes)
+        if self.reserved or self._fetch is not None:
+            return
+        with self._writes:
+            for gpa, size_bytes in ranges:
+                self.mapping.advise(gpa, size_bytes, MADV_REMOVE)
+                self.wrote(gfns_touched(gpa, size_bytes))
 
     def close(self) -> None:
         """Give all storage back to the host at once. A view that is still held reads as zeros."""

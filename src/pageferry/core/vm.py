@@ -31,20 +31,47 @@ class MachineModel(StrEnum):
     PC = "pc"
 
 
+class DeviceKind(StrEnum):
+    """The kinds of virtio devices that a PC may have."""
+
+    DISK = "disk"
+    NET = "net"
+    CONSOLE = "console"
+    RNG = "rng"
+    BALLOON = "balloon"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpec:
+    """One virtio device of a PC. The guest sees all of it but ``backend``, and keeps it for life.
+
+    ``backend``: what stands behind it on this host: a disk's file; ``tap:NAME`` or ``unix:PATH`` for a net; empty for
+    the others. ``readonly``: of a disk. ``size_bytes``: of a disk; 0: what the file has. ``mac``: of a net.
+    """
+
+    kind: DeviceKind
+    backend: str = ""
+    readonly: bool = False
+    size_bytes: int = 0
+    mac: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
     """What a machine must be given to hold a guest.
 
     ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs. ``cpu`` is what CPUID shows: a
     model, to be made of what the machine offers, or the table of a guest that has one already. A guest keeps its
-    ``machine`` model for life. ``storage``: the memory of another process on this host, to be taken over with its
-    content (as :attr:`GuestMemory.storage` is); a machine that cannot refuses as ``shared-memory``.
+    ``machine`` model for life. ``devices``: its virtio devices, in the order of their PCI slots; only a PC has any.
+    ``storage``: the memory of another process on this host, to be taken over with its content (as
+    :attr:`GuestMemory.storage` is); a machine that cannot refuses as ``shared-memory``.
     """
 
     memory_bytes: int
     cpus: int = 1
     cpu: CpuModel | Leaves = CpuModel.BASELINE
     machine: MachineModel = MachineModel.PLAIN
+    devices: tuple[DeviceSpec, ...] = ()
     storage: MemFd | None = None
 
 
