@@ -1,0 +1,284 @@
+"""PCI as a small PC has it: configuration mechanism 1, one bus, a host bridge, functions with one memory BAR.
+
+A function is on the device bus by itself, with the range of its BAR while it decodes memory; :class:`PciHost` answers
+the two configuration ports. No firmware runs here, so BARs and interrupt lines are assigned from the beginning, as
+firmware would leave them. The function of slot n pulls INTA#, which is wired to ISA IRQ 10 or 11 (:func:`irq_of_slot`),
+level-triggered and shared.
+
+Simpler than hardware: bus 0 only, function 0 only, no I/O space, no expansion ROM, no MSI.
+
+Source: PCI Local Bus Specification 3.0, sections 3.2.2.3.2 (configuration mechanism 1), 6.1, 6.2, 6.7.
+"""
+
+from collections.abc import Callable, Sequence
+from struct import Struct
+from typing import Protocol
+
+from pageferry.core.errors import VmError
+from pageferry.core.run import Effect
+from pageferry.devices.bus import expect_size
+
+Line = Callable[[bool], None]
+"""Sets the level of an interrupt line; called with the device bus's lock held."""
+
+CONFIG_ADDRESS_PORT = 0xCF8
+CONFIG_DATA_PORT = 0xCFC
+#: Where BARs are assigned, and may be moved to: in the hole below 4 GiB, away from every other device.
+PCI_WINDOW = range(0xE000_0000, 0xF000_0000)
+#: What a BAR is assigned by slot: room for any function here.
+_BAR_STRIDE = 0x1_0000
+SLOTS = 32
+_IRQS = (10, 11)
+
+CONFIG_BYTES = 256
+_VENDOR, _COMMAND, _STATUS, _REVISION = 0x00, 0x04, 0x06, 0x08
+_BAR0, _SUBSYSTEM, _CAPABILITIES, _INTERRUPT_LINE, _INTERRUPT_PIN = 0x10, 0x2C, 0x34, 0x3C, 0x3D
+_COMMAND_MEMORY, _COMMAND_MASTER, _COMMAND_NO_INTX = 1 << 1, 1 << 2, 1 << 10
+_STATUS_INTERRUPT, _STATUS_CAPABILITIES = 1 << 3, 1 << 4
+_FIRST_CAPABILITY = 0x40
+_ENABLE, _FUNCTION = 1 << 31, 0x700
+_ADDRESS = Struct("<I")
+
+
+def irq_of_slot(slot: int) -> int:
+    """Return the ISA IRQ that INTA# of a slot is wired to."""
+    return _IRQS[slot % len(_IRQS)]
+
+
+def bar_of_slot(slot: int) -> int:
+    """Return where the BAR of a slot's function is at first."""
+    return PCI_WINDOW.start + slot * _BAR_STRIDE
+
+
+class WiredOr:
+    """One interrupt line that several devices pull.
+
+    Args:
+        line: set when any of them pulls.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._pulled = 0
+        self._pins = 0
+
+    def pin(self) -> Line:
+        """Return a line for one more device."""
+        bit = 1 << self._pins
+        self._pins += 1
+
+        def pull(level: bool) -> None:
+            self._pulled = self._pulled | bit if level else self._pulled & ~bit
+            self._line(self._pulled != 0)
+
+        return pull
+
+
+class ConfigSpace:
+    """The 256 bytes of a function: a header of type 0, and a list of capabilities.
+
+    Args:
+        ids: vendor and device.
+        class_code: base class, subclass and interface, 24 bits.
+        revision: of the device.
+        subsystem: vendor and device of the subsystem.
+        bar_bytes: size of the memory BAR, a power of two; 0: there is none.
+        bar_gpa: where it is at first; it decodes memory from the beginning.
+        irq: the ISA IRQ of its pin; None: it has no pin.
+        capabilities: each from its identifier on; byte 1, the pointer to the next, is filled in here.
+        writable: of each capability, for each byte the bits that a guest may write.
+    """
+
+    def __init__(
+        self,
+        *,
+        ids: tuple[int, int],
+        class_code: int,
+        revision: int = 0,
+        subsystem: tuple[int, int] = (0, 0),
+        bar_bytes: int = 0,
+        bar_gpa: int = 0,
+        irq: int | None = None,
+        capabilities: Sequence[bytes] = (),
+        writable: Sequence[bytes] = (),
+    ) -> None:
+        self._data = bytearray(CONFIG_BYTES)
+        self._mask = bytearray(CONFIG_BYTES)
+        self._bar_bytes = bar_bytes
+        self.pending = False
+        """Whether the function asks for an interrupt: a bit of the status register."""
+        self._put(_VENDOR, 2, ids[0])
+        self._put(_VENDOR + 2, 2, ids[1])
+        self._put(_REVISION, 4, class_code << 8 | revision)
+        self._put(_SUBSYSTEM, 2, subsystem[0])
+        self._put(_SUBSYSTEM + 2, 2, subsystem[1])
+        if bar_bytes:
+            self._put(_BAR0, 4, bar_gpa)
+            self._mask[_BAR0 : _BAR0 + 4] = (-bar_bytes & 0xFFFF_FFFF).to_bytes(4, "little")
+            self._put(_COMMAND, 2, _COMMAND_MEMORY)
+            self._mask[_COMMAND : _COMMAND + 2] = (_COMMAND_MEMORY | _COMMAND_MASTER | _COMMAND_NO_INTX).to_bytes(
+                2, "little"
+            )
+        if irq is not None:
+            self._data[_INTERRUPT_LINE], self._data[_INTERRUPT_PIN] = irq, 1
+            self._mask[_INTERRUPT_LINE] = 0xFF
+        self.capabilities = self._chain(capabilities, writable)
+        """Where each capability is."""
+
+    def _chain(self, capabilities: Sequence[bytes], writable: Sequence[bytes]) -> tuple[int, ...]:
+        if capabilities:
+            self._put(_STATUS, 2, _STATUS_CAPABILITIES)
+        places, at, link = [], _FIRST_CAPABILITY, _CAPABILITIES
+        for capability, mask in zip(capabilities, writable, strict=True):
+            self._data[link] = at
+            self._data[at : at + len(capability)] = capability
+            self._mask[at : at + len(mask)] = mask
+            places.append(at)
+            link, at = at + 1, at + (len(capability) + 3 & ~3)
+        if capabilities:
+            self._data[link] = 0
+        return tuple(places)
+
+    def _put(self, at: int, size: int, value: int) -> None:
+        self._data[at : at + size] = value.to_bytes(size, "little")
+
+    def get(self, at: int, size: int) -> int:
+        """Return a register, the interrupt bit of the status register aside."""
+        return int.from_bytes(self._data[at : at + size], "little")
+
+    def read(self, offset: int, size: int) -> int:
+        """Return what the guest reads."""
+        value = self.get(offset, size)
+        if self.pending and offset <= _STATUS < offset + size:
+            value |= _STATUS_INTERRUPT << 8 * (_STATUS - offset)
+        return value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take what the guest writes, as far as it may."""
+        for at, byte in enumerate(value.to_bytes(size, "little"), offset):
+            mask = self._mask[at]
+            self._data[at] = self._data[at] & ~mask & 0xFF | byte & mask
+
+    @property
+    def bar(self) -> range:
+        """Where the function decodes memory now; an empty range: nowhere."""
+        if not self.get(_COMMAND, 2) & _COMMAND_MEMORY:
+            return range(0)
+        gpa = self.get(_BAR0, 4)
+        return range(gpa, gpa + self._bar_bytes)
+
+    @property
+    def bus_master(self) -> bool:
+        """Whether the function may read and write memory."""
+        return bool(self.get(_COMMAND, 2) & _COMMAND_MASTER)
+
+    @property
+    def intx(self) -> bool:
+        """Whether the function pulls its pin now."""
+        return self.pending and not self.get(_COMMAND, 2) & _COMMAND_NO_INTX
+
+    def save(self) -> bytes:
+        """Return what the guest may have written, CONFIG_BYTES bytes; all else is 0."""
+        return bytes(byte & mask for byte, mask in zip(self._data, self._mask, strict=True))
+
+    def load(self, data: bytes) -> None:
+        """Replace what the guest may have written.
+
+        Raises:
+            VmError: there is something else in it.
+        """
+        if any(byte & ~mask for byte, mask in zip(data, self._mask, strict=True)):
+            raise VmError("the saved configuration space of a PCI function has bits that cannot be written")
+        self._data[:] = bytes(
+            old & ~mask & 0xFF | new for old, new, mask in zip(self._data, data, self._mask, strict=True)
+        )
+
+
+class PciFunction(Protocol):
+    """Function 0 of a slot, as configuration accesses see it."""
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Return what the guest reads; the access does not leave its aligned four bytes."""
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Take what the guest writes; the access does not leave its aligned four bytes."""
+
+
+class HostBridge:
+    """The function of slot 0, by which operating systems find that there is a PCI bus."""
+
+    def __init__(self) -> None:
+        self._config = ConfigSpace(ids=(0x1B36, 0x0008), class_code=0x06_00_00)
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Return a register."""
+        return self._config.read(offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Do nothing: no register can be written."""
+        self._config.write(offset, size, value)
+
+
+class PciHost:
+    """The configuration ports: an address, and a window onto the four bytes there.
+
+    An address without a function reads as ones. The reset control register, port 0xCF9, lies among these ports and is
+    another device's, which comes before this one on the bus.
+
+    Args:
+        functions: by slot, from 1 on.
+    """
+
+    name = "pci"
+    ports = range(CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT + 4)
+    mmio = range(0)
+
+    def __init__(self, functions: Sequence[PciFunction]) -> None:
+        self._functions: tuple[PciFunction, ...] = (HostBridge(), *functions)
+        self._address = 0
+
+    def read(self, offset: int, size: int) -> int:
+        """Return the address, or a register of the function that it names."""
+        if offset == 0 and size == 4:
+            return self._address
+        function, register = self._target(offset, size)
+        return (1 << 8 * size) - 1 if function is None else function.read_config(register, size)
+
+    def write(self, offset: int, size: int, value: int) -> Effect | None:
+        """Set the address, or a register of the function that it names."""
+        if offset == 0 and size == 4:
+            self._address = value & (_ENABLE | 0xFF_FFFC)
+            return None
+        function, register = self._target(offset, size)
+        if function is not None:
+            function.write_config(register, size, value)
+        return None
+
+    def _target(self, offset: int, size: int) -> tuple[PciFunction | None, int]:
+        window = CONFIG_DATA_PORT - CONFIG_ADDRESS_PORT
+        slot = (self._address & ~_ENABLE) >> 11  # with the bus above it, which is 0
+        if (
+            offset < window
+            or offset + size > window + 4
+            or not self._address & _ENABLE
+            or self._address & _FUNCTION
+            or slot >= len(self._functions)
+        ):
+            return None, 0
+        return self._functions[slot], (self._address & 0xFC) + offset - window
+
+    def save(self) -> bytes:
+        """Return the address."""
+        return _ADDRESS.pack(self._address)
+
+    def load(self, data: bytes) -> None:
+        """Replace the address.
+
+        Raises:
+            VmError: it is none.
+        """
+        expect_size(self.name, data, _ADDRESS.size)
+        (address,) = _ADDRESS.unpack(data)
+        if address & ~(_ENABLE | 0xFF_FFFC):
+            raise VmError(f"the state of device {self.name} has an address that it cannot have")
+        self._address = address
