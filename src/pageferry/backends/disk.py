@@ -1,0 +1,181 @@
+"""DiskFile: a guest's disk in a raw file or on a block device, written by one process at a time.
+
+The lock is an open file description's (fcntl(2), F_OFD_SETLK) on the whole file: shared by those that only read, held
+alone by one that writes. It ends with the descriptor at the latest, so a process that died holds none. Whoever does not
+hold it does not write: the lock is the last word on where a guest runs, however a migration ended.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pageferry.core.errors import UsageError, VmError
+from pageferry.core.libc import libc
+
+SECTOR_BYTES = 512
+#: l_type, l_whence, l_start, l_len, l_pid, as on 64-bit Linux.
+_FLOCK = struct.Struct("hh4xqqi4x")
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE = 1, 2, 16
+#: A file system that cannot says so by one of these.
+_CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_ZEROS = bytes(1 << 20)
+
+_Transfer = Callable[[int, Sequence[memoryview], int], int]
+
+
+class DiskFile:
+    """One disk; opened at once, used between :meth:`claim` and :meth:`release`.
+
+    Args:
+        path: a regular file of whole sectors, or a block device.
+        readonly: whether the guest may only read it.
+
+    Raises:
+        UsageError: there is no such file, it may not be opened, or it is no disk.
+    """
+
+    def __init__(self, path: Path, *, readonly: bool) -> None:
+        self.path = path
+        self.readonly = readonly
+        self._claimed = False
+        try:
+            self._fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+        except OSError as error:
+            hint = "" if readonly else "a disk that is only read: --disk PATH,readonly"
+            raise UsageError(f"cannot open disk {path}: {error.strerror}", hint=hint) from error
+        try:
+            self.size_bytes = self._size()
+        except UsageError:
+            self.close()
+            raise
+
+    def _size(self) -> int:
+        mode = os.fstat(self._fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise UsageError(f"{self.path} is no disk: neither a regular file nor a block device")
+        size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        if not size_bytes or size_bytes % SECTOR_BYTES:
+            raise UsageError(f"{self.path} is no disk: {size_bytes} bytes are no whole sectors of {SECTOR_BYTES}")
+        return size_bytes
+
+    # -- whose it is -----------------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Take the lock. Nothing happens when it is held already.
+
+        Raises:
+            VmError: another process uses the disk.
+        """
+        if self._claimed:
+            return
+        try:
+            self._lock(fcntl.F_RDLCK if self.readonly else fcntl.F_WRLCK)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise VmError(f"disk {self.path} cannot be locked: {error.strerror}") from error
+            raise VmError(
+                f"disk {self.path} is in use by another process", hint="end the guest or program that uses it"
+            ) from error
+        self._claimed = True
+
+    def release(self) -> None:
+        """Have all that was written on the disk, and give the lock back. Nothing happens when it is not held.
+
+        Raises:
+            OSError: it could not be written; the lock is held still.
+        """
+        if not self._claimed:
+            return
+        self.flush()
+        self._claimed = False
+        self._lock(fcntl.F_UNLCK)
+
+    def _lock(self, kind: int) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+
+    def close(self) -> None:
+        """Close the file, and lose the lock. May be called twice."""
+        fd, self._fd, self._claimed = self._fd, -1, False
+        if fd >= 0:
+            os.close(fd)
+
+    # -- what the guest does with it -------------------------------------------------------------------------------
+
+    def read(self, views: Sequence[memoryview], offset: int) -> None:
+        """Fill ``views``, one after another, from byte ``offset`` on.
+
+        Raises:
+            OSError: it cannot be read, or is not claimed.
+        """
+        self._all(os.preadv, views, offset)
+
+    def write(self, views: Sequence[memoryview], offset: int) -> None:
+        """Write ``views``, one after another, from byte ``offset`` on.
+
+        Raises:
+            OSError: it cannot be written, or is not claimed.
+        """
+        self._all(os.pwritev, views, offset)
+
+    def _all(self, transfer: _Transfer, views: Sequence[memoryview], offset: int) -> None:
+        self._expect_claimed()
+        left = list(views)
+        while left:
+            moved = transfer(self._fd, left, offset)
+            if not moved:
+                raise OSError(errno.EIO, "the disk has become shorter")
+            offset += moved
+            while left and moved >= len(left[0]):
+                moved -= len(left.pop(0))
+            if moved:
+                left[0] = left[0][moved:]
+
+    def flush(self) -> None:
+        """Have all that was written survive a crash of this host.
+
+        Raises:
+            OSError: it could not be done, or is not claimed.
+        """
+        self._expect_claimed()
+        if not self.readonly:
+            os.fdatasync(self._fd)
+
+    def discard(self, offset: int, size_bytes: int) -> None:
+        """Give storage back where the file system can; what it holds afterwards is not told.
+
+        Raises:
+            OSError: an error other than that it cannot.
+        """
+        self._expect_claimed()
+        self._allocate(_FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size_bytes)
+
+    def write_zeroes(self, offset: int, size_bytes: int, *, unmap: bool) -> None:
+        """Have zeros in a range, without storage if ``unmap``, as far as the file system can.
+
+        Raises:
+            OSError: it cannot be written, or is not claimed.
+        """
+        self._expect_claimed()
+        mode = _FALLOC_FL_PUNCH_HOLE if unmap else _FALLOC_FL_ZERO_RANGE
+        if self._allocate(mode | _FALLOC_FL_KEEP_SIZE, offset, size_bytes):
+            return
+        for at in range(offset, offset + size_bytes, len(_ZEROS)):
+            self.write([memoryview(_ZEROS)[: offset + size_bytes - at]], at)
+
+    def _allocate(self, mode: int, offset: int, size_bytes: int) -> bool:
+        """Call fallocate(2); tell whether it did what was asked."""
+        if not libc.fallocate(self._fd, mode, offset, size_bytes):
+            return True
+        code = ctypes.get_errno()
+        if code in _CANNOT:
+            return False
+        raise OSError(code, os.strerror(code))
+
+    def _expect_claimed(self) -> None:
+        if not self._claimed:
+            raise OSError(errno.EBADF, "the disk is not this process's to use")

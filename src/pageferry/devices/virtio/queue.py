@@ -1,0 +1,243 @@
+"""A split virtqueue as its device sees it, and chains of buffers in guest memory.
+
+Nothing that a driver writes is believed: ring indices, descriptors and lengths are checked before they are used, a
+chain has at most as many buffers as the queue has entries, and a range that is not RAM ends in an error. What a driver
+must not do raises :class:`RingError` or, of memory, another VmError; the transport ends the device then.
+
+Each write goes through :class:`GuestMemory`, which marks it dirty after it is done (law 4).
+
+Source: Virtual I/O Device (VIRTIO) Version 1.2, section 2.7.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from struct import Struct
+
+from pageferry.core.errors import VmError
+from pageferry.core.memory import GuestMemory
+
+Ranges = tuple[tuple[int, int], ...]
+"""Ranges of guest memory, ``(gpa, size_bytes)`` each, as one row of bytes."""
+
+MAX_QUEUE_SIZE = 1 << 15
+
+#: Section 2.7.5: address u64, length u32, flags u16, next u16.
+_DESCRIPTOR = Struct("<QIHH")
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+#: Section 2.7.8: head u32, length u32.
+_USED = Struct("<II")
+_U16 = Struct("<H")
+_FLAGS_NO_NOTIFICATION = 1
+_RING = 4  # flags u16 and idx u16 come before the ring, in either area
+_IDX = 2
+
+
+class RingError(VmError):
+    """A driver broke the rules of a virtqueue."""
+
+
+def size_of(ranges: Ranges) -> int:
+    """Return how many bytes the ranges have."""
+    return sum(size_bytes for _, size_bytes in ranges)
+
+
+def part_of(ranges: Ranges, start: int, size_bytes: int) -> Ranges:
+    """Return ``size_bytes`` bytes of the ranges from byte ``start`` on, or what there is of them."""
+    part = []
+    for gpa, length in ranges:
+        begin, end = min(start, length), min(start + size_bytes, length)
+        if begin < end:
+            part.append((gpa + begin, end - begin))
+        size_bytes -= end - begin
+        start -= begin
+    return tuple(part)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A chain of buffers that the driver has made available: what the device may read, then what it may write."""
+
+    head: int
+    readable: Ranges
+    writable: Ranges
+
+
+class SplitQueue:
+    """One virtqueue. The fields up to ``signalled`` are its state; the transport sets, saves and loads them.
+
+    Args:
+        memory: where rings and buffers are.
+        max_size: most entries that a driver may choose.
+    """
+
+    def __init__(self, memory: GuestMemory, max_size: int) -> None:
+        self.memory = memory
+        self.max_size = max_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as new."""
+        self.size = self.max_size
+        self.enabled = False
+        self.descriptors = 0
+        """Where the descriptor table is."""
+        self.driver = 0
+        """Where the driver area is: the available ring."""
+        self.device = 0
+        """Where the device area is: the used ring."""
+        self.next_available = 0
+        self.next_used = 0
+        self.signalled = 0
+        """``next_used`` when it was last looked whether the driver wants an interrupt."""
+        self.event_idx = False
+        """Whether VIRTIO_F_EVENT_IDX was negotiated."""
+        self.indirect = False
+        """Whether VIRTIO_F_INDIRECT_DESC was negotiated."""
+
+    # -- the available ring: section 2.7.6 ---------------------------------------------------------------------------
+
+    def waiting(self) -> int:
+        """Return how many chains wait.
+
+        Raises:
+            RingError: more than the queue has entries.
+        """
+        waiting = (self._u16(self.driver + _IDX) - self.next_available) & 0xFFFF
+        if waiting > self.size:
+            raise RingError(f"{waiting} chains are available in a queue of {self.size}")
+        return waiting
+
+    def pop(self) -> Chain | None:
+        """Take the next chain; None: none waits.
+
+        Raises:
+            RingError: the chain breaks the rules.
+            VmError: a part of it is not RAM.
+        """
+        if not self.waiting():
+            return None
+        head = self._u16(self.driver + _RING + 2 * (self.next_available % self.size))
+        chain = self._walk(head)
+        self.next_available = (self.next_available + 1) & 0xFFFF
+        return chain
+
+    def put_back(self, chains: int) -> None:
+        """Undo the last ``chains`` calls of :meth:`pop`, none of whose chains was used."""
+        self.next_available = (self.next_available - chains) & 0xFFFF
+
+    def drain(self) -> Iterator[Chain]:
+        """Yield every chain that waits; when it ends, the driver tells of those that come later.
+
+        Raises:
+            RingError, VmError: as :meth:`pop`.
+        """
+        while True:
+            while (chain := self.pop()) is not None:
+                yield chain
+            self.ask_for_notification()
+            if not self.waiting():  # one may have come before the driver saw that
+                return
+
+    # -- the used ring: section 2.7.8 --------------------------------------------------------------------------------
+
+    def push(self, *used: tuple[int, int]) -> None:
+        """Give chains back: ``(head, bytes written)`` each, seen by the driver all at once.
+
+        Raises:
+            VmError: the used ring is not RAM.
+        """
+        for head, written in used:
+            at = self.device + _RING + _USED.size * (self.next_used % self.size)
+            self.memory.write(at, _USED.pack(head, written))
+            self.next_used = (self.next_used + 1) & 0xFFFF
+        self.memory.write(self.device + _IDX, _U16.pack(self.next_used))
+
+    # -- notifications: sections 2.7.7 and 2.7.10 --------------------------------------------------------------------
+
+    def ask_for_notification(self) -> None:
+        """Have the driver tell when it makes the next chain available."""
+        if self.event_idx:
+            self.memory.write(self.device + _RING + _USED.size * self.size, _U16.pack(self.next_available))
+        else:
+            self.memory.write(self.device, _U16.pack(0))
+
+    def want_no_notification(self) -> None:
+        """Tell the driver not to notify, for the device looks by itself; it may do so all the same."""
+        if not self.event_idx:  # else the index that it was to notify at is passed already
+            self.memory.write(self.device, _U16.pack(_FLAGS_NO_NOTIFICATION))
+
+    def wants_interrupt(self) -> bool:
+        """Tell whether the driver wants an interrupt for what was used since the last call."""
+        before, now = self.signalled, self.next_used
+        self.signalled = now
+        if before == now:
+            return False
+        if self.event_idx:
+            event = self._u16(self.driver + _RING + 2 * self.size)
+            return (now - event - 1) & 0xFFFF < (now - before) & 0xFFFF
+        return not self._u16(self.driver) & _FLAGS_NO_NOTIFICATION
+
+    # -- descriptors: section 2.7.5 ----------------------------------------------------------------------------------
+
+    def _u16(self, gpa: int) -> int:
+        return int.from_bytes(self.memory.read(gpa, 2), "little")
+
+    def _walk(self, head: int) -> Chain:
+        readable: list[tuple[int, int]] = []
+        writable: list[tuple[int, int]] = []
+        for gpa, size_bytes, flags in self._buffers(head):
+            if not self.memory.is_ram(gpa, size_bytes):
+                raise RingError(f"a buffer of {size_bytes} bytes at gpa {gpa:#x} is not RAM")
+            if flags & _WRITE:
+                writable.append((gpa, size_bytes))
+            elif writable:
+                raise RingError("a buffer to read follows one to write")
+            else:
+                readable.append((gpa, size_bytes))
+        return Chain(head, tuple(readable), tuple(writable))
+
+    def _buffers(self, head: int) -> Iterator[tuple[int, int, int]]:
+        """Yield address, size and flags of each descriptor of a chain: at most as many as the queue has entries."""
+        table, entries, index = self.descriptors, self.size, head
+        in_table = False
+        left = self.size
+        while True:
+            if index >= entries:
+                raise RingError(f"descriptor {index} is outside a table of {entries}")
+            if not left:
+                raise RingError("a chain is longer than its queue")
+            gpa, size_bytes, flags, following = _DESCRIPTOR.unpack(
+                self.memory.read(table + _DESCRIPTOR.size * index, _DESCRIPTOR.size)
+            )
+            if flags & _INDIRECT:
+                if in_table or not self.indirect or flags & _NEXT or size_bytes % _DESCRIPTOR.size or not size_bytes:
+                    raise RingError(f"an indirect table of {size_bytes} bytes with flags {flags:#x}")
+                table, entries, index, in_table = gpa, size_bytes // _DESCRIPTOR.size, 0, True
+                continue
+            yield gpa, size_bytes, flags
+            if not flags & _NEXT:
+                return
+            index = following
+            left -= 1
+
+
+def gather(memory: GuestMemory, ranges: Ranges) -> bytes:
+    """Return a copy of what the ranges hold; the caller has bounded their size.
+
+    Raises:
+        VmError: a range is not RAM.
+    """
+    return b"".join(memory.reading(ranges))
+
+
+def scatter(memory: GuestMemory, ranges: Ranges, data: bytes | memoryview) -> None:
+    """Write ``data``, which fits, to the ranges from their first byte on.
+
+    Raises:
+        VmError: a range is not RAM; nothing was written.
+    """
+    at = 0
+    with memory.writing(part_of(ranges, 0, len(data))) as views:
+        for view in views:
+            view[:] = data[at : at + len(view)]
+            at += len(view)
