@@ -8,13 +8,14 @@ a PC.
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
 from pageferry.core.state import DeviceState
+from pageferry.devices.interrupts import InterruptLines
 
 
 class Stateful(Protocol):
@@ -35,8 +36,8 @@ class Stateful(Protocol):
         """
 
 
-class Device(Stateful, Protocol):
-    """One device. ``ports`` and ``mmio`` are the ranges that it claims; offsets count from the range's start.
+class Claim(Protocol):
+    """What answers accesses. ``ports`` and ``mmio`` are the ranges that it claims; offsets count from a range's start.
 
     ``size`` is 1, 2, 4 or (MMIO only) 8 bytes; values are unsigned and fit it.
     """
@@ -51,19 +52,43 @@ class Device(Stateful, Protocol):
         """Take what the guest writes; the effect, if any, happens after the instruction."""
 
 
+class Device(Claim, Stateful, Protocol):
+    """One device: it answers accesses, and has a state."""
+
+
+class Timed(Protocol):
+    """A device that also acts by itself, when its time has come."""
+
+    def due_in_ns(self) -> int | None:
+        """Return in how much guest time it has something to do, 0 or less: at once; None: never. Needs no lock."""
+
+    def advance(self) -> None:
+        """Do what is due by now."""
+
+
 class DeviceBus:
-    """All devices of one guest.
+    """All devices of one guest, with disjoint ranges and distinct names; and their interrupt lines.
 
-    ``elsewhere`` are those that answer the guest without us, inside the kernel: saved and restored after the others.
-
-    Args:
-        devices: with disjoint ranges and distinct names.
+    ``devices`` are saved and restored in their order. ``elsewhere`` is what answers no access that comes here, as
+    the kernel's own devices do not: saved and restored after the others. ``timed``: those that act by themselves.
     """
 
-    def __init__(self, devices: Sequence[Device]) -> None:
-        self.devices = tuple(devices)
+    def __init__(self) -> None:
+        self.lines = InterruptLines()
+        self.devices: tuple[Device, ...] = ()
         self.elsewhere: tuple[Stateful, ...] = ()
+        self.timed: tuple[Timed, ...] = ()
+        self._claims: tuple[Claim, ...] = ()
         self._lock: AbstractContextManager[object] = threading.Lock()
+
+    def add(self, *devices: Device) -> None:
+        """Add devices, before anything runs."""
+        self.devices += devices
+        self._claims += devices
+
+    def add_ports(self, *claims: Claim) -> None:
+        """Add what answers accesses and has no state of its own, before anything runs."""
+        self._claims += claims
 
     def use_lock(self, lock: AbstractContextManager[object]) -> None:
         """Serialise accesses by another lock, before anything runs."""
@@ -76,7 +101,7 @@ class DeviceBus:
     def port_read(self, port: int, size: int) -> int:
         """Return what IN reads."""
         with self._lock:
-            for device in self.devices:
+            for device in self._claims:
                 if port in device.ports:
                     return device.read(port - device.ports.start, size)
         return _all_ones(size)
@@ -84,7 +109,7 @@ class DeviceBus:
     def port_write(self, port: int, size: int, value: int) -> Effect | None:
         """Perform OUT."""
         with self._lock:
-            for device in self.devices:
+            for device in self._claims:
                 if port in device.ports:
                     return device.write(port - device.ports.start, size, value)
         return None
@@ -92,7 +117,7 @@ class DeviceBus:
     def mmio_read(self, gpa: int, size: int) -> int:
         """Return what a load from device space reads."""
         with self._lock:
-            for device in self.devices:
+            for device in self._claims:
                 if gpa in device.mmio:
                     return device.read(gpa - device.mmio.start, size)
         return _all_ones(size)
@@ -100,14 +125,30 @@ class DeviceBus:
     def mmio_write(self, gpa: int, size: int, value: int) -> Effect | None:
         """Perform a store to device space."""
         with self._lock:
-            for device in self.devices:
+            for device in self._claims:
                 if gpa in device.mmio:
                     return device.write(gpa - device.mmio.start, size, value)
         return None
 
+    def due_in_ns(self) -> int | None:
+        """Return in how much guest time a device has something to do by itself; None: none ever will as it is."""
+        return min((due for device in self.timed if (due := device.due_in_ns()) is not None), default=None)
+
+    def advance(self) -> None:
+        """Let the devices do what is due by now; cheap when nothing is."""
+        due_in_ns = self.due_in_ns()
+        if due_in_ns is not None and due_in_ns <= 0:
+            with self._lock:
+                self._advance()
+
+    def _advance(self) -> None:
+        for device in self.timed:
+            device.advance()
+
     def save(self) -> tuple[DeviceState, ...]:
-        """Return every device's state; the guest is paused."""
+        """Return every device's state, with all done that is due by now; the guest is paused."""
         with self._lock:
+            self._advance()
             return tuple(_save(device) for device in (*self.devices, *self.elsewhere))
 
     def load(self, states: Sequence[DeviceState]) -> None:
@@ -127,6 +168,7 @@ class DeviceBus:
         with self._lock:
             for device in devices:
                 device.load(by_name[device.name].data)
+            self.lines.drive_all()
 
 
 def _save(device: Stateful) -> DeviceState:
@@ -147,3 +189,14 @@ def expect_size(name: str, data: bytes, size: int) -> None:
     """
     if len(data) != size:
         raise VmError(f"the state of device {name} has {len(data)} bytes, not {size}")
+
+
+def read_bytes(read: Callable[[int], int], offset: int, size: int) -> int:
+    """Read registers of a byte each, as on a bus of bytes: ``read`` gives the one at an offset."""
+    return int.from_bytes(bytes(read(at) for at in range(offset, offset + size)), "little")
+
+
+def write_bytes(write: Callable[[int, int], object], offset: int, size: int, value: int) -> None:
+    """Write registers of a byte each: ``write`` takes an offset and what to write there."""
+    for at, byte in enumerate(value.to_bytes(size, "little"), offset):
+        write(at, byte)

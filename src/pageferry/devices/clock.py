@@ -43,9 +43,13 @@ class Clock:
         self._now_ns = now_ns
         self._zero_ns = now_ns()
 
+    def now_ns(self) -> int:
+        """Return the guest time in nanoseconds."""
+        return self._now_ns() - self._zero_ns
+
     def now_us(self) -> int:
-        """Return the guest time."""
-        return (self._now_ns() - self._zero_ns) // _NS_PER_US
+        """Return the guest time in microseconds."""
+        return self.now_ns() // _NS_PER_US
 
     def read(self, offset: int, size: int) -> int:
         """Return the low bits of the guest time."""

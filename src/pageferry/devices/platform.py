@@ -15,6 +15,8 @@ EXIT_PORT = 0xF4
 SYNC_PORT = 0xEC
 INVALIDATE_PORT = 0xE8
 
+_IRQ_COM1 = 4
+
 _NO_MMIO = range(0)
 
 
@@ -114,12 +116,13 @@ class Platform:
     """
 
     def __init__(self, memory: GuestMemory) -> None:
-        self.console = Uart()
+        self.bus = DeviceBus()
+        self.console = Uart(self.bus.lines.line(_IRQ_COM1))
         self.clock = Clock()
         self.timer = Timer(self.clock.now_us)
         self.rtc = Rtc()
         self.sync = SyncPort()
         self.dma = DmaDevice(memory)
-        # States are loaded in this order: the timer's after the guest time that it counts in.
-        ports = (ExitPort(), self.sync, InvalidatePort())
-        self.bus = DeviceBus((self.console, self.clock, self.timer, self.rtc, *ports, self.dma))
+        # States are loaded in this order: those of timers after the guest time that they count in.
+        self.bus.add(self.console, self.clock, self.timer, self.rtc)
+        self.bus.add(ExitPort(), self.sync, InvalidatePort(), self.dma)

@@ -6,8 +6,10 @@ The registers are those of the data sheet. What stands behind them is simpler th
 - the line has flow control: what comes while the receiver is full waits on the line, up to ``LINE_BYTES``, and is
   part of the state. So the receiver overruns in loopback only, where the guest itself is the sender;
 - the other side is always there (DCD, DSR and CTS on), and never sends a break or a damaged byte;
-- no interrupt is delivered: guests poll. The interrupt identification register tells what would be pending. A byte
-  that is below the trigger level has timed out at once, as character times are zero.
+- a byte that is below the trigger level has timed out at once, as character times are zero.
+
+The interrupt line is high while the interrupt identification register says that one is pending and OUT2 is set, which
+connects it on a PC. On a machine without interrupt controllers it leads nowhere, and guests poll.
 
 Source: National Semiconductor, PC16550D data sheet, section 8.0, *Registers*.
 """
@@ -19,6 +21,8 @@ from enum import IntEnum
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
+from pageferry.devices.bus import read_bytes, write_bytes
+from pageferry.devices.interrupts import Line
 
 CONSOLE_PORT = 0x3F8
 FIFO_BYTES = 16
@@ -57,13 +61,18 @@ _STATE_BITS = (0x0F, _FCR_KEPT, 0xFF, _MCR_KEPT, 0xFF, 1, 0x0F, 1, 0xFFFF)
 
 
 class Uart:
-    """The UART; see the module's text. ``sink`` sees every byte that the guest sends, as it is sent."""
+    """The UART; see the module's text. ``sink`` sees every byte that the guest sends, as it is sent.
+
+    Args:
+        line: its interrupt.
+    """
 
     name = "console"
     ports = range(CONSOLE_PORT, CONSOLE_PORT + 8)
     mmio = range(0)
 
-    def __init__(self) -> None:
+    def __init__(self, line: Line) -> None:
+        self._interrupt = line
         self.sink: Callable[[bytes], None] | None = None
         self._ier = self._fcr = self._lcr = self._mcr = self._scr = 0
         self._divisor = _DIVISOR_9600
@@ -80,6 +89,7 @@ class Uart:
         taken = data[: LINE_BYTES - len(self._line)]
         self._line.extend(taken)
         self._receive_from_line()
+        self._drive_interrupt()
         return len(taken)
 
     def _capacity(self) -> int:
@@ -106,14 +116,14 @@ class Uart:
 
     def read(self, offset: int, size: int) -> int:
         """Return registers, one per byte of the access, as on a bus of bytes; there is nothing behind the last."""
-        registers = (self._read(at) if at in _REGISTERS else 0xFF for at in range(offset, offset + size))
-        return int.from_bytes(bytes(registers), "little")
+        value = read_bytes(lambda at: self._read(at) if at in _REGISTERS else 0xFF, offset, size)
+        self._drive_interrupt()
+        return value
 
     def write(self, offset: int, size: int, value: int) -> Effect | None:
         """Set registers, one per byte of the access."""
-        for at, byte in enumerate(value.to_bytes(size, "little"), offset):
-            if at in _REGISTERS:
-                self._write(at, byte)
+        write_bytes(lambda at, byte: self._write(at, byte) if at in _REGISTERS else None, offset, size, value)
+        self._drive_interrupt()
         return None
 
     def _read(self, register: int) -> int:
@@ -143,8 +153,10 @@ class Uart:
             return
         match register:
             case _Register.DATA:
-                self._thr_interrupt = True  # cleared by the write, and set again as the byte is gone at once
+                self._thr_interrupt = False
+                self._drive_interrupt()
                 self._send(byte)
+                self._thr_interrupt = True  # again, as the byte is gone at once
             case _Register.IER:
                 if byte & ~self._ier & _IER_THR_EMPTY:
                     self._thr_interrupt = True
@@ -160,6 +172,7 @@ class Uart:
 
     def _take_received(self) -> int:
         byte = self._received.popleft() if self._received else 0
+        self._drive_interrupt()  # what comes from the line interrupts anew
         self._receive_from_line()
         return byte
 
@@ -181,6 +194,10 @@ class Uart:
         if self._ier & _IER_MODEM and self._modem_deltas:
             return _IIR_MODEM
         return _IIR_NONE
+
+    def _drive_interrupt(self) -> None:
+        connected = self._mcr & (_MCR_OUT2 | _MCR_LOOPBACK) == _MCR_OUT2
+        self._interrupt(connected and self._pending() != _IIR_NONE)
 
     def _control_fifos(self, byte: int) -> None:
         enabled = bool(byte & _FCR_ENABLE)
@@ -248,3 +265,4 @@ class Uart:
         self._divisor = values[8]
         body = data[_STATE.size :]
         self._received, self._line = deque(body[:received]), deque(body[received:])
+        self._drive_interrupt()

@@ -17,7 +17,7 @@ LOOPBACK = 0x10
 
 @pytest.fixture
 def uart():
-    return Uart()
+    return Uart(lambda level: None)
 
 
 def put(uart, register, value):
@@ -213,7 +213,7 @@ def actions(draw):
 
 @given(st.lists(actions(), max_size=60))
 def test_the_receiver_is_a_queue_whatever_happens(steps):
-    uart, fifo, line, fifos = Uart(), deque(), deque(), False
+    uart, fifo, line, fifos = Uart(lambda level: None), deque(), deque(), False
     for kind, value in steps:
         if kind == "type":
             assert uart.type(value) == len(value)
@@ -229,7 +229,7 @@ def test_the_receiver_is_a_queue_whatever_happens(steps):
             fifo.clear() if value != fifos else None
             fifos = value
         else:
-            uart, old = Uart(), uart
+            uart, old = Uart(lambda level: None), uart
             uart.load(old.save())
             assert uart.save() == old.save()
         while line and len(fifo) < (FIFO_BYTES if fifos else 1):
@@ -249,7 +249,7 @@ def test_everything_is_saved(uart):
     for byte in range(18):
         put(uart, DATA, byte)
     uart.type(b"later")
-    other = Uart()
+    other = Uart(lambda level: None)
     other.load(uart.save())
     for one in (uart, other):
         assert get(one, IIR) == 0xC0 | LINE_STATUS
@@ -290,4 +290,4 @@ def test_more_than_a_receiver_or_a_line_holds_is_refused(uart):
     for fcr, held, waiting in ((1, 17, 4096), (1, 16, 4097), (0, 2, 0)):
         head = broken(good, 1, fcr)[:10] + held.to_bytes(2, "little") + waiting.to_bytes(2, "little")
         with pytest.raises(VmError, match="cannot have"):
-            Uart().load(head + bytes(held + waiting))
+            Uart(lambda level: None).load(head + bytes(held + waiting))
