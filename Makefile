@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if
 # Else each of the hundreds of processes that the tests start compiles all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-npt soak lint bench mutants guests clean
+.PHONY: demo test test-all test-npt linux-image soak lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -34,6 +34,10 @@ test-npt: $(READY)
 # COUNT=20: fewer round trips than 200. SEED=1: the trips of that seed.
 soak: $(READY)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
+
+# Kernels and initramfs of Debian's packages, to boot as guests: into build/linux. ONLY=cloud: that one.
+linux-image: $(READY)
+	$(BIN)/python -m pageferry.guests.linux.debian build/linux $(if $(ONLY),--only $(ONLY))
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,10 +20,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from npt_image import ImageError, build_image
+from pageferry.core.errors import UnsupportedError
+from pageferry.guests.linux.debian import KERNELS, LinuxImage, build_image
 
 PROJECT = Path(__file__).resolve().parents[2]
 CACHE = PROJECT / "build" / "npt"
+PACKAGES = PROJECT / "build" / "linux" / "packages"
 QEMU = "qemu-system-x86_64"
 #: What must be installed, and the Debian package that has it.
 TOOLS = {QEMU: "qemu-system-x86", "dpkg-deb": "dpkg", "apt-get": "apt"}
@@ -85,13 +87,15 @@ def main(arguments: Sequence[str]) -> int:
         print(f"test-npt: {', '.join(missing)} not installed: sudo apt-get install {' '.join(missing)}")
         return NOT_RUN
     try:
-        kernel, initramfs = build_image(CACHE, modules=MODULES, init=init_script(parts))
-    except ImageError as error:
+        image = build_image(
+            CACHE, PACKAGES, kernel=KERNELS["standard"], modules=MODULES, init=init_script(parts), programs={}
+        )
+    except UnsupportedError as error:
         print(f"test-npt: {error}\n  hint: {error.hint}")
         return NOT_RUN
     began = time.monotonic()
     with ThreadPoolExecutor() as pool:
-        running = [pool.submit(run_machine, kernel, initramfs, part) for part in range(len(parts))]
+        running = [pool.submit(run_machine, image, part) for part in range(len(parts))]
         try:
             codes = [each.result() for each in running]
         except BaseException:  # Ctrl-C, SIGTERM: or the emulators would outlive this process
@@ -121,14 +125,14 @@ def init_script(parts: Sequence[Sequence[str]]) -> str:
     return _INIT.format(command=command, base=_EXIT_BASE, port=_EXIT_PORT, most=_EXIT_BY_SIGNAL)
 
 
-def run_machine(kernel: Path, initramfs: Path, part: int) -> int:
+def run_machine(image: LinuxImage, part: int) -> int:
     """Boot the image, show what the tests print, and return pytest's exit code; NOT_RUN when the machine gave none.
 
     The first machine's tests are shown as they go, those of the others when they have ended.
     """
     log, output = CACHE / f"kernel{part}.log", CACHE / f"tests{part}.log"
     with output.open("wb") as file:
-        command = qemu_command(kernel, initramfs, log, part)
+        command = qemu_command(image, log, part)
         machine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file if part else None)
         _machines.append(machine)
         try:
@@ -149,7 +153,7 @@ def run_machine(kernel: Path, initramfs: Path, part: int) -> int:
     return NOT_RUN
 
 
-def qemu_command(kernel: Path, initramfs: Path, log: Path, part: int) -> list[str]:
+def qemu_command(image: LinuxImage, log: Path, part: int) -> list[str]:
     """Return the emulator's command line: two processors with SVM, a serial port for the kernel, one for the tests.
 
     Both run on one thread: on two, the machine was seen to hang under QEMU 7.2, it seems while the kernel patched its
@@ -159,7 +163,7 @@ def qemu_command(kernel: Path, initramfs: Path, log: Path, part: int) -> list[st
     return [
         *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-accel", "tcg,thread=single", "-cpu", "max,-smap", "-smp", "2", "-m", f"{MEMORY_BYTES >> 20}M"),
-        *("-kernel", str(kernel), "-initrd", str(initramfs), "-append"),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append"),
         f"console=ttyS0 panic=-1 tsc=reliable part={part}",
         *("-serial", f"file:{log}", "-serial", "stdio"),
         *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),

@@ -1,0 +1,19 @@
+# The first process of the guests that `make linux-image` makes: it mounts what programs expect, loads the modules,
+# says that it is ready, and then does what the kernel's command line asks for:
+#   pageferry=work   work that checks itself, for ever (/bin/work)
+#   else             a shell on the console, and another when that ends
+export PATH=/bin HOME=/ TERM=linux
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts
+mount -t devpts pts /dev/pts
+mount -t tmpfs tmp /tmp
+for module in /modules/*; do insmod "$module"; done
+ip link set lo up
+echo "pageferry: ready"
+case " $(cat /proc/cmdline) " in
+    *" pageferry=work "*) work ;;
+esac
+while :; do setsid cttyhack sh; done
