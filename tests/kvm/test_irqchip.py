@@ -3,17 +3,22 @@
 import ctypes
 import dataclasses
 import struct
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
-from pageferry.core.cpuid import CpuModel, find
+from pageferry.core.cpu_features import host
+from pageferry.core.cpuid import APIC, TSC_DEADLINE, baseline, find
 from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.libc import Fd
 from pageferry.core.state import DeviceState, LapicState, MachineState, MpState
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.hypervisor.domain import Domain
-from pageferry.kvm import uapi
-from pageferry.kvm.cpuid import shown_cpuid
-from pageferry.kvm.fds import VmFd
+from pageferry.kvm import tsc, uapi
+from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
+from pageferry.kvm.fds import SystemFd, VmFd
+from pageferry.kvm.irqchip import KvmInterrupts
 from pageferry.kvm.uapi_state import KvmIoapicState, KvmPicState
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 
@@ -30,12 +35,25 @@ READ_PIT = "30c0e643e4408804250000180 0e440880425010018 0048ffc148890c2508001800
 
 
 @pytest.fixture
-def pc(kvm):
-    """Makes guests with interrupt controllers."""
+def offered(kvm):
+    """Returns what this KVM can give to a guest with interrupt controllers."""
     missing = [name for name in ("KVM_CAP_IRQCHIP", "KVM_CAP_PIT2") if not kvm.support.capabilities[name]]
     if missing:
         pytest.skip(f"this KVM lacks {', '.join(missing)}")
-    return lambda *args, **kwargs: kvm.guest(*args, machine=MachineModel.PC, **kwargs)
+    with SystemFd() as system:
+        return supported_cpuid(system, lapic=True)
+
+
+@pytest.fixture
+def pc(kvm, offered):
+    """Makes guests with interrupt controllers, who see a local APIC even where there is one vCPU only."""
+    return partial(kvm.guest, machine=MachineModel.PC, cpu=baseline(offered))
+
+
+@pytest.fixture
+def small_pc(kvm, offered):
+    """Makes guests of one vCPU with interrupt controllers, as they are started: without a local APIC."""
+    return partial(kvm.guest, machine=MachineModel.PC)
 
 
 def patched(lapic, **registers):
@@ -109,14 +127,14 @@ def test_the_base_travels_before_the_registers_that_it_lays_out(pc):
     assert moved(vm, pc).save_state().vcpus[0].lapic.base == off.base
 
 
-def test_a_deadline_of_the_tsc_travels(pc):
-    vm = pc("spin", cpu=CpuModel.HOST)
-    if not find(shown_cpuid(vm.vcpus[0].fd), 1)[2] >> 24 & 1:
+def test_a_deadline_of_the_tsc_travels(pc, offered):
+    vm = pc("spin", cpu=host(offered))
+    if not find(shown_cpuid(vm.vcpus[0].fd), 1)[2] & TSC_DEADLINE:
         pytest.skip("this KVM has no tsc_deadline_timer")
     new = vm.save_state().vcpus[0].lapic
     lapic = patched(new, rf0=0x1FF, r320=MASKED | DEADLINE | 0x31)
     with_vcpu(vm, lapic=dataclasses.replace(lapic, tsc_deadline=1 << 62))
-    other = moved(vm, lambda: pc(cpu=CpuModel.HOST))
+    other = moved(vm, lambda: pc(cpu=host(offered)))
     assert other.save_state().vcpus[0].lapic.tsc_deadline == 1 << 62
 
 
@@ -133,6 +151,88 @@ def test_a_state_without_a_local_apic_finds_a_new_one(pc, kvm):
     with_vcpu(vm, lapic=patched(new, rf0=0x1FF, r80=0x30))
     vm.load_state(MachineState(vcpus=(kvm.start_state(),), devices=vm.platform.bus.save()))
     assert vm.save_state().vcpus[0].lapic == new
+
+
+def test_a_local_apic_that_the_guest_does_not_see_is_off_and_no_part_of_the_state(small_pc):
+    vm = small_pc("spin")
+    assert not find(vm.cpuid, 1)[3] & APIC
+    assert not find(shown_cpuid(vm.vcpus[0].fd), 1)[3] & APIC
+    vm.resume()
+    vm.pause()
+    assert vm.save_state().vcpus[0].lapic is None
+    assert moved(vm, small_pc).save_state().vcpus[0].lapic is None
+
+
+def test_a_guest_that_switches_a_hidden_local_apic_on_takes_it_along(small_pc, pc):
+    vm = small_pc("spin")
+    with_vcpu(vm, lapic=pc("spin").save_state().vcpus[0].lapic)
+    assert moved(vm, small_pc).save_state().vcpus[0].lapic == vm.save_state().vcpus[0].lapic is not None
+
+
+def test_a_pc_with_several_vcpus_has_local_apics(small_pc, kvm):
+    vm = small_pc("spin", vcpus=(kvm.start_state(), kvm.start_state()))
+    assert find(vm.cpuid, 1)[3] & APIC
+    assert None not in [vcpu.lapic for vcpu in vm.save_state().vcpus]
+
+
+def test_a_line_is_an_input_of_the_pics_and_of_the_ioapic(small_pc):
+    vm = small_pc("spin", rflags=0x3002)
+    pics = [device(vm, name, KvmPicState) for name in ("pic0", "pic1")]
+    for name, pic in zip(("pic0", "pic1"), pics, strict=True):
+        pic.elcr, pic.imr = 0, 0xFF
+        load_device(vm, name, pic)
+    lines = KvmInterrupts(vm.vm_fd)
+    for irq in (4, 10):
+        lines.set_line(irq, True)
+    assert device(vm, "ioapic", KvmIoapicState).irr == 1 << 4 | 1 << 10
+    assert device(vm, "pic0", KvmPicState).last_irr & 1 << 4
+    assert device(vm, "pic1", KvmPicState).last_irr == 1 << 2
+    for irq in (4, 10):
+        lines.set_line(irq, False)
+    assert device(vm, "ioapic", KvmIoapicState).irr == 0
+    assert device(vm, "pic1", KvmPicState).last_irr == 0
+
+
+def test_an_interrupt_that_nobody_took_travels(small_pc):
+    vm = small_pc("spin", rflags=0x3002)
+    lines = KvmInterrupts(vm.vm_fd)
+    for level in (True, False):  # an edge: what is seen of it afterwards is the request
+        lines.set_line(4, level)
+    assert device(moved(vm, small_pc), "pic0", KvmPicState).irr & 1 << 4
+
+
+def test_the_rate_of_the_tsc_travels(small_pc, kvm):
+    vm = small_pc("spin")
+    saved = vm.save_state()
+    rate = tsc.rate_khz(vm.vcpus[0].fd)
+    assert saved.tsc_khz == rate
+    assert find(vm.cpuid, 0x15) == ((0, 0, 0, 0) if rate is None else (1, 1, rate * 1000, 0))
+    assert moved(vm, small_pc).save_state().tsc_khz == rate
+    assert kvm.guest("spin").save_state().tsc_khz is None
+
+
+@pytest.mark.parametrize(
+    ("khz", "fits"), [(1_000_000, True), (1_000_249, True), (1_000_251, False), (2_000_000, False)]
+)
+def test_a_tsc_of_another_rate_needs_a_kvm_that_scales(kvm, monkeypatch, khz, fits):
+    vm = kvm.guest("spin")
+    set_to = []
+    plain = Fd.ioctl
+
+    def ioctl(fd, request, argument=0):
+        if request == uapi.KVM_SET_TSC_KHZ:
+            set_to.append(argument)
+            return 0
+        return 1_000_000 if request == uapi.KVM_GET_TSC_KHZ else plain(fd, request, argument)
+
+    for scales in (False, True):
+        set_to.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Fd, "ioctl", ioctl)
+            patch.setattr(VmFd, "check_extension", lambda *_, scales=scales: scales)
+            with nullcontext() if fits or scales else pytest.raises(UnsupportedError, match=f"at {khz} kHz, this host"):
+                tsc.set_rate(vm.vm_fd, vm.vcpus[0].fd, khz)
+        assert set_to == ([khz] if khz != 1_000_000 and (fits or scales) else [])
 
 
 @pytest.mark.parametrize("state", MpState)

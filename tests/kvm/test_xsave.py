@@ -55,7 +55,7 @@ def avx_state(kvm, **registers):
 def xsave_table(kvm_support, monkeypatch):
     """The baseline with XSAVE and all components of this KVM, which from now on offers just that."""
     with SystemFd() as system:
-        offered = supported_cpuid(system)
+        offered = supported_cpuid(system, lapic=False)
     places = [leaf for leaf in offered if leaf.leaf == 0xD]
     if not find(offered, 0xD)[0] & AVX:
         pytest.skip("this KVM knows no XSAVE components")
@@ -67,7 +67,7 @@ def xsave_table(kvm_support, monkeypatch):
             leaf = leaf._replace(ecx=leaf.ecx | XSAVE)
         table.append(leaf)
     table = tuple(sorted(table))
-    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: table)
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda *_, **__: table)
     return table
 
 
@@ -224,7 +224,7 @@ def test_with_its_place_in_the_table_a_component_travels(kvm, xsave_table):
 
 def test_a_destination_without_xsave_refuses_such_a_table_before_the_first_page(kvm, xsave_table, journey, monkeypatch):
     vm = kvm.guest("spin", cpu=xsave_table)
-    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda system: baseline(xsave_table))
+    monkeypatch.setattr("pageferry.kvm.vm.supported_cpuid", lambda *_, **__: baseline(xsave_table))
     trip = journey(vm, KvmVm)
     with pytest.raises(PeerError, match="this host lacks xsave, XSAVE of x87, XSAVE of SSE, XSAVE of AVX") as caught:
         trip.run()
@@ -280,7 +280,7 @@ def test_components_have_names():
 
 def test_without_xsave_a_table_tells_no_place_but_that_of_avx(kvm_support):
     with SystemFd() as system:
-        offered = supported_cpuid(system)
+        offered = supported_cpuid(system, lapic=False)
     table = tuple(leaf._replace(ecx=leaf.ecx & ~XSAVE) if leaf.leaf == 1 else leaf for leaf in offered)
     assert enabled_components(table) == 0
     assert component_places(table) == {2: range(576, 832)}

@@ -278,6 +278,7 @@ with_lapics = st.lists(st.builds(dataclasses.replace, vcpus, lapic=lapics), min_
 machines = st.builds(
     MachineState,
     vcpus=(st.lists(vcpus, min_size=1, max_size=3) | with_lapics).map(tuple),
+    tsc_khz=st.none() | u32.filter(bool),
     kvm_clock_ns=st.none() | u64,
     devices=st.dictionaries(device_names, st.binary(max_size=50), max_size=3).map(
         lambda found: tuple(DeviceState(name=name, data=data) for name, data in found.items())

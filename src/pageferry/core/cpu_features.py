@@ -18,12 +18,15 @@ from pageferry.core.cpuid import (
     baseline,
     check_leaves,
     find,
+    pc_table,
 )
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.core.xsave import COMPONENTS, EXTENDED_OFFSET, XSAVE_LEAF, enabled_components
 
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 _EAX, _EBX, _ECX, _EDX = range(4)
+_CONSTANT_TSC = "constant_tsc"
 
 Word = tuple[int, int, int]
 """A register full of feature bits: leaf, sub-leaf, register (0 to 3)."""
@@ -75,7 +78,7 @@ FEATURES: dict[Word, dict[int, str]] = {
     ),
     (EXTENDED + 1, 0, _EDX): {11: "syscall", 19: "mp", 20: "nx", 22: "mmxext", 25: "fxsr_opt", 26: "pdpe1gb"}
     | {27: "rdtscp", 29: "lm", 30: "3dnowext", 31: "3dnow"},
-    (EXTENDED + 7, 0, _EDX): {8: "constant_tsc"},
+    (EXTENDED + 7, 0, _EDX): {8: _CONSTANT_TSC},
     (EXTENDED + 8, 0, _EBX): {0: "clzero", 2: "xsaveerptr", 4: "rdpru", 9: "wbnoinvd", 12: "ibpb", 14: "ibrs"}
     | {15: "amd_stibp", 24: "amd_ssbd", 25: "virt_ssbd", 28: "amd_psfd"},
     (EXTENDED + 0x21, 0, _EAX): {},
@@ -135,6 +138,13 @@ def _provided(offered: Leaves, word: Word) -> int:
     return bits
 
 
+def model_of(leaves: Leaves) -> CpuModel:
+    """Return which model a guest's table was made by, whatever machine it was made for."""
+    plain = baseline(leaves)
+    more = None if plain is None else missing_features(leaves, plain)
+    return CpuModel.BASELINE if more in ((), (_CONSTANT_TSC,)) else CpuModel.HOST
+
+
 def host(offered: Leaves) -> Leaves:
     """Return the table of a guest that is to have everything in ``offered``, so far as its state can be moved.
 
@@ -175,6 +185,25 @@ def _hosted(entry: CpuidLeaf) -> CpuidLeaf:
         case ((0x8000_000A | 0x8000_001E), _):  # nested virtualisation, topology
             return entry._replace(eax=0, ebx=0, ecx=0, edx=0)
     return entry
+
+
+def guest_table(config: VmConfig, offered: Leaves, *, where: str, tsc_khz: int | None = None) -> Leaves:
+    """Return the table of a guest, made for its model of machine if it has none yet.
+
+    Args:
+        config: what the machine is asked for.
+        offered: all that this machine can give.
+        where: what to call this machine in an error.
+        tsc_khz: how fast a vCPU's TSC counts here; None: not known.
+
+    Raises:
+        UnsupportedError: as :func:`table_for`.
+        UsageError: as :func:`table_for`.
+    """
+    table = table_for(config.cpu, offered, where=where)
+    if config.machine is MachineModel.PLAIN or not isinstance(config.cpu, CpuModel):
+        return table
+    return pc_table(table, offered, cpus=config.cpus, tsc_khz=tsc_khz)
 
 
 def table_for(cpu: CpuModel | Leaves, offered: Leaves, *, where: str) -> Leaves:

@@ -10,7 +10,7 @@ Source: AMD APM volume 3, appendix E; Intel SDM volume 2, CPUID; x86-64 psABI, m
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from typing import NamedTuple
@@ -26,6 +26,8 @@ Registers = tuple[int, int, int, int]
 """EAX, EBX, ECX and EDX, each a u32."""
 
 XSAVE = 1 << 26  # leaf 1 ECX
+TSC_DEADLINE = 1 << 24  # leaf 1 ECX: the local APIC's timer can wait for a value of the TSC
+APIC = 1 << 9  # leaf 1 EDX: there is a local APIC
 HYPERVISOR = 1 << 31  # leaf 1 ECX: this is a virtual machine
 EXTENDED = 0x8000_0000
 #: The vendors whose CPUs answer a leaf out of range with zeros; on the others it is the highest basic leaf.
@@ -38,6 +40,8 @@ _SEP, _MTRR, _PGE, _MCA, _CMOV, _PAT, _PSE36 = range(11, 18)
 _CLFSH, _MMX, _FXSR, _SSE, _SSE2 = 19, 23, 24, 25, 26
 # Leaf 8000_0001h EDX.
 _SYSCALL, _NX, _LM = 11, 20, 29
+# Of a local APIC: leaf 1 ECX, leaf 8000_0001h ECX.
+_X2APIC, _EXTAPIC = 21, 3
 
 
 def _mask(*bits: int) -> int:
@@ -160,9 +164,59 @@ def baseline(offered: Leaves) -> Leaves | None:
     )
 
 
-def model_of(leaves: Leaves) -> CpuModel:
-    """Return which model a guest's table was made by."""
-    return CpuModel.BASELINE if leaves == baseline(leaves) else CpuModel.HOST
+#: Leaf -> bits of ECX and of EDX that the CPU of a PC lacks: memory types by ranges, and machine checks. KVM has
+#: registers for both and lists none of them, so what a guest wrote there would not travel.
+_NOT_IN_A_PC = {leaf: (0, _mask(_MTRR, _MCE, _MCA)) for leaf in (1, EXTENDED + 1)}
+#: What says that there is a local APIC, in the same way.
+_OF_THE_APIC = {1: (_mask(_X2APIC) | TSC_DEADLINE, APIC), EXTENDED + 1: (_mask(_EXTAPIC), APIC)}
+
+
+def pc_table(leaves: Leaves, offered: Leaves, *, cpus: int, tsc_khz: int | None) -> Leaves:
+    """Return the table of a PC's guest.
+
+    With one CPU there is no local APIC: interrupts come from the PIC, which every machine has. Leaf 15h then tells the
+    rate of the TSC, which spares an operating system its measuring. With several CPUs there is no such leaf, since
+    systems take the rate of the local APIC's timer from it as well; but leaf 8000_0007h tells of a TSC that always
+    counts at one rate, without which they think that the TSCs of several CPUs run apart.
+
+    Args:
+        leaves: as a CPU model makes them.
+        offered: all that the machine can give.
+        cpus: how many vCPUs the guest has.
+        tsc_khz: the rate of their TSC; None: not known.
+    """
+    table = _without(leaves, _NOT_IN_A_PC)
+    if cpus > 1:
+        return _with(table, CpuidLeaf(EXTENDED + 7, NO_SUBLEAF, 0, 0, 0, find(offered, EXTENDED + 7)[3]))
+    table = _without(table, _OF_THE_APIC)
+    return table if tsc_khz is None else _with(table, _tsc_leaf(tsc_khz))
+
+
+def _without(leaves: Leaves, bits: Mapping[int, tuple[int, int]]) -> Leaves:
+    return tuple(
+        leaf._replace(ecx=leaf.ecx & ~bits[leaf.leaf][0], edx=leaf.edx & ~bits[leaf.leaf][1])
+        if leaf.leaf in bits
+        else leaf
+        for leaf in leaves
+    )
+
+
+def _with(leaves: Leaves, new: CpuidLeaf) -> Leaves:
+    # The highest leaf of a range is in its first one.
+    start = new.leaf & EXTENDED
+    others = (
+        leaf._replace(eax=max(leaf.eax, new.leaf)) if leaf.leaf == start else leaf
+        for leaf in leaves
+        if leaf.leaf != new.leaf
+    )
+    return tuple(sorted((*others, new)))
+
+
+def _tsc_leaf(tsc_khz: int) -> CpuidLeaf:
+    # The TSC counts EBX / EAX times as fast as a crystal of ECX Hz. A factor of 1 as long as ECX can hold the rate:
+    # systems multiply in 32 bits.
+    factor = -(-tsc_khz * 1000 // 0xFFFF_FFFF)
+    return CpuidLeaf(0x15, NO_SUBLEAF, 1, factor, tsc_khz * 1000 // factor, 0)
 
 
 def cpu_name(leaves: Leaves) -> str:

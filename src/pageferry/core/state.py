@@ -167,11 +167,13 @@ PIC_NAME = "pic0"
 class MachineState:
     """A whole machine without its memory.
 
+    ``tsc_khz``: how fast the vCPUs' TSCs count; None: not known, or the guest was never to rely on it.
     ``kvm_clock_ns``: what KVM's paravirtual clock shows, the same to all vCPUs; None: the machine has never had one.
     """
 
     vcpus: tuple[VcpuState, ...]
     devices: tuple[DeviceState, ...]
+    tsc_khz: int | None = None
     kvm_clock_ns: int | None = None
 
 

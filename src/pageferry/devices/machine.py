@@ -54,8 +54,12 @@ class StandardMachine(ABC):
         """Return the vCPUs' states; none is inside the guest."""
 
     @abstractmethod
-    def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
-        """Replace the vCPUs' states; none is inside the guest; the number fits."""
+    def _load_vcpus(self, vcpus: tuple[VcpuState, ...], tsc_khz: int | None) -> None:
+        """Replace the vCPUs' states and the rate of their TSCs; none is inside the guest; the number fits."""
+
+    @abstractmethod
+    def _tsc_khz(self) -> int | None:
+        """Return ``MachineState.tsc_khz``."""
 
     @abstractmethod
     def _save_kvm_clock(self) -> int | None:
@@ -139,7 +143,10 @@ class StandardMachine(ABC):
         self._expect_paused("saved")
         with self.run_control.stopped():
             return MachineState(
-                vcpus=self._save_vcpus(), devices=self.platform.bus.save(), kvm_clock_ns=self._save_kvm_clock()
+                vcpus=self._save_vcpus(),
+                devices=self.platform.bus.save(),
+                tsc_khz=self._tsc_khz(),
+                kvm_clock_ns=self._save_kvm_clock(),
             )
 
     def load_state(self, state: MachineState) -> None:
@@ -148,7 +155,7 @@ class StandardMachine(ABC):
         if len(state.vcpus) != self.config.cpus:
             raise VmError(f"the state has {len(state.vcpus)} vCPUs, this machine has {self.config.cpus}")
         with self.run_control.stopped():
-            self._load_vcpus(state.vcpus)
+            self._load_vcpus(state.vcpus, state.tsc_khz)
             self.platform.bus.load(state.devices)
             if state.kvm_clock_ns is not None:
                 self._load_kvm_clock(state.kvm_clock_ns)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.cpu_features import table_for
+from pageferry.core.cpu_features import guest_table
 from pageferry.core.cpuid import SOFT_CPU, CpuModel, Leaves, of_vcpu
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M, GfnArray
@@ -64,7 +64,7 @@ class Domain(StandardMachine):
             raise UnsupportedError("machine", "the software machine has no interrupt controllers", hint=_USE_KVM)
         if config.storage is not None:
             raise UnsupportedError("shared-memory", "the soft machine has its frames in an order of its own")
-        cpuid = _cpuid_table(config.cpu)
+        cpuid = _cpuid_table(config)
         regions = ram_layout(config.memory_bytes)
         extents_2m, pool_frames, shadow_frames = _frames_needed(regions)
         self.locks = DomainLocks()
@@ -111,6 +111,7 @@ class Domain(StandardMachine):
         self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
         self.platform.bus.use_lock(self.locks.devices)
         self._kvm_clock_ns: int | None = None
+        self._rate_khz: int | None = None
         self._attach(self.vcpus, self.paging)
 
     def _ops(self, mode: str) -> LogDirtyOps:
@@ -214,10 +215,14 @@ class Domain(StandardMachine):
     def _save_vcpus(self) -> tuple[VcpuState, ...]:
         return tuple(vcpu.save() for vcpu in self.vcpus)
 
-    def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
+    def _load_vcpus(self, vcpus: tuple[VcpuState, ...], tsc_khz: int | None) -> None:
+        self._rate_khz = tsc_khz
         self.shadow.blow()  # the guest's tables may be others now
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state)
+
+    def _tsc_khz(self) -> int | None:
+        return self._rate_khz
 
     def _save_kvm_clock(self) -> int | None:
         return self._kvm_clock_ns  # a guest here cannot read it: it stands still, and so never goes back
@@ -248,12 +253,12 @@ def _frames_needed(regions: tuple[RamRegion, ...]) -> tuple[int, int, int]:
     return extents_2m, pool_frames + shadow_frames, shadow_frames
 
 
-def _cpuid_table(cpu: CpuModel | Leaves) -> Leaves:
-    if cpu is CpuModel.HOST:
+def _cpuid_table(config: VmConfig) -> Leaves:
+    if config.cpu is CpuModel.HOST:
         raise UnsupportedError(
             "cpu", "the software machine has the baseline CPU only", hint="use --cpu baseline, or --accel kvm"
         )
-    return table_for(cpu, SOFT_CPU, where="the software machine")
+    return guest_table(config, SOFT_CPU, where="the software machine")
 
 
 def _check_mode(mode: str) -> None:

@@ -1,8 +1,8 @@
 """CPUID of KVM's vCPUs: what this KVM can give, and giving it.
 
 The vendor stays the host's in a guest that is started here. A guest that comes from elsewhere keeps its own, whatever
-the host's: vendors differ in what SYSCALL and SYSENTER do outside 64-bit code, which KVM then emulates slowly, and our
-guests have no system calls.
+the host's: vendors differ in what SYSCALL and SYSENTER do outside 64-bit code, which KVM then emulates slowly. That
+concerns 32-bit programs under a 64-bit operating system.
 
 Some KVMs change every table to what their CPU really does: their guests see more features than they were given, and may
 lack some that the same KVM offered. Some cannot intercept CPUID in ring 3 (``kvm_pvm`` on AMD): their guests see the
@@ -12,18 +12,26 @@ host's own answers, whatever KVM_GET_CPUID2 says. Nothing here can prevent that;
 Source: kernel ``api.rst``, KVM_GET_SUPPORTED_CPUID, KVM_SET_CPUID2 and KVM_GET_CPUID2.
 """
 
-from pageferry.core.cpuid import NO_SUBLEAF, CpuidLeaf, Leaves
+from pageferry.core.cpuid import NO_SUBLEAF, TSC_DEADLINE, CpuidLeaf, Leaves
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import SystemFd, VcpuFd
 
 
-def supported_cpuid(system: SystemFd) -> Leaves:
+def supported_cpuid(system: SystemFd, *, lapic: bool) -> Leaves:
     """Return what this KVM can give to a guest.
+
+    Args:
+        system: the kernel's KVM.
+        lapic: whether the guest's local APICs are KVM's, which then have a timer with a deadline mode: KVM tells of
+            that by a capability only.
 
     Raises:
         KvmError: the kernel refused.
     """
-    return _read(system, uapi.KVM_GET_SUPPORTED_CPUID)
+    leaves = _read(system, uapi.KVM_GET_SUPPORTED_CPUID)
+    if not lapic or not system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER):
+        return leaves
+    return tuple(leaf._replace(ecx=leaf.ecx | TSC_DEADLINE) if leaf.leaf == 1 else leaf for leaf in leaves)
 
 
 def shown_cpuid(vcpu: VcpuFd) -> Leaves:

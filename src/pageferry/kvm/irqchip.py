@@ -71,6 +71,27 @@ def create_irqchip(vm: VmFd) -> tuple[Stateful, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class KvmInterrupts:
+    """The inputs of KVM's controllers: IRQ n is input n of the PICs and of the IOAPIC.
+
+    Implements :class:`pageferry.devices.interrupts.InterruptController`.
+
+    Args:
+        vm: a machine that has them.
+    """
+
+    vm: VmFd
+
+    def set_line(self, irq: int, level: bool) -> None:
+        """Drive an input.
+
+        Raises:
+            KvmError: the kernel refused.
+        """
+        self.vm.ioctl(uapi.KVM_IRQ_LINE, uapi.KvmIrqLevel(irq=irq, level=level))
+
+
+@dataclass(frozen=True, slots=True)
 class _Chip:
     """One of the chips of KVM_GET_IRQCHIP.
 

@@ -2,6 +2,10 @@
 
 The APIC's base is among KVM's special registers, and its task priority among its own registers (CR8 mirrors it).
 
+A guest whose CPUID table has no local APIC gets one that is switched off: KVM shows in CPUID whether it is on, whatever
+the table says, and one that is off lets the PIC's interrupts through. While the guest leaves it alone it is no part of
+the state, so that such a guest can live on a machine that has none.
+
 Source: kernel ``api.rst``: KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_GET_MP_STATE, KVM_SET_MP_STATE; Intel SDM volume 3, 11.5.4
 (APIC Timer).
 """
@@ -12,7 +16,20 @@ from pageferry.kvm import uapi
 from pageferry.kvm.fds import VcpuFd
 from pageferry.kvm.msrs import MSR_IA32_TSC_DEADLINE, read_msrs, write_msrs
 
+_ENABLED = 1 << 11  # of the base
 _NO_IRQCHIP = "this machine has no interrupt controllers"
+
+
+def switch_off(fd: VcpuFd) -> None:
+    """Switch a new vCPU's local APIC off, as if the vCPU had none.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    sregs = uapi.KvmSregs()
+    fd.ioctl(uapi.KVM_GET_SREGS, sregs)
+    sregs.apic_base &= ~_ENABLED
+    fd.ioctl(uapi.KVM_SET_SREGS, sregs)
 
 
 def read_mp_state(fd: VcpuFd) -> MpState:
@@ -37,6 +54,16 @@ def write_mp_state(fd: VcpuFd, state: MpState) -> None:
         KvmError: the kernel refused.
     """
     fd.ioctl(uapi.KVM_SET_MP_STATE, uapi.KvmMpState(mp_state=state))
+
+
+def saved_lapic(fd: VcpuFd, base: int, new: LapicState) -> LapicState | None:
+    """Return the local APIC, whose base is ``base``; None for one that is switched off, and as it was when it was new.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    found = read_lapic(fd, base)
+    return None if found == new and not base & _ENABLED else found
 
 
 def read_lapic(fd: VcpuFd, base: int) -> LapicState:

@@ -14,7 +14,7 @@ from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import DEV_KVM, SystemFd
-from pageferry.kvm.vcpu_state import can_offset_tsc
+from pageferry.kvm.tsc import can_offset_tsc
 from pageferry.kvm.vm import KvmVm
 
 _TIMEOUT_S = 10.0

@@ -51,7 +51,9 @@ KVM_CAP_VCPU_EVENTS = 41
 KVM_CAP_DEBUGREGS = 50
 KVM_CAP_XSAVE = 55
 KVM_CAP_XCRS = 56
+KVM_CAP_TSC_CONTROL = 60
 KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_VCPU_ATTRIBUTES = 127
 KVM_CAP_IMMEDIATE_EXIT = 136
@@ -136,6 +138,12 @@ class KvmDirtyGfn(ctypes.Structure):
     """``struct kvm_dirty_gfn``: an entry of a dirty ring; ``slot`` has the address space in its high 16 bits."""
 
     _fields_ = (("flags", u32), ("slot", u32), ("offset", u64))
+
+
+class KvmIrqLevel(ctypes.Structure):
+    """``struct kvm_irq_level``."""
+
+    _fields_ = (("irq", u32), ("level", u32))
 
 
 class KvmDeviceAttr(ctypes.Structure):
@@ -230,6 +238,7 @@ KVM_SET_USER_MEMORY_REGION = _iow(0x46, ctypes.sizeof(KvmUserspaceMemoryRegion))
 KVM_SET_TSS_ADDR = _io(0x47)
 KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, 8)
 KVM_CREATE_IRQCHIP = _io(0x60)
+KVM_IRQ_LINE = _iow(0x61, ctypes.sizeof(KvmIrqLevel))
 KVM_GET_IRQCHIP = _iowr(0x62, ctypes.sizeof(KvmIrqchip))
 KVM_SET_IRQCHIP = _ior(0x63, ctypes.sizeof(KvmIrqchip))  # the kernel's numbers, wrong direction and all
 KVM_CREATE_PIT2 = _iow(0x77, ctypes.sizeof(KvmPitConfig))
@@ -254,6 +263,8 @@ KVM_GET_VCPU_EVENTS = _ior(0x9F, ctypes.sizeof(KvmVcpuEvents))
 KVM_SET_VCPU_EVENTS = _iow(0xA0, ctypes.sizeof(KvmVcpuEvents))
 KVM_GET_DEBUGREGS = _ior(0xA1, ctypes.sizeof(KvmDebugregs))
 KVM_SET_DEBUGREGS = _iow(0xA2, ctypes.sizeof(KvmDebugregs))
+KVM_SET_TSC_KHZ = _io(0xA2)
+KVM_GET_TSC_KHZ = _io(0xA3)
 KVM_ENABLE_CAP = _iow(0xA3, ctypes.sizeof(KvmEnableCap))
 KVM_GET_XSAVE = _ior(0xA4, ctypes.sizeof(KvmXsave))
 KVM_SET_XSAVE = _iow(0xA5, ctypes.sizeof(KvmXsave))

@@ -30,15 +30,13 @@ GDT, no SYSCALL, no SYSENTER) cannot change IOPL or TR: so what was loaded is st
 KVM gets a TSS at linear address 0, where a page of zeros permits every port. Where IOPL is kept nobody looks there.
 (An LDT does not count as a way out, though a guest could build a gate in it: a reset CPU has one, and none is used.)
 
-**The TSC** goes on from the saved value. Some KVMs (``kvm_pvm`` again) accept that and go on showing the host's;
-``KvmSupport.tsc_offset`` tells, and loading does not fail for it: a guest that needs monotonic time has the clock port.
+**The TSC** goes on from the saved value, at the saved rate: see :mod:`pageferry.kvm.tsc`.
 
 Left out: what no guest here can have. System management mode: no machine raises an SMI, and a vCPU that has brought
-itself there is refused. Nested virtualisation: no CPUID table has it. The TSC's frequency: the guest has the host's.
-Components of XSAVE that only the supervisor sees: nor has a table those.
+itself there is refused. Nested virtualisation: no CPUID table has it. Components of XSAVE that only the supervisor
+sees: nor has a table those.
 
-Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS; ``devices/vcpu.rst``,
-KVM_VCPU_TSC_CTRL.
+Source: kernel ``api.rst``: KVM_SET_SREGS, KVM_SET_REGS, KVM_SET_MSRS, KVM_SET_VCPU_EVENTS.
 """
 
 import ctypes
@@ -46,20 +44,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from pageferry.core.cpuid import Leaves
-from pageferry.core.errors import KvmError
+from pageferry.core.cpuid import APIC, Leaves, find
 from pageferry.core.state import DescriptorTable, LapicState, MpState, Segment, VcpuState
-from pageferry.kvm import lapic, uapi
+from pageferry.kvm import lapic, tsc, uapi
 from pageferry.kvm.events import kvm_events, read_events
 from pageferry.kvm.fds import VcpuFd, VmFd
-from pageferry.kvm.msrs import MSR_FIELDS, MSR_IA32_TSC, MSR_TSC_AUX, OtherMsrs, read_msrs, write_msrs
+from pageferry.kvm.msrs import MSR_FIELDS, MSR_TSC_AUX, OtherMsrs, read_msrs, write_msrs
 from pageferry.kvm.xsave import Xsave
 
 _GENERAL = tuple(field[0] for field in uapi.KvmRegs._fields_)
 _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr")  # LDTR and the tables have other names in the kernel
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
-
-_U64 = (1 << 64) - 1
 
 _ATTRIBUTE_PRESENT = 1 << 7
 _BUSY_TSS = 0x8B  # present, system, type 11
@@ -82,11 +77,11 @@ class Parts:
 
     @classmethod
     def of(cls, vm: VmFd, fd: VcpuFd, *, table: Leaves, listed: Iterable[int], event_flags: int, irqchip: bool) -> Self:
-        """Find out; the vCPU has its CPUID, and nothing was loaded yet.
+        """Find out, and switch off a local APIC that the table does not have; nothing was loaded yet.
 
         Args:
             vm: the machine.
-            fd: the vCPU.
+            fd: the vCPU, with its CPUID.
             table: the guest's CPUID table.
             listed: the MSRs that this KVM lists.
             event_flags: from :func:`pageferry.kvm.events.enable_events`.
@@ -95,6 +90,8 @@ class Parts:
         Raises:
             KvmError: the kernel refused.
         """
+        if irqchip and not find(table, 1)[3] & APIC:
+            lapic.switch_off(fd)
         return cls(
             msrs=OtherMsrs.of(fd, listed),
             xsave=Xsave.of(vm, fd, table),
@@ -116,41 +113,6 @@ def _sealed(state: VcpuState) -> Sealed | None:
     if state.cs.selector & 3 != 3 or any(doors):
         return None
     return Sealed(iopl=state.rflags & _RFLAGS_IOPL, tr=state.tr)
-
-
-def _tsc(fd: VcpuFd) -> int:
-    return read_msrs(fd, (MSR_IA32_TSC,)).get(MSR_IA32_TSC, 0)
-
-
-def _tsc_offset(fd: VcpuFd, request: int, value: int = 0) -> int:
-    # SAFETY: the kernel reads or writes `cell` during the call only; this frame holds it.
-    cell = ctypes.c_uint64(value)
-    attribute = uapi.KvmDeviceAttr(
-        group=uapi.KVM_VCPU_TSC_CTRL, attr=uapi.KVM_VCPU_TSC_OFFSET, addr=ctypes.addressof(cell)
-    )
-    fd.ioctl(request, attribute)
-    return cell.value
-
-
-def host_tsc(fd: VcpuFd) -> int | None:
-    """Return the host's TSC now (scaled as the guest's), or None when KVM does not tell the vCPU's offset.
-
-    One reading serves all vCPUs of a guest, so that their counters keep their distances.
-    """
-    try:
-        offset = _tsc_offset(fd, uapi.KVM_GET_DEVICE_ATTR)
-    except KvmError:
-        return None
-    return (_tsc(fd) - offset) & _U64
-
-
-def can_offset_tsc(fd: VcpuFd) -> bool:
-    """Tell, by setting it to something else, whether a vCPU's TSC can be set at all."""
-    before, wanted = _tsc(fd), 1 << 60
-    write_msrs(fd, {MSR_IA32_TSC: wanted})
-    after = _tsc(fd)
-    write_msrs(fd, {MSR_IA32_TSC: before})
-    return after >= wanted > before
 
 
 def _segment(raw: Any) -> Segment:  # noqa: ANN401  # a ctypes structure
@@ -191,7 +153,7 @@ def save(fd: VcpuFd, sealed: Sealed | None, parts: Parts, host_tsc_now: int | No
         fd: the vCPU.
         sealed: what the last :func:`load` returned.
         parts: what it has.
-        host_tsc_now: from :func:`host_tsc`, the instant for which the TSC is given; None: now.
+        host_tsc_now: from :func:`pageferry.kvm.tsc.host_tsc`, the instant for which the TSC is given; None: now.
 
     Raises:
         VmError: it has something in use that a ``VcpuState`` cannot hold.
@@ -203,7 +165,6 @@ def save(fd: VcpuFd, sealed: Sealed | None, parts: Parts, host_tsc_now: int | No
     fd.ioctl(uapi.KVM_GET_REGS, regs)
     fd.ioctl(uapi.KVM_GET_DEBUGREGS, debug)
     image, extended = parts.xsave.save(fd)
-    now, offset = (0, _tsc(fd)) if host_tsc_now is None else (host_tsc_now, _tsc_offset(fd, uapi.KVM_GET_DEVICE_ATTR))
     fields: dict[str, Any] = {name: getattr(regs, name) for name in _GENERAL}
     fields |= {name: getattr(sregs, name) for name in _CONTROL}
     fields |= {name: _segment(getattr(sregs, name)) for name in _SEGMENTS}
@@ -218,9 +179,9 @@ def save(fd: VcpuFd, sealed: Sealed | None, parts: Parts, host_tsc_now: int | No
         ldtr=_segment(sregs.ldt),
         gdtr=DescriptorTable(base=sregs.gdt.base, limit=sregs.gdt.limit),
         idtr=DescriptorTable(base=sregs.idt.base, limit=sregs.idt.limit),
-        tsc=(now + offset) & _U64,
+        tsc=tsc.read(fd, host_tsc_now),
         mp_state=mp_state,
-        lapic=lapic.read_lapic(fd, sregs.apic_base) if parts.new_lapic else None,
+        lapic=lapic.saved_lapic(fd, sregs.apic_base, parts.new_lapic) if parts.new_lapic else None,
         fpu_regs=image,
         extended=extended,
         msrs=parts.msrs.save(fd),
@@ -235,7 +196,8 @@ def load(fd: VcpuFd, state: VcpuState, parts: Parts, host_tsc_now: int | None = 
         fd: the vCPU.
         state: of this or any other machine; one without a local APIC leaves ours as it was when it was new.
         parts: what the vCPU has.
-        host_tsc_now: from :func:`host_tsc`, the instant at which the guest's TSC is ``state.tsc``; None: now.
+        host_tsc_now: from :func:`pageferry.kvm.tsc.host_tsc`, the instant at which the guest's TSC is ``state.tsc``;
+            None: now.
 
     Raises:
         VmError: this machine cannot hold the state.
@@ -252,10 +214,7 @@ def load(fd: VcpuFd, state: VcpuState, parts: Parts, host_tsc_now: int | None = 
     _load_msrs(fd, state, parts.msrs)
     if apic:
         lapic.write_registers(fd, apic)
-    if host_tsc_now is None:
-        write_msrs(fd, {MSR_IA32_TSC: state.tsc})
-    else:
-        _tsc_offset(fd, uapi.KVM_SET_DEVICE_ATTR, (state.tsc - host_tsc_now) & _U64)
+    tsc.write(fd, state.tsc, host_tsc_now)
     if apic:
         lapic.write_deadline(fd, apic)
         lapic.write_mp_state(fd, state.mp_state)

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.cpu_features import table_for
+from pageferry.core.cpu_features import guest_table
 from pageferry.core.cpuid import of_vcpu
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import GfnArray
@@ -25,10 +25,10 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
-from pageferry.kvm import uapi, vcpu_state
+from pageferry.kvm import tsc, uapi, vcpu_state
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.events import enable_events
-from pageferry.kvm.fds import SystemFd
+from pageferry.kvm.fds import SystemFd, VcpuFd
 from pageferry.kvm.irqchip import create_irqchip
 from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
@@ -82,15 +82,22 @@ class KvmVm(StandardMachine):
             limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
             if not 1 <= config.cpus <= limit:
                 raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
-            cpuid = table_for(config.cpu, supported_cpuid(system), where="this host")
-            memory = GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages, storage=config.storage)
-            super().__init__(config, memory, cpuid)
+            irqchip = config.machine is MachineModel.PC
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
             self._set_up_vm()
-            if config.machine is MachineModel.PC:
-                self.platform.bus.elsewhere = create_irqchip(self.vm_fd)
+            chips = create_irqchip(self.vm_fd) if irqchip else ()
             event_flags = enable_events(self.vm_fd)
+            vcpu_fds = [undo.enter_context(self.vm_fd.create_vcpu(index)) for index in range(config.cpus)]
+            cpuid = guest_table(
+                config,
+                supported_cpuid(system, lapic=irqchip),
+                where="this host",
+                tsc_khz=tsc.rate_khz(vcpu_fds[0]),
+            )
+            memory = GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages, storage=config.storage)
+            super().__init__(config, memory, cpuid)
+            self.platform.bus.elsewhere = chips
             self.vcpu_mapping = self.memory.mapping
             if kind.own_mapping:
                 self.vcpu_mapping = self.memory.map_again()
@@ -98,16 +105,15 @@ class KvmVm(StandardMachine):
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)
-            make_vcpu = partial(self._make_vcpu, undo, listed_msrs(system), event_flags)
-            self.vcpus = tuple(make_vcpu(index) for index in range(config.cpus))
+            make_vcpu = partial(self._make_vcpu, listed_msrs(system), event_flags)
+            self.vcpus = tuple(make_vcpu(fd, index) for index, fd in enumerate(vcpu_fds))
             log_dirty = kind.make(self)
             if isinstance(log_dirty, Closeable):
                 undo.callback(log_dirty.close)
             self._attach(self.vcpus, log_dirty)
             self._owned = undo.pop_all()
 
-    def _make_vcpu(self, undo: ExitStack, listed: tuple[int, ...], event_flags: int, index: int) -> KvmVcpu:
-        fd = undo.enter_context(self.vm_fd.create_vcpu(index))
+    def _make_vcpu(self, listed: tuple[int, ...], event_flags: int, fd: VcpuFd, index: int) -> KvmVcpu:
         set_cpuid(fd, of_vcpu(self.cpuid, index=index, cpus=self.config.cpus))
         parts = vcpu_state.Parts.of(
             self.vm_fd,
@@ -136,13 +142,20 @@ class KvmVm(StandardMachine):
         return UffdAbsentPages(self.memory, (self.memory.mapping, self.vcpu_mapping), fetch, absent)
 
     def _save_vcpus(self) -> tuple[VcpuState, ...]:
-        now = vcpu_state.host_tsc(self.vcpus[0].fd)
+        now = tsc.host_tsc(self.vcpus[0].fd)
         return tuple(vcpu.save(now) for vcpu in self.vcpus)
 
-    def _load_vcpus(self, vcpus: tuple[VcpuState, ...]) -> None:
-        now = vcpu_state.host_tsc(self.vcpus[0].fd)
+    def _load_vcpus(self, vcpus: tuple[VcpuState, ...], tsc_khz: int | None) -> None:
+        if tsc_khz is not None:
+            for vcpu in self.vcpus:
+                tsc.set_rate(self.vm_fd, vcpu.fd, tsc_khz)
+        now = tsc.host_tsc(self.vcpus[0].fd)
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state, now)
+
+    def _tsc_khz(self) -> int | None:
+        # The ABI's guests do not tell the time by it, and go to hosts of any rate.
+        return tsc.rate_khz(self.vcpus[0].fd) if self.config.machine is MachineModel.PC else None
 
     def _save_kvm_clock(self) -> int | None:
         if not self.vm_fd.check_extension(uapi.KVM_CAP_ADJUST_CLOCK):

@@ -134,9 +134,7 @@ def encode_machine_state(state: MachineState) -> bytes:
     Raises:
         LocalStreamError: the state is larger than the format allows, or a field does not fit.
     """
-    entries = [
-        Entry(typecode=Typecode.HEADER, body=HEADER_BODY.pack(MAGIC, VERSION, NO_CHANGESET, 0, 0)),
-    ]
+    entries = [Entry(typecode=Typecode.HEADER, body=_encode_header(state.tsc_khz))]
     for index, vcpu in enumerate(state.vcpus):
         entries.append(Entry(typecode=Typecode.CPU, instance=index, body=encode_cpu(vcpu)))
         entries += encode_vcpu_entries(index, vcpu)
@@ -163,7 +161,7 @@ def decode_machine_state(data: bytes) -> MachineState:
             devices); ``offset`` counts from the context's first byte.
     """
     header, *entries, _ = split_entries(data)
-    _check_header(header)
+    tsc_khz = _decode_header(header)
     places: dict[Typecode, dict[int, Entry]] = {
         typecode: {} for typecode in (Typecode.CPU, *VCPU_TYPECODES, Typecode.KVM_CLOCK, Typecode.DEVICE)
     }
@@ -186,7 +184,9 @@ def decode_machine_state(data: bytes) -> MachineState:
         decode_cpu(cpus[n], {typecode: place[n] for typecode, place in places.items() if n in place})
         for n in range(len(cpus))
     )
-    return MachineState(vcpus=vcpus, devices=_decode_devices(devices), kvm_clock_ns=_decode_clock(clocks))
+    return MachineState(
+        vcpus=vcpus, devices=_decode_devices(devices), tsc_khz=tsc_khz, kvm_clock_ns=_decode_clock(clocks)
+    )
 
 
 def state_in_stream(record: HvmContext, *, end_offset: int) -> MachineState:
@@ -207,12 +207,21 @@ def state_in_stream(record: HvmContext, *, end_offset: int) -> MachineState:
         raise RecordError(error.reason, record=error.record, offset=offset) from error
 
 
-def _check_header(entry: Entry) -> None:
+def _encode_header(tsc_khz: int | None) -> bytes:
+    try:
+        return HEADER_BODY.pack(MAGIC, VERSION, NO_CHANGESET, 0, tsc_khz or 0)
+    except StructError as error:
+        raise LocalStreamError("the TSC's rate does not fit its width", record="HVM_CONTEXT HEADER") from error
+
+
+def _decode_header(entry: Entry) -> int | None:
+    """Return the rate of the guest's TSC."""
     if len(entry.body) != HEADER_BODY.size:
         raise entry.refusal(f"a body of {len(entry.body)} bytes, not {HEADER_BODY.size}")
-    magic, version, *_ = HEADER_BODY.unpack(entry.body)
+    magic, version, _, _, tsc_khz = HEADER_BODY.unpack(entry.body)
     if magic != MAGIC or version != VERSION:
         raise entry.refusal(f"magic {magic:#x} and version {version}")
+    return tsc_khz or None
 
 
 def _encode_clock(clock_ns: int) -> bytes:

@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from pageferry.core.cpuid import cpu_name, model_of
+from pageferry.core.cpu_features import model_of
+from pageferry.core.cpuid import cpu_name
 from pageferry.core.errors import GuestAt
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.guests.abi import read_status

@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from pageferry.core.cpu_features import FEATURES, bit_name, host, missing_features, table_for
+from pageferry.core.cpu_features import FEATURES, bit_name, guest_table, host, missing_features, model_of, table_for
 from pageferry.core.cpuid import (
     MAX_LEAVES,
     NO_SUBLEAF,
@@ -16,10 +16,10 @@ from pageferry.core.cpuid import (
     check_leaves,
     cpu_name,
     find,
-    model_of,
     of_vcpu,
 )
 from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.core.xsave import component_places, enabled_components
 
 AMD = (0x6874_7541, 0x444D_4163, 0x6974_6E65)  # ebx, ecx, edx of "AuthenticAMD"
@@ -120,6 +120,62 @@ def test_all_of_the_host_is_all_but_what_does_not_travel():
     for same in ((0, 0), (7, 1), (0xA, 0), (0xD, 0), (0xD, 2), (0x8000_0008, 0)):
         assert find(table, *same) == find(RICH, *same)
     assert not missing_features(table, RICH)
+
+
+# -- of a PC -----------------------------------------------------------------------------------------------------------
+
+APIC_EDX, OTHERS_EDX = 1 << 9, 1 << 7 | 1 << 12 | 1 << 14  # MCE, MTRR, MCA
+APIC_ECX = 1 << 21 | 1 << 24  # x2apic, TSC deadline
+PLENTIFUL = (
+    *changed(changed(RICH, 1, ecx=APIC_ECX), 0x8000_0001, ecx=1 << 3, edx=0xFFFF_FFFF)[:-2],
+    CpuidLeaf(0x8000_0007, NO_SUBLEAF, 1, 2, 3, 1 << 8),
+    *RICH[-2:],
+)
+
+
+def pc(cpus, cpu=CpuModel.HOST, **options):
+    config = VmConfig(memory_bytes=1 << 20, cpus=cpus, cpu=cpu, machine=MachineModel.PC)
+    return guest_table(config, PLENTIFUL, where="here", **options)
+
+
+@pytest.mark.parametrize("cpu", CpuModel)
+def test_a_pc_with_one_cpu_has_no_local_apic(cpu):
+    table = pc(1, cpu, tsc_khz=2_600_000)
+    check_leaves(table)
+    for leaf in (1, 0x8000_0001):
+        ecx, edx = find(table, leaf)[2:]
+        assert not ecx & (APIC_ECX if leaf == 1 else 1 << 3)
+        assert edx == find(table_for(cpu, PLENTIFUL, where="here"), leaf)[3] & ~(APIC_EDX | OTHERS_EDX)
+    assert not missing_features(table, PLENTIFUL)
+    assert model_of(table) is cpu
+
+
+def test_a_pc_with_several_cpus_has_local_apics_and_knows_that_its_tscs_keep_step():
+    for cpu in CpuModel:
+        table = pc(2, cpu, tsc_khz=2_600_000)
+        check_leaves(table)
+        assert find(table, 1)[3] & (APIC_EDX | OTHERS_EDX) == APIC_EDX
+        assert find(table, 0x8000_0007)[3] == 1 << 8
+        assert find(table, 0x15) == (0, 0, 0, 0)
+        assert not missing_features(table, PLENTIFUL)
+        assert model_of(table) is cpu
+    assert find(pc(2), 1)[2] & APIC_ECX == APIC_ECX
+
+
+@pytest.mark.parametrize("khz", [1, 1_000_000, 2_596_128, 4_294_967, 4_294_968, 6_000_001])
+def test_the_rate_of_the_tsc_is_told_in_a_way_that_32_bits_can_multiply(khz):
+    table = pc(1, CpuModel.BASELINE, tsc_khz=khz)
+    check_leaves(table)
+    denominator, numerator, crystal_hz, _ = answer(table, 0x15, 0)
+    assert abs(crystal_hz * numerator / denominator - 1000 * khz) <= numerator
+    assert crystal_hz // 1000 * numerator < 1 << 32
+    assert find(pc(1, CpuModel.BASELINE), 0)[0] == 1  # no rate known: no leaf
+
+
+def test_a_table_that_a_guest_has_is_left_as_it_is():
+    assert pc(1, baseline(PLENTIFUL), tsc_khz=1_000_000) == baseline(PLENTIFUL)
+    plain = VmConfig(memory_bytes=1 << 20)
+    assert guest_table(plain, PLENTIFUL, where="here", tsc_khz=1_000_000) == baseline(PLENTIFUL)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ FULL_STATE = MachineState(
         ),
     ),
     devices=(),
+    tsc_khz=2_596_128,
     kvm_clock_ns=1 << 61,
 )
 
