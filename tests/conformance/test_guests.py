@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from altered import alter
 from machines import KINDS
 from tiers import sample
 
@@ -464,9 +465,12 @@ def test_pagetables_stops_when_a_page_of_its_window_is_wrong(start):
     assert vm.end.exit_code == slot(vm).error in (1, 3, 4)
 
 
-def test_pagetables_notices_a_flush_that_is_not_done(start, monkeypatch):
-    monkeypatch.setattr(InvalidatePort, "write", lambda self, offset, size, value: None)
-    vm, _ = start("pagetables", working_set_bytes=100 * PAGE)
+def test_pagetables_notices_a_flush_that_is_not_done(start):
+    def flush_nothing(vm):
+        (port,) = [device for device in vm.platform.bus.devices if isinstance(device, InvalidatePort)]
+        alter(port, "write", lambda _: lambda offset, size, value: None)
+
+    vm, _ = start("pagetables", working_set_bytes=100 * PAGE, before=flush_nothing)
     assert vm.wait(60) is VmStatus.SHUTDOWN
     assert vm.end.exit_code == slot(vm).error != 0
 

@@ -1,6 +1,9 @@
-"""A source, a destination and a save with other parts in the place of their own, for as long as they run."""
+"""A source, a destination and a save with other parts in the place of their own, for as long as they run.
 
-from collections.abc import Collection, Mapping
+And an object with a method altered, for as long as it is there.
+"""
+
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
@@ -71,3 +74,12 @@ def lacking(*names: str) -> type[AlteredDestination]:
         return agree([each for each in offered if each not in names], **can)
 
     return AlteredDestination.having({"features.agree": agree_on_others})
+
+
+def alter(target: object, name: str, wrap: Callable[[Any], Callable[..., Any]]) -> None:
+    """Put ``wrap(sound)`` in the place of the method ``name`` of one object.
+
+    Raises:
+        AttributeError: there is no such method any more: who alters it must follow the implementation.
+    """
+    setattr(target, name, wrap(getattr(target, name)))

@@ -7,12 +7,11 @@ import time
 
 import numpy as np
 import pytest
-from altered import AlteredDestination, AlteredSource, lacking
+from altered import AlteredDestination, AlteredSource, alter, lacking
 from at_work import runs_on, work
 from tiers import sample
 from trips import Rounds
 
-from mutation.fault import replace
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError
@@ -539,7 +538,7 @@ def test_a_source_without_the_library_says_so_before_anything_begins(packing, mo
 def test_packed_data_that_is_not_what_it_should_be_ends_the_migration(guests, move, packing):
     def spoiling(packing):
         made = packer(packing)
-        replace(made, "pack", lambda sound: lambda data: sound(data)[:-5] + b"wrong")
+        alter(made, "pack", lambda sound: lambda data: sound(data)[:-5] + b"wrong")
         return made
 
     vm = guests("idle")

@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from altered import alter
 from machines import Kind
 from tiers import sample
 
-from mutation import fault
 from mutation.fault import injected
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.policies import XenPolicy
@@ -38,7 +38,7 @@ def counting(kind, viewed_pages):
     def counted(views):
         return lambda starts, lengths: (viewed_pages.append(int(lengths.sum())), views(starts, lengths))[1]
 
-    return replace(kind, make_vm=injected(kind.make_vm, lambda vm: fault.replace(vm.memory, "views", counted)))
+    return replace(kind, make_vm=injected(kind.make_vm, lambda vm: alter(vm.memory, "views", counted)))
 
 
 @pytest.mark.parametrize("size", SHAPES)

@@ -5,10 +5,11 @@ import threading
 
 import numpy as np
 import pytest
+from altered import alter
 from at_work import runs_on, slots, until
 from tiers import sample
 
-from mutation.fault import injected, replace
+from mutation.fault import injected
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import gpa_of
@@ -304,7 +305,7 @@ def test_a_state_that_does_not_fit_leaves_nothing(saved, machine):
 
     def break_it(vm):
         made.append(vm)
-        replace(vm, "load_state", lambda _: refuse)
+        alter(vm, "load_state", lambda _: refuse)
 
     with pytest.raises(VmError, match="no such device"):
         restore_lazily(SavedGuest(path), injected(machine, break_it), on_failure=lambda _: None)

@@ -1,13 +1,13 @@
 """Law 7: memory is proven equal, while the guest runs and at the pause; what differs fails closed."""
 
 import pytest
-from altered import AlteredDestination, AlteredSource, lacking
+from altered import AlteredDestination, AlteredSource, alter, lacking
 from at_work import runs_on
 from tiers import sample
 from trips import Rounds, expect_as_before, source_of
 
 from mutation.audit_checks import ClaimsEverything
-from mutation.fault import injected, replace
+from mutation.fault import injected
 from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import MigrationError, PeerError, VerifyError
@@ -42,7 +42,7 @@ def corrupting(inn, change):
     """The destination's machines change their memory by ``change(memory)`` after everything was received."""
     plain = inn.make_vm
     inn.make_vm = injected(
-        plain, lambda vm: replace(vm, "load_state", lambda load: lambda state: (load(state), change(vm.memory)))
+        plain, lambda vm: alter(vm, "load_state", lambda load: lambda state: (load(state), change(vm.memory)))
     )
     return plain
 
@@ -88,7 +88,7 @@ def noting(calls, name):
 
 def test_the_destination_finds_what_has_storage_while_the_source_does(running, inn):
     calls = []
-    inn.make_vm = injected(inn.make_vm, lambda vm: replace(vm.memory, "populated", noting(calls, "look")))
+    inn.make_vm = injected(inn.make_vm, lambda vm: alter(vm.memory, "populated", noting(calls, "look")))
     inn.kind = AlteredDestination.having({"verify.compare.digest_runs": noting(calls, "digest")(digest_runs)})
     vm = running("idle")
     source_of(vm, inn.open(), Rounds(2), verify=VerifyMode.FULL).run()
@@ -107,8 +107,8 @@ def test_nothing_is_measured_between_a_round_and_the_pause(running, inn, verify,
         if isinstance(event, RoundBegan):
             calls.append("round")
 
-    replace(vm.memory, "populated", noting(calls, "populated"))  # measuring begins so
-    replace(vm, "freeze", noting(calls, "freeze"))
+    alter(vm.memory, "populated", noting(calls, "populated"))  # measuring begins so
+    alter(vm, "freeze", noting(calls, "freeze"))
     source_of(vm, inn.open(), Rounds(rounds), verify=verify, on_event=on_event).run()
     assert isinstance(inn.outcome(), type(vm))
     until_pause = calls[: len(calls) - calls[::-1].index("freeze")]
@@ -126,7 +126,7 @@ def test_measuring_takes_a_twentieth_of_the_time_at_most(guests):
         looks.append(now[0])
         return populated()
 
-    replace(vm.memory, "populated", lambda _: look)
+    alter(vm.memory, "populated", lambda _: look)
 
     def now_s():
         now[0] += 1e-6

@@ -4,11 +4,10 @@ import threading
 from functools import partial
 
 import pytest
-from altered import AlteredSource
+from altered import AlteredSource, alter
 from at_work import runs_on
 from trips import TIMEOUT_S, Rounds, Running, expect_as_before, source_of
 
-from mutation.fault import replace
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UsageError, VmError
 from pageferry.core.events import RoundEnded
 from pageferry.core.policies import DowntimePolicy, XenPolicy
@@ -24,7 +23,7 @@ def test_a_round_cleans_part_by_part_and_reports_what_it_found(running, inn):
     def watched(clean_range):
         return lambda gfns: (cleaned.append((gfns, clean_range(gfns))), cleaned[-1][1])[1]
 
-    replace(vm.log_dirty, "clean_range", watched)
+    alter(vm.log_dirty, "clean_range", watched)
     small = AlteredSource.having({"source.Precopy": partial(Precopy, chunk_pages=1024)})
     report = source_of(vm, inn.open(), XenPolicy(max_rounds=3, min_dirty_pages=0), kind=small).run()
     assert report.verified
@@ -51,7 +50,7 @@ class Holds:
             if threading.current_thread().name == "throttle":
                 self._held.set()
 
-        replace(vm, "freeze", lambda _: watched)
+        alter(vm, "freeze", lambda _: watched)
 
     def decide(self, progress):
         if progress.last.index == 3:

@@ -9,12 +9,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from altered import alter
 from tiers import sample
 
 from pageferry.core.errors import VmError
+from pageferry.core.run import Wait
 from pageferry.core.state import MachineState
 from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.devices import clock
+from pageferry.devices.clock import Clock
 from pageferry.devices.dma import DMA_MMIO
 from pageferry.guests import abi
 from pageferry.guests.abi import read_status
@@ -44,11 +46,6 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def waits_are_long(monkeypatch):
-    monkeypatch.setattr(clock, "_MAX_WAIT_S", 100 * PATIENCE_S)
-
-
 @pytest.fixture
 def start(make_vm):
     """Makes a running guest with one vCPU for each of the programs named."""
@@ -57,6 +54,8 @@ def start(make_vm):
     def start(*programs):
         vm = make_vm(VmConfig(memory_bytes=MEMORY, cpus=len(programs)))
         made.append(vm)
+        (clock,) = [device for device in vm.platform.bus.devices if isinstance(device, Clock)]
+        alter(clock, "write", lambda _: lambda offset, size, value: Wait(100 * PATIENCE_S))
         vm.memory.write(abi.PAGE_TABLES_GPA, abi.page_tables(MEMORY))
         states = []
         for index, name in enumerate(programs):

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from altered import AlteredSource
 
 from pageferry.core.cpu_features import missing_features
 from pageferry.core.cpuid import NO_SUBLEAF, SOFT_CPU, CpuidLeaf, CpuModel, answer, of_vcpu
@@ -201,21 +202,17 @@ def test_a_host_without_a_feature_refuses_before_the_first_page(kvm_support, ask
     askers.made.append(second.there)
 
 
-def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, monkeypatch, journey):
+def test_a_stream_with_another_cpu_than_the_hello_is_refused(make_vm, askers, journey):
+    class Lies(Encoder):
+        def record(self, record):
+            if isinstance(record, CpuidPolicy):
+                record = CpuidPolicy(leaves=without_mmx(record.leaves))
+            return super().record(record)
+
     vm = askers(make_vm)
     vm.resume()
-    plain = Encoder.record
-
-    def lie(encoder, record):
-        if isinstance(record, CpuidPolicy):
-            record = CpuidPolicy(leaves=without_mmx(record.leaves))
-        return plain(encoder, record)
-
-    monkeypatch.setattr(Encoder, "record", lie)
-    trip = journey(vm, make_vm)
     with pytest.raises(MigrationError, match="not the CPU of the hello"):
-        trip.run()
-    monkeypatch.undo()
+        journey(vm, make_vm).run(kind=AlteredSource.having({"source.Encoder": Lies}))
     assert asked(vm)
 
 

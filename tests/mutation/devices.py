@@ -4,7 +4,9 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from mutation.fault import Faults, Room, replace
+from altered import alter
+
+from mutation.fault import Faults, Room
 from pageferry.devices import clock, rtc, uart
 from pageferry.hypervisor.domain import Domain
 
@@ -21,7 +23,7 @@ def _load_then(device: Any, spoil: Callable[[], object]) -> None:
 
         return load
 
-    replace(device, "load", wrap)
+    alter(device, "load", wrap)
 
 
 @fault(
@@ -55,7 +57,7 @@ def _without(console: uart.Uart, queue: str) -> None:
 
         return save
 
-    replace(console, "save", wrap)
+    alter(console, "save", wrap)
 
 
 @fault(
@@ -76,8 +78,8 @@ def uart_interrupt_not_loaded(domain: Domain) -> None:
 )
 def guest_time_is_the_hosts(domain: Domain) -> None:
     """Guest time is not loaded: it goes on from what the destination's clock says, back or ahead."""
-    replace(domain.platform.clock, "load", lambda _: lambda data: None)
-    replace(domain.platform.timer, "load", lambda sound: lambda data: _load_timer_late(domain, sound, data))
+    alter(domain.platform.clock, "load", lambda _: lambda data: None)
+    alter(domain.platform.timer, "load", lambda sound: lambda data: _load_timer_late(domain, sound, data))
 
 
 def _load_timer_late(domain: Domain, sound: Any, data: bytes) -> None:
@@ -131,8 +133,8 @@ def rtc_stands_still_while_moving(domain: Domain) -> None:
 
         return load
 
-    replace(device, "save", wrap_save)
-    replace(device, "load", wrap_load)
+    alter(device, "save", wrap_save)
+    alter(device, "load", wrap_load)
 
 
 @fault(
@@ -153,4 +155,4 @@ def rtc_shows_the_hosts_time(domain: Domain) -> None:
 )
 def dma_registers_not_loaded(domain: Domain) -> None:
     """The DMA engine is loaded as new: a guest that set it up before the move finds other registers."""
-    replace(domain.platform.dma, "load", lambda _: lambda data: None)
+    alter(domain.platform.dma, "load", lambda _: lambda data: None)

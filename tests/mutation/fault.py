@@ -111,15 +111,6 @@ class Faults:
         return tuple(self._faults)
 
 
-def replace(target: object, name: str, wrap: Callable[[Any], Callable[..., Any]]) -> None:
-    """Put ``wrap(sound)`` in the place of the method ``name`` of one object.
-
-    Raises:
-        AttributeError: there is no such step any more: the implementation changed, the fault must follow.
-    """
-    setattr(target, name, wrap(getattr(target, name)))
-
-
 def injected(make_vm: MakeVm, inject: Callable[..., Any]) -> MakeVm:
     """Return a maker of the same machines, each broken by ``inject`` before anything runs."""
 

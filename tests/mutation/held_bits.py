@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from mutation.fault import replace
+from altered import alter
+
 from pageferry.core.bitmap import DirtyBitmap
 
 
@@ -18,4 +19,4 @@ def drop_marks(log: Any) -> None:
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from mutation.fault import Faults, Room, replace
+from altered import alter
+
+from mutation.fault import Faults, Room
 from pageferry.hypervisor.domain import Domain
 
 fault = Faults(Room.HYPERVISOR)
@@ -25,7 +27,7 @@ def range_takes_the_whole_journal(domain: Domain) -> None:
 
         return end_cycle
 
-    replace(paging, "_end_cycle", wrap)
+    alter(paging, "_end_cycle", wrap)
 
 
 @fault(
@@ -46,4 +48,4 @@ def range_protects_all(domain: Domain) -> None:
 
         return end_cycle
 
-    replace(paging, "_end_cycle", wrap)
+    alter(paging, "_end_cycle", wrap)

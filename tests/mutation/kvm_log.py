@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from altered import alter
 from numpy.typing import NDArray
 
-from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from mutation.fault import BEHIND_THE_HOLE, Faults, Room
 from mutation.held_bits import drop_marks
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_START, gfn_of
@@ -42,7 +43,7 @@ def kvm_slot_remade_before_read(vm: KvmVm) -> None:
 
         return get
 
-    replace(log, "_get", wrap)
+    alter(log, "_get", wrap)
 
 
 @fault(
@@ -68,8 +69,8 @@ def kvm_cleared_unread(vm: KvmVm) -> None:
 
         return clear
 
-    replace(log, "_get", wrap_get)
-    replace(log, "_clear", wrap_clear)
+    alter(log, "_get", wrap_get)
+    alter(log, "_clear", wrap_clear)
 
 
 @fault(
@@ -79,7 +80,7 @@ def kvm_cleared_unread(vm: KvmVm) -> None:
 )
 def kvm_clear_forgotten(vm: KvmVm) -> None:
     """CLEAN reads the bitmap and does not call KVM_CLEAR_DIRTY_LOG."""
-    replace(_log(vm), "_clear", lambda _: lambda slot, words: None)
+    alter(_log(vm), "_clear", lambda _: lambda slot, words: None)
 
 
 @fault(
@@ -103,7 +104,7 @@ def kvm_second_slot_shifted(vm: KvmVm) -> None:
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)
 
 
 @fault(
@@ -121,7 +122,7 @@ def kvm_range_clears_the_slot(vm: KvmVm) -> None:
 
         return clear
 
-    replace(log, "_clear", wrap)
+    alter(log, "_clear", wrap)
 
 
 @fault(
@@ -147,7 +148,7 @@ def kvm_range_of_the_first_slot(vm: KvmVm) -> None:
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)
 
 
 @fault(
@@ -178,4 +179,4 @@ def kvm_peek_takes(vm: KvmVm) -> None:
 
         return peek
 
-    replace(log, "_peek", wrap)
+    alter(log, "_peek", wrap)

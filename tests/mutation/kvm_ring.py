@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from altered import alter
 from numpy.typing import NDArray
 
-from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from mutation.fault import BEHIND_THE_HOLE, Faults, Room
 from mutation.held_bits import drop_marks
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
@@ -36,7 +37,7 @@ def log_of(vm: KvmVm) -> KvmRingLog:
 
 def without_collector(vm: KvmVm) -> None:
     """Leave the rings to the operators: what the guest wrote since the last one is in them, however slow the host."""
-    replace(log_of(vm), "_collect", lambda _: lambda: None)
+    alter(log_of(vm), "_collect", lambda _: lambda: None)
 
 
 def full_before_clean(vm: KvmVm) -> None:
@@ -55,7 +56,7 @@ def full_before_clean(vm: KvmVm) -> None:
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)
 
 
 def _second_vcpu_sends_between_cleans(vm: KvmVm) -> None:
@@ -77,7 +78,7 @@ def _second_vcpu_sends_between_cleans(vm: KvmVm) -> None:
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)
 
 
 @fault(
@@ -88,7 +89,7 @@ def _second_vcpu_sends_between_cleans(vm: KvmVm) -> None:
 )
 def ring_reset_skipped(vm: KvmVm) -> None:
     """CLEAN harvests the rings and does not reset them."""
-    replace(log_of(vm)._rings, "reset", lambda _: lambda: True)
+    alter(log_of(vm)._rings, "reset", lambda _: lambda: True)
 
 
 @fault(
@@ -109,7 +110,7 @@ def ring_reset_before_kept(vm: KvmVm) -> None:
             slots, offsets = ring.look()
             keep(rings._gfns_of(vcpu, slots, offsets))
 
-    replace(rings, "harvest", lambda _: harvest)
+    alter(rings, "harvest", lambda _: harvest)
 
 
 @fault(
@@ -130,7 +131,7 @@ def ring_loses_at_the_wrap(vm: KvmVm) -> None:
 
         return gfns_of
 
-    replace(rings, "_gfns_of", wrap)
+    alter(rings, "_gfns_of", wrap)
 
 
 @fault(
@@ -148,7 +149,7 @@ def ring_dropped_when_full(vm: KvmVm) -> None:
             log._rings.harvest(lambda gfns: None)
             log._rings.reset()
 
-    replace(log, "on_ring_full", lambda _: on_ring_full)
+    alter(log, "on_ring_full", lambda _: on_ring_full)
     without_collector(vm)
     full_before_clean(vm)
 
@@ -175,7 +176,7 @@ def ring_of_the_first_vcpu_only(vm: KvmVm) -> None:
 
         return harvest
 
-    replace(rings, "harvest", wrap)
+    alter(rings, "harvest", wrap)
 
 
 @fault(
@@ -207,7 +208,7 @@ def ring_peek_keeps_nothing(vm: KvmVm) -> None:
 
         return peek
 
-    replace(log, "peek", wrap)
+    alter(log, "peek", wrap)
 
 
 @fault(
@@ -220,7 +221,7 @@ def ring_not_emptied_at_off(vm: KvmVm) -> None:
     """OFF and ENABLE leave in the rings what is there: the next tracking finds old entries."""
     log = log_of(vm)
     without_collector(vm)
-    replace(log, "_harvest", lambda sound: lambda: sound() if log.enabled else None)
+    alter(log, "_harvest", lambda sound: lambda: sound() if log.enabled else None)
 
 
 @fault(
@@ -255,4 +256,4 @@ def ring_reset_cut_short(vm: KvmVm) -> None:
 
         return reset
 
-    replace(rings, "reset", wrap)
+    alter(rings, "reset", wrap)

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from altered import alter
 from numpy.typing import NDArray
 
-from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from mutation.fault import BEHIND_THE_HOLE, Faults, Room
 from mutation.uffd import log_of, store_from_a_vcpu
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
@@ -34,7 +35,7 @@ def pagemap_peek_protects(vm: KvmVm) -> None:
             log._scan(part, bitmap, protect=True)
         return bitmap
 
-    replace(log, "_look", lambda _: look)
+    alter(log, "_look", lambda _: look)
 
 
 @fault(
@@ -56,7 +57,7 @@ def pagemap_first_buffer_only(vm: KvmVm) -> None:
 
         return written
 
-    replace(pagemap, "written", wrap)
+    alter(pagemap, "written", wrap)
 
 
 @fault(
@@ -80,7 +81,7 @@ def pagemap_looked_then_protected(vm: KvmVm) -> None:
             log._scan(span, DirtyBitmap(taken.nbits), protect=True)
         taken |= seen
 
-    replace(log, "_take", lambda _: take)
+    alter(log, "_take", lambda _: take)
 
 
 @fault(
@@ -99,7 +100,7 @@ def pagemap_range_protects_all(vm: KvmVm) -> None:
             log._scan(region, found, protect=True)
         taken |= found.take(part)
 
-    replace(log, "_take", lambda _: take)
+    alter(log, "_take", lambda _: take)
 
 
 class _NoHole(VcpuView):

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from mutation.fault import Faults, Room, replace
+from altered import alter
+
+from mutation.fault import Faults, Room
 from mutation.kvm_ring import RING, log_of, without_collector
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
@@ -34,7 +36,7 @@ def ring_range_keeps_its_own(vm: KvmVm) -> None:
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)
 
 
 @fault(
@@ -51,13 +53,13 @@ def ring_range_not_reset(vm: KvmVm) -> None:
         def clean_range(gfns: range) -> DirtyBitmap:
             reset = log._rings.reset
             if len(gfns) < vm.memory.gfn_limit:
-                replace(log._rings, "reset", lambda _: lambda: True)
+                alter(log._rings, "reset", lambda _: lambda: True)
             try:
                 bitmap: DirtyBitmap = sound(gfns)
             finally:
-                replace(log._rings, "reset", lambda _: reset)
+                alter(log._rings, "reset", lambda _: reset)
             return bitmap
 
         return clean_range
 
-    replace(log, "clean_range", wrap)
+    alter(log, "clean_range", wrap)

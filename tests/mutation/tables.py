@@ -3,8 +3,9 @@
 from typing import Any
 
 import numpy as np
+from altered import alter
 
-from mutation.fault import Faults, Room, replace
+from mutation.fault import Faults, Room
 from pageferry.core.frames import PAGES_PER_2M
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.p2m_types import P2MType
@@ -45,7 +46,7 @@ def _without_flush(domain: Domain, operator: str) -> None:
 
         return operate
 
-    replace(paging, operator, wrap)
+    alter(paging, operator, wrap)
 
 
 @fault(
@@ -66,7 +67,7 @@ def split_forgets_neighbours(domain: Domain) -> None:
 
         return split
 
-    replace(p2m, "_split", wrap)
+    alter(p2m, "_split", wrap)
 
 
 @fault(
@@ -85,7 +86,7 @@ def mmio_recalculated(domain: Domain) -> None:
 
         return lookup
 
-    replace(p2m, "lookup", wrap)
+    alter(p2m, "lookup", wrap)
 
 
 @fault(
@@ -96,7 +97,7 @@ def mmio_recalculated(domain: Domain) -> None:
 def failed_split_ignored(domain: Domain) -> None:
     """With no frame to split a superpage, its 512 pages become writable and one of them is marked."""
     paging = domain.paging
-    replace(paging, "_fix_whole_superpage", lambda _: lambda gfn: domain.p2m.change_superpage_type(gfn, P2MType.RAM_RW))
+    alter(paging, "_fix_whole_superpage", lambda _: lambda gfn: domain.p2m.change_superpage_type(gfn, P2MType.RAM_RW))
 
 
 @fault(
@@ -119,4 +120,4 @@ def recalculation_lost(domain: Domain) -> None:
 
         return recalculate
 
-    replace(p2m, "_recalculate", wrap)
+    alter(p2m, "_recalculate", wrap)

@@ -2,15 +2,16 @@
 
 import json
 import re
-from dataclasses import replace as with_changes
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from altered import alter
 from tiers import sample
 
 import mutation
 from mutation import DECLARED, FAULTS, WRAPPED, Room, checks_of, lab_of, mutants, sound_benches
-from mutation.fault import ODD, injected, replace
+from mutation.fault import ODD, injected
 from mutation.kvm_ring import full_before_clean
 from mutation.tracking import store_from_a_vcpu
 from mutation.uffd import store_beside_the_first_fault
@@ -57,7 +58,7 @@ def test_without_a_fault_nothing_is_found(room):
 
 def test_the_store_between_two_steps_is_no_fault_by_itself():
     def store_before_clean(domain):
-        replace(domain.paging, "clean_range", lambda sound: lambda gfns: (store_from_a_vcpu(domain), sound(gfns))[1])
+        alter(domain.paging, "clean_range", lambda sound: lambda gfns: (store_from_a_vcpu(domain), sound(gfns))[1])
 
     lab = Lab(make_vm=injected(Domain, store_before_clean), memory_bytes=ODD, seed=1)
     for name in {
@@ -69,14 +70,14 @@ def test_the_store_between_two_steps_is_no_fault_by_itself():
 
 def test_the_stores_beside_a_fault_are_no_fault_by_themselves(kvm_support):
     (fault,) = [fault for fault in FAULTS if fault.name == "uffd-first-of-a-batch-marked"]
-    lab = lab_of(with_changes(fault, inject=store_beside_the_first_fault))
+    lab = lab_of(replace(fault, inject=store_beside_the_first_fault))
     (check,) = [check for check in checks_of(fault) if check.name in fault.found_by]
     assert run_check(check, lab) is None
 
 
 def test_a_full_ring_before_each_clean_is_no_fault_by_itself(kvm_support):
     (fault,) = [fault for fault in FAULTS if fault.name == "ring-dropped-when-full"]
-    lab = lab_of(with_changes(fault, inject=full_before_clean))
+    lab = lab_of(replace(fault, inject=full_before_clean))
     for check in checks_of(fault):
         if check.name in fault.found_by:
             assert run_check(check, lab) is None
@@ -85,7 +86,7 @@ def test_a_full_ring_before_each_clean_is_no_fault_by_itself(kvm_support):
 def test_a_fault_whose_step_is_gone_fails_loudly():
     domain = Domain(VmConfig(memory_bytes=ODD))
     with pytest.raises(AttributeError, match="no_such_step"):
-        replace(domain.paging, "no_such_step", lambda sound: sound)
+        alter(domain.paging, "no_such_step", lambda sound: sound)
     domain.close()
 
 
@@ -131,7 +132,7 @@ def test_the_command_reports_what_caught_a_fault_and_after_how_much(capsys):
 
 @pytest.mark.exhaustive("every check of a room, for a line of the command")
 def test_a_fault_that_escapes_is_said_and_fails_the_command(monkeypatch, capsys):
-    harmless = with_changes(FAULTS[0], name="harmless", inject=lambda domain: None)
+    harmless = replace(FAULTS[0], name="harmless", inject=lambda domain: None)
     monkeypatch.setattr(mutants.mutation, "FAULTS", (harmless,))
     monkeypatch.setattr(mutants.mutation, "WRAPPED", ())
     assert mutants.main(["harmless"]) == 1

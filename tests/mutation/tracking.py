@@ -4,9 +4,10 @@ from array import array
 from typing import Any
 
 import numpy as np
+from altered import alter
 from soft import access
 
-from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from mutation.fault import BEHIND_THE_HOLE, Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.vm import LogDirtyStats
@@ -52,7 +53,7 @@ def protect_before_swap(domain: Domain) -> None:
             with domain.run_control.stopped(), locks.p2m, locks.log_dirty:
                 return paging._end_cycle(gfns)[0]
 
-    replace(paging, "clean_range", lambda _: clean_range)
+    alter(paging, "clean_range", lambda _: clean_range)
 
 
 @fault(
@@ -73,7 +74,7 @@ def clear_after_copy(domain: Domain) -> None:
 
         return clean_range
 
-    replace(paging, "clean_range", wrap)
+    alter(paging, "clean_range", wrap)
 
 
 @fault(
@@ -95,7 +96,7 @@ def grant_before_mark(domain: Domain) -> None:
                     paging._journal.append(queued)
             late[:] = array("Q", [gfn])
 
-    replace(paging, "fix_and_mark", lambda _: fix_and_mark)
+    alter(paging, "fix_and_mark", lambda _: fix_and_mark)
 
 
 @fault(
@@ -116,7 +117,7 @@ def mfn_logged(domain: Domain) -> None:
             if domain.p2m.change_type(gfn, P2MType.RAM_LOGDIRTY, P2MType.RAM_RW):
                 paging._journal.append(gfn)
 
-    replace(paging, "fix_and_mark", lambda _: fix_and_mark)
+    alter(paging, "fix_and_mark", lambda _: fix_and_mark)
 
 
 @fault(
@@ -140,7 +141,7 @@ def vcpu_log_not_drained(domain: Domain) -> None:
                     paging._bitmap.set(batch)  # type: ignore[union-attr]  # set whenever a page is log-dirty
                     batch.clear()
 
-    replace(paging, "fix_and_mark", lambda _: fix_and_mark)
+    alter(paging, "fix_and_mark", lambda _: fix_and_mark)
 
 
 @fault(
@@ -158,7 +159,7 @@ def count_truncated(domain: Domain) -> None:
 
         return stats
 
-    replace(domain.paging, "stats", wrap)
+    alter(domain.paging, "stats", wrap)
 
 
 @fault(
@@ -179,7 +180,7 @@ def shared_word_never_cleared(domain: Domain) -> None:
 
         return end_cycle
 
-    replace(paging, "_end_cycle", wrap)
+    alter(paging, "_end_cycle", wrap)
 
 
 @fault(
@@ -198,7 +199,7 @@ def cleared_unread(domain: Domain) -> None:
 
         return clean_range
 
-    replace(domain.paging, "clean_range", wrap)
+    alter(domain.paging, "clean_range", wrap)
 
 
 @fault(
@@ -208,7 +209,7 @@ def cleared_unread(domain: Domain) -> None:
 )
 def peek_clears(domain: Domain) -> None:
     """PEEK clears what it returns."""
-    replace(domain.paging, "peek", lambda _: domain.paging.clean)
+    alter(domain.paging, "peek", lambda _: domain.paging.clean)
 
 
 @fault(
@@ -233,7 +234,7 @@ def second_reader_takes_bits(domain: Domain) -> None:
 
         return peek
 
-    replace(paging, "peek", wrap)
+    alter(paging, "peek", wrap)
 
 
 @fault(
@@ -262,8 +263,8 @@ def bits_outlive_off(domain: Domain) -> None:
 
         return enable
 
-    replace(paging, "off", wrap_off)
-    replace(paging, "enable", wrap_enable)
+    alter(paging, "off", wrap_off)
+    alter(paging, "enable", wrap_enable)
 
 
 @fault(
@@ -284,7 +285,7 @@ def hole_not_counted(domain: Domain) -> None:
 
         return clean_range
 
-    replace(domain.paging, "clean_range", wrap)
+    alter(domain.paging, "clean_range", wrap)
 
 
 def _mark_and_grant(domain: Domain, gfns: GfnArray) -> None:
@@ -310,5 +311,5 @@ def journal_forgotten_for_marks(domain: Domain) -> None:
 
         return mark
 
-    replace(paging, "mark", wrap)
+    alter(paging, "mark", wrap)
     domain.memory.on_write(paging.mark)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
+from altered import alter
 from numpy.typing import NDArray
 
-from mutation.fault import BEHIND_THE_HOLE, Faults, Room, replace
+from mutation.fault import BEHIND_THE_HOLE, Faults, Room
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.kvm.vm import KvmVm
@@ -61,8 +62,8 @@ def store_beside_the_first_fault(vm: KvmVm) -> None:
 
         return take
 
-    replace(log, "_resolve", wrap_resolve)
-    replace(log, "_take", wrap_take)
+    alter(log, "_resolve", wrap_resolve)
+    alter(log, "_take", wrap_take)
 
 
 def _waiting(uffd: UffdFd) -> int:
@@ -105,8 +106,8 @@ def uffd_granted_before_marked(vm: KvmVm) -> None:
 
         return operate
 
-    replace(log, "_resolve", lambda _: resolve)
-    replace(log, "_take", wrap)
+    alter(log, "_resolve", lambda _: resolve)
+    alter(log, "_take", wrap)
 
 
 @fault(
@@ -128,7 +129,7 @@ def uffd_protected_before_taken(vm: KvmVm) -> None:
             taken.words[where] |= log._granted.words[where]
             log._granted.words[where] = 0
 
-    replace(log, "_take", lambda _: take)
+    alter(log, "_take", lambda _: take)
 
 
 @fault(
@@ -149,7 +150,7 @@ def uffd_first_of_a_batch_marked(vm: KvmVm) -> None:
 
         return resolve
 
-    replace(log, "_resolve", wrap)
+    alter(log, "_resolve", wrap)
     store_beside_the_first_fault(vm)
 
 
@@ -166,7 +167,7 @@ def uffd_not_protected_again(vm: KvmVm) -> None:
     def take(part: range, taken: DirtyBitmap) -> None:
         taken |= log._granted.take(part)
 
-    replace(log, "_take", lambda _: take)
+    alter(log, "_take", lambda _: take)
 
 
 @fault(
@@ -184,7 +185,7 @@ def uffd_range_protected_from_the_start_of_ram(vm: KvmVm) -> None:
             log._uffd.protect(log._view.hva(region.start), len(region) << PAGE_SHIFT)
         taken |= log._granted.take(part)
 
-    replace(log, "_take", lambda _: take)
+    alter(log, "_take", lambda _: take)
 
 
 @fault(
@@ -212,7 +213,7 @@ def uffd_untouched_not_protected(vm: KvmVm) -> None:
 
         return begin
 
-    replace(log, "_begin", wrap)
+    alter(log, "_begin", wrap)
 
 
 class _OneRegion(VcpuView):
@@ -242,5 +243,5 @@ def uffd_second_region_not_registered(vm: KvmVm) -> None:
 def uffd_only_the_vcpus_bits(vm: KvmVm) -> None:
     """Marks are taken for writes of vCPUs, which have had their fault, and dropped."""
     log = log_of(vm)
-    replace(log, "mark", lambda _: lambda gfns: None)
+    alter(log, "mark", lambda _: lambda gfns: None)
     vm.memory.on_write(log.mark)

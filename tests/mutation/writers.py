@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from mutation.fault import Faults, Room, replace
+from altered import alter
+
+from mutation.fault import Faults, Room
 from pageferry.core.frames import GfnArray, gfns_touched
 from pageferry.core.memory import GuestMemory
 from pageferry.hypervisor.domain import Domain
@@ -22,7 +24,7 @@ def _same_memory(memory: GuestMemory) -> GuestMemory:
 )
 def vmm_writes_untracked(domain: Domain) -> None:
     """Guest memory written from outside is not marked."""
-    replace(domain.memory, "wrote", lambda _: lambda gfns: None)
+    alter(domain.memory, "wrote", lambda _: lambda gfns: None)
 
 
 @fault(
@@ -49,7 +51,7 @@ def mark_before_write(domain: Domain) -> None:
         memory.wrote(gfns_touched(gpa, len(data)))
         unmarked.write(gpa, data)
 
-    replace(memory, "write", lambda _: write)
+    alter(memory, "write", lambda _: write)
 
 
 @fault(
@@ -74,7 +76,7 @@ def dma_marks_first(domain: Domain) -> None:
 
         return perform
 
-    replace(device, "_perform", wrap)
+    alter(device, "_perform", wrap)
 
 
 @fault(
@@ -99,7 +101,7 @@ def last_device_log_lost(domain: Domain) -> None:
         if paging.enabled:
             logs.append(gfns)
 
-    replace(paging, "clean_range", collect)
+    alter(paging, "clean_range", collect)
     domain.memory.on_write(log)
 
 
@@ -119,7 +121,7 @@ def marks_need_a_vcpu(domain: Domain) -> None:
 
         return mark
 
-    replace(paging, "mark", wrap)
+    alter(paging, "mark", wrap)
     domain.memory.on_write(paging.mark)
 
 
@@ -130,7 +132,7 @@ def marks_need_a_vcpu(domain: Domain) -> None:
 )
 def first_page_marked(domain: Domain) -> None:
     """A write over two pages marks the first."""
-    replace(domain.memory, "wrote", lambda sound: lambda gfns: sound(gfns[:1]))
+    alter(domain.memory, "wrote", lambda sound: lambda gfns: sound(gfns[:1]))
 
 
 @fault(
@@ -145,7 +147,7 @@ def walker_writes_unmarked(domain: Domain) -> None:
         return domain.p2m.lookup(gfn)[0]
 
     for vcpu in domain.vcpus:
-        replace(vcpu._walker, "nested_access", lambda _: access)
+        alter(vcpu._walker, "nested_access", lambda _: access)
 
 
 @fault(
@@ -163,7 +165,7 @@ def populated_misses_pages(domain: Domain) -> None:
 
         return populated
 
-    replace(domain.memory, "_populated", wrap)
+    alter(domain.memory, "_populated", wrap)
 
 
 @fault(
@@ -180,12 +182,12 @@ def added_pages_unmarked(domain: Domain) -> None:
     def wrap(sound: Any) -> Any:
         def populate(gfns: Any) -> None:
             mark = paging.mark
-            replace(paging, "mark", lambda _: lambda gfns: None)
+            alter(paging, "mark", lambda _: lambda gfns: None)
             try:
                 sound(gfns)
             finally:
-                replace(paging, "mark", lambda _: mark)
+                alter(paging, "mark", lambda _: mark)
 
         return populate
 
-    replace(physmap, "populate_physmap", wrap)
+    alter(physmap, "populate_physmap", wrap)

@@ -59,17 +59,21 @@ def _try_thp() -> None:
         mapping.view[page * SIZE_2M + PAGE_SIZE] = 1
         if int(np.max(memfd.populated()[1])) >= PAGES_PER_2M:
             return
-    setting = _setting(_SHMEM_ENABLED)
-    if setting is None or "[never]" in setting or "[deny]" in setting:
+    raise none_given(_setting(_SHMEM_ENABLED))
+
+
+def none_given(shmem_enabled: str | None) -> UnsupportedError:
+    """Return the error for a kernel that takes the advice and gives no 2 MiB page, by its setting ``shmem_enabled``."""
+    if shmem_enabled is None or "[never]" in shmem_enabled or "[deny]" in shmem_enabled:
         hint = f"as root: echo advise > {_SHMEM_ENABLED}"
     else:
         hint = "the host has no 2 MiB of memory in one piece: free some, or echo 1 > /proc/sys/vm/compact_memory"
-    raise UnsupportedError("thp", "the kernel gives memfds no transparent huge pages", hint=hint)
+    return UnsupportedError("thp", "the kernel gives memfds no transparent huge pages", hint=hint)
 
 
-def pool_too_small(pages: int) -> UnsupportedError:
-    """Return the error for a pool that cannot give so many 2 MiB pages."""
-    values = [_setting(f"{_POOL}/{name}_hugepages") for name in ("nr", "free", "resv")]
+def pool_too_small(pages: int, pool: str = _POOL) -> UnsupportedError:
+    """Return the error for a pool, which ``pool`` in sysfs tells of, that cannot give so many 2 MiB pages."""
+    values = [_setting(f"{pool}/{name}_hugepages") for name in ("nr", "free", "resv")]
     have = wanted = ""
     if None not in values:
         total, free, reserved = (int(value or 0) for value in values)

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from altered import alter
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
@@ -85,14 +86,8 @@ def test_a_range_is_taken_and_the_others_stay(held):
     assert held.take(range(PAGES)).count() == 4
 
 
-def test_a_mark_that_off_overtakes_is_no_error(held, memory, monkeypatch):
-    are_ram = memory.are_ram
-
-    def off_meanwhile(asked):
-        held.end()
-        return are_ram(asked)
-
-    monkeypatch.setattr(memory, "are_ram", off_meanwhile)
+def test_a_mark_that_off_overtakes_is_no_error(held, memory):
+    alter(memory, "are_ram", lambda are_ram: lambda asked: (held.end(), are_ram(asked))[1])
     held.mark(gfns(3))
     assert not held.on
 

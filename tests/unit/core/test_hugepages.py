@@ -1,6 +1,7 @@
 """Huge pages of the host under guest memory: what is used, what is refused, and what stays exact."""
 
 import gc
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pageferry.core import hugepages
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import SIZE_2M
-from pageferry.core.hostmem import HostMapping, MemFd
+from pageferry.core.hostmem import HostMapping
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import VmConfig
@@ -148,21 +149,30 @@ def test_a_reserved_page_is_there_whoever_else_comes(hugetlb_pool):
     assert len(gfns(first)) == pages * 512
 
 
-def test_what_the_kernel_refuses_says_what_to_set(monkeypatch):
-    monkeypatch.setattr(MemFd, "populated", lambda memfd: (u64(1), u64(1)))  # as where the setting says never
-    monkeypatch.setattr(hugepages, "_setting", lambda path: "always within_size advise [never] deny force\n")
-    with pytest.raises(UnsupportedError, match="no transparent huge pages") as caught:
-        expect_offered(HugePages.THP)
-    assert caught.value.hint == "as root: echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"
-    monkeypatch.setattr(hugepages, "_setting", lambda path: "always within_size [advise] never deny force\n")
-    with pytest.raises(UnsupportedError) as caught:
-        expect_offered(HugePages.THP)
-    assert "in one piece" in caught.value.hint
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("always within_size advise [never] deny force\n", "as root: echo advise > /sys/kernel/mm/.*/shmem_enabled$"),
+        (None, "as root: echo advise > "),
+        ("always within_size [advise] never deny force\n", "in one piece"),
+    ],
+)
+def test_what_the_kernel_refuses_says_what_to_set(setting, hint):
+    error = hugepages.none_given(setting)
+    assert "no transparent huge pages" in str(error)
+    assert re.search(hint, error.hint)
 
 
-def test_no_pool_and_no_numbers_is_still_one_clear_error(monkeypatch):
-    monkeypatch.setattr(hugepages, "_setting", lambda path: None)
-    error = hugepages.pool_too_small(5)
+def test_a_pool_too_small_says_how_large_it_should_be(tmp_path):
+    for name, number in (("nr", 7), ("free", 4), ("resv", 1)):
+        (tmp_path / f"{name}_hugepages").write_text(f"{number}\n")
+    error = hugepages.pool_too_small(5, str(tmp_path))
+    assert str(error) == "the host's pool of 2 MiB pages cannot give 5, it has 3 left"
+    assert error.hint == "as root: sysctl vm.nr_hugepages=9"
+
+
+def test_no_pool_and_no_numbers_is_still_one_clear_error(tmp_path):
+    error = hugepages.pool_too_small(5, str(tmp_path))
     assert str(error) == "the host's pool of 2 MiB pages cannot give 5"
     assert error.hint == "as root: sysctl vm.nr_hugepages=5"
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from altered import alter
 
 from pageferry.core.errors import LogDirtyError, VmError
 from pageferry.core.state import MachineState
@@ -168,19 +169,21 @@ def test_resync_drops_what_disagrees_and_nothing_else(machines, change):
 
 
 @pytest.mark.parametrize("frame", [DATA, DATA + 7])
-def test_a_walk_that_was_overtaken_by_a_write_is_repeated(machines, monkeypatch, frame):
+def test_a_walk_that_was_overtaken_by_a_write_is_repeated(machines, frame):
     domain = machines()
-    walker = domain.vcpus[0]._walker
-    translate, wrote = walker.translate, []
+    wrote = []
 
-    def overtaken(gva, **access):
-        found = translate(gva, **access)
-        if not wrote:
-            wrote.append(1)
-            domain.shadow.write_table(PT << 12, 4, frame << 12 | P | W | U)
-        return found
+    def overtaken(translate):
+        def walk(gva, **access):
+            found = translate(gva, **access)
+            if not wrote:
+                wrote.append(1)
+                domain.shadow.write_table(PT << 12, 4, frame << 12 | P | W | U)
+            return found
 
-    monkeypatch.setattr(walker, "translate", overtaken)
+        return walk
+
+    alter(domain.vcpus[0]._walker, "translate", overtaken)
     assert gfn_of(domain, touch(domain, WINDOW)[0]) == frame
     assert get(domain, PT, 0) & A
 
@@ -277,12 +280,12 @@ def test_setting_accessed_or_dirty_is_a_write_to_the_table(machines):
 
 
 @pytest.mark.parametrize("gva", [WINDOW, 0x800000])
-def test_a_write_fault_of_log_dirty_alone_needs_no_walk_of_the_guests_tables(machines, monkeypatch, gva):
+def test_a_write_fault_of_log_dirty_alone_needs_no_walk_of_the_guests_tables(machines, gva):
     domain = machines()
     expected = touch(domain, gva, "write")
     domain.paging.enable()
     touch(domain, gva)
-    monkeypatch.setattr(domain.vcpus[0]._walker, "translate", None)
+    alter(domain.vcpus[0]._walker, "translate", lambda _: None)
     for _ in range(2):
         assert touch(domain, gva, "write") == expected
         audit.check(domain)

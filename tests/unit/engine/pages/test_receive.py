@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from altered import alter
 from at_work import until
 
 from pageferry.core.bitmap import expand_runs
@@ -236,11 +237,11 @@ def test_runs_that_are_hinted_at_get_storage_as_far_as_they_are_ram(memory):
     assert page_of(memory, 8) == bytes(PAGE_SIZE)
 
 
-def test_a_host_that_refuses_storage_ahead_is_no_obstacle(memory, monkeypatch):
+def test_a_host_that_refuses_storage_ahead_is_no_obstacle(memory):
     def refuse(starts, lengths):
         raise VmError("no memory")
 
-    monkeypatch.setattr(memory, "populate", refuse)
+    alter(memory, "populate", lambda _: refuse)
     with Populator(memory, ((8, 4),)):
         pass
     assert memory.populated()[0].size == 0
