@@ -31,7 +31,7 @@ class _Host:
         self._real_ns = _1_JUNE_2027_NS + _S // 2  # no second begins while the clock is read
         clock, rtc = vm.platform.clock, vm.platform.rtc
         clock._now_ns, clock._zero_ns = lambda: self._monotonic_ns, boot_ns
-        rtc._real_ns, rtc._seen_s = lambda: self._real_ns, self._real_ns // _S
+        rtc._real_ns, rtc._looked_ns = lambda: self._real_ns, self._real_ns
 
     def later(self, ns: int) -> None:
         """Let time pass."""

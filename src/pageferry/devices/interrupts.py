@@ -11,6 +11,7 @@ Line = Callable[[bool], None]
 """Drives a device's interrupt output high (True) or low; called with the bus's lock held."""
 
 IRQS = 16
+IRQ_TIMER, IRQ_COM1, IRQ_RTC, IRQ_SCI = 0, 4, 8, 9
 
 
 class InterruptController(Protocol):

@@ -32,7 +32,7 @@ class StandardMachine(ABC):
         self.config = config
         self.memory = memory
         self.cpuid = cpuid
-        self.platform = Platform(memory)
+        self.platform = Platform(memory, config.machine)
         self._closed = False
 
     def _attach(self, vcpus: Sequence[Vcpu], log_dirty: LogDirty) -> None:

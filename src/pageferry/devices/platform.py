@@ -5,9 +5,12 @@ import threading
 
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import Effect, GuestExit, InvalidateTlb, SyncPoint
+from pageferry.core.vm import MachineModel
 from pageferry.devices.bus import DeviceBus, expect_size
 from pageferry.devices.clock import Clock, Timer
 from pageferry.devices.dma import DmaDevice
+from pageferry.devices.interrupts import IRQ_COM1, IRQ_RTC
+from pageferry.devices.pc.power import PowerManagement, reset_ports
 from pageferry.devices.rtc import Rtc
 from pageferry.devices.uart import Uart
 
@@ -15,7 +18,6 @@ EXIT_PORT = 0xF4
 SYNC_PORT = 0xEC
 INVALIDATE_PORT = 0xE8
 
-_IRQ_COM1 = 4
 
 _NO_MMIO = range(0)
 
@@ -113,16 +115,21 @@ class Platform:
 
     Args:
         memory: for the device that writes guest memory.
+        model: a PC has more of them. Its interrupt controllers and timer are added by the machine, or in the kernel.
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, model: MachineModel) -> None:
         self.bus = DeviceBus()
-        self.console = Uart(self.bus.lines.line(_IRQ_COM1))
+        self.console = Uart(self.bus.lines.line(IRQ_COM1))
         self.clock = Clock()
         self.timer = Timer(self.clock.now_us)
-        self.rtc = Rtc()
+        self.rtc = Rtc(self.bus.lines.line(IRQ_RTC))
         self.sync = SyncPort()
         self.dma = DmaDevice(memory)
         # States are loaded in this order: those of timers after the guest time that they count in.
         self.bus.add(self.console, self.clock, self.timer, self.rtc)
         self.bus.add(ExitPort(), self.sync, InvalidatePort(), self.dma)
+        self.bus.timed += (self.rtc,)
+        if model is MachineModel.PC:
+            self.bus.add(PowerManagement(self.clock.now_ns))
+            self.bus.add_ports(*reset_ports())

@@ -5,6 +5,7 @@ from pageferry.core.errors import VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import GuestExit, SyncPoint, Wait
 from pageferry.core.state import DeviceState
+from pageferry.core.vm import MachineModel
 from pageferry.devices.clock import CLOCK_PORT, TIMER_PORT, Clock, Timer
 from pageferry.devices.dma import COMMAND_COPY, COMMAND_FILL, DMA_MMIO, STATUS_DONE, STATUS_ERROR
 from pageferry.devices.platform import EXIT_PORT, SYNC_PORT, Platform
@@ -19,7 +20,7 @@ def memory():
 
 @pytest.fixture
 def platform(memory):
-    return Platform(memory)
+    return Platform(memory, MachineModel.PLAIN)
 
 
 def test_unclaimed_space_reads_as_ones(platform):
@@ -118,7 +119,7 @@ def test_a_timer_of_the_future_is_refused(timer):
 
 
 def test_a_machine_loads_its_timer_with_the_time_that_belongs_to_it(memory):
-    old, new = Platform(memory), Platform(memory)
+    old, new = Platform(memory, MachineModel.PLAIN), Platform(memory, MachineModel.PLAIN)
     old.clock.load((10**12).to_bytes(8, "little"))
     old.bus.port_write(TIMER_PORT, 4, 1000)
     new.bus.load(old.bus.save())
@@ -168,7 +169,7 @@ def test_dma_mistakes_are_the_guests_to_read(platform, memory, registers):
 
 def test_saved_devices_must_be_this_machines(platform, memory):
     states = platform.bus.save()
-    other = Platform(memory)
+    other = Platform(memory, MachineModel.PLAIN)
     other.bus.load(states)
     assert [s.name for s in other.bus.save()] == [s.name for s in states]
     for wrong in (

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from pageferry.core.errors import UnsupportedError
 from pageferry.devices.bus import DeviceBus, expect_size
 from pageferry.devices.clock import Clock
+from pageferry.devices.interrupts import IRQ_TIMER
 from pageferry.devices.pc.pic import PicPair
 from pageferry.devices.pc.pit import Pit, SpeakerPort
-
-_IRQ_TIMER = 0
 
 _IOAPIC_GPA = 0xFEC0_0000
 _MASKED = 1 << 16
@@ -33,7 +32,7 @@ class PcChips:
     def __init__(self, bus: DeviceBus, clock: Clock) -> None:
         self._bus = bus
         self._pics = PicPair()
-        pit = Pit(clock.now_ns, bus.lines.line(_IRQ_TIMER))
+        pit = Pit(clock.now_ns, bus.lines.line(IRQ_TIMER))
         bus.add(*self._pics.chips, pit)
         bus.elsewhere += (UnusedIoapic(),)
         bus.add_ports(self._pics.elcr, SpeakerPort(pit))
