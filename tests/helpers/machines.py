@@ -3,7 +3,7 @@
 A name is ``accel/tracker``. Trackers come from the registries, so a new one joins by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,14 +54,14 @@ def expect_works(kind: Kind) -> None:
     kind.make_vm(_TRIAL).close()
 
 
-def working_kinds(say: Callable[[str], None]) -> tuple[Kind, ...]:
-    """Return the kinds that work on this host; ``say`` is told one line about each that does not."""
-    working = []
-    for kind in KINDS:
+def working(kinds: Iterable[Kind], say: Callable[[str], None]) -> tuple[Kind, ...]:
+    """Return those of the kinds that work on this host; ``say`` is told one line about each that does not."""
+    found = []
+    for kind in kinds:
         try:
             expect_works(kind)
         except (UnsupportedError, VmError) as error:
             say(f"{kind.name} is left out: {error}")
         else:
-            working.append(kind)
-    return tuple(working)
+            found.append(kind)
+    return tuple(found)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import mutation
-from mutation import Fault, Room
+from mutation import FAULTS, WRAPPED, Fault, Room, checks_of, lab_of, sound_benches
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
@@ -52,6 +51,15 @@ _TITLES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """What is tried: the faults, the benches that must pass without any, and what finds out whether KVM works."""
+
+    faults: tuple[Fault, ...] = (*FAULTS, *WRAPPED)
+    sound_benches: Callable[..., Iterator[tuple[Room, Lab, tuple[Check, ...]]]] = sound_benches
+    probe: Callable[[], object] = probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What became of one fault. ``caught_by`` is None when it escaped; ``detail`` is the check's own words.
 
@@ -68,6 +76,9 @@ class Verdict:
     detail: str
     after_checks: int
     after_cleans: int
+
+
+_WHOLE = Suite()
 
 
 def _law(law: int | None) -> str:
@@ -95,11 +106,11 @@ def try_fault(fault: Fault) -> Verdict:
 
         return make
 
-    lab = mutation.lab_of(fault)
+    lab = lab_of(fault)
     lab = replace(lab, make_vm=counted(lab.make_vm))
     error: ConformanceError | None = None
     done = 0
-    for check in mutation.checks_of(fault):
+    for check in checks_of(fault):
         done += 1
         error = run_check(check, lab)
         if error is not None:
@@ -118,9 +129,9 @@ def try_fault(fault: Fault) -> Verdict:
     )
 
 
-def sound_failures(*, kvm: bool) -> Iterator[str]:
+def sound_failures(suite: Suite, *, kvm: bool) -> Iterator[str]:
     """Run everything without a fault and yield what fails: there, a fault proves nothing."""
-    for room, lab, checks in mutation.sound_benches(kvm=kvm):
+    for room, lab, checks in suite.sound_benches(kvm=kvm):
         _say(f"no fault: {room}, {lab.memory_bytes >> 20} MiB, {len(checks)} checks")
         try:
             yield from (f"{room}: {error}" for error in _failures(checks, lab))
@@ -134,10 +145,10 @@ def _failures(checks: Sequence[Check], lab: Lab) -> Iterator[ConformanceError]:
             yield error
 
 
-def kvm_works() -> bool:
+def kvm_works(suite: Suite) -> bool:
     """Tell whether faults of KVM can be tried here; say why not."""
     try:
-        probe()
+        suite.probe()
     except (UnsupportedError, VmError) as error:
         _say(f"faults of KVM are left out: {error}")
         return False
@@ -195,29 +206,29 @@ def as_json(verdicts: Sequence[Verdict], failed: Sequence[str]) -> str:
     return json.dumps({"sound_failures": list(failed), "faults": [asdict(v) for v in verdicts]}, indent=2)
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None, suite: Suite) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mutation.mutants", description="Try every fault.")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="print docs/mutants.md")
     parser.add_argument("faults", nargs="*", metavar="FAULT", help="only these")
     options = parser.parse_args(arguments)
-    known = {fault.name for fault in (*mutation.FAULTS, *mutation.WRAPPED)}
+    known = {fault.name for fault in suite.faults}
     if unknown := set(options.faults) - known:
         parser.error(f"no such fault: {', '.join(sorted(unknown))}")
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, suite: Suite = _WHOLE) -> int:
     """Run the suite; return the exit code."""
-    options = _options(arguments)
-    kvm = kvm_works()
+    options = _options(arguments, suite)
+    kvm = kvm_works(suite)
     faults = [
         fault
-        for fault in (*mutation.FAULTS, *mutation.WRAPPED)
+        for fault in suite.faults
         if (kvm or not fault.on_kvm) and (not options.faults or fault.name in options.faults)
     ]
-    failed = [] if options.faults else list(sound_failures(kvm=kvm))
+    failed = [] if options.faults else list(sound_failures(suite, kvm=kvm))
     verdicts = []
     for number, fault in enumerate(faults, 1):
         try:

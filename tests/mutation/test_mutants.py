@@ -13,6 +13,7 @@ import mutation
 from mutation import DECLARED, FAULTS, WRAPPED, Room, checks_of, lab_of, mutants, sound_benches
 from mutation.fault import ODD, injected
 from mutation.kvm_ring import full_before_clean
+from mutation.mutants import Suite
 from mutation.tracking import store_from_a_vcpu
 from mutation.uffd import store_beside_the_first_fault
 from pageferry.core.errors import UnsupportedError
@@ -131,48 +132,39 @@ def test_the_command_reports_what_caught_a_fault_and_after_how_much(capsys):
 
 
 @pytest.mark.exhaustive("every check of a room, for a line of the command")
-def test_a_fault_that_escapes_is_said_and_fails_the_command(monkeypatch, capsys):
+def test_a_fault_that_escapes_is_said_and_fails_the_command(capsys):
     harmless = replace(FAULTS[0], name="harmless", inject=lambda domain: None)
-    monkeypatch.setattr(mutants.mutation, "FAULTS", (harmless,))
-    monkeypatch.setattr(mutants.mutation, "WRAPPED", ())
-    assert mutants.main(["harmless"]) == 1
+    assert mutants.main(["harmless"], Suite(faults=(harmless,))) == 1
     captured = capsys.readouterr()
     assert "ESCAPED" in captured.out
     assert "1 escaped: harmless" in captured.err
 
 
-def test_an_implementation_that_fails_without_a_fault_fails_the_command(monkeypatch, capsys):
+def test_an_implementation_that_fails_without_a_fault_fails_the_command(capsys):
     broken = Lab(make_vm=injected(Domain, FAULTS[0].inject), memory_bytes=ODD, seed=1)
     checks = [check for check in checks_of(FAULTS[0]) if check.name == "audit-each-round"]
-    monkeypatch.setattr(mutants.mutation, "FAULTS", ())
-    monkeypatch.setattr(mutants.mutation, "WRAPPED", ())
-    monkeypatch.setattr(mutants.mutation, "sound_benches", lambda kvm: iter([(Room.HYPERVISOR, broken, checks)]))
-    assert mutants.main([]) == 1
+    benches = [(Room.HYPERVISOR, broken, checks)]
+    assert mutants.main([], Suite(faults=(), sound_benches=lambda kvm: iter(benches))) == 1
     assert "without any fault: hypervisor: audit-each-round (law 1)" in capsys.readouterr().err
 
 
-def test_a_tracker_that_the_kernel_lacks_is_left_out_and_that_is_said(monkeypatch, capsys):
-    def make_vm(config):
+def test_a_tracker_that_the_kernel_lacks_is_left_out_and_that_is_said(capsys):
+    def refuse(machine):
         raise UnsupportedError("PAGEMAP_SCAN", "not in this kernel")
 
-    lab = Lab(make_vm=make_vm, memory_bytes=ODD, seed=1)
-    monkeypatch.setattr(mutants, "kvm_works", lambda: True)
-    monkeypatch.setattr(mutants.mutation, "FAULTS", (FAULTS[0],))
-    monkeypatch.setattr(mutants.mutation, "WRAPPED", ())
-    monkeypatch.setattr(mutants.mutation, "lab_of", lambda fault: lab)
-    monkeypatch.setattr(mutants.mutation, "sound_benches", lambda kvm: iter([(Room.UFFD, lab, CHECKS[:2])]))
-    assert mutants.main([]) == 0
+    lacking = replace(FAULTS[0], inject=refuse)
+    benches = [(Room.UFFD, lab_of(lacking), CHECKS[:2])]
+    assert mutants.main([], Suite(faults=(lacking,), sound_benches=lambda kvm: iter(benches))) == 0
     captured = capsys.readouterr()
     assert captured.err.count("left out: not in this kernel") == 2
     assert "0 faults" in captured.err
 
 
-def test_without_kvm_its_faults_are_left_out_and_that_is_said(monkeypatch, capsys):
-    def probe():
+def test_without_kvm_its_faults_are_left_out_and_that_is_said(capsys):
+    def refuse():
         raise UnsupportedError("kvm", "not here")
 
-    monkeypatch.setattr(mutants, "probe", probe)
-    assert mutants.main(["kvm-clear-forgotten"]) == 0
+    assert mutants.main(["kvm-clear-forgotten"], Suite(probe=refuse)) == 0
     captured = capsys.readouterr()
     assert "faults of KVM are left out" in captured.err
     assert "0 faults" in captured.err

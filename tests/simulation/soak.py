@@ -15,10 +15,10 @@ import argparse
 import random
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from machines import Kind, working_kinds
+from machines import KINDS, Kind, working
 from trips import Inn, source_of
 
 from pageferry.core.errors import PageferryError
@@ -142,14 +142,14 @@ def until_checked(vm: Vm) -> None:
     raise Violation(f"the guest makes no progress: {vm.status}, {read_status(vm.memory, vm.config.cpus)}")
 
 
-def soak(seed: int, count: int, say: Callable[[str], None]) -> None:
-    """Make ``count`` round trips; ``say`` is told one line about each thing that happens.
+def soak(seed: int, count: int, kinds: Iterable[Kind], say: Callable[[str], None]) -> None:
+    """Make ``count`` round trips over these kinds; ``say`` is told one line about each thing that happens.
 
     Raises:
         Exception: whatever ended a trip badly; the seed has been said once more.
     """
     say(f"soak: seed {seed}, {count} round trips")
-    kinds = working_kinds(say)
+    kinds = working(kinds, say)
     legs: list[Leg] = []
 
     def done(leg: Leg, report: MigrationReport) -> None:
@@ -167,8 +167,8 @@ def soak(seed: int, count: int, say: Callable[[str], None]) -> None:
     say(f"soak: {count} round trips ({len(legs)} migrations) over {len(kinds)} kinds of machines, all verified")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the soak; return the exit code."""
+def main(arguments: Sequence[str] | None = None, kinds: Iterable[Kind] = KINDS) -> int:
+    """Run the soak over these kinds of machines; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m simulation.soak", description="Migrate there and back.")
     parser.add_argument("--seed", type=int, help="draw the trips of that seed (default: another one each time)")
     parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="round trips (default: %(default)s)")
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, flush=True)
 
     try:
-        soak(seed, options.count, say)
+        soak(seed, options.count, kinds, say)
     except (PageferryError, Violation):  # said already; anything else is a defect, and shows where
         return 1
     return 0

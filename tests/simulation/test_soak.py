@@ -1,14 +1,18 @@
 """The soak, in short; that it finds what it is for; and one guest over every kind of machine."""
 
 import os
+from dataclasses import replace
 
 import machines
 import pytest
+from altered import alter
 from machines import KINDS, Kind
 from tiers import sample
 
+from mutation.fault import injected
 from mutation.tracker_wrapper import Faithful, mutated
 from pageferry.core.errors import PageferryError, UnsupportedError, VmError
+from pageferry.core.frames import PAGE_SIZE, gpa_of
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmStatus
 from pageferry.hypervisor.domain import Domain
@@ -16,7 +20,7 @@ from pageferry.testing.lab import Lab
 from simulation import soak
 
 
-def working(kind):
+def expect_works(kind):
     try:
         machines.expect_works(kind)
     except (UnsupportedError, VmError) as error:
@@ -55,39 +59,36 @@ class LosesAPage(Faithful):
         return bitmap
 
 
-def test_a_tracker_that_loses_a_page_is_found_and_the_seed_is_said_again(monkeypatch, capsys):
+def test_a_tracker_that_loses_a_page_is_found_and_the_seed_is_said_again(capsys):
     broken = Kind(accel="soft", tracker="hap", make_vm=mutated(Domain, LosesAPage))
-    monkeypatch.setattr(soak, "working_kinds", lambda say: (broken,))
-    assert soak.main(["--seed", "1", "--count", "3"]) == 1
+    assert soak.main(["--seed", "1", "--count", "3"], [broken]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("soak: FAILED after 0 migrations, seed 1, 3 round trips: ")
     assert "first difference at gfn 0x3 " in last
 
 
-def test_a_guest_that_finds_itself_damaged_ends_the_soak(capsys, monkeypatch):
-    migrate = soak.migrate
+def test_a_guest_that_finds_itself_damaged_ends_the_soak(capsys):
+    made = []
 
-    def migrate_and_damage(vm, leg):
-        there, report = migrate(vm, leg)
-        there.pause()
-        first = there.memory.gfn_limit - 1  # in the working set, which ends with RAM
-        there.memory.write(first << 12, bytes([255]) * 4096)
-        there.resume()
-        return there, report
+    def damage_what_arrives(vm):
+        made.append(vm)
+        if len(made) == 2:
+            last = gpa_of(vm.memory.gfn_limit - 1)  # in the working set, which ends with RAM
+            alter(vm, "resume", lambda resume: lambda: (vm.memory.write(last, bytes([255]) * PAGE_SIZE), resume()))
 
-    monkeypatch.setattr(soak, "migrate", migrate_and_damage)
-    monkeypatch.setattr(soak, "working_kinds", lambda say: (KINDS[-1],))
-    assert soak.main(["--seed", "1", "--count", "1"]) == 1
+    kind = replace(KINDS[-1], make_vm=injected(KINDS[-1].make_vm, damage_what_arrives))
+    assert soak.main(["--seed", "1", "--count", "1"], [kind]) == 1
     assert "the guest ended: GuestEnd(exit_code=" in capsys.readouterr().out
+    assert len(made) == 2
 
 
-def test_what_does_not_work_here_is_left_out_and_that_is_said(monkeypatch):
+def test_what_does_not_work_here_is_left_out_and_that_is_said():
     def refuse(config):
         raise UnsupportedError("dreams", "this kernel has no dreams")
 
-    monkeypatch.setattr(machines, "KINDS", (Kind(accel="soft", tracker="dream", make_vm=refuse), KINDS[-1]))
+    dream = Kind(accel="soft", tracker="dream", make_vm=refuse)
     said = []
-    assert machines.working_kinds(said.append) == (KINDS[-1],)
+    assert machines.working((dream, KINDS[-1]), said.append) == (KINDS[-1],)
     assert said == ["soft/dream is left out: this kernel has no dreams"]
 
 
@@ -95,7 +96,7 @@ def test_what_does_not_work_here_is_left_out_and_that_is_said(monkeypatch):
 @pytest.mark.parametrize("cpus", sample([1, 2], "two vCPUs include one", quick=[2]))
 def test_a_running_guest_goes_to_every_kind_of_machine_and_back(kind, cpus):
     """From soft to each, to itself, and to soft again: live, verified, the guest checking itself all the way."""
-    working(kind)
+    expect_works(kind)
     home = Kind(accel="soft", tracker="hap", make_vm=Domain)
     lab = Lab(make_vm=Domain, memory_bytes=(3 << 30) + 5 * 4096, seed=3, cpus=cpus)
     with lab.guest("kv", pages=100) as guest:
@@ -112,7 +113,7 @@ def test_a_running_guest_goes_to_every_kind_of_machine_and_back(kind, cpus):
         vm.close()
 
 
-def test_a_migration_that_fails_is_an_error_and_the_guest_stays(monkeypatch):
+def test_a_migration_that_fails_is_an_error_and_the_guest_stays():
     def refuse(config):
         raise UnsupportedError("room", "no room")
 
