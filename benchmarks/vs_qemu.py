@@ -22,7 +22,7 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,32 +97,6 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _attempt(monitor: Monitor, load: Load, terms: Terms) -> Move | None:
-    try:
-        return move(monitor, load, warm=terms.warm)
-    except UnsupportedError:
-        raise
-    except PageferryError as error:
-        _say(f"  {monitor.name}: {error}")
-        return None
-
-
-def run_scenario(scenario: Scenario, monitors: Sequence[Monitor], terms: Terms) -> tuple[str, dict[str, Any]]:
-    """Move the guest by each monitor in turn, after a warm-up; return lines of a table, and all numbers."""
-    rows = []
-    for number in range(terms.pairs + 1):
-        _say(f"{scenario.title}: {f'repetition {number} of {terms.pairs}' if number else 'warm-up'}")
-        rows.append([_attempt(monitor, scenario.load, terms) for monitor in monitors])
-    rows = rows[1:]
-    comparisons = compare(rows, scenario.total_target)
-    return lines(scenario.title, rows, comparisons), {
-        "scenario": scenario.title,
-        "monitors": [monitor.name for monitor in monitors],
-        "comparisons": [comparison.to_json() for comparison in comparisons],
-        "moves": [[None if each is None else asdict(each) for each in row] for row in rows],
-    }
-
-
 def _monitors(scenario: Scenario, shim: bytes, terms: Terms) -> tuple[Monitor, ...]:
     converge, limit_s = scenario.converge, terms.limit_s
     policy = "converge" if converge else "downtime"
@@ -133,58 +107,92 @@ def _monitors(scenario: Scenario, shim: bytes, terms: Terms) -> tuple[Monitor, .
     )
 
 
-def run_growth(sizes_mib: Sequence[int], terms: Terms) -> tuple[str, dict[str, Any]]:
-    """Move idle guests of growing size that have filled their memory, each against a plain copy; as run_scenario."""
-    sizes = []
-    for memory_mib in sizes_mib:
-        load = _load(memory_mib, memory_mib - _GROW_SPARE_MIB, 0)
-        available = available_bytes()
-        if available is not None and available < _GROW_ROOM * load.memory_bytes:
-            _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
-            continue
-        sizes.append(_grow(load, terms))
-    return growth_table(sizes), {"scenario": GROWTH, "target": PLAIN_TARGET, "sizes": sizes}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Runs scenarios by these terms. The other fields are what it does on this host, and knows of it."""
+
+    terms: Terms
+    move: Callable[..., Move] = move
+    plain_copy: Callable[[int], float] = plain_copy
+    qemu_shim: Callable[[Path], bytes] = qemu_shim
+    available_bytes: Callable[[], int | None] = available_bytes
+
+    def run(self, wanted: Sequence[str], largest_mib: int, *, show: bool) -> list[dict[str, Any]]:
+        """Run what is wanted, growth up to that size; return all numbers, and print tables if they are to be shown."""
+        shim = b""
+        if any(name in SCENARIOS for name in wanted):
+            with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
+                shim = self.qemu_shim(Path(folder))
+        results: list[dict[str, Any]] = []
+        for name in sorted(wanted, key=[*SCENARIOS, GROWTH].index):
+            if name == GROWTH:
+                text, numbers = self.run_growth([mib for mib in _GROW_MIB if mib <= largest_mib])
+                text = f"\n{text}"
+            else:
+                monitors = _monitors(SCENARIOS[name], shim, self.terms)
+                text, numbers = self.run_scenario(SCENARIOS[name], monitors)
+                if not results:
+                    text = f"{header([monitor.name for monitor in monitors])}\n{text}"
+            results.append(numbers)
+            if show:
+                print(text, flush=True)
+        return results
+
+    def run_scenario(self, scenario: Scenario, monitors: Sequence[Monitor]) -> tuple[str, dict[str, Any]]:
+        """Move the guest by each monitor in turn, after a warm-up; return lines of a table, and all numbers."""
+        rows = []
+        for number in range(self.terms.pairs + 1):
+            _say(f"{scenario.title}: {f'repetition {number} of {self.terms.pairs}' if number else 'warm-up'}")
+            rows.append([self._attempt(monitor, scenario.load) for monitor in monitors])
+        rows = rows[1:]
+        comparisons = compare(rows, scenario.total_target)
+        return lines(scenario.title, rows, comparisons), {
+            "scenario": scenario.title,
+            "monitors": [monitor.name for monitor in monitors],
+            "comparisons": [comparison.to_json() for comparison in comparisons],
+            "moves": [[None if each is None else asdict(each) for each in row] for row in rows],
+        }
+
+    def _attempt(self, monitor: Monitor, load: Load) -> Move | None:
+        try:
+            return self.move(monitor, load, warm=self.terms.warm)
+        except UnsupportedError:
+            raise
+        except PageferryError as error:
+            _say(f"  {monitor.name}: {error}")
+            return None
+
+    def run_growth(self, sizes_mib: Sequence[int]) -> tuple[str, dict[str, Any]]:
+        """Move idle guests of growing size that have filled their memory, each against a plain copy; as above."""
+        sizes = []
+        for memory_mib in sizes_mib:
+            load = _load(memory_mib, memory_mib - _GROW_SPARE_MIB, 0)
+            available = self.available_bytes()
+            if available is not None and available < _GROW_ROOM * load.memory_bytes:
+                _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
+                continue
+            sizes.append(self._grow(load))
+        return growth_table(sizes), {"scenario": GROWTH, "target": PLAIN_TARGET, "sizes": sizes}
+
+    def _grow(self, load: Load) -> dict[str, Any]:
+        terms, moves, shares = self.terms, [], []
+        for number in range(terms.pairs + 1):
+            step = f"repetition {number} of {terms.pairs}" if number else "warm-up"
+            _say(f"growth, {format_size(load.memory_bytes)}: {step}")
+            plain_s = self.plain_copy(load.filled_bytes)
+            moved = self.move(Pageferry(policy="xen", limit_s=None, options=terms.options), load, warm=terms.warm)
+            if number:
+                moves.append(moved)
+                shares.append(plain_s / moved.total_s)
+        spreads = {
+            name: asdict(Spread.of([getattr(each, name) for each in moves]))
+            for name in ("total_s", "gap_s", "verify_s", "cpu_s", "peak_bytes")
+        }
+        return {"memory_bytes": load.memory_bytes, **spreads, "of_a_copy": asdict(Spread.of(shares))}
 
 
-def _grow(load: Load, terms: Terms) -> dict[str, Any]:
-    moves, shares = [], []
-    for number in range(terms.pairs + 1):
-        step = f"repetition {number} of {terms.pairs}" if number else "warm-up"
-        _say(f"growth, {format_size(load.memory_bytes)}: {step}")
-        plain_s = plain_copy(load.filled_bytes)
-        moved = move(Pageferry(policy="xen", limit_s=None, options=terms.options), load, warm=terms.warm)
-        if number:
-            moves.append(moved)
-            shares.append(plain_s / moved.total_s)
-    spreads = {
-        name: asdict(Spread.of([getattr(each, name) for each in moves]))
-        for name in ("total_s", "gap_s", "verify_s", "cpu_s", "peak_bytes")
-    }
-    return {"memory_bytes": load.memory_bytes, **spreads, "of_a_copy": asdict(Spread.of(shares))}
-
-
-def _run(wanted: Sequence[str], largest_mib: int, terms: Terms, *, show: bool) -> list[dict[str, Any]]:
-    shim = b""
-    if any(name in SCENARIOS for name in wanted):
-        with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
-            shim = qemu_shim(Path(folder))
-    results = []
-    for name in sorted(wanted, key=[*SCENARIOS, GROWTH].index):
-        if name == GROWTH:
-            text, numbers = run_growth([mib for mib in _GROW_MIB if mib <= largest_mib], terms)
-            text = f"\n{text}"
-        else:
-            monitors = _monitors(SCENARIOS[name], shim, terms)
-            text, numbers = run_scenario(SCENARIOS[name], monitors, terms)
-            if not results:
-                text = f"{header([monitor.name for monitor in monitors])}\n{text}"
-        results.append(numbers)
-        if show:
-            print(text, flush=True)
-    return results
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None, bench: Callable[..., Bench] = Bench) -> int:
+    """Compare, with a bench that is made by the terms asked for; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*SCENARIOS, GROWTH]
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which of {', '.join(known)}; all if none")
@@ -201,7 +209,7 @@ def main() -> int:
     )
     parser.add_argument("--cold", action="store_true", help="take memory as the host below hands it out")
     parser.add_argument("--json", action="store_true", help="print one JSON object, all numbers, instead of tables")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if unknown := set(options.scenarios) - set(known):
         parser.error(f"unknown scenario {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     if options.pairs < 1:
@@ -213,7 +221,7 @@ def main() -> int:
     )
     wanted = options.scenarios or known
     try:
-        results = _run(wanted, options.largest, terms, show=not options.json)
+        results = bench(terms=terms).run(wanted, options.largest, show=not options.json)
     except PageferryError as error:
         _say(f"vs_qemu: {error}; {error.hint}" if error.hint else f"vs_qemu: {error}")
         return _LACKING if isinstance(error, UnsupportedError) else 1

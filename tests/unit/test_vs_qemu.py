@@ -2,12 +2,12 @@
 
 import ctypes
 import json
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ import vs_qemu
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.guests import abi
 from pageferry.guests.workloads import load_workload
-from peers import monitors
 from peers.image import PROGRAM, Load, build_image
 from peers.monitors import QEMU, PageferryPeer, QemuPeer, qemu_shim
 from peers.move import Move
@@ -98,9 +97,8 @@ def test_growth_says_which_sizes_keep_up_with_a_copy():
 
 
 def test_without_qemu_one_line_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "busy"])
-    monkeypatch.setattr(monitors, "QEMU", "no-such-qemu")
-    assert vs_qemu.main() == 5
+    monkeypatch.setenv("PATH", "")
+    assert vs_qemu.main(["busy"]) == 5
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == "vs_qemu: QEMU is not installed; apt install qemu-system-x86\n"
@@ -110,33 +108,23 @@ def test_without_qemu_one_line_says_what_to_install(monkeypatch, capsys):
     "arguments",
     [["nonesuch"], ["busy", "--pairs", "0"], ["--pairs", "many"], ["--set", "x-verify"], ["--downtime-limit", "nan"]],
 )
-def test_wrong_usage_is_refused_before_anything_is_started(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", *arguments])
+def test_wrong_usage_is_refused_before_anything_is_started(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        vs_qemu.main()
+        vs_qemu.main(arguments)
     assert caught.value.code == 2
     assert "error: " in capsys.readouterr().err
 
 
-def test_arguments_of_migrate_are_passed_on_and_shown(monkeypatch, capsys):
+def pretended(moved, **more):
+    """Return a bench on which a move is what ``moved(monitor, load, warm=...)`` says."""
+    return partial(vs_qemu.Bench, move=moved, qemu_shim=lambda folder: b"", **more)
+
+
+def test_arguments_of_migrate_are_passed_on_and_shown(capsys):
     seen = []
-    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
-    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load, warm: seen.append(monitor) or move(1.0))
-    arguments = [
-        "vs_qemu.py",
-        "hot",
-        "--pairs",
-        "1",
-        "--set",
-        "x-verify=audit",
-        "--set",
-        "x-connections=2",
-        "--json",
-        "--downtime-limit",
-        "30",
-    ]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert vs_qemu.main() == 0
+    bench = pretended(lambda monitor, load, warm: seen.append(monitor) or move(1.0))
+    options = ["--set", "x-verify=audit", "--set", "x-connections=2", "--json", "--downtime-limit", "30"]
+    assert vs_qemu.main(["hot", "--pairs", "1", *options], bench) == 0
     (result,) = json.loads(capsys.readouterr().out)["results"]
     assert result["monitors"][0] == "pageferry, x-verify=audit, x-connections=2"
     assert seen[0].policy == "converge"
@@ -146,17 +134,15 @@ def test_arguments_of_migrate_are_passed_on_and_shown(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("flags", "warm"), [([], True), (["--cold"], False)])
-def test_memory_is_warm_where_it_is_not_to_be_cold(monkeypatch, capsys, flags, warm):
+def test_memory_is_warm_where_it_is_not_to_be_cold(capsys, flags, warm):
     seen = []
-    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load, warm: seen.append(warm) or move(1.0))
-    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
-    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "idle", "--pairs", "1", *flags])
-    assert vs_qemu.main() == 0
+    bench = pretended(lambda monitor, load, warm: seen.append(warm) or move(1.0))
+    assert vs_qemu.main(["idle", "--pairs", "1", *flags], bench) == 0
     assert set(seen) == {warm}
     assert "| total time |" in capsys.readouterr().out
 
 
-def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
+def test_the_warm_up_is_not_counted_and_a_failure_is_told(capsys):
     made = iter([move(100.0), move(100.0), move(100.0), move(1.0), VmError("it stood still"), move(4.0)])
 
     def attempt(monitor, load, warm):
@@ -165,23 +151,20 @@ def test_the_warm_up_is_not_counted_and_a_failure_is_told(monkeypatch, capsys):
             raise made_now
         return made_now
 
-    monkeypatch.setattr(vs_qemu, "move", attempt)
-    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
-    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "busy", "--pairs", "1"])
-    assert vs_qemu.main() == 0
+    assert vs_qemu.main(["busy", "--pairs", "1"], pretended(attempt)) == 0
     said = capsys.readouterr()
     assert "| total time | 1.00 s (1.00 s to 1.00 s) | - | 4.00 s (4.00 s to 4.00 s) | 0.25" in said.out
     assert "| moved | 1 of 1 | 0 of 1 | 1 of 1 |" in said.out
     assert "  QEMU: it stood still" in said.err
 
 
-def test_scenarios_are_lines_of_one_table_and_growth_is_another(monkeypatch, capsys):
-    monkeypatch.setattr(vs_qemu, "move", lambda monitor, load, warm: move(1.0, verify_s=0.1))
-    monkeypatch.setattr(vs_qemu, "plain_copy", lambda size_bytes: 0.5)
-    monkeypatch.setattr(vs_qemu, "available_bytes", lambda: 2 << 30)
-    monkeypatch.setattr(vs_qemu, "qemu_shim", lambda folder: b"")
-    monkeypatch.setattr(sys, "argv", ["vs_qemu.py", "growth", "idle", "busy", "--pairs", "1"])
-    assert vs_qemu.main() == 0
+def test_scenarios_are_lines_of_one_table_and_growth_is_another(capsys):
+    bench = pretended(
+        lambda monitor, load, warm: move(1.0, verify_s=0.1),
+        plain_copy=lambda size_bytes: 0.5,
+        available_bytes=lambda: 2 << 30,
+    )
+    assert vs_qemu.main(["growth", "idle", "busy", "--pairs", "1"], bench) == 0
     said = capsys.readouterr()
     table, _, growth = said.out.partition("\n\n")
     assert [line.split("|")[1].strip() for line in table.splitlines() if "moved" in line] == [
@@ -252,7 +235,7 @@ def test_a_destination_whose_memory_appears_later_is_found():
         watch.wait_moved(time.monotonic() + 60)
 
 
-def test_a_guest_that_does_not_fill_its_memory_is_told(monkeypatch):
+def test_a_guest_that_does_not_fill_its_memory_is_told():
     with pytest.raises(VmError, match="did not fill its memory in time: that was all"):
         wait_filled(OwnMemory(), time.monotonic())
 
@@ -326,11 +309,9 @@ def test_the_image_has_the_programs_very_bytes_and_what_the_abi_wants():
     assert not parts
 
 
-def test_a_missing_assembler_is_told(monkeypatch):
-    def only_qemu(tool):
-        return "/usr/bin/qemu" if tool == QEMU else None
-
-    monkeypatch.setattr(shutil, "which", only_qemu)
+def test_a_missing_assembler_is_told(monkeypatch, tmp_path):
+    (tmp_path / QEMU).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UnsupportedError, match="needed for QEMU's guest image") as caught:
         qemu_shim(Path("/nonexistent"))
     assert caught.value.hint == "apt install binutils"

@@ -93,9 +93,15 @@ def main(arguments: Sequence[str]) -> int:
     except UnsupportedError as error:
         print(f"test-npt: {error}\n  hint: {error.hint}")
         return NOT_RUN
+    commands = [qemu_command(image, kernel_log(CACHE, part), part) for part in range(len(parts))]
+    return run_machines(commands, CACHE)
+
+
+def run_machines(commands: Sequence[Sequence[str]], folder: Path) -> int:
+    """Run each part's machine, all at once, with its files in ``folder``; return the worst exit code."""
     began = time.monotonic()
     with ThreadPoolExecutor() as pool:
-        running = [pool.submit(run_machine, image, part) for part in range(len(parts))]
+        running = [pool.submit(run_machine, command, folder, part) for part, command in enumerate(commands)]
         try:
             codes = [each.result() for each in running]
         except BaseException:  # Ctrl-C, SIGTERM: or the emulators would outlive this process
@@ -125,20 +131,24 @@ def init_script(parts: Sequence[Sequence[str]]) -> str:
     return _INIT.format(command=command, base=_EXIT_BASE, port=_EXIT_PORT, most=_EXIT_BY_SIGNAL)
 
 
-def run_machine(image: LinuxImage, part: int) -> int:
-    """Boot the image, show what the tests print, and return pytest's exit code; NOT_RUN when the machine gave none.
+def kernel_log(folder: Path, part: int) -> Path:
+    """Return where the kernel of a part's machine writes."""
+    return folder / f"kernel{part}.log"
+
+
+def run_machine(command: Sequence[str], folder: Path, part: int, give_up_s: float = GIVE_UP_S) -> int:
+    """Run an emulator, show what the tests print, and return pytest's exit code; NOT_RUN when the machine gave none.
 
     The first machine's tests are shown as they go, those of the others when they have ended.
     """
-    log, output = CACHE / f"kernel{part}.log", CACHE / f"tests{part}.log"
+    output = folder / f"tests{part}.log"
     with output.open("wb") as file:
-        command = qemu_command(image, log, part)
         machine = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file if part else None)
         _machines.append(machine)
         try:
-            ended = machine.wait(GIVE_UP_S)
+            ended = machine.wait(give_up_s)
         except subprocess.TimeoutExpired:
-            print(f"test-npt: no result after {GIVE_UP_S} s; given up")
+            print(f"test-npt: no result after {give_up_s} s; given up")
             return NOT_RUN
         finally:
             machine.kill()
@@ -149,7 +159,7 @@ def run_machine(image: LinuxImage, part: int) -> int:
     if ended & 1 and code >= 0:
         return code
     print(f"test-npt: the machine ended without a result ({QEMU}: {ended}); its kernel said:")
-    print(*log.read_text(errors="replace").splitlines()[-20:], sep="\n")
+    print(*kernel_log(folder, part).read_text(errors="replace").splitlines()[-20:], sep="\n")
     return NOT_RUN
 
 

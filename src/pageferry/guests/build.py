@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pageferry.core.errors import UsageError
@@ -46,22 +47,22 @@ def compiler_version(cc: str) -> str:
     return "; ".join(lines)
 
 
-def source_digest(name: str) -> str:
+def source_digest(name: str, sources: Path = SOURCES, flags: Sequence[str] = FLAGS) -> str:
     """Return a digest of everything of ours that an image depends on: its source, the shared files, the flags."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    digest = hashlib.sha256(" ".join(flags).encode())
     for file in (*_SHARED_SOURCES, f"{name}.c"):
-        digest.update(b"\0" + file.encode() + b"\0" + (SOURCES / file).read_bytes())
+        digest.update(b"\0" + file.encode() + b"\0" + (sources / file).read_bytes())
     return digest.hexdigest()
 
 
-def build(name: str, target: Path, cc: str) -> None:
-    """Compile one program into the file ``target``.
+def build(name: str, target: Path, cc: str, sources: Path = SOURCES) -> None:
+    """Compile one program of the folder ``sources`` into the file ``target``.
 
     Raises:
         UsageError: the compiler refuses.
     """
     command = [cc, *FLAGS, "-o", str(target.absolute()), f"{name}.c"]
-    done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=sources, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UsageError(f"{cc} cannot build guest {name}", hint=done.stderr.strip())
 

@@ -23,20 +23,18 @@ def test_the_image_is_the_one_that_was_built_from_this_source(name):
     assert recorded["image_sha256"] == hashlib.sha256((build.IMAGES / f"{name}.elf").read_bytes()).hexdigest()
 
 
-def test_the_digest_covers_source_header_and_flags(tmp_path, monkeypatch):
+def test_the_digest_covers_source_header_and_flags(tmp_path):
     for file in build.SOURCES.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
-    before = build.source_digest("kv")
+    before = build.source_digest("kv", tmp_path)
     digests = {before}
     for file in ("kv.c", "guest.h", "guest.ld"):
         text = (tmp_path / file).read_text()
         (tmp_path / file).write_text(text + "\n")
-        digests.add(build.source_digest("kv"))
+        digests.add(build.source_digest("kv", tmp_path))
         (tmp_path / file).write_text(text)
-    assert build.source_digest("kv") == before
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O3"))
-    digests.add(build.source_digest("kv"))
+    assert build.source_digest("kv", tmp_path) == before
+    digests.add(build.source_digest("kv", tmp_path, (*build.FLAGS, "-O3")))
     assert len(digests) == 5
 
 
@@ -60,12 +58,11 @@ def test_the_recorded_compiler_builds_the_same_image_again(name, tmp_path):
     assert fresh.read_bytes() == (build.IMAGES / f"{name}.elf").read_bytes()
 
 
-def test_a_refused_source_is_one_clear_error(tmp_path, monkeypatch):
+def test_a_refused_source_is_one_clear_error(tmp_path):
     cc = compiler()
     (tmp_path / "bad.c").write_text("this is not C\n")
-    monkeypatch.setattr(build, "SOURCES", tmp_path)
     with pytest.raises(UsageError, match="cannot build guest bad") as caught:
-        build.build("bad", tmp_path / "bad.elf", cc)
+        build.build("bad", tmp_path / "bad.elf", cc, tmp_path)
     assert "bad.c" in caught.value.hint
 
 
