@@ -58,7 +58,7 @@ def test_another_api_version(kvm_support, monkeypatch):
 
 @pytest.mark.kvm
 def test_a_guest_that_does_not_run(kvm_support, monkeypatch):
-    monkeypatch.setattr("pageferry.kvm.probe._EXIT", b"\x0f\x0b")
+    monkeypatch.setattr("pageferry.kvm.trial._EXIT", b"\x0f\x0b")
     with pytest.raises(UnsupportedError, match="did not run") as caught:
         probe()
     assert caught.value.capability == "kvm-guest"

@@ -8,22 +8,14 @@ from pageferry.core.cpu_features import FEATURES
 from pageferry.core.cpuid import EXTENDED, NO_SUBLEAF, Leaves, answer, of_vcpu
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.core.memory import MIN_MEMORY_BYTES
-from pageferry.core.state import MachineState, ring_3_state
-from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import DEV_KVM, SystemFd
+from pageferry.kvm.trial import DATA_GPA, run_trial, trial_guest, trial_state
 from pageferry.kvm.tsc import can_offset_tsc
-from pageferry.kvm.vm import KvmVm
 
-_TIMEOUT_S = 10.0
-_TABLES_GPA, _PROGRAM_GPA, _DATA_GPA, _ANSWERS_GPA = 0x1_0000, 0x10_0000, 0x18_0000, 0x18_1000
-_EXIT_CODE = 0x5A
-# mov dword [_DATA_GPA], 1
-_WRITE = b"\xc7\x04\x25" + struct.pack("<II", _DATA_GPA, 1)
-# mov al, _EXIT_CODE; out EXIT_PORT, al; jmp $
-_EXIT = bytes((0xB0, _EXIT_CODE, 0xE6, EXIT_PORT, 0xEB, 0xFE))
+_ANSWERS_GPA = DATA_GPA + 0x1000
+# mov dword [DATA_GPA], 1
+_WRITE = b"\xc7\x04\x25" + struct.pack("<II", DATA_GPA, 1)
 #: ModRM bytes of ``mov [disp32], r32`` for EAX, EBX, ECX and EDX.
 _STORES = (0x04, 0x1C, 0x0C, 0x14)
 _ANSWER = struct.Struct("<4I")
@@ -109,31 +101,15 @@ def _ask(leaf: int, subleaf: int, at_gpa: int) -> bytes:
 
 def _run_guest() -> bool:
     """Run a guest that writes a page and asks CPUID; return whether the answers are those of its table."""
-    vm = KvmVm(VmConfig(memory_bytes=MIN_MEMORY_BYTES))
-    try:
-        for level in range(2):  # PML4, PDPT: one entry each, to the next table
-            vm.memory.write(_TABLES_GPA + (level << PAGE_SHIFT), struct.pack("<Q", _TABLES_GPA + (level + 1 << 12) | 7))
-        vm.memory.write(_TABLES_GPA + (2 << PAGE_SHIFT), struct.pack("<Q", 0x87))  # the first 2 MiB, as one page
+    with trial_guest(trial_state()) as vm:
         questions = {_ANSWERS_GPA + _ANSWER.size * n: each for n, each in enumerate(_questions(vm.cpuid))}
         asks = b"".join(_ask(*question, at_gpa) for at_gpa, question in questions.items())
-        vm.memory.write(_PROGRAM_GPA, _WRITE + asks + _EXIT)
-        vm.load_state(
-            MachineState(
-                vcpus=(ring_3_state(rip=_PROGRAM_GPA, rsp=_DATA_GPA, cr3=_TABLES_GPA),), devices=vm.platform.bus.save()
-            )
-        )
         vm.log_dirty.enable()
-        vm.resume()
-        if vm.wait(_TIMEOUT_S) is VmStatus.RUNNING:
-            raise VmError("it did nothing for too long")
-        if vm.end is None or vm.end.exit_code != _EXIT_CODE:
-            raise VmError((vm.end and vm.end.crash) or "it ended in a way of its own")
-        if not vm.log_dirty.clean().test(_DATA_GPA >> PAGE_SHIFT):
+        run_trial(vm, _WRITE + asks)
+        if not vm.log_dirty.clean().test(DATA_GPA >> PAGE_SHIFT):
             raise VmError("its write was not seen by the dirty log")
         given = of_vcpu(vm.cpuid, index=0, cpus=1)
         return all(
             _ANSWER.unpack(vm.memory.read(at_gpa, _ANSWER.size)) == answer(given, *question)
             for at_gpa, question in questions.items()
         )
-    finally:
-        vm.close()

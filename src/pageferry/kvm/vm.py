@@ -29,7 +29,7 @@ from pageferry.kvm import tsc, uapi, vcpu_state
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd, VcpuFd
-from pageferry.kvm.irqchip import create_irqchip
+from pageferry.kvm.irqchip import KvmInterrupts, create_irqchip
 from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
@@ -98,6 +98,8 @@ class KvmVm(StandardMachine):
             memory = GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages, storage=config.storage)
             super().__init__(config, memory, cpuid)
             self.platform.bus.elsewhere = chips
+            if irqchip:
+                self.platform.bus.lines.connect(KvmInterrupts(self.vm_fd))
             self.vcpu_mapping = self.memory.mapping
             if kind.own_mapping:
                 self.vcpu_mapping = self.memory.map_again()

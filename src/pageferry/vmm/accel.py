@@ -9,7 +9,7 @@ from pageferry.core.errors import UnsupportedError
 from pageferry.core.host_cpu import HostCpu, host_cpu
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.machine import Machine
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.witness import DIGESTS
 
 
@@ -47,25 +47,33 @@ def choose_machines(
     tracker: str | None = None,
     huge_pages: HugePages = HugePages.OFF,
     witness: str | None = None,
+    machine: MachineModel | None = None,
 ) -> Machines:
     """Return the kind of machine to use.
+
+    A PC is for an operating system, which needs ring 0: where KVM does not run that natively, AUTO takes ``soft`` for
+    one, and refuses one that comes later.
 
     Args:
         accel: what was asked for.
         tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
         huge_pages: what to ask of the host for guest memory.
         witness: what watches the tracker: another one, or ``digests``; None: nothing.
+        machine: the model of the guest's machine; None: not known yet.
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
     """
     expect_offered(huge_pages)
-    name, reason, keeps_cpuid = _choose(accel, tracker if witness in (None, DIGESTS) else tracker or witness)
-    make = _make_kvm if name == "kvm" else _make_soft
+    by_tracker = tracker if witness in (None, DIGESTS) else tracker or witness
+    name, reason, keeps_cpuid = _choose(accel, by_tracker, machine)
+    make_vm = (_make_kvm if name == "kvm" else _make_soft)(tracker, huge_pages, witness)
+    if name == "kvm" and accel is Accel.AUTO and machine is None:
+        make_vm = partial(_expecting_ring_0, make_vm)
     return Machines(
         accel=name,
         reason=reason,
-        make_vm=make(tracker, huge_pages, witness),
+        make_vm=make_vm,
         host_cpu=host_cpu(keeps_cpuid=keeps_cpuid),
         tracker=tracker,
         huge_pages=huge_pages,
@@ -73,7 +81,7 @@ def choose_machines(
     )
 
 
-def _choose(accel: Accel, tracker: str | None) -> tuple[str, str, bool]:
+def _choose(accel: Accel, tracker: str | None, machine: MachineModel | None) -> tuple[str, str, bool]:
     # The name, the reason, and whether guests see their own CPUID table.
     from pageferry.hypervisor.paging import PAGING_MODES
 
@@ -82,14 +90,25 @@ def _choose(accel: Accel, tracker: str | None) -> tuple[str, str, bool]:
     if accel is Accel.SOFT:
         return "soft", "asked for", True
     from pageferry.kvm.probe import probe
+    from pageferry.kvm.probe_ring_0 import expect_ring_0
 
     try:
         keeps_cpuid = probe().exact_cpuid
+        if accel is Accel.AUTO and machine is MachineModel.PC:
+            expect_ring_0()
     except UnsupportedError as error:
         if accel is Accel.KVM or tracker is not None:
             raise
         return "soft", f"KVM does not work here: {error}", True
     return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works", keeps_cpuid
+
+
+def _expecting_ring_0(make_vm: Callable[[VmConfig], Machine], config: VmConfig) -> Machine:
+    from pageferry.kvm.probe_ring_0 import expect_ring_0
+
+    if config.machine is MachineModel.PC:
+        expect_ring_0()
+    return make_vm(config)
 
 
 def _make_soft(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:

@@ -51,6 +51,7 @@ def examine() -> list[Finding]:
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
         _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
+        _try("kvm-ring0", _ring_0, ""),
         _try("kvm-manual-protect", _manual_protect, "use --accel soft"),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in others),
         _try("machine-pc", partial(_trial, Accel.KVM, machine=MachineModel.PC), ""),
@@ -122,6 +123,12 @@ def _exact_cpuid() -> str:
     if not probe().exact_cpuid:
         raise UnsupportedError("kvm-cpuid", "a guest sees its host's CPU and not the CPUID table that it is given")
     return "a guest sees the CPUID table it is given"
+
+
+def _ring_0() -> str:
+    from pageferry.kvm.probe_ring_0 import expect_ring_0
+
+    return expect_ring_0()
 
 
 def _manual_protect() -> str:

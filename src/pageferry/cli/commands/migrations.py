@@ -74,7 +74,7 @@ def demo(
     load_guest(workload)
     config = vm_config(memory, cpus, cpu, machine)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify)
-    machines = choose_machines(accel, tracker, huge_pages, witness)
+    machines = choose_machines(accel, tracker, huge_pages, witness, machine)
     end_as_by_ctrl_c()
     with _plot_file(plot) as file:
         _report(lambda: run_demo(machines, workload, config, options, ERR), as_json, file)

@@ -65,7 +65,7 @@ def run_guest(
         seed=seed,
         arguments=tuple(map(parse_size, argument or ())),
     )
-    with _guest_process(choose_machines(accel, tracker, huge_pages, witness), control) as process:
+    with _guest_process(choose_machines(accel, tracker, huge_pages, witness, machine), control) as process:
         process.boot(program, config, params)
         process.start()
         code = process.wait()
@@ -102,16 +102,17 @@ def restore(
     control: OwnControlOption = None,
 ) -> None:
     """Run a guest from a file, from where it was saved. The file stays as it is."""
-    machines = choose_machines(accel, tracker, huge_pages, witness)
-    with SavedGuest(file) as saved, _guest_process(machines, control) as process:
-        if lazy:
-            process.restore_lazily(saved)
-        else:
-            with ReadingView(ERR) as view:
-                process.restore(saved, view.show)
-            saved.close()
-        process.start()
-        code = process.wait()
+    with SavedGuest(file) as saved:
+        machines = choose_machines(accel, tracker, huge_pages, witness, saved.config.machine)
+        with _guest_process(machines, control) as process:
+            if lazy:
+                process.restore_lazily(saved)
+            else:
+                with ReadingView(ERR) as view:
+                    process.restore(saved, view.show)
+                saved.close()
+            process.start()
+            code = process.wait()
     raise typer.Exit(ExitCode(code))
 
 
