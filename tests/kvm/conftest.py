@@ -125,7 +125,7 @@ def make_guest(
         VmConfig(memory_bytes=memory_bytes, cpus=len(states), cpu=cpu, machine=machine),
         tracker=tracker or (DEFAULT_TRACKER if manual_protect is None else bitmap_tracker(manual_protect)),
     )
-    vm.platform.bus.devices += tuple(devices)
+    vm.platform.bus.add(*devices)
     if program is not None:
         write_identity_map(vm.memory)
         vm.memory.write(PROGRAM_GPA, bytes.fromhex(PROGRAMS[program]))

@@ -201,6 +201,15 @@ def test_an_interrupt_that_nobody_took_travels(small_pc):
     assert device(moved(vm, small_pc), "pic0", KvmPicState).irr & 1 << 4
 
 
+def test_a_device_interrupts_by_itself(small_pc, kvm, monkeypatch):
+    # Register B of the wall clock: interrupt when an update has ended, 24 hours.
+    monkeypatch.setitem(kvm.PROGRAMS, "clock", "b00b e670 b012 e671 ebfe".replace(" ", ""))
+    vm = small_pc("clock", rflags=0x3002)
+    pic1 = next(each for each in vm.platform.bus.elsewhere if each.name == "pic1")
+    vm.resume()
+    kvm.wait_for(vm, lambda: KvmPicState.from_buffer_copy(pic1.save()).last_irr & 1)
+
+
 def test_the_rate_of_the_tsc_travels(small_pc, kvm):
     vm = small_pc("spin")
     saved = vm.save_state()

@@ -142,9 +142,11 @@ class StandardMachine(ABC):
         """Return everything but memory."""
         self._expect_paused("saved")
         with self.run_control.stopped():
+            # Devices first: an interrupt that goes from one to a vCPU meanwhile is then in both states, not in neither.
+            devices = self.platform.bus.save()
             return MachineState(
                 vcpus=self._save_vcpus(),
-                devices=self.platform.bus.save(),
+                devices=devices,
                 tsc_khz=self._tsc_khz(),
                 kvm_clock_ns=self._save_kvm_clock(),
             )

@@ -34,6 +34,7 @@ from pageferry.core.run import Effect, GuestExit, GuestReset, InvalidateTlb, Syn
 from pageferry.core.state import VcpuState
 from pageferry.devices.bus import DeviceBus
 from pageferry.kvm import uapi, vcpu_state
+from pageferry.kvm.device_timer import DeviceTimer
 from pageferry.kvm.fds import VcpuFd
 from pageferry.kvm.kick import kick_signal
 
@@ -68,14 +69,18 @@ class KvmVcpu:
     Args:
         fd: taken over.
         bus: where port and MMIO accesses go.
+        timer: drives the devices there that act by themselves.
         parts: what it has besides the registers that every vCPU has.
         index: which vCPU this is.
     """
 
-    def __init__(self, fd: VcpuFd, bus: DeviceBus, parts: vcpu_state.Parts, *, index: int = 0) -> None:
+    def __init__(
+        self, fd: VcpuFd, bus: DeviceBus, timer: DeviceTimer, parts: vcpu_state.Parts, *, index: int = 0
+    ) -> None:
         self.fd = fd
         self.index = index
         self._bus = bus
+        self._timer = timer
         self._kick_signal = kick_signal()
         self._kick_lock = threading.Lock()
         self._thread_ident: int | None = None
@@ -104,6 +109,7 @@ class KvmVcpu:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {self._kick_signal})  # a thread inherits its maker's mask
         with self._kick_lock:
             self._thread_ident = threading.get_ident()
+        self._timer.notice()
         try:
             return self._run()
         finally:
@@ -164,6 +170,7 @@ class KvmVcpu:
             if io.direction == uapi.KVM_EXIT_IO_OUT:
                 value = int.from_bytes(area[start : start + size], "little")
                 effect = _stronger(effect, self._bus.port_write(port, size, value))
+                self._timer.notice()
             else:
                 area[start : start + size] = self._bus.port_read(port, size).to_bytes(size, "little")
         return effect

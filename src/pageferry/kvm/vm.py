@@ -27,6 +27,7 @@ from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm import tsc, uapi, vcpu_state
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
+from pageferry.kvm.device_timer import DeviceTimer
 from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd, VcpuFd
 from pageferry.kvm.irqchip import KvmInterrupts, create_irqchip
@@ -107,6 +108,8 @@ class KvmVm(StandardMachine):
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)
+            self._device_timer = DeviceTimer(self.platform.bus)
+            undo.callback(self._device_timer.close)
             make_vcpu = partial(self._make_vcpu, listed_msrs(system), event_flags)
             self.vcpus = tuple(make_vcpu(fd, index) for index, fd in enumerate(vcpu_fds))
             log_dirty = kind.make(self)
@@ -125,7 +128,7 @@ class KvmVm(StandardMachine):
             event_flags=event_flags,
             irqchip=self.config.machine is MachineModel.PC,
         )
-        return KvmVcpu(fd, self.platform.bus, parts, index=index)
+        return KvmVcpu(fd, self.platform.bus, self._device_timer, parts, index=index)
 
     def _set_up_vm(self) -> None:
         if self.vm_fd.check_extension(uapi.KVM_CAP_SET_IDENTITY_MAP_ADDR):
