@@ -142,13 +142,15 @@ def test_a_device_may_not_call_an_operator(domains, operator):
     domain = domains()
 
     class Rude(dma.DmaDevice):
+        mmio = range(dma.DMA_MMIO + 0x10_0000, dma.DMA_MMIO + 0x10_1000)
+
         def write(self, offset, size, value):
             getattr(domain.paging, operator)()
 
     bus = domain.platform.bus
-    bus.devices = (Rude(domain.memory),)
+    bus.add_ports(Rude(domain.memory))
     with pytest.raises(LockOrderError, match="DOMAIN lock taken while holding DEVICES"):
-        bus.mmio_write(dma.DMA_MMIO, 8, 0)
+        bus.mmio_write(Rude.mmio.start, 8, 0)
     assert not domain.locks.devices.mine
 
 
