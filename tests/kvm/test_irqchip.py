@@ -356,7 +356,7 @@ PIC, IOAPIC, PIT = KvmPicState, KvmIoapicState, uapi.KvmPitState2
         ("pit", PIT, 3, 1, "count is 0x1010000, more than 0x10000"),
         ("pit", PIT, 13, 6, "mode is 6"),
         ("pit", PIT, 15, 2, "gate is 0x2"),
-        ("pit", PIT, 16, 1, "count_load_time is 0x1, more than 0x0"),
+        ("pit", PIT, 23, 0x80, "count_load_time is -9223372036854775808"),
         ("pit", PIT, PIT.flags.offset, 4, "a flag or reserved field is not 0"),
         ("pit", PIT, PIT.reserved.offset, 1, "a flag or reserved field is not 0"),
     ],

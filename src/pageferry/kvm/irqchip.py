@@ -4,8 +4,9 @@ Guest accesses never leave the kernel; here their states are saved and restored,
 after all vCPUs: PICs and IOAPIC pass what is pending on to the local APICs, and the PIT begins to tick.
 
 A state is the kernel's own structure, little-endian, with three changes: what an IOAPIC or a PIT has as padding is left
-out as zeros, and so is when a counter was loaded, which is a time of this host. A counter of the PIT begins its period
-anew; the count of ticks that KVM still owes the guest is nowhere to be read, and ends with the machine.
+out as zeros, and so is when a counter was loaded, which is a time of this host. (The PIT of ``soft`` has there how far
+its counters are; see devices/pc/pit.py.) A counter of the PIT begins its period anew; the count of ticks that KVM still
+owes the guest is nowhere to be read, and ends with the machine.
 
 Source: kernel ``api.rst``: KVM_CREATE_IRQCHIP, KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_CREATE_PIT2, KVM_GET_PIT2,
 KVM_SET_PIT2; Intel 8259A, 8254 and 82093AA data sheets.
@@ -44,10 +45,11 @@ _PIT_LIMITS = {
     "rw_mode": 3,
     "bcd": 1,
     "gate": 1,
-    "count_load_time": 0,
 }
 _PIT_MODES = (0, 1, 2, 3, 4, 5, 0xFF)  # the last: not programmed yet
 _PIT_FLAGS = 3
+#: In place of the time of loading: a counter that waits for its count; see devices/pc/pit.py.
+_PIT_WAITS = -1
 
 
 def create_irqchip(vm: VmFd) -> tuple[Stateful, ...]:
@@ -148,6 +150,8 @@ class _Pit:
         state = uapi.KvmPitState2()
         _fill(self.name, state, data)
         _refuse(self.name, _pit_faults(state))
+        for channel in state.channels:
+            channel.count_load_time = 0
         self.vm.ioctl(uapi.KVM_SET_PIT2, state)
 
 
@@ -185,4 +189,6 @@ def _pit_faults(pit: uapi.KvmPitState2) -> str:
         fault = _above(channel, _PIT_LIMITS)
         if fault or channel.mode not in _PIT_MODES:
             return fault or f"mode is {channel.mode}"
+        if channel.count_load_time < _PIT_WAITS:
+            return f"count_load_time is {channel.count_load_time}"
     return "a flag or reserved field is not 0" if pit.flags & ~_PIT_FLAGS or any(pit.reserved) else ""
