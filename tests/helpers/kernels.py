@@ -1,7 +1,11 @@
-"""Kernels made up for tests: files of the right form with nothing to run in them."""
+"""Kernels made up for tests, files of the right form with nothing to run in them, and what a boot did with them."""
 
 import gzip
 import struct
+
+from pageferry.core.memory import GuestMemory
+from pageferry.core.state import DeviceState, MachineState, MpState
+from pageferry.core.vm import MachineModel, VmConfig
 
 PREFERRED_GPA = 0x100_0000
 INIT_SIZE = 0x40_0000
@@ -68,3 +72,50 @@ def bzimage(payload=None, *, version=0x20F, flags=1, kernel_bytes=None, payload_
 def with_size(packed, unpacked):
     """A payload that does not end with its unpacked size by itself, as the kernel's build makes it."""
     return packed + struct.pack("<I", len(unpacked))
+
+
+def number(data, at, size):
+    """A field of a structure."""
+    return int.from_bytes(data[at : at + size], "little")
+
+
+class BootedVm:
+    """The part of a Vm that booting uses."""
+
+    devices = (DeviceState(name="a", data=b"fresh"),)
+
+    def __init__(self, memory_bytes=64 << 20, cpus=1, machine=MachineModel.PC):
+        self.config = VmConfig(memory_bytes=memory_bytes, cpus=cpus, machine=machine)
+        self.memory = GuestMemory.linear(memory_bytes)
+        self.loaded = None
+
+    def save_state(self):
+        return MachineState(vcpus=(), devices=self.devices)
+
+    def load_state(self, state):
+        self.loaded = state
+
+    @property
+    def first(self):
+        """The state of the vCPU that enters the kernel."""
+        return self.loaded.vcpus[0]
+
+    def string(self, gpa):
+        """Text that ends with a NUL."""
+        return self.memory.read(gpa, 4096).partition(b"\0")[0]
+
+    def descriptor(self, selector):
+        """A segment as the CPU would load it: base, limit, attributes as `core.state.Segment` packs them."""
+        low, high = struct.unpack("<II", self.memory.read(self.first.gdtr.base + selector, 8))
+        limit = (low & 0xFFFF | high & 0xF0000) << 12 | 0xFFF
+        return (low >> 16 | (high & 0xFF) << 16 | high & 0xFF000000), limit, high >> 8 & 0xFF | high >> 12 & 0xF00
+
+    def expect_protected_mode(self, entry):
+        """The first vCPU enters at ``entry`` with flat segments, no paging, no interrupts; the others wait."""
+        first, *others = self.loaded.vcpus
+        assert first.rip == entry
+        assert (first.rflags & 0x200, first.cr0 & 0x8000_0001, first.efer) == (0, 1, 0)
+        for segment in (first.cs, first.ds, first.es, first.ss):
+            assert self.descriptor(segment.selector) == (segment.base, segment.limit, segment.attributes)
+            assert (segment.base, segment.limit, segment.attributes & 0x400) == (0, 0xFFFF_FFFF, 0x400)
+        assert [vcpu.mp_state for vcpu in others] == [MpState.UNINITIALIZED] * (self.config.cpus - 1)

@@ -45,6 +45,14 @@ def complaint(result, code):
         (("run", "idle", "--machine", "q35"), "q35"),
         (("run", "/nonexistent/mine.elf", "--accel", "soft"), "/nonexistent/mine.elf"),
         (("run", "idle", "--hugepages", "giant"), "giant"),
+        (("run",), "nothing to run"),
+        (("run", "idle", "--kernel", "/boot/vmlinuz"), "two guests"),
+        (("run", "idle", "--append", "quiet"), "--initrd and --append are for a kernel, and idle is none"),
+        (("run", "--kernel", "/nonexistent/vmlinuz"), "cannot read /nonexistent/vmlinuz"),
+        (("run", "--kernel", __file__), "is not a Linux kernel"),
+        (("run", __file__), "is nothing that a guest can be"),
+        (("run", "--kernel", "/boot/vmlinuz", "--rate", "1"), "not for --kernel"),
+        (("run", "idle", "--console", "vga"), "vga"),
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
         (("demo", "--policy", "xen", "--downtime-limit", "5"), "no downtime limit"),
         (("demo", "--downtime-limit", "0"), "positive limit"),
@@ -132,7 +140,8 @@ def elf(code):
     ("code", "returncode", "says"),
     [
         ("31c0e6f4", 0, "exit code 0"),  # xor eax, eax; out 0xf4, al
-        ("b003e6f4", 8, "exit code 3"),  # mov al, 3; out 0xf4, al
+        ("b003e6f4", 3, "exit code 3"),  # mov al, 3; out 0xf4, al
+        ("b800010000e7f4", 8, "exit code 256"),  # mov eax, 256; out 0xf4, eax
         ("0f0b", 9, "crashed"),  # ud2
         ("f4", 9, "crashed"),  # hlt, in ring 3
     ],

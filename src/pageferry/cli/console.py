@@ -1,7 +1,6 @@
-"""Attach a terminal, or any two files, to the console of a guest in another process.
+"""A guest's console: a terminal, or any two files, attached to that of a guest in another process, or in this one.
 
-One thread, one connection. Input that the guest does not take yet (it does not read, or it is being moved) waits here
-and is offered again.
+Input that the guest does not take yet (it does not read, or it is being moved) waits here and is offered again.
 """
 
 import base64
@@ -9,9 +8,10 @@ import contextlib
 import os
 import select
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -47,8 +47,50 @@ def raw_input(fd: int) -> Iterator[None]:
             termios.tcsetattr(fd, termios.TCSANOW, before)
 
 
+class Typed:
+    """What was typed at a terminal, or read from another file, and the guest has not taken yet.
+
+    Args:
+        fd: where input comes from; Ctrl-] detaches when it is a terminal.
+        ring: called when a key is dropped, because the guest has not taken many before it.
+    """
+
+    def __init__(self, fd: int, ring: Callable[[], object]) -> None:
+        self.fd = fd
+        self.terminal = os.isatty(fd)
+        self.waiting = bytearray()
+        self.detached = False
+        """Whether the user has asked to detach, or the terminal was hung up."""
+        self._at_end = False
+        self._ring = ring
+
+    @property
+    def wanted(self) -> bool:
+        """Whether to read on now: keys at any time, a file when all of it that was read is taken."""
+        return not self._at_end and (self.terminal or not self.waiting)
+
+    def read(self) -> None:
+        """Read what there is; waits if there is nothing."""
+        try:
+            data = os.read(self.fd, _READ_BYTES)
+        except OSError:  # a terminal that was hung up
+            data = b""
+        if not data:
+            self._at_end = True  # of a file that is at its end, the guest's output goes on
+            self.detached = self.terminal
+        elif not self.terminal:
+            self.waiting += data
+        else:
+            before, detach, _ = data.partition(DETACH)
+            room = _TYPED_AHEAD_BYTES - len(self.waiting)
+            self.waiting += before[:room]
+            if len(before) > room:
+                self._ring()
+            self.detached = bool(detach)
+
+
 class ConsoleSession:
-    """One attachment.
+    """One attachment to a guest in another process: one thread, one connection.
 
     Args:
         client: a fresh connection to the guest process, for this session alone.
@@ -59,15 +101,13 @@ class ConsoleSession:
 
     def __init__(self, client: QmpClient, input_fd: int, output_fd: int, tell: Callable[[str], None]) -> None:
         self._client = client
-        self._input_fd: int | None = input_fd
         self._output_fd = output_fd
         self._tell = tell
-        self._typed = bytearray()
+        self._typed = Typed(input_fd, lambda: self._write(_BELL))
         self._offered: int | None = None  # the id of the command that offers input, while it is unanswered
         self._offered_bytes = 0
         self._offer_again_s = 0.0
         self._ended: str | None = None
-        self._terminal = os.isatty(input_fd)
 
     def run(self) -> None:
         """Attach; return when the user detaches or the guest's console has left this process.
@@ -77,15 +117,17 @@ class ConsoleSession:
             VmError: the guest process went away.
         """
         self._client.execute("x-console-follow")
-        self._tell("attached; " + ("Ctrl-] detaches" if self._terminal else "Ctrl-C detaches"))
+        self._tell("attached; " + ("Ctrl-] detaches" if self._typed.terminal else "Ctrl-C detaches"))
         self._handle(self._client.received())
         while self._ended is None:
             wait_s = None
-            if self._typed and self._offered is None:
+            if self._typed.waiting and self._offered is None:
                 wait_s = max(0.0, self._offer_again_s - time.monotonic())
-            readable, _, _ = select.select(self._sources(), [], [], wait_s)
-            if self._input_fd is not None and self._input_fd in readable:
-                self._read_input(self._input_fd)
+            sources: list[Any] = [self._client, *([self._typed.fd] if self._typed.wanted else [])]
+            readable, _, _ = select.select(sources, [], [], wait_s)
+            if self._typed.fd in readable:
+                self._typed.read()
+                self._ended = _DETACHED if self._typed.detached else None
             if self._client in readable:
                 self._handle(self._client.receive())
             if time.monotonic() >= self._offer_again_s:
@@ -93,37 +135,13 @@ class ConsoleSession:
         if self._ended == _DETACHED:
             self._offer_the_rest()
         self._tell(self._ended)
-        if self._typed:
-            self._tell(f"{len(self._typed):,} bytes of input did not reach the guest")
-
-    def _sources(self) -> list[Any]:
-        sources: list[Any] = [self._client]
-        if self._input_fd is not None and (self._terminal or not self._typed):
-            sources.append(self._input_fd)
-        return sources
-
-    def _read_input(self, fd: int) -> None:
-        try:
-            data = os.read(fd, _READ_BYTES)
-        except OSError:  # a terminal that was hung up
-            data = b""
-        if not data:
-            self._input_fd = None  # of a file that is at its end, the guest's output goes on
-            self._ended = _DETACHED if self._terminal else self._ended
-        elif not self._terminal:
-            self._typed += data
-        else:
-            before, detach, _ = data.partition(DETACH)
-            room = _TYPED_AHEAD_BYTES - len(self._typed)
-            self._typed += before[:room]
-            if len(before) > room:
-                self._write(_BELL)
-            self._ended = _DETACHED if detach else self._ended
+        if self._typed.waiting:
+            self._tell(f"{len(self._typed.waiting):,} bytes of input did not reach the guest")
 
     def _offer(self) -> None:
-        if self._typed and self._offered is None:
-            self._offered = self._client.send("x-console-write", data=base64.b64encode(self._typed).decode())
-            self._offered_bytes = len(self._typed)
+        if self._typed.waiting and self._offered is None:
+            self._offered = self._client.send("x-console-write", data=base64.b64encode(self._typed.waiting).decode())
+            self._offered_bytes = len(self._typed.waiting)
 
     def _offer_the_rest(self) -> None:
         for _ in range(2):  # what is under way, and what was typed after it
@@ -137,7 +155,7 @@ class ConsoleSession:
                 self._show(message["data"])
             elif "event" not in message and message.get("id") == self._offered:
                 taken = message.get("return", {}).get("taken", 0)  # an error: the guest is leaving, the end follows
-                del self._typed[:taken]
+                del self._typed.waiting[:taken]
                 self._offered = None
                 self._offer_again_s = time.monotonic() + (_OFFER_AGAIN_S if taken < self._offered_bytes else 0.0)
 
@@ -150,3 +168,53 @@ class ConsoleSession:
     def _write(self, data: bytes) -> None:
         while data:
             data = data[os.write(self._output_fd, data) :]
+
+
+class LocalConsole:
+    """Hands on input to the console of a guest in this process, on a thread, inside a ``with`` block.
+
+    A terminal is in raw mode meanwhile, until Ctrl-] gives it back; then Ctrl-C ends the guest, as without this.
+
+    Args:
+        input_fd: where input comes from.
+        output_fd: where the guest's output goes, by others.
+        offer: gives the guest input, and returns how many of the bytes it took.
+        tell: sees lines for a person.
+    """
+
+    def __init__(
+        self, input_fd: int, output_fd: int, offer: Callable[[bytes], int], tell: Callable[[str], None]
+    ) -> None:
+        self._typed = Typed(input_fd, lambda: os.write(output_fd, _BELL))
+        self._offer = offer
+        self._tell = tell
+        self._raw = contextlib.ExitStack()
+        self._thread = threading.Thread(target=self._hand_on, name="console-input", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._typed.terminal:
+            self._tell("your keys go to the guest; Ctrl-] gives the terminal back")
+        self._end, self._wake = os.pipe()
+        self._raw.enter_context(raw_input(self._typed.fd))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._wake)
+        self._thread.join()
+        os.close(self._end)
+        self._raw.close()
+
+    def _hand_on(self) -> None:
+        while not self._typed.detached:
+            wait_s = _OFFER_AGAIN_S if self._typed.waiting else None
+            sources = [self._end, *([self._typed.fd] if self._typed.wanted else [])]
+            readable, _, _ = select.select(sources, [], [], wait_s)
+            if self._end in readable:
+                return
+            if self._typed.fd in readable:
+                self._typed.read()
+            if self._typed.waiting:
+                del self._typed.waiting[: self._offer(bytes(self._typed.waiting))]
+        self._raw.close()
+        self._tell("detached; Ctrl-C ends the guest")

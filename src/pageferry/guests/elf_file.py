@@ -9,6 +9,7 @@ import struct
 from dataclasses import dataclass
 
 from pageferry.core.errors import UsageError
+from pageferry.guests.placement import LoadedPart
 
 MAGIC = b"\x7fELF"
 #: Enough of a file to know that it is one.
@@ -77,6 +78,17 @@ class ElfFile:
                     f"{self.name} is truncated: it ends inside the segment at {segment.vaddr:#x}", hint=_AGAIN
                 )
         return loads
+
+    def physical(self) -> tuple[LoadedPart, ...]:
+        """Return what is loaded, at physical addresses.
+
+        Raises:
+            UsageError: as :meth:`loads`.
+        """
+        return tuple(
+            LoadedPart(gpa=segment.paddr, data=self.content(segment), size_bytes=segment.in_memory)
+            for segment in self.loads()
+        )
 
     def content(self, segment: ElfSegment) -> bytes:
         """Return the bytes of a segment that are in the file, those of them that are there."""

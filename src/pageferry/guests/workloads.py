@@ -70,14 +70,17 @@ def load_workload(name: str) -> Program:
     )
 
 
+def names_file(name_or_path: str) -> bool:
+    """Tell whether this is a path (has a ``/`` or ends in ``.elf``) or a file's name, and no built-in program's."""
+    if name_or_path in WORKLOADS:
+        return False
+    return "/" in name_or_path or name_or_path.endswith(".elf") or Path(name_or_path).is_file()
+
+
 def load_guest(name_or_path: str) -> Program:
-    """Return a built-in program, or the ELF file at a path (anything with a ``/`` or a ``.elf`` ending, or a file).
+    """Return a built-in program, or the one in an ELF file.
 
     Raises:
         UsageError: neither, or not a program that a guest can run.
     """
-    if name_or_path in WORKLOADS:
-        return load_workload(name_or_path)
-    if "/" in name_or_path or name_or_path.endswith(".elf") or Path(name_or_path).is_file():
-        return load_elf(name_or_path)
-    return load_workload(name_or_path)
+    return load_elf(name_or_path) if names_file(name_or_path) else load_workload(name_or_path)

@@ -21,8 +21,7 @@ from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.wire.channel import Endpoint
-from pageferry.guests.boot import GuestParams, boot
-from pageferry.guests.elf import Program
+from pageferry.guests.loader import Loader
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.commands import Commands
@@ -33,10 +32,11 @@ from pageferry.vmm.qmp import QmpServer
 from pageferry.vmm.queries import Queries
 
 _POLL_S = 0.05
+_GUEST_FAILED, _GUEST_CRASHED, _MAX_EXIT_CODE = 8, 9, 255
 
 
 class GuestProcess:
-    """The life of a guest process. One thread calls all of it but :meth:`quit` and :meth:`run_state`.
+    """The life of a guest process. One thread calls all of it but ``quit``, ``run_state`` and ``type_console``.
 
     Args:
         machines: the kind of machine to make.
@@ -69,19 +69,19 @@ class GuestProcess:
         self._announcer.tell_clients_of(server)
         return server
 
-    def boot(self, program: Program, config: VmConfig, params: GuestParams) -> None:
-        """Make a machine and load a program into it; it does not run yet.
+    def boot(self, loader: Loader, config: VmConfig) -> None:
+        """Make a machine and load a guest into it; it does not run yet.
 
         Raises:
-            PageferryError: the machine, the memory or the program are not possible; nothing is left behind.
+            PageferryError: the machine, the memory or the guest are not possible; nothing is left behind.
         """
         vm = self._machines.make_vm(config)
         try:
-            boot(vm, program, params=params)
+            loader.load(vm)
         except BaseException:
             vm.close()
             raise
-        self._adopt(vm, program.name)
+        self._adopt(vm, loader.name)
 
     def restore(self, saved: SavedGuest, on_progress: Callable[[int, int], None]) -> None:
         """Make the machine of a guest in a file and fill it; it does not run yet.
@@ -132,7 +132,7 @@ class GuestProcess:
     def wait(self) -> int:
         """Wait until the guest ends here or the process is told to quit; return its exit code.
 
-        0: quit, or the guest ended with code 0; 8: it ended with another code; 9: it crashed.
+        0: quit; 9: the guest crashed; else the guest's own code, and 8 for one that no process can end with.
         """
         while not self._quit:
             time.sleep(_POLL_S)
@@ -149,6 +149,11 @@ class GuestProcess:
         """End the process's work; from any thread, also a signal handler's."""
         self._quit = True  # a plain store: a signal handler may not take a lock that its own thread holds
         self._incoming.begin_no_more()
+
+    def type_console(self, data: bytes) -> int:
+        """Give the guest console input; return how many of its bytes were taken: none while it is not here."""
+        vm = self._guest.vm
+        return 0 if vm is None else vm.type_console(data)
 
     def run_state(self) -> str:
         """Return QEMU's word for what this process is doing; from any thread."""
@@ -168,12 +173,14 @@ class GuestProcess:
     def _guest_ended(self, end: GuestEnd) -> int:
         if end.crash is not None:
             self._announcer.event("GUEST_PANICKED", {"action": "shutdown", "x-reason": end.crash})
-            why, code = f"the guest crashed: {end.crash}", 9
+            why, code = f"the guest crashed: {end.crash}", _GUEST_CRASHED
         else:
             reason = "guest-reset" if end.reset else "guest-shutdown"
             self._announcer.event("SHUTDOWN", {"guest": True, "reason": reason})
             how = "asked to be started anew" if end.reset else f"ended with exit code {end.exit_code}"
-            why, code = f"the guest {how}", 8 if end.exit_code else 0
+            why, code = f"the guest {how}", end.exit_code or 0
+            if code > _MAX_EXIT_CODE:
+                code = _GUEST_FAILED
         self._guest.console.end(why)
         self._announcer.say(why)
         return code

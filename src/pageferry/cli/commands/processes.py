@@ -4,19 +4,20 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pageferry.cli.console import LocalConsole
 from pageferry.cli.options import (
     AccelOption,
     ControlOption,
     CpuOption,
     CpusOption,
     HugePagesOption,
-    MachineOption,
     MemoryOption,
     OwnControlOption,
     TrackerOption,
@@ -24,52 +25,110 @@ from pageferry.cli.options import (
     vm_config,
 )
 from pageferry.cli.progress import ReadingView
-from pageferry.cli.shell import ERR, ExitCode, tell
+from pageferry.cli.shell import ERR, tell
 from pageferry.core.cpuid import CpuModel
+from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_size
 from pageferry.core.vm import MachineModel
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.guests.boot import GuestParams
-from pageferry.guests.workloads import WORKLOADS, load_guest
+from pageferry.guests.loader import KernelOptions, Loader, linux, named
+from pageferry.guests.workloads import WORKLOADS
 from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.process import GuestProcess
 
 
+class ConsoleMode(StrEnum):
+    """What standard input is to a guest whose console is standard output."""
+
+    OUTPUT = "output"
+    STDIO = "stdio"
+
+
 def run_guest(
-    guest: Annotated[str, typer.Argument(help=f"A built-in workload ({', '.join(WORKLOADS)}) or an ELF file.")],
+    guest: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"A workload ({', '.join(WORKLOADS)}), or a file: a program (ELF), or a kernel of any kind."
+        ),
+    ] = None,
+    kernel: Annotated[Path | None, typer.Option(help="A Linux kernel: a bzImage (vmlinuz) or a vmlinux.")] = None,
+    initrd: Annotated[Path | None, typer.Option(help="The kernel's initrd or initramfs, or its module.")] = None,
+    append: Annotated[str | None, typer.Option(help='The kernel\'s command line, e.g. "console=ttyS0".')] = None,
     memory: MemoryOption = "256M",
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
-    machine: MachineOption = MachineModel.PLAIN,
+    machine: Annotated[
+        MachineModel | None,
+        typer.Option(help="pc, as kernels need it, or plain: without interrupt controllers. Default: what fits."),
+    ] = None,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
     witness: WitnessOption = None,
     control: OwnControlOption = None,
+    console: Annotated[
+        ConsoleMode, typer.Option(help="stdio: what you type goes to the guest, Ctrl-] gives the terminal back.")
+    ] = ConsoleMode.OUTPUT,
     working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
-    rate: Annotated[int, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is random in the workload.")] = 1,
+    rate: Annotated[int | None, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is random in the workload.")] = None,
     argument: Annotated[
         list[str] | None, typer.Option(help="A number or size for the workload itself; may be repeated.")
     ] = None,
 ) -> None:
-    """Run a guest; its console is standard output. Ctrl-C ends it."""
-    program = load_guest(guest)
-    config = vm_config(memory, cpus, cpu, machine)
-    params = GuestParams(
+    """Run a guest; its console is standard output. Ctrl-C ends it. Ends with the guest's own exit code."""
+    params = _workload_params(working_set, rate, seed, argument)
+    loader = _loader(guest, kernel, params, _kernel_options(initrd, append))
+    config = vm_config(memory, cpus, cpu, machine or loader.machine or MachineModel.PLAIN)
+    with _guest_process(choose_machines(accel, tracker, huge_pages, witness, config.machine), control) as process:
+        process.boot(loader, config)
+        with _console_input(process) if console is ConsoleMode.STDIO else nullcontext():
+            process.start()
+            code = process.wait()
+    raise typer.Exit(code)
+
+
+def _workload_params(
+    working_set: str | None, rate: int | None, seed: int | None, arguments: list[str] | None
+) -> GuestParams | None:
+    if (working_set, rate, seed, arguments) == (None, None, None, None):
+        return None
+    return GuestParams(
         working_set_bytes=None if working_set is None else parse_size(working_set),
-        rate=rate,
-        seed=seed,
-        arguments=tuple(map(parse_size, argument or ())),
+        rate=rate or 0,
+        seed=1 if seed is None else seed,
+        arguments=tuple(map(parse_size, arguments or ())),
     )
-    with _guest_process(choose_machines(accel, tracker, huge_pages, witness, machine), control) as process:
-        process.boot(program, config, params)
-        process.start()
-        code = process.wait()
-    raise typer.Exit(ExitCode(code))
+
+
+def _kernel_options(initrd: Path | None, append: str | None) -> KernelOptions | None:
+    return None if initrd is None and append is None else KernelOptions(initrd=initrd, command_line=append or "")
+
+
+def _loader(
+    guest: str | None, kernel: Path | None, params: GuestParams | None, options: KernelOptions | None
+) -> Loader:
+    if kernel is None:
+        if guest is None:
+            raise UsageError("nothing to run", hint="name a workload or a file, or a Linux kernel by --kernel")
+        return named(guest, params, options)
+    if guest is not None:
+        raise UsageError(f"{guest!r} and --kernel are two guests", hint="a process has one")
+    if params is not None:
+        raise UsageError("--working-set, --rate, --seed and --argument are for a workload, not for --kernel")
+    return linux(kernel, options or KernelOptions())
+
+
+@contextmanager
+def _console_input(process: GuestProcess) -> Iterator[None]:
+    if sys.stdin is None:
+        raise UsageError("--console stdio needs a standard input", hint="it is closed")
+    with LocalConsole(sys.stdin.fileno(), sys.stdout.fileno(), process.type_console, tell):
+        yield
 
 
 def receive(
@@ -87,7 +146,7 @@ def receive(
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
         code = process.wait()
-    raise typer.Exit(ExitCode(code))
+    raise typer.Exit(code)
 
 
 def restore(
@@ -113,7 +172,7 @@ def restore(
                 saved.close()
             process.start()
             code = process.wait()
-    raise typer.Exit(ExitCode(code))
+    raise typer.Exit(code)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pageferry.core.errors import UsageError
 from pageferry.guests.elf_file import EM_X86_64, ET_EXEC, MAGIC, read_elf
 from pageferry.guests.files import MAX_FILE_BYTES, read_file
 from pageferry.guests.linux.payload import PayloadError, unpack
+from pageferry.guests.placement import LoadedPart
 
 #: Where the setup header lies, in the file and in ``boot_params``.
 HEADER_AT = 0x1F1
@@ -30,15 +31,6 @@ _INITRD_MAX_GPA, _COMMAND_LINE_MAX_BYTES = 0x7FFF_FFFF, 2047
 #: The header of a kernel that came without one: as much of it as the kernel proper reads.
 _VMLINUX_VERSION = 0x20F
 _VMLINUX_HEADER_BYTES = 0x26C - HEADER_AT
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedPart:
-    """Content of guest memory at ``gpa``; the kernel needs ``size_bytes`` from there on."""
-
-    gpa: int
-    data: bytes
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,14 +142,13 @@ def _vmlinux(data: bytes, name: str) -> tuple[int, tuple[LoadedPart, ...]]:
             f"{name} is not a kernel for x86-64 ({elf.bits} bits, machine {elf.machine})",
             hint="a guest here needs a 64-bit one (amd64)",
         )
-    loads = elf.loads()
-    if elf.kind != ET_EXEC or not any(s.paddr <= elf.entry < s.paddr + s.in_memory for s in loads):
+    parts = elf.physical()
+    if elf.kind != ET_EXEC or not any(part.gpa <= elf.entry < part.gpa + part.size_bytes for part in parts):
         raise UsageError(
             f"{name} is not a Linux kernel: it has no physical entry point",
             hint="another kind of kernel is given as it is: pageferry run FILE",
         )
-    parts = (LoadedPart(gpa=s.paddr, data=elf.content(s), size_bytes=s.in_memory) for s in loads)
-    return elf.entry, tuple(parts)
+    return elf.entry, parts
 
 
 def _made_header() -> bytes:

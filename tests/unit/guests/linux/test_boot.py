@@ -1,45 +1,20 @@
 import struct
 
 import pytest
-from kernels import PREFERRED_GPA, bzimage, elf, vmlinux
+from kernels import PREFERRED_GPA, BootedVm, bzimage, elf, number, vmlinux
 
 from pageferry.core.errors import UsageError
-from pageferry.core.memory import GuestMemory
-from pageferry.core.state import DeviceState, MachineState, MpState
-from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.core.state import MpState
+from pageferry.core.vm import MachineModel
 from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.image import parse_kernel
 
 MIB, GIB = 1 << 20, 1 << 30
-DEVICES = (DeviceState(name="a", data=b"fresh"),)
-
-
-class BareVm:
-    """The part of a Vm that booting uses."""
-
-    def __init__(self, memory_bytes=64 * MIB, cpus=1, machine=MachineModel.PC):
-        self.config = VmConfig(memory_bytes=memory_bytes, cpus=cpus, machine=machine)
-        self.memory = GuestMemory.linear(memory_bytes)
-        self.loaded = None
-
-    def save_state(self):
-        return MachineState(vcpus=(), devices=DEVICES)
-
-    def load_state(self, state):
-        self.loaded = state
 
 
 def params(vm):
     """The page that the kernel is told of by RSI."""
-    return vm.memory.read(vm.loaded.vcpus[0].rsi, 4096)
-
-
-def number(page, at, size):
-    return int.from_bytes(page[at : at + size], "little")
-
-
-def string(vm, gpa):
-    return vm.memory.read(gpa, 4096).partition(b"\0")[0]
+    return vm.memory.read(vm.first.rsi, 4096)
 
 
 def e820(page):
@@ -47,7 +22,7 @@ def e820(page):
 
 
 def translate(vm, gva):
-    entry = vm.loaded.vcpus[0].cr3
+    entry = vm.first.cr3
     for shift in (39, 30, 21):
         entry = vm.memory.read_u64((entry & ~0xFFF) + 8 * ((gva >> shift) & 511))
         assert entry & 3 == 3, f"{gva:#x} is not mapped"
@@ -55,16 +30,9 @@ def translate(vm, gva):
     return (entry & ~0x1FFFFF) + (gva & 0x1FFFFF)
 
 
-def descriptor(vm, selector):
-    """A segment as the CPU would load it: base, limit, attributes as `core.state.Segment` packs them."""
-    low, high = struct.unpack("<II", vm.memory.read(vm.loaded.vcpus[0].gdtr.base + selector, 8))
-    limit = (low & 0xFFFF | high & 0xF0000) << 12 | 0xFFF
-    return (low >> 16 | (high & 0xFF) << 16 | high & 0xFF000000), limit, high >> 8 & 0xFF | high >> 12 & 0xF00
-
-
 @pytest.mark.parametrize("image", [vmlinux, bzimage])
 def test_kernel_command_line_and_initrd_are_where_the_kernel_is_told(image):
-    vm = BareVm()
+    vm = BootedVm()
     boot_linux(vm, parse_kernel(image(), name="k"), initrd=b"initrd" * 1000, command_line="console=ttyS0 quiet")
     assert vm.memory.read(PREFERRED_GPA, 8) == b"codecode"
     assert vm.memory.read(PREFERRED_GPA + 0x1000, 8) == b"data\0\0\0\0"
@@ -73,24 +41,24 @@ def test_kernel_command_line_and_initrd_are_where_the_kernel_is_told(image):
     assert number(page, 0x1FE, 2) == 0xAA55
     assert page[0x210] == 0xFF
     assert page[0x211] & 1
-    assert string(vm, number(page, 0x228, 4)) == b"console=ttyS0 quiet"
+    assert vm.string(number(page, 0x228, 4)) == b"console=ttyS0 quiet"
     initrd_gpa, initrd_bytes = number(page, 0x218, 4), number(page, 0x21C, 4)
     assert initrd_bytes == 6000
     assert initrd_gpa % 4096 == 0
     assert vm.memory.read(initrd_gpa, 6000) == b"initrd" * 1000
-    assert vm.loaded.devices == DEVICES
+    assert vm.loaded.devices == vm.devices
 
 
 def test_without_an_initrd_there_is_none():
-    vm = BareVm()
+    vm = BootedVm()
     boot_linux(vm, parse_kernel(vmlinux(), name="k"))
     assert number(params(vm), 0x218, 8) == 0
 
 
 def test_the_first_vcpu_enters_in_long_mode_and_what_it_uses_is_mapped():
-    vm = BareVm()
+    vm = BootedVm()
     boot_linux(vm, parse_kernel(vmlinux(), name="k"), command_line="x")
-    first = vm.loaded.vcpus[0]
+    first = vm.first
     assert first.rip == PREFERRED_GPA
     assert first.rflags & 0x200 == 0
     assert first.cr0 & 0x8000_0001 == 0x8000_0001
@@ -98,7 +66,7 @@ def test_the_first_vcpu_enters_in_long_mode_and_what_it_uses_is_mapped():
     assert first.efer & 0x500 == 0x500
     assert (first.cs.selector, first.ds.selector) == (0x10, 0x18)
     for segment in (first.cs, first.ds, first.es, first.ss):
-        assert descriptor(vm, segment.selector) == (segment.base, segment.limit, segment.attributes)
+        assert vm.descriptor(segment.selector) == (segment.base, segment.limit, segment.attributes)
     assert first.cs.attributes & 0x600 == 0x200  # 64-bit: L, and not D
     for gpa in (first.rip, PREFERRED_GPA + 0x2FFF, first.rsi, 0x20000, 0xB_F00, 3 * GIB, 4 * GIB - 1):
         assert translate(vm, gpa) == gpa
@@ -106,7 +74,7 @@ def test_the_first_vcpu_enters_in_long_mode_and_what_it_uses_is_mapped():
 
 @pytest.mark.parametrize("memory_bytes", [64 * MIB, 3 * GIB, 5 * GIB])
 def test_the_memory_map_is_the_machines_without_what_a_pc_reserves(memory_bytes):
-    vm = BareVm(memory_bytes)
+    vm = BootedVm(memory_bytes)
     boot_linux(vm, parse_kernel(vmlinux(), name="k"))
     ram = [(gpa, gpa + size) for gpa, size, kind in e820(params(vm)) if kind == 1]
     assert ram[:2] == [(0, 0x9FC00), (MIB, min(memory_bytes, 3 * GIB))]
@@ -114,19 +82,19 @@ def test_the_memory_map_is_the_machines_without_what_a_pc_reserves(memory_bytes)
 
 
 def test_an_initrd_stays_below_what_the_kernel_can_reach():
-    vm = BareVm(5 * GIB)
+    vm = BootedVm(5 * GIB)
     boot_linux(vm, parse_kernel(bzimage(initrd_max=0x37FF_FFFF), name="k"), initrd=b"x" * 5000)
     assert number(params(vm), 0x218, 4) == 0x3800_0000 - 8192
 
 
 def test_an_initrd_that_has_no_room_above_the_kernel_goes_below_it():
-    vm = BareVm(17 * MIB)
+    vm = BootedVm(17 * MIB)
     boot_linux(vm, parse_kernel(vmlinux(), name="k"), initrd=b"x" * (15 * MIB))
     assert number(params(vm), 0x218, 4) == MIB
 
 
 def test_the_other_vcpus_wait_to_be_started():
-    vm = BareVm(cpus=3)
+    vm = BootedVm(cpus=3)
     boot_linux(vm, parse_kernel(vmlinux(), name="k"))
     assert [vcpu.mp_state for vcpu in vm.loaded.vcpus] == [
         MpState.RUNNABLE,
@@ -147,7 +115,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_does_not_fit_is_refused_and_nothing_is_written(message):
     machine, options = REFUSED[message]
-    vm = BareVm(**machine)
+    vm = BootedVm(**machine)
     with pytest.raises(UsageError, match=message):
         boot_linux(vm, parse_kernel(vmlinux(), name="k"), **options)
     assert vm.loaded is None
@@ -155,6 +123,6 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(message):
 
 
 def test_a_kernel_that_lies_over_what_the_boot_needs_is_refused():
-    vm = BareVm()
+    vm = BootedVm()
     with pytest.raises(UsageError, match=r"lies over the kernel k at 0x7000"):
         boot_linux(vm, parse_kernel(elf((0x7000, b"code", 4), entry=0x7000), name="k"))

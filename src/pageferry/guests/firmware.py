@@ -1,0 +1,78 @@
+"""What a kernel finds in a PC's memory besides itself, whichever way it is booted.
+
+Below 1 MiB, where a kernel reserves what it needs before it uses the rest::
+
+    0x06000  GDT with flat segments                0x20000  command line
+    0x07000  what the boot protocol tells          0x9fc00  end of low RAM
+    0x08000  identity page tables of 4 GiB         0xe0000  ACPI tables
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pageferry.core.errors import UsageError
+from pageferry.core.memory import GuestMemory
+from pageferry.core.state import MachineState, VcpuState
+from pageferry.core.vm import MachineModel, Vm
+from pageferry.guests.entry import waiting_state
+
+GDT_GPA = 0x6000
+BOOT_INFO_GPA = 0x7000
+PAGE_TABLES_GPA = 0x8000
+COMMAND_LINE_GPA = 0x20000
+
+LOW_RAM_END = 0x9FC00
+HIGH_RAM_START = 0x10_0000
+#: Types of ranges, the same numbers in every boot protocol.
+RAM, RESERVED = 1, 2
+
+
+class MemoryRange(NamedTuple):
+    """An entry of a PC's memory map: ``kind`` is RAM or RESERVED."""
+
+    gpa: int
+    size_bytes: int
+    kind: int
+
+
+def memory_map(memory: GuestMemory) -> Iterator[MemoryRange]:
+    """Yield what a kernel may use, and the range below 1 MiB that a PC reserves; ascending and disjoint."""
+    yield MemoryRange(0, LOW_RAM_END, RAM)
+    yield MemoryRange(LOW_RAM_END, HIGH_RAM_START - LOW_RAM_END, RESERVED)
+    for region in memory.regions:
+        gpa = max(region.gpa, HIGH_RAM_START)
+        yield MemoryRange(gpa, region.gpa + region.size_bytes - gpa, RAM)
+
+
+def expect_pc(vm: Vm, name: str) -> None:
+    """Check that a machine is one that kernels are made for.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if vm.config.machine is not MachineModel.PC:
+        raise UsageError(f"{name} needs a PC, and the machine is {vm.config.machine}", hint="--machine pc")
+
+
+def command_line_bytes(text: str, *, max_bytes: int) -> bytes:
+    """Return a command line as kernels find it, with a NUL at its end.
+
+    Raises:
+        UsageError: it is longer than ``max_bytes`` without that, or has a NUL in it.
+    """
+    data = text.encode()
+    if len(data) > max_bytes:
+        raise UsageError(f"the command line has {len(data)} bytes, the kernel takes {max_bytes}", hint="shorten it")
+    if b"\0" in data:
+        raise UsageError("the command line has a NUL in it", hint="a kernel would see only what is before it")
+    return data + b"\0"
+
+
+def start_first(vm: Vm, state: VcpuState) -> None:
+    """Load the state of the first vCPU; the others wait to be started by it.
+
+    Raises:
+        VmError: the machine refused.
+    """
+    others = (waiting_state() for _ in range(1, vm.config.cpus))
+    vm.load_state(MachineState(vcpus=(state, *others), devices=vm.save_state().devices))

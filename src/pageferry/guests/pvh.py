@@ -1,0 +1,99 @@
+"""Boots a kernel that asks for it by a PVH note: in 32-bit protected mode, with one structure that tells all.
+
+Source: Xen's ``docs/misc/pvh.pandoc`` and ``xen/include/public/arch-x86/hvm/start_info.h``.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from pageferry.core.errors import UsageError
+from pageferry.core.vm import Vm
+from pageferry.guests.elf_file import ElfFile
+from pageferry.guests.entry import flat_gdt, protected_mode_state
+from pageferry.guests.firmware import (
+    BOOT_INFO_GPA,
+    COMMAND_LINE_GPA,
+    GDT_GPA,
+    HIGH_RAM_START,
+    command_line_bytes,
+    expect_pc,
+    memory_map,
+    start_first,
+)
+from pageferry.guests.placement import LoadedPart, Placement
+
+_NOTE_OWNER, _PHYS32_ENTRY = b"Xen", 18
+_MAGIC, _VERSION = 0x336E_C578, 1
+_START_INFO = struct.Struct("<IIIIQQQQII")
+_MODULE = struct.Struct("<QQQQ")
+_MEMORY_RANGE = struct.Struct("<QQII")
+_COMMAND_LINE_MAX_BYTES = 4095
+_REACHABLE = range(HIGH_RAM_START, 1 << 32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PvhKernel:
+    """A kernel, ready to be put into memory; ``entry`` is a gpa."""
+
+    name: str
+    entry: int
+    parts: tuple[LoadedPart, ...]
+
+
+def find_pvh(elf: ElfFile) -> PvhKernel | None:
+    """Return the kernel in an ELF file, or None if it has no PVH note.
+
+    Raises:
+        UsageError: it has one, and is malformed.
+    """
+    note = elf.note(_NOTE_OWNER, _PHYS32_ENTRY)
+    if note is None:
+        return None
+    entry = int.from_bytes(note, "little")
+    parts = elf.physical()
+    if not any(part.gpa <= entry < part.gpa + part.size_bytes for part in parts):
+        raise UsageError(f"{elf.name} has its PVH entry point {entry:#x} outside its segments", hint="link it again")
+    return PvhKernel(name=elf.name, entry=entry, parts=parts)
+
+
+def boot_pvh(vm: Vm, kernel: PvhKernel, *, initrd: bytes = b"", command_line: str = "") -> None:
+    """Load a kernel and the entry state into a PC that has not run yet; the machine is paused before and after.
+
+    Args:
+        vm: a machine of the model PC, its memory all zeros.
+        kernel: what to boot.
+        initrd: becomes its one module; empty: there is none.
+        command_line: what it is told.
+
+    Raises:
+        UsageError: it is another machine, or something does not fit; nothing was written.
+        VmError: the machine refused the entry state.
+    """
+    expect_pc(vm, kernel.name)
+    placement = Placement(vm.memory)
+    placement.put_parts(f"the kernel {kernel.name}", kernel.parts)
+    placement.put("the GDT", GDT_GPA, flat_gdt(long_mode=False))
+    placement.put(
+        "the command line", COMMAND_LINE_GPA, command_line_bytes(command_line, max_bytes=_COMMAND_LINE_MAX_BYTES)
+    )
+    modules = b""
+    if initrd:
+        modules = _MODULE.pack(placement.put_high("the initrd", initrd, _REACHABLE), len(initrd), 0, 0)
+    ranges = [_MEMORY_RANGE.pack(*each, 0) for each in memory_map(vm.memory)]
+    modules_gpa = BOOT_INFO_GPA + _START_INFO.size
+    ranges_gpa = modules_gpa + len(modules)
+    start_info = _START_INFO.pack(
+        _MAGIC,
+        _VERSION,
+        0,
+        len(modules) // _MODULE.size,
+        modules_gpa if modules else 0,
+        COMMAND_LINE_GPA,
+        0,
+        ranges_gpa,
+        len(ranges),
+        0,
+    )
+    placement.put("the start info", BOOT_INFO_GPA, start_info + modules + b"".join(ranges))
+    placement.write()
+    start_first(vm, protected_mode_state(rip=kernel.entry, rbx=BOOT_INFO_GPA, gdt_gpa=GDT_GPA))
