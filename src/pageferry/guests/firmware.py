@@ -7,14 +7,16 @@ Below 1 MiB, where a kernel reserves what it needs before it uses the rest::
     0x08000  identity page tables of 4 GiB         0xe0000  ACPI tables
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pageferry.core.errors import UsageError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState, VcpuState
 from pageferry.core.vm import MachineModel, Vm
-from pageferry.guests.entry import waiting_state
+from pageferry.devices.pc.acpi import acpi_tables
+from pageferry.guests.entry import flat_gdt, waiting_state
+from pageferry.guests.placement import LoadedPart, Placement
 
 GDT_GPA = 0x6000
 BOOT_INFO_GPA = 0x7000
@@ -44,14 +46,21 @@ def memory_map(memory: GuestMemory) -> Iterator[MemoryRange]:
         yield MemoryRange(gpa, region.gpa + region.size_bytes - gpa, RAM)
 
 
-def expect_pc(vm: Vm, name: str) -> None:
-    """Check that a machine is one that kernels are made for.
+def pc_placement(vm: Vm, name: str, parts: Iterable[LoadedPart], *, long_mode: bool) -> Placement:
+    """Begin to place a kernel in the memory of a PC: it, a GDT for its first vCPU, and the ACPI tables.
 
     Raises:
-        UsageError: it is not.
+        UsageError: the machine is none that kernels are made for, or the kernel does not fit.
     """
     if vm.config.machine is not MachineModel.PC:
         raise UsageError(f"{name} needs a PC, and the machine is {vm.config.machine}", hint="--machine pc")
+    placement = Placement(vm.memory)
+    for part in parts:
+        placement.put(f"the kernel {name}", part.gpa, part.data, size_bytes=part.size_bytes)
+    placement.put("the GDT", GDT_GPA, flat_gdt(long_mode=long_mode))
+    for gpa, data in acpi_tables(vm.config.cpus):
+        placement.put("the ACPI tables", gpa, data)
+    return placement
 
 
 def command_line_bytes(text: str, *, max_bytes: int) -> bytes:

@@ -13,7 +13,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import Vm, VmConfig
 from pageferry.guests.elf_file import MAGIC as ELF_MAGIC
 from pageferry.guests.elf_file import read_elf
-from pageferry.guests.entry import flat_gdt, protected_mode_state
+from pageferry.guests.entry import protected_mode_state
 from pageferry.guests.firmware import (
     BOOT_INFO_GPA,
     COMMAND_LINE_GPA,
@@ -21,11 +21,11 @@ from pageferry.guests.firmware import (
     HIGH_RAM_START,
     LOW_RAM_END,
     command_line_bytes,
-    expect_pc,
     memory_map,
+    pc_placement,
     start_first,
 )
-from pageferry.guests.placement import LoadedPart, Placement
+from pageferry.guests.placement import LoadedPart
 
 _SEARCHED_BYTES = 8192
 _HEADER_MAGIC, _LOADER_MAGIC = 0x1BAD_B002, 0x2BAD_B002
@@ -114,10 +114,7 @@ def boot_multiboot(vm: Vm, kernel: MultibootKernel, *, initrd: bytes = b"", comm
         UsageError: it is another machine, or something does not fit; nothing was written.
         VmError: the machine refused the entry state.
     """
-    expect_pc(vm, kernel.name)
-    placement = Placement(vm.memory)
-    placement.put_parts(f"the kernel {kernel.name}", kernel.parts)
-    placement.put("the GDT", GDT_GPA, flat_gdt(long_mode=False))
+    placement = pc_placement(vm, kernel.name, kernel.parts, long_mode=False)
     text = command_line_bytes(f"{kernel.name} {command_line}".rstrip(), max_bytes=_COMMAND_LINE_MAX_BYTES)
     placement.put("the command line", COMMAND_LINE_GPA, text)
     content = initrd or _environment(vm.config)

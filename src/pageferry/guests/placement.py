@@ -1,7 +1,6 @@
 """Placement: where a boot puts each piece of a guest in RAM; written at once, when all of them are known to fit."""
 
 from bisect import insort
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pageferry.core.errors import UsageError
@@ -61,11 +60,6 @@ class Placement:
             if piece.gpa < other.end_gpa and other.gpa < piece.end_gpa:
                 raise UsageError(f"{what} at {gpa:#x} lies over {other.what} at {other.gpa:#x}")
         insort(self._pieces, piece)
-
-    def put_parts(self, what: str, parts: Iterable[LoadedPart]) -> None:
-        """Place each of ``parts``; as :meth:`put`."""
-        for part in parts:
-            self.put(what, part.gpa, part.data, size_bytes=part.size_bytes)
 
     def put_high(self, what: str, data: bytes, within: range) -> int:
         """Place ``data`` on a page boundary, as high as there is room in ``within``; return its gpa.

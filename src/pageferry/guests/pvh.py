@@ -8,19 +8,20 @@ from dataclasses import dataclass
 
 from pageferry.core.errors import UsageError
 from pageferry.core.vm import Vm
+from pageferry.devices.pc.acpi import RSDP_GPA
 from pageferry.guests.elf_file import ElfFile
-from pageferry.guests.entry import flat_gdt, protected_mode_state
+from pageferry.guests.entry import protected_mode_state
 from pageferry.guests.firmware import (
     BOOT_INFO_GPA,
     COMMAND_LINE_GPA,
     GDT_GPA,
     HIGH_RAM_START,
     command_line_bytes,
-    expect_pc,
     memory_map,
+    pc_placement,
     start_first,
 )
-from pageferry.guests.placement import LoadedPart, Placement
+from pageferry.guests.placement import LoadedPart
 
 _NOTE_OWNER, _PHYS32_ENTRY = b"Xen", 18
 _MAGIC, _VERSION = 0x336E_C578, 1
@@ -69,10 +70,7 @@ def boot_pvh(vm: Vm, kernel: PvhKernel, *, initrd: bytes = b"", command_line: st
         UsageError: it is another machine, or something does not fit; nothing was written.
         VmError: the machine refused the entry state.
     """
-    expect_pc(vm, kernel.name)
-    placement = Placement(vm.memory)
-    placement.put_parts(f"the kernel {kernel.name}", kernel.parts)
-    placement.put("the GDT", GDT_GPA, flat_gdt(long_mode=False))
+    placement = pc_placement(vm, kernel.name, kernel.parts, long_mode=False)
     placement.put(
         "the command line", COMMAND_LINE_GPA, command_line_bytes(command_line, max_bytes=_COMMAND_LINE_MAX_BYTES)
     )
@@ -89,7 +87,7 @@ def boot_pvh(vm: Vm, kernel: PvhKernel, *, initrd: bytes = b"", command_line: st
         len(modules) // _MODULE.size,
         modules_gpa if modules else 0,
         COMMAND_LINE_GPA,
-        0,
+        RSDP_GPA,
         ranges_gpa,
         len(ranges),
         0,

@@ -45,6 +45,7 @@ def test_a_kernel_finds_command_line_module_and_memory():
     info = vm.memory.read(vm.first.rbx, 4096)
     assert (number(info, 0, 4), number(info, 4, 4)) == (0x336EC578, 1)
     assert vm.string(number(info, 24, 8)) == b"console=com1"
+    assert vm.memory.read(number(info, 32, 8), 8) == b"RSD PTR "
     assert number(info, 12, 4) == 1
     gpa, size, text, _ = struct.unpack("<4Q", vm.memory.read(number(info, 16, 8), 32))
     assert vm.memory.read(gpa, size) == b"module" * 1000

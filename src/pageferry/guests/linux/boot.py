@@ -10,7 +10,8 @@ import struct
 
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import Vm
-from pageferry.guests.entry import CODE_SELECTOR, flat_gdt, long_mode_state
+from pageferry.devices.pc.acpi import RSDP_GPA
+from pageferry.guests.entry import CODE_SELECTOR, long_mode_state
 from pageferry.guests.firmware import (
     BOOT_INFO_GPA,
     COMMAND_LINE_GPA,
@@ -18,13 +19,12 @@ from pageferry.guests.firmware import (
     HIGH_RAM_START,
     PAGE_TABLES_GPA,
     command_line_bytes,
-    expect_pc,
     memory_map,
+    pc_placement,
     start_first,
 )
 from pageferry.guests.linux.image import HEADER_AT, LinuxKernel
 from pageferry.guests.page_tables import identity_map
-from pageferry.guests.placement import Placement
 
 assert CODE_SELECTOR == 0x10, "the protocol's __BOOT_CS"
 
@@ -53,10 +53,7 @@ def boot_linux(vm: Vm, kernel: LinuxKernel, *, initrd: bytes = b"", command_line
         UsageError: it is another machine, or something does not fit; nothing was written.
         VmError: the machine refused the entry state.
     """
-    expect_pc(vm, kernel.name)
-    placement = Placement(vm.memory)
-    placement.put_parts(f"the kernel {kernel.name}", kernel.parts)
-    placement.put("the GDT", GDT_GPA, flat_gdt(long_mode=True))
+    placement = pc_placement(vm, kernel.name, kernel.parts, long_mode=True)
     placement.put("the page tables", PAGE_TABLES_GPA, identity_map(PAGE_TABLES_GPA, _MAPPED_GIB, user=False))
     text = command_line_bytes(command_line, max_bytes=kernel.command_line_max_bytes)
     placement.put("the command line", COMMAND_LINE_GPA, text)
@@ -70,6 +67,7 @@ def boot_linux(vm: Vm, kernel: LinuxKernel, *, initrd: bytes = b"", command_line
 def _boot_params(kernel: LinuxKernel, memory: GuestMemory, initrd_gpa: int, initrd_bytes: int) -> bytes:
     params = bytearray(_BOOT_PARAMS_BYTES)
     params[HEADER_AT : HEADER_AT + len(kernel.header)] = kernel.header
+    struct.pack_into("<Q", params, 0x70, RSDP_GPA)
     struct.pack_into("<H", params, 0x1FA, _NORMAL_VIDEO)
     params[0x210] = _UNKNOWN_LOADER
     params[0x211] |= _LOADED_HIGH

@@ -49,6 +49,15 @@ def test_kernel_command_line_and_initrd_are_where_the_kernel_is_told(image):
     assert vm.loaded.devices == vm.devices
 
 
+def test_the_acpi_tables_are_where_the_kernel_is_told_and_where_it_may_look():
+    vm = BootedVm()
+    boot_linux(vm, parse_kernel(vmlinux(), name="k"))
+    gpa = number(params(vm), 0x70, 8)
+    assert 0xE0000 <= gpa < 0x100000
+    assert gpa % 16 == 0
+    assert vm.memory.read(gpa, 8) == b"RSD PTR "
+
+
 def test_without_an_initrd_there_is_none():
     vm = BootedVm()
     boot_linux(vm, parse_kernel(vmlinux(), name="k"))
