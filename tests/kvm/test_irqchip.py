@@ -19,6 +19,7 @@ from pageferry.kvm import tsc, uapi
 from pageferry.kvm.cpuid import shown_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd, VmFd
 from pageferry.kvm.irqchip import KvmInterrupts
+from pageferry.kvm.msrs import MSR_KVM_SYSTEM_TIME, write_msrs
 from pageferry.kvm.uapi_state import KvmIoapicState, KvmPicState
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 
@@ -199,6 +200,15 @@ def test_an_interrupt_that_nobody_took_travels(small_pc):
     for level in (True, False):  # an edge: what is seen of it afterwards is the request
         lines.set_line(4, level)
     assert device(moved(vm, small_pc), "pic0", KvmPicState).irr & 1 << 4
+
+
+def test_what_kvm_would_write_into_memory_by_itself_is_withheld(small_pc, kvm):
+    if not kvm.support.capabilities["KVM_CAP_ENFORCE_PV_FEATURE_CPUID"]:
+        pytest.skip("this KVM has no KVM_CAP_ENFORCE_PV_FEATURE_CPUID")
+    fd = small_pc("spin").vcpus[0].fd
+    for index in (MSR_KVM_SYSTEM_TIME, 0x4B56_4D03, 0x4B56_4D04):  # clock, steal time, end of interrupt
+        with pytest.raises(VmError, match=f"refuses MSR {index:#x}"):
+            write_msrs(fd, {index: kvm.DATA_GPA | 1})
 
 
 def test_a_device_interrupts_by_itself(small_pc, kvm, monkeypatch):

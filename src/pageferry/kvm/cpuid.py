@@ -14,7 +14,7 @@ Source: kernel ``api.rst``, KVM_GET_SUPPORTED_CPUID, KVM_SET_CPUID2 and KVM_GET_
 
 from pageferry.core.cpuid import NO_SUBLEAF, TSC_DEADLINE, CpuidLeaf, Leaves
 from pageferry.kvm import uapi
-from pageferry.kvm.fds import SystemFd, VcpuFd
+from pageferry.kvm.fds import SystemFd, VcpuFd, VmFd
 
 
 def supported_cpuid(system: SystemFd, *, lapic: bool) -> Leaves:
@@ -60,6 +60,18 @@ def set_cpuid(vcpu: VcpuFd, leaves: Leaves) -> None:
         if leaf.subleaf != NO_SUBLEAF:
             entry.index, entry.flags = leaf.subleaf, uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
     vcpu.ioctl(uapi.KVM_SET_CPUID2, table)
+
+
+def withhold_paravirtual(vm: VmFd, vcpu: VcpuFd) -> None:
+    """Have KVM refuse a vCPU its paravirtual interfaces (steal time, clock, end of interrupt): no table has them.
+
+    By itself KVM gives them to whoever writes their MSRs, and then writes into the guest's memory.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    if vm.check_extension(uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID):
+        vcpu.enable_cap(uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
 
 
 def _read(fd: SystemFd | VcpuFd, request: int) -> Leaves:

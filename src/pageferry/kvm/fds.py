@@ -33,6 +33,10 @@ class KvmFd(Fd):
         """Return what ``KVM_CHECK_EXTENSION`` says: 0 is no, anything else yes or a number of something."""
         return self.ioctl(uapi.KVM_CHECK_EXTENSION, capability)
 
+    def enable_cap(self, capability: int, argument: int) -> None:
+        """Perform ``KVM_ENABLE_CAP`` with one argument."""
+        self.ioctl(uapi.KVM_ENABLE_CAP, uapi.KvmEnableCap(cap=capability, args=(argument, 0, 0, 0)))
+
 
 class SystemFd(KvmFd):
     """``/dev/kvm`` itself.
@@ -96,10 +100,6 @@ class VmFd(KvmFd):
     def create_vcpu(self, index: int) -> "VcpuFd":
         """Return a new vCPU in its reset state."""
         return VcpuFd(self.ioctl(uapi.KVM_CREATE_VCPU, index), self._run_bytes)
-
-    def enable_cap(self, capability: int, argument: int) -> None:
-        """Perform ``KVM_ENABLE_CAP`` with one argument."""
-        self.ioctl(uapi.KVM_ENABLE_CAP, uapi.KvmEnableCap(cap=capability, args=(argument, 0, 0, 0)))
 
 
 class VcpuFd(KvmFd):

@@ -10,7 +10,8 @@ Not by this rule:
   local APIC (TSC deadline), or is in KVM's special registers (EFER, the bases of FS and GS, the APIC's base);
 - paravirtual ones (KVM's steal time and asynchronous faults; Hyper-V's): no CPUID leaf of ours shows those interfaces,
   and their values are guest addresses that this KVM would write to. Of KVM's clock, where each vCPU has it travels;
-  where the wall clock was asked for does not: KVM would write it there at once, into memory that is proven already;
+  where the wall clock was asked for does not: KVM would write it there at once, into memory that is proven already. A
+  PC has not even the clock: KVM withholds it (:func:`pageferry.kvm.cpuid.withhold_paravirtual`);
 - what describes the host, not the guest: microcode, platform, capabilities, VMX, firmware switches, count of SMIs.
 
 Source: kernel ``api.rst``: KVM_GET_MSR_INDEX_LIST, KVM_GET_MSRS, KVM_SET_MSRS; ``x86/msr.rst``.

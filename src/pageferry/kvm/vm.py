@@ -26,7 +26,7 @@ from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm import tsc, uapi, vcpu_state
-from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
+from pageferry.kvm.cpuid import set_cpuid, supported_cpuid, withhold_paravirtual
 from pageferry.kvm.device_timer import DeviceTimer
 from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd, VcpuFd
@@ -119,6 +119,8 @@ class KvmVm(StandardMachine):
             self._owned = undo.pop_all()
 
     def _make_vcpu(self, listed: tuple[int, ...], event_flags: int, fd: VcpuFd, index: int) -> KvmVcpu:
+        if self.config.machine is MachineModel.PC:
+            withhold_paravirtual(self.vm_fd, fd)
         set_cpuid(fd, of_vcpu(self.cpuid, index=index, cpus=self.config.cpus))
         parts = vcpu_state.Parts.of(
             self.vm_fd,
