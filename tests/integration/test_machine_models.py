@@ -37,13 +37,13 @@ def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, ir
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("accel", ["kvm"], indirect=True)
-def test_a_machine_without_interrupt_controllers_refuses_such_a_guest_before_the_first_page(running, inn, irqchip):
-    vm = running("kv", machine=MachineModel.PC)
+def test_a_machine_without_local_apics_refuses_a_pc_of_two_cpus_before_the_first_page(running, inn, irqchip):
+    vm = running("smp", cpus=2, machine=MachineModel.PC)
     make_vm, inn.make_vm = inn.make_vm, Domain
     source = source_of(vm, inn.open())
-    with pytest.raises(PeerError, match="the software machine has no interrupt controllers") as caught:
+    with pytest.raises(PeerError, match="the software machine's PC has 1 vCPU, not 2") as caught:
         source.run()
-    assert (caught.value.phase, caught.value.hint) == ("hello", "use --machine plain, or --accel kvm")
+    assert (caught.value.phase, caught.value.hint) == ("hello", "use --accel kvm")
     assert source.job.report.rounds == ()
     inn.make_vm = make_vm
     assert isinstance(inn.outcome(), MigrationError)

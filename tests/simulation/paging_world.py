@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -28,7 +29,6 @@ from simulation.interleave import ScheduledLock, Violated, note, step
 
 #: Two pages under one superpage: the first write splits it.
 PAGES = (0x201, 0x202)
-_CODE_GFN = 0x100
 _WRITE = 2
 
 
@@ -74,14 +74,19 @@ class _ModelCpu:
         self.program = list(program)
         self.tlb: dict[int, tuple[int, bool]] = {}
         self.rip = 0
+        self.cpu = SimpleNamespace(
+            fields=SimpleNamespace(hflags=0, hflags2=0, eflags=0), events=SimpleNamespace(old_exception=-1)
+        )
+        self.out_of_blocks = True
 
-    def start(self, rip: int, count: int = 0, until: int = 0) -> int:
+    def run(self, blocks: int) -> int:
         if self.rip == len(self.program):
-            self._vcpu._effect = GuestExit(0)
+            ports = self._vcpu._ports
+            ports._effect, ports._before = GuestExit(0), (0, 0)
             return 0
         gfn, value = self.program[self.rip]
         if not self.tlb.get(gfn, (0, False))[1]:
-            maddr, permissions = self._vcpu._nested_walk(gfn << PAGE_SHIFT, True, False)
+            maddr, permissions = self._vcpu._nested.translate(gfn << PAGE_SHIFT, True, False)
             step("fill the TLB")
             self.tlb[gfn] = maddr, bool(permissions & _WRITE)
         step("store")
@@ -91,8 +96,8 @@ class _ModelCpu:
         self.rip += 1
         return 0
 
-    def get(self, register: int) -> int:
-        return (_CODE_GFN << PAGE_SHIFT) + self.rip
+    def hurry(self) -> None:
+        """One store per slice."""
 
     def flush_tlb(self) -> None:
         step("flush the TLB")
@@ -174,7 +179,7 @@ class PagingWorld:
         stores = [(PAGES[page], 100 * (index + 1) + n) for n, page in enumerate(program)]
         cpu = _ModelCpu(self, vcpu, stores)
         vcpu._engine = cast(Any, cpu)
-        vcpu._walker = cast(Any, _IdentityWalker())
+        vcpu._walker = vcpu._nested.walker = cast(Any, _IdentityWalker())
         return cpu
 
     def _ops_step(self) -> None:

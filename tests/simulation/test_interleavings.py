@@ -19,7 +19,7 @@ WORLDS = {
         {"programs": ((0,),), "device": (0,), "cleans": 1},
         800,
     ),
-    "each access to the P2M's entries, one page": ({"programs": ((0,), (0,)), "cleans": None, "fine": True}, 800),
+    "each access to the P2M's entries, one page": ({"programs": ((0,), (0,)), "cleans": None, "fine": True}, 600),
     "each access to the P2M's entries, two pages": ({"programs": ((0,), (1,)), "cleans": None, "fine": True}, 800),
 }
 QUICK = [

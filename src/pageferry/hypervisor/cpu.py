@@ -1,22 +1,38 @@
-"""A vCPU: Unicorn executes the instructions, our MMU answers its TLB.
+"""A vCPU: Unicorn executes the instructions, our MMU answers its TLB, and we deliver its exceptions and interrupts.
 
 Unicorn's physical addresses are machine addresses. On a TLB miss, or the first write to a page filled read-only, it
-calls :meth:`SoftVcpu._tlb_fill`: the two-dimensional walk of nested paging, gva -> gfn through the guest's tables, then
-gfn -> mfn through the P2M, with a nested page fault where the P2M denies. The answer stays in Unicorn's TLB until the
-vCPU flushes it, which it does on its own thread before it enters the guest again (law 2).
+calls :meth:`SoftVcpu._tlb_fill`, which walks by what CR0, CR3, CR4, EFER and the privilege level are at that moment:
+under nested paging (:mod:`.nested_mmu`) or through shadows (:mod:`.shadow_mmu`). The answer stays in Unicorn's TLB
+until the guest flushes it (MOV to CR3, INVLPG: the emulator's own affair) or we do, on the vCPU's own thread before it
+enters the guest again (law 2).
 
-Law 1 at this level: a page is filled writable only if its P2M type is ``ram_rw`` *now* (and the guest's own dirty bit
-is set).
+The vCPU runs in *slices*::
 
-A vCPU always stops at an exact instruction boundary: at the very instruction for a trap (:mod:`.traps`), and between
-slices of a fixed number of instructions when it is kicked. (``uc_emu_stop`` from another thread is not exact: between
-chained blocks it leaves RIP behind, and what was executed is executed again.) The guest runs in ring 3 (the guest ABI),
-has no handlers, and so any exception is its end: a GuestCrash, as the triple fault would be on hardware.
+    flush what must be flushed -> let devices do what is due -> deliver what is pending -> run -> see why it stopped
+
+    HLT                  sleep until an interrupt, a device's deadline or a kick
+    exception, INT n     through the guest's IDT (:mod:`.exceptions`)
+    page fault           the walk refused: the same, with the exact address in CR2
+    SYSCALL, SYSENTER    :mod:`.system_calls`
+    access to a port     its effect, if it has one (:mod:`.port_io`)
+    blocks are over      the next slice
+
+A slice ends between instructions, exactly (:mod:`.countdown`): after so many blocks of code, well under a millisecond,
+or before the next block when it is kicked or an interrupt is raised. While an interrupt waits for IF, slices are short.
+
+A small guest of the ABI is nothing else to this CPU than a program in ring 3 without handlers: its first exception is a
+triple fault, and so its end, a GuestCrash.
+
+The time-stamp counter is the host's plus an offset: it runs at the host's rate, as under KVM, and goes on over save and
+load from where it was. Code that another vCPU writes is noticed only when the writer's stores go through us.
+
+Source: AMD APM volume 2, chapter 8; RFC for what a nested fault does.
 """
 
-import time
+import threading
 from dataclasses import replace
 
+import numpy as np
 from unicorn import unicorn_const as const
 from unicorn import x86_const as x86
 
@@ -24,46 +40,56 @@ from pageferry.core.cpuid import Leaves, answer
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.core.run import Effect, InvalidateTlb
-from pageferry.core.state import VcpuState
+from pageferry.core.state import MpState, VcpuState
 from pageferry.devices.bus import DeviceBus
+from pageferry.devices.interrupts import CpuInterrupts
+from pageferry.hypervisor import exceptions
 from pageferry.hypervisor import unicorn_api as api
-from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
+from pageferry.hypervisor.exceptions import Delivery, Event, Kind
+from pageferry.hypervisor.guest_walk import GuestPageFault
 from pageferry.hypervisor.machine import MachineMemory
-from pageferry.hypervisor.mmio import MMIO_WINDOW, MmioWindow
-from pageferry.hypervisor.npf import Resolution, nested_page_fault
+from pageferry.hypervisor.mmio import MmioWindow
+from pageferry.hypervisor.nested_mmu import NestedMmu
 from pageferry.hypervisor.p2m import P2M
-from pageferry.hypervisor.p2m_types import READABLE, WRITABLE
 from pageferry.hypervisor.paging import Paging, Tlb
+from pageferry.hypervisor.pending_events import PendingEvents
+from pageferry.hypervisor.port_io import PortIo
 from pageferry.hypervisor.registers import (
+    CPL_MASK,
+    CR0_PG,
     CR0_WP,
     CR4_SMAP,
     CR4_SMEP,
+    EFER_LMA,
     EFER_NXE,
-    PRIVATE_MADDR,
+    HFLAG2_NMI,
+    HFLAG_INHIBIT_IRQ,
+    HFLAG_IOBPT,
+    RAX,
+    RBX,
+    RCX,
+    RDX,
+    RFLAGS_AC,
+    RFLAGS_IF,
+    arm_breakpoints,
     check_supported,
-    enter_ring_3,
     load_registers,
     reset_state,
     save_registers,
 )
+from pageferry.hypervisor.segment_loads import reads_descriptor
 from pageferry.hypervisor.shadow import ShadowPaging
 from pageferry.hypervisor.shadow_mmu import ShadowMmu
-from pageferry.hypervisor.traps import (
-    VECTOR_DEBUG,
-    VECTOR_DOUBLE_FAULT,
-    VECTOR_GENERAL_PROTECTION,
-    decode_rdtsc,
-    exception_name,
-    is_trapped,
-)
+from pageferry.hypervisor.system_calls import system_call, system_enter
+from pageferry.hypervisor.system_memory import SystemMemory
+from pageferry.hypervisor.unicorn_cpu import CR0, CR3, CR4, EFER, EFLAGS, HFLAGS
 
-_READ_WRITE = api.READ | api.WRITE
-_CPUID_REGISTERS = (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RBX, x86.UC_X86_REG_RCX, x86.UC_X86_REG_RDX)
-_STALE_STARTS = 8
-#: Well under a millisecond: how long a kick may take.
-_SLICE_INSTRUCTIONS = 20_000
-#: A start that executes no instruction takes a few microseconds, a slice several hundred.
-_NOTHING_NS = 50_000
+_U64 = (1 << 64) - 1
+#: A tenth of a millisecond or so of plain code.
+_SLICE_BLOCKS = 20_000
+#: How soon to look again whether the guest takes interrupts; doubled each time that it does not.
+_SHORT_SLICE_BLOCKS = 64
+_NS_PER_S = 1e9
 
 
 class SoftVcpu:
@@ -77,6 +103,7 @@ class SoftVcpu:
         paging: the domain's log-dirty.
         tlb: its own, as the others know it.
         cpuid: what its CPUID instruction answers from.
+        interrupts: the interrupt controllers; None: there are none.
     """
 
     def __init__(
@@ -89,70 +116,79 @@ class SoftVcpu:
         paging: Paging,
         tlb: Tlb,
         cpuid: Leaves,
+        interrupts: CpuInterrupts | None = None,
     ) -> None:
         self._machine = machine
-        self._p2m = p2m
         self._bus = bus
         self._cpuid = cpuid
-        self._walker = GuestWalker(machine.words, self._walker_access)
-        self.shadow_mmu = ShadowMmu(shadow, p2m, self._walker, paging, self._on_failure)
-        self._paging = paging
         self.tlb = tlb
-        self._translate = self._nested_walk
+        tlb.hurry = self._hurry
+        self._interrupts = interrupts
+        if interrupts is not None:
+            interrupts.on_raise = self._wake
+        self._nested = NestedMmu(machine.words, p2m, paging)
+        self._walker = self._nested.walker
+        self.shadow_mmu = ShadowMmu(shadow, p2m, self._walker, paging, self._on_failure)
+        self._translate = self._nested.translate
+        self._memory = SystemMemory(machine, self._walker, self._translate, self._follow_as_supervisor)
+        self._delivery = Delivery(self._memory, self._triple_fault)
+        self._ports = PortIo(bus, self._memory, self._on_failure)
         self._mmio = MmioWindow(bus, self._on_failure)
         self._engine: api.Engine | None = None
         self._loaded = reset_state()
-        self._rip = 0
-        self._entering = False
+        self._pending = PendingEvents()
+        self._halted = False
         self._kicked = False
-        self._effect: Effect | None = None
+        self._awake = threading.Event()
         self._failure: BaseException | None = None
+        self._refused: GuestPageFault | None = None
         self._vector: int | None = None
-        self._io_trapped = False
-        self._renewed = False
+        self._system_call: int | None = None
+        self._short_slice = _SHORT_SLICE_BLOCKS
+        self._controls = (0, 0, 0)
+        self._code: set[int] = set()  # maddrs of pages that the emulator may have translated
+        self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
-        self._code_pages: dict[int, bytes] = {}  # maddr of a page the emulator may have translated -> what it held
-        self._tsc_zero = 0
 
     # --- what RunControl calls ---
 
     def run(self) -> Effect | None:
         """Run the guest until kicked or a device has an effect; see the protocol."""
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             raise VmError("this vCPU has no state yet", hint="load a state first")
         self._kicked = False
-        self._before_entry(self._engine)
-        idle_starts = 0
         while not self._kicked:
-            engine, before, began_ns = self._engine, self._rip, time.perf_counter_ns()
-            error = engine.start(before, _SLICE_INSTRUCTIONS)
-            self._rip = engine.get(x86.UC_X86_REG_RIP)
-            if self._rip != before or time.perf_counter_ns() - began_ns > _NOTHING_NS:  # it may loop to where it was
-                idle_starts = 0
-            if self._failure is not None:
-                self._crash()
-            if self.tlb.flush_wanted:
-                self._flush_tlb(engine)
-            trapped = self._take_io_trap()
-            if self._effect is not None:
-                effect, self._effect = self._effect, None
-                if isinstance(effect, InvalidateTlb):
-                    self._invalidate(engine)
-                    continue
-                return effect
-            if trapped:
+            self._before_entry(engine)
+            event = self._next_event(engine)
+            if event is not None:
+                self._halted = False
+                self._delivery.deliver(engine, event)
+            if self._halted:
+                self._sleep(engine)
                 continue
-            if self._vector is not None or error:
-                self._exception(engine, error)
-            elif self._emulate_rdtsc(engine):
-                idle_starts = 0
-            else:
-                idle_starts = self._stopped_for_nothing(idle_starts + 1)
+            engine.cpu.fields.hflags |= HFLAG_IOBPT
+            error = engine.run(self._slice_blocks(engine))
+            effect = self._stopped(engine, error)
+            if isinstance(effect, InvalidateTlb):
+                self._flush_tlb(engine)
+            elif effect is not None:
+                return effect
         return None
 
     def kick(self) -> None:
-        """Make ``run`` return after the slice that it is in; any thread."""
+        """Make ``run`` return before the next block of code; any thread."""
         self._kicked = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._awake.set()
+        self._hurry()
+
+    def _hurry(self) -> None:
+        engine = self._engine
+        if engine is not None:
+            engine.hurry()
 
     # --- state; the vCPU is outside the guest ---
 
@@ -163,48 +199,47 @@ class SoftVcpu:
             UnsupportedError: not a state this machine can run; the vCPU keeps the old one.
         """
         check_supported(state)
-        self._engine = None
+        pending = PendingEvents.of_state(state)
         engine = api.Engine(self._machine.mapping.hva, self._machine.size_bytes)
         engine.hook(const.UC_HOOK_TLB_FILL, api.TLB_FILL(self._tlb_fill))
-        self._entering = True
-        try:
-            enter_ring_3(engine, state)
-        finally:
-            self._entering = False
         engine.hook(const.UC_HOOK_INTR, api.INTERRUPT(self._on_exception))
-        engine.hook(const.UC_HOOK_INSN, api.PORT_IN(self._on_in), 1, 0, x86.UC_X86_INS_IN)
-        engine.hook(const.UC_HOOK_INSN, api.PORT_OUT(self._on_out), 1, 0, x86.UC_X86_INS_OUT)
-        engine.hook(const.UC_HOOK_INSN, api.CPUID(self._on_cpuid), 1, 0, x86.UC_X86_INS_CPUID)
-        for instruction in (x86.UC_X86_INS_SYSCALL, x86.UC_X86_INS_SYSENTER):
-            engine.hook(const.UC_HOOK_INSN, api.SYSTEM_CALL(self._on_system_call), 1, 0, instruction)
+        engine.hook_instruction(api.CPUID(self._on_cpuid), x86.UC_X86_INS_CPUID)
+        engine.hook_instruction(api.SYSTEM_CALL(self._on_syscall), x86.UC_X86_INS_SYSCALL)
+        engine.hook_instruction(api.SYSTEM_CALL(self._on_sysenter), x86.UC_X86_INS_SYSENTER)
+        self._engine = engine
+        self._identity = True
+        arm_breakpoints(engine, state)
+        self._identity = False
+        self._ports.attach(engine)
         self._mmio.attach(engine)
         self.shadow_mmu.attach(engine)
         load_registers(engine, state)
-        self._walker.cr3 = state.cr3
-        self._walker.write_protect = bool(state.cr0 & CR0_WP)
-        self._walker.no_execute = bool(state.efer & EFER_NXE)
-        self._walker.smep = bool(state.cr4 & CR4_SMEP)
-        self._walker.smap = bool(state.cr4 & CR4_SMAP)
-        self._code_pages.clear()
-        self._rip = state.rip
-        self._tsc_zero = time.monotonic_ns() - state.tsc
-        self._effect = self._failure = self._vector = None
-        self._io_trapped = self._renewed = False
+        engine.cpu.events.tsc_offset = state.tsc - api.host_ticks() & _U64
+        self._pending = pending
+        self._halted = state.mp_state is MpState.HALTED
+        self._failure = self._refused = self._vector = self._system_call = None
+        self._code.clear()
+        self.tlb.holds_code = False
+        self.tlb.written.clear()
         self._loaded = state
+        self._follow()
         self.tlb.request_flush()
-        self._engine = engine
 
     def save(self) -> VcpuState:
         """Return the state; before any was loaded, that after reset."""
-        if self._engine is None:
+        engine = self._engine
+        if engine is None:
             return self._loaded
-        return save_registers(self._engine, self._loaded, rip=self._rip, tsc=self._tsc())
+        tsc = api.host_ticks() + engine.cpu.events.tsc_offset & _U64
+        state = save_registers(engine, self._loaded, tsc=tsc)
+        mp_state = MpState.HALTED if self._halted else MpState.RUNNABLE
+        return replace(state, mp_state=mp_state, **self._pending.fields())
 
     def use_shadow(self, shadowed: bool) -> None:
         """Translate through the shadow tables (True), or by the nested walk; the vCPU is outside the guest."""
         mmu, walker = self.shadow_mmu, self._walker
-        self._translate = mmu.translate if shadowed else self._nested_walk
-        walker.nested_access = mmu.table_read if shadowed else self._walker_access
+        self._translate = self._memory.translate = mmu.translate if shadowed else self._nested.translate
+        walker.nested_access = mmu.table_read if shadowed else self._nested.table_access
         walker.nested_update = mmu.table_write if shadowed else None
         self.tlb.request_flush()
 
@@ -215,202 +250,137 @@ class SoftVcpu:
     # --- entering ---
 
     def _before_entry(self, engine: api.Engine) -> None:
+        if self.tlb.written:
+            self._forget_written_code(engine)
         if self.tlb.flush_wanted:
             self._flush_tlb(engine)
-        view = self._machine.mapping.view
-        for maddr, code in self._code_pages.items():
-            if view[maddr : maddr + PAGE_SIZE] != code:  # written behind our back: DMA, a debugger
-                self._code_pages.clear()
-                engine.flush_code()
-                self._flush_tlb(engine)
-                return
+        if self._interrupts is not None:
+            self._bus.advance()
 
     def _flush_tlb(self, engine: api.Engine) -> None:
         self.tlb.flush_wanted = False
         engine.flush_tlb()
         self._walker.flush()
+        self._nested.flush()
         self.tlb.flushes += 1
-
-    def _invalidate(self, engine: api.Engine) -> None:
-        """The guest has changed its page tables and says so."""
-        self._flush_tlb(engine)
         self.shadow_mmu.shadow.resync()
 
-    def _tsc(self) -> int:
-        return (time.monotonic_ns() - self._tsc_zero) & 0xFFFF_FFFF_FFFF_FFFF  # one tick per nanosecond
+    def _forget_written_code(self, engine: api.Engine) -> None:
+        """Have the emulator translate anew what a device, or the host, has written."""
+        written = []
+        while self.tlb.written:
+            written.append(self.tlb.written.popleft())
+        code = np.fromiter(self._code, np.uint64, len(self._code))
+        gfns = self._machine.m2p.gfns(code >> np.uint64(PAGE_SHIFT))
+        stale = code[np.isin(gfns, np.concatenate(written))].tolist()
+        if not stale:
+            return
+        engine.flush_tlb()
+        self._identity = True  # the emulator asks for gvas
+        for maddr in stale:
+            engine.flush_code(maddr, PAGE_SIZE)
+        self._identity = False
+        self._code.difference_update(stale)
+        self.tlb.request_flush()
 
-    # --- the MMU: callbacks from inside the guest; none may raise ---
+    def _next_event(self, engine: api.Engine) -> Event | None:
+        """Return what is to be delivered before the next instruction."""
+        fields = engine.cpu.fields
+        event = self._pending.take(holds_nmi=bool(fields.hflags2 & HFLAG2_NMI or fields.hflags & HFLAG_INHIBIT_IRQ))
+        if event is not None:
+            return event
+        if self._may_interrupt(engine):
+            assert self._interrupts is not None
+            self._short_slice = _SHORT_SLICE_BLOCKS
+            return Event(vector=self._interrupts.acknowledge(), kind=Kind.EXTERNAL)
+        return None
 
-    def _tlb_fill(self, _engine: int, gva: int, access: int, entry_at: int, _data: int) -> int:
-        try:
-            entry = self._tlb_entries.get(entry_at)
-            if entry is None:
-                # SAFETY: the engine's own stack, valid during this call; the same few addresses come again.
-                entry = self._tlb_entries[entry_at] = api.TlbEntry.from_address(entry_at)
-            if self._entering:
-                entry.paddr, entry.perms = PRIVATE_MADDR, _READ_WRITE | api.EXECUTE
-            else:
-                maddr, entry.perms = self._translate(gva, access == api.ACCESS_WRITE, access == api.ACCESS_FETCH)
-                entry.paddr = maddr
-                if access == api.ACCESS_FETCH:
-                    self._code_pages[maddr] = bytes(self._machine.mapping.view[maddr : maddr + PAGE_SIZE])
-        except BaseException as error:
-            self._on_failure(error)
-            return 0
-        return 1
-
-    def _nested_walk(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
-        """Return ``(maddr, permissions)`` for an access, once it is allowed."""
-        gfn, writable, executable = self._walker.translate(gva, write=write, fetch=fetch)
-        mfn, p2m_type = self._p2m.lookup(gfn)
-        writes = p2m_type in WRITABLE
-        if not (writes if write else p2m_type in READABLE):
-            resolution = nested_page_fault(self._paging, gfn, p2m_type, write=write)
-            if resolution is Resolution.DISCARD:  # no device has this gpa, so the bus ignores it; reads fill again
-                return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
-            if resolution is Resolution.EMULATE:
-                if fetch:
-                    raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
-                return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
-            writes = True
-        permissions = api.READ
-        if writable and writes:
-            permissions |= api.WRITE
-        if executable:
-            permissions |= api.EXECUTE
-        return mfn << PAGE_SHIFT, permissions
-
-    def _walker_access(self, gfn: int) -> int:
-        """Return the mfn of a guest page table, writable: AMD-V's walker writes (see guest_walk)."""
-        mfn, p2m_type = self._p2m.lookup(gfn)
-        if p2m_type in WRITABLE or nested_page_fault(self._paging, gfn, p2m_type, write=True) is Resolution.RETRY:
-            return mfn
-        raise GuestCrash(f"page table in device space or read-only RAM, gpa {gfn << PAGE_SHIFT:#x}")
-
-    # --- instructions that need the hypervisor ---
-
-    def _emulate_rdtsc(self, engine: api.Engine) -> bool:
-        """Perform the instruction at RIP if it is RDTSC or RDTSCP; tell whether it was."""
-        code = self._fetch(self._rip, 3)
-        instruction = decode_rdtsc(code)
-        if instruction is None:
+    def _may_interrupt(self, engine: api.Engine) -> bool:
+        """Tell whether an interrupt is requested, and taken by the guest now."""
+        fields = engine.cpu.fields
+        if self._interrupts is None or not self._interrupts.pending:
             return False
-        tsc = self._tsc()
-        engine.set(x86.UC_X86_REG_RAX, tsc & 0xFFFF_FFFF)
-        engine.set(x86.UC_X86_REG_RDX, tsc >> 32)
-        if instruction.aux:
-            engine.set(x86.UC_X86_REG_RCX, self._loaded.tsc_aux)
-        self._rip += instruction.length
-        return True
+        return bool(fields.eflags & RFLAGS_IF) and not fields.hflags & HFLAG_INHIBIT_IRQ
 
-    def _fetch(self, gva: int, size: int) -> bytes:
-        """Return the bytes of code at ``gva``, fewer where it cannot be read."""
-        code = b""
-        while size:
-            piece = min(size, PAGE_SIZE - (gva & PAGE_SIZE - 1))
-            try:
-                gfn, _, _ = self._walker.translate(gva, write=False, fetch=True)
-            except (GuestPageFault, GuestCrash):
-                break
-            mfn, p2m_type = self._p2m.lookup(gfn)
-            if p2m_type not in READABLE:
-                break
-            at = (mfn << PAGE_SHIFT) + (gva & PAGE_SIZE - 1)
-            code += bytes(self._machine.mapping.view[at : at + piece])
-            gva, size = gva + piece, size - piece
-        return code
+    def _slice_blocks(self, engine: api.Engine) -> int:
+        if self._pending:
+            return 1
+        if self._interrupts is None or not self._interrupts.pending:
+            return _SLICE_BLOCKS
+        if engine.cpu.fields.hflags & HFLAG_INHIBIT_IRQ:
+            return 1
+        blocks, self._short_slice = self._short_slice, min(2 * self._short_slice, _SLICE_BLOCKS)
+        return blocks
 
-    def _take_io_trap(self) -> bool:
-        """Tell whether the emulator stopped behind an access to a trapped port, and forget it: the next may not be."""
-        if self._vector != VECTOR_DEBUG or not self._io_trapped:
-            return False
-        self._vector, self._io_trapped = None, False
-        return True
+    def _sleep(self, engine: api.Engine) -> None:
+        """Wait until there may be something to do; any of it sets ``_awake``, or is a deadline of the devices."""
+        self._awake.clear()
+        if self._kicked or self._may_interrupt(engine):
+            return
+        due_in_ns = None if self._interrupts is None else self._bus.due_in_ns()
+        self._awake.wait(None if due_in_ns is None else max(0, due_in_ns) / _NS_PER_S)
 
-    def _exception(self, engine: api.Engine, error: int) -> None:
-        """The emulator stopped for an exception: an RDTSC, or the guest's end."""
+    # --- why it stopped ---
+
+    def _stopped(self, engine: api.Engine, error: int) -> Effect | None:
+        """See to what ended a slice; return the effect of an access to a port."""
         vector, self._vector = self._vector, None
-        if vector in (VECTOR_GENERAL_PROTECTION, VECTOR_DOUBLE_FAULT):
-            if self._emulate_rdtsc(engine):
-                return
-            if vector == VECTOR_DOUBLE_FAULT and not self._renewed:  # a fault after an RDTSC: which one?
-                self._renew()
-                return
-        what = f"invalid instruction (emulator error {error})" if vector is None else exception_name(vector)
-        raise GuestCrash(what + self._where())
+        call, self._system_call = self._system_call, None
+        engine.cpu.events.old_exception = -1  # it is delivered, or was no exception to the guest
+        if self._failure is not None:
+            self._fail()
+        event: Event | None = None
+        effect: Effect | None = None
+        if self._ports.stopped:
+            effect, event = self._ports.take(engine)
+        elif call is not None:
+            event = self._enter_kernel(engine, call)
+        elif error == const.UC_ERR_EXCEPTION:
+            event = self._page_fault(engine)
+        elif error == const.UC_ERR_INSN_INVALID:
+            event = Event(vector=exceptions.INVALID_OPCODE)
+        elif error:
+            raise VmError(f"the CPU emulator failed with error {error} at rip {engine.cpu.fields.eip:#x}")
+        elif vector is not None:
+            event = self._exception(engine, vector)
+        elif not engine.out_of_blocks:
+            self._halted = True
+        if event is not None:
+            self._delivery.deliver(engine, event)
+        return effect
 
-    def _stopped_for_nothing(self, times: int) -> int:
-        """The emulator stopped without a reason: a fault that it did not report."""
-        if times == _STALE_STARTS:
-            self._renew()
-        elif times > 2 * _STALE_STARTS:
-            raise VmError(f"the CPU emulator makes no progress at rip {self._rip:#x}")
-        return times
+    def _page_fault(self, engine: api.Engine) -> Event:
+        fault, self._refused = self._refused, None
+        assert fault is not None
+        fault.gva = engine.cpu.fault_address  # the TLB is asked for pages
+        return exceptions.page_fault(fault, fault.gva)
 
-    def _renew(self) -> None:
-        """Replace the emulator by a fresh one in the same state, which reports exceptions by their names."""
-        self.load(self.save())
-        self._renewed = True
-        if self._engine is not None:
-            self._before_entry(self._engine)
+    def _exception(self, engine: api.Engine, vector: int) -> Event:
+        events = engine.cpu.events
+        if not events.is_software:
+            return Event(vector=vector, error_code=events.error_code & 0xFFFF_FFFF)
+        behind = engine.cpu.fields.eip
+        engine.cpu.fields.eip = self._begin_of(behind, b"\xcd" + bytes([vector]), otherwise=1)
+        return Event(vector=vector, kind=Kind.SOFTWARE, return_rip=behind)
 
-    def _on_in(self, _engine: int, port: int, size: int, _data: int) -> int:
-        try:
-            self._io_trapped = is_trapped(port, size)
-            return self._bus.port_read(port, size)
-        except BaseException as error:
-            self._on_failure(error)
-            return 0
+    def _enter_kernel(self, engine: api.Engine, call: int) -> Event | None:
+        behind = engine.cpu.fields.eip
+        event = (system_call if call == x86.UC_X86_INS_SYSCALL else system_enter)(engine)
+        if event is not None:
+            engine.cpu.fields.eip = behind - 2
+        return event
 
-    def _on_out(self, _engine: int, port: int, size: int, value: int, _data: int) -> None:
-        try:
-            effect = self._bus.port_write(port, size, value & (1 << 8 * size) - 1)
-            self._io_trapped = is_trapped(port, size)
-            if effect is not None:
-                self._on_effect(effect)
-        except BaseException as error:
-            self._on_failure(error)
+    def _begin_of(self, behind: int, code: bytes, *, otherwise: int) -> int:
+        """Return where the instruction before ``behind`` begins: it is ``code``, or has ``otherwise`` bytes."""
+        begin = behind - len(code) & _U64
+        return begin if self._memory.code(begin, len(code)) == code else behind - otherwise & _U64
 
-    def _on_cpuid(self, _engine: int, _data: int) -> int:
-        try:
-            engine = self._engine
-            assert engine is not None
-            asked = (engine.get(register) & 0xFFFF_FFFF for register in (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RCX))
-            for register, value in zip(_CPUID_REGISTERS, answer(self._cpuid, *asked), strict=True):
-                engine.set(register, value)
-        except BaseException as error:
-            self._on_failure(error)
-        return 1  # do not execute it
+    def _triple_fault(self, first: Event) -> None:
+        raise exceptions.crash(first, self._where())
 
-    # --- how a callback ends the run ---
-
-    def _stop(self) -> None:
-        if self._engine is not None:
-            self._engine.stop()
-
-    def _on_effect(self, effect: Effect) -> None:
-        self._effect = effect
-        self._stop()
-
-    def _on_failure(self, error: BaseException) -> None:
-        if self._failure is None:
-            self._failure = error
-        self._stop()
-
-    def _on_exception(self, _engine: int, vector: int, _data: int) -> None:
-        self._vector = vector
-        self._stop()
-
-    def _on_system_call(self, _engine: int, _data: int) -> None:
-        self._on_failure(GuestCrash("system call without a kernel"))  # Unicorn would go on as after a NOP
-
-    def _crash(self) -> None:
+    def _fail(self) -> None:
         """Raise what a callback could not: the guest's end, with where it was, or our own failure."""
         error, self._failure = self._failure, None
-        if isinstance(error, GuestPageFault):
-            if error.error_code is not None:
-                self._loaded = replace(self._loaded, cr2=error.gva)
-            raise GuestCrash(error.describe() + self._where()) from None
         if isinstance(error, GuestCrash):
             raise GuestCrash(str(error) + self._where()) from None
         assert error is not None
@@ -420,6 +390,113 @@ class SoftVcpu:
         """Return the registers that tell where the guest ended, for the crash message."""
         state = self.save()
         return (
-            f" at rip {self._rip:#x} (rsp={state.rsp:#x} rflags={state.rflags:#x} "
+            f" at rip {state.rip:#x} (rsp={state.rsp:#x} rflags={state.rflags:#x} "
             f"rax={state.rax:#x} cr2={state.cr2:#x} cr3={state.cr3:#x})"
         )
+
+    # --- the MMU: callbacks from inside the guest; none may raise ---
+
+    def _tlb_fill(self, _engine: int, gva: int, access: int, entry_at: int, _data: int) -> int:
+        try:
+            entry = self._tlb_entries.get(entry_at)
+            if entry is None:
+                # SAFETY: the engine's own stack, valid during this call; the same few addresses come again.
+                entry = self._tlb_entries[entry_at] = api.TlbEntry.from_address(entry_at)
+            if self._identity:
+                entry.paddr, entry.perms = gva, api.READ | api.WRITE | api.EXECUTE
+                return 1
+            self._follow()
+            fetch = access == api.ACCESS_FETCH
+            try:
+                maddr, entry.perms = self._translate(gva, access == api.ACCESS_WRITE, fetch)
+            except GuestPageFault as fault:
+                if not self._walker.user or not self._loads_descriptor(gva):
+                    self._refused = fault
+                    return 0
+                self._walker.user = False
+                maddr, entry.perms = self._translate(gva, access == api.ACCESS_WRITE, fetch)
+                self.tlb.request_flush()  # the program itself may not go there
+            entry.paddr = maddr
+            if fetch:
+                self._code.add(maddr)
+                self.tlb.holds_code = True
+            if self.tlb.flush_wanted:  # a page became a guest table under our hands
+                self._hurry()
+        except BaseException as error:
+            self._on_failure(error)
+            return 0
+        return 1
+
+    def _follow(self) -> None:
+        """Have the walker walk by what the CPU's registers say now."""
+        engine = self._engine
+        assert engine is not None
+        words, walker = engine.cpu.words, self._walker
+        cr3 = words[CR3]
+        if cr3 != walker.cr3:
+            walker.cr3 = cr3
+        walker.user = engine.cpu.halves[HFLAGS] & CPL_MASK == CPL_MASK
+        controls = words[CR0], words[CR4], words[EFER]
+        if controls != self._controls:
+            self._controls = controls
+            self._follow_controls(*controls)
+        if walker.smap:
+            walker.alignment_check = bool(words[EFLAGS] & RFLAGS_AC)
+
+    def _follow_controls(self, cr0: int, cr4: int, efer: int) -> None:
+        walker = self._walker
+        walker.paging = bool(cr0 & CR0_PG)
+        walker.write_protect = bool(cr0 & CR0_WP)
+        walker.no_execute = bool(efer & EFER_NXE)
+        walker.smep = bool(cr4 & CR4_SMEP)
+        walker.smap = bool(cr4 & CR4_SMAP)
+        walker.flush()
+        if walker.paging and not efer & EFER_LMA:
+            raise GuestCrash("32-bit paging, which the software machine does not have")
+
+    def _follow_as_supervisor(self) -> None:
+        self._follow()
+        self._walker.user = self._walker.alignment_check = False
+
+    def _loads_descriptor(self, gva: int) -> bool:
+        """Tell whether it is the CPU itself that reads there, for an instruction that loads a segment register."""
+        assert self._engine is not None
+        fields = self._engine.cpu.fields
+        in_table = any(
+            table.base & -PAGE_SIZE <= gva <= table.base + table.limit for table in (fields.gdt, fields.ldt, fields.tr)
+        )
+        return in_table and reads_descriptor(self._memory.code(fields.eip, 15))
+
+    # --- other callbacks ---
+
+    def _on_cpuid(self, _engine: int, _data: int) -> int:
+        try:
+            engine = self._engine
+            assert engine is not None
+            regs = engine.cpu.fields.regs
+            answers = answer(self._cpuid, regs[RAX] & 0xFFFF_FFFF, regs[RCX] & 0xFFFF_FFFF)
+            regs[RAX], regs[RBX], regs[RCX], regs[RDX] = answers
+        except BaseException as error:
+            self._on_failure(error)
+        return 1  # do not execute it
+
+    def _on_exception(self, _engine: int, vector: int, _data: int) -> None:
+        self._vector = vector
+        self._stop()
+
+    def _on_syscall(self, _engine: int, _data: int) -> None:
+        self._system_call = x86.UC_X86_INS_SYSCALL
+        self._stop()
+
+    def _on_sysenter(self, _engine: int, _data: int) -> None:
+        self._system_call = x86.UC_X86_INS_SYSENTER
+        self._stop()
+
+    def _on_failure(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._engine is not None:
+            self._engine.stop()

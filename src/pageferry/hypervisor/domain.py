@@ -19,6 +19,7 @@ from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine
+from pageferry.devices.pc.chips import PcChips
 from pageferry.hypervisor.absent_pages import P2MAbsentPages
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.locks import DomainLocks
@@ -33,7 +34,7 @@ _SPARE_POOL_FRAMES = 8
 _SPARE_SHADOW_FRAMES = 64
 #: One walk's shadows are four; the rest makes it rarer that they are blown.
 _PROMISED_SHADOW_FRAMES = 16
-_USE_KVM = "use --machine plain, or --accel kvm"
+_USE_KVM = "use --accel kvm"
 #: Machine memory that a large guest leaves unused, so that no gfn is its own mfn: 2 GiB.
 _GAP_2M = 2 * PAGES_PER_1G // PAGES_PER_2M
 
@@ -49,8 +50,7 @@ class Domain(StandardMachine):
 
     Raises:
         UsageError: the memory size or the CPUID table is impossible.
-        UnsupportedError: no such paging mode, too many vCPUs, interrupt controllers, or a CPU with more than the
-            baseline.
+        UnsupportedError: no such paging mode, too many vCPUs, or a CPU with more than the baseline.
     """
 
     MAX_VCPUS = 8
@@ -60,8 +60,8 @@ class Domain(StandardMachine):
         _check_mode(paging_mode)
         if not 1 <= config.cpus <= self.MAX_VCPUS:
             raise UnsupportedError("vcpus", f"the software machine runs 1 to {self.MAX_VCPUS} vCPUs, not {config.cpus}")
-        if config.machine is not MachineModel.PLAIN:
-            raise UnsupportedError("machine", "the software machine has no interrupt controllers", hint=_USE_KVM)
+        if config.machine is MachineModel.PC and config.cpus > 1:
+            raise UnsupportedError("vcpus", f"the software machine's PC has 1 vCPU, not {config.cpus}", hint=_USE_KVM)
         if config.storage is not None:
             raise UnsupportedError("shared-memory", "the soft machine has its frames in an order of its own")
         cpuid = _cpuid_table(config)
@@ -94,22 +94,25 @@ class Domain(StandardMachine):
             locks=self.locks,
             hold=self._hold,
         )
+        bus = self.platform.bus
+        interrupts = PcChips(bus, self.platform.clock) if config.machine is MachineModel.PC else None
         self.vcpus = tuple(
             SoftVcpu(
                 self.machine,
                 self.p2m,
-                self.platform.bus,
+                bus,
                 self.shadow,
                 paging=self.paging,
                 tlb=tlb,
                 cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
+                interrupts=interrupts,
             )
             for index, tlb in enumerate(tlbs)
         )
         for vcpu in self.vcpus:
             vcpu.use_shadow(paging_mode == "shadow")
         self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
-        self.platform.bus.use_lock(self.locks.devices)
+        bus.use_lock(self.locks.devices)
         self._kvm_clock_ns: int | None = None
         self._rate_khz: int | None = None
         self._attach(self.vcpus, self.paging)

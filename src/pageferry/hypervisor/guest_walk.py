@@ -16,12 +16,15 @@ tables are log-dirty takes a nested fault for each table it uses, and those page
 Measured on AMD: the same guest reports its PML4, PDPT and PD each round. Under shadow paging it is the hypervisor that
 walks, and only an entry that really changes is a write: the two modes differ in what the walker is given, not in how.
 
-A page-walk cache keeps what a walk found for each 2 MiB of virtual address space, as hardware does. It lives and dies
-with the TLB: it is flushed whenever the P2M took rights away, so the first walk after CLEAN touches, and so dirties,
-the tables anew. Shadow paging does without (its shadow tables are that cache) and asks for the path instead.
+A page-walk cache keeps what a walk found for each 2 MiB of virtual address space, as hardware does. The guest's own
+flushes (MOV to CR3, INVLPG) are the emulator's, and are not seen here: so a cached walk is used only if every entry
+that it went through still reads the same. What it spares is to look the tables up in the P2M. It is flushed with the
+TLB whenever the P2M took rights away, so the first walk after CLEAN touches, and so dirties, the tables anew. Shadow
+paging does without (its shadow tables are that cache) and asks for the path instead.
 
-Simplified against hardware: CPL is that of the loaded state (3 by the guest ABI), so SMEP and SMAP never decide on a
-machine, only in tests; bit 8 of a table's entry is ignored, as Intel does (AMD reserves it in the PML4).
+Without paging (a vCPU that is not in long mode yet) a gva is a gpa of 32 bits.
+
+Simplified against hardware: bit 8 of a table's entry is ignored, as Intel does (AMD reserves it in the PML4).
 
 Source: AMD APM volume 2, "Long-Mode Page Translation", "Page-Translation-Table Entry Fields", "Page-Protection
 Checks", "Page-Fault Exception" and "Nested Paging".
@@ -45,6 +48,13 @@ _RESERVED_IN_LARGE = {39: _PSE, 30: 0x3FFF_E000, 21: 0x001F_E000}
 
 #: Error code bits of #PF.
 PF_PRESENT, PF_WRITE, PF_USER, PF_RESERVED, PF_FETCH = 1, 2, 4, 8, 16
+
+#: What a walk found: for three levels where the entry is and what it was (a level that a large page lacks repeats the
+#: one above); the word index of the leaf's level, base gfn or -1, writable, user, nx, gfn of the leaf's table.
+_Walk = tuple[int, int, int, int, int, int, int, int, bool, bool, bool, int]
+_Cache = dict[int, _Walk]  # by gva >> 21
+#: Address spaces whose walks are kept.
+_MAX_CACHES = 64
 
 _CANONICAL_LOW = 1 << 47
 _CANONICAL_HIGH = (1 << 64) - (1 << 47)
@@ -96,7 +106,7 @@ class GuestWalker:
         self._hva = np.frombuffer(words, np.uint64).ctypes.data  # of word 0; words keeps it mapped
         self.nested_access = nested_access
         self.nested_update = nested_update
-        self.cr3 = 0
+        self.paging = True
         self.user = True
         self.write_protect = True
         self.no_execute = False
@@ -105,12 +115,25 @@ class GuestWalker:
         self.alignment_check = False
         """RFLAGS.AC, which lifts SMAP."""
         self.path: list[tuple[int, int]] = []
-        # gva >> 21 -> (word index of the leaf's level, base gfn or -1, writable, user, nx, gfn of the leaf's table)
-        self._cache: dict[int, tuple[int, int, bool, bool, bool, int]] = {}
+        self._caches: dict[int, _Cache] = {}  # one for each CR3
+        self.cr3 = 0
+
+    @property
+    def cr3(self) -> int:
+        """The guest's CR3."""
+        return self._cr3
+
+    @cr3.setter
+    def cr3(self, value: int) -> None:
+        self._cr3 = value
+        if len(self._caches) > _MAX_CACHES:
+            self._caches.clear()
+        self._cache = self._caches.setdefault(value, {})
 
     def flush(self) -> None:
-        """Forget the page-walk cache; with every TLB flush, or before a walk whose path matters."""
-        self._cache.clear()
+        """Forget the page-walk cache; with every TLB flush of the P2M's, or before a walk whose path matters."""
+        self._caches.clear()
+        self._cache = self._caches.setdefault(self._cr3, {})
 
     def translate(self, gva: int, *, write: bool, fetch: bool) -> tuple[int, bool, bool]:
         """Return ``(gfn, writable, executable)`` for one access.
@@ -120,16 +143,23 @@ class GuestWalker:
         Raises:
             GuestPageFault: the guest's tables refuse.
         """
+        if not self.paging:
+            return (gva & 0xFFFF_FFFF) >> PAGE_SHIFT, True, True
+        words = self._words
         cached = self._cache.get(gva >> 21)
-        if cached is None:
+        if (
+            cached is None
+            or words[cached[0]] != cached[1]
+            or words[cached[2]] != cached[3]
+            or words[cached[4]] != cached[5]
+        ):
             cached = self._walk(gva, write, fetch)
-        at, base, writable, user, nx, table_gfn = cached
+        _, _, _, _, _, entry, at, base, writable, user, nx, table_gfn = cached
         if base < 0:  # the walk ends in a table of 4 KiB pages
             at += gva >> PAGE_SHIFT & 511
-        entry = self._words[at]
-        if not entry & _PRESENT:
-            raise self._fault(gva, write, fetch, 0)
-        if base < 0:
+            entry = words[at]
+            if not entry & _PRESENT:
+                raise self._fault(gva, write, fetch, 0)
             if entry & _BEYOND_PHYSICAL or (entry >= _NX and not self.no_execute):
                 raise self._fault(gva, write, fetch, PF_PRESENT | PF_RESERVED)
             writable, user, nx = writable and bool(entry & _WRITE), user and bool(entry & _USER), nx or entry >= _NX
@@ -155,12 +185,13 @@ class GuestWalker:
             return not user
         return user and self.smap and not fetch and not self.alignment_check
 
-    def _walk(self, gva: int, write: bool, fetch: bool) -> tuple[int, int, bool, bool, bool, int]:
+    def _walk(self, gva: int, write: bool, fetch: bool) -> _Walk:
         if _CANONICAL_LOW <= gva < _CANONICAL_HIGH:
             raise GuestPageFault(gva, _access_name(write, fetch), None)
-        table_gfn = (self.cr3 & _ADDRESS) >> PAGE_SHIFT
+        table_gfn = (self._cr3 & _ADDRESS) >> PAGE_SHIFT
         writable, user, nx = True, True, False
         path: list[tuple[int, int]] = []
+        seen: tuple[int, ...] = ()  # where each entry is, and what it was
         for shift in (39, 30, 21):
             at = (self.nested_access(table_gfn) << 9) + (gva >> shift & 511)
             path.append((table_gfn, at))
@@ -173,16 +204,20 @@ class GuestWalker:
             gfn = (entry & _ADDRESS) >> PAGE_SHIFT
             if entry & _PSE:
                 in_page = gva >> PAGE_SHIFT & ((1 << (shift - PAGE_SHIFT)) - 512)  # which 2 MiB of a 1 GiB page
-                found = at, (gfn & -(1 << (shift - PAGE_SHIFT))) + in_page, writable, user, nx, table_gfn
+                base = (gfn & -(1 << (shift - PAGE_SHIFT))) + in_page
+                seen += (at, entry) * (1 if shift == 21 else 2)
                 break
             if not entry & _ACCESSED:
                 self._set(table_gfn, at, _ACCESSED)
+                entry |= _ACCESSED
+            seen += at, entry
             table_gfn = gfn
         else:
             at = self.nested_access(table_gfn) << 9
             path.append((table_gfn, at + (gva >> PAGE_SHIFT & 511)))
-            found = at, -1, writable, user, nx, table_gfn
+            base = -1
         self.path = path
+        found: _Walk = (*seen, at, base, writable, user, nx, table_gfn)  # type: ignore[assignment]  # seen has six
         self._cache[gva >> 21] = found
         return found
 

@@ -30,7 +30,7 @@ Source: RFC design 1 and "paging_mark_dirty()"; Xen ``paging.c``, ``struct log_d
 """
 
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -57,17 +57,29 @@ class Tlb:
     """One vCPU's TLB, as other threads see it.
 
     ``flushes`` counts the flushes that are done; ``flush_wanted`` is cleared by the vCPU when it begins one.
+
+    ``holds_code``: the vCPU may hold code translated from guest memory. Then ``written`` collects the frames (uint64[n]
+    each) that somebody other than a vCPU has written, and ``hurry`` has the vCPU look at them soon.
     """
 
-    __slots__ = ("flush_wanted", "flushes")
+    __slots__ = ("flush_wanted", "flushes", "holds_code", "hurry", "written")
 
     def __init__(self) -> None:
         self.flush_wanted = False
         self.flushes = 0
+        self.holds_code = False
+        self.written: deque[GfnArray] = deque()
+        self.hurry: Callable[[], None] = lambda: None
 
     def request_flush(self) -> None:
         """Have the vCPU flush it, on its own thread, before it enters the guest again or begins its next slice."""
         self.flush_wanted = True
+
+    def note_written(self, gfns: GfnArray) -> None:
+        """Tell the vCPU that frames were written behind its back; any thread, after the write."""
+        if self.holds_code:
+            self.written.append(gfns)
+            self.hurry()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +258,8 @@ class Paging:
         vCPUs: their first write faults as ever.
         """
         self._ops.written(gfns)
+        for tlb in self._tlbs:
+            tlb.note_written(gfns)
         if self._bitmap is None:  # a mark that races with ENABLE came before it: everything is sent first then
             return
         with self._locks.log_dirty:

@@ -6,13 +6,18 @@ entry in place. Callbacks must never raise: an exception cannot cross the emulat
 """
 
 import ctypes
+import threading
+from functools import cache
 from typing import Any
 
 import unicorn
 from unicorn import unicorn_const as const
+from unicorn import x86_const as x86
 from unicorn.unicorn_py3.unicorn import uclib
 
 from pageferry.core.errors import VmError
+from pageferry.hypervisor.countdown import Countdown
+from pageferry.hypervisor.unicorn_cpu import Cpu
 
 _binding: Any = unicorn  # the package's annotations are incomplete
 
@@ -40,6 +45,8 @@ class TlbEntry(ctypes.Structure):
 class Engine:
     """One x86-64 emulator over machine memory, with our MMU behind its TLB.
 
+    ``cpu`` is its CPU, as it is in memory.
+
     Args:
         hva: host address of machine address 0.
         size_bytes: how much machine memory there is. The caller keeps it mapped as long as this object lives.
@@ -51,25 +58,38 @@ class Engine:
         # SAFETY: the emulator borrows the machine's host mapping; the vCPU holds it and outlives this object.
         self._uc.mem_map_ptr(0, size_bytes, const.UC_PROT_ALL, hva)
         self._uc.ctl_set_tlb_mode(const.UC_TLB_VIRTUAL)
+        self._uc.ctl_exits_enabled(True)  # else "until" would be compiled into the code that is found at that address
         self._callbacks: list[Any] = []
+        self.cpu = Cpu(self.handle.value)
+        self._countdown = Countdown()
+        self.hook(const.UC_HOOK_BLOCK, self._countdown.callback, data=self._countdown.address)
 
-    def hook(self, kind: int, callback: Any, begin: int = 1, end: int = 0, *extra: int) -> None:  # noqa: ANN401
-        """Register a C callback for an address range (all addresses when ``begin > end``)."""
+    def hook(
+        self,
+        kind: int,
+        callback: Any,  # noqa: ANN401
+        *extra: int,
+        data: int | None = None,
+    ) -> None:
+        """Register a C callback for all addresses; ``data`` is what it is given of its own."""
         self._callbacks.append(callback)
         handle = ctypes.c_size_t()
-        more = [ctypes.c_int(value) for value in extra]
         code = uclib.uc_hook_add(
             self.handle,
             ctypes.byref(handle),
             kind,
             ctypes.cast(callback, ctypes.c_void_p),
-            None,
-            ctypes.c_uint64(begin),
-            ctypes.c_uint64(end),
-            *more,
+            ctypes.c_void_p(data),
+            ctypes.c_uint64(1),
+            ctypes.c_uint64(0),
+            *(ctypes.c_int(value) for value in extra),
         )
         if code:
             raise VmError(f"the CPU emulator refused a callback: {_binding.UcError(code)}")
+
+    def hook_instruction(self, callback: Any, instruction: int) -> None:  # noqa: ANN401
+        """Register a C callback for an instruction (``x86.UC_X86_INS_*``)."""
+        self.hook(const.UC_HOOK_INSN, callback, instruction)
 
     def mmio_map(self, maddr: int, size_bytes: int, read: Any, write: Any) -> None:  # noqa: ANN401
         """Let accesses to a range of machine addresses call back, with the offset into it."""
@@ -91,32 +111,41 @@ class Engine:
         self._uc.mem_map(maddr, 0x1000)
         self._uc.mem_write(maddr, data)
 
-    def start(self, rip: int, count: int = 0, until: int = 0) -> int:
-        """Run from ``rip``, without the interpreter lock; return Unicorn's error number, 0 for none.
+    def run(self, blocks: int) -> int:
+        """Run from where the CPU is, without the interpreter lock; return Unicorn's error number, 0 for none.
 
-        It ends after ``count`` instructions (0: never), at the address ``until``, or when a callback calls ``stop``.
+        It ends at a HLT, after so many blocks of code, or when a callback calls ``stop``; always between instructions.
         """
-        no_timeout = ctypes.c_uint64(0)
+        self._countdown.start(blocks)
+        no_limit = ctypes.c_uint64(0)
         code: int = uclib.uc_emu_start(
-            self.handle, ctypes.c_uint64(rip), ctypes.c_uint64(until), no_timeout, ctypes.c_size_t(count)
+            self.handle, ctypes.c_uint64(self.cpu.fields.eip), no_limit, no_limit, ctypes.c_size_t(0)
         )
         return code
 
-    def ignore_until(self) -> None:
-        """From now on ``until`` means nothing (it would otherwise be compiled into the code found there)."""
-        self._uc.ctl_exits_enabled(True)
+    @property
+    def out_of_blocks(self) -> bool:
+        """Whether ``run`` has ended because its blocks were over, or by :meth:`hurry`."""
+        return self._countdown.stopped
+
+    def hurry(self) -> None:
+        """Have ``run`` end before the next block; any thread. Lost if it has not begun yet."""
+        self._countdown.hurry()
 
     def stop(self) -> None:
-        """Have ``start`` return at this instruction; from a callback only."""
+        """Have ``run`` end: at this instruction where it has raised an exception, else behind its block.
+
+        From a callback only.
+        """
         uclib.uc_emu_stop(self.handle)
 
     def flush_tlb(self) -> None:
         """Forget every translation; the code cache stays. The vCPU's own thread, outside the guest."""
         self._uc.ctl(const.UC_CTL_TLB_FLUSH, const.UC_CTL_IO_WRITE)
 
-    def flush_code(self) -> None:
-        """Forget every translated block; the vCPU's own thread, outside the guest."""
-        self._uc.ctl_flush_tb()
+    def flush_code(self, gva: int, size_bytes: int) -> None:
+        """Forget the translated code of what is at ``gva`` now; the vCPU's own thread, outside the guest."""
+        self._uc.ctl_remove_cache(gva, gva + size_bytes)
 
     def get(self, register: int) -> Any:  # noqa: ANN401
         """Read a register (``x86.UC_X86_REG_*``)."""
@@ -125,3 +154,30 @@ class Engine:
     def set(self, register: int, value: Any) -> None:  # noqa: ANN401
         """Write a register."""
         self._uc.reg_write(register, value)
+
+    def read_msr(self, index: int) -> int:
+        """Read an MSR; 0 for one that the CPU has not."""
+        value: int = self._uc.msr_read(index)
+        return value
+
+
+def host_ticks() -> int:
+    """Return the time-stamp counter of the host as the guests of this process have it; they add their offset."""
+    with _ticks_lock:
+        engine = _tick_engine()
+        engine.emu_start(0, len(_RDTSC))
+        low, high = (engine.reg_read(register) for register in (x86.UC_X86_REG_RAX, x86.UC_X86_REG_RDX))
+    ticks: int = high << 32 | low
+    return ticks
+
+
+_RDTSC = bytes.fromhex("0f31")
+_ticks_lock = threading.Lock()
+
+
+@cache
+def _tick_engine() -> Any:  # noqa: ANN401
+    engine = _binding.Uc(const.UC_ARCH_X86, const.UC_MODE_64)
+    engine.mem_map(0, 0x1000)
+    engine.mem_write(0, _RDTSC)
+    return engine
