@@ -125,18 +125,22 @@ class VirtioDriver:
         bus: the device bus.
         memory: the guest's.
         slot: of the device.
-        area: memory for rings and buffers.
     """
 
-    def __init__(self, bus, memory, slot, area=None):
+    def __init__(self, bus, memory, slot):
         self.bus, self.memory = bus, memory
         self.pci = Pci(bus, slot)
-        self.area = area or Area(0x10_0000 + slot * 0x4_0000)
+        self._area_start = 0x10_0000 + slot * 0x4_0000
+        self.area = Area(self._area_start)
         self.places = self.pci.capabilities()
         self.bar = self.pci.read(0x10, 4)
-        self.pci.write(4, 2, self.pci.read(4, 2) | 6)
+        self._enable()
         self.rings = []
         self._notify_multiplier = self.pci.read(self.places[NOTIFY] + 16, 4)
+
+    def _enable(self):
+        self.pci.write(0x10, 4, self.bar)
+        self.pci.write(4, 2, 6)
 
     def _at(self, kind):
         return self.bar + self.pci.read(self.places[kind] + 8, 4)
@@ -170,6 +174,8 @@ class VirtioDriver:
 
     def begin(self, features=VERSION_1, sizes=None):
         """Set the device up (section 3.1.1) with these features and queue sizes; None: as large as can be."""
+        self._enable()
+        self.area = Area(self._area_start)
         self.status = 0
         self.status = ACKNOWLEDGE
         self.status = ACKNOWLEDGE | DRIVER

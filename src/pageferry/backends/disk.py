@@ -11,6 +11,7 @@ import fcntl
 import os
 import stat
 import struct
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class DiskFile:
         except OSError as error:
             hint = "" if readonly else "a disk that is only read: --disk PATH,readonly"
             raise UsageError(f"cannot open disk {path}: {error.strerror}", hint=hint) from error
+        self._close = weakref.finalize(self, os.close, self._fd)
         try:
             self.size_bytes = self._size()
         except UsageError:
@@ -100,9 +102,8 @@ class DiskFile:
 
     def close(self) -> None:
         """Close the file, and lose the lock. May be called twice."""
-        fd, self._fd, self._claimed = self._fd, -1, False
-        if fd >= 0:
-            os.close(fd)
+        self._fd, self._claimed = -1, False
+        self._close()
 
     # -- what the guest does with it -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import CpuModel, Leaves
+from pageferry.core.device_spec import DeviceSpec
 from pageferry.core.frames import GfnArray
 from pageferry.core.hostmem import MemFd
 from pageferry.core.memory import GuestMemory
@@ -29,31 +30,6 @@ class MachineModel(StrEnum):
 
     PLAIN = "plain"
     PC = "pc"
-
-
-class DeviceKind(StrEnum):
-    """The kinds of virtio devices that a PC may have."""
-
-    DISK = "disk"
-    NET = "net"
-    CONSOLE = "console"
-    RNG = "rng"
-    BALLOON = "balloon"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceSpec:
-    """One virtio device of a PC. The guest sees all of it but ``backend``, and keeps it for life.
-
-    ``backend``: what stands behind it on this host: a disk's file; ``tap:NAME`` or ``unix:PATH`` for a net; empty for
-    the others. ``readonly``: of a disk. ``size_bytes``: of a disk; 0: what the file has. ``mac``: of a net.
-    """
-
-    kind: DeviceKind
-    backend: str = ""
-    readonly: bool = False
-    size_bytes: int = 0
-    mac: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +254,23 @@ class Vm(Protocol):
 
         Raises:
             VmError: this machine cannot, or a frame is not RAM; nothing was removed.
+        """
+
+    def claim_backends(self) -> None:
+        """Take what stands behind the guest's devices on this host: disks, networks. Any thread.
+
+        A machine is made without it, for its guest may still run elsewhere; a guest that runs has it. Nothing happens
+        when it is taken already.
+
+        Raises:
+            VmError: somebody else has a part of it, whom it names; nothing is taken then, and the guest must not run.
+        """
+
+    def release_backends(self) -> None:
+        """Give it back, with all that the guest wrote on the disks. The guest is frozen, and runs on after a claim.
+
+        Raises:
+            VmError: what was written could not be put on a disk.
         """
 
     def close(self) -> None:

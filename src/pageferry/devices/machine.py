@@ -5,6 +5,7 @@ Each kind (``kvm``, ``soft``) makes its vCPUs and its tracker, and fills in the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import Leaves
@@ -13,8 +14,9 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import RunControl, Vcpu
 from pageferry.core.state import MachineState, VcpuState
-from pageferry.core.vm import AbsentPages, GuestEnd, LogDirty, VmConfig, VmStatus
+from pageferry.core.vm import AbsentPages, GuestEnd, LogDirty, MachineModel, VmConfig, VmStatus
 from pageferry.devices.platform import Platform
+from pageferry.devices.virtio.devices import VirtioDevices
 
 
 class StandardMachine(ABC):
@@ -26,13 +28,22 @@ class StandardMachine(ABC):
         config: what was asked for.
         memory: the guest's RAM.
         cpuid: the guest's CPUID table.
+
+    Raises:
+        UsageError: something that a virtio device needs is not there.
+        UnsupportedError: there is no such device here, or the machine model has none.
     """
 
     def __init__(self, config: VmConfig, memory: GuestMemory, cpuid: Leaves) -> None:
-        self.config = config
         self.memory = memory
         self.cpuid = cpuid
         self.platform = Platform(memory, config.machine)
+        self.virtio = VirtioDevices(config.devices, memory, self.platform.bus, lambda: self.run_control.held)
+        self.config = replace(config, devices=self.virtio.specs)
+        if config.machine is MachineModel.PC:
+            self.virtio.plug_in()
+        elif config.devices:
+            raise UnsupportedError("devices", f"a machine that is {config.machine} has no virtio devices")
         self._closed = False
 
     def _attach(self, vcpus: Sequence[Vcpu], log_dirty: LogDirty) -> None:
@@ -98,20 +109,38 @@ class StandardMachine(ABC):
         return self.run_control.thread_ids
 
     def resume(self) -> None:
-        """Let the guest run."""
+        """Let the guest run, with what stands behind its devices."""
+        self.claim_backends()
         self.run_control.resume()
+        self.virtio.wake()
 
     def pause(self) -> None:
         """Stop every vCPU at an instruction boundary."""
         self.run_control.pause()
+        self._let_devices_finish()
 
     def freeze(self) -> None:
         """Hold every vCPU at an instruction boundary until thawed."""
         self.run_control.freeze()
+        self._let_devices_finish()
 
     def thaw(self) -> None:
         """Undo one freeze."""
         self.run_control.thaw()
+        self.virtio.wake()
+
+    def _let_devices_finish(self) -> None:
+        """Return when no device that began before the guest was held touches memory any more."""
+        with self.platform.bus.locked():
+            pass
+
+    def claim_backends(self) -> None:
+        """Take what stands behind the guest's devices."""
+        self.virtio.claim()
+
+    def release_backends(self) -> None:
+        """Give it back."""
+        self.virtio.release()
 
     def wait(self, timeout_s: float | None = None) -> VmStatus:
         """Wait until the guest is not running; return the status."""
@@ -132,11 +161,15 @@ class StandardMachine(ABC):
     def on_console(self, sink: Callable[[bytes], None] | None) -> None:
         """Set who sees the guest's console output as it comes."""
         self.platform.console.sink = sink
+        self.virtio.on_console(sink)
 
     def type_console(self, data: bytes) -> int:
         """Give the console input; return how many of its bytes were taken."""
         with self.platform.bus.locked():  # the state is saved under it, after a freeze: nothing is taken too late
-            return 0 if self.run_control.frozen else self.platform.console.type(data)
+            if self.run_control.frozen:
+                return 0
+            taken = self.virtio.type(data)
+            return self.platform.console.type(data) if taken is None else taken
 
     def save_state(self) -> MachineState:
         """Return everything but memory."""
@@ -175,6 +208,7 @@ class StandardMachine(ABC):
         if not self._closed:
             self._closed = True
             self.run_control.close()
+            self.virtio.close()
             self._free()
             self.memory.close()
 

@@ -1,25 +1,22 @@
 """PCI as a small PC has it: configuration mechanism 1, one bus, a host bridge, functions with one memory BAR.
 
-A function is on the device bus by itself, with the range of its BAR while it decodes memory; :class:`PciHost` answers
-the two configuration ports. No firmware runs here, so BARs and interrupt lines are assigned from the beginning, as
+A function is on the device bus by itself, with the range of its BAR while it decodes memory; here are the ports by
+which it is found and set up. No firmware runs here, so BARs and interrupt lines are assigned from the beginning, as
 firmware would leave them. The function of slot n pulls INTA#, which is wired to ISA IRQ 10 or 11 (:func:`irq_of_slot`),
-level-triggered and shared.
+level-triggered and shared with others.
 
 Simpler than hardware: bus 0 only, function 0 only, no I/O space, no expansion ROM, no MSI.
 
 Source: PCI Local Bus Specification 3.0, sections 3.2.2.3.2 (configuration mechanism 1), 6.1, 6.2, 6.7.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from struct import Struct
 from typing import Protocol
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
 from pageferry.devices.bus import expect_size
-
-Line = Callable[[bool], None]
-"""Sets the level of an interrupt line; called with the device bus's lock held."""
 
 CONFIG_ADDRESS_PORT = 0xCF8
 CONFIG_DATA_PORT = 0xCFC
@@ -36,7 +33,8 @@ _BAR0, _SUBSYSTEM, _CAPABILITIES, _INTERRUPT_LINE, _INTERRUPT_PIN = 0x10, 0x2C, 
 _COMMAND_MEMORY, _COMMAND_MASTER, _COMMAND_NO_INTX = 1 << 1, 1 << 2, 1 << 10
 _STATUS_INTERRUPT, _STATUS_CAPABILITIES = 1 << 3, 1 << 4
 _FIRST_CAPABILITY = 0x40
-_ENABLE, _FUNCTION = 1 << 31, 0x700
+_ENABLE, _BUS, _FUNCTION = 1 << 31, 0xFF_0000, 0x700
+_ADDRESS_BITS = _ENABLE | 0xFF_FFFC
 _ADDRESS = Struct("<I")
 
 
@@ -48,30 +46,6 @@ def irq_of_slot(slot: int) -> int:
 def bar_of_slot(slot: int) -> int:
     """Return where the BAR of a slot's function is at first."""
     return PCI_WINDOW.start + slot * _BAR_STRIDE
-
-
-class WiredOr:
-    """One interrupt line that several devices pull.
-
-    Args:
-        line: set when any of them pulls.
-    """
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._pulled = 0
-        self._pins = 0
-
-    def pin(self) -> Line:
-        """Return a line for one more device."""
-        bit = 1 << self._pins
-        self._pins += 1
-
-        def pull(level: bool) -> None:
-            self._pulled = self._pulled | bit if level else self._pulled & ~bit
-            self._line(self._pulled != 0)
-
-        return pull
 
 
 class ConfigSpace:
@@ -219,53 +193,37 @@ class HostBridge:
         self._config.write(offset, size, value)
 
 
-class PciHost:
-    """The configuration ports: an address, and a window onto the four bytes there.
-
-    An address without a function reads as ones. The reset control register, port 0xCF9, lies among these ports and is
-    another device's, which comes before this one on the bus.
-
-    Args:
-        functions: by slot, from 1 on.
-    """
+class ConfigAddress:
+    """The address port, 0xCF8: takes and gives four bytes; the reset control port, 0xCF9, is another device's."""
 
     name = "pci"
-    ports = range(CONFIG_ADDRESS_PORT, CONFIG_DATA_PORT + 4)
+    ports = range(CONFIG_ADDRESS_PORT, CONFIG_ADDRESS_PORT + 1)
     mmio = range(0)
 
-    def __init__(self, functions: Sequence[PciFunction]) -> None:
-        self._functions: tuple[PciFunction, ...] = (HostBridge(), *functions)
+    def __init__(self) -> None:
         self._address = 0
 
+    @property
+    def slot(self) -> int | None:
+        """The slot on bus 0 whose function 0 is addressed; None: something else is, or nothing."""
+        if not self._address & _ENABLE or self._address & (_BUS | _FUNCTION):
+            return None
+        return (self._address & ~_ENABLE) >> 11
+
+    @property
+    def register(self) -> int:
+        """Which register is addressed, by its first byte."""
+        return self._address & 0xFC
+
     def read(self, offset: int, size: int) -> int:
-        """Return the address, or a register of the function that it names."""
-        if offset == 0 and size == 4:
-            return self._address
-        function, register = self._target(offset, size)
-        return (1 << 8 * size) - 1 if function is None else function.read_config(register, size)
+        """Return the address."""
+        return self._address if size == 4 else (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> Effect | None:
-        """Set the address, or a register of the function that it names."""
-        if offset == 0 and size == 4:
-            self._address = value & (_ENABLE | 0xFF_FFFC)
-            return None
-        function, register = self._target(offset, size)
-        if function is not None:
-            function.write_config(register, size, value)
+        """Set the address."""
+        if size == 4:
+            self._address = value & _ADDRESS_BITS
         return None
-
-    def _target(self, offset: int, size: int) -> tuple[PciFunction | None, int]:
-        window = CONFIG_DATA_PORT - CONFIG_ADDRESS_PORT
-        slot = (self._address & ~_ENABLE) >> 11  # with the bus above it, which is 0
-        if (
-            offset < window
-            or offset + size > window + 4
-            or not self._address & _ENABLE
-            or self._address & _FUNCTION
-            or slot >= len(self._functions)
-        ):
-            return None, 0
-        return self._functions[slot], (self._address & 0xFC) + offset - window
 
     def save(self) -> bytes:
         """Return the address."""
@@ -279,6 +237,42 @@ class PciHost:
         """
         expect_size(self.name, data, _ADDRESS.size)
         (address,) = _ADDRESS.unpack(data)
-        if address & ~(_ENABLE | 0xFF_FFFC):
+        if address & ~_ADDRESS_BITS:
             raise VmError(f"the state of device {self.name} has an address that it cannot have")
         self._address = address
+
+
+class ConfigData:
+    """The data ports, 0xCFC to 0xCFF: a window onto the register that is addressed; ones where no function is.
+
+    Args:
+        address: the other port.
+        functions: by slot, from 1 on.
+    """
+
+    ports = range(CONFIG_DATA_PORT, CONFIG_DATA_PORT + 4)
+    mmio = range(0)
+
+    def __init__(self, address: ConfigAddress, functions: Sequence[PciFunction]) -> None:
+        self._address = address
+        self._functions: tuple[PciFunction, ...] = (HostBridge(), *functions)
+
+    def read(self, offset: int, size: int) -> int:
+        """Return a register, or a part of one."""
+        function = self._function(offset, size)
+        if function is None:
+            return (1 << 8 * size) - 1
+        return function.read_config(self._address.register + offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> Effect | None:
+        """Set a register, or a part of one."""
+        function = self._function(offset, size)
+        if function is not None:
+            function.write_config(self._address.register + offset, size, value)
+        return None
+
+    def _function(self, offset: int, size: int) -> PciFunction | None:
+        slot = self._address.slot
+        if slot is None or slot >= len(self._functions) or offset + size > len(self.ports):
+            return None
+        return self._functions[slot]

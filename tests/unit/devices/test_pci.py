@@ -6,7 +6,7 @@ import pytest
 
 from pageferry.core.errors import VmError
 from pageferry.devices.bus import DeviceBus
-from pageferry.devices.pci import PCI_WINDOW, SLOTS, ConfigSpace, PciHost, WiredOr, bar_of_slot, irq_of_slot
+from pageferry.devices.pci import PCI_WINDOW, SLOTS, ConfigAddress, ConfigData, ConfigSpace, bar_of_slot, irq_of_slot
 
 ADDRESS, DATA = 0xCF8, 0xCFC
 
@@ -34,7 +34,10 @@ def config():
 
 @pytest.fixture
 def bus(config):
-    return DeviceBus((PciHost([Function(config)]),))
+    made, address = DeviceBus(), ConfigAddress()
+    made.add(address)
+    made.add_ports(ConfigData(address, [Function(config)]))
+    return made
 
 
 def select(bus, slot, register, *, enable=True, number=0, bus_number=0):
@@ -154,16 +157,7 @@ def test_an_address_that_cannot_be_is_refused(bus):
     bus.load((state,))
     assert bus.port_read(ADDRESS, 4) == 0
     with pytest.raises(VmError, match="pci"):
-        PciHost([]).load(b"\1\0\0\0")
-
-
-def test_a_shared_line_is_high_while_anybody_pulls():
-    levels = []
-    line = WiredOr(levels.append)
-    one, two = line.pin(), line.pin()
-    for pin, level in ((one, True), (two, True), (one, False), (one, False), (two, False)):
-        pin(level)
-    assert levels == [True, True, True, True, False]
+        ConfigAddress().load(b"\1\0\0\0")
 
 
 def test_every_slot_has_its_own_place_in_the_window():

@@ -2,27 +2,54 @@
 
 What stands behind a device is opened when the machine is made, and belongs to this process from :meth:`claim` to
 :meth:`release` only: so a machine can be made for a guest that still runs elsewhere.
+
+**Who touches guest memory when.** A vCPU's notification is served on its own thread; what comes from a network, on a
+:class:`~pageferry.backends.pump.Pump`'s. Both hold the bus's lock, and the pump looks under it whether the guest is
+held. So once a freeze holds and that lock was free, nothing here touches memory; frames wait in the link meanwhile::
+
+    pump                          freeze
+    takes the bus's lock          .
+    not held: hands frames over   holds the guest, waits for its vCPUs
+    .                             waits for the lock
+    gives the lock back           .
+    takes the lock: held, sleeps  returns: memory stands still
 """
 
-import logging
-from collections import Counter
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from pageferry.backends.disk import DiskFile
-from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.backends.link import open_link
+from pageferry.core.device_spec import (
+    MAX_DEVICES,
+    SPECS_NAME,
+    DeviceKind,
+    DeviceSpec,
+    decode_specs,
+    device_names,
+    encode_specs,
+)
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.memory import GuestMemory
-from pageferry.core.vm import DeviceKind, DeviceSpec
-from pageferry.devices.bus import Device
-from pageferry.devices.pci import SLOTS, PciHost, WiredOr, bar_of_slot, irq_of_slot
+from pageferry.core.run import Effect
+from pageferry.devices.bus import DeviceBus
+from pageferry.devices.pci import ConfigAddress, ConfigData, bar_of_slot, irq_of_slot
+from pageferry.devices.virtio.balloon import VirtioBalloon
 from pageferry.devices.virtio.blk import VirtioBlk
+from pageferry.devices.virtio.console import RECEIVE, VirtioConsole
 from pageferry.devices.virtio.model import VirtioModel
+from pageferry.devices.virtio.net import VirtioNet
+from pageferry.devices.virtio.net_port import NetPort
 from pageferry.devices.virtio.queue import SplitQueue
+from pageferry.devices.virtio.rng import VirtioRng
 from pageferry.devices.virtio.transport import VirtioPci
 
-_log = logging.getLogger(__name__)
+_MAC = re.compile("[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_GROUP_ADDRESS = 1
 
 
 class Backend(Protocol):
@@ -46,88 +73,209 @@ class Backend(Protocol):
         """Let go of it for good. May be called twice."""
 
 
+class SpecList:
+    """What the guest has as devices, as a state of its own: whoever restores it knows what to make.
+
+    Args:
+        specs: as they are here.
+    """
+
+    name = SPECS_NAME
+    ports = mmio = range(0)
+
+    def __init__(self, specs: tuple[DeviceSpec, ...]) -> None:
+        self._specs = specs
+
+    def read(self, offset: int, size: int) -> int:
+        """Nothing to read."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> Effect | None:
+        """Nothing to write."""
+        return None
+
+    def save(self) -> bytes:
+        """Return the specs."""
+        return encode_specs(self._specs)
+
+    def load(self, data: bytes) -> None:
+        """Check that the guest has these devices, whatever stands behind them.
+
+        Raises:
+            VmError: it has others.
+        """
+        try:
+            theirs = decode_specs(data)
+        except ValueError as error:
+            raise VmError(f"the state of device {self.name} is no list of devices: {error}") from error
+        if [replace(spec, backend="") for spec in theirs] != [replace(spec, backend="") for spec in self._specs]:
+            names = [", ".join(device_names(specs)) or "none" for specs in (theirs, self._specs)]
+            raise VmError(f"the guest's virtio devices ({names[0]}) are not this machine's ({names[1]})")
+
+
 class VirtioDevices:
-    """The devices; see the module's text. ``devices`` is what hangs on the bus, in this order.
+    """The devices; see the module's text.
 
     Args:
         specs: what the guest has, in the order of slots, from 1 on.
         memory: the guest's.
-        set_line: sets the level of an ISA IRQ; called with the bus's lock held.
+        bus: the guest's.
+        held: tells whether the guest stands still, so that no memory of it may be touched.
 
     Raises:
         UsageError: something that a device needs is not there.
-        UnsupportedError: there are more devices than slots.
+        UnsupportedError: there are more devices than slots, or a kind that is not known here.
     """
 
-    def __init__(self, specs: Sequence[DeviceSpec], memory: GuestMemory, set_line: Callable[[int, bool], None]) -> None:
-        if len(specs) >= SLOTS:
-            raise UnsupportedError("devices", f"a PC has room for {SLOTS - 1} virtio devices, not {len(specs)}")
+    def __init__(
+        self, specs: Sequence[DeviceSpec], memory: GuestMemory, bus: DeviceBus, held: Callable[[], bool]
+    ) -> None:
+        if len(specs) > MAX_DEVICES:
+            raise UnsupportedError("devices", f"a PC has room for {MAX_DEVICES} virtio devices, not {len(specs)}")
         self._memory = memory
+        self._bus = bus
+        self._held = held
         self._backends: list[tuple[str, Backend]] = []
-        self._lines = {irq: WiredOr(_line(set_line, irq)) for irq in {irq_of_slot(slot) for slot in range(SLOTS)}}
+        self._ports: list[NetPort] = []
+        self._consoles: list[tuple[VirtioConsole, VirtioPci]] = []
         self.specs: tuple[DeviceSpec, ...] = ()
         """As given, with what was found out about them here."""
-        ordinals: Counter[DeviceKind] = Counter()
-        functions = []
+        self._functions: list[VirtioPci] = []
         try:
-            for slot, spec in enumerate(specs, 1):
-                model = self._model(f"{spec.kind}{ordinals[spec.kind]}", spec)
-                ordinals[spec.kind] += 1
-                functions.append(self._function(slot, model))
+            for slot, (name, spec) in enumerate(zip(device_names(tuple(specs)), specs, strict=True), 1):
+                self._functions.append(self._make(name, spec, slot))
         except BaseException:
             self.close()
             raise
-        self.devices: tuple[Device, ...] = (PciHost(functions), *functions)
 
-    def _model(self, name: str, spec: DeviceSpec) -> VirtioModel:
+    def plug_in(self) -> None:
+        """Add a PCI bus with the devices to the guest's bus."""
+        address = ConfigAddress()
+        self._bus.add(address, SpecList(self.specs), *self._functions)
+        self._bus.add_ports(ConfigData(address, self._functions))
+
+    # -- making them -------------------------------------------------------------------------------------------------
+
+    def _make(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
         match spec.kind:
             case DeviceKind.DISK:
-                disk = DiskFile(Path(spec.backend), readonly=spec.readonly)
-                self._backends.append((name, disk))
-                if spec.size_bytes not in (0, disk.size_bytes):
-                    raise VmError(f"{name} of the guest has {spec.size_bytes} bytes, {disk.path} {disk.size_bytes}")
-                self.specs += (replace(spec, size_bytes=disk.size_bytes),)
-                return VirtioBlk(name, self._memory, disk)
-        raise UnsupportedError(spec.kind, f"there is no device {spec.kind} here")
+                return self._make_disk(name, spec, slot)
+            case DeviceKind.NET:
+                return self._make_net(name, spec, slot)
+            case DeviceKind.CONSOLE:
+                console = VirtioConsole(name, self._memory)
+                function = self._function(console, slot)
+                self._consoles.append((console, function))
+            case DeviceKind.RNG:
+                function = self._function(VirtioRng(name, self._memory, os.urandom), slot)
+            case DeviceKind.BALLOON:
+                function = self._function(VirtioBalloon(name, self._memory), slot)
+            case _:
+                raise UnsupportedError("device", f"there is no device {spec.kind!r} here, which the guest has")
+        self.specs += (spec,)
+        return function
 
-    def _function(self, slot: int, model: VirtioModel) -> VirtioPci:
+    def _make_disk(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
+        disk = DiskFile(Path(spec.backend), readonly=spec.readonly)
+        self._backends.append((name, disk))
+        if spec.size_bytes not in (0, disk.size_bytes):
+            raise UsageError(
+                f"{name} of the guest has {spec.size_bytes} bytes, {disk.path} has {disk.size_bytes}",
+                hint=f"name the guest's own disk: --disk {name.removeprefix(spec.kind)}=PATH",
+            )
+        self.specs += (replace(spec, size_bytes=disk.size_bytes),)
+        return self._function(VirtioBlk(name, self._memory, disk), slot)
+
+    def _make_net(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
+        port = NetPort(open_link(spec.backend), _mac(name, spec.mac), self._bus, self._held)
+        self._backends.append((name, port))
+        self._ports.append(port)
+        model = VirtioNet(name, self._memory, port.link, mac=port.mac, on_room=port.wake)
+        function = self._function(model, slot)
+        port.connect(model, function)
+        self.specs += (spec,)
+        return function
+
+    def _function(self, model: VirtioModel, slot: int) -> VirtioPci:
         queues = tuple(SplitQueue(self._memory, size) for size in model.queue_sizes)
         irq = irq_of_slot(slot)
-        return VirtioPci(model, queues, bar_gpa=bar_of_slot(slot), irq=irq, line=self._lines[irq].pin())
+        return VirtioPci(model, queues, bar_gpa=bar_of_slot(slot), irq=irq, line=self._bus.lines.line(irq))
+
+    # -- whose they are ----------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Take all that stands behind the devices. Nothing happens when it is taken already.
 
         Raises:
-            VmError: somebody else has a part of it; none is taken that was not before.
+            VmError: somebody else has a part of it; nothing is taken then.
         """
-        taken: list[Backend] = []
         try:
             for _, backend in self._backends:
                 backend.claim()
-                taken.append(backend)
         except BaseException:
-            for backend in taken:
-                backend.release()
+            self.release()
             raise
 
     def release(self) -> None:
-        """Give back all that stands behind the devices, which do nothing any more; no vCPU is inside the guest.
+        """Give back all that stands behind the devices; no vCPU is inside the guest. :meth:`claim` takes it again.
 
         Raises:
-            VmError: something of it could not be finished; what was given back can be claimed again.
+            VmError: a part of it could not be finished.
         """
         for name, backend in self._backends:
             try:
                 backend.release()
             except OSError as error:
-                raise VmError(f"{name} could not be given back: {error.strerror}") from error
+                raise VmError(f"what was written to {name} is not on the disk: {error.strerror}") from error
 
     def close(self) -> None:
-        """Let go of all that stands behind the devices."""
+        """Let go of all that stands behind the devices. May be called twice."""
         for _, backend in self._backends:
             backend.close()
 
+    # -- what the host does ------------------------------------------------------------------------------------------
 
-def _line(set_line: Callable[[int, bool], None], irq: int) -> Callable[[bool], None]:
-    return lambda level: set_line(irq, level)
+    def wake(self) -> None:
+        """Hand the guest, which may run again, what came meanwhile."""
+        for port in self._ports:
+            port.wake()
+        if self._consoles:
+            with self._bus.locked():
+                self._serve_consoles()
+
+    def _serve_consoles(self) -> None:
+        if not self._held():
+            for _, function in self._consoles:
+                function.serve(RECEIVE)
+
+    def on_console(self, sink: Callable[[bytes], None] | None) -> None:
+        """Set who sees what the guest writes to its virtio consoles."""
+        for console, _ in self._consoles:
+            console.sink = sink
+
+    def type(self, data: bytes) -> int | None:
+        """Give input to the first virtio console that a driver runs; return how many bytes were taken.
+
+        The bus is locked, and the guest not frozen; what is typed while it is paused waits.
+
+        Returns:
+            None: there is no such console.
+        """
+        for console, function in self._consoles:
+            if function.live:
+                taken = console.type(data)
+                self._serve_consoles()
+                return taken
+        return None
+
+
+def _mac(name: str, text: str) -> bytes:
+    """Return the bytes of a station's address.
+
+    Raises:
+        UsageError: it is none.
+    """
+    address = bytes.fromhex(text.replace(":", "")) if _MAC.fullmatch(text) else b""
+    if not address or address[0] & _GROUP_ADDRESS:
+        raise UsageError(f"{text!r} is no address for {name}", hint="as 52:54:00:12:34:56")
+    return address

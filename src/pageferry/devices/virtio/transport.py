@@ -24,7 +24,8 @@ from struct import error as StructError
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
-from pageferry.devices.pci import CONFIG_BYTES, ConfigSpace, Line
+from pageferry.devices.interrupts import Line
+from pageferry.devices.pci import CONFIG_BYTES, ConfigSpace
 from pageferry.devices.virtio.model import Driver, VirtioModel
 from pageferry.devices.virtio.queue import SplitQueue
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from virtio_driver import VirtioDriver
 
+from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.memory import GuestMemory
-from pageferry.core.vm import DeviceKind, DeviceSpec
 from pageferry.devices.bus import DeviceBus
 from pageferry.devices.virtio.devices import VirtioDevices
 
@@ -16,14 +16,24 @@ class Machine:
 
     def __init__(self, *specs):
         self.memory = GuestMemory.linear(MEMORY_BYTES)
+        self.bus = DeviceBus()
         self.lines = {}
-        self.virtio = VirtioDevices(specs, self.memory, self.lines.__setitem__)
-        self.bus = DeviceBus(self.virtio.devices)
+        self.bus.lines.connect(self)
+        self.held = False
+        self.virtio = VirtioDevices(specs, self.memory, self.bus, lambda: self.held)
+        self.virtio.plug_in()
         self.marked = []
         self.memory.on_write(lambda gfns: self.marked.extend(gfns.tolist()))
 
+    def set_line(self, irq, level):
+        self.lines[irq] = level
+
     def driver(self, slot=1):
         return VirtioDriver(self.bus, self.memory, slot)
+
+    def function(self, name):
+        """Return a device as it hangs on the bus."""
+        return next(device for device in self.bus.devices if device.name == name)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from virtio_driver import EVENT_IDX, INDIRECT, VERSION_1
 
-from pageferry.core.errors import VmError
+from pageferry.core.errors import UsageError, VmError
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -207,5 +207,5 @@ def test_another_disk_is_refused_by_name(blk, machine, disk, tmp_path):
         there.bus.load(blk.made.bus.save())
     (spec,) = blk.made.virtio.specs
     assert spec.size_bytes == 1 << 20
-    with pytest.raises(VmError, match="disk0"):
+    with pytest.raises(UsageError, match="disk0"):
         machine(replace(spec, backend=str(other)))

@@ -202,7 +202,7 @@ def test_what_it_knows_moves_to_another_machine(blk, machine, disk):
 @pytest.mark.parametrize("change", ["cut", "longer", "version", "status", "isr", "queues", "size", "enabled", "config"])
 def test_a_state_that_cannot_be_is_refused(blk, change):
     blk.begin()
-    function = blk.machine.virtio.devices[1]
+    function = blk.machine.function("disk0")
     data = bytearray(function.save())
     spots = {"version": (0, 9), "status": (1, 0x30), "isr": (2, 4), "queues": (3, 2), "config": (28, 1)}
     queue_at = len(data) - 9 - 34
@@ -219,7 +219,7 @@ def test_a_state_that_cannot_be_is_refused(blk, change):
 
 def test_features_that_are_not_here_are_refused_by_name(blk):
     blk.begin()
-    function = blk.machine.virtio.devices[1]
+    function = blk.machine.function("disk0")
     data = bytearray(function.save())
     data[14:22] = (VERSION_1 | 1 << 5).to_bytes(8, "little")
     with pytest.raises(VmError, match="disk0"):

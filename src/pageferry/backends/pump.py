@@ -1,0 +1,92 @@
+"""Pump: a thread that waits for what comes at a descriptor, and has it taken when it may be.
+
+It sleeps on the descriptor and on an event of its own; whoever makes it possible to go on (a guest that runs again, or
+has room again) wakes it by that event.
+"""
+
+import logging
+import os
+import select
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+
+_log = logging.getLogger(__name__)
+
+
+class Pump:
+    """The thread, from :meth:`start` to :meth:`stop`.
+
+    Args:
+        name: of the thread.
+        take: has what came taken, and tells whether to wait for more at the descriptor; False: only :meth:`wake` helps.
+        announce: called at once and after each of ``pauses_s``, on the thread.
+        pauses_s: how long after the start, ascending.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        take: Callable[[], bool],
+        *,
+        announce: Callable[[], None],
+        pauses_s: Sequence[float] = (),
+    ) -> None:
+        self._name = name
+        self._take = take
+        self._announce = announce
+        self._pauses_s = tuple(pauses_s)
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._close = weakref.finalize(self, os.close, self._event)
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, fd: int) -> None:
+        """Begin to wait at a descriptor; does nothing when it does already."""
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._main, args=(fd,), name=self._name, daemon=True)
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Have it look again, from any thread."""
+        os.eventfd_write(self._event, 1)
+
+    def stop(self) -> None:
+        """Return when nothing more is taken; does nothing when it was not started."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stopping = True
+            self.wake()
+            thread.join()
+
+    def close(self) -> None:
+        """Stop, and free the event. May be called twice."""
+        self.stop()
+        self._close()
+
+    def _main(self, fd: int) -> None:
+        began_s = time.monotonic()
+        due_s = [began_s, *(began_s + pause_s for pause_s in self._pauses_s)]
+        try:
+            while True:
+                while due_s and due_s[0] <= time.monotonic():
+                    due_s.pop(0)
+                    self._announce()
+                waits = self._take()
+                self._sleep(fd if waits else None, due_s[0] if due_s else None)
+                if self._stopping:
+                    return
+        except Exception:
+            _log.exception("%s ended by a defect", self._name)
+
+    def _sleep(self, fd: int | None, until_s: float | None) -> None:
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        if fd is not None:
+            poll.register(fd, select.POLLIN)
+        timeout_ms = None if until_s is None else max(0.0, until_s - time.monotonic()) * 1e3
+        events = dict(poll.poll(timeout_ms))
+        if self._event in events:
+            os.eventfd_read(self._event)

@@ -1,0 +1,83 @@
+"""NetPort: the host's side of one network device: its link, and the pump that hands the guest what comes there."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from pageferry.backends.link import Link, rarp
+from pageferry.backends.pump import Pump
+from pageferry.devices.bus import DeviceBus
+from pageferry.devices.virtio.net import RECEIVE, VirtioNet
+from pageferry.devices.virtio.transport import VirtioPci
+
+_log = logging.getLogger(__name__)
+
+#: When the network is told again where the guest is, after it was told at once: a bridge's port takes a while to open.
+_ANNOUNCEMENTS_S = (0.05, 0.2, 0.45, 0.8)
+
+
+class NetPort:
+    """The port; claimed and released as what stands behind a device.
+
+    Args:
+        link: to the network.
+        mac: the guest's address.
+        bus: the guest's.
+        held: tells whether the guest stands still.
+    """
+
+    def __init__(self, link: Link, mac: bytes, bus: DeviceBus, held: Callable[[], bool]) -> None:
+        self.mac = mac
+        self.link = link
+        self._bus = bus
+        self._held = held
+        self._pump: Pump | None = None
+        self._model: VirtioNet | None = None
+
+    def connect(self, model: VirtioNet, function: VirtioPci) -> None:
+        """Be the port of a device; before anything else."""
+        self._model = model
+        take, announce = partial(self._take, model, function), self._announce
+        self._pump = Pump(f"{model.name}-receive", take, announce=announce, pauses_s=_ANNOUNCEMENTS_S)
+
+    def wake(self) -> None:
+        """Look again whether frames can be handed over, on the pump's thread."""
+        if self._pump is not None:
+            self._pump.wake()
+
+    def claim(self) -> None:
+        """Take the link, tell the network where the guest is, and begin to hand over frames.
+
+        Raises:
+            VmError: somebody else has the link.
+        """
+        self.link.claim()
+        if self._model is not None and self._pump is not None:
+            self._model.reconnected()
+            self._pump.start(self.link.fileno())
+
+    def release(self) -> None:
+        """Hand over no more, and give the link back."""
+        if self._pump is not None:
+            self._pump.stop()
+        self.link.release()
+
+    def close(self) -> None:
+        """Let go of everything. May be called twice."""
+        if self._pump is not None:
+            self._pump.close()
+        self.link.close()
+
+    def _take(self, model: VirtioNet, function: VirtioPci) -> bool:
+        with self._bus.locked():
+            if self._held():
+                return False
+            function.serve(RECEIVE)
+            return function.live and model.has_room
+
+    def _announce(self) -> None:
+        with self._bus.locked():
+            try:
+                self.link.send([memoryview(rarp(self.mac))])
+            except OSError as error:
+                _log.debug("the network was not told where %s is: %s", self.mac.hex(":"), error)
