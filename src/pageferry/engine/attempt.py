@@ -149,6 +149,8 @@ class Attempt:
             self.job.handoff.lost()
         if not self.job.handoff.committed:
             self.guest.restore()
+            if self.guest.stuck is not None:
+                self.warn(f"the guest stands still here: {self.guest.stuck}; when that is over: pageferry resume")
 
     def _end(self, status: JobStatus, reason: str) -> None:
         if self.job.postcopy is not None:

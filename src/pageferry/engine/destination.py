@@ -14,7 +14,7 @@
       | <---------------------------------- DIGESTS -- |  digests the same pages, and compares
       | -- READY: all are equal ---------------------> |  or MISMATCH: the guest stays at the source
       | <----------------------------------- COMMIT -- |
-      |  the guest is ours, and runs                   |
+      |  takes its disks; the guest is ours, and runs  |
       | -- RUNNING ----------------------------------> |  downtime ends
 
 Where the source decides for post-copy, MISSING comes before DIGESTS, and SWITCH in place of COMMIT: the guest runs
@@ -149,6 +149,7 @@ class Destination(Generic[AnyVm]):
                 self._peer.send(Ready(verified_pages=verified_pages))
             with self._clock.phase(Phase.HANDOFF):
                 paused = self._commit()
+                vm.claim_backends()  # or FAILED: the source takes them again
                 self._before_run(vm, hello.name)
                 if not paused:
                     vm.resume()

@@ -3,6 +3,7 @@
 import logging
 
 from pageferry.core.bitmap import expand_runs
+from pageferry.core.errors import VmError
 from pageferry.core.events import DeviceCost
 from pageferry.core.frames import GfnArray
 from pageferry.core.vm import Vm
@@ -29,6 +30,8 @@ class TrackedGuest:
         """How much state but memory goes with the guest, in the stream; None as long as it was not saved."""
         self.devices: tuple[DeviceCost, ...] = ()
         """Each device's part of it."""
+        self.stuck: VmError | None = None
+        """Why the guest stands still here although it is not to: what stands behind its devices is somebody else's."""
         self._tracked = False
 
     def first_records(self) -> tuple[PlainRecord, ...]:
@@ -69,6 +72,22 @@ class TrackedGuest:
             self.vm.thaw()
             self.frozen = False
 
+    def release_backends(self) -> None:
+        """Give back what stands behind the frozen guest's devices, so that somebody else can take it.
+
+        Raises:
+            VmError: what was written could not be put on a disk.
+        """
+        self.vm.release_backends()
+
+    def claim_backends(self) -> None:
+        """Take it again, where it was given back.
+
+        Raises:
+            VmError: somebody else has it.
+        """
+        self.vm.claim_backends()
+
     def release(self) -> None:
         """Turn log-dirty off, as far as the tracker can: its failure may be why the attempt ends."""
         if not self._tracked:
@@ -84,10 +103,24 @@ class TrackedGuest:
             _log.exception("log-dirty could not be turned off")
 
     def restore(self) -> None:
-        """Leave the guest as it was: log-dirty off, running unless its user paused it. Whatever fails, it runs on."""
+        """Leave the guest as it was: log-dirty off, running unless its user paused it.
+
+        Whatever fails, it runs on; but not on a disk that somebody else has taken meanwhile: then it is ``stuck``, and
+        this may be called again.
+        """
         try:
             self.release()
         finally:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        self.stuck = None
+        try:
+            self.claim_backends()
+        except VmError as error:
+            _log.error("the guest stands still here: %s", error)
+            self.stuck = error
+        else:
             self.thaw()
 
     def end(self) -> str | None:

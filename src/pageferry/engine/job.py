@@ -193,15 +193,27 @@ class Job:
         The caller knows that it runs nowhere else and never will.
 
         Raises:
-            VmError: there is no such guest.
+            VmError: there is no such guest, or what stands behind its devices is in use elsewhere.
         """
         if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
             self._ended.wait()
         saved = self.file is not None and self.guest_at is GuestAt.DESTINATION
         if self.report is None or not (saved or self.guest_at is GuestAt.UNKNOWN):
             raise VmError("there is no guest to take back")
+        self._guest.claim_backends()  # a lock that somebody holds knows better than the caller
         self.handoff.taken_back()
         self._guest.restore()
+
+    def go_on_here(self) -> None:
+        """Let a guest run on that stands still because somebody else had its disk when the attempt failed.
+
+        Raises:
+            VmError: somebody has it still.
+        """
+        if self._guest.stuck is not None:
+            self._guest.restore()
+        if self._guest.stuck is not None:
+            raise self._guest.stuck
 
     # -- for the attempt itself ------------------------------------------------------------------------------------
 

@@ -71,4 +71,6 @@ def _config(hello: SourceHello) -> VmConfig:
             f"there is no machine model {hello.machine!r} here",
             hint="a newer release of pageferry at this end may know it",
         ) from error
-    return VmConfig(memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid, machine=machine)
+    return VmConfig(
+        memory_bytes=hello.memory_bytes, cpus=hello.cpus, cpu=hello.cpuid, machine=machine, devices=hello.devices
+    )

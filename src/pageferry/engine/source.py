@@ -14,6 +14,7 @@
       | == state, END ================================> |
       | -- DIGESTS -----------------------------------> |  digests the same pages
       | <------------------------------------ READY -- |  (or MISMATCH: fail closed)
+      |  gives its disks back                           |
       | -- COMMIT ------------------------------------> |  from here on the source never runs it again by itself
       | <---------------------------------- RUNNING -- |  downtime ends
 
@@ -248,6 +249,7 @@ class Source:
                 accel=self._vm.accel,
                 cpuid=self._vm.cpuid,
                 machine=str(self._vm.config.machine),
+                devices=self._vm.config.devices,
                 migration_id=str(uuid.uuid4()),
                 name=self._options.name,
                 populated=hint_runs(starts, lengths),
@@ -355,6 +357,7 @@ class Source:
         """Hand the guest over; return the connection on which the destination may ask for pages."""
         handoff, postcopy = self.job.handoff, self.job.postcopy
         paused = self._vm.status is VmStatus.PAUSED
+        self._attempt.guest.release_backends()  # before the destination hears that it may take them
         if not handoff.commit():
             raise self.job.abort("cancelled")
         try:

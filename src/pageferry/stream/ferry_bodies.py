@@ -14,6 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pageferry.core.cpuid import CpuidLeaf, Leaves, check_leaves
+from pageferry.core.device_spec import DeviceSpec, specs_from_json
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.host_cpu import HostCpu
@@ -231,6 +232,12 @@ class _Fields:
             raise BodyError(f"{key}: {error}") from error
         return leaves
 
+    def devices(self, key: str) -> tuple[DeviceSpec, ...]:
+        try:
+            return specs_from_json(self._values.get(key, []))
+        except ValueError as error:
+            raise BodyError(f"{key}: {error}") from error
+
     def host_cpu(self, key: str) -> HostCpu | None:
         if self._values.get(key) is None:
             return None
@@ -290,6 +297,7 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         migration_id=fields.name("migration_id"),
         features=fields.names("features"),
         machine=fields.name("machine", ""),
+        devices=fields.devices("devices"),
         name=fields.text("name", ""),
         populated=fields.runs("populated"),
         populated_pages=fields.integer("populated_pages", 0, PFN_MASK, default=0),

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.cpuid import Leaves
+from pageferry.core.device_spec import DeviceSpec
 from pageferry.core.frames import GfnArray
 from pageferry.core.host_cpu import HostCpu
 from pageferry.stream.format import MAX_DIGESTS, MAX_RANGE_PAGES, RUN_DIGEST, RUN_DIGESTS_HEAD
@@ -75,9 +76,9 @@ class SourceHello:
 
     ``populated_pages`` is how many pages hold memory when this is sent. ``populated`` is a hint: the longest runs of
     them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
-    names the machine model and ``features`` what the source offers. ``cpuid`` is the guest's CPUID table.
-    ``connections`` is how many it wants to use, this one counted. ``host_cpu``: on which CPU the guest runs, for a
-    warning; None: not told.
+    names the machine model and ``features`` what the source offers. ``devices``: the guest's virtio devices, each with
+    what stands behind it at the source. ``cpuid`` is the guest's CPUID table. ``connections`` is how many it wants to
+    use, this one counted. ``host_cpu``: on which CPU the guest runs, for a warning; None: not told.
     """
 
     version: str
@@ -88,6 +89,7 @@ class SourceHello:
     migration_id: str
     features: tuple[str, ...] = ()
     machine: str = ""
+    devices: tuple[DeviceSpec, ...] = ()
     name: str = ""
     populated: tuple[tuple[int, int], ...] = ()
     populated_pages: int = 0

@@ -85,6 +85,7 @@ class Commands:
             if force:
                 self._outgoing.take_back()
             self._outgoing.check_here()
+            self._outgoing.go_on_here()
             if vm.status is not VmStatus.RUNNING:
                 vm.resume()
             self._guest.read_again()  # what failed again meanwhile paused the guest before it was resumed

@@ -113,6 +113,15 @@ class Outgoing:
         if job.guest_at is GuestAt.UNKNOWN or (job.guest_at is GuestAt.DESTINATION and job.file is not None):
             job.take_back()
 
+    def go_on_here(self) -> None:
+        """Let a guest run on that an attempt left standing still; the guest's lock is held.
+
+        Raises:
+            VmError: what stands behind its devices is in use elsewhere.
+        """
+        if self._job is not None and not self.under_way:
+            self._job.go_on_here()
+
     # -- what can be done with an attempt --------------------------------------------------------------------------
 
     def begin(self, make: MakeAttempt) -> None:

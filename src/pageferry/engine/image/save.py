@@ -216,6 +216,8 @@ class Save:
     def _commit(self, file: FileOutlet) -> None:
         """Give the file its name; from then on a guest that was to stop is in the file and not here."""
         handoff = self.job.handoff
+        if self._stop:
+            self._attempt.guest.release_backends()  # who restores the guest from there takes them
         if not (handoff.commit() if self._stop else handoff.keep()):
             raise self.job.abort("cancelled")
         try:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import runs_of
 from pageferry.core.cpuid import Leaves
+from pageferry.core.device_spec import SPECS_NAME, DeviceSpec, decode_specs
 from pageferry.core.errors import RecordError, TruncatedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray
 from pageferry.core.memory import MAX_MEMORY_BYTES, GuestMemory, ram_layout
@@ -65,6 +66,7 @@ class SavedGuest:
                 cpus=len(self.state.vcpus),
                 cpu=cpuid,
                 machine=_machine_of(self.state),
+                devices=_devices_of(self.state),
             )
             self.data_pages = self._index.with_data()
             """The frames with content, uint64[n], in the order in which it lies in the file."""
@@ -236,6 +238,16 @@ def _open(path: Path) -> int:
         os.close(fd)
         raise UsageError(f"{path} is no regular file", hint="restore reads page by page, in the order of need")
     return fd
+
+
+def _devices_of(state: MachineState) -> tuple[DeviceSpec, ...]:
+    for device in state.devices:
+        if device.name == SPECS_NAME:
+            try:
+                return decode_specs(device.data)
+            except ValueError as error:
+                raise RecordError(f"device {SPECS_NAME}: {error}", record="HVM_CONTEXT") from error
+    return ()
 
 
 def _machine_of(state: MachineState) -> MachineModel:
