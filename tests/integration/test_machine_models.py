@@ -12,6 +12,7 @@ from pageferry.core.errors import MigrationError, PeerError
 from pageferry.core.vm import MachineModel
 from pageferry.engine.wire.peer import Peer, PeerFailedError
 from pageferry.hypervisor.domain import Domain
+from pageferry.kvm.vm import KvmVm
 from pageferry.stream.ferry_frames import SourceHello
 from pageferry.stream.ferry_order import Side
 
@@ -32,6 +33,20 @@ def test_a_guest_with_interrupt_controllers_moves_there_and_back(guests, inn, ir
         assert source_of(vm, inn.open()).run().verified
         vm = inn.outcome()
         assert vm.config.machine is MachineModel.PC
+        assert runs_on(vm)
+
+
+@pytest.mark.kvm
+def test_a_pc_of_one_cpu_goes_from_either_machine_to_the_other_and_back(guests, inns, accel, make_vm, irqchip):
+    machines = {"kvm": KvmVm, "soft": Domain}
+    home, away = inns(make_vm, accel), inns(machines["kvm" if accel == "soft" else "soft"], "the other")
+    vm = guests("kv", machine=MachineModel.PC)
+    vm.resume()
+    assert runs_on(vm)
+    for inn in (away, home, away):
+        assert source_of(vm, inn.open()).run().verified
+        vm = inn.outcome()
+        assert not isinstance(vm, Exception), vm
         assert runs_on(vm)
 
 

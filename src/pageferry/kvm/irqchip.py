@@ -3,10 +3,12 @@
 Guest accesses never leave the kernel; here their states are saved and restored, with the devices' and in this order,
 after all vCPUs: PICs and IOAPIC pass what is pending on to the local APICs, and the PIT begins to tick.
 
-A state is the kernel's own structure, little-endian, with three changes: what an IOAPIC or a PIT has as padding is left
-out as zeros, and so is when a counter was loaded, which is a time of this host. (The PIT of ``soft`` has there how far
-its counters are; see devices/pc/pit.py.) A counter of the PIT begins its period anew; the count of ticks that KVM still
-owes the guest is nowhere to be read, and ends with the machine.
+A state is the kernel's own structure, little-endian, with two changes: what an IOAPIC or a PIT has as padding is left
+out as zeros; and where the PIT has times of this host at which counters were loaded, there is for how long each has
+counted (see devices/pc/pit.py). KVM does not tell that of counter 0, so all of its counters begin anew elsewhere: what
+ticks once does so later than it would have, and twice if it has already. Nor does KVM take it: what ticks once is
+loaded with the rest of its count. The count of ticks that KVM still owes the guest is nowhere to be read, and ends with
+the machine.
 
 Source: kernel ``api.rst``: KVM_CREATE_IRQCHIP, KVM_GET_IRQCHIP, KVM_SET_IRQCHIP, KVM_CREATE_PIT2, KVM_GET_PIT2,
 KVM_SET_PIT2; Intel 8259A, 8254 and 82093AA data sheets.
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.state import PIC_NAME
 from pageferry.devices.bus import Stateful, expect_size
+from pageferry.devices.pc.pit import PIT_HZ
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
 
@@ -47,7 +50,9 @@ _PIT_LIMITS = {
     "gate": 1,
 }
 _PIT_MODES = (0, 1, 2, 3, 4, 5, 0xFF)  # the last: not programmed yet
+_PIT_ONE_SHOT = (0, 4)
 _PIT_FLAGS = 3
+_NS_PER_S = 1_000_000_000
 #: In place of the time of loading: a counter that waits for its count; see devices/pc/pit.py.
 _PIT_WAITS = -1
 
@@ -133,7 +138,7 @@ class _Pit:
     name: str = "pit"
 
     def save(self) -> bytes:
-        """Return the PIT's structure without the times at which its counters were loaded."""
+        """Return the PIT's structure, with counters that begin anew."""
         state = uapi.KvmPitState2()
         self.vm.ioctl(uapi.KVM_GET_PIT2, state)
         for channel in state.channels:
@@ -141,7 +146,7 @@ class _Pit:
         return bytes(state)
 
     def load(self, data: bytes) -> None:
-        """Replace the PIT's state; a counter that runs begins its period anew.
+        """Replace the PIT's state; see the module's text.
 
         Raises:
             VmError: it is not one of a PIT.
@@ -151,6 +156,9 @@ class _Pit:
         _fill(self.name, state, data)
         _refuse(self.name, _pit_faults(state))
         for channel in state.channels:
+            if channel.mode in _PIT_ONE_SHOT:
+                counted = max(channel.count_load_time, 0) * PIT_HZ // _NS_PER_S
+                channel.count = max(channel.count - counted, 1)
             channel.count_load_time = 0
         self.vm.ioctl(uapi.KVM_SET_PIT2, state)
 
