@@ -370,6 +370,11 @@ def test_a_pit_that_ticks_goes_on_ticking_elsewhere(pc, kvm, monkeypatch):
         vm = other
 
 
+def test_pcis_inputs_are_level_triggered_from_the_beginning(pc):
+    vm = pc("spin")
+    assert [device(vm, name, KvmPicState).elcr for name in ("pic0", "pic1")] == [0, 0x0C]
+
+
 PIC, IOAPIC, PIT = KvmPicState, KvmIoapicState, uapi.KvmPitState2
 
 

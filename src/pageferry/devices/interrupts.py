@@ -12,6 +12,9 @@ Line = Callable[[bool], None]
 
 IRQS = 16
 IRQ_TIMER, IRQ_COM1, IRQ_RTC, IRQ_SCI = 0, 4, 8, 9
+PCI_IRQS = (10, 11)
+#: The inputs that are level-triggered when a guest starts, as firmware would leave them; bit n is IRQ n.
+ELCR_AT_START = sum(1 << irq for irq in PCI_IRQS)
 
 
 class InterruptController(Protocol):

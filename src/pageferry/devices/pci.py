@@ -17,6 +17,7 @@ from typing import Protocol
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
 from pageferry.devices.bus import expect_size
+from pageferry.devices.interrupts import PCI_IRQS
 
 CONFIG_ADDRESS_PORT = 0xCF8
 CONFIG_DATA_PORT = 0xCFC
@@ -25,7 +26,6 @@ PCI_WINDOW = range(0xE000_0000, 0xF000_0000)
 #: What a BAR is assigned by slot: room for any function here.
 _BAR_STRIDE = 0x1_0000
 SLOTS = 32
-_IRQS = (10, 11)
 
 CONFIG_BYTES = 256
 _VENDOR, _COMMAND, _STATUS, _REVISION = 0x00, 0x04, 0x06, 0x08
@@ -40,7 +40,7 @@ _ADDRESS = Struct("<I")
 
 def irq_of_slot(slot: int) -> int:
     """Return the ISA IRQ that INTA# of a slot is wired to."""
-    return _IRQS[slot % len(_IRQS)]
+    return PCI_IRQS[slot % len(PCI_IRQS)]
 
 
 def bar_of_slot(slot: int) -> int:

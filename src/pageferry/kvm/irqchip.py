@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.state import PIC_NAME
 from pageferry.devices.bus import Stateful, expect_size
+from pageferry.devices.interrupts import ELCR_AT_START
 from pageferry.devices.pc.pit import PIT_HZ
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
@@ -70,6 +71,11 @@ def create_irqchip(vm: VmFd) -> tuple[Stateful, ...]:
     vm.ioctl(uapi.KVM_CREATE_IRQCHIP)
     vm.ioctl(uapi.KVM_CREATE_PIT2, uapi.KvmPitConfig(flags=uapi.KVM_PIT_SPEAKER_DUMMY))
     pics = {PIC_NAME: uapi.KVM_IRQCHIP_PIC_MASTER, "pic1": uapi.KVM_IRQCHIP_PIC_SLAVE}
+    for chip_id in pics.values():
+        box = uapi.KvmIrqchip(chip_id=chip_id)
+        vm.ioctl(uapi.KVM_GET_IRQCHIP, box)
+        box.chip.pic.elcr = ELCR_AT_START >> 8 * chip_id & 0xFF
+        vm.ioctl(uapi.KVM_SET_IRQCHIP, box)
     return (
         *(_Chip(name, vm, chip_id, "pic", _pic_faults) for name, chip_id in pics.items()),
         _Chip("ioapic", vm, uapi.KVM_IRQCHIP_IOAPIC, "ioapic", _ioapic_faults),

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
 from pageferry.devices.bus import expect_size, read_bytes, write_bytes
+from pageferry.devices.interrupts import ELCR_AT_START
 
 PIC_PORTS = (0x20, 0xA0)
 ELCR_PORT = 0x4D0
@@ -78,7 +79,7 @@ class Pic:
         self._read_isr = self._poll = self._special_mask = False
         self._expects = _READY
         self._init4 = self._auto_eoi = self._rotate_on_auto_eoi = self._special_fully_nested = False
-        self._elcr = 0
+        self._elcr = ELCR_AT_START >> _INPUTS * index & 0xFF
 
     # -- inputs and output -------------------------------------------------------------------------------------------
 

@@ -94,12 +94,17 @@ def test_a_level_interrupts_as_long_as_it_is_high(pc):
     assert pc.take() is None
 
 
+def test_pcis_inputs_are_level_triggered_from_the_beginning(pc):
+    assert pc.pics.elcr.read(0, 2) == 0x0C00
+
+
 def test_edges_that_must_be_edges_stay_so(pc):
     pc.pics.elcr.write(0, 2, 0xFFFF)
     assert pc.pics.elcr.read(0, 2) == 0xDEF8
 
 
 def test_an_input_that_becomes_level_triggered_asks_what_its_line_says(pc):
+    pc.pics.elcr.write(1, 1, 0)
     pc.pics.set_line(11, True)
     pc.pulse(10)
     assert (pc.take(), pc.end(10)) == (10, None)
