@@ -7,17 +7,14 @@ Source: Intel SDM volume 2 and AMD APM volume 3, CPUID.
 """
 
 import ctypes
-import mmap
-import os
-import platform
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 from xxhash import xxh3_64_hexdigest
 
 from pageferry.core.cpuid import EXTENDED, CpuidLeaf, Leaves, cpu_name, find
+from pageferry.core.machine_code import executable
 
 # uint32_t out[4] = CPUID of EAX, ECX: push rbx; mov eax, edi; mov ecx, esi; mov r8, rdx; cpuid; mov [r8], eax;
 # mov [r8+4], ebx; mov [r8+8], ecx; mov [r8+12], edx; pop rbx; ret
@@ -119,11 +116,8 @@ def _numbers(cpu: HostCpu) -> tuple[int, int, int, str]:
 @cache
 def host_leaves() -> Leaves | None:
     """Return what CPUID answers here in user mode, feature leaves and names; None: see :func:`host_cpu`."""
-    if platform.machine() != "x86_64":
-        return None
-    try:
-        code = _executable(_CODE)
-    except OSError:  # some hosts let no process make code
+    code = executable(_CODE)
+    if code is None:
         return None
     # SAFETY: `code` keeps the mapping until the last call has returned; `out` is 16 bytes, which the code fills.
     cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)(code.ctypes.data)
@@ -136,13 +130,3 @@ def host_leaves() -> Leaves | None:
     highest = {0: ask(0, 0).eax, EXTENDED: ask(EXTENDED, 0).eax}
     places = {(leaf, subleaf) for leaf, subleaf, _ in _FEATURES} | {(leaf, 0) for leaf in (0, EXTENDED, *_BRAND)}
     return tuple(ask(leaf, subleaf) for leaf, subleaf in sorted(places) if leaf <= highest[leaf & EXTENDED])
-
-
-def _executable(code: bytes) -> NDArray[np.uint8]:
-    # Written through the file and mapped without leave to write: never both at once.
-    fd = os.memfd_create("pageferry-cpuid")
-    try:
-        os.write(fd, code)
-        return np.frombuffer(mmap.mmap(fd, len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC), np.uint8)
-    finally:
-        os.close(fd)

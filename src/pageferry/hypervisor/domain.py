@@ -13,6 +13,7 @@ from pageferry.core.cpu_features import guest_table
 from pageferry.core.cpuid import SOFT_CPU, CpuModel, Leaves, of_vcpu
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M, GfnArray
+from pageferry.core.host_tsc import expect_rate, host_tsc_khz
 from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
@@ -64,7 +65,8 @@ class Domain(StandardMachine):
             raise UnsupportedError("vcpus", f"the software machine's PC has 1 vCPU, not {config.cpus}", hint=_USE_KVM)
         if config.storage is not None:
             raise UnsupportedError("shared-memory", "the soft machine has its frames in an order of its own")
-        cpuid = _cpuid_table(config)
+        self._rate_khz = host_tsc_khz() if config.machine is MachineModel.PC else None
+        cpuid = _cpuid_table(config, self._rate_khz)
         regions = ram_layout(config.memory_bytes)
         extents_2m, pool_frames, shadow_frames = _frames_needed(regions)
         self.locks = DomainLocks()
@@ -114,7 +116,6 @@ class Domain(StandardMachine):
         self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
         bus.use_lock(self.locks.devices)
         self._kvm_clock_ns: int | None = None
-        self._rate_khz: int | None = None
         self._attach(self.vcpus, self.paging)
 
     def _ops(self, mode: str) -> LogDirtyOps:
@@ -219,7 +220,9 @@ class Domain(StandardMachine):
         return tuple(vcpu.save() for vcpu in self.vcpus)
 
     def _load_vcpus(self, vcpus: tuple[VcpuState, ...], tsc_khz: int | None) -> None:
-        self._rate_khz = tsc_khz
+        if tsc_khz is not None:
+            expect_rate(tsc_khz, host_tsc_khz())
+            self._rate_khz = tsc_khz
         self.shadow.blow()  # the guest's tables may be others now
         for vcpu, state in zip(self.vcpus, vcpus, strict=True):
             vcpu.load(state)
@@ -256,12 +259,12 @@ def _frames_needed(regions: tuple[RamRegion, ...]) -> tuple[int, int, int]:
     return extents_2m, pool_frames + shadow_frames, shadow_frames
 
 
-def _cpuid_table(config: VmConfig) -> Leaves:
+def _cpuid_table(config: VmConfig, tsc_khz: int | None) -> Leaves:
     if config.cpu is CpuModel.HOST:
         raise UnsupportedError(
             "cpu", "the software machine has the baseline CPU only", hint="use --cpu baseline, or --accel kvm"
         )
-    return guest_table(config, SOFT_CPU, where="the software machine")
+    return guest_table(config, SOFT_CPU, where="the software machine", tsc_khz=tsc_khz)
 
 
 def _check_mode(mode: str) -> None:

@@ -3,22 +3,20 @@
 **The value** goes on from the saved one. Some KVMs (seen: ``kvm_pvm``) accept that and go on showing the host's;
 ``KvmSupport.tsc_offset`` tells, and loading does not fail for it: a guest that needs monotonic time has the clock port.
 
-**The rate** is the host's when a guest is started. An operating system measures it once and tells the time by it, so it
-has to stay the same wherever the guest goes: KVM scales the TSC where the processor can. Where it cannot, a rate within
-``TOLERANCE_PPM`` of the host's will do, which a guest's NTP corrects as it corrects a crystal; any other is refused.
+**The rate** is the host's when a guest is started, and stays (:mod:`pageferry.core.host_tsc` says why): KVM scales the
+TSC where the processor can. Where it cannot, the host's rate has to be about the guest's.
 
 Source: kernel ``api.rst``: KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ; ``devices/vcpu.rst``, KVM_VCPU_TSC_CTRL.
 """
 
 import ctypes
 
-from pageferry.core.errors import KvmError, UnsupportedError
+from pageferry.core.errors import KvmError
+from pageferry.core.host_tsc import expect_rate
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VcpuFd, VmFd
 from pageferry.kvm.msrs import MSR_IA32_TSC, read_msrs, write_msrs
 
-#: Two rates that differ by less count as the same; half of what NTP can correct, and KVM's own bound.
-TOLERANCE_PPM = 250
 _U64 = (1 << 64) - 1
 
 
@@ -82,20 +80,14 @@ def set_rate(vm: VmFd, fd: VcpuFd, khz: int) -> None:
     """Let a vCPU of ``vm`` have its TSC count at the rate of a saved one; before the value is written.
 
     Raises:
-        UnsupportedError: the host's TSC counts at another rate, and this KVM cannot scale it.
+        UnsupportedError: the host's TSC counts at too different a rate, and this KVM cannot scale it.
         KvmError: the kernel refused.
     """
     own_khz = rate_khz(fd)
     if own_khz == khz:
         return
-    near = own_khz is not None and abs(own_khz - khz) * 1_000_000 <= own_khz * TOLERANCE_PPM
-    if not near and not vm.check_extension(uapi.KVM_CAP_TSC_CONTROL):
-        raise UnsupportedError(
-            "tsc-rate",
-            f"the guest's TSC counts at {khz} kHz, this host's at {own_khz or 'an unknown number of'} kHz, "
-            "and KVM cannot scale it here",
-            hint="choose a host whose TSC counts as fast, or whose processor can scale it",
-        )
+    if not vm.check_extension(uapi.KVM_CAP_TSC_CONTROL):
+        expect_rate(khz, own_khz)
     fd.ioctl(uapi.KVM_SET_TSC_KHZ, khz)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.core import host_cpu as module
+from pageferry.core import machine_code
 from pageferry.core.cpuid import CpuidLeaf
 from pageferry.core.host_cpu import cpu_warning, described, host_cpu, host_leaves
 
@@ -52,7 +52,7 @@ def test_this_host_is_described_as_its_kernel_describes_it():
 
 
 def test_another_processor_has_no_such_cpu(monkeypatch):
-    monkeypatch.setattr(module.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(machine_code.platform, "machine", lambda: "aarch64")
     host_leaves.cache_clear()
     try:
         assert host_cpu(keeps_cpuid=True) is None
