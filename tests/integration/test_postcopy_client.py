@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from altered import alter
 from at_work import until
 
 from pageferry.core.bitmap import DirtyBitmap
@@ -305,9 +306,9 @@ def test_a_host_without_userfaultfd_is_found_out_by_trying(vm, accel, monkeypatc
 
 
 @pytest.mark.parametrize("accel", ["kvm"], indirect=True)
-def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel, monkeypatch):
+def test_a_failed_discard_leaves_no_page_that_looks_there(vm, accel):
     """A huge page that is not taken apart would be zeros in place of absent: that is refused."""
-    monkeypatch.setattr(vm.memory.mapping, "advise", lambda at, size_bytes, advice: None)
+    alter(vm.memory.mapping, "advise", lambda _: lambda at, size_bytes, advice: None)
     with pytest.raises(UnsupportedError, match="cannot be taken apart"):
         client_of(vm)
 

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from altered import alter
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError, VmError
@@ -236,7 +237,7 @@ def test_above_the_pci_hole(kvm, manual_protect):
     assert gfns(vm.log_dirty.clean()) == {6 << 18}
 
 
-def test_a_range_is_cleaned_and_asked_of_its_own_slots_only(kvm, manual_protect, monkeypatch):
+def test_a_range_is_cleaned_and_asked_of_its_own_slots_only(kvm, manual_protect):
     at = (0x20_0000, 0x24_0000, (4 << 30) + PAGE_SIZE)
     vm = kvm.guest("touch", memory_bytes=4 << 30, manual_protect=manual_protect, rdi=at[0], rsi=at[1], rbp=at[2])
     vm.log_dirty.enable()
@@ -248,7 +249,7 @@ def test_a_range_is_cleaned_and_asked_of_its_own_slots_only(kvm, manual_protect,
         asked.append((uapi.IOCTL_NAMES[number], argument.slot))
         return real(number, argument)
 
-    monkeypatch.setattr(vm.vm_fd, "ioctl", ioctl)
+    alter(vm.vm_fd, "ioctl", lambda _: ioctl)
     assert gfns(vm.log_dirty.clean_range(range(0x240, 0x280))) == {0x240, 0x243}
     taken = ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"][: 2 if manual_protect else 1]
     assert asked == [(name, 0) for name in taken]
@@ -359,7 +360,7 @@ def test_what_the_kernel_does_not_offer_is_not_used(kvm, kvm_support, monkeypatc
     check_log_dirty(KvmVm, checks=["enable-starts-clear", "peek-changes-nothing", "rounds-are-exact"])
 
 
-def test_what_starts_all_set_is_cleared_piece_by_piece(kvm, kvm_support, monkeypatch):
+def test_what_starts_all_set_is_cleared_piece_by_piece(kvm, kvm_support):
     if not kvm_support.initially_set:
         pytest.skip("this KVM cannot start with all bits set")
     vm = kvm.guest(memory_bytes=(3 << 30) + (130 << 20) + 5 * PAGE_SIZE)
@@ -370,7 +371,7 @@ def test_what_starts_all_set_is_cleared_piece_by_piece(kvm, kvm_support, monkeyp
             calls.append((argument.slot, argument.first_page, argument.num_pages))
         return real(number, argument)
 
-    monkeypatch.setattr(vm.vm_fd, "ioctl", ioctl)
+    alter(vm.vm_fd, "ioctl", lambda _: ioctl)
     vm.log_dirty.enable()
     piece = 64 << 20 >> PAGE_SHIFT
     assert calls == [
@@ -380,10 +381,10 @@ def test_what_starts_all_set_is_cleared_piece_by_piece(kvm, kvm_support, monkeyp
     assert not vm.log_dirty.peek().any()
 
 
-def test_a_slot_is_cleared_by_one_call_from_its_first_dirty_word_to_its_last(kvm, monkeypatch):
+def test_a_slot_is_cleared_by_one_call_from_its_first_dirty_word_to_its_last(kvm):
     vm = kvm.guest(memory_bytes=2 << 30)
     calls = []
-    monkeypatch.setattr(vm.vm_fd, "ioctl", lambda number, argument: calls.append(argument))
+    alter(vm.vm_fd, "ioctl", lambda _: lambda number, argument: calls.append(argument))
     slot = vm.slots[1]
     words = np.zeros(slot.region.pages // 64, np.uint64)
     vm.log_dirty._clear(slot, words)

@@ -4,6 +4,7 @@ import errno
 from functools import partial
 
 import pytest
+from altered import alter
 
 from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
@@ -35,7 +36,7 @@ def test_more_regions_than_fit_into_one_scan(made, by_vcpu, monkeypatch):
     assert not log.peek().any()
 
 
-def test_only_spans_around_what_was_written_are_protected_again(made, by_vcpu, monkeypatch):
+def test_only_spans_around_what_was_written_are_protected_again(made, by_vcpu):
     log = made()
     log.enable()
     near = SPAN_GAP_WORDS * 64
@@ -46,25 +47,25 @@ def test_only_spans_around_what_was_written_are_protected_again(made, by_vcpu, m
         scans.append((part, protect))
         scan(part, bitmap, protect=protect)
 
-    monkeypatch.setattr(log, "_scan", noted)
+    alter(log, "_scan", lambda _: noted)
     assert log.clean().gfns().tolist() == [100, 100 + near, 2000]
     assert scans == [(range(2048), False), (range(64, 128 + near), True), (range(1984, 2048), True)]
 
 
-def test_a_page_written_between_the_look_and_the_protection_is_in_this_bitmap_or_the_next(made, by_vcpu, monkeypatch):
+def test_a_page_written_between_the_look_and_the_protection_is_in_this_bitmap_or_the_next(made, by_vcpu):
     log = made()
     log.enable()
     by_vcpu(log, 10, 12)
-    scan = log._scan
+    scan, late = log._scan, [11, 500]
 
     def scan_and_write(part, bitmap, *, protect):
         scan(part, bitmap, protect=protect)
-        if not protect:
-            by_vcpu(log, 11, 500)
+        if not protect and late:
+            by_vcpu(log, *late)
+            late.clear()
 
-    monkeypatch.setattr(log, "_scan", scan_and_write)
+    alter(log, "_scan", lambda _: scan_and_write)
     assert log.clean().gfns().tolist() == [10, 11, 12]
-    monkeypatch.undo()
     assert log.clean().gfns().tolist() == [500]
 
 

@@ -6,7 +6,9 @@ import threading
 from functools import partial
 
 import pytest
+from altered import alter
 
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError, UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.kvm.trackers import find_tracker
@@ -61,7 +63,7 @@ def faults(log):
     return log.stats().fault_count
 
 
-def test_faults_that_wait_are_resolved_together_and_runs_at_once(log, writers, monkeypatch):
+def test_faults_that_wait_are_resolved_together_and_runs_at_once(log, writers):
     log.enable()
     batches, granted, heard = [], [], threading.Event()
     resolve, unprotect = log._resolve, log._uffd.unprotect
@@ -75,8 +77,8 @@ def test_faults_that_wait_are_resolved_together_and_runs_at_once(log, writers, m
         granted.append(size_bytes // PAGE_SIZE)
         unprotect(hva, size_bytes)
 
-    monkeypatch.setattr(log, "_resolve", note_batch)
-    monkeypatch.setattr(log._uffd, "unprotect", note_grant)
+    alter(log, "_resolve", lambda _: note_batch)
+    alter(log._uffd, "unprotect", lambda _: note_grant)
     with log._step:  # the handler hears of the first, and of the others only when it may go on
         first = writers(100)
         assert heard.wait(PATIENCE_S)
@@ -122,7 +124,7 @@ def test_the_count_starts_afresh_with_each_enable_and_marks_are_no_faults(log, b
     assert faults(log) == 0
 
 
-def test_a_fault_that_meets_a_clean_is_resolved_after_it_and_reported_by_the_next(log, by_vcpu, writers, monkeypatch):
+def test_a_fault_that_meets_a_clean_is_resolved_after_it_and_reported_by_the_next(log, by_vcpu, writers):
     log.enable()
     by_vcpu(log, 10)
     protect, late = log._uffd.protect, []
@@ -133,32 +135,41 @@ def test_a_fault_that_meets_a_clean_is_resolved_after_it_and_reported_by_the_nex
             late.extend(writers(10, 11))
             until_waiting(log, 2)
 
-    monkeypatch.setattr(log._uffd, "protect", protect_and_write)
+    alter(log._uffd, "protect", lambda _: protect_and_write)
     assert log.clean().gfns().tolist() == [10]
     join(late)
     assert log.clean().gfns().tolist() == [10, 11]
 
 
-def test_the_handler_gets_its_turn_between_two_spans_of_a_clean(log, by_vcpu, writers, monkeypatch):
+def test_the_handler_gets_its_turn_between_two_spans_of_a_clean(log, by_vcpu, writers):
     log.enable()
     by_vcpu(log, 10, 1500)
-    protect, seen = log._uffd.protect, []
+    seen = []
 
-    def protect_and_note(hva, size_bytes):
-        if seen:
-            return protect(hva, size_bytes)
-        seen.extend(writers(500))
-        return protect(hva, size_bytes)
+    def note(protect):
+        def protect_and_note(hva, size_bytes):
+            if not seen:
+                seen.extend(writers(500))
+            protect(hva, size_bytes)
 
-    def between_spans(taken, *rest):
-        join(seen)  # would wait for ever, had CLEAN kept the lock
-        return words_of(taken, *rest)
+        return protect_and_note
 
-    words_of = type(log._granted).words_of
-    monkeypatch.setattr(log._uffd, "protect", protect_and_note)
-    monkeypatch.setattr(type(log._granted), "words_of", between_spans)
+    class AsksBetweenSpans(DirtyBitmap):
+        def words_of(self, gfns):
+            join(seen)  # would wait for ever, had CLEAN kept the lock
+            return super().words_of(gfns)
+
+    def take_into_it(take):
+        def taking(part, taken):
+            bitmap = AsksBetweenSpans(taken.nbits)
+            take(part, bitmap)
+            taken |= bitmap
+
+        return taking
+
+    alter(log._uffd, "protect", note)
+    alter(log, "_take", take_into_it)
     cleaned = log.clean()
-    monkeypatch.undo()
     assert (cleaned | log.clean()).gfns().tolist() == [10, 500, 1500]
 
 
@@ -184,8 +195,8 @@ def test_a_clean_that_fails_half_way_loses_no_bit(log, by_vcpu, monkeypatch):
     assert log.clean().gfns().tolist() == [10, 800, 1600]
 
 
-def test_off_wakes_whoever_waits_even_while_somebody_else_holds_the_descriptor(log, writers, monkeypatch):
-    monkeypatch.setattr(log, "_resolve", lambda uffd, read: None)
+def test_off_wakes_whoever_waits_even_while_somebody_else_holds_the_descriptor(log, writers):
+    alter(log, "_resolve", lambda _: lambda uffd, read: None)
     log.enable()
     threads = writers(5, 6, 2000)
     until_waiting(log, 3)
@@ -243,19 +254,14 @@ def test_the_handlers_thread_ends_with_off_and_with_close(log):
         assert handlers() == []
 
 
-def test_a_pause_is_not_held_up_by_faults_that_wait(kvm, log, monkeypatch):
+def test_a_pause_is_not_held_up_by_faults_that_wait(kvm, log):
     """The handler does nothing until a vCPU is kicked; then the pause must end, by the kick or by the handler."""
     states = tuple(kvm.start_state(rdi=0x20_0000 + n * 0x10_0000, rsi=200) for n in range(2))
     vm = kvm.guest("stamp", memory_bytes=8 << 20, tracker="uffd-wp", vcpus=states)
-    resolve, kicked = vm.log_dirty._resolve, threading.Event()
-
-    def resolve_late(uffd, read):
-        kicked.wait()
-        resolve(uffd, read)
-
+    kicked = threading.Event()
     for vcpu in vm.vcpus:
-        monkeypatch.setattr(vcpu, "kick", lambda kick=vcpu.kick: (kicked.set(), kick()))
-    monkeypatch.setattr(vm.log_dirty, "_resolve", resolve_late)
+        alter(vcpu, "kick", lambda kick: lambda: (kicked.set(), kick()))
+    alter(vm.log_dirty, "_resolve", lambda resolve: lambda uffd, read: (kicked.wait(), resolve(uffd, read)))
     vm.log_dirty.enable()
     for _ in range(3):
         kicked.clear()
