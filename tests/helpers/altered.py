@@ -19,7 +19,8 @@ class _Altered:
     """Is made and runs with other parts; before the class of the engine among the bases.
 
     ``parts``, a keyword of the class: each by where the one in whose place it is is looked up, as ``source.Lanes``.
-    They come on top of those of the class that it is derived from.
+    They come on top of those of the class that it is derived from. All of the process has them meanwhile: of two that
+    overlap and have another part in the same place, the second must end first.
     """
 
     _parts: ClassVar[Mapping[str, Any]] = MappingProxyType({})
