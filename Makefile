@@ -28,12 +28,15 @@ test: $(READY)
 test-all: test
 	$(PYTEST) -m exhaustive
 
-test-npt: $(READY)
+test-npt: $(READY) $(if $(PAGEFERRY_LINUX_IMAGE),,build/linux/cloud)
 	$(BIN)/python tests/vm/npt.py
 
 # COUNT=20: fewer round trips than 200. SEED=1: the trips of that seed.
 soak: $(READY)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
+
+build/linux/cloud:
+	$(MAKE) linux-image ONLY=cloud
 
 # Kernels and initramfs of Debian's packages, to boot as guests: into build/linux. ONLY=cloud: that one.
 linux-image: $(READY)

@@ -41,7 +41,7 @@ def test_a_machine_that_never_ends_is_given_up_and_killed(tmp_path):
 
 
 def test_the_first_process_is_a_shell_script_that_runs_the_tests_asked_for(tmp_path):
-    script = npt.init_script([["tests/kvm", "-k", "one and 'two'"], ["tests/other"]])
+    script = npt.init_script([npt.Part(("tests/kvm", "-k", "one and 'two'")), npt.Part(("tests/other",))])
     subprocess.run(["sh", "-n"], input=script, text=True, check=True)
     line = next(line for line in script.splitlines() if line.startswith("chroot"))
     arguments = subprocess.run(

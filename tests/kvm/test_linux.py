@@ -1,0 +1,103 @@
+"""A stock Linux on KVM: it boots, works, and goes on working wherever it is moved.
+
+It needs a KVM that runs ring 0 natively, as that of ``make test-npt`` does.
+"""
+
+from functools import partial
+
+import pytest
+from linux_guest import READY, Said
+from linux_image import linux_image
+from trips import source_of
+
+from pageferry.core.errors import UnsupportedError
+from pageferry.core.policies import XenPolicy
+from pageferry.core.state import MpState
+from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.image.restore import restore, restore_lazily
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.guests.linux.boot import boot_linux
+from pageferry.guests.linux.image import load_kernel
+from pageferry.kvm.probe_ring_0 import expect_ring_0
+from pageferry.kvm.trackers import TRACKERS
+from pageferry.kvm.vm import KvmVm
+
+pytestmark = pytest.mark.kvm
+
+MEMORY_BYTES = 128 << 20
+PATIENCE_S = 900
+
+
+@pytest.fixture(scope="module")
+def kernel_and_initrd(kvm_support):
+    try:
+        expect_ring_0()
+    except UnsupportedError as error:
+        pytest.skip(f"{error}; make test-npt has such a KVM")
+    image = linux_image()
+    return load_kernel(image.kernel), image.initramfs.read_bytes()
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids="{}-cpus".format)
+def at_work(request, kernel_and_initrd, tmp_path_factory):
+    """A file with a guest that has booted and works on all of its CPUs."""
+    kernel, initrd = kernel_and_initrd
+    path, said = tmp_path_factory.mktemp("linux") / "guest.bin", Said()
+    vm = KvmVm(VmConfig(memory_bytes=MEMORY_BYTES, cpus=request.param, machine=MachineModel.PC))
+    try:
+        said.listen_to(vm)
+        boot_linux(vm, kernel, initrd=initrd, command_line="console=ttyS0 quiet pageferry=work")
+        vm.resume()
+        said.wait_for(lambda: READY in bytes(said), "first process", PATIENCE_S)
+        said.works_on()
+        Save(vm, path, XenPolicy(), stop=True, on_event=lambda _: None).run()
+    finally:
+        vm.close()
+    with SavedGuest(path) as saved:
+        assert MpState.UNINITIALIZED not in [vcpu.mp_state for vcpu in saved.state.vcpus]
+    return path
+
+
+@pytest.fixture
+def guest(at_work):
+    """Restores the guest with a tracker; closes all that it made."""
+    made = []
+
+    def make(tracker):
+        with SavedGuest(at_work) as saved:
+            made.append(restore(saved, partial(KvmVm, tracker=tracker)))
+        return made[-1]
+
+    yield make
+    for vm in made:
+        vm.close()
+
+
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, tracker):
+    said, vm = Said(), guest(tracker)
+    inn = inns(partial(KvmVm, tracker=tracker), "kvm")
+    said.listen_to(vm)
+    vm.resume()
+    said.works_on()
+    for _ in range(2):
+        report = source_of(vm, inn.open(before_run=said.listen_to)).run()
+        assert report.verified
+        vm = inn.outcome()
+        assert not isinstance(vm, Exception), vm
+        said.works_on()
+
+
+def test_it_works_on_from_a_file_whose_pages_are_read_when_they_are_touched(at_work):
+    said = Said()
+    with SavedGuest(at_work) as saved:
+        vm, lazy = restore_lazily(saved, KvmVm, on_failure=lambda error: pytest.fail(str(error)))
+        try:
+            said.listen_to(vm)
+            vm.resume()
+            lazy.read_ahead()
+            said.works_on()
+        finally:
+            vm.close()
+            lazy.close()
