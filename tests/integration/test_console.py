@@ -1,4 +1,4 @@
-"""`pageferry console` as a person and a script use it: a terminal, a pipe, a migration, and peers that misbehave."""
+"""A guest's console as a person and a script use it: a terminal, a pipe, a migration, and peers that misbehave."""
 
 import base64
 import os
@@ -30,15 +30,14 @@ def echo(start):
 
 
 class Console:
-    """`pageferry console`, on a terminal (a pty) or with pipes; ``read_until`` reads what comes out."""
+    """A command of pageferry's, on a terminal (a pty) or with pipes; ``read_until`` reads what comes out."""
 
-    def __init__(self, guest, *, terminal, stdin=None):
+    def __init__(self, *arguments, terminal=True, stdin=None):
         self.master, slave = pty.openpty() if terminal else (None, None)
         self.slave = slave
         self.before = termios.tcgetattr(slave) if terminal else None
-        command = [*PAGEFERRY, "console", "--control", str(guest.control)]
         self.popen = subprocess.Popen(
-            command,
+            [*PAGEFERRY, *map(str, arguments)],
             stdin=slave if terminal else stdin if stdin is not None else subprocess.PIPE,
             stdout=slave if terminal else subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -75,16 +74,29 @@ class Console:
 
 
 @pytest.fixture
-def attach():
+def seat():
+    """Starts commands of pageferry's that somebody works with, and ends them."""
     made = []
 
-    def attach(guest, *, terminal=True, stdin=None):
-        made.append(Console(guest, terminal=terminal, stdin=stdin))
+    def begin(*arguments, **options):
+        made.append(Console(*arguments, **options))
         return made[-1]
 
-    yield attach
+    yield begin
     for console in made:
         console.close()
+
+
+@pytest.fixture
+def attach(seat):
+    return lambda guest, **options: seat("console", "--control", guest.control, **options)
+
+
+@pytest.fixture
+def echo_here(seat, process_accel):
+    """`pageferry run` with the console at hand."""
+    run = ("run", "echo", "--memory", "16M", "--console", "stdio", "--accel", process_accel)
+    return lambda **options: seat(*run, **options)
 
 
 def test_a_person_at_a_terminal(echo, attach):
@@ -275,3 +287,45 @@ def test_readers_that_leave_or_send_garbage_harm_nobody(echo, attach):
     console.read_until(b"seed 1\r\n")
     console.type(b"still here\r")
     console.read_until(b"1: still here\r\n")
+
+
+def test_a_guest_runs_at_a_terminal_until_that_is_given_back(echo_here):
+    guest = echo_here()
+    guest.read_until(b"Ctrl-] gives the terminal back")
+    guest.read_until(b"seed 1\r\n")
+    assert guest.settings() != guest.before
+    guest.type(b"hi\x03 there\r")  # Ctrl-C is the guest's
+    assert guest.read_until(b"there\r\n") == b"1: hi\x03 there\r\n"
+    guest.type(b"last\r")
+    guest.read_until(b"2: last\r\n")
+    guest.type(b"\x1dnever sent\r")
+    assert b"never" not in guest.read_until(b"detached; Ctrl-C ends the guest")
+    assert guest.settings() == guest.before
+    guest.popen.send_signal(signal.SIGINT)
+    assert guest.wait() == 0
+
+
+def test_a_guest_that_is_ended_leaves_its_terminal_as_it_was(echo_here):
+    guest = echo_here()
+    guest.read_until(b"seed 1\r\n")
+    guest.popen.send_signal(signal.SIGTERM)
+    assert guest.wait() == 0
+    assert guest.settings() == guest.before
+
+
+def test_a_guest_takes_all_of_a_pipe_and_runs_on_after_its_end(echo_here):
+    guest = echo_here(terminal=False)
+    guest.read_until(b"seed 1\n")
+    lines = [b"line %d \x1d\r" % number for number in range(800)]
+    guest.popen.stdin.write(b"".join(lines))
+    guest.popen.stdin.close()
+    seen = guest.read_until(b"800: line 799 \x1d\n")
+    assert seen.count(b": line ") == 800
+    assert guest.popen.poll() is None
+
+
+def test_a_console_on_a_closed_standard_input_is_refused(process_accel):
+    shell = f"exec {sys.executable} -m pageferry run echo --console stdio --accel {process_accel} <&-"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, timeout=GIVE_UP_S, check=False)
+    assert done.returncode == 2
+    assert b"--console stdio needs a standard input" in done.stderr

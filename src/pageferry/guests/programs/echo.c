@@ -16,10 +16,11 @@
 static u64 run(const struct info *info, u64 cpu, struct status *status) {
     char line[256];
     u64 length = 0;
+    if (!cpu)
+        out8(FIFO_CONTROL, FIFO_ENABLE); /* before it is announced: this drops what was typed */
     announce("echo", info, cpu);
     if (cpu)
         return rest(status);
-    out8(FIFO_CONTROL, FIFO_ENABLE);
     for (;; status->work++) {
         u8 ready = in8(LINE_STATUS);
         if (ready & OVERRUN)
