@@ -27,6 +27,8 @@ from pageferry.core.xsave import COMPONENTS, EXTENDED_OFFSET, XSAVE_LEAF, enable
 _REGISTERS = ("eax", "ebx", "ecx", "edx")
 _EAX, _EBX, _ECX, _EDX = range(4)
 _CONSTANT_TSC = "constant_tsc"
+#: What a PC of the model BASELINE may have besides.
+_OF_A_PC = {_CONSTANT_TSC, "tsc_adjust"}
 
 Word = tuple[int, int, int]
 """A register full of feature bits: leaf, sub-leaf, register (0 to 3)."""
@@ -141,8 +143,9 @@ def _provided(offered: Leaves, word: Word) -> int:
 def model_of(leaves: Leaves) -> CpuModel:
     """Return which model a guest's table was made by, whatever machine it was made for."""
     plain = baseline(leaves)
-    more = None if plain is None else missing_features(leaves, plain)
-    return CpuModel.BASELINE if more in ((), (_CONSTANT_TSC,)) else CpuModel.HOST
+    if plain is None or set(missing_features(leaves, plain)) - _OF_A_PC:
+        return CpuModel.HOST
+    return CpuModel.BASELINE
 
 
 def host(offered: Leaves) -> Leaves:

@@ -40,6 +40,8 @@ _SEP, _MTRR, _PGE, _MCA, _CMOV, _PAT, _PSE36 = range(11, 18)
 _CLFSH, _MMX, _FXSR, _SSE, _SSE2 = 19, 23, 24, 25, 26
 # Leaf 8000_0001h EDX.
 _SYSCALL, _NX, _LM = 11, 20, 29
+# Leaf 8000_0007h EDX, leaf 7 EBX.
+_CONSTANT_TSC, _TSC_ADJUST = 8, 1
 # Of a local APIC: leaf 1 ECX, leaf 8000_0001h ECX.
 _X2APIC, _EXTAPIC = 21, 3
 
@@ -176,8 +178,11 @@ def pc_table(leaves: Leaves, offered: Leaves, *, cpus: int, tsc_khz: int | None)
 
     With one CPU there is no local APIC: interrupts come from the PIC, which every machine has. Leaf 15h then tells the
     rate of the TSC, which spares an operating system its measuring. With several CPUs there is no such leaf, since
-    systems take the rate of the local APIC's timer from it as well; but leaf 8000_0007h tells of a TSC that always
-    counts at one rate, without which they think that the TSCs of several CPUs run apart.
+    systems take the rate of the local APIC's timer from it as well.
+
+    A TSC that always counts at one rate, and one that tells whether it was set, are shown where they are offered.
+    Linux trusts no other: it compares it with its ticks or the ACPI timer, and on a loaded host, or after a move, it
+    finds the TSC to be the one that is wrong.
 
     Args:
         leaves: as a CPU model makes them.
@@ -185,11 +190,19 @@ def pc_table(leaves: Leaves, offered: Leaves, *, cpus: int, tsc_khz: int | None)
         cpus: how many vCPUs the guest has.
         tsc_khz: the rate of their TSC; None: not known.
     """
-    table = _without(leaves, _NOT_IN_A_PC)
+    table = _with_trusted_tsc(_without(leaves, _NOT_IN_A_PC), offered)
     if cpus > 1:
-        return _with(table, CpuidLeaf(EXTENDED + 7, NO_SUBLEAF, 0, 0, 0, find(offered, EXTENDED + 7)[3]))
+        return table
     table = _without(table, _OF_THE_APIC)
     return table if tsc_khz is None else _with(table, _tsc_leaf(tsc_khz))
+
+
+def _with_trusted_tsc(leaves: Leaves, offered: Leaves) -> Leaves:
+    if constant := find(offered, EXTENDED + 7)[3] & _mask(_CONSTANT_TSC):
+        leaves = _with(leaves, CpuidLeaf(EXTENDED + 7, NO_SUBLEAF, 0, 0, 0, constant))
+    if adjust := find(offered, 7)[1] & ~find(leaves, 7)[1] & _mask(_TSC_ADJUST):
+        leaves = _with(leaves, CpuidLeaf(7, 0, 0, adjust, 0, 0))  # of the baseline, which has no such leaf
+    return leaves
 
 
 def _without(leaves: Leaves, bits: Mapping[int, tuple[int, int]]) -> Leaves:
@@ -230,11 +243,14 @@ def cpu_name(leaves: Leaves) -> str:
     return "no name"
 
 
-#: What the software machine has: the whole baseline as Intel's CPUs show it, with the model that the emulator names.
+#: What the software machine has: the whole baseline as Intel's CPUs show it, with the model that the emulator names;
+#: and a TSC at the host's rate. (Its register of adjustments reads 0 and ignores writes.)
 SOFT_CPU: Leaves = (
-    CpuidLeaf(0, NO_SUBLEAF, 1, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),  # GenuineIntel
+    CpuidLeaf(0, NO_SUBLEAF, 7, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),  # GenuineIntel
     CpuidLeaf(1, NO_SUBLEAF, 0x0003_06C4, _CLFLUSH_EBX, HYPERVISOR, _LEAF_1_EDX),
+    CpuidLeaf(7, 0, 0, _mask(_TSC_ADJUST), 0, 0),
     CpuidLeaf(EXTENDED, NO_SUBLEAF, EXTENDED + 8, 0x756E_6547, 0x6C65_746E, 0x4965_6E69),
     CpuidLeaf(EXTENDED + 1, NO_SUBLEAF, 0x0003_06C4, 0, 0, _mask(_SYSCALL, _NX, _LM)),
+    CpuidLeaf(EXTENDED + 7, NO_SUBLEAF, 0, 0, 0, _mask(_CONSTANT_TSC)),
     CpuidLeaf(EXTENDED + 8, NO_SUBLEAF, _ADDRESS_BITS, 0, 0, 0),
 )

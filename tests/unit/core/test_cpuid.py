@@ -127,7 +127,9 @@ def test_all_of_the_host_is_all_but_what_does_not_travel():
 APIC_EDX, OTHERS_EDX = 1 << 9, 1 << 7 | 1 << 12 | 1 << 14  # MCE, MTRR, MCA
 APIC_ECX = 1 << 21 | 1 << 24  # x2apic, TSC deadline
 PLENTIFUL = (
-    *changed(changed(RICH, 1, ecx=APIC_ECX), 0x8000_0001, ecx=1 << 3, edx=0xFFFF_FFFF)[:-2],
+    *changed(
+        changed(changed(RICH, 1, ecx=APIC_ECX), 7, 0, ebx=1 << 5 | 1 << 1), 0x8000_0001, ecx=1 << 3, edx=0xFFFF_FFFF
+    )[:-2],
     CpuidLeaf(0x8000_0007, NO_SUBLEAF, 1, 2, 3, 1 << 8),
     *RICH[-2:],
 )
@@ -169,7 +171,20 @@ def test_the_rate_of_the_tsc_is_told_in_a_way_that_32_bits_can_multiply(khz):
     denominator, numerator, crystal_hz, _ = answer(table, 0x15, 0)
     assert abs(crystal_hz * numerator / denominator - 1000 * khz) <= numerator
     assert crystal_hz // 1000 * numerator < 1 << 32
-    assert find(pc(1, CpuModel.BASELINE), 0)[0] == 1  # no rate known: no leaf
+    assert find(pc(1, CpuModel.BASELINE), 0)[0] == 7  # no rate known: no leaf
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_pc_trusts_its_tsc_where_it_can(cpus):
+    for cpu in CpuModel:
+        table = pc(cpus, cpu)
+        assert find(table, 0x8000_0007)[3] == 1 << 8
+        assert find(table, 7)[1] & 2
+        assert find(table, 7, 1) == ((0, 0, 0, 0) if cpu is CpuModel.BASELINE else find(RICH, 7, 1))
+        assert model_of(table) is cpu
+    config = VmConfig(memory_bytes=1 << 20, cpus=cpus, machine=MachineModel.PC)
+    poor = changed(without(PLENTIFUL, 7, "ebx", 1), 0x8000_0007, edx=0)
+    assert find(guest_table(config, poor, where="here"), 0)[0] == 1
 
 
 def test_a_table_that_a_guest_has_is_left_as_it_is():
