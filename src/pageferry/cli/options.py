@@ -1,11 +1,13 @@
 """Options that several commands share, and what is made of them: a guest's size, arguments of the QMP ``migrate``."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pageferry.core.cpuid import CpuModel
+from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policy_names import POLICIES, make_policy
@@ -14,8 +16,10 @@ from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.options import VerifyMode, WireOptions
 from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel
+from pageferry.vmm.local_backends import absolute
 
 MAX_CPUS = 8
+_READONLY, _MAC = ",readonly", ",mac="
 
 AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
 TrackerOption = Annotated[
@@ -71,7 +75,26 @@ VerifyOption = Annotated[
 ]
 
 
-def vm_config(memory: str, cpus: int, cpu: CpuModel, machine: MachineModel) -> VmConfig:
+DisksOption = Annotated[
+    list[str] | None, typer.Option("--disk", help="A disk: PATH, or PATH,readonly; may be repeated (pc).")
+]
+NetsOption = Annotated[
+    list[str] | None,
+    typer.Option("--net", help="A network: tap:NAME, or unix:PATH of passt; ,mac=ADDRESS; may be repeated (pc)."),
+]
+LocalDisksOption = Annotated[
+    list[str] | None,
+    typer.Option("--disk", help="NUMBER=PATH: the guest's disk of this number, from 0, here. May be repeated."),
+]
+LocalNetsOption = Annotated[
+    list[str] | None,
+    typer.Option("--net", help="NUMBER=tap:NAME or NUMBER=unix:PATH: its network here. May be repeated."),
+]
+
+
+def vm_config(
+    memory: str, cpus: int, cpu: CpuModel, machine: MachineModel, devices: tuple[DeviceSpec, ...] = ()
+) -> VmConfig:
     """Return what the options say of a guest's size and kind.
 
     Raises:
@@ -79,7 +102,31 @@ def vm_config(memory: str, cpus: int, cpu: CpuModel, machine: MachineModel) -> V
     """
     memory_bytes = parse_size(memory)
     ram_layout(memory_bytes)
-    return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu, machine=machine)
+    return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu, machine=machine, devices=devices)
+
+
+def device_specs(disks: list[str] | None, nets: list[str] | None) -> tuple[DeviceSpec, ...]:
+    """Return the virtio devices that a PC is run with: what was asked for, then entropy and a balloon.
+
+    Raises:
+        UsageError: an option makes no sense.
+    """
+    always = (DeviceSpec(kind=DeviceKind.RNG), DeviceSpec(kind=DeviceKind.BALLOON))
+    return (*map(_disk, disks or ()), *map(_net, nets or ()), *always)
+
+
+def _disk(text: str) -> DeviceSpec:
+    path, readonly = text.removesuffix(_READONLY), text.endswith(_READONLY)
+    return DeviceSpec(kind=DeviceKind.DISK, backend=absolute(DeviceKind.DISK, path), readonly=readonly)
+
+
+def _net(text: str) -> DeviceSpec:
+    backend, _, mac = text.partition(_MAC)
+    return DeviceSpec(kind=DeviceKind.NET, backend=absolute(DeviceKind.NET, backend), mac=mac or _random_mac())
+
+
+def _random_mac() -> str:
+    return ":".join(f"{byte:02x}" for byte in (0x52, 0x54, 0x00, *os.urandom(3)))  # as QEMU's: locally administered
 
 
 def policy_options(

@@ -4,15 +4,18 @@ import logging
 import socket
 import threading
 import time
+from dataclasses import replace
 
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine
+from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
+from pageferry.vmm.local_backends import LocalBackends, is_local
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 0.05
@@ -28,12 +31,14 @@ class Incoming:
     Args:
         guest: the place for it.
         machines: the kind of machine to make.
+        backends: what stands behind its devices here.
         announcer: hears how each attempt goes.
     """
 
-    def __init__(self, guest: Guest, machines: Machines, announcer: Announcer) -> None:
+    def __init__(self, guest: Guest, machines: Machines, backends: LocalBackends, announcer: Announcer) -> None:
         self._guest = guest
         self._machines = machines
+        self._backends = backends
         self._announcer = announcer
         self._attempt: Destination[Machine] | None = None
         self._dropped: set[str] = set()
@@ -110,9 +115,15 @@ class Incoming:
                 return
 
     def _receive(self, sock: socket.socket) -> None:
+        trusted = is_local(sock)
+
+        def make_vm(config: VmConfig) -> Machine:
+            devices = self._backends.choose(config.devices, trusted=trusted)
+            return self._machines.make_vm(replace(config, devices=devices))
+
         attempt = self._attempt = Destination(
             Channel(sock, DEFAULT_TIMEOUT_S),
-            self._machines.make_vm,
+            make_vm,
             accel=self._machines.accel,
             host_cpu=self._machines.host_cpu,
             accept=self._accept_more,

@@ -12,6 +12,7 @@ read from the file that the guest is restored from).
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pageferry.core.errors import PageferryError
@@ -27,6 +28,7 @@ from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.commands import Commands
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import Incoming
+from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, LocalBackends
 from pageferry.vmm.outgoing import Outgoing
 from pageferry.vmm.qmp import QmpServer
 from pageferry.vmm.queries import Queries
@@ -41,6 +43,7 @@ class GuestProcess:
     Args:
         machines: the kind of machine to make.
         control: path of the QMP socket, or None for no control.
+        backends: what stands behind the devices of a guest that arrives or is restored.
         on_console: sees the guest's console output.
         on_message: sees one line for a person when something happens.
     """
@@ -50,13 +53,15 @@ class GuestProcess:
         machines: Machines,
         control: Path | None,
         *,
+        backends: LocalBackends = AS_AT_THE_SOURCE,
         on_console: Callable[[bytes], None],
         on_message: Callable[[str], None],
     ) -> None:
         self._machines = machines
+        self._backends = backends
         self._announcer = Announcer(on_message)
         self._guest = Guest(on_console)
-        self._incoming = Incoming(self._guest, machines, self._announcer)
+        self._incoming = Incoming(self._guest, machines, self._backends, self._announcer)
         self._outgoing = Outgoing(self._guest, machines.host_cpu, self._announcer)
         self._queries = Queries(self._guest, machines, self._incoming, self._outgoing)
         self._server = None if control is None else self._make_server(control)
@@ -89,7 +94,7 @@ class GuestProcess:
         Raises:
             PageferryError: no machine here can hold it, or the file cannot be read; nothing is left behind.
         """
-        self._adopt(restore(saved, self._machines.make_vm, on_progress=on_progress), saved.path.stem)
+        self._adopt(restore(saved, self._make_restored, on_progress=on_progress), saved.path.stem)
 
     def restore_lazily(self, saved: SavedGuest) -> None:
         """As :meth:`restore`, but its memory is read when it is touched, and once it runs in any case.
@@ -100,8 +105,11 @@ class GuestProcess:
             UnsupportedError: this host cannot wait for pages.
             PageferryError: as for :meth:`restore`.
         """
-        vm, lazy = restore_lazily(saved, self._machines.make_vm, on_failure=self._restore_stopped)
+        vm, lazy = restore_lazily(saved, self._make_restored, on_failure=self._restore_stopped)
         self._adopt(vm, saved.path.stem, lazy)
+
+    def _make_restored(self, config: VmConfig) -> Machine:
+        return self._machines.make_vm(replace(config, devices=self._backends.choose(config.devices, trusted=True)))
 
     def _adopt(self, vm: Machine, name: str, lazy: LazyRestore | None = None) -> None:
         self._guest.adopt(vm, name, lazy)

@@ -17,11 +17,16 @@ from pageferry.cli.options import (
     ControlOption,
     CpuOption,
     CpusOption,
+    DisksOption,
     HugePagesOption,
+    LocalDisksOption,
+    LocalNetsOption,
     MemoryOption,
+    NetsOption,
     OwnControlOption,
     TrackerOption,
     WitnessOption,
+    device_specs,
     vm_config,
 )
 from pageferry.cli.progress import ReadingView
@@ -38,6 +43,7 @@ from pageferry.guests.loader import KernelOptions, Loader, linux, named
 from pageferry.guests.workloads import WORKLOADS
 from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
+from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, LocalBackends
 from pageferry.vmm.process import GuestProcess
 
 
@@ -58,6 +64,8 @@ def run_guest(
     kernel: Annotated[Path | None, typer.Option(help="A Linux kernel: a bzImage (vmlinuz) or a vmlinux.")] = None,
     initrd: Annotated[Path | None, typer.Option(help="The kernel's initrd or initramfs, or its module.")] = None,
     append: Annotated[str | None, typer.Option(help='The kernel\'s command line, e.g. "console=ttyS0".')] = None,
+    disk: DisksOption = None,
+    net: NetsOption = None,
     memory: MemoryOption = "256M",
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
@@ -83,7 +91,10 @@ def run_guest(
     """Run a guest; its console is standard output. Ctrl-C ends it. Ends with the guest's own exit code."""
     params = _workload_params(working_set, rate, seed, argument)
     loader = _loader(guest, kernel, params, _kernel_options(initrd, append))
-    config = vm_config(memory, cpus, cpu, machine or loader.machine or MachineModel.PLAIN)
+    model = machine or loader.machine or MachineModel.PLAIN
+    if model is not MachineModel.PC and (disk or net):
+        raise UsageError(f"a machine that is {model} has no disks and networks", hint="--machine pc")
+    config = vm_config(memory, cpus, cpu, model, device_specs(disk, net) if model is MachineModel.PC else ())
     with _guest_process(choose_machines(accel, tracker, huge_pages, witness, config.machine), control) as process:
         process.boot(loader, config)
         with _console_input(process) if console is ConsoleMode.STDIO else nullcontext():
@@ -138,10 +149,13 @@ def receive(
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
     witness: WitnessOption = None,
+    disk: LocalDisksOption = None,
+    net: LocalNetsOption = None,
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
-    with _guest_process(choose_machines(accel, tracker, huge_pages, witness), control) as process:
+    backends = LocalBackends.parse(disk or (), net or ())
+    with _guest_process(choose_machines(accel, tracker, huge_pages, witness), control, backends) as process:
         bound = process.listen(endpoint)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
@@ -159,11 +173,14 @@ def restore(
     huge_pages: HugePagesOption = HugePages.OFF,
     witness: WitnessOption = None,
     control: OwnControlOption = None,
+    disk: LocalDisksOption = None,
+    net: LocalNetsOption = None,
 ) -> None:
     """Run a guest from a file, from where it was saved. The file stays as it is."""
+    backends = LocalBackends.parse(disk or (), net or ())
     with SavedGuest(file) as saved:
         machines = choose_machines(accel, tracker, huge_pages, witness, saved.config.machine)
-        with _guest_process(machines, control) as process:
+        with _guest_process(machines, control, backends) as process:
             if lazy:
                 process.restore_lazily(saved)
             else:
@@ -176,12 +193,14 @@ def restore(
 
 
 @contextmanager
-def _guest_process(machines: Machines, control: Path | None) -> Iterator[GuestProcess]:
+def _guest_process(
+    machines: Machines, control: Path | None, backends: LocalBackends = AS_AT_THE_SOURCE
+) -> Iterator[GuestProcess]:
     ERR.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     if machines.warning is not None:
         ERR.print(f"warning: {machines.warning}", markup=False, soft_wrap=True)
     output = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
-    process = GuestProcess(machines, control, on_console=output, on_message=tell)
+    process = GuestProcess(machines, control, backends=backends, on_console=output, on_message=tell)
 
     def stop(*_: object) -> None:
         process.quit()

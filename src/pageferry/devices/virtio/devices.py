@@ -187,10 +187,11 @@ class VirtioDevices:
         return self._function(VirtioBlk(name, self._memory, disk), slot)
 
     def _make_net(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
-        port = NetPort(open_link(spec.backend), _mac(name, spec.mac), self._bus, self._held)
+        mac = _mac(name, spec.mac)
+        port = NetPort(open_link(spec.backend), mac, self._bus, self._held)
         self._backends.append((name, port))
         self._ports.append(port)
-        model = VirtioNet(name, self._memory, port.link, mac=port.mac, on_room=port.wake)
+        model = VirtioNet(name, self._memory, port.link, mac=mac, on_room=port.wake)
         function = self._function(model, slot)
         port.connect(model, function)
         self.specs += (spec,)

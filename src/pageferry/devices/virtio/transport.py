@@ -94,7 +94,7 @@ def _capabilities(config_bytes: int) -> tuple[bytes, ...]:
     return (
         capability(_CFG_COMMON, COMMON, _COMMON_BYTES),
         capability(_CFG_ISR, ISR, 1),
-        capability(_CFG_DEVICE, DEVICE, config_bytes),
+        *([capability(_CFG_DEVICE, DEVICE, config_bytes)] if config_bytes else []),
         capability(_CFG_NOTIFY, NOTIFY, _PAGE, NOTIFY_STRIDE.to_bytes(4, "little")),
         capability(_CFG_PCI, 0, 0, bytes(4)),
     )
