@@ -6,8 +6,10 @@ the reference; what a device should answer is not said twice.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+from pageferry.core.vm import MachineModel
 from pageferry.devices.clock import CLOCK_PORT, TIMER_PORT
 from pageferry.devices.dma import DMA_MMIO
 from pageferry.devices.rtc import RTC_PORT
@@ -131,6 +133,45 @@ def wall_clock_moves(lab: Lab) -> None:
         _require_same(here, there, "wall clock", look)
 
 
+def interrupts_move(lab: Lab) -> None:
+    """What a PC's devices asked for before the freeze, and what was due by then, interrupts elsewhere: once."""
+    first, second, end, poll, mode_0, timer_due = 0x20, 0xA0, 0x20, 0x0C, 0x30, _MS
+
+    def take(host: _Host) -> list[int]:
+        seen = []
+        for pic in (first, second):
+            host.write(pic, poll)
+            seen += host.read(pic)
+            host.write(pic, end)
+        return seen
+
+    def look(host: _Host) -> list[int]:
+        host.vm.platform.bus.advance()  # as a CPU does
+        seen = [number for _ in range(4) for number in take(host)]
+        host.vm.type_console(b"b")  # no edge: the line is high still
+        seen += take(host) + host.read(CONSOLE_PORT, CONSOLE_PORT)
+        host.vm.type_console(b"c")
+        return seen + take(host) + take(host)
+
+    pcs = replace(lab, make_vm=lambda config: lab.make_vm(replace(config, machine=MachineModel.PC)))
+    with _two_hosts(pcs) as (here, there):
+        for pic, words in ((first, (0x30, 4, 1, 0)), (second, (0x38, 2, 1, 0))):
+            here.write(pic, 0x11)
+            here.write(pic + 1, *words)
+        here.write(CONSOLE_PORT + 4, 8)
+        here.write(CONSOLE_PORT + 1, 1)
+        here.write(0x43, mode_0)
+        here.write(0x40, 0, 1)
+        here.write(RTC_PORT, 0x0B)
+        here.write(RTC_PORT + 1, 0x12)  # interrupt at the end of each second
+        here.vm.type_console(b"a")
+        here.later(timer_due)
+        there.vm.load_state(here.vm.save_state())
+        for host in (here, there):
+            host.later(_S)
+        _require_same(here, there, "interrupts", look)
+
+
 def dma_moves(lab: Lab) -> None:
     """The DMA engine's registers are the same elsewhere."""
     base = DMA_MMIO
@@ -147,5 +188,6 @@ def dma_moves(lab: Lab) -> None:
 
 
 CHECKS: tuple[Check, ...] = tuple(
-    check_of(None, function) for function in (console_moves, guest_time_moves, wall_clock_moves, dma_moves)
+    check_of(None, function)
+    for function in (console_moves, guest_time_moves, wall_clock_moves, interrupts_move, dma_moves)
 )

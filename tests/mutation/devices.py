@@ -1,4 +1,4 @@
-"""Faults of what the devices save and load: uart.py, clock.py, rtc.py, dma.py; those of marks are in writers.py."""
+"""Faults of what devices save and load: uart.py, clock.py, rtc.py, pic.py, pit.py, dma.py; marks are in writers.py."""
 
 import struct
 from collections.abc import Callable
@@ -146,6 +146,68 @@ def rtc_shows_the_hosts_time(domain: Domain) -> None:
     """What the guest had set the wall clock to is lost: after the move it shows the host's time."""
     device = domain.platform.rtc
     _load_then(device, lambda: setattr(device, "_offset_s", 0))
+
+
+def _of_a_pc(domain: Domain, name: str) -> Any:
+    """Return a device that only a PC has; None: this is none."""
+    return next((device for device in domain.platform.bus.devices if device.name == name), None)
+
+
+@fault(
+    "no bug on record: the interrupt controller is saved, and the timer's tick is put into it then",
+    law=None,
+    found_by=("interrupts-move",),
+)
+def tick_lost_at_the_freeze(domain: Domain) -> None:
+    """The timer is saved as of now, and its tick that is due by now is given to the interrupt controller afterwards."""
+    bus, pit = domain.platform.bus, _of_a_pc(domain, "pit")
+    if pit is None:
+        return
+
+    def wrap(sound: Any) -> Any:
+        def save() -> Any:
+            timed, bus.timed = bus.timed, ()
+            pit._advanced_ns = pit.now_ns()
+            states = sound()
+            bus.timed = timed
+            bus.advance()
+            return states
+
+        return save
+
+    alter(bus, "save", wrap)
+
+
+@fault(
+    "no bug on record: what a controller is asked for lies between a device and a CPU, and is neither's",
+    law=None,
+    found_by=("interrupts-move",),
+)
+def requests_not_loaded(domain: Domain) -> None:
+    """Interrupts that were requested and not taken before the freeze are not there after it."""
+    pic = _of_a_pc(domain, "pic0")
+    if pic is not None:
+        _load_then(pic, lambda: setattr(pic, "_irr", 0))
+
+
+@fault(
+    "no bug on record: a line's level is a device's, and its edge is made where it leads",
+    law=None,
+    found_by=("interrupts-move",),
+)
+def line_not_driven_after_loading(domain: Domain) -> None:
+    """A UART that is loaded does not drive its interrupt line before it is used: the next byte is an edge too many."""
+    console = domain.platform.console
+
+    def wrap(sound: Any) -> Any:
+        def load(data: bytes) -> None:
+            line, console._interrupt = console._interrupt, lambda level: None
+            sound(data)
+            console._interrupt = line
+
+        return load
+
+    alter(console, "load", wrap)
 
 
 @fault(
