@@ -174,9 +174,16 @@ def guests(make_vm):
     made = []
 
     def make(
-        workload="kv", *, memory_bytes=32 * MiB, cpus=1, working_set_bytes=4 * MiB, machine=MachineModel.PLAIN, **params
+        workload="kv",
+        *,
+        memory_bytes=32 * MiB,
+        cpus=1,
+        working_set_bytes=4 * MiB,
+        machine=MachineModel.PLAIN,
+        devices=(),
+        **params,
     ):
-        vm = make_vm(VmConfig(memory_bytes=memory_bytes, cpus=cpus, machine=machine))
+        vm = make_vm(VmConfig(memory_bytes=memory_bytes, cpus=cpus, machine=machine, devices=devices))
         made.append(vm)
         boot(vm, load_workload(workload), params=GuestParams(working_set_bytes=working_set_bytes, **params))
         return vm

@@ -1,0 +1,226 @@
+"""Whose a guest's disk is, at every end that a migration or a save can have; and devices that a destination lacks."""
+
+from dataclasses import replace
+
+import pytest
+from at_work import runs_on
+from proxy import marker
+from trips import Rounds, expect_as_before, source_of
+
+from pageferry.backends.disk import DiskFile
+from pageferry.core.device_spec import DeviceKind, DeviceSpec
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, UnsupportedError, VmError
+from pageferry.core.policies import PostcopyPolicy
+from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.image.restore import restore
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.stream.ferry_frames import FrameType
+
+DISK_BYTES = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(DISK_BYTES))
+    return DeviceSpec(kind=DeviceKind.DISK, backend=str(path))
+
+
+@pytest.fixture
+def vm(running, disk):
+    return running("kv", machine=MachineModel.PC, devices=(disk, DeviceSpec(kind=DeviceKind.RNG)))
+
+
+def is_free(disk):
+    """Whether nobody holds the disk's lock."""
+    probe = DiskFile(disk.backend, readonly=False)
+    try:
+        probe.claim()
+    except VmError:
+        return False
+    finally:
+        probe.close()
+    return True
+
+
+def holds(vm):
+    """Whether this machine may use its disk: a claim that has it already does nothing."""
+    probe = vm.virtio._backends[0][1]
+    return probe._claimed
+
+
+def test_a_disk_goes_with_its_guest_there_and_back(vm, inn, disk):
+    for _ in range(2):
+        assert not is_free(disk)
+        assert source_of(vm, inn.open()).run().verified
+        there = inn.outcome()
+        assert (holds(vm), holds(there)) == (False, True)
+        assert there.config.devices == vm.config.devices
+        assert there.config.devices[0].size_bytes == DISK_BYTES
+        assert not is_free(disk)
+        assert runs_on(there)
+        vm = there
+
+
+def test_a_disk_goes_with_a_guest_some_of_whose_pages_follow(vm, inn, disk):
+    policy = PostcopyPolicy(limit_s=1e-6, max_rounds=1)
+    assert source_of(vm, inn.open(), policy).run().status == "completed"
+    there = inn.outcome()
+    assert (holds(vm), holds(there)) == (False, True)
+    assert runs_on(there)
+
+
+@pytest.mark.parametrize("frame", [FrameType.DESTINATION_HELLO, FrameType.READY], ids=lambda frame: frame.name)
+def test_a_migration_that_fails_before_the_commit_leaves_the_disk_here(vm, inn, wires, disk, frame):
+    wire = wires(inn.open(), hold_at=marker(frame))
+    source = source_of(vm, wire.uri)
+    with wire.cut_when_held(), pytest.raises(MigrationError):
+        source.run()
+    wire.release()
+    assert isinstance(inn.outcome(), MigrationError)
+    assert holds(vm)
+    assert not is_free(disk)
+    expect_as_before(vm, inn, source)
+
+
+def test_a_destination_that_cannot_take_the_disk_gives_the_guest_back(vm, inn, disk):
+    make_vm = inn.make_vm
+
+    def without_disk(config):
+        made = make_vm(config)
+
+        def claim():
+            raise VmError("disk0 is in use by another process")
+
+        made.claim_backends = claim
+        return made
+
+    inn.make_vm = without_disk
+    source = source_of(vm, inn.open())
+    with pytest.raises(PeerError, match="disk0 is in use") as caught:
+        source.run()
+    assert caught.value.guest_at is GuestAt.SOURCE
+    assert isinstance(inn.outcome(), MigrationError)
+    assert holds(vm)
+    inn.make_vm = make_vm
+    expect_as_before(vm, inn, source)
+
+
+def test_a_guest_whose_disk_was_taken_meanwhile_stands_still_and_says_why(vm, inn, disk):
+    thief = DiskFile(disk.backend, readonly=False)
+    release = vm.release_backends
+
+    def release_to_a_thief():
+        release()
+        thief.claim()
+
+    vm.release_backends = release_to_a_thief
+    source = source_of(vm, inn.open())
+    with pytest.raises(PeerError, match="in use") as caught:
+        source.run()
+    assert caught.value.guest_at is GuestAt.SOURCE
+    assert source.job.frozen
+    assert any("stands still" in warning for warning in source.job.report.warnings)
+    with pytest.raises(VmError, match="in use"):
+        source.job.go_on_here()
+    assert vm.run_control.held
+    thief.close()
+    source.job.go_on_here()
+    source.job.go_on_here()
+    assert holds(vm)
+    assert runs_on(vm)
+    del vm.release_backends
+    inn.outcome()
+    expect_as_before(vm, inn, source)
+
+
+def test_a_lock_knows_better_than_who_takes_a_guest_back(vm, inn, wires, disk):
+    wire = wires(inn.open(), hold_at=marker(FrameType.RUNNING))
+    source = source_of(vm, wire.uri)
+    with wire.cut_when_held(), pytest.raises(MigrationError) as caught:
+        source.run()
+    wire.release()
+    assert caught.value.guest_at is GuestAt.UNKNOWN
+    there = inn.outcome()
+    assert runs_on(there)
+    with pytest.raises(VmError, match="in use"):
+        source.job.take_back()
+    assert source.job.guest_at is GuestAt.UNKNOWN
+    assert runs_on(there)
+    there.close()
+    source.job.take_back()
+    assert holds(vm)
+    assert runs_on(vm)
+
+
+def changed(inn, **changes):
+    """Have the inn's machines made with the first device changed."""
+    make_vm = inn.make_vm
+
+    def make(config):
+        first, *others = config.devices
+        return make_vm(replace(config, devices=(replace(first, **changes), *others)))
+
+    inn.make_vm = make
+    return make_vm
+
+
+@pytest.mark.parametrize("what", ["missing", "other", "unknown"])
+def test_a_device_that_a_destination_lacks_is_refused_by_name_before_the_first_page(vm, inn, tmp_path, what):
+    other = tmp_path / "other.img"
+    if what == "other":
+        other.write_bytes(bytes(512))
+    make_vm = changed(inn, **({"kind": "gpu"} if what == "unknown" else {"backend": str(other)}))
+    words = {"missing": "other.img", "other": "disk0 of the guest has", "unknown": "there is no device 'gpu' here"}
+    source = source_of(vm, inn.open())
+    with pytest.raises(PeerError, match=words[what]) as caught:
+        source.run()
+    assert caught.value.phase == "hello"
+    assert isinstance(inn.outcome(), MigrationError)
+    inn.make_vm = make_vm
+    expect_as_before(vm, inn, source)
+
+
+def test_a_guest_that_is_saved_and_stopped_leaves_its_disk_to_who_restores_it(vm, make_vm, tmp_path, disk):
+    path = tmp_path / "guest.bin"
+    job = Save(vm, path, Rounds(1), stop=True, on_event=lambda event: None)
+    assert job.run().verified_pages
+    assert not holds(vm)
+    with SavedGuest(path) as saved:
+        assert saved.config.devices == vm.config.devices
+        restored = restore(saved, make_vm)
+    restored.resume()
+    assert not is_free(disk)
+    assert runs_on(restored)
+    with pytest.raises(VmError, match="in use"):
+        job.job.take_back()
+    restored.close()
+    job.job.take_back()
+    assert runs_on(vm)
+
+
+def test_a_guest_that_runs_on_after_a_save_keeps_its_disk(vm, make_vm, tmp_path, disk):
+    path = tmp_path / "guest.bin"
+    Save(vm, path, Rounds(1), on_event=lambda event: None).run()
+    assert holds(vm)
+    with SavedGuest(path) as saved:
+        restored = restore(saved, make_vm)
+    with pytest.raises(VmError, match="in use"):
+        restored.resume()
+    restored.close()
+    assert runs_on(vm)
+
+
+def test_a_plain_machine_has_no_devices(make_vm, disk):
+    with pytest.raises(UnsupportedError, match="no virtio devices"):
+        make_vm(VmConfig(memory_bytes=32 << 20, devices=(disk,)))
+
+
+def test_a_run_names_disks_and_networks_and_a_plain_machine_has_none(here, disk):
+    refused = here("run", "kv", "--disk", disk.backend)
+    assert refused.returncode == 2
+    assert "--machine pc" in refused.stderr
+    missing = here("run", "kv", "--machine", "pc", "--accel", "soft", "--disk", "/nowhere/disk")
+    assert missing.returncode == 2
+    assert "/nowhere/disk" in missing.stderr
