@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if
 # Else each of the hundreds of processes that the tests start compiles all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all test-npt linux-image soak lint bench mutants guests clean
+.PHONY: demo demo-linux test test-all test-npt linux-image soak lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -20,6 +20,11 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/pageferry demo
+
+# On Debian, from nothing: a stock kernel and busybox from its packages, at work in a guest that moves.
+demo-linux: $(READY)
+	$(BIN)/python -m pageferry.guests.linux.debian build/linux --only cloud
+	$(BIN)/pageferry demo --linux build/linux/cloud
 
 # What every change must pass: minutes. `test-all` is this and then all that is marked as exhaustive.
 test: $(READY)

@@ -1,30 +1,41 @@
-"""The demonstration: two real processes, one guest, one migration."""
+"""The demonstrations: two real processes, one guest, one migration."""
 
-import contextlib
-import signal
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pageferry.cli.client import migrate
+from pageferry.cli.guest_child import GuestChild
+from pageferry.cli.linux_work import LinuxWork
 from pageferry.cli.progress import ProgressView
 from pageferry.cli.status import print_witness
 from pageferry.core.errors import VmError
-from pageferry.core.libc import libc
 from pageferry.core.units import format_size
 from pageferry.core.vm import VmConfig
+from pageferry.guests.linux.debian import LinuxImage
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.qmp_client import QmpClient
 
-_START_TIMEOUT_S = 30.0
-_PR_SET_PDEATHSIG = 1
 _WARM_UP_S = 1.0
 _POLL_S = 0.05
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """The two processes, a control connection to each, and where the destination waits."""
+
+    source: GuestChild
+    destination: GuestChild
+    guest: QmpClient
+    receiver: QmpClient
+    uri: str
 
 
 def run_demo(
@@ -35,32 +46,63 @@ def run_demo(
     Raises:
         PageferryError: something of it failed; both processes are gone.
     """
+    with _stage(machines, [workload], repr(workload), config, console) as stage:
+        before, _ = _work(stage.guest, "at the source", console, _WARM_UP_S)
+        report = _migrated(stage, options, console)
+        after, per_s = _work(stage.receiver, "at the destination", console, _WARM_UP_S)
+        if report["guest_time"]["work_before_per_s"] is not None:
+            report["guest_time"]["work_after_per_s"] = per_s
+        if before and after <= before:  # a program of one's own need not count its work
+            raise VmError("the guest does not go on at the destination")
+    return report
+
+
+def run_linux_demo(
+    machines: Machines, image: LinuxImage, config: VmConfig, options: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    """Boot a Linux that works and checks itself, migrate it to another process, show its console all the while.
+
+    Raises:
+        PageferryError: something of it failed; both processes are gone.
+    """
+    command_line = "console=ttyS0 quiet pageferry=work"
+    run = ["--kernel", str(image.kernel), "--initrd", str(image.initramfs), "--append", command_line]
+    with _stage(machines, run, "a Linux", config, console) as stage, ExitStack() as stack:
+        work = LinuxWork(lambda line: console.print(line, markup=False, soft_wrap=True))
+        work.follow("source", stack.enter_context(stage.source.connect()))
+        before = work.wait_for_rounds(_ROUNDS)
+        report = _migrated(stage, options, console)
+        work.follow("destination", stack.enter_context(stage.destination.connect()))
+        work.wait_for_rounds(before + 2 * _ROUNDS)
+    return report
+
+
+@contextmanager
+def _stage(machines: Machines, run: Sequence[str], what: str, config: VmConfig, console: Console) -> Iterator[_Stage]:
     console.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     accel = ["--accel", machines.accel, *(["--tracker", machines.tracker] if machines.tracker else [])]
     accel += ["--hugepages", machines.huge_pages, *(["--oracle", machines.witness] if machines.witness else [])]
+    size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus), "--cpu", str(config.cpu)]
+    size += ["--machine", str(config.machine)]
     with tempfile.TemporaryDirectory(prefix="pageferry-") as folder:
-        size = ["--memory", str(config.memory_bytes), "--cpus", str(config.cpus), "--cpu", str(config.cpu)]
-        size += ["--machine", str(config.machine)]
-        source = _Child("source", Path(folder), "run", workload, *size, *accel)
-        destination = _Child("destination", Path(folder), "receive", "tcp://127.0.0.1:0", *accel)
+        source = GuestChild("source", Path(folder), "run", *run, *size, *accel)
+        destination = GuestChild("destination", Path(folder), "receive", "tcp://127.0.0.1:0", *accel)
         with source, destination, source.connect() as guest, destination.connect() as receiver:
             uri = str(receiver.execute("x-query-guest")["listening"])
             console.print(
-                f"source: process {source.pid} runs {workload!r} with {format_size(config.memory_bytes)}"
+                f"source: process {source.pid} runs {what} with {format_size(config.memory_bytes)}"
                 f"{f' and {config.cpus} vCPUs' if config.cpus > 1 else ''}; "
                 f"destination: process {destination.pid} waits at {uri}",
                 markup=False,
                 soft_wrap=True,
             )
-            before, _ = _work(guest, "at the source", console, _WARM_UP_S)
-            with ProgressView(console) as view:
-                report = migrate(guest, uri, options, view.show)
-            print_witness(report, console)
-            after, per_s = _work(receiver, "at the destination", console, _WARM_UP_S)
-            if report["guest_time"]["work_before_per_s"] is not None:
-                report["guest_time"]["work_after_per_s"] = per_s
-            if before and after <= before:  # a program of one's own need not count its work
-                raise VmError("the guest does not go on at the destination")
+            yield _Stage(source=source, destination=destination, guest=guest, receiver=receiver, uri=uri)
+
+
+def _migrated(stage: _Stage, options: dict[str, Any], console: Console) -> dict[str, Any]:
+    with ProgressView(console) as view:
+        report = migrate(stage.guest, stage.uri, options, view.show)
+    print_witness(report, console)
     return report
 
 
@@ -82,57 +124,3 @@ def _work_done(client: QmpClient) -> int:
     if state["crash"] is not None or state["exit_code"] is not None:
         raise VmError(f"the guest ended: {state['crash'] or state['exit_code']}")
     return int(sum(state["work"]))
-
-
-def _die_with_parent() -> None:
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-class _Child:
-    """A pageferry process of ours; ended, and waited for, when the ``with`` block ends."""
-
-    def __init__(self, name: str, folder: Path, *arguments: str) -> None:
-        self._name = name
-        self._control = folder / f"{name}.sock"
-        self._log = folder / f"{name}.log"
-        self._arguments = [sys.executable, "-m", "pageferry", *arguments, "--control", str(self._control)]
-
-    def __enter__(self) -> "_Child":
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_die_with_parent,  # however the demo ends
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
-
-    def connect(self) -> QmpClient:
-        """Return a control connection as soon as the process serves one.
-
-        Raises:
-            VmError: it ended, or took too long.
-        """
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while self._process.poll() is None and time.monotonic() < deadline_s:
-            with contextlib.suppress(VmError):
-                return QmpClient(self._control)
-            time.sleep(_POLL_S)
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        output = [line for line in lines if not line.startswith("hint: ")]
-        raise VmError(f"the {self._name} process did not start: {output[-1] if output else 'it said nothing'}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
-from pageferry.cli.demo import run_demo
+from pageferry.cli.demo import run_demo, run_linux_demo
 from pageferry.cli.options import (
     AccelOption,
     BandwidthOption,
@@ -44,6 +44,8 @@ from pageferry.core.vm import MachineModel
 from pageferry.engine.job import JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
+from pageferry.guests.linux.debian import LinuxImage
+from pageferry.guests.linux.image import load_kernel
 from pageferry.guests.workloads import WORKLOADS, load_guest
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
 from pageferry.stream.packing import Packing
@@ -59,6 +61,9 @@ def demo(
     witness: WitnessOption = None,
     memory: MemoryOption = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
+    linux: Annotated[
+        Path | None, typer.Option(help="A Linux at work instead: a directory that `make linux-image` made.")
+    ] = None,
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
     machine: MachineOption = MachineModel.PLAIN,
@@ -71,13 +76,20 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a running guest between two processes on this machine, and show what happened."""
-    load_guest(workload)
+    if linux is None:
+        load_guest(workload)
+    else:
+        load_kernel(LinuxImage.of(linux).kernel)
+        machine = MachineModel.PC
     config = vm_config(memory, cpus, cpu, machine)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify)
     machines = choose_machines(accel, tracker, huge_pages, witness, machine)
     end_as_by_ctrl_c()
     with _plot_file(plot) as file:
-        _report(lambda: run_demo(machines, workload, config, options, ERR), as_json, file)
+        if linux is None:
+            _report(lambda: run_demo(machines, workload, config, options, ERR), as_json, file)
+        else:
+            _report(lambda: run_linux_demo(machines, LinuxImage.of(linux), config, options, ERR), as_json, file)
 
 
 def migrate_guest(
