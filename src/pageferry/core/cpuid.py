@@ -166,9 +166,10 @@ def baseline(offered: Leaves) -> Leaves | None:
     )
 
 
-#: Leaf -> bits of ECX and of EDX that the CPU of a PC lacks: memory types by ranges, and machine checks. KVM has
-#: registers for both and lists none of them, so what a guest wrote there would not travel.
-_NOT_IN_A_PC = {leaf: (0, _mask(_MTRR, _MCE, _MCA)) for leaf in (1, EXTENDED + 1)}
+#: Leaf -> bits of ECX and of EDX that the CPU of a PC lacks: memory types by ranges, and machine checks, since KVM has
+#: registers for both and lists none of them, so what a guest wrote there would not travel; and the extensions of
+#: virtual-8086 mode, which no emulated CPU has, nor a 64-bit system a use for.
+_NOT_IN_A_PC = {leaf: (0, _mask(_VME, _MTRR, _MCE, _MCA)) for leaf in (1, EXTENDED + 1)}
 #: What says that there is a local APIC, in the same way.
 _OF_THE_APIC = {1: (_mask(_X2APIC) | TSC_DEADLINE, APIC), EXTENDED + 1: (_mask(_EXTAPIC), APIC)}
 

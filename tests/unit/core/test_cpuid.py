@@ -124,7 +124,7 @@ def test_all_of_the_host_is_all_but_what_does_not_travel():
 
 # -- of a PC -----------------------------------------------------------------------------------------------------------
 
-APIC_EDX, OTHERS_EDX = 1 << 9, 1 << 7 | 1 << 12 | 1 << 14  # MCE, MTRR, MCA
+APIC_EDX, OTHERS_EDX = 1 << 9, 1 << 1 | 1 << 7 | 1 << 12 | 1 << 14  # VME, MCE, MTRR, MCA
 APIC_ECX = 1 << 21 | 1 << 24  # x2apic, TSC deadline
 PLENTIFUL = (
     *changed(
