@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from mutation import audit_checks, file_checks, postcopy_checks, report_checks, wire_checks
+from mutation import audit_checks, disk_checks, file_checks, postcopy_checks, report_checks, wire_checks
 from mutation.tracker_wrapper import Faithful, mutated
 from mutation.trips import PAGES, Engine, arrive, trip_of, write
 from pageferry.core.bitmap import expand_runs
@@ -146,6 +146,7 @@ _FUNCTIONS: Sequence[tuple[int | None, Callable[..., None]]] = (
     *file_checks.FUNCTIONS,
     *report_checks.FUNCTIONS,
     *postcopy_checks.FUNCTIONS,
+    *disk_checks.FUNCTIONS,
 )
 
 

@@ -172,6 +172,34 @@ class FrozenAfterFailure(AlteredSource, parts={"attempt.TrackedGuest": _StaysFro
     """A failed attempt leaves the guest frozen."""
 
 
+class _KeepsBackends(TrackedGuest):
+    def release_backends(self) -> None:
+        pass
+
+
+@fault(
+    "no bug on record: a lock ends with its process, and so it is kept as long as nobody tries two at a time",
+    law=6,
+    found_by=("a-disk-goes-with-its-guest",),
+)
+class DiskLockKept(AlteredSource, parts={"attempt.TrackedGuest": _KeepsBackends}):
+    """The source keeps its guest's disk when it commits: no destination can take it."""
+
+
+class _Forgets(TrackedGuest):
+    def claim_backends(self) -> None:
+        pass
+
+
+@fault(
+    "Cloud Hypervisor: a migration that failed in its last step left the source without its disk locks",
+    law=6,
+    found_by=("a-disk-comes-back",),
+)
+class DiskLockLost(AlteredSource, parts={"attempt.TrackedGuest": _Forgets}):
+    """After a failure the guest runs on at the source, and its disk is anybody's."""
+
+
 class _Unmarked(ReceivedPages):
     def __init__(self, memory: GuestMemory, **options: Any) -> None:
         silent: Any = _Instead(memory, wrote=lambda gfns: None)

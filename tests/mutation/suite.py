@@ -22,6 +22,8 @@ from mutation import (
     tracking,
     travelling,
     uffd,
+    virtio,
+    virtio_checks,
     writers,
 )
 from mutation.fault import BEHIND_THE_HOLE, ODD, Fault, Faults, Room, injected
@@ -53,7 +55,7 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 DECLARED: tuple[Fault, ...] = tuple(
     fault
     for room in (
-        *(tracking, hypervisor_ranges, tables, writers, devices, kvm_log, kvm_ring, ring_ranges, uffd, pagemap),
+        *(tracking, hypervisor_ranges, tables, writers, devices, virtio, kvm_log, kvm_ring, ring_ranges, uffd, pagemap),
         *(moving, proving, travelling),
     )
     for fault in room.fault.all()
@@ -63,7 +65,7 @@ DECLARED: tuple[Fault, ...] = tuple(
 FAULTS: tuple[Fault, ...] = tuple(fault for fault in DECLARED if fault.possible)
 
 #: What looks at the software hypervisor: more of the kit's kind, that knows it.
-_ON_SOFT = (*conformance.CHECKS, *checks.CHECKS, *device_checks.CHECKS)
+_ON_SOFT = (*conformance.CHECKS, *checks.CHECKS, *device_checks.CHECKS, *virtio_checks.CHECKS)
 
 
 def checks_of(fault: Fault) -> tuple[Check, ...]:

@@ -1,0 +1,56 @@
+"""Checks of whose a guest's disk is, when it moves and when that fails."""
+
+from collections.abc import Callable, Sequence
+
+from mutation.trips import Engine, arrive, trip_of
+from mutation.virtio_checks import with_disk
+from pageferry.backends.disk import DiskFile
+from pageferry.core.errors import GuestAt, MigrationError, VmError
+from pageferry.testing.lab import Lab, Violation, require
+
+
+def _anybody_can_take(path: str) -> bool:
+    disk = DiskFile(path, readonly=False)
+    try:
+        disk.claim()
+    except VmError:
+        return False
+    finally:
+        disk.close()
+    return True
+
+
+def a_disk_goes_with_its_guest(lab: Lab, engine: Engine) -> None:
+    """After a move the destination has the disk, and the source has given it back."""
+    with with_disk(lab) as (pcs, path), trip_of(pcs, engine) as (guest, trip):
+        guest.vm.claim_backends()
+        there = arrive(trip)
+        require(not _anybody_can_take(str(path)), "the destination has not taken the disk")
+        there.close()
+        require(_anybody_can_take(str(path)), "the source has kept the disk")
+
+
+def a_disk_comes_back(lab: Lab, engine: Engine) -> None:
+    """A guest that its destination gives back in the last step has its disk again."""
+
+    def refuse(vm: object) -> None:
+        def claim() -> None:
+            raise VmError("somebody has the disk")
+
+        vm.claim_backends = claim  # type: ignore[attr-defined]
+
+    with with_disk(lab) as (pcs, path), trip_of(pcs, engine, on_made=refuse) as (guest, trip):
+        guest.vm.claim_backends()
+        try:
+            trip.go()
+        except MigrationError as error:
+            require(error.guest_at is GuestAt.SOURCE, f"the guest is at {error.guest_at}")
+            require(not _anybody_can_take(str(path)), "the guest is back, and its disk is anybody's")
+            return
+        raise Violation("a guest went where its disk is not")
+
+
+FUNCTIONS: Sequence[tuple[int | None, Callable[..., None]]] = (
+    (6, a_disk_goes_with_its_guest),
+    (6, a_disk_comes_back),
+)

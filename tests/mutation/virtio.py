@@ -1,0 +1,78 @@
+"""Faults of virtio devices, in a PC that has some: what is carried to another host, and when a transfer is marked."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from altered import alter
+
+from mutation.fault import Faults, Room
+from pageferry.core.frames import gfns_touched
+from pageferry.hypervisor.domain import Domain
+
+fault = Faults(Room.HYPERVISOR)
+
+
+def _functions(domain: Domain) -> list[Any]:
+    return domain.virtio._functions
+
+
+@fault(
+    "no bug on record: rings are in memory, how far a device has come in them is its own",
+    law=None,
+    found_by=("disk-moves",),
+)
+def ring_index_not_carried(domain: Domain) -> None:
+    """A virtio device that is loaded begins at the first entry of its available rings."""
+    for function in _functions(domain):
+
+        def wrap(sound: Any, function: Any = function) -> Any:
+            def load(data: bytes) -> None:
+                sound(data)
+                for queue in function.driver.queues:
+                    queue.next_available = 0
+
+            return load
+
+        alter(function, "load", wrap)
+
+
+@fault(
+    "no bug on record: the same of what was given back: the driver sees an index that stands still, or jumps",
+    law=None,
+    found_by=("disk-moves",),
+)
+def used_index_not_carried(domain: Domain) -> None:
+    """A virtio device that is loaded gives back chains from the first entry of its used rings on."""
+    for function in _functions(domain):
+
+        def wrap(sound: Any, function: Any = function) -> Any:
+            def load(data: bytes) -> None:
+                sound(data)
+                for queue in function.driver.queues:
+                    queue.next_used = 0
+
+            return load
+
+        alter(function, "load", wrap)
+
+
+@fault(
+    "Cloud Hypervisor: writes of virtio devices were not tracked; here they are, but before they are made",
+    law=4,
+    found_by=("disk-marks-after-the-write",),
+)
+def virtio_marks_first(domain: Domain) -> None:
+    """A virtio device marks the pages of a transfer when it begins."""
+    memory = domain.memory
+
+    def wrap(_: Any) -> Any:
+        @contextmanager
+        def writing(ranges: Any) -> Iterator[list[memoryview]]:
+            for gpa, size_bytes in ranges:
+                memory.wrote(gfns_touched(gpa, size_bytes))
+            yield memory._byte_views(ranges)
+
+        return writing
+
+    alter(memory, "writing", wrap)
