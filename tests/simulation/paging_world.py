@@ -79,7 +79,7 @@ class _ModelCpu:
         )
         self.out_of_blocks = True
 
-    def run(self, blocks: int) -> int:
+    def run(self, blocks: int, *, interrupt: bool) -> int:
         if self.rip == len(self.program):
             ports = self._vcpu._ports
             ports._effect, ports._before = GuestExit(0), (0, 0)

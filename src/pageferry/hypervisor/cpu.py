@@ -17,8 +17,8 @@ The vCPU runs in *slices*::
     access to a port     its effect, if it has one (:mod:`.port_io`)
     blocks are over      the next slice
 
-A slice ends between instructions, exactly (:mod:`.countdown`): after so many blocks of code, well under a millisecond,
-or before the next block when it is kicked or an interrupt is raised. While an interrupt waits for IF, slices are short.
+A slice ends between instructions, exactly (:mod:`.countdown`): after so many blocks of code, well under a millisecond;
+before the next block when the vCPU is kicked; and before the first at which the guest takes an interrupt that waits.
 
 A small guest of the ABI is nothing else to this CPU than a program in ring 3 without handlers: its first exception is a
 triple fault, and so its end, a GuestCrash.
@@ -46,7 +46,8 @@ from pageferry.devices.interrupts import CpuInterrupts
 from pageferry.hypervisor import exceptions
 from pageferry.hypervisor import unicorn_api as api
 from pageferry.hypervisor.exceptions import Delivery, Event, Kind
-from pageferry.hypervisor.guest_walk import GuestPageFault
+from pageferry.hypervisor.guest_walk import PF_FETCH, PF_WRITE, GuestPageFault
+from pageferry.hypervisor.instructions import Instruction, decode
 from pageferry.hypervisor.machine import MachineMemory
 from pageferry.hypervisor.mmio import MmioWindow
 from pageferry.hypervisor.nested_mmu import NestedMmu
@@ -77,7 +78,6 @@ from pageferry.hypervisor.registers import (
     reset_state,
     save_registers,
 )
-from pageferry.hypervisor.segment_loads import reads_descriptor
 from pageferry.hypervisor.shadow import ShadowPaging
 from pageferry.hypervisor.shadow_mmu import ShadowMmu
 from pageferry.hypervisor.system_calls import system_call, system_enter
@@ -87,9 +87,14 @@ from pageferry.hypervisor.unicorn_cpu import CR0, CR3, CR4, EFER, EFLAGS, HFLAGS
 _U64 = (1 << 64) - 1
 #: A tenth of a millisecond or so of plain code.
 _SLICE_BLOCKS = 20_000
-#: How soon to look again whether the guest takes interrupts; doubled each time that it does not.
-_SHORT_SLICE_BLOCKS = 64
 _NS_PER_S = 1e9
+#: Address spaces whose translations are remembered.
+_MAX_SPACES = 64
+#: Of a key to them: for ring 3. The rest is the page's gva and the access.
+_USER = 8
+#: Four times where an entry is and what it was, the maddr, the permissions.
+_Known = tuple[int, int, int, int, int, int, int, int, int, int]
+_ICEBP, _MAX_INSTRUCTION_BYTES = b"\xf1", 15
 
 
 class SoftVcpu:
@@ -125,7 +130,7 @@ class SoftVcpu:
         tlb.hurry = self._hurry
         self._interrupts = interrupts
         if interrupts is not None:
-            interrupts.on_raise = self._wake
+            interrupts.on_raise = self._interrupt
         self._nested = NestedMmu(machine.words, p2m, paging)
         self._walker = self._nested.walker
         self.shadow_mmu = ShadowMmu(shadow, p2m, self._walker, paging, self._on_failure)
@@ -144,8 +149,13 @@ class SoftVcpu:
         self._refused: GuestPageFault | None = None
         self._vector: int | None = None
         self._system_call: int | None = None
-        self._short_slice = _SHORT_SLICE_BLOCKS
-        self._controls = (0, 0, 0)
+        self._controls = (0, 0, 0, 0)
+        self._words = self._halves = memoryview(b"")  # of the CPU's fields
+        self._machine_words = machine.words
+        # For each CR3 what the TLB was told of an access, and the page-table entries that it rests on.
+        self._known_spaces: dict[int, dict[int, _Known]] = {}
+        self._known: dict[int, _Known] = {}
+        self._remembers = True
         self._code: set[int] = set()  # maddrs of pages that the emulator may have translated
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
@@ -168,7 +178,8 @@ class SoftVcpu:
                 self._sleep(engine)
                 continue
             engine.cpu.fields.hflags |= HFLAG_IOBPT
-            error = engine.run(self._slice_blocks(engine))
+            waits = self._interrupts is not None and self._interrupts.pending
+            error = engine.run(1 if self._pending else _SLICE_BLOCKS, interrupt=waits)
             effect = self._stopped(engine, error)
             if isinstance(effect, InvalidateTlb):
                 self._flush_tlb(engine)
@@ -179,11 +190,14 @@ class SoftVcpu:
     def kick(self) -> None:
         """Make ``run`` return before the next block of code; any thread."""
         self._kicked = True
-        self._wake()
-
-    def _wake(self) -> None:
         self._awake.set()
         self._hurry()
+
+    def _interrupt(self) -> None:
+        engine = self._engine
+        if engine is not None:
+            engine.interrupt()
+        self._awake.set()
 
     def _hurry(self) -> None:
         engine = self._engine
@@ -207,6 +221,7 @@ class SoftVcpu:
         engine.hook_instruction(api.SYSTEM_CALL(self._on_syscall), x86.UC_X86_INS_SYSCALL)
         engine.hook_instruction(api.SYSTEM_CALL(self._on_sysenter), x86.UC_X86_INS_SYSENTER)
         self._engine = engine
+        self._words, self._halves = engine.cpu.words, engine.cpu.halves
         self._identity = True
         arm_breakpoints(engine, state)
         self._identity = False
@@ -241,6 +256,7 @@ class SoftVcpu:
         self._translate = self._memory.translate = mmu.translate if shadowed else self._nested.translate
         walker.nested_access = mmu.table_read if shadowed else self._nested.table_access
         walker.nested_update = mmu.table_write if shadowed else None
+        self._remembers = not shadowed
         self.tlb.request_flush()
 
     def close(self) -> None:
@@ -260,8 +276,7 @@ class SoftVcpu:
     def _flush_tlb(self, engine: api.Engine) -> None:
         self.tlb.flush_wanted = False
         engine.flush_tlb()
-        self._walker.flush()
-        self._nested.flush()
+        self._forget_translations()
         self.tlb.flushes += 1
         self.shadow_mmu.shadow.resync()
 
@@ -291,7 +306,6 @@ class SoftVcpu:
             return event
         if self._may_interrupt(engine):
             assert self._interrupts is not None
-            self._short_slice = _SHORT_SLICE_BLOCKS
             return Event(vector=self._interrupts.acknowledge(), kind=Kind.EXTERNAL)
         return None
 
@@ -301,16 +315,6 @@ class SoftVcpu:
         if self._interrupts is None or not self._interrupts.pending:
             return False
         return bool(fields.eflags & RFLAGS_IF) and not fields.hflags & HFLAG_INHIBIT_IRQ
-
-    def _slice_blocks(self, engine: api.Engine) -> int:
-        if self._pending:
-            return 1
-        if self._interrupts is None or not self._interrupts.pending:
-            return _SLICE_BLOCKS
-        if engine.cpu.fields.hflags & HFLAG_INHIBIT_IRQ:
-            return 1
-        blocks, self._short_slice = self._short_slice, min(2 * self._short_slice, _SLICE_BLOCKS)
-        return blocks
 
     def _sleep(self, engine: api.Engine) -> None:
         """Wait until there may be something to do; any of it sets ``_awake``, or is a deadline of the devices."""
@@ -338,7 +342,7 @@ class SoftVcpu:
         elif error == const.UC_ERR_EXCEPTION:
             event = self._page_fault(engine)
         elif error == const.UC_ERR_INSN_INVALID:
-            event = Event(vector=exceptions.INVALID_OPCODE)
+            event = self._invalid(engine)
         elif error:
             raise VmError(f"the CPU emulator failed with error {error} at rip {engine.cpu.fields.eip:#x}")
         elif vector is not None:
@@ -349,11 +353,27 @@ class SoftVcpu:
             self._delivery.deliver(engine, event)
         return effect
 
+    def _invalid(self, engine: api.Engine) -> Event:
+        """Return what an instruction is that the emulator does not know; ICEBP is among them."""
+        rip = engine.cpu.fields.eip
+        if self._memory.code(rip, 1) == _ICEBP:
+            return Event(vector=exceptions.DEBUG, return_rip=rip + 1 & _U64)
+        return Event(vector=exceptions.INVALID_OPCODE)
+
     def _page_fault(self, engine: api.Engine) -> Event:
         fault, self._refused = self._refused, None
         assert fault is not None
         fault.gva = engine.cpu.fault_address  # the TLB is asked for pages
+        if fault.error_code is None and self._instruction().uses_stack:
+            return Event(vector=exceptions.STACK_FAULT, error_code=0, detail=fault.describe())
+        if fault.error_code is not None and not fault.error_code & (PF_WRITE | PF_FETCH):
+            fault.error_code |= PF_WRITE if fault.access == "read" and self._instruction().changes_memory else 0
         return exceptions.page_fault(fault, fault.gva)
+
+    def _instruction(self) -> Instruction:
+        """Return the instruction where the CPU is."""
+        assert self._engine is not None
+        return decode(self._memory.code(self._engine.cpu.fields.eip, _MAX_INSTRUCTION_BYTES))
 
     def _exception(self, engine: api.Engine, vector: int) -> Event:
         events = engine.cpu.events
@@ -405,54 +425,80 @@ class SoftVcpu:
             if self._identity:
                 entry.paddr, entry.perms = gva, api.READ | api.WRITE | api.EXECUTE
                 return 1
-            self._follow()
-            fetch = access == api.ACCESS_FETCH
-            try:
-                maddr, entry.perms = self._translate(gva, access == api.ACCESS_WRITE, fetch)
-            except GuestPageFault as fault:
-                if not self._walker.user or not self._loads_descriptor(gva):
-                    self._refused = fault
-                    return 0
-                self._walker.user = False
-                maddr, entry.perms = self._translate(gva, access == api.ACCESS_WRITE, fetch)
-                self.tlb.request_flush()  # the program itself may not go there
-            entry.paddr = maddr
-            if fetch:
-                self._code.add(maddr)
-                self.tlb.holds_code = True
-            if self.tlb.flush_wanted:  # a page became a guest table under our hands
-                self._hurry()
+            words = self._words
+            controls = words[CR0], words[CR3], words[CR4], words[EFER]
+            if controls != self._controls:
+                self._follow_controls(*controls)
+            user = self._halves[HFLAGS] & CPL_MASK == CPL_MASK
+            key = gva | access | (_USER if user else 0)
+            known = self._known.get(key)
+            if known is not None:
+                at_4, was_4, at_3, was_3, at_2, was_2, at_1, was_1, maddr, permissions = known
+                memory = self._machine_words
+                if memory[at_1] == was_1 and memory[at_2] == was_2 and memory[at_3] == was_3 and memory[at_4] == was_4:
+                    entry.paddr, entry.perms = maddr, permissions
+                    return 1
+            return self._walk_for_tlb(entry, gva, access, user, key)
         except BaseException as error:
             self._on_failure(error)
             return 0
+
+    def _walk_for_tlb(self, entry: api.TlbEntry, gva: int, access: int, user: bool, key: int) -> int:
+        walker = self._walker
+        walker.user = user
+        if walker.smap:
+            walker.alignment_check = bool(self._words[EFLAGS] & RFLAGS_AC)
+        write, fetch = access == api.ACCESS_WRITE, access == api.ACCESS_FETCH
+        try:
+            maddr, permissions = self._translate(gva, write, fetch)
+        except GuestPageFault as fault:
+            if not user or not self._loads_descriptor(gva):
+                self._refused = fault
+                return 0
+            walker.user = False
+            maddr, permissions = self._translate(gva, write, fetch)
+            self.tlb.request_flush()  # the program itself may not go there
+        entry.paddr, entry.perms = maddr, permissions
+        if fetch:
+            self._code.add(maddr)
+            self.tlb.holds_code = True
+        if self.tlb.flush_wanted:  # a page became a guest table under our hands
+            self._hurry()
+        elif walker.passed is not None and self._remembers and maddr < self._machine.size_bytes:
+            self._known[key] = (*walker.passed, maddr, permissions)  # type: ignore[assignment]  # eight and two
+            if write:
+                self._known[key - api.ACCESS_WRITE + api.ACCESS_READ] = self._known[key]
         return 1
 
     def _follow(self) -> None:
         """Have the walker walk by what the CPU's registers say now."""
-        engine = self._engine
-        assert engine is not None
-        words, walker = engine.cpu.words, self._walker
-        cr3 = words[CR3]
-        if cr3 != walker.cr3:
-            walker.cr3 = cr3
-        walker.user = engine.cpu.halves[HFLAGS] & CPL_MASK == CPL_MASK
-        controls = words[CR0], words[CR4], words[EFER]
+        words = self._words
+        controls = words[CR0], words[CR3], words[CR4], words[EFER]
         if controls != self._controls:
-            self._controls = controls
             self._follow_controls(*controls)
-        if walker.smap:
-            walker.alignment_check = bool(words[EFLAGS] & RFLAGS_AC)
 
-    def _follow_controls(self, cr0: int, cr4: int, efer: int) -> None:
-        walker = self._walker
-        walker.paging = bool(cr0 & CR0_PG)
-        walker.write_protect = bool(cr0 & CR0_WP)
-        walker.no_execute = bool(efer & EFER_NXE)
-        walker.smep = bool(cr4 & CR4_SMEP)
-        walker.smap = bool(cr4 & CR4_SMAP)
-        walker.flush()
+    def _follow_controls(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
+        walker, before = self._walker, self._controls
+        self._controls = cr0, cr3, cr4, efer
+        if before != (cr0, before[1], cr4, efer):
+            walker.paging = bool(cr0 & CR0_PG)
+            walker.write_protect = bool(cr0 & CR0_WP)
+            walker.no_execute = bool(efer & EFER_NXE)
+            walker.smep = bool(cr4 & CR4_SMEP)
+            walker.smap = bool(cr4 & CR4_SMAP)
+            self._forget_translations()
+        walker.cr3 = cr3
+        if len(self._known_spaces) > _MAX_SPACES:
+            self._known_spaces.clear()
+        self._known = self._known_spaces.setdefault(cr3, {})
         if walker.paging and not efer & EFER_LMA:
             raise GuestCrash("32-bit paging, which the software machine does not have")
+
+    def _forget_translations(self) -> None:
+        self._walker.flush()
+        self._nested.flush()
+        self._known_spaces.clear()
+        self._known = self._known_spaces.setdefault(self._controls[1], {})
 
     def _follow_as_supervisor(self) -> None:
         self._follow()
@@ -465,7 +511,7 @@ class SoftVcpu:
         in_table = any(
             table.base & -PAGE_SIZE <= gva <= table.base + table.limit for table in (fields.gdt, fields.ldt, fields.tr)
         )
-        return in_table and reads_descriptor(self._memory.code(fields.eip, 15))
+        return in_table and self._instruction().loads_descriptor
 
     # --- other callbacks ---
 

@@ -115,6 +115,8 @@ class GuestWalker:
         self.alignment_check = False
         """RFLAGS.AC, which lifts SMAP."""
         self.path: list[tuple[int, int]] = []
+        self.passed: tuple[int, ...] | None = None
+        """What the last translation rests on: where each of four entries is, and what it was; None: it changed one."""
         self._caches: dict[int, _Cache] = {}  # one for each CR3
         self.cr3 = 0
 
@@ -144,6 +146,7 @@ class GuestWalker:
             GuestPageFault: the guest's tables refuse.
         """
         if not self.paging:
+            self.passed = None
             return (gva & 0xFFFF_FFFF) >> PAGE_SHIFT, True, True
         words = self._words
         cached = self._cache.get(gva >> 21)
@@ -175,6 +178,9 @@ class GuestWalker:
         if entry & wanted != wanted:
             self._set(table_gfn, at, wanted)
             entry |= wanted
+            self.passed = None
+        else:
+            self.passed = (*cached[:6], at, entry)
         return gfn, may_write and bool(entry & _DIRTY), not nx
 
     def _refuses(self, user: bool, unwritable: bool, fetch: bool, nx: bool) -> bool:

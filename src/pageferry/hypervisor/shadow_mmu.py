@@ -67,12 +67,32 @@ class ShadowMmu:
             GuestPageFault: the guest's tables refuse.
             GuestCrash: the P2M does.
         """
+        if not self._walker.paging:
+            return self._unpaged(gva, write, fetch)
         found = self.shadow.fill(self._walker, gva)
         if found is not None and not (fetch and found[2] & NX):
             slot, mfn, rights = found
             if not write or rights & WRITE or (rights & MAY_WRITE and self._grant(slot, mfn)):
                 return _tlb_entry(mfn, rights | WRITE if write else rights)
         return self._fault(gva, write, fetch)
+
+    def _unpaged(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
+        """Translate where the guest has no tables to shadow yet."""
+        gfn, _, _ = self._walker.translate(gva, write=write, fetch=fetch)
+        mfn, p2m_type = self._p2m.lookup(gfn)
+        if not self._allows(gfn, p2m_type, write):
+            return self._window(gfn, p2m_type, fetch=fetch, writable=True)
+        if write and gfn in self.shadow.tables.protected:
+            return TABLE_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE
+        return _tlb_entry(mfn, WRITE if write else 0)
+
+    def _window(self, gfn: int, p2m_type: int, *, fetch: bool, writable: bool) -> tuple[int, int]:
+        """Return the TLB's entry for what the P2M does not let the CPU access by itself."""
+        if fetch:
+            raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
+        if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
+            return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
+        return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
 
     def _grant(self, slot: int, mfn: int) -> bool:
         """Take a write fault on an entry that only log-dirty keeps NOT WRITABLE; False: it is not so simple."""
@@ -103,11 +123,7 @@ class ShadowMmu:
             gfn, writable, _ = self._walker.translate(gva, write=write, fetch=fetch)
             mfn, p2m_type = p2m.lookup(gfn)
             if not self._allows(gfn, p2m_type, write):
-                if fetch:
-                    raise GuestCrash(f"instruction fetch from device space, gpa {gfn << PAGE_SHIFT:#x}")
-                if p2m_type in READABLE:  # the write is discarded: no device has this gpa; reads fill again
-                    return MMIO_WINDOW + (gfn << PAGE_SHIFT), api.WRITE
-                return MMIO_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE if writable else api.READ
+                return self._window(gfn, p2m_type, fetch=fetch, writable=writable)
             rights = shadow.enter(self._walker.path, gva, gfn)
             if rights is None:
                 continue

@@ -33,7 +33,7 @@ MMIO_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint64, 
 MMIO_WRITE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, ctypes.c_void_p)
 
 READ, WRITE, EXECUTE = const.UC_PROT_READ, const.UC_PROT_WRITE, const.UC_PROT_EXEC
-ACCESS_WRITE, ACCESS_FETCH = const.UC_MEM_WRITE, const.UC_MEM_FETCH
+ACCESS_READ, ACCESS_WRITE, ACCESS_FETCH = const.UC_MEM_READ, const.UC_MEM_WRITE, const.UC_MEM_FETCH
 
 
 class TlbEntry(ctypes.Structure):
@@ -61,7 +61,7 @@ class Engine:
         self._uc.ctl_exits_enabled(True)  # else "until" would be compiled into the code that is found at that address
         self._callbacks: list[Any] = []
         self.cpu = Cpu(self.handle.value)
-        self._countdown = Countdown()
+        self._countdown = Countdown(self.cpu)
         self.hook(const.UC_HOOK_BLOCK, self._countdown.callback, data=self._countdown.address)
 
     def hook(
@@ -111,12 +111,13 @@ class Engine:
         self._uc.mem_map(maddr, 0x1000)
         self._uc.mem_write(maddr, data)
 
-    def run(self, blocks: int) -> int:
+    def run(self, blocks: int, *, interrupt: bool = False) -> int:
         """Run from where the CPU is, without the interpreter lock; return Unicorn's error number, 0 for none.
 
         It ends at a HLT, after so many blocks of code, or when a callback calls ``stop``; always between instructions.
+        With ``interrupt`` it ends before the first block at which the guest takes interrupts.
         """
-        self._countdown.start(blocks)
+        self._countdown.start(blocks, interrupt=interrupt)
         no_limit = ctypes.c_uint64(0)
         code: int = uclib.uc_emu_start(
             self.handle, ctypes.c_uint64(self.cpu.fields.eip), no_limit, no_limit, ctypes.c_size_t(0)
@@ -125,12 +126,16 @@ class Engine:
 
     @property
     def out_of_blocks(self) -> bool:
-        """Whether ``run`` has ended because its blocks were over, or by :meth:`hurry`."""
+        """Whether ``run`` has ended before a block: the blocks were over, an interrupt came, or :meth:`hurry`."""
         return self._countdown.stopped
 
     def hurry(self) -> None:
         """Have ``run`` end before the next block; any thread. Lost if it has not begun yet."""
         self._countdown.hurry()
+
+    def interrupt(self) -> None:
+        """Have ``run`` end once the guest takes interrupts; any thread. Lost if it has not begun yet."""
+        self._countdown.interrupt()
 
     def stop(self) -> None:
         """Have ``run`` end: at this instruction where it has raised an exception, else behind its block.
