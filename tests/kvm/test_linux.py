@@ -6,8 +6,8 @@ It needs a KVM that runs ring 0 natively, as that of ``make test-npt`` does.
 from functools import partial
 
 import pytest
-from linux_guest import READY, Said
-from linux_image import linux_image
+from linux_guest import Said
+from linux_image import READY, linux_image
 from trips import source_of
 
 from pageferry.core.errors import UnsupportedError

@@ -78,6 +78,7 @@ def test_a_machine_with_interrupt_controllers_has_its_order_too(kvm, recorded):
     expect_order(seen, "KVM_CREATE_IRQCHIP", "KVM_CREATE_PIT2", "KVM_CREATE_VCPU")
     with recorded() as seen:
         saved = vm.save_state()
+    expect_order(seen, "KVM_GET_IRQCHIP", "KVM_GET_LAPIC")
     for events in ("KVM_GET_VCPU_EVENTS", "KVM_GET_SREGS"):
         assert seen.index("KVM_GET_MP_STATE") < seen.index(events)
     first = saved.vcpus[0]

@@ -18,9 +18,10 @@
 10. *after all vCPUs*, the machine's own: interrupt controllers (what is pending there goes on to the local APICs, and
     would be lost if they came later), the PIT (its first tick may come at once), and the clock (see :mod:`.clock`).
 
-Saving begins with the multiprocessing state (reading it makes KVM settle a pending INIT or SIPI, which changes
-registers) and then the events (the same with an exception's payload, CR2 and DR6, on a KVM that cannot tell the two
-apart).
+Saving begins with the machine's own, so that an interrupt which goes on to a local APIC meanwhile is in both states and
+not in neither. Of a vCPU it begins with the multiprocessing state (reading it makes KVM settle a pending INIT or SIPI,
+which changes registers) and then the events (the same with an exception's payload, CR2 and DR6, on a KVM that cannot
+tell the two apart).
 
 **Which MSRs** travel in ``msrs``: see :mod:`pageferry.kvm.msrs`.
 

@@ -77,12 +77,7 @@ class KvmVm(StandardMachine):
         kind = find_tracker(tracker) if isinstance(tracker, str) else tracker
         with ExitStack() as undo:  # what was opened is closed again, the last first, if a later step fails
             system = undo.enter_context(SystemFd())
-            for name, capability in _REQUIRED.items():
-                if not system.check_extension(capability):
-                    raise UnsupportedError(name, f"this KVM lacks {name}", hint="use --accel soft")
-            limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
-            if not 1 <= config.cpus <= limit:
-                raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
+            _expect_fit(system, config)
             irqchip = config.machine is MachineModel.PC
             self.vm_fd = undo.enter_context(system.create_vm())
             kind.prepare(self.vm_fd)
@@ -177,3 +172,12 @@ class KvmVm(StandardMachine):
 
     def _free(self) -> None:
         self._owned.close()
+
+
+def _expect_fit(system: SystemFd, config: VmConfig) -> None:
+    for name, capability in _REQUIRED.items():
+        if not system.check_extension(capability):
+            raise UnsupportedError(name, f"this KVM lacks {name}", hint="use --accel soft")
+    limit = system.check_extension(uapi.KVM_CAP_MAX_VCPUS)
+    if not 1 <= config.cpus <= limit:
+        raise UnsupportedError("vcpus", f"this KVM runs 1 to {limit} vCPUs, not {config.cpus}")
