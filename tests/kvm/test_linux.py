@@ -11,7 +11,7 @@ from linux_image import READY, linux_image
 from trips import source_of
 
 from pageferry.core.errors import UnsupportedError
-from pageferry.core.policies import XenPolicy
+from pageferry.core.policies import PostcopyPolicy, XenPolicy
 from pageferry.core.state import MpState
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.image.restore import restore, restore_lazily
@@ -19,8 +19,9 @@ from pageferry.engine.image.save import Save
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.image import load_kernel
+from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.probe_ring_0 import expect_ring_0
-from pageferry.kvm.trackers import TRACKERS
+from pageferry.kvm.trackers import DEFAULT_TRACKER, TRACKERS
 from pageferry.kvm.vm import KvmVm
 
 pytestmark = pytest.mark.kvm
@@ -74,6 +75,15 @@ def guest(at_work):
         vm.close()
 
 
+def moved(vm, inn, said, policy=None):
+    """Migrate a guest that runs; return it as it has arrived."""
+    report = source_of(vm, inn.open(before_run=said.listen_to), policy).run()
+    assert report.verified
+    there = inn.outcome()
+    assert not isinstance(there, Exception), there
+    return there
+
+
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, tracker):
     said, vm = Said(), guest(tracker)
@@ -82,11 +92,17 @@ def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, tracker):
     vm.resume()
     said.works_on()
     for _ in range(2):
-        report = source_of(vm, inn.open(before_run=said.listen_to)).run()
-        assert report.verified
-        vm = inn.outcome()
-        assert not isinstance(vm, Exception), vm
+        vm = moved(vm, inn, said)
         said.works_on()
+
+
+def test_it_works_on_when_its_pages_follow_it(guest, inns):
+    said, vm = Said(), guest(DEFAULT_TRACKER)
+    said.listen_to(vm)
+    vm.resume()
+    said.works_on()
+    moved(vm, inns(KvmVm, "kvm"), said, PostcopyPolicy(limit_s=1e-6, max_rounds=1))
+    said.works_on()
 
 
 def test_it_works_on_from_a_file_whose_pages_are_read_when_they_are_touched(at_work):
@@ -101,3 +117,14 @@ def test_it_works_on_from_a_file_whose_pages_are_read_when_they_are_touched(at_w
         finally:
             vm.close()
             lazy.close()
+
+
+@pytest.mark.parametrize("at_work", [1], indirect=True, ids=["1-cpus"])
+def test_with_one_cpu_it_works_on_under_the_emulator_and_back(guest, inns):
+    said, vm = Said(), guest(DEFAULT_TRACKER)
+    said.listen_to(vm)
+    vm.resume()
+    said.works_on()
+    for make_vm in (Domain, KvmVm):
+        vm = moved(vm, inns(make_vm, "any"), said)
+        said.works_on(1)
