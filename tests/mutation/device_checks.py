@@ -20,6 +20,8 @@ from pageferry.testing.lab import Lab, require
 _MS = 10**6
 _S = 10**9
 _DOWNTIME_NS = 90 * _S
+#: More than any host counts while a guest is loaded.
+TSC_JUMP = 1 << 42
 _1_JUNE_2027_NS = 1_811_808_000 * _S
 
 
@@ -172,6 +174,16 @@ def interrupts_move(lab: Lab) -> None:
         _require_same(here, there, "interrupts", look)
 
 
+def time_stamps_move(lab: Lab) -> None:
+    """A vCPU's time-stamp counter goes on from where it was, forwards, and not by more than a load may take."""
+    with _two_hosts(lab) as (here, there):
+        saved = here.vm.save_state()
+        there.vm.load_state(saved)
+        for before, after in zip(saved.vcpus, there.vm.save_state().vcpus, strict=True):
+            went_on = after.tsc - before.tsc
+            require(0 <= went_on < TSC_JUMP // 2, f"the time-stamp counter goes on by {went_on}")
+
+
 def dma_moves(lab: Lab) -> None:
     """The DMA engine's registers are the same elsewhere."""
     base = DMA_MMIO
@@ -189,5 +201,5 @@ def dma_moves(lab: Lab) -> None:
 
 CHECKS: tuple[Check, ...] = tuple(
     check_of(None, function)
-    for function in (console_moves, guest_time_moves, wall_clock_moves, interrupts_move, dma_moves)
+    for function in (console_moves, guest_time_moves, wall_clock_moves, interrupts_move, time_stamps_move, dma_moves)
 )

@@ -2,11 +2,14 @@
 
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from altered import alter
 
+from mutation.device_checks import TSC_JUMP
 from mutation.fault import Faults, Room
+from pageferry.core.state import VcpuState
 from pageferry.devices import clock, rtc, uart
 from pageferry.hypervisor.domain import Domain
 
@@ -208,6 +211,23 @@ def line_not_driven_after_loading(domain: Domain) -> None:
         return load
 
     alter(console, "load", wrap)
+
+
+@fault(
+    "no bug on record: a counter is restored by its distance from the host's, which is another at each host",
+    law=None,
+    found_by=("time-stamps-move",),
+)
+def tsc_jumps(domain: Domain) -> None:
+    """The time-stamp counter of a vCPU that is loaded jumps: an operating system that tells the time by it does too."""
+
+    def wrap(sound: Any) -> Any:
+        def load(vcpus: tuple[VcpuState, ...], tsc_khz: int | None) -> None:
+            sound(tuple(replace(vcpu, tsc=vcpu.tsc + TSC_JUMP) for vcpu in vcpus), tsc_khz)
+
+        return load
+
+    alter(domain, "_load_vcpus", wrap)
 
 
 @fault(
