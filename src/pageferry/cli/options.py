@@ -82,6 +82,10 @@ NetsOption = Annotated[
     list[str] | None,
     typer.Option("--net", help="A network: tap:NAME, or unix:PATH of passt; ,mac=ADDRESS; may be repeated (pc)."),
 ]
+VirtioConsoleOption = Annotated[
+    bool,
+    typer.Option("--virtio-console", help="A virtio console besides the UART (hvc0); typed input goes there (pc)."),
+]
 LocalDisksOption = Annotated[
     list[str] | None,
     typer.Option("--disk", help="NUMBER=PATH: the guest's disk of this number, from 0, here. May be repeated."),
@@ -105,14 +109,15 @@ def vm_config(
     return VmConfig(memory_bytes=memory_bytes, cpus=cpus, cpu=cpu, machine=machine, devices=devices)
 
 
-def device_specs(disks: list[str] | None, nets: list[str] | None) -> tuple[DeviceSpec, ...]:
+def device_specs(disks: list[str] | None, nets: list[str] | None, *, console: bool) -> tuple[DeviceSpec, ...]:
     """Return the virtio devices that a PC is run with: what was asked for, then entropy and a balloon.
 
     Raises:
         UsageError: an option makes no sense.
     """
     always = (DeviceSpec(kind=DeviceKind.RNG), DeviceSpec(kind=DeviceKind.BALLOON))
-    return (*map(_disk, disks or ()), *map(_net, nets or ()), *always)
+    consoles = (DeviceSpec(kind=DeviceKind.CONSOLE),) if console else ()
+    return (*map(_disk, disks or ()), *map(_net, nets or ()), *consoles, *always)
 
 
 def _disk(text: str) -> DeviceSpec:

@@ -77,6 +77,14 @@ def ram_layout(memory_bytes: int) -> tuple[RamRegion, ...]:
     return (low, RamRegion(gpa=PCI_HOLE_END, size_bytes=memory_bytes - PCI_HOLE_START))
 
 
+def byte_ranges(starts: GfnArray, lengths: GfnArray) -> tuple[tuple[int, int], ...]:
+    """Return runs of frames as ranges ``(gpa, size_bytes)``."""
+    return tuple(
+        (start << PAGE_SHIFT, length << PAGE_SHIFT)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+    )
+
+
 def storage_bytes(memory_bytes: int) -> int:
     """Return the size of a file that has RAM at offset gpa, holes included.
 
@@ -373,14 +381,14 @@ class GuestMemory:
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
 
-    def release(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Give the storage of ranges ``(gpa, size_bytes)`` back to the host, as far as possible; their content is lost.
-
-        What is released reads as zeros, and is dirty. Nothing is released of a pool of huge pages, nor while pages of
-        the guest are absent.
+    def release(self, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Give the storage of ranges ``(gpa, size_bytes)`` back to the host: they read as zeros then, and are dirty.
 
         Args:
             ranges: of whole pages.
+
+        Returns:
+            False: it cannot be done, of a pool of huge pages, or while pages of the guest are absent; all is as it was.
 
         Raises:
             VmError: a range is not RAM; nothing was released.
@@ -388,11 +396,12 @@ class GuestMemory:
         for gpa, size_bytes in ranges:
             self._check(gpa, size_bytes)
         if self.reserved or self._fetch is not None:
-            return
+            return False
         with self._writes:
             for gpa, size_bytes in ranges:
                 self.mapping.advise(gpa, size_bytes, MADV_REMOVE)
                 self.wrote(gfns_touched(gpa, size_bytes))
+        return True
 
     def close(self) -> None:
         """Give all storage back to the host at once. A view that is still held reads as zeros."""

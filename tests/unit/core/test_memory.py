@@ -94,6 +94,25 @@ def test_the_host_tells_what_it_can_give():
     assert 0 < available_bytes() < 1 << 50
 
 
+def test_what_is_released_has_no_storage_reads_as_zeros_and_is_marked():
+    memory = GuestMemory.linear(3 * GiB + 2 * PAGE_SIZE)
+    end = 4 * GiB + 2 * PAGE_SIZE
+    for gpa in (0, 3 * PAGE_SIZE, end - 2 * PAGE_SIZE):
+        memory.write(gpa, b"\xff" * (2 * PAGE_SIZE))
+    marked = []
+    memory.on_write(lambda gfns: marked.extend(gfns.tolist()))
+    assert memory.release(((0, PAGE_SIZE), (end - PAGE_SIZE, PAGE_SIZE)))
+    assert marked == [0, (end >> 12) - 1]
+    assert expand_runs(*memory.populated()).tolist() == [1, 3, 4, (end >> 12) - 2]
+    assert memory.read(0, PAGE_SIZE) == memory.read(end - PAGE_SIZE, PAGE_SIZE) == bytes(PAGE_SIZE)
+    with pytest.raises(VmError):
+        memory.release(((3 * PAGE_SIZE, PAGE_SIZE), (3 * GiB, PAGE_SIZE)))
+    assert memory.read(3 * PAGE_SIZE, 1) == b"\xff"
+    memory.on_touch(lambda gfns: None)
+    assert not memory.release(((3 * PAGE_SIZE, PAGE_SIZE),))
+    assert memory.read(3 * PAGE_SIZE, 1) == b"\xff"
+
+
 def test_a_second_mapping_shows_the_same_bytes_at_the_same_places_and_outlives_the_first():
     memory = GuestMemory.linear(3 * GiB + 2 * PAGE_SIZE)
     again = memory.map_again()

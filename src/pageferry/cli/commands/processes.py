@@ -25,6 +25,7 @@ from pageferry.cli.options import (
     NetsOption,
     OwnControlOption,
     TrackerOption,
+    VirtioConsoleOption,
     WitnessOption,
     device_specs,
     vm_config,
@@ -66,6 +67,7 @@ def run_guest(
     append: Annotated[str | None, typer.Option(help='The kernel\'s command line, e.g. "console=ttyS0".')] = None,
     disk: DisksOption = None,
     net: NetsOption = None,
+    virtio_console: VirtioConsoleOption = False,
     memory: MemoryOption = "256M",
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
@@ -92,9 +94,10 @@ def run_guest(
     params = _workload_params(working_set, rate, seed, argument)
     loader = _loader(guest, kernel, params, _kernel_options(initrd, append))
     model = machine or loader.machine or MachineModel.PLAIN
-    if model is not MachineModel.PC and (disk or net):
-        raise UsageError(f"a machine that is {model} has no disks and networks", hint="--machine pc")
-    config = vm_config(memory, cpus, cpu, model, device_specs(disk, net) if model is MachineModel.PC else ())
+    if model is not MachineModel.PC and (disk or net or virtio_console):
+        raise UsageError(f"a machine that is {model} has no virtio devices", hint="--machine pc")
+    devices = device_specs(disk, net, console=virtio_console) if model is MachineModel.PC else ()
+    config = vm_config(memory, cpus, cpu, model, devices)
     with _guest_process(choose_machines(accel, tracker, huge_pages, witness, config.machine), control) as process:
         process.boot(loader, config)
         with _console_input(process) if console is ConsoleMode.STDIO else nullcontext():

@@ -12,8 +12,8 @@ from struct import Struct
 import numpy as np
 
 from pageferry.core.bitmap import runs_of
-from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
-from pageferry.core.memory import GuestMemory
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.memory import GuestMemory, byte_ranges
 from pageferry.devices.bus import expect_size
 from pageferry.devices.virtio.model import Driver
 from pageferry.devices.virtio.queue import Chain, Ranges, RingError, gather, size_of
@@ -63,11 +63,7 @@ class VirtioBalloon:
         if size_bytes % 4 or size_bytes > 4 * _MOST_PFNS:
             raise RingError(f"{size_bytes} bytes of frame numbers")
         gfns = np.unique(np.frombuffer(gather(self._memory, chain.readable), "<u4").astype(np.uint64))
-        starts, lengths = runs_of(gfns)
-        return tuple(
-            (start << PAGE_SHIFT, length << PAGE_SHIFT)
-            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
-        )
+        return byte_ranges(*runs_of(gfns))
 
     def reset(self) -> None:
         """Do nothing: what was given back stays so until it is touched."""

@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from pageferry.core.bitmap import DirtyBitmap, runs_of, split_runs
+from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of, split_runs
 from pageferry.core.errors import GuestAt, RecordError, TransportError, TruncatedError, VmError
 from pageferry.core.events import Phase
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
-from pageferry.core.memory import GuestMemory
+from pageferry.core.memory import GuestMemory, byte_ranges
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
@@ -33,6 +33,8 @@ from pageferry.stream.records import Audit, DeltaPages, Event, Fence, PackedPage
 
 #: How soon the reader of one connection hears that another failed.
 _POLL_S = 0.1
+#: Of so many pages in a row that became zero the storage is given back; fewer are written.
+_GIVEN_BACK_PAGES = 16
 
 
 class PageWriter:
@@ -83,7 +85,11 @@ class PageWriter:
     def zero_pages(self, record: ZeroPages) -> None:
         """Make pages zero."""
         self._check(record.pfns, "ZERO_PAGES")
-        self._words[record.pfns] = 0
+        starts, lengths = runs_of(record.pfns)
+        long = lengths >= _GIVEN_BACK_PAGES
+        if self._memory.release(byte_ranges(starts[long], lengths[long])):
+            starts, lengths = starts[~long], lengths[~long]
+        self._words[expand_runs(starts, lengths)] = 0
         self._pages.arrived(record.pfns)
 
     def packed_pages(self, record: PackedPages) -> None:

@@ -89,6 +89,19 @@ def test_pages_without_content_and_removed_ones_are_told_apart(memory, pages):
     assert pages.removed().size == 0
 
 
+@pytest.mark.parametrize("may_release", [True, False])
+def test_of_many_pages_in_a_row_that_became_zero_the_storage_is_given_back(memory, pages, monkeypatch, may_release):
+    full = gfns(*range(8, 40))
+    memory.write(8 * PAGE_SIZE, b"\xff" * (32 * PAGE_SIZE))
+    if not may_release:
+        monkeypatch.setattr(memory, "release", lambda ranges: False)
+    PageWriter(Content(), pages).zero_pages(ZeroPages(pfns=gfns(8, 10, *range(20, 36))))
+    stored = expand_runs(*memory.populated())
+    assert np.setdiff1d(full, stored).tolist() == (list(range(20, 36)) if may_release else [])
+    zero = [page_of(memory, gfn) == bytes(PAGE_SIZE) for gfn in range(8, 40)]
+    assert [gfn for gfn, is_zero in enumerate(zero, 8) if is_zero] == [8, 10, *range(20, 36)]
+
+
 @pytest.mark.parametrize(("gfn", "why"), [(1 << 40, "outside the guest"), (512, "belongs on another connection")])
 def test_a_page_that_is_not_this_connections_is_refused_in_every_record(pages, gfn, why):
     writer = PageWriter(Content(), pages, index=0, connections=2)
