@@ -6,6 +6,7 @@ import struct
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import DeviceState, MachineState, MpState
 from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.guests.linux.payload import unpack
 
 PREFERRED_GPA = 0x100_0000
 INIT_SIZE = 0x40_0000
@@ -67,6 +68,13 @@ def bzimage(payload=None, *, version=0x20F, flags=1, kernel_bytes=None, payload_
     struct.pack_into("<II", setup, 0x248, payload_at, len(payload))
     struct.pack_into("<QI", setup, 0x258, PREFERRED_GPA, INIT_SIZE)
     return bytes(setup) + kernel
+
+
+def vmlinux_of(image):
+    """The kernel proper in a real bzImage."""
+    setup_bytes = (image[0x1F1] + 1) * 512
+    at, size = struct.unpack_from("<II", image, 0x248)
+    return unpack(image[setup_bytes + at :][:size], limit_bytes=256 << 20)
 
 
 def with_size(packed, unpacked):

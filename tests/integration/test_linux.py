@@ -1,0 +1,117 @@
+"""A stock Linux on the software machine: it boots in every way, works, and goes on working wherever it is moved."""
+
+import sys
+from functools import partial
+
+import pytest
+from kernels import vmlinux_of
+from linux_guest import READY, Said
+from linux_image import linux_image
+from tiers import sample
+from trips import source_of
+
+from pageferry.core.policies import XenPolicy
+from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.image.restore import restore
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.guests.linux.boot import boot_linux
+from pageferry.guests.linux.debian import KERNELS
+from pageferry.guests.linux.image import load_kernel
+from pageferry.guests.loader import KernelOptions, named
+from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.paging import PAGING_MODES
+
+pytestmark = pytest.mark.timeout(900)
+
+MEMORY_BYTES = 128 << 20
+PATIENCE_S = 600
+
+
+@pytest.fixture
+def linux():
+    """Makes machines of one CPU with ``load`` to start them; closes them and all that is given to it."""
+    made = []
+
+    def make(load, said, mode=PAGING_MODES[0]):
+        vm = Domain(VmConfig(memory_bytes=MEMORY_BYTES, machine=MachineModel.PC), paging_mode=mode)
+        made.append(vm)
+        said.listen_to(vm)
+        load(vm)
+        vm.resume()
+        return vm
+
+    make.also = made.append
+    yield make
+    for vm in made:
+        vm.close()
+
+
+def loader(image, command_line):
+    kernel, initrd = load_kernel(image.kernel), image.initramfs.read_bytes()
+    return partial(boot_linux, kernel=kernel, initrd=initrd, command_line=f"console=ttyS0 quiet {command_line}")
+
+
+def until_ready(said):
+    said.wait_for(lambda: READY in bytes(said), "first process", PATIENCE_S)
+
+
+def type_line(vm, text):
+    data = text.encode() + b"\n"
+    while data:
+        data = data[vm.type_console(data) :]
+
+
+@pytest.mark.parametrize("mode", sample(PAGING_MODES, "the kit is over both modes", quick=["hap"]))
+def test_it_works_through_three_moves_and_a_file(linux, inns, tmp_path, mode):
+    said = Said()
+    vm = linux(loader(linux_image(), "pageferry=work"), said, mode)
+    until_ready(said)
+    said.works_on()
+    inn = inns(partial(Domain, paging_mode=mode), "soft")
+    for _ in range(3):
+        report = source_of(vm, inn.open(before_run=said.listen_to)).run()
+        assert report.verified
+        vm = inn.outcome()
+        assert not isinstance(vm, Exception), vm
+        said.works_on()
+    path = tmp_path / "guest.bin"
+    Save(vm, path, XenPolicy(), stop=True, on_event=lambda _: None).run()
+    with SavedGuest(path) as saved:
+        vm = restore(saved, partial(Domain, paging_mode=mode))
+        linux.also(vm)
+        said.listen_to(vm)
+        vm.resume()
+        said.works_on()
+
+
+@pytest.mark.parametrize(
+    "name", sample(KERNELS, "kernels differ in how they are packed and what is a module", quick=["standard"])
+)
+def test_each_kernel_boots_to_a_shell_that_answers(linux, name):
+    said = Said()
+    vm = linux(loader(linux_image(name), ""), said)
+    until_ready(said)
+    type_line(vm, "echo six times seven is $((6 * 7)), of $(nproc) CPU")
+    said.wait_for(lambda: b"six times seven is 42, of 1 CPU" in bytes(said), "answer", PATIENCE_S)
+
+
+@pytest.mark.exhaustive("the kernel is entered in another way, and is the same from there on")
+def test_a_kernel_that_cannot_be_unpacked_here_unpacks_itself(linux, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lz4.block", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    image = linux_image()
+    assert load_kernel(image.kernel).unpacks_itself
+    said = Said()
+    linux(loader(image, ""), said)
+    until_ready(said)
+
+
+@pytest.mark.exhaustive("the kernel is entered in another way, and is the same from there on")
+def test_a_kernel_is_entered_by_its_pvh_note(linux, tmp_path):
+    image = linux_image()
+    (tmp_path / "vmlinux").write_bytes(vmlinux_of(image.kernel.read_bytes()))
+    options = KernelOptions(initrd=image.initramfs, command_line="console=ttyS0 quiet")
+    said = Said()
+    linux(named(str(tmp_path / "vmlinux"), None, options).load, said)
+    until_ready(said)
