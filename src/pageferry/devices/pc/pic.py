@@ -131,7 +131,8 @@ class Pic:
 
     def _first(self, inputs: int) -> int:
         """Return the highest priority among ``inputs``: 0 is the highest, 8 stands for none."""
-        return next((at for at in range(_INPUTS) if inputs >> self._input_at(at) & 1), _INPUTS)
+        by_priority = (inputs << _INPUTS | inputs) >> (self._lowest + 1) & 0xFF
+        return (by_priority & -by_priority).bit_length() - 1 if by_priority else _INPUTS
 
     def _input_at(self, priority: int) -> int:
         return (self._lowest + 1 + priority) % _INPUTS
