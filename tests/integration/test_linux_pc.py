@@ -16,6 +16,7 @@ from pageferry.hypervisor.domain import Domain
 CONFIG = VmConfig(memory_bytes=128 << 20, machine=MachineModel.PC)
 PATIENCE_S = 300
 ALARM_S = 3
+PAUSE_S = 4
 #: A PC's CPU has no machine checks.
 KNOWN_ERRORS = {"mce: Unable to init MCE device (rc: -5)"}
 
@@ -141,6 +142,16 @@ def test_its_clocks_are_right_as_soon_as_it_has_moved(booted, vm, terminal):
     (alarm,) = terminal.run("grep rtc0 /proc/interrupts")
     assert int(alarm.split()[1]) == 1
     assert terminal.run("cat /sys/devices/system/clocksource/clocksource0/current_clocksource") == ["tsc"]
+
+
+def test_its_time_stands_still_while_it_is_paused_and_the_wall_clock_goes_on(vm, terminal):
+    vm.resume()
+    began_s, before_s = time.monotonic(), uptime(terminal)
+    vm.pause()
+    threading.Event().wait(PAUSE_S)
+    vm.resume()
+    assert uptime(terminal) - before_s <= time.monotonic() - began_s - PAUSE_S
+    assert abs(int(terminal.run("cat /sys/class/rtc/rtc0/since_epoch")[0]) - time.time()) <= PAUSE_S / 2
 
 
 @pytest.mark.parametrize(

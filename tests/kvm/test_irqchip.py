@@ -230,6 +230,21 @@ def test_the_rate_of_the_tsc_travels(small_pc, kvm):
     assert kvm.guest("spin").save_state().tsc_khz is None
 
 
+def test_the_time_for_which_a_pc_stood_is_taken_back_from_its_tscs_and_its_clock(pc, kvm):
+    vm = pc("spin", vcpus=(kvm.start_state(),) * 2)
+    clock, stood_s = vm.platform.clock, 1000
+    clock.set_back(-2 * stood_s * 10**9)  # it has run for a while
+    before, before_ns = vm.save_state(), clock.now_ns()
+    vm._let_time_stand(10**9 - 1)  # too short to count
+    vm._let_time_stand(stood_s * 10**9)
+    after, passed_ns = vm.save_state(), clock.now_ns() - before_ns
+    assert -stood_s * 10**9 < passed_ns < -(stood_s - 60) * 10**9
+    back = [old.tsc - new.tsc for old, new in zip(before.vcpus, after.vcpus, strict=True)]
+    if kvm.support.tsc_offset:
+        assert all(0 < stood_s * before.tsc_khz * 1000 - ticks < 60 * before.tsc_khz * 1000 for ticks in back)
+        assert back[0] == back[1]
+
+
 @pytest.mark.parametrize(
     ("khz", "fits"), [(1_000_000, True), (1_000_249, True), (1_000_251, False), (2_000_000, False)]
 )

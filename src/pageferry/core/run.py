@@ -15,7 +15,7 @@ the waiting thread repeats it until every vCPU has said that it stopped.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,9 +85,12 @@ class RunControl:
     Args:
         vcpus: in index order; their threads start with the first ``resume()``.
         name: for the threads' names.
+        on_stood: called with how many nanoseconds all vCPUs have stood, before they run on; they do not meanwhile.
     """
 
-    def __init__(self, vcpus: Sequence[Vcpu], *, name: str = "guest") -> None:
+    def __init__(
+        self, vcpus: Sequence[Vcpu], *, name: str = "guest", on_stood: Callable[[int], None] = lambda ns: None
+    ) -> None:
         self._vcpus = tuple(vcpus)
         self._name = name
         self._changed = threading.Condition()
@@ -98,6 +101,8 @@ class RunControl:
         self._closing = False
         self._end: GuestEnd | None = None
         self._sync_value: int | None = None
+        self._on_stood = on_stood
+        self._standing_since_ns: int | None = None
 
     @property
     def status(self) -> VmStatus:
@@ -147,7 +152,7 @@ class RunControl:
                     )
                     self._threads.append(thread)
                     thread.start()
-            self._changed.notify_all()
+            self._run_on()
 
     def pause(self) -> None:
         """Set the user's pause; returns when every vCPU has stopped, or when somebody has resumed the guest meanwhile.
@@ -187,7 +192,17 @@ class RunControl:
             if self._stops == 0:
                 raise VmError("the guest is not frozen")
             self._stops -= 1
-            self._changed.notify_all()
+            self._run_on()
+
+    def count_standing(self) -> None:
+        """Have ``on_stood`` called now for what has passed of a hold: the guest's time is read next. It is held."""
+        with self._changed:
+            self._tell_stood()
+
+    def stand_from_now(self) -> None:
+        """Count a hold from now on: the guest's time was just set. It is held."""
+        with self._changed:
+            self._standing_since_ns = time.monotonic_ns()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -242,6 +257,18 @@ class RunControl:
     def _held(self) -> bool:
         return self._user_paused or self._stops > 0 or self._closing or self._end is not None
 
+    def _run_on(self) -> None:
+        if not self._held():
+            self._tell_stood()
+            self._standing_since_ns = None
+        self._changed.notify_all()
+
+    def _tell_stood(self) -> None:
+        if self._standing_since_ns is not None:
+            now_ns = time.monotonic_ns()
+            self._on_stood(now_ns - self._standing_since_ns)
+            self._standing_since_ns = now_ns
+
     def _refuse_vcpus(self) -> None:
         if threading.current_thread() in self._threads:
             raise VmError("a vCPU cannot wait for itself to stop", hint="ask from another thread")
@@ -252,6 +279,8 @@ class RunControl:
                 if inside:
                     self._vcpus[index].kick()
             self._changed.wait(_KICK_INTERVAL_S)
+        if self._held() and self._standing_since_ns is None:
+            self._standing_since_ns = time.monotonic_ns()
 
     def _vcpu_main(self, index: int) -> None:
         vcpu = self._vcpus[index]

@@ -1,8 +1,9 @@
 """Guest time: the clock that a guest reads and waits on, and a periodic timer over it.
 
 **Guest time**, of every device here, starts at 0 and counts microseconds. It goes on while the guest is paused, as a
-wall clock does. It stands still from the moment in which the state is saved until it is loaded, and goes on from there:
-so it never runs backwards and never jumps, whatever the clocks of the two hosts say. Wall time is :mod:`.rtc`'s.
+wall clock does, unless that is a PC (see :mod:`.machine`). It stands still from the moment in which the state is saved
+until it is loaded, and goes on from there: so it never runs backwards and never jumps, whatever the clocks of the two
+hosts say. Wall time is :mod:`.rtc`'s.
 """
 
 import struct
@@ -50,6 +51,10 @@ class Clock:
     def now_us(self) -> int:
         """Return the guest time in microseconds."""
         return self.now_ns() // _NS_PER_US
+
+    def set_back(self, ns: int) -> None:
+        """Let so much time not have passed."""
+        self._zero_ns += ns
 
     def read(self, offset: int, size: int) -> int:
         """Return the low bits of the guest time."""

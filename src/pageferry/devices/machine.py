@@ -18,6 +18,9 @@ from pageferry.core.vm import AbsentPages, GuestEnd, LogDirty, MachineModel, VmC
 from pageferry.devices.platform import Platform
 from pageferry.devices.virtio.devices import VirtioDevices
 
+_NOTICED_NS = 10**9
+_NS_PER_MS = 10**6
+
 
 class StandardMachine(ABC):
     """Base of the machines; implements :class:`pageferry.core.machine.Machine`.
@@ -47,7 +50,7 @@ class StandardMachine(ABC):
         self._closed = False
 
     def _attach(self, vcpus: Sequence[Vcpu], log_dirty: LogDirty) -> None:
-        self.run_control = RunControl(vcpus, name=self.accel)
+        self.run_control = RunControl(vcpus, name=self.accel, on_stood=self._let_time_stand)
         self.replace_tracker(log_dirty)
 
     def replace_tracker(self, log_dirty: LogDirty) -> None:
@@ -71,6 +74,10 @@ class StandardMachine(ABC):
     @abstractmethod
     def _tsc_khz(self) -> int | None:
         """Return ``MachineState.tsc_khz``."""
+
+    @abstractmethod
+    def _set_tsc_back(self, ticks: int) -> None:
+        """Let all vCPUs' TSCs have counted so many ticks less; no vCPU is inside the guest."""
 
     @abstractmethod
     def _save_kvm_clock(self) -> int | None:
@@ -129,6 +136,16 @@ class StandardMachine(ABC):
         self.run_control.thaw()
         self.virtio.wake()
 
+    def _let_time_stand(self, ns: int) -> None:
+        """Let a PC not have the time for which it stood; a kernel that finds half a minute gone believes in a lockup.
+
+        Short stops pass as those of a busy host.
+        """
+        if ns < _NOTICED_NS or self.config.machine is not MachineModel.PC or (khz := self._tsc_khz()) is None:
+            return
+        self.platform.clock.set_back(ns)
+        self._set_tsc_back(ns * khz // _NS_PER_MS)
+
     def _let_devices_finish(self) -> None:
         """Return when no device that began before the guest was held touches memory any more."""
         with self.platform.bus.locked():
@@ -175,6 +192,7 @@ class StandardMachine(ABC):
         """Return everything but memory."""
         self._expect_paused("saved")
         with self.run_control.stopped():
+            self.run_control.count_standing()
             # Devices first: an interrupt that goes from one to a vCPU meanwhile is then in both states, not in neither.
             devices = self.platform.bus.save()
             return MachineState(
@@ -194,6 +212,7 @@ class StandardMachine(ABC):
             self.platform.bus.load(state.devices)
             if state.kvm_clock_ns is not None:
                 self._load_kvm_clock(state.kvm_clock_ns)
+            self.run_control.stand_from_now()
 
     def remove_pages(self, gfns: GfnArray) -> None:
         """Take frames away from the guest; a machine that can says so by its own method."""

@@ -250,6 +250,12 @@ class SoftVcpu:
         mp_state = MpState.HALTED if self._halted else MpState.RUNNABLE
         return replace(state, mp_state=mp_state, **self._pending.fields())
 
+    def set_tsc_back(self, ticks: int) -> None:
+        """Let the TSC have counted so many ticks less; the vCPU is outside the guest."""
+        if self._engine is not None:
+            events = self._engine.cpu.events
+            events.tsc_offset = events.tsc_offset - ticks & _U64
+
     def use_shadow(self, shadowed: bool) -> None:
         """Translate through the shadow tables (True), or by the nested walk; the vCPU is outside the guest."""
         mmu, walker = self.shadow_mmu, self._walker

@@ -230,6 +230,10 @@ class Domain(StandardMachine):
     def _tsc_khz(self) -> int | None:
         return self._rate_khz
 
+    def _set_tsc_back(self, ticks: int) -> None:
+        for vcpu in self.vcpus:
+            vcpu.set_tsc_back(ticks)
+
     def _save_kvm_clock(self) -> int | None:
         return self._kvm_clock_ns  # a guest here cannot read it: it stands still, and so never goes back
 

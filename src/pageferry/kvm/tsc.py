@@ -42,7 +42,7 @@ def write(fd: VcpuFd, value: int, host_tsc_now: int | None) -> None:
         KvmError: the kernel refused.
     """
     if host_tsc_now is None:
-        write_msrs(fd, {MSR_IA32_TSC: value})
+        write_msrs(fd, {MSR_IA32_TSC: value & _U64})
     else:
         _offset(fd, uapi.KVM_SET_DEVICE_ATTR, (value - host_tsc_now) & _U64)
 

@@ -159,6 +159,11 @@ class KvmVm(StandardMachine):
         # The ABI's guests do not tell the time by it, and go to hosts of any rate.
         return tsc.rate_khz(self.vcpus[0].fd) if self.config.machine is MachineModel.PC else None
 
+    def _set_tsc_back(self, ticks: int) -> None:
+        now = tsc.host_tsc(self.vcpus[0].fd)
+        for vcpu in self.vcpus:
+            tsc.write(vcpu.fd, tsc.read(vcpu.fd, now) - ticks, now)
+
     def _save_kvm_clock(self) -> int | None:
         if not self.vm_fd.check_extension(uapi.KVM_CAP_ADJUST_CLOCK):
             return None

@@ -43,8 +43,8 @@ class FakeVcpu:
 def control():
     made = []
 
-    def make(*vcpus):
-        made.append(RunControl(vcpus))
+    def make(*vcpus, **options):
+        made.append(RunControl(vcpus, **options))
         return made[-1]
 
     yield make
@@ -233,3 +233,73 @@ def test_a_vcpus_own_thread_may_not_wait_for_vcpus_to_stop(control, ask):
     assert vcpu.asked.wait(60)
     assert "cannot wait for itself" in str(vcpu.error)
     run.pause()
+
+
+# -- how long it stood -------------------------------------------------------------------------------------------------
+
+
+class Standing:
+    """What a machine is told of its guest's standing still, by a clock that is set here."""
+
+    def __init__(self, control, monkeypatch):
+        self.now_ns = 1000
+        monkeypatch.setattr("pageferry.core.run.time.monotonic_ns", lambda: self.now_ns)
+        self.stood = []
+        self.vcpu = FakeVcpu()
+        self.run = control(self.vcpu, on_stood=self.tell)
+
+    def tell(self, ns):
+        assert not self.vcpu.inside
+        self.stood.append(ns)
+
+
+@pytest.fixture
+def standing(control, monkeypatch):
+    standing = Standing(control, monkeypatch)
+    standing.run.resume()
+    assert standing.stood == [], "it has not run before"
+    return standing
+
+
+def test_a_guest_that_runs_on_is_told_how_long_it_stood(standing):
+    for hold, release in (
+        (standing.run.pause, standing.run.resume),
+        (standing.run.freeze, standing.run.thaw),
+    ):
+        standing.stood.clear()
+        hold()
+        standing.now_ns += 70
+        release()
+        standing.now_ns += 500
+        assert standing.stood == [70]
+
+
+def test_holds_that_overlap_are_one(standing):
+    standing.run.pause()
+    standing.now_ns += 5
+    standing.run.freeze()
+    standing.now_ns += 5
+    standing.run.resume()
+    assert standing.stood == []
+    standing.now_ns += 5
+    with standing.run.stopped():
+        standing.now_ns += 5
+    standing.run.thaw()
+    assert standing.stood == [20]
+
+
+def test_what_was_told_for_a_saved_state_is_not_told_again(standing):
+    standing.run.freeze()
+    standing.now_ns += 30
+    standing.run.count_standing()
+    standing.now_ns += 4
+    standing.run.thaw()
+    assert standing.stood == [30, 4]
+
+
+def test_a_guest_that_was_loaded_stands_from_then_on(control, monkeypatch):
+    standing = Standing(control, monkeypatch)
+    standing.run.stand_from_now()
+    standing.now_ns += 9
+    standing.run.resume()
+    assert standing.stood == [9]
