@@ -3,11 +3,10 @@
 It needs a KVM that runs ring 0 natively, as that of ``make test-npt`` does.
 """
 
-from functools import partial
-
 import pytest
 from linux_guest import Said
 from linux_image import READY, linux_image
+from machines import KINDS
 from trips import source_of
 
 from pageferry.core.errors import UnsupportedError
@@ -21,7 +20,6 @@ from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.image import load_kernel
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.probe_ring_0 import expect_ring_0
-from pageferry.kvm.trackers import DEFAULT_TRACKER, TRACKERS
 from pageferry.kvm.vm import KvmVm
 
 pytestmark = pytest.mark.kvm
@@ -62,12 +60,12 @@ def at_work(request, kernel_and_initrd, tmp_path_factory):
 
 @pytest.fixture
 def guest(at_work):
-    """Restores the guest with a tracker; closes all that it made."""
+    """Restores the guest on a machine that ``make_vm`` makes; closes all that it made."""
     made = []
 
-    def make(tracker):
+    def make(make_vm=KvmVm):
         with SavedGuest(at_work) as saved:
-            made.append(restore(saved, partial(KvmVm, tracker=tracker)))
+            made.append(restore(saved, make_vm))
         return made[-1]
 
     yield make
@@ -84,10 +82,9 @@ def moved(vm, inn, said, policy=None):
     return there
 
 
-@pytest.mark.parametrize("tracker", TRACKERS)
-def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, tracker):
-    said, vm = Said(), guest(tracker)
-    inn = inns(partial(KvmVm, tracker=tracker), "kvm")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], indirect=True, ids=str)
+def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, kind):
+    said, vm, inn = Said(), guest(kind.make_vm), inns(kind.make_vm, "kvm")
     said.listen_to(vm)
     vm.resume()
     said.works_on()
@@ -97,7 +94,7 @@ def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, tracker):
 
 
 def test_it_works_on_when_its_pages_follow_it(guest, inns):
-    said, vm = Said(), guest(DEFAULT_TRACKER)
+    said, vm = Said(), guest()
     said.listen_to(vm)
     vm.resume()
     said.works_on()
@@ -121,7 +118,7 @@ def test_it_works_on_from_a_file_whose_pages_are_read_when_they_are_touched(at_w
 
 @pytest.mark.parametrize("at_work", [1], indirect=True, ids=["1-cpus"])
 def test_with_one_cpu_it_works_on_under_the_emulator_and_back(guest, inns):
-    said, vm = Said(), guest(DEFAULT_TRACKER)
+    said, vm = Said(), guest()
     said.listen_to(vm)
     vm.resume()
     said.works_on()

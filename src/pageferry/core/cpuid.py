@@ -177,9 +177,9 @@ _OF_THE_APIC = {1: (_mask(_X2APIC) | TSC_DEADLINE, APIC), EXTENDED + 1: (_mask(_
 def pc_table(leaves: Leaves, offered: Leaves, *, cpus: int, tsc_khz: int | None) -> Leaves:
     """Return the table of a PC's guest.
 
-    With one CPU there is no local APIC: interrupts come from the PIC, which every machine has. Leaf 15h then tells the
-    rate of the TSC, which spares an operating system its measuring. With several CPUs there is no such leaf, since
-    systems take the rate of the local APIC's timer from it as well.
+    With one CPU there is no local APIC: interrupts come from the PIC, which every machine has. Leaves 15h and 16h then
+    tell the rates of the TSC and of the CPU, which spares an operating system its measuring. With several CPUs there
+    are no such leaves, since systems take the rate of the local APIC's timer from there as well.
 
     A TSC that always counts at one rate, and one that tells whether it was set, are shown where they are offered.
     Linux trusts no other: it compares it with its ticks or the ACPI timer, and on a loaded host, or after a move, it
@@ -195,7 +195,7 @@ def pc_table(leaves: Leaves, offered: Leaves, *, cpus: int, tsc_khz: int | None)
     if cpus > 1:
         return table
     table = _without(table, _OF_THE_APIC)
-    return table if tsc_khz is None else _with(table, _tsc_leaf(tsc_khz))
+    return table if tsc_khz is None else _with(_with(table, _tsc_leaf(tsc_khz)), _speed_leaf(tsc_khz))
 
 
 def _with_trusted_tsc(leaves: Leaves, offered: Leaves) -> Leaves:
@@ -231,6 +231,12 @@ def _tsc_leaf(tsc_khz: int) -> CpuidLeaf:
     # systems multiply in 32 bits.
     factor = -(-tsc_khz * 1000 // 0xFFFF_FFFF)
     return CpuidLeaf(0x15, NO_SUBLEAF, 1, factor, tsc_khz * 1000 // factor, 0)
+
+
+def _speed_leaf(tsc_khz: int) -> CpuidLeaf:
+    # MHz: base, maximum, bus.
+    mhz = min(tsc_khz // 1000, 0xFFFF)
+    return CpuidLeaf(0x16, NO_SUBLEAF, mhz, mhz, 100, 0)
 
 
 def cpu_name(leaves: Leaves) -> str:

@@ -171,6 +171,7 @@ def test_the_rate_of_the_tsc_is_told_in_a_way_that_32_bits_can_multiply(khz):
     denominator, numerator, crystal_hz, _ = answer(table, 0x15, 0)
     assert abs(crystal_hz * numerator / denominator - 1000 * khz) <= numerator
     assert crystal_hz // 1000 * numerator < 1 << 32
+    assert answer(table, 0x16, 0) == (khz // 1000, khz // 1000, 100, 0)
     assert find(pc(1, CpuModel.BASELINE), 0)[0] == 7  # no rate known: no leaf
 
 
