@@ -182,18 +182,17 @@ class Pic:
         self._expects = _ICW2
 
     def _mask_or_initialise(self, byte: int) -> None:
-        match self._expects:
-            case 0:
-                self._imr = byte
-            case 1:
-                self._base = byte & _ICW2_BASE
-                self._expects = _ICW3
-            case 2:
-                self._expects = _ICW4 if self._init4 else _READY
-            case _:
-                self._special_fully_nested = bool(byte & _ICW4_SPECIAL_FULLY_NESTED)
-                self._auto_eoi = bool(byte & _ICW4_AUTO_EOI)
-                self._expects = _READY
+        if self._expects == _READY:
+            self._imr = byte
+        elif self._expects == _ICW2:
+            self._base = byte & _ICW2_BASE
+            self._expects = _ICW3
+        elif self._expects == _ICW3:
+            self._expects = _ICW4 if self._init4 else _READY
+        else:
+            self._special_fully_nested = bool(byte & _ICW4_SPECIAL_FULLY_NESTED)
+            self._auto_eoi = bool(byte & _ICW4_AUTO_EOI)
+            self._expects = _READY
 
     def _control(self, ocw3: int) -> None:
         self._poll = bool(ocw3 & _OCW3_POLL)
