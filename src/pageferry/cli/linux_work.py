@@ -25,12 +25,15 @@ class LinuxWork:
         self._show = show
         self._changed = threading.Condition()
         self._begun = b""  # a line that has no end yet: it may end in another process
+        self._thread: threading.Thread | None = None
         self._rounds = 0
         self._wrong: str | None = None
         self._ended: str | None = None
 
     def follow(self, where: str, client: QmpClient) -> None:
         """Show what the guest says in a process, on a thread, until its console or the connection ends.
+
+        A guest that was followed before has moved: what it said there is shown first.
 
         Args:
             where: how lines call the process.
@@ -39,9 +42,12 @@ class LinuxWork:
         Raises:
             QmpError: there is no guest.
         """
+        if self._thread is not None:
+            self._thread.join()
         client.execute("x-console-follow")
         self._ended = None
-        threading.Thread(target=self._take, args=(where, client), name=f"console-{where}", daemon=True).start()
+        self._thread = threading.Thread(target=self._take, args=(where, client), name=f"console-{where}", daemon=True)
+        self._thread.start()
 
     def wait_for_rounds(self, rounds: int) -> int:
         """Wait until the guest has done so many rounds of work in all; return how many it has done.
