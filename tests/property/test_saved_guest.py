@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import RecordError, RemoteStreamError, TruncatedError, UsageError
 from pageferry.core.memory import GuestMemory
-from pageferry.core.state import MachineState
+from pageferry.core.state import MachineState, reset_state
 from pageferry.engine.image.saved_guest import SavedGuest
-from pageferry.hypervisor.registers import reset_state
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import BodyError, PageType, carries_data
 from pageferry.stream.hvm_context import encode_machine_state

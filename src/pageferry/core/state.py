@@ -181,10 +181,38 @@ class MachineState:
 INITIAL_FPU_REGS = (0x37F).to_bytes(24, "little") + (0x1F80).to_bytes(4, "little") + (0xFFFF).to_bytes(484, "little")
 
 
+def reset_state() -> VcpuState:
+    """Return a vCPU as it is after reset, in real mode.
+
+    Source: AMD APM volume 2, "Processor initialization state".
+    """
+    data = Segment(selector=0, base=0, limit=0xFFFF, attributes=0x93)
+    table = DescriptorTable(base=0, limit=0xFFFF)
+    return VcpuState(
+        rip=0xFFF0,
+        rflags=2,
+        cr0=0x6000_0010,
+        cr3=0,
+        cr4=0,
+        efer=0,
+        cs=Segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, attributes=0x9B),
+        ds=data,
+        es=data,
+        fs=data,
+        gs=data,
+        ss=data,
+        tr=Segment(selector=0, base=0, limit=0xFFFF, attributes=0x8B),
+        ldtr=Segment(selector=0, base=0, limit=0xFFFF, attributes=0x82),
+        gdtr=table,
+        idtr=table,
+        fpu_regs=INITIAL_FPU_REGS,
+    )
+
+
 def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) -> VcpuState:
     """Return a vCPU in 64-bit ring 3 with IOPL 3, paging on, flat segments, no descriptor tables and no handlers.
 
-    It is how every guest of this project starts (docs/guest-abi.md); general registers not named are 0.
+    It is how every guest of the guest ABI starts (docs/guest-abi.md); general registers not named are 0.
     """
     data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
     nothing = DescriptorTable(base=0, limit=0)

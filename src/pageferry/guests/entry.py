@@ -6,19 +6,15 @@ Source: AMD APM volume 2, "Processor initialization state" and the descriptor fo
 import struct
 from dataclasses import replace
 
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, MpState, Segment, VcpuState
+from pageferry.core.state import DescriptorTable, MpState, Segment, VcpuState, reset_state
 
 CODE_SELECTOR, DATA_SELECTOR = 0x10, 0x18
 
 _FLAT = 0xFFFF_FFFF
 _CODE_64, _CODE_32, _DATA = 0xA9B, 0xC9B, 0xC93  # present, ring 0, accessed; G; L or D
-_BUSY_TSS = 0x8B
-_LDT = 0x82
-_RFLAGS = 0x2
 _CR0_PROTECTED, _CR0_PAGED = 0x11, 0x8005_0033
 _CR4_PAE = 0x20
 _EFER_LONG_MODE_ACTIVE = 0x500
-_RESET_VECTOR, _CR0_RESET = 0xFFF0, 0x6000_0010
 
 
 def flat_gdt(*, long_mode: bool) -> bytes:
@@ -34,26 +30,20 @@ def _descriptor(attributes: int) -> int:
 def protected_mode_state(*, rip: int, gdt_gpa: int, rax: int = 0, rbx: int = 0) -> VcpuState:
     """Return a vCPU in 32-bit ring 0, paging off, interrupts off, with the segments of :func:`flat_gdt`."""
     data = Segment(selector=DATA_SELECTOR, base=0, limit=_FLAT, attributes=_DATA)
-    return VcpuState(
+    return replace(
+        reset_state(),
         rip=rip,
         rax=rax,
         rbx=rbx,
-        rflags=_RFLAGS,
         cr0=_CR0_PROTECTED,
-        cr3=0,
-        cr4=0,
-        efer=0,
         cs=Segment(selector=CODE_SELECTOR, base=0, limit=_FLAT, attributes=_CODE_32),
         ds=data,
         es=data,
         fs=data,
         gs=data,
         ss=data,
-        tr=Segment(selector=0, base=0, limit=0xFFFF, attributes=_BUSY_TSS),
-        ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
         gdtr=DescriptorTable(base=gdt_gpa, limit=len(flat_gdt(long_mode=False)) - 1),
         idtr=DescriptorTable(base=0, limit=0),
-        fpu_regs=INITIAL_FPU_REGS,
     )
 
 
@@ -72,25 +62,4 @@ def long_mode_state(*, rip: int, rsi: int, cr3: int, gdt_gpa: int) -> VcpuState:
 
 def waiting_state() -> VcpuState:
     """Return a vCPU as after reset that waits for another's INIT and SIPI, as all but the first of a PC do."""
-    data = Segment(selector=0, base=0, limit=0xFFFF, attributes=0x93)
-    table = DescriptorTable(base=0, limit=0xFFFF)
-    return VcpuState(
-        rip=_RESET_VECTOR,
-        rflags=_RFLAGS,
-        cr0=_CR0_RESET,
-        cr3=0,
-        cr4=0,
-        efer=0,
-        cs=Segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, attributes=0x9B),
-        ds=data,
-        es=data,
-        fs=data,
-        gs=data,
-        ss=data,
-        tr=Segment(selector=0, base=0, limit=0xFFFF, attributes=_BUSY_TSS),
-        ldtr=Segment(selector=0, base=0, limit=0xFFFF, attributes=_LDT),
-        gdtr=table,
-        idtr=table,
-        mp_state=MpState.UNINITIALIZED,
-        fpu_regs=INITIAL_FPU_REGS,
-    )
+    return replace(reset_state(), mp_state=MpState.UNINITIALIZED)

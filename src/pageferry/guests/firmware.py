@@ -8,6 +8,7 @@ Below 1 MiB, where a kernel reserves what it needs before it uses the rest::
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pageferry.core.errors import UsageError
@@ -27,6 +28,25 @@ LOW_RAM_END = 0x9FC00
 HIGH_RAM_START = 0x10_0000
 #: Types of ranges, the same numbers in every boot protocol.
 RAM, RESERVED = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A kernel that is entered in protected mode, ready to be put into memory; ``entry`` is a gpa.
+
+    Raises:
+        UsageError: its entry lies outside of it.
+    """
+
+    name: str
+    entry: int
+    parts: tuple[LoadedPart, ...]
+
+    def __post_init__(self) -> None:
+        if not any(part.gpa <= self.entry < part.gpa + part.size_bytes for part in self.parts):
+            raise UsageError(
+                f"{self.name} has its entry point {self.entry:#x} outside what is loaded", hint="link it again"
+            )
 
 
 class MemoryRange(NamedTuple):

@@ -12,10 +12,11 @@ from pageferry.guests.elf import Program, parse_elf
 from pageferry.guests.elf_file import MAGIC as ELF_MAGIC
 from pageferry.guests.elf_file import read_elf
 from pageferry.guests.files import read_file
+from pageferry.guests.firmware import Kernel
 from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.image import LinuxKernel, is_bzimage, load_kernel, parse_kernel
-from pageferry.guests.multiboot import MultibootKernel, boot_multiboot, find_multiboot
-from pageferry.guests.pvh import PvhKernel, boot_pvh, find_pvh
+from pageferry.guests.multiboot import boot_multiboot, find_multiboot
+from pageferry.guests.pvh import boot_pvh, find_pvh
 from pageferry.guests.workloads import load_workload, names_file
 
 #: More than any initrd has.
@@ -95,9 +96,7 @@ def _program(program: Program, params: GuestParams | None) -> Loader:
     return Loader(name=program.name, machine=None, load=lambda vm: boot(vm, program, params=params))
 
 
-def _kernel(
-    boot: Callable[..., None], kernel: LinuxKernel | MultibootKernel | PvhKernel, options: KernelOptions
-) -> Loader:
+def _kernel(boot: Callable[..., None], kernel: LinuxKernel | Kernel, options: KernelOptions) -> Loader:
     initrd = b"" if options.initrd is None else read_file(options.initrd, limit_bytes=_MAX_INITRD_BYTES)
     if options.initrd is not None and not initrd:
         raise UsageError(f"the initrd {options.initrd} is empty")

@@ -6,7 +6,6 @@ Source: the Multiboot Specification, version 0.6.96.
 """
 
 import struct
-from dataclasses import dataclass
 
 from pageferry.core.errors import UsageError
 from pageferry.core.memory import GuestMemory
@@ -20,6 +19,7 @@ from pageferry.guests.firmware import (
     GDT_GPA,
     HIGH_RAM_START,
     LOW_RAM_END,
+    Kernel,
     command_line_bytes,
     memory_map,
     pc_placement,
@@ -46,16 +46,7 @@ _COMMAND_LINE_MAX_BYTES = 4095
 _REACHABLE = range(HIGH_RAM_START, 1 << 32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MultibootKernel:
-    """A kernel, ready to be put into memory; ``entry`` is a gpa."""
-
-    name: str
-    entry: int
-    parts: tuple[LoadedPart, ...]
-
-
-def find_multiboot(data: bytes, *, name: str) -> MultibootKernel | None:
+def find_multiboot(data: bytes, *, name: str) -> Kernel | None:
     """Return the kernel in a file, or None if it has no multiboot header.
 
     Args:
@@ -83,9 +74,7 @@ def find_multiboot(data: bytes, *, name: str) -> MultibootKernel | None:
         entry, parts = elf.entry, elf.physical()
     else:
         raise UsageError(f"{name} has a multiboot header without addresses, and is no ELF file", hint="link it again")
-    if not any(part.gpa <= entry < part.gpa + part.size_bytes for part in parts):
-        raise UsageError(f"{name} has its entry point {entry:#x} outside what is loaded", hint="link it again")
-    return MultibootKernel(name=name, entry=entry, parts=parts)
+    return Kernel(name=name, entry=entry, parts=parts)
 
 
 def _by_addresses(data: bytes, header_at: int, name: str) -> tuple[int, tuple[LoadedPart, ...]]:
@@ -101,7 +90,7 @@ def _by_addresses(data: bytes, header_at: int, name: str) -> tuple[int, tuple[Lo
     return entry, (LoadedPart(gpa=load_gpa, data=data[first:end], size_bytes=size_bytes),)
 
 
-def boot_multiboot(vm: Vm, kernel: MultibootKernel, *, initrd: bytes = b"", command_line: str = "") -> None:
+def boot_multiboot(vm: Vm, kernel: Kernel, *, initrd: bytes = b"", command_line: str = "") -> None:
     """Load a kernel and the entry state into a PC that has not run yet; the machine is paused before and after.
 
     Args:

@@ -4,9 +4,7 @@ Source: Xen's ``docs/misc/pvh.pandoc`` and ``xen/include/public/arch-x86/hvm/sta
 """
 
 import struct
-from dataclasses import dataclass
 
-from pageferry.core.errors import UsageError
 from pageferry.core.vm import Vm
 from pageferry.devices.pc.acpi import RSDP_GPA
 from pageferry.guests.elf_file import ElfFile
@@ -16,12 +14,12 @@ from pageferry.guests.firmware import (
     COMMAND_LINE_GPA,
     GDT_GPA,
     HIGH_RAM_START,
+    Kernel,
     command_line_bytes,
     memory_map,
     pc_placement,
     start_first,
 )
-from pageferry.guests.placement import LoadedPart
 
 _NOTE_OWNER, _PHYS32_ENTRY = b"Xen", 18
 _MAGIC, _VERSION = 0x336E_C578, 1
@@ -32,16 +30,7 @@ _COMMAND_LINE_MAX_BYTES = 4095
 _REACHABLE = range(HIGH_RAM_START, 1 << 32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PvhKernel:
-    """A kernel, ready to be put into memory; ``entry`` is a gpa."""
-
-    name: str
-    entry: int
-    parts: tuple[LoadedPart, ...]
-
-
-def find_pvh(elf: ElfFile) -> PvhKernel | None:
+def find_pvh(elf: ElfFile) -> Kernel | None:
     """Return the kernel in an ELF file, or None if it has no PVH note.
 
     Raises:
@@ -50,14 +39,10 @@ def find_pvh(elf: ElfFile) -> PvhKernel | None:
     note = elf.note(_NOTE_OWNER, _PHYS32_ENTRY)
     if note is None:
         return None
-    entry = int.from_bytes(note, "little")
-    parts = elf.physical()
-    if not any(part.gpa <= entry < part.gpa + part.size_bytes for part in parts):
-        raise UsageError(f"{elf.name} has its PVH entry point {entry:#x} outside its segments", hint="link it again")
-    return PvhKernel(name=elf.name, entry=entry, parts=parts)
+    return Kernel(name=elf.name, entry=int.from_bytes(note, "little"), parts=elf.physical())
 
 
-def boot_pvh(vm: Vm, kernel: PvhKernel, *, initrd: bytes = b"", command_line: str = "") -> None:
+def boot_pvh(vm: Vm, kernel: Kernel, *, initrd: bytes = b"", command_line: str = "") -> None:
     """Load a kernel and the entry state into a PC that has not run yet; the machine is paused before and after.
 
     Args:

@@ -40,7 +40,7 @@ from pageferry.core.cpuid import Leaves, answer
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.core.run import Effect, InvalidateTlb
-from pageferry.core.state import MpState, VcpuState
+from pageferry.core.state import MpState, VcpuState, reset_state
 from pageferry.devices.bus import DeviceBus
 from pageferry.devices.interrupts import CpuInterrupts
 from pageferry.hypervisor import exceptions
@@ -75,7 +75,6 @@ from pageferry.hypervisor.registers import (
     arm_breakpoints,
     check_supported,
     load_registers,
-    reset_state,
     save_registers,
 )
 from pageferry.hypervisor.shadow import ShadowPaging

@@ -15,14 +15,13 @@ bits. The instruction pointer, operand and selector of the last x87 instruction 
 Source: AMD APM volume 2, chapters 3 (system registers), 4 (segment attributes), 11 (FXSAVE).
 """
 
-import dataclasses
 import struct
 from collections.abc import Iterable
 
 from unicorn import x86_const as x86
 
 from pageferry.core.errors import UnsupportedError, VmError
-from pageferry.core.state import INITIAL_FPU_REGS, DescriptorTable, LapicState, MpState, Segment, VcpuState
+from pageferry.core.state import DescriptorTable, LapicState, MpState, Segment, VcpuState
 from pageferry.core.xsave import FP_SSE, component_names
 from pageferry.hypervisor.unicorn_api import Engine
 from pageferry.hypervisor.unicorn_cpu import CpuFields, SegmentFields
@@ -73,32 +72,6 @@ _FEW_BLOCKS = 8
 _APIC_ID, _APIC_VERSION, _APIC_DFR, _APIC_SVR = 0x02, 0x03, 0x0E, 0x0F
 _APIC_LVTS, _APIC_LVT_LINT0 = range(0x32, 0x38), 0x35
 _APIC_MASKED, _APIC_EXTINT, _APIC_SOFTWARE_ENABLED = 0x1_0000, 0x700, 0x100
-
-
-def reset_state() -> VcpuState:
-    """Return a vCPU after reset: what there is to save before anything was loaded. It cannot run here (real mode)."""
-    data = Segment(selector=0, base=0, limit=0xFFFF, attributes=0x93)
-    system = dataclasses.replace(data, attributes=0x82)
-    table = DescriptorTable(base=0, limit=0xFFFF)
-    return VcpuState(
-        rip=0xFFF0,
-        rflags=2,
-        cr0=0x6000_0010,
-        cr3=0,
-        cr4=0,
-        cs=Segment(selector=0xF000, base=0xFFFF_0000, limit=0xFFFF, attributes=0x9B),
-        ds=data,
-        es=data,
-        fs=data,
-        gs=data,
-        ss=data,
-        tr=dataclasses.replace(system, attributes=0x8B),
-        ldtr=system,
-        gdtr=table,
-        idtr=table,
-        efer=0,
-        fpu_regs=INITIAL_FPU_REGS,
-    )
 
 
 def check_supported(state: VcpuState) -> None:

@@ -34,7 +34,7 @@ def test_without_the_note_it_is_another_kind_of_file(notes):
 
 
 def test_an_entry_outside_of_what_is_loaded_is_refused():
-    with pytest.raises(UsageError, match=r"k has its PVH entry point 0x100 outside"):
+    with pytest.raises(UsageError, match="k has its entry point 0x100 outside"):
         kernel(notes=entry_note(0x100))
 
 
