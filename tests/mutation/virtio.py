@@ -13,8 +13,19 @@ from pageferry.hypervisor.domain import Domain
 fault = Faults(Room.HYPERVISOR)
 
 
-def _functions(domain: Domain) -> list[Any]:
-    return domain.virtio._functions
+def _load_then_forget(domain: Domain, name: str) -> None:
+    """Have each virtio device loaded as it should be, and a field of its queues 0 then."""
+    for function in domain.virtio._functions:
+
+        def wrap(sound: Any, function: Any = function) -> Any:
+            def load(data: bytes) -> None:
+                sound(data)
+                for queue in function.driver.queues:
+                    setattr(queue, name, 0)
+
+            return load
+
+        alter(function, "load", wrap)
 
 
 @fault(
@@ -24,17 +35,7 @@ def _functions(domain: Domain) -> list[Any]:
 )
 def ring_index_not_carried(domain: Domain) -> None:
     """A virtio device that is loaded begins at the first entry of its available rings."""
-    for function in _functions(domain):
-
-        def wrap(sound: Any, function: Any = function) -> Any:
-            def load(data: bytes) -> None:
-                sound(data)
-                for queue in function.driver.queues:
-                    queue.next_available = 0
-
-            return load
-
-        alter(function, "load", wrap)
+    _load_then_forget(domain, "next_available")
 
 
 @fault(
@@ -44,17 +45,7 @@ def ring_index_not_carried(domain: Domain) -> None:
 )
 def used_index_not_carried(domain: Domain) -> None:
     """A virtio device that is loaded gives back chains from the first entry of its used rings on."""
-    for function in _functions(domain):
-
-        def wrap(sound: Any, function: Any = function) -> Any:
-            def load(data: bytes) -> None:
-                sound(data)
-                for queue in function.driver.queues:
-                    queue.next_used = 0
-
-            return load
-
-        alter(function, "load", wrap)
+    _load_then_forget(domain, "next_used")
 
 
 @fault(

@@ -76,6 +76,7 @@ CHECKS: tuple[Check, ...] = (
     check_of(8, operators.one_fault_per_page),
     check_of(None, operators.pausing_is_no_write),
     check_of(4, operators.host_writes_are_marked),
+    check_of(1, operators.released_pages_are_tracked),
     check_of(4, operators.marks_and_writes_mix),
     check_of(4, operators.marks_outside_ram),
     check_of(4, operators.state_restore_keeps_tracking),

@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PAGE_SIZE, PCI_HOLE_START, gfn_of, gpa_of
+from pageferry.core.memory import byte_ranges
 from pageferry.core.state import MachineState
 from pageferry.testing.lab import Guest, Lab, Violation, require
 
@@ -209,6 +211,20 @@ def host_writes_are_marked(lab: Lab) -> None:
         guest.require_exact(guest.log_dirty.clean(), also=last.tolist())
         memory.write(stray, b"")
         guest.require_exact(guest.log_dirty.clean())
+
+
+def released_pages_are_tracked(lab: Lab) -> None:
+    """A page whose storage was given back to the host is dirty, and is reported when the guest writes it again."""
+    with lab.tracked() as guest:
+        guest.play(3)
+        guest.require_exact(guest.log_dirty.clean())
+        gfns = guest.oracle.written(3)
+        released = gfns[: gfns.size // 2]
+        if guest.memory.release(byte_ranges(*runs_of(released))):
+            guest.require_exact(guest.log_dirty.clean(), also=released.tolist())
+        for number in (8, 13):
+            guest.play(number)
+            guest.require_exact(guest.log_dirty.clean())
 
 
 def marks_and_writes_mix(lab: Lab) -> None:
