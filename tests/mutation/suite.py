@@ -7,6 +7,8 @@ from typing import Any
 
 from mutation import (
     checks,
+    cpu,
+    cpu_checks,
     device_checks,
     devices,
     hypervisor_ranges,
@@ -55,7 +57,20 @@ WRAPPED: tuple[Fault, ...] = _wrapped_trackers()
 DECLARED: tuple[Fault, ...] = tuple(
     fault
     for room in (
-        *(tracking, hypervisor_ranges, tables, writers, devices, virtio, kvm_log, kvm_ring, ring_ranges, uffd, pagemap),
+        *(
+            tracking,
+            hypervisor_ranges,
+            tables,
+            writers,
+            devices,
+            cpu,
+            virtio,
+            kvm_log,
+            kvm_ring,
+            ring_ranges,
+            uffd,
+            pagemap,
+        ),
         *(moving, proving, travelling),
     )
     for fault in room.fault.all()
@@ -65,7 +80,7 @@ DECLARED: tuple[Fault, ...] = tuple(
 FAULTS: tuple[Fault, ...] = tuple(fault for fault in DECLARED if fault.possible)
 
 #: What looks at the software hypervisor: more of the kit's kind, that knows it.
-_ON_SOFT = (*conformance.CHECKS, *checks.CHECKS, *device_checks.CHECKS, *virtio_checks.CHECKS)
+_ON_SOFT = (*conformance.CHECKS, *checks.CHECKS, *device_checks.CHECKS, *cpu_checks.CHECKS, *virtio_checks.CHECKS)
 
 
 def checks_of(fault: Fault) -> tuple[Check, ...]:

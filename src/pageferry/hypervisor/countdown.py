@@ -40,7 +40,8 @@ from unicorn.unicorn_py3.unicorn import uclib
 from pageferry.hypervisor.unicorn_cpu import Cpu, CpuFields
 
 _BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p)
-_NATIVE_HOSTS = ("x86_64", "AMD64")
+#: Hosts that the machine code here is for.
+NATIVE_HOSTS = ("x86_64", "AMD64")
 _IF, _INHIBIT_IRQ = 1 << 9, 1 << 3
 _LOOK = bytes.fromhex(
     "832901 7e1f 83790400 7501 c3 488b4110 f70000020000 74f3 488b4118 f70008000000 75e7 c7410801000000 48b8"
@@ -72,7 +73,7 @@ class Countdown:
         at = ctypes.addressof(cpu.fields)
         self._cell = _Cell(eflags=at + CpuFields.eflags.offset, hflags=at + CpuFields.hflags.offset)
         self.address = ctypes.addressof(self._cell)
-        native = platform.machine() in _NATIVE_HOSTS
+        native = platform.machine() in NATIVE_HOSTS
         self.callback: Any = ctypes.c_void_p(_machine_code()) if native else _BLOCK(self._look)
 
     def start(self, blocks: int, *, interrupt: bool) -> None:
@@ -107,12 +108,16 @@ def _machine_code() -> int:
     """Return the address of the callback, made once for the process."""
     stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value
     assert stop is not None
-    code = _LOOK + stop.to_bytes(8, "little") + _JUMP
+    return executable(_LOOK + stop.to_bytes(8, "little") + _JUMP)
+
+
+def executable(code: bytes) -> int:
+    """Return the address of machine code, at most a page, that stays there until the process ends."""
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(code)
     _pages.append(page)
     return ctypes.addressof(ctypes.c_char.from_buffer(page))
 
 
-# SAFETY: every engine calls into this page: it stays mapped until the process ends.
+# SAFETY: every engine calls into these pages: they stay mapped until the process ends.
 _pages: list[mmap.mmap] = []

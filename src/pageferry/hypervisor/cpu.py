@@ -30,6 +30,7 @@ Source: AMD APM volume 2, chapter 8; RFC for what a nested fault does.
 """
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -81,18 +82,15 @@ from pageferry.hypervisor.shadow import ShadowPaging
 from pageferry.hypervisor.shadow_mmu import ShadowMmu
 from pageferry.hypervisor.system_calls import system_call, system_enter
 from pageferry.hypervisor.system_memory import SystemMemory
+from pageferry.hypervisor.tlb_memory import TlbMemory
 from pageferry.hypervisor.unicorn_cpu import CR0, CR3, CR4, EFER, EFLAGS, HFLAGS
 
 _U64 = (1 << 64) - 1
 #: A tenth of a millisecond or so of plain code.
 _SLICE_BLOCKS = 20_000
 _NS_PER_S = 1e9
-#: Address spaces whose translations are remembered.
-_MAX_SPACES = 64
-#: Of a key to them: for ring 3. The rest is the page's gva and the access.
-_USER = 8
-#: Four times where an entry is and what it was, the maddr, the permissions.
-_Known = tuple[int, int, int, int, int, int, int, int, int, int]
+#: How long a device's deadline may be overdue while the guest runs.
+_LOOK_AFTER_NS = 100_000
 _ICEBP, _MAX_INSTRUCTION_BYTES = b"\xf1", 15
 
 
@@ -143,17 +141,15 @@ class SoftVcpu:
         self._pending = PendingEvents()
         self._halted = False
         self._kicked = False
+        self._look_again_ns = 0  # when devices may have something to do
         self._awake = threading.Event()
         self._failure: BaseException | None = None
         self._refused: GuestPageFault | None = None
         self._vector: int | None = None
         self._system_call: int | None = None
-        self._controls = (0, 0, 0, 0)
+        self._controls = (0, 0, 0)
         self._words = self._halves = memoryview(b"")  # of the CPU's fields
-        self._machine_words = machine.words
-        # For each CR3 what the TLB was told of an access, and the page-table entries that it rests on.
-        self._known_spaces: dict[int, dict[int, _Known]] = {}
-        self._known: dict[int, _Known] = {}
+        self._tlb_memory = TlbMemory(machine.mapping.hva)
         self._remembers = True
         self._code: set[int] = set()  # maddrs of pages that the emulator may have translated
         self._identity = False
@@ -214,7 +210,8 @@ class SoftVcpu:
         check_supported(state)
         pending = PendingEvents.of_state(state)
         engine = api.Engine(self._machine.mapping.hva, self._machine.size_bytes)
-        engine.hook(const.UC_HOOK_TLB_FILL, api.TLB_FILL(self._tlb_fill))
+        callback, data = self._tlb_memory.attach(engine.cpu.fields, api.TLB_FILL(self._tlb_fill))
+        engine.hook(const.UC_HOOK_TLB_FILL, callback, data=data)
         engine.hook(const.UC_HOOK_INTR, api.INTERRUPT(self._on_exception))
         engine.hook_instruction(api.CPUID(self._on_cpuid), x86.UC_X86_INS_CPUID)
         engine.hook_instruction(api.SYSTEM_CALL(self._on_syscall), x86.UC_X86_INS_SYSCALL)
@@ -236,6 +233,7 @@ class SoftVcpu:
         self.tlb.holds_code = False
         self.tlb.written.clear()
         self._loaded = state
+        self._controls = (0, 0, 0)
         self._follow()
         self.tlb.request_flush()
 
@@ -275,13 +273,16 @@ class SoftVcpu:
             self._forget_written_code(engine)
         if self.tlb.flush_wanted:
             self._flush_tlb(engine)
-        if self._interrupts is not None:
+        if self._interrupts is not None and (now_ns := time.monotonic_ns()) >= self._look_again_ns:
+            self._look_again_ns = now_ns + _LOOK_AFTER_NS
             self._bus.advance()
 
     def _flush_tlb(self, engine: api.Engine) -> None:
         self.tlb.flush_wanted = False
         engine.flush_tlb()
-        self._forget_translations()
+        self._walker.flush()
+        self._nested.flush()
+        self._tlb_memory.forget()
         self.tlb.flushes += 1
         self.shadow_mmu.shadow.resync()
 
@@ -296,6 +297,7 @@ class SoftVcpu:
         if not stale:
             return
         engine.flush_tlb()
+        self._tlb_memory.forget()
         self._identity = True  # the emulator asks for gvas
         for maddr in stale:
             engine.flush_code(maddr, PAGE_SIZE)
@@ -327,6 +329,7 @@ class SoftVcpu:
         if self._kicked or self._may_interrupt(engine):
             return
         due_in_ns = None if self._interrupts is None else self._bus.due_in_ns()
+        self._look_again_ns = 0
         self._awake.wait(None if due_in_ns is None else max(0, due_in_ns) / _NS_PER_S)
 
     # --- why it stopped ---
@@ -430,38 +433,24 @@ class SoftVcpu:
             if self._identity:
                 entry.paddr, entry.perms = gva, api.READ | api.WRITE | api.EXECUTE
                 return 1
-            words = self._words
-            controls = words[CR0], words[CR3], words[CR4], words[EFER]
-            if controls != self._controls:
-                self._follow_controls(*controls)
-            user = self._halves[HFLAGS] & CPL_MASK == CPL_MASK
-            key = gva | access | (_USER if user else 0)
-            known = self._known.get(key)
-            if known is not None:
-                at_4, was_4, at_3, was_3, at_2, was_2, at_1, was_1, maddr, permissions = known
-                memory = self._machine_words
-                if memory[at_1] == was_1 and memory[at_2] == was_2 and memory[at_3] == was_3 and memory[at_4] == was_4:
-                    entry.paddr, entry.perms = maddr, permissions
-                    return 1
-            return self._walk_for_tlb(entry, gva, access, user, key)
+            self._follow()
+            return self._walk_for_tlb(entry, gva, access)
         except BaseException as error:
             self._on_failure(error)
             return 0
 
-    def _walk_for_tlb(self, entry: api.TlbEntry, gva: int, access: int, user: bool, key: int) -> int:
+    def _walk_for_tlb(self, entry: api.TlbEntry, gva: int, access: int) -> int:
         walker = self._walker
-        walker.user = user
-        if walker.smap:
-            walker.alignment_check = bool(self._words[EFLAGS] & RFLAGS_AC)
         write, fetch = access == api.ACCESS_WRITE, access == api.ACCESS_FETCH
         try:
             maddr, permissions = self._translate(gva, write, fetch)
         except GuestPageFault as fault:
-            if not user or not self._loads_descriptor(gva):
+            if not walker.user or not self._loads_descriptor(gva):
                 self._refused = fault
                 return 0
             walker.user = False
             maddr, permissions = self._translate(gva, write, fetch)
+            walker.passed = None
             self.tlb.request_flush()  # the program itself may not go there
         entry.paddr, entry.perms = maddr, permissions
         if fetch:
@@ -469,41 +458,37 @@ class SoftVcpu:
             self.tlb.holds_code = True
         if self.tlb.flush_wanted:  # a page became a guest table under our hands
             self._hurry()
-        elif walker.passed is not None and self._remembers and maddr < self._machine.size_bytes:
-            self._known[key] = (*walker.passed, maddr, permissions)  # type: ignore[assignment]  # eight and two
-            if write:
-                self._known[key - api.ACCESS_WRITE + api.ACCESS_READ] = self._known[key]
+        elif walker.passed is not None and self._remembers and not walker.smap and maddr < self._machine.size_bytes:
+            cpl = self._halves[HFLAGS] & CPL_MASK
+            for of in (access, api.ACCESS_READ) if write else (access,):
+                self._tlb_memory.remember((gva, of, cpl), walker.cr3, walker.passed, maddr, permissions)
         return 1
 
     def _follow(self) -> None:
         """Have the walker walk by what the CPU's registers say now."""
-        words = self._words
-        controls = words[CR0], words[CR3], words[CR4], words[EFER]
+        words, walker = self._words, self._walker
+        controls = words[CR0], words[CR4], words[EFER]
         if controls != self._controls:
             self._follow_controls(*controls)
+        cr3 = words[CR3]
+        if cr3 != walker.cr3:
+            walker.cr3 = cr3
+        walker.user = self._halves[HFLAGS] & CPL_MASK == CPL_MASK
+        if walker.smap:
+            walker.alignment_check = bool(words[EFLAGS] & RFLAGS_AC)
 
-    def _follow_controls(self, cr0: int, cr3: int, cr4: int, efer: int) -> None:
-        walker, before = self._walker, self._controls
-        self._controls = cr0, cr3, cr4, efer
-        if before != (cr0, before[1], cr4, efer):
-            walker.paging = bool(cr0 & CR0_PG)
-            walker.write_protect = bool(cr0 & CR0_WP)
-            walker.no_execute = bool(efer & EFER_NXE)
-            walker.smep = bool(cr4 & CR4_SMEP)
-            walker.smap = bool(cr4 & CR4_SMAP)
-            self._forget_translations()
-        walker.cr3 = cr3
-        if len(self._known_spaces) > _MAX_SPACES:
-            self._known_spaces.clear()
-        self._known = self._known_spaces.setdefault(cr3, {})
+    def _follow_controls(self, cr0: int, cr4: int, efer: int) -> None:
+        walker = self._walker
+        self._controls = cr0, cr4, efer
+        walker.paging = bool(cr0 & CR0_PG)
+        walker.write_protect = bool(cr0 & CR0_WP)
+        walker.no_execute = bool(efer & EFER_NXE)
+        walker.smep = bool(cr4 & CR4_SMEP)
+        walker.smap = bool(cr4 & CR4_SMAP)
+        walker.flush()
+        self._tlb_memory.follow(cr0, cr4, efer)
         if walker.paging and not efer & EFER_LMA:
             raise GuestCrash("32-bit paging, which the software machine does not have")
-
-    def _forget_translations(self) -> None:
-        self._walker.flush()
-        self._nested.flush()
-        self._known_spaces.clear()
-        self._known = self._known_spaces.setdefault(self._controls[1], {})
 
     def _follow_as_supervisor(self) -> None:
         self._follow()

@@ -46,9 +46,7 @@ from pageferry.hypervisor.registers import (
     RFLAGS_VM,
     RSP,
     SS,
-    mode_flags,
-    rflags_of,
-    set_rflags,
+    enter_64_bit_code,
     set_segment,
 )
 from pageferry.hypervisor.unicorn_api import Engine
@@ -197,7 +195,7 @@ class Delivery:
             rsp = memory.read(fields.tr.base + _TSS_RSP + 8 * new_cpl, 8)
         else:
             rsp = fields.regs[RSP]
-        rflags = rflags_of(engine)
+        rflags = engine.rflags
         is_fault = event.kind is Kind.EXCEPTION and event.vector not in _NO_FAULTS
         rip = fields.eip if event.return_rip is None else event.return_rip
         frame = [fields.segs[SS].selector, fields.regs[RSP], rflags | (RFLAGS_RF if is_fault else 0)]
@@ -217,8 +215,8 @@ class Delivery:
         cleared = RFLAGS_TF | RFLAGS_NT | RFLAGS_RF | RFLAGS_VM
         if low >> 32 + _TYPE_SHIFT & 0xF == _INTERRUPT_GATE:
             cleared |= RFLAGS_IF
-        set_rflags(engine, rflags & ~cleared)
-        fields.hflags = mode_flags(fields, new_cpl)
+        engine.rflags = rflags & ~cleared
+        enter_64_bit_code(fields, new_cpl)
         if event.kind is Kind.EXTERNAL and event.vector == NMI:
             fields.hflags2 |= HFLAG2_NMI
 

@@ -9,8 +9,9 @@ from where a kernel goes on to long mode. Real and virtual-8086 mode and 32-bit 
 neither a local APIC nor AVX; the state of a local APIC that was never used is accepted and dropped.
 
 What it does less strictly than hardware, because the emulator does: RDMSR of an unknown MSR gives 0 and WRMSR to one is
-ignored; unmasked SSE exceptions are never raised; alignment is not checked; MOV to a control register takes reserved
-bits. The instruction pointer, operand and selector of the last x87 instruction stay as they were loaded.
+ignored; unmasked SSE exceptions are never raised; breakpoints on data never hit (those on code do); alignment is not
+checked; MOV to a control register takes reserved bits; CR8 does nothing, since there is no local APIC. The instruction
+pointer, operand and selector of the last x87 instruction stay as they were loaded.
 
 Source: AMD APM volume 2, chapters 3 (system registers), 4 (segment attributes), 11 (FXSAVE).
 """
@@ -170,7 +171,7 @@ def load_registers(engine: Engine, state: VcpuState) -> None:
         table.base, table.limit = value.base, value.limit
     fields.cr[0], fields.cr[2], fields.cr[3], fields.cr[4] = state.cr0, state.cr2, state.cr3, state.cr4
     fields.efer = state.efer
-    set_rflags(engine, state.rflags)
+    engine.rflags = state.rflags
     fields.hflags = mode_flags(fields, _cpl(state)) | (HFLAG_INHIBIT_IRQ if state.interrupt_shadow else 0)
     fields.hflags2 = fields.hflags2 & ~HFLAG2_NMI | (HFLAG2_NMI if state.nmi_masked else 0)
     msrs.sysenter_cs, msrs.sysenter_esp, msrs.sysenter_eip = state.sysenter_cs, state.sysenter_esp, state.sysenter_eip
@@ -195,7 +196,7 @@ def save_registers(engine: Engine, loaded: VcpuState, *, tsc: int) -> VcpuState:
     return VcpuState(
         **{name: fields.regs[number] for number, name in enumerate(_GENERAL)},
         rip=fields.eip,
-        rflags=rflags_of(engine),
+        rflags=engine.rflags,
         es=segments["es"],
         cs=segments["cs"],
         ss=segments["ss"],
@@ -256,15 +257,10 @@ def mode_flags(fields: CpuFields, cpl: int) -> int:
     return flags if flat else flags | HFLAG_ADDSEG
 
 
-def rflags_of(engine: Engine) -> int:
-    """Return RFLAGS, the arithmetic flags among them."""
-    value: int = engine.get(x86.UC_X86_REG_EFLAGS)
-    return value
-
-
-def set_rflags(engine: Engine, value: int) -> None:
-    """Replace RFLAGS, the arithmetic flags among them."""
-    engine.set(x86.UC_X86_REG_EFLAGS, value)
+def enter_64_bit_code(fields: CpuFields, cpl: int) -> None:
+    """Have the CPU translate code as 64-bit code at a privilege level, after its segments; long mode is active."""
+    kept = fields.hflags & ~(CPL_MASK | HFLAG_ADDSEG | HFLAG_INHIBIT_IRQ)
+    fields.hflags = kept | HFLAG_CS64 | HFLAG_CS32 | HFLAG_SS32 | cpl
 
 
 def set_segment(segment: SegmentFields, selector: int, base: int, limit: int, flags: int) -> None:

@@ -26,9 +26,8 @@ from pageferry.hypervisor.registers import (
     RFLAGS_VM,
     RSP,
     SS,
+    enter_64_bit_code,
     mode_flags,
-    rflags_of,
-    set_rflags,
     set_segment,
 )
 from pageferry.hypervisor.unicorn_api import Engine
@@ -45,10 +44,10 @@ def system_call(engine: Engine) -> Event | None:
     fields, msrs = engine.cpu.fields, engine.cpu.msrs
     if not (fields.efer & EFER_SCE and fields.efer & EFER_LMA):
         return Event(vector=INVALID_OPCODE, detail="system call without a kernel")
-    rflags = rflags_of(engine) & ~RFLAGS_RF
+    rflags = engine.rflags & ~RFLAGS_RF
     fields.regs[RCX], fields.regs[R11] = fields.eip, rflags
     fields.eip = msrs.lstar if fields.hflags & HFLAG_CS64 else msrs.cstar
-    set_rflags(engine, rflags & ~msrs.fmask)
+    engine.rflags = rflags & ~msrs.fmask
     _enter_ring_0(engine, msrs.star >> 32 & 0xFFFC, _RING_0_CODE_64)
     return None
 
@@ -61,7 +60,7 @@ def system_enter(engine: Engine) -> Event | None:
     long_mode = fields.efer & EFER_LMA
     fields.eip = msrs.sysenter_eip if long_mode else msrs.sysenter_eip & 0xFFFF_FFFF
     fields.regs[RSP] = msrs.sysenter_esp if long_mode else msrs.sysenter_esp & 0xFFFF_FFFF
-    set_rflags(engine, rflags_of(engine) & ~(RFLAGS_IF | RFLAGS_RF | RFLAGS_VM))
+    engine.rflags &= ~(RFLAGS_IF | RFLAGS_RF | RFLAGS_VM)
     _enter_ring_0(engine, msrs.sysenter_cs & 0xFFFC, _RING_0_CODE_64 if long_mode else _RING_0_CODE_32)
     return None
 
@@ -70,4 +69,7 @@ def _enter_ring_0(engine: Engine, selector: int, code: int) -> None:
     fields = engine.cpu.fields
     set_segment(fields.segs[CS], selector, 0, 0xFFFF_FFFF, code)
     set_segment(fields.segs[SS], selector + 8, 0, 0xFFFF_FFFF, _RING_0_DATA & ~(3 << DPL_SHIFT))
-    fields.hflags = mode_flags(fields, 0)
+    if code & FLAG_LONG:
+        enter_64_bit_code(fields, 0)
+    else:
+        fields.hflags = mode_flags(fields, 0)

@@ -36,6 +36,9 @@ READ, WRITE, EXECUTE = const.UC_PROT_READ, const.UC_PROT_WRITE, const.UC_PROT_EX
 ACCESS_READ, ACCESS_WRITE, ACCESS_FETCH = const.UC_MEM_READ, const.UC_MEM_WRITE, const.UC_MEM_FETCH
 
 
+_NO_LIMIT, _NO_COUNT = ctypes.c_uint64(0), ctypes.c_size_t(0)
+
+
 class TlbEntry(ctypes.Structure):
     """``struct uc_tlb_entry``: what the fill callback answers."""
 
@@ -62,6 +65,8 @@ class Engine:
         self._callbacks: list[Any] = []
         self.cpu = Cpu(self.handle.value)
         self._countdown = Countdown(self.cpu)
+        self._rflags = ctypes.c_uint32()
+        self._rflags_at = ctypes.byref(self._rflags)
         self.hook(const.UC_HOOK_BLOCK, self._countdown.callback, data=self._countdown.address)
 
     def hook(
@@ -118,9 +123,8 @@ class Engine:
         With ``interrupt`` it ends before the first block at which the guest takes interrupts.
         """
         self._countdown.start(blocks, interrupt=interrupt)
-        no_limit = ctypes.c_uint64(0)
         code: int = uclib.uc_emu_start(
-            self.handle, ctypes.c_uint64(self.cpu.fields.eip), no_limit, no_limit, ctypes.c_size_t(0)
+            self.handle, ctypes.c_uint64(self.cpu.fields.eip), _NO_LIMIT, _NO_LIMIT, _NO_COUNT
         )
         return code
 
@@ -159,6 +163,17 @@ class Engine:
     def set(self, register: int, value: Any) -> None:  # noqa: ANN401
         """Write a register."""
         self._uc.reg_write(register, value)
+
+    @property
+    def rflags(self) -> int:
+        """RFLAGS, with the arithmetic flags, which the CPU keeps in a form of its own."""
+        uclib.uc_reg_read(self.handle, x86.UC_X86_REG_EFLAGS, self._rflags_at)
+        return self._rflags.value
+
+    @rflags.setter
+    def rflags(self, value: int) -> None:
+        self._rflags.value = value
+        uclib.uc_reg_write(self.handle, x86.UC_X86_REG_EFLAGS, self._rflags_at)
 
     def read_msr(self, index: int) -> int:
         """Read an MSR; 0 for one that the CPU has not."""
