@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if
 # Else each of the hundreds of processes that the tests start compiles all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-linux test test-all test-npt linux-image soak lint bench mutants guests clean
+.PHONY: demo demo-linux test test-all test-npt linux-image soak soak-linux lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -46,6 +46,13 @@ build/linux/cloud:
 # Kernels and initramfs of Debian's packages, to boot as guests: into build/linux. ONLY=cloud: that one.
 linux-image: $(READY)
 	$(BIN)/python -m pageferry.guests.linux.debian build/linux $(if $(ONLY),--only $(ONLY))
+
+# A Debian guest does real work, which checks itself, while it is moved 50 times. COUNT= and SEED= as for soak.
+soak-linux: $(READY) build/linux/cloud/vmlinuz
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.linux_soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
+
+build/linux/cloud/vmlinuz: | $(READY)
+	$(BIN)/python -m pageferry.guests.linux.debian build/linux --only cloud
 
 lint: $(READY)
 	$(BIN)/ruff check .

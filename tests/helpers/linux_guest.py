@@ -44,6 +44,10 @@ class Said:
         """Wait for so many rounds more; nothing went wrong."""
         goal = self.rounds() + rounds
         self.wait_for(lambda: self.rounds() >= goal, f"round {goal} of work", timeout_s)
+        self.expect_no_trouble()
+
+    def expect_no_trouble(self):
+        """Check that neither the work nor the kernel has complained."""
         trouble = _TROUBLE.search(bytes(self))
         assert trouble is None, f"{trouble[0]!r} in what the guest said:\n{self._tail()}"
 

@@ -1,0 +1,279 @@
+"""``make soak-linux``: a Debian guest does real work, which checks itself, while it is moved again and again.
+
+    python -m simulation.linux_soak [--seed N] [--count N] [--image FOLDER]
+
+The guest is a stock kernel on the software machine, with a disk. Its work (tests/linux/toil.sh) is memtester, stress-
+ng, fio, sqlite3 and redis out of Debian's packages, all at once. The moves, drawn by chance, are of all kinds: each
+policy, post-copy, several connections, packing, both paging modes, save and restore, eager and lazy. After each the
+guest works on. At the end each job has been done anew since the last move, the kernel has said nothing bad, the wall
+clock is right, and the file system checks clean.
+
+Ends with 0 when all of that is so, with 1 at the first thing that is not, with 5 where no guest can be had.
+"""
+
+import argparse
+import random
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from debian_root import NoRootError, debian_root
+from linux_guest import Said
+from trips import Inn, source_of
+
+from pageferry.core.device_spec import DeviceKind, DeviceSpec
+from pageferry.core.errors import PageferryError
+from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
+from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.engine.image.restore import restore, restore_lazily
+from pageferry.engine.image.save import Save
+from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.options import VerifyMode, WireOptions
+from pageferry.guests.linux.boot import boot_linux
+from pageferry.guests.linux.debian import LinuxImage
+from pageferry.guests.linux.image import load_kernel
+from pageferry.guests.linux.initramfs import PROGRAM, cpio
+from pageferry.hypervisor.domain import Domain
+from pageferry.hypervisor.paging import PAGING_MODES
+from pageferry.stream.packing import Packing
+
+PROJECT = Path(__file__).resolve().parents[2]
+BUILD = PROJECT / "build" / "linux"
+TOIL = PROJECT / "tests" / "linux" / "toil.sh"
+JOBS = ("memory", "stress", "disk", "database", "store")
+DEFAULT_COUNT = 50
+MEMORY_BYTES = 256 << 20
+_PATIENCE_S = 900.0
+_CLOCK_S = 2.5  # the clock shows whole seconds, and the answer takes a while
+_NOT_HERE = 5
+
+
+class WentWrongError(Exception):
+    """The guest or its file system is not as it must be; the message says what was seen."""
+
+
+@dataclass
+class Guest:
+    """The guest, wherever it is: ``vm`` is its machine now, ``said`` what it has said on its console since boot."""
+
+    vm: Domain
+    said: Said = field(default_factory=Said)
+
+    def be(self, vm: Domain) -> None:
+        """Be on another machine, which it has come to."""
+        old, self.vm = self.vm, vm
+        old.close()
+
+    def done(self, job: str) -> int:
+        """Return how often a job has ended well."""
+        turns = re.findall(rf"^toil: {job} (\d+)\r?$", bytes(self.said).decode(errors="replace"), re.MULTILINE)
+        return int(turns[-1]) if turns else 0
+
+    def works_on(self, jobs: Sequence[str], turns: int = 1) -> None:
+        """Wait until each of these jobs was done so many times more."""
+        goals = {job: self.done(job) + turns for job in jobs}
+
+        def reached() -> bool:
+            self.said.expect_no_trouble()
+            return all(self.done(job) >= goal for job, goal in goals.items())
+
+        self.said.wait_for(reached, f"turn of {goals}", _PATIENCE_S)
+
+    def ask(self, command: str) -> str:
+        """Run a command in the guest's shell; return what it prints."""
+        mark = f"answer-{secrets.token_hex(4)}"
+        before = len(bytes(self.said))
+        say_it = f"echo {mark[:6]}''{mark[6:]}"  # the console echoes what is typed, which is no answer
+        line = f"{say_it}\n{command}\n{say_it}\n".encode()
+        while line:
+            line = line[self.vm.type_console(line) :]
+            time.sleep(0.01)
+        pattern = re.compile(rf"^{mark}\r?$(.*?)^{mark}\r?$".encode(), re.MULTILINE | re.DOTALL)
+        self.said.wait_for(lambda: pattern.search(bytes(self.said), before), f"answer to {command}", _PATIENCE_S)
+        found = pattern.search(bytes(self.said), before)
+        assert found is not None
+        return found[1].decode(errors="replace").strip()
+
+
+Way = Callable[[Guest, random.Random, Path], str]
+
+
+def _to(guest: Guest, draw: random.Random, policy: object, **options: object) -> str:
+    mode = draw.choice(PAGING_MODES)
+    inn = Inn(partial(Domain, paging_mode=mode), "soft")
+    try:
+        report = source_of(guest.vm, inn.open(before_run=guest.said.listen_to), policy, **options).run()
+        arrived = inn.outcome()
+        if arrived is not inn.vm or not report.verified:
+            raise WentWrongError(f"no verified guest has arrived: {arrived}")
+        guest.be(inn.check_out())
+    finally:
+        inn.close()
+    return f"to {mode}, {report.policy}, {len(report.rounds)} rounds, {report.downtime_s * 1e3:.0f} ms"
+
+
+def _xen(guest: Guest, draw: random.Random, _: Path) -> str:
+    return _to(guest, draw, XenPolicy(max_rounds=draw.randint(1, 5)), verify=draw.choice(list(VerifyMode)))
+
+
+def _downtime(guest: Guest, draw: random.Random, _: Path) -> str:
+    return _to(guest, draw, DowntimePolicy(limit_s=30.0))
+
+
+def _converge(guest: Guest, draw: random.Random, _: Path) -> str:
+    return _to(guest, draw, ConvergePolicy(limit_s=5.0), wire=WireOptions(connections=draw.choice((2, 4))))
+
+
+def _deadline(guest: Guest, draw: random.Random, _: Path) -> str:
+    return _to(guest, draw, DeadlinePolicy(deadline_s=10.0))
+
+
+def _packed(guest: Guest, draw: random.Random, _: Path) -> str:
+    wire = WireOptions(compress=Packing.LZ4, delta_cache_bytes=16 << 20, bandwidth_bytes_per_s=100 << 20)
+    return _to(guest, draw, XenPolicy(), wire=wire)
+
+
+def _postcopy(guest: Guest, draw: random.Random, _: Path) -> str:
+    return _to(guest, draw, PostcopyPolicy(max_rounds=1, limit_s=1e-3))
+
+
+def _file(guest: Guest, draw: random.Random, folder: Path, *, lazily: bool) -> str:
+    path, mode = folder / "guest.bin", draw.choice(PAGING_MODES)
+    Save(guest.vm, path, XenPolicy(), stop=True, on_event=lambda _: None).run()
+    make_vm = partial(Domain, paging_mode=mode)
+    failures: list[PageferryError] = []
+    saved = SavedGuest(path)
+    if lazily:
+        vm, lazy = restore_lazily(saved, make_vm, on_failure=failures.append)
+    else:
+        vm, lazy = restore(saved, make_vm), None
+        saved.close()
+    guest.said.listen_to(vm)
+    guest.be(vm)
+    vm.resume()
+    if lazy is not None:
+        lazy.read_ahead()
+        while not (lazy.done or failures):
+            time.sleep(0.05)
+        lazy.close()
+    if failures:
+        raise failures[0]
+    return f"through a file to {mode}{', lazily' if lazily else ''}"
+
+
+WAYS: dict[str, Way] = {
+    "xen": _xen,
+    "downtime": _downtime,
+    "converge": _converge,
+    "deadline": _deadline,
+    "packed": _packed,
+    "postcopy": _postcopy,
+    "file": partial(_file, lazily=False),
+    "lazy": partial(_file, lazily=True),
+}
+
+
+def boot(image: LinuxImage, disk: Path) -> Guest:
+    """Boot the guest; its work has begun when this returns, and there is a shell on the console."""
+    disk_spec = DeviceSpec(kind=DeviceKind.DISK, backend=str(disk))
+    devices = (disk_spec, DeviceSpec(kind=DeviceKind.RNG), DeviceSpec(kind=DeviceKind.BALLOON))
+    guest = Guest(Domain(VmConfig(memory_bytes=MEMORY_BYTES, machine=MachineModel.PC, devices=devices)))
+    guest.said.listen_to(guest.vm)
+    script = b"#!/bin/busybox sh\n" + TOIL.read_bytes()
+    initrd = image.initramfs.read_bytes()
+    initrd += bytes(-len(initrd) % 4) + cpio([("bin/toil", PROGRAM, script)])
+    boot_linux(guest.vm, load_kernel(image.kernel), initrd=initrd, command_line="console=ttyS0 panic=-1")
+    guest.vm.claim_backends()
+    guest.vm.resume()
+    guest.said.wait_for(lambda: b"pageferry: ready" in bytes(guest.said), "first process", _PATIENCE_S)
+    guest.ask("toil > /dev/ttyS0 2>&1 &")
+    guest.said.wait_for(lambda: b"toil: begun" in bytes(guest.said), "work", _PATIENCE_S)
+    return guest
+
+
+def expect_sound(guest: Guest, disk: Path) -> None:
+    """Check what only the end shows; the guest is off afterwards.
+
+    Raises:
+        WentWrongError: the kernel complained, the clock is wrong, or the file system is damaged.
+    """
+    bad = guest.ask("dmesg | grep -iE 'BUG|WARNING|stall|lockup|error|unstable' | grep -v 'workqueue lockup detector'")
+    if bad:
+        raise WentWrongError(f"the kernel said: {bad}")
+    shown_s = int(guest.ask("cat /sys/class/rtc/rtc0/since_epoch"))
+    if abs(shown_s - time.time()) > _CLOCK_S:
+        raise WentWrongError(f"the wall clock is {shown_s - time.time():+.1f} s off")
+    guest.ask("killall toil; sleep 1; for i in 1 2 3; do killall -9 redis-server memtester stress-ng fio sqlite3; done")
+    guest.ask("sync; umount /root/tmp /root/proc /root/sys /root/dev; umount -l /root; sync; sleep 2")
+    guest.vm.pause()
+    guest.vm.release_backends()
+    checked = subprocess.run(["e2fsck", "-fy", str(disk)], capture_output=True, text=True, check=False)
+    if checked.returncode not in (0, 1) or "FILE SYSTEM WAS MODIFIED" in checked.stdout.replace("*", "").strip():
+        raise WentWrongError(f"e2fsck: {checked.stdout}")
+
+
+def soak(seed: int, count: int, image: LinuxImage, root: Path, say: Callable[[str], None]) -> None:
+    """Move a guest at work ``count`` times, then look whether all is well.
+
+    Raises:
+        Exception: whatever went wrong; the seed has been said.
+    """
+    draw = random.Random(seed)
+    say(f"linux soak: seed {seed}, {count} moves")
+    with TemporaryDirectory(dir=root.parent) as folder:
+        disk = Path(folder) / "disk"
+        shutil.copyfile(root, disk)
+        guest = boot(image, disk)
+        try:
+            say("it works")
+            names = [*WAYS] * (count // len(WAYS) + 1)
+            draw.shuffle(names)
+            for number, name in enumerate(names[:count], start=1):
+                began_s = time.monotonic()
+                how = WAYS[name](guest, draw, Path(folder))
+                took_s = time.monotonic() - began_s
+                guest.works_on([draw.choice(JOBS)])
+                say(f"{number}/{count} {name:<9} {how}; {took_s:.1f} s")
+            guest.works_on(JOBS)
+            expect_sound(guest, disk)
+        finally:
+            guest.vm.close()
+    done = ", ".join(f"{job} {guest.done(job)}" for job in JOBS)
+    say(f"linux soak: {count} moves, all verified; done: {done}; kernel, clock and file system are well")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the soak; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m simulation.linux_soak", description="Move a Debian at work.")
+    parser.add_argument("--seed", type=int, help="draw the moves of that seed (default: another one each time)")
+    parser.add_argument("--count", type=int, default=DEFAULT_COUNT, help="moves (default: %(default)s)")
+    parser.add_argument("--image", type=Path, default=BUILD / "cloud", help="kernel and initramfs (make linux-image)")
+    options = parser.parse_args(arguments)
+    image = LinuxImage.of(options.image)
+    if not image.kernel.is_file():
+        print(f"linux soak: no kernel in {options.image}: make linux-image")
+        return _NOT_HERE
+    try:
+        root = debian_root(BUILD)
+    except NoRootError as error:
+        print(f"linux soak: {error}")
+        return _NOT_HERE
+    seed = secrets.randbits(32) if options.seed is None else options.seed
+    try:
+        soak(seed, options.count, image, root, partial(print, flush=True))
+    except (PageferryError, WentWrongError, AssertionError) as error:
+        print(f"linux soak: FAILED, seed {seed}: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
