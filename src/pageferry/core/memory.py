@@ -235,8 +235,10 @@ class GuestMemory:
 
     def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
         """Tell whether every byte of a range is RAM of one region."""
-        inside = any(r.gpa <= gpa and gpa + size_bytes <= r.gpa + r.size_bytes for r in self.regions)
-        return inside and (self._removed is None or not self._removed.test_many(gfns_touched(gpa, size_bytes)).any())
+        for region in self.regions:  # no any() here: every access of a device asks
+            if region.gpa <= gpa and gpa + size_bytes <= region.gpa + region.size_bytes:
+                return self._removed is None or not self._removed.test_many(gfns_touched(gpa, size_bytes)).any()
+        return False
 
     def are_ram(self, gfns: GfnArray) -> np.typing.NDArray[np.bool_]:
         """Tell for each frame whether it is RAM, as bool[n]."""
@@ -333,8 +335,8 @@ class GuestMemory:
             try:
                 yield views
             finally:
-                for gpa, size_bytes in ranges:
-                    self.wrote(gfns_touched(gpa, size_bytes))
+                touched = [gfns_touched(gpa, size_bytes) for gpa, size_bytes in ranges]
+                self.wrote(np.concatenate(touched) if touched else np.empty(0, np.uint64))
 
     def _byte_views(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         for gpa, size_bytes in ranges:

@@ -9,7 +9,7 @@ Each write goes through :class:`GuestMemory`, which marks it dirty after it is d
 Source: Virtual I/O Device (VIRTIO) Version 1.2, section 2.7.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from struct import Struct
 
@@ -28,6 +28,8 @@ _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _USED = Struct("<II")
 _U16 = Struct("<H")
 _FLAGS_NO_NOTIFICATION = 1
+#: Gives a descriptor's address, length, flags and next by its index.
+_Table = Callable[[int], tuple[int, int, int, int]]
 _RING = 4  # flags u16 and idx u16 come before the ring, in either area
 _IDX = 2
 
@@ -45,11 +47,15 @@ def part_of(ranges: Ranges, start: int, size_bytes: int) -> Ranges:
     """Return ``size_bytes`` bytes of the ranges from byte ``start`` on, or what there is of them."""
     part = []
     for gpa, length in ranges:
-        begin, end = min(start, length), min(start + size_bytes, length)
-        if begin < end:
-            part.append((gpa + begin, end - begin))
-        size_bytes -= end - begin
-        start -= begin
+        if start >= length:
+            start -= length
+            continue
+        taken = length - start if length - start < size_bytes else size_bytes
+        if not taken:
+            break
+        part.append((gpa + start, taken))
+        size_bytes -= taken
+        start = 0
     return tuple(part)
 
 
@@ -196,9 +202,18 @@ class SplitQueue:
                 readable.append((gpa, size_bytes))
         return Chain(head, tuple(readable), tuple(writable))
 
+    def _table(self, gpa: int) -> _Table:
+        """Return what reads descriptors where they lie."""
+        return lambda index: _DESCRIPTOR.unpack(self.memory.read(gpa + _DESCRIPTOR.size * index, _DESCRIPTOR.size))
+
+    def _copied(self, gpa: int, size_bytes: int) -> _Table:
+        """Return what reads descriptors from a copy, which is made at once: for a table that is used whole."""
+        copy = self.memory.read(gpa, size_bytes)
+        return lambda index: _DESCRIPTOR.unpack_from(copy, _DESCRIPTOR.size * index)
+
     def _buffers(self, head: int) -> Iterator[tuple[int, int, int]]:
         """Yield address, size and flags of each descriptor of a chain: at most as many as the queue has entries."""
-        table, entries, index = self.descriptors, self.size, head
+        table, entries, index = self._table(self.descriptors), self.size, head
         in_table = False
         left = self.size
         while True:
@@ -206,13 +221,12 @@ class SplitQueue:
                 raise RingError(f"descriptor {index} is outside a table of {entries}")
             if not left:
                 raise RingError("a chain is longer than its queue")
-            gpa, size_bytes, flags, following = _DESCRIPTOR.unpack(
-                self.memory.read(table + _DESCRIPTOR.size * index, _DESCRIPTOR.size)
-            )
+            gpa, size_bytes, flags, following = table(index)
             if flags & _INDIRECT:
                 if in_table or not self.indirect or flags & _NEXT or size_bytes % _DESCRIPTOR.size or not size_bytes:
                     raise RingError(f"an indirect table of {size_bytes} bytes with flags {flags:#x}")
-                table, entries, index, in_table = gpa, size_bytes // _DESCRIPTOR.size, 0, True
+                entries, index, in_table = size_bytes // _DESCRIPTOR.size, 0, True
+                table = self._table(gpa) if entries > self.size else self._copied(gpa, size_bytes)
                 continue
             yield gpa, size_bytes, flags
             if not flags & _NEXT:
