@@ -86,10 +86,16 @@ class RunControl:
         vcpus: in index order; their threads start with the first ``resume()``.
         name: for the threads' names.
         on_stood: called with how many nanoseconds all vCPUs have stood, before they run on; they do not meanwhile.
+        now_ns: a monotonic clock.
     """
 
     def __init__(
-        self, vcpus: Sequence[Vcpu], *, name: str = "guest", on_stood: Callable[[int], None] = lambda ns: None
+        self,
+        vcpus: Sequence[Vcpu],
+        *,
+        name: str = "guest",
+        on_stood: Callable[[int], None] = lambda ns: None,
+        now_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._vcpus = tuple(vcpus)
         self._name = name
@@ -102,6 +108,7 @@ class RunControl:
         self._end: GuestEnd | None = None
         self._sync_value: int | None = None
         self._on_stood = on_stood
+        self._now_ns = now_ns
         self._standing_since_ns: int | None = None
 
     @property
@@ -202,7 +209,7 @@ class RunControl:
     def stand_from_now(self) -> None:
         """Count a hold from now on: the guest's time was just set. It is held."""
         with self._changed:
-            self._standing_since_ns = time.monotonic_ns()
+            self._standing_since_ns = self._now_ns()
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -265,7 +272,7 @@ class RunControl:
 
     def _tell_stood(self) -> None:
         if self._standing_since_ns is not None:
-            now_ns = time.monotonic_ns()
+            now_ns = self._now_ns()
             self._on_stood(now_ns - self._standing_since_ns)
             self._standing_since_ns = now_ns
 
@@ -280,7 +287,7 @@ class RunControl:
                     self._vcpus[index].kick()
             self._changed.wait(_KICK_INTERVAL_S)
         if self._held() and self._standing_since_ns is None:
-            self._standing_since_ns = time.monotonic_ns()
+            self._standing_since_ns = self._now_ns()
 
     def _vcpu_main(self, index: int) -> None:
         vcpu = self._vcpus[index]

@@ -241,12 +241,11 @@ def test_a_vcpus_own_thread_may_not_wait_for_vcpus_to_stop(control, ask):
 class Standing:
     """What a machine is told of its guest's standing still, by a clock that is set here."""
 
-    def __init__(self, control, monkeypatch):
+    def __init__(self, control):
         self.now_ns = 1000
-        monkeypatch.setattr("pageferry.core.run.time.monotonic_ns", lambda: self.now_ns)
         self.stood = []
         self.vcpu = FakeVcpu()
-        self.run = control(self.vcpu, on_stood=self.tell)
+        self.run = control(self.vcpu, on_stood=self.tell, now_ns=lambda: self.now_ns)
 
     def tell(self, ns):
         assert not self.vcpu.inside
@@ -254,8 +253,8 @@ class Standing:
 
 
 @pytest.fixture
-def standing(control, monkeypatch):
-    standing = Standing(control, monkeypatch)
+def standing(control):
+    standing = Standing(control)
     standing.run.resume()
     assert standing.stood == [], "it has not run before"
     return standing
@@ -297,8 +296,8 @@ def test_what_was_told_for_a_saved_state_is_not_told_again(standing):
     assert standing.stood == [30, 4]
 
 
-def test_a_guest_that_was_loaded_stands_from_then_on(control, monkeypatch):
-    standing = Standing(control, monkeypatch)
+def test_a_guest_that_was_loaded_stands_from_then_on(control):
+    standing = Standing(control)
     standing.run.stand_from_now()
     standing.now_ns += 9
     standing.run.resume()
