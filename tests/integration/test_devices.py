@@ -185,7 +185,9 @@ def test_a_device_that_a_destination_lacks_is_refused_by_name_before_the_first_p
 def test_a_guest_that_is_saved_and_stopped_leaves_its_disk_to_who_restores_it(vm, make_vm, tmp_path, disk):
     path = tmp_path / "guest.bin"
     job = Save(vm, path, Rounds(1), stop=True, on_event=lambda event: None)
-    assert job.run().verified_pages
+    report = job.run()
+    assert report.verified_pages
+    assert not any("disk0" in warning for warning in report.warnings)
     assert not holds(vm)
     with SavedGuest(path) as saved:
         assert saved.config.devices == vm.config.devices
@@ -202,7 +204,8 @@ def test_a_guest_that_is_saved_and_stopped_leaves_its_disk_to_who_restores_it(vm
 
 def test_a_guest_that_runs_on_after_a_save_keeps_its_disk(vm, make_vm, tmp_path, disk):
     path = tmp_path / "guest.bin"
-    Save(vm, path, Rounds(1), on_event=lambda event: None).run()
+    save = Save(vm, path, Rounds(1), on_event=lambda event: None)
+    assert any("disk0 will change" in warning for warning in save.run().warnings)
     assert holds(vm)
     with SavedGuest(path) as saved:
         restored = restore(saved, make_vm)

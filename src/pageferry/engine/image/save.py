@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.device_spec import DeviceKind, device_names
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
 from pageferry.core.events import Event, MigrationReport, Phase
 from pageferry.core.frames import PAGE_SIZE, GfnArray
@@ -155,6 +156,7 @@ class Save:
                 file = self._open()
                 if self._host_cpu is not None and (warning := self._host_cpu.warning) is not None:
                     attempt.warn(f"{warning}; restore it on a host with the same CPU")
+                self._warn_of_disks()
             with phase(Phase.PRECOPY):
                 attempt.expect_alive()
                 file.send([self._encoder.header(), *map(self._encoder.record, attempt.guest.first_records())])
@@ -181,6 +183,19 @@ class Save:
                 self._commit(file)
         assert self.job.report is not None
         return self.job.report
+
+    def _warn_of_disks(self) -> None:
+        """A guest that runs on writes to its disks; the one in the file knows them as they are at the pause."""
+        names = device_names(self._vm.config.devices)
+        written = [
+            name
+            for name, spec in zip(names, self._vm.config.devices, strict=True)
+            if spec.kind == DeviceKind.DISK and not spec.readonly
+        ]
+        if written and not self._stop:
+            self._attempt.warn(
+                f"{', '.join(written)} will change: restore the guest with a copy from now, or use --stop"
+            )
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
         if isinstance(error, PageferryError):  # before OSError: a KvmError is both, and no fault of the disk
