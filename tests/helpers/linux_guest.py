@@ -3,8 +3,7 @@
 import re
 import threading
 
-READY = b"pageferry: ready"
-_ROUND = re.compile(rb"^work: round (\d+)\r?$", re.MULTILINE)
+_ROUND = re.compile(rb"^work: round \d+\r?$", re.MULTILINE)
 #: What neither the work nor the kernel may ever say, however slow the host is.
 _TROUBLE = re.compile(rb"WRONG|BUG:|WARNING:|Oops|Kernel panic|nobody cared|invalid opcode|segfault")
 
@@ -31,8 +30,8 @@ class Said:
             return bytes(self._said)
 
     def rounds(self):
-        """Return how many rounds of work are done."""
-        return max((int(number) for number in _ROUND.findall(bytes(self))), default=0)
+        """Return how many rounds of work it has told of."""
+        return len(_ROUND.findall(bytes(self)))
 
     def wait_for(self, condition, what, timeout_s):
         """Wait until ``condition()``, which looks at what was said."""
@@ -43,7 +42,7 @@ class Said:
     def works_on(self, rounds=2, timeout_s=600):
         """Wait for so many rounds more; nothing went wrong."""
         goal = self.rounds() + rounds
-        self.wait_for(lambda: self.rounds() >= goal, f"round {goal} of work", timeout_s)
+        self.wait_for(lambda: self.rounds() >= goal, f"{rounds} more rounds of work", timeout_s)
         self.expect_no_trouble()
 
     def expect_no_trouble(self):

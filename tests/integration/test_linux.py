@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 from kernels import vmlinux_of
-from linux_guest import READY, Said
-from linux_image import linux_image
+from linux_guest import Said
+from linux_image import READY, linux_image
 from tiers import sample
 from trips import source_of
 
