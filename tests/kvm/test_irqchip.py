@@ -231,9 +231,9 @@ def test_the_rate_of_the_tsc_travels(small_pc, kvm):
 
 
 def test_the_time_for_which_a_pc_stood_is_taken_back_from_its_tscs_and_its_clock(pc, kvm):
-    vm = pc("spin", vcpus=(kvm.start_state(),) * 2)
+    vm = pc("spin", vcpus=(kvm.start_state(tsc=1 << 50),) * 2)  # it has run for a while
     clock, stood_s = vm.platform.clock, 1000
-    clock.set_back(-2 * stood_s * 10**9)  # it has run for a while
+    clock.set_back(-2 * stood_s * 10**9)
     before, before_ns = vm.save_state(), clock.now_ns()
     vm._let_time_stand(10**9 - 1)  # too short to count
     vm._let_time_stand(stood_s * 10**9)
