@@ -150,7 +150,7 @@ class SoftVcpu:
         self._controls = (0, 0, 0)
         self._words = self._halves = memoryview(b"")  # of the CPU's fields
         self._tlb_memory = TlbMemory(machine.mapping.hva)
-        self._remembers = True
+        self._rests_on = self._nested.rests_on
         self._code: set[int] = set()  # maddrs of pages that the emulator may have translated
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
@@ -257,9 +257,9 @@ class SoftVcpu:
         """Translate through the shadow tables (True), or by the nested walk; the vCPU is outside the guest."""
         mmu, walker = self.shadow_mmu, self._walker
         self._translate = self._memory.translate = mmu.translate if shadowed else self._nested.translate
+        self._rests_on = mmu.rests_on if shadowed else self._nested.rests_on
         walker.nested_access = mmu.table_read if shadowed else self._nested.table_access
         walker.nested_update = mmu.table_write if shadowed else None
-        self._remembers = not shadowed
         self.tlb.request_flush()
 
     def close(self) -> None:
@@ -450,18 +450,18 @@ class SoftVcpu:
                 return 0
             walker.user = False
             maddr, permissions = self._translate(gva, write, fetch)
-            walker.passed = None
             self.tlb.request_flush()  # the program itself may not go there
         entry.paddr, entry.perms = maddr, permissions
         if fetch:
             self._code.add(maddr)
             self.tlb.holds_code = True
-        if self.tlb.flush_wanted:  # a page became a guest table under our hands
+        if self.tlb.flush_wanted:  # a page became a guest table under our hands, or the shadows were blown
+            self._tlb_memory.forget()
             self._hurry()
-        elif walker.passed is not None and self._remembers and not walker.smap and maddr < self._machine.size_bytes:
+        elif not walker.smap and maddr < self._machine.size_bytes and (rests_on := self._rests_on(gva)) is not None:
             cpl = self._halves[HFLAGS] & CPL_MASK
             for of in (access, api.ACCESS_READ) if write else (access,):
-                self._tlb_memory.remember((gva, of, cpl), walker.cr3, walker.passed, maddr, permissions)
+                self._tlb_memory.remember((gva, of, cpl), walker.cr3, rests_on, maddr, permissions)
         return 1
 
     def _follow(self) -> None:

@@ -73,6 +73,10 @@ class NestedMmu:
             self._writable_frames[gfn] = maddr
         return maddr, _PERMISSIONS[writable and writes][executable]
 
+    def rests_on(self, gva: int) -> tuple[int, ...] | None:
+        """Return what the last translation, of this gva, rests on: four times the place of an entry and what it was."""
+        return self.walker.passed
+
     def table_access(self, gfn: int) -> int:
         """Return the mfn of a guest page table, writable: AMD-V's walker writes (see guest_walk)."""
         maddr = self._writable_frames.get(gfn)

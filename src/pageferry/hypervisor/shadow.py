@@ -99,6 +99,8 @@ class ShadowPaging:
         self.tables.blow()
         self.tables.newly_protected.clear()
         self._out_of_sync.clear()
+        for tlb in self._tlbs:  # they may remember what rests on roots that are no more
+            tlb.request_flush()
 
     def written(self, gfns: GfnArray) -> None:
         """Drop what was made from these frames: somebody other than a vCPU has written them."""
@@ -124,6 +126,15 @@ class ShadowPaging:
             root = self.tables.frames.get((walker.cr3 >> PAGE_SHIFT, 4, False))  # type: ignore[call-overload]
             found: tuple[int, int, int] | None = None if root is None else self.tables.lookup(root, gva)
         return None if found is None or (walker.user and not found[2] & USER) else found
+
+    def rests_on(self, walker: GuestWalker, gva: int) -> tuple[int, ...] | None:
+        """Return the shadow entries that a translation rests on, as :meth:`ShadowTables.entries`; None: there is none.
+
+        They say all of it: the root is the same until the shadows are blown, and what is dropped reads differently.
+        """
+        with self.lock:
+            root = self.tables.frames.get((walker.cr3 >> PAGE_SHIFT, 4, False))  # type: ignore[call-overload]
+            return None if root is None else self.tables.entries(root, gva)
 
     def enter(self, path: list[tuple[int, int]], gva: int, gfn: int) -> int | None:
         """Enter a page that the guest's walk has found into the shadows; return the leaf's rights.

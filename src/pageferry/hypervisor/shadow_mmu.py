@@ -76,6 +76,10 @@ class ShadowMmu:
                 return _tlb_entry(mfn, rights | WRITE if write else rights)
         return self._fault(gva, write, fetch)
 
+    def rests_on(self, gva: int) -> tuple[int, ...] | None:
+        """Return what the last translation, of this gva, rests on; see :meth:`ShadowPaging.rests_on`."""
+        return self.shadow.rests_on(self._walker, gva) if self._walker.paging else None
+
     def _unpaged(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
         """Translate where the guest has no tables to shadow yet."""
         gfn, _, _ = self._walker.translate(gva, write=write, fetch=fetch)

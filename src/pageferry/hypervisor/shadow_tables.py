@@ -113,6 +113,19 @@ class ShadowTables:
         may_write = entry & MAY_WRITE if rights & WRITE else 0
         return slot, (entry & ADDRESS) >> PAGE_SHIFT, rights & entry | (no_execute | entry) & NX | may_write
 
+    def entries(self, root: int, gva: int) -> tuple[int, ...] | None:
+        """Return four times where the entry of a level is (index into words), and what it is; None: one is missing."""
+        words, table = self._words, root << 9
+        found: tuple[int, ...] = ()
+        for shift in (39, 30, 21, PAGE_SHIFT):
+            slot = table + (gva >> shift & 511)
+            entry = words[slot]
+            if not entry & PRESENT:
+                return None
+            found += slot, entry
+            table = (entry & ADDRESS) >> 3
+        return found
+
     def child(self, slot: int, key: Key, rights: int) -> int:
         """Make a table's entry point to the shadow of ``key``, made if need be; return that shadow.
 

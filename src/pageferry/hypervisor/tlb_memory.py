@@ -3,8 +3,9 @@
 A guest flushes its TLB at every change of address space, on a kernel with separated page tables twice for each system
 call, and the emulator's TLB knows no global pages: the same few dozen pages are asked for again and again. So each
 answer for plain RAM is kept with what it rests on: the access, the privilege level, CR0, CR3, CR4, EFER, and the four
-entries of the guest's tables that the walk went through. If all of that is as it was, so is the answer, whatever the
-guest flushed in between; what it rests on in the P2M is forgotten with every flush of ours. All else is walked.
+entries of the guest's tables, or of its shadows, that the walk went through. If all of that is as it was, so is the
+answer, whatever the guest flushed in between; what it rests on in the P2M, and on shadows that are blown, is forgotten
+with every flush of ours. All else is walked.
 
 In Python that comparison costs half of a walk. On an x86-64 host it is machine code, called as the emulator's callback
 (gva in RSI, access in EDX, the answer's address in RCX, ours in R8); what it cannot answer it passes on::
