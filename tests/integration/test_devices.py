@@ -1,9 +1,10 @@
 """Whose a guest's disk is, at every end that a migration or a save can have; and devices that a destination lacks."""
 
+import threading
 from dataclasses import replace
 
 import pytest
-from at_work import runs_on
+from at_work import runs_on, until
 from proxy import marker
 from trips import Rounds, expect_as_before, source_of
 
@@ -227,3 +228,29 @@ def test_a_run_names_disks_and_networks_and_a_plain_machine_has_none(here, disk)
     missing = here("run", "kv", "--machine", "pc", "--accel", "soft", "--disk", "/nowhere/disk")
     assert missing.returncode == 2
     assert "/nowhere/disk" in missing.stderr
+
+
+@pytest.mark.parametrize("stop", ["freeze", "pause"])
+def test_a_guest_stands_still_only_when_its_devices_do(vm, stop):
+    entered, finish, stopped = threading.Event(), threading.Event(), threading.Event()
+
+    def be_a_device():
+        with vm.platform.bus.locked():
+            entered.set()
+            finish.wait()
+            assert not stopped.is_set()
+
+    def hold():
+        getattr(vm, stop)()
+        stopped.set()
+
+    device, holder = threading.Thread(target=be_a_device), threading.Thread(target=hold)
+    device.start()
+    entered.wait()
+    holder.start()
+    until(lambda: vm.run_control.held, "stop")
+    assert not stopped.wait(0.05)
+    finish.set()
+    device.join()
+    holder.join()
+    assert stopped.is_set()
