@@ -45,7 +45,8 @@ class DiskFile:
         self.readonly = readonly
         self._claimed = False
         try:
-            self._fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
+            mode = os.O_RDONLY if readonly else os.O_RDWR
+            self._fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
         except OSError as error:
             hint = "" if readonly else "a disk that is only read: --disk PATH,readonly"
             raise UsageError(f"cannot open disk {path}: {error.strerror}", hint=hint) from error

@@ -25,8 +25,9 @@ def test_what_is_no_disk_is_refused_by_name(tmp_path, path):
     for wrong in (tmp_path / "missing", odd, empty, tmp_path):
         with pytest.raises(UsageError, match=wrong.name):
             DiskFile(wrong, readonly=True)
-    with pytest.raises(UsageError, match="fifo"):
-        DiskFile(fifo, readonly=False)
+    for readonly in (True, False):
+        with pytest.raises(UsageError, match="fifo"):
+            DiskFile(fifo, readonly=readonly)
 
 
 def test_one_process_writes_or_several_read(path):
