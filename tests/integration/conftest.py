@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from at_work import runs_on
 from processes import PAGEFERRY, Process, launch, reap
+from terminal import Console
 from trips import Move
 
 from pageferry.engine.destination import Destination
@@ -38,6 +39,20 @@ def background():
     yield begin
     for popen in made:
         reap(popen)
+
+
+@pytest.fixture
+def seat():
+    """Starts commands of pageferry's that somebody works with, and ends them."""
+    made = []
+
+    def begin(*arguments, **options):
+        made.append(Console(*arguments, **options))
+        return made[-1]
+
+    yield begin
+    for console in made:
+        console.close()
 
 
 @pytest.fixture

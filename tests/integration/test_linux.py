@@ -1,5 +1,6 @@
 """A stock Linux on the software machine: it boots in every way, works, and goes on working wherever it is moved."""
 
+import re
 import sys
 from functools import partial
 
@@ -7,6 +8,7 @@ import pytest
 from kernels import vmlinux_of
 from linux_guest import Said
 from linux_image import READY, linux_image
+from processes import cli
 from tiers import sample
 from trips import source_of
 
@@ -115,3 +117,35 @@ def test_a_kernel_is_entered_by_its_pvh_note(linux, tmp_path):
     said = Said()
     linux(named(str(tmp_path / "vmlinux"), None, options).load, said)
     until_ready(said)
+
+
+@pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")
+def test_the_demonstration_shows_its_console_here_and_there():
+    image = linux_image()
+    result = cli("demo", "--linux", image.kernel.parent, "--accel", "soft", "--memory", "128M", timeout=PATIENCE_S)
+    assert result.returncode == 0, result.stderr
+    assert "     source │ work: round 3\n" in result.stderr
+    assert re.search(r"^destination │ work: round \d+$", result.stderr, re.MULTILINE)
+    assert "WRONG" not in result.stderr
+    assert "migration completed" in result.stdout
+
+
+@pytest.mark.exhaustive("a terminal and a Linux have tests of their own")
+def test_a_person_works_in_its_shell_at_a_terminal(seat):
+    image = linux_image()
+    console = seat(
+        *("run", "--kernel", image.kernel, "--initrd", image.initramfs, "--append", "console=ttyS0 quiet"),
+        *("--memory", "128M", "--accel", "soft", "--console", "stdio"),
+    )
+    console.read_until(b"/ # ")
+    console.type(b"cat\r")
+    console.read_until(b"cat\r\r\n")  # the guest's terminal ends lines by both, and so does ours
+    console.type(b"said again\r")
+    console.read_until(b"said again\r\r\n")
+    console.type(b"\x03")  # Ctrl-C is the guest's
+    console.read_until(b"/ # ")
+    console.type(b"echo $((6 * 7))\r")
+    console.read_until(b"\n42\r")
+    console.type(b"poweroff -f\r")
+    assert console.wait() == 0
+    assert console.settings() == console.before
