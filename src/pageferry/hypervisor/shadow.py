@@ -43,6 +43,8 @@ from pageferry.hypervisor.paging import LogDirtyOps, Tlb
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
 
 _ALL = PRESENT | WRITE | USER
+#: So many halves of a guest table written, and none used meanwhile: it is something else by now, most probably.
+_NO_TABLE_ANY_MORE = 512
 
 
 class ShadowPaging:
@@ -70,6 +72,7 @@ class ShadowPaging:
         self._tlbs = tuple(tlbs)
         self._pages = np.frombuffer(machine.words, np.uint64).reshape(-1, 512)
         self._bytes = machine.words.cast("B")
+        self._written_in_a_row: dict[int, int] = {}  # gfn -> writes since it was last walked for an entry
         self._out_of_sync: dict[int, list[int]] = {}  # gfn -> each vCPU's count of TLB flushes when it got its shadow
 
     def log_dirty_ops(self) -> LogDirtyOps:
@@ -99,6 +102,7 @@ class ShadowPaging:
         self.tables.blow()
         self.tables.newly_protected.clear()
         self._out_of_sync.clear()
+        self._written_in_a_row.clear()
         for tlb in self._tlbs:  # they may remember what rests on roots that are no more
             tlb.request_flush()
 
@@ -155,6 +159,8 @@ class ShadowPaging:
 
     def _enter(self, path: list[tuple[int, int]], gva: int, gfn: int) -> int | None:
         tables, words = self.tables, self._machine.words
+        for table_gfn, _ in path:
+            self._written_in_a_row.pop(table_gfn, None)
         table, rights = tables.root(path[0][0]), _ALL
         for level in (4, 3, 2):
             slot = (table << 9) + (gva >> (3 + 9 * level) & 511)
@@ -214,8 +220,12 @@ class ShadowPaging:
         with self.lock:
             self._bytes[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
             self.emulated_writes += 1
-            offset = gpa & PAGE_SIZE - 1
-            self.tables.drop_words(gpa >> PAGE_SHIFT, offset >> 3, offset + size - 1 >> 3)
+            gfn, offset = gpa >> PAGE_SHIFT, gpa & PAGE_SIZE - 1
+            self.tables.drop_words(gfn, offset >> 3, offset + size - 1 >> 3)
+            writes = self._written_in_a_row[gfn] = self._written_in_a_row.get(gfn, 0) + 1
+            if writes == _NO_TABLE_ANY_MORE:
+                self._written_in_a_row[gfn] = 0
+                self.tables.unshadow(gfn)
 
     def _maddr(self, gpa: int) -> int:
         return (self._p2m.lookup(gpa >> PAGE_SHIFT)[0] << PAGE_SHIFT) + (gpa & PAGE_SIZE - 1)

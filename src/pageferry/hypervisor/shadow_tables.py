@@ -191,6 +191,18 @@ class ShadowTables:
         """Drop everything that was made from a guest page."""
         self.drop_words(gfn, 0, 511)
 
+    def unshadow(self, gfn: int) -> None:
+        """Drop the shadows of a guest page, and every entry that points to them; a root stays."""
+        for level in tuple(self.protected.get(gfn, ())):
+            mfn = self.frames.get(Key(gfn, level))
+            if mfn is None or level == 4:
+                continue
+            for key, above in tuple(self.frames.items()):
+                if key.level == level + 1 and above in self._keys:
+                    pointing = self._row(above) & _U(ADDRESS) == _U(mfn << PAGE_SHIFT)
+                    for index in np.flatnonzero(pointing).tolist():
+                        self.drop((above << 9) + index)
+
     def resync_page(self, gfn: int, guest: NDArray[np.uint64]) -> None:
         """Drop what disagrees with the guest page it was made from, whose content is ``guest`` (uint64[512])."""
         for level in tuple(self.protected.get(gfn, ())):

@@ -597,3 +597,40 @@ def test_frames_written_by_the_host_are_told_to_the_vcpu_only_while_it_holds_cod
     finish(program)
     tlb.note_written(np.array([BASE >> 12], np.uint64))
     assert len(tlb.written) == 1
+
+
+def test_a_page_that_is_no_table_any_more_is_written_freely(tmp_path):
+    program = Ring0(
+        tmp_path,
+        f"""
+        .set PD, {TABLES + 0x2000}
+        .set PDPT, {TABLES + 0x1000}
+        .macro RELOAD
+            movq %cr3, %rax
+            movq %rax, %cr3
+        .endm
+        movq $PD, %rsi
+        movq $0xc00000, %rdi
+        movl $512, %ecx
+        rep movsq
+        movq $0xc00007, PDPT
+        RELOAD
+        movq 0x800000, %rax                      # walks through the copy, which is a table now
+        movq $PD + 7, PDPT
+        RELOAD
+        movl $20, %ebx
+    1:  movq $0xc00000, %rdi
+        movl $512, %ecx
+        xorl %eax, %eax
+        rep stosq
+        RELOAD
+        decl %ebx
+        jne 1b
+        ret
+    """,
+        paging_mode="shadow",
+    )
+    assert finish(program) == []
+    assert program.vm.shadow.emulated_writes < 20 * 512
+    audit.check(program.vm)
+    program.vm.close()
