@@ -1,6 +1,6 @@
 # The first process of the guests that `make linux-image` makes: it mounts what programs expect, loads the modules,
 # says that it is ready, and then does what the kernel's command line asks for:
-#   root=/dev/vda    go on in the root file system there, with its /sbin/init
+#   root=/dev/vda    go on in the root file system there, with its /sbin/init or what init= names
 #   pageferry=work   work that checks itself, for ever (/bin/work)
 #   else             a shell on the console, and another when that ends
 export PATH=/bin HOME=/ TERM=linux
@@ -13,11 +13,14 @@ mount -t devpts pts /dev/pts
 mount -t tmpfs tmp /tmp
 for module in /modules/*; do insmod "$module"; done
 ip link set lo up
+root= init=/sbin/init
 for word in $(cat /proc/cmdline); do
     case "$word" in
-        root=*) mount "${word#root=}" /root && exec switch_root /root /sbin/init ;;
+        root=*) root=${word#root=} ;;
+        init=*) init=${word#init=} ;;
     esac
 done
+if [ -n "$root" ]; then mount "$root" /root && exec switch_root /root "$init"; fi
 echo "pageferry: ready"
 case " $(cat /proc/cmdline) " in
     *" pageferry=work "*) work ;;
