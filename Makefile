@@ -48,11 +48,8 @@ linux-image: $(READY)
 	$(BIN)/python -m pageferry.guests.linux.debian build/linux $(if $(ONLY),--only $(ONLY))
 
 # A Debian guest does real work, which checks itself, while it is moved 50 times. COUNT= and SEED= as for soak.
-soak-linux: $(READY) build/linux/cloud/vmlinuz
+soak-linux: $(READY) build/linux/cloud
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.linux_soak $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
-
-build/linux/cloud/vmlinuz: | $(READY)
-	$(BIN)/python -m pageferry.guests.linux.debian build/linux --only cloud
 
 lint: $(READY)
 	$(BIN)/ruff check .
