@@ -43,7 +43,7 @@ from pageferry.stream.ferry_frames import (
     SourceHello,
 )
 from pageferry.stream.ferry_order import Conversation, Side
-from pageferry.stream.format import EXTENSIONS, PageType, payload_bytes
+from pageferry.stream.format import EXTENSIONS, OPTIONAL, PageType, RecordType, payload_bytes
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.records import (
@@ -68,6 +68,7 @@ from pageferry.stream.records import (
 u16, u32, u64 = (st.integers(0, (1 << bits) - 1) for bits in (16, 32, 64))
 leaves = st.builds(CpuidLeaf, leaf=u32, subleaf=u32, eax=u32, ebx=u32, ecx=u32, edx=u32)
 msrs = st.builds(MsrEntry, index=u32, flags=u32, value=u64)
+unknown_types = st.integers(OPTIONAL, (1 << 32) - 1).filter(lambda number: number not in frozenset(RecordType))
 pages = st.lists(st.tuples(st.integers(0, (1 << 52) - 1), st.sampled_from(list(PageType))), min_size=1, max_size=6)
 
 
@@ -100,7 +101,7 @@ def streams(draw):
         write(encoder.record(kind(pfns=np.array(sorted(packed), np.uint64), data=data)))
     if draw(st.booleans()):
         body = draw(st.binary(max_size=20))
-        write(struct.pack("<II", draw(st.integers(1 << 31, (1 << 32) - 1)), len(body)) + body + bytes(-len(body) % 8))
+        write(struct.pack("<II", draw(unknown_types), len(body)) + body + bytes(-len(body) % 8))
     state = [
         TscInfo(mode=draw(u32), khz=draw(u32), nsec=draw(u64), incarnation=draw(u32)),
         HvmParams(params=tuple(draw(st.lists(st.tuples(u64, u64), max_size=3)))),
