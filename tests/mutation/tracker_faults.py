@@ -5,19 +5,23 @@ of marks are in :mod:`.tracker_marks`, those of CLEAN of a range alone in :mod:`
 """
 
 import threading
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
+from altered import alter
 
 from mutation import tracker_marks, tracker_ranges
 from mutation.tracker_wrapper import WINDOW_S, Faithful
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import LogDirtyError
-from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, gfn_of, gpa_of
+from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, gfn_of, gfns_touched, gpa_of
 from pageferry.core.machine import Machine
 from pageferry.core.vm import LogDirtyStats
 from pageferry.testing.operators import STRAY_GFN
 
 _A_HANDFUL = 16
+_Ranges: TypeAlias = Sequence[tuple[int, int]]
 
 
 class DropsABit(Faithful):
@@ -69,6 +73,32 @@ class DoesNotProtectAgain(Faithful):
         seen = self._sound.clean_range(gfns) - self._writable.take(gfns)
         self._writable |= seen
         return seen
+
+
+class LosesReleasedPages(Faithful):
+    """A page whose storage was given back is marked; its new storage is never protected, and writes to it go unseen."""
+
+    def __init__(self, vm: Machine) -> None:
+        super().__init__(vm)
+        self._released = DirtyBitmap(vm.memory.gfn_limit)
+        self._unprotected = DirtyBitmap(vm.memory.gfn_limit)
+        alter(vm.memory, "release", self._noted)
+
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN, without those that were released before the CLEAN before."""
+        seen = self._sound.clean_range(gfns) - self._unprotected
+        self._unprotected |= self._released.take(gfns)
+        return seen
+
+    def _noted(self, sound: Callable[[_Ranges], bool]) -> Callable[[_Ranges], bool]:
+        def release(ranges: _Ranges) -> bool:
+            done = sound(ranges)
+            if done:
+                for gpa, size_bytes in ranges:
+                    self._released.set(gfns_touched(gpa, size_bytes))
+            return done
+
+        return release
 
 
 class ClearsAfterTheCopy(Faithful):
@@ -258,6 +288,7 @@ FAULTS: tuple[type[Faithful], ...] = (
     DropsTheLastWord,
     SkipsSmallRounds,
     DoesNotProtectAgain,
+    LosesReleasedPages,
     ClearsAfterTheCopy,
     ReportsLate,
     NeverClears,
