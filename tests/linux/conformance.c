@@ -277,6 +277,28 @@ static void changing_code(void) {
     printf("other code at the same address: %d then %d\n", before, ((int (*)(void))there)());
 }
 
+// Code that is written through one mapping and run through another, as just-in-time compilers do: many stores, of which
+// each changes where instructions begin.
+static void code_by_another_name(void) {
+    int file = memfd_create("code", 0), wrong = 0;
+    if (file < 0 || ftruncate(file, PAGE))
+        exit(2);
+    byte *written = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    byte *run = mmap(NULL, PAGE, PROT_READ | PROT_EXEC, MAP_SHARED, file, 0);
+    for (int i = 0; i < 2000; i++) {
+        int at = 0, nops = i * 7 % 300;
+        for (int n = 0; n < nops; n++) {
+            ((volatile byte *)written)[at++] = 0x48;  // with a NOP: 48 90; and so a MOV that moves from turn to turn
+            ((volatile byte *)written)[at++] = 0x90;
+        }
+        memcpy(written + at, (byte[]){0xB8, i, i >> 8, 0, 0, 0xC3}, 6);
+        unsigned a = 0, c = 0;
+        asm volatile("cpuid" : "+a"(a), "+c"(c) : : "rbx", "rdx", "memory");
+        wrong += ((int (*)(void))run)() != i;
+    }
+    printf("code that is written by another name, stale: %d of 2000\n", wrong);
+}
+
 // -- translations that change ------------------------------------------------------------------------------------------
 
 static volatile int stop_touching;
@@ -677,6 +699,7 @@ int main(void) {
     exceptions();
     strings();
     changing_code();
+    code_by_another_name();
     translations();
     single_steps();
     traced();

@@ -23,6 +23,12 @@ before the next block when the vCPU is kicked; and before the first at which the
 A small guest of the ABI is nothing else to this CPU than a program in ring 3 without handlers: its first exception is a
 triple fault, and so its end, a GuestCrash.
 
+**Code that changes.** The emulator sees the first store through a TLB entry to a page from which it has translated
+code, and forgets what that store hits; later stores, through this entry or another gva of the page, it misses. So a
+page is never writable in the TLB while there is translated code of it: code is mapped without WRITE; the first store
+to such a page has all of its code forgotten before the next block begins; and when code is found in a page that may
+be writable in the TLB already, the TLB is told anew before the next block.
+
 The time-stamp counter is the host's plus an offset: it runs at the host's rate, as under KVM, and goes on over save and
 load from where it was. Code that another vCPU writes is noticed only when the writer's stores go through us.
 
@@ -152,6 +158,9 @@ class SoftVcpu:
         self._tlb_memory = TlbMemory(machine.mapping.hva)
         self._rests_on = self._nested.rests_on
         self._code: set[int] = set()  # maddrs of pages that the emulator may have translated
+        self._writable: set[int] = set()  # maddrs of pages that may be writable in the TLB
+        self._overwritten: list[int] = []  # maddrs of pages that are both since this block
+        self._ask_again = False  # the TLB is to be told anew what it may do
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
 
@@ -230,6 +239,7 @@ class SoftVcpu:
         self._halted = state.mp_state is MpState.HALTED
         self._failure = self._refused = self._vector = self._system_call = None
         self._code.clear()
+        self._overwritten.clear()
         self.tlb.holds_code = False
         self.tlb.written.clear()
         self._loaded = state
@@ -269,10 +279,13 @@ class SoftVcpu:
     # --- entering ---
 
     def _before_entry(self, engine: api.Engine) -> None:
-        if self.tlb.written:
+        if self.tlb.written or self._overwritten:
             self._forget_written_code(engine)
         if self.tlb.flush_wanted:
             self._flush_tlb(engine)
+        elif self._ask_again:
+            engine.flush_tlb()
+        self._ask_again = False
         if self._interrupts is not None and (now_ns := time.monotonic_ns()) >= self._look_again_ns:
             self._look_again_ns = now_ns + _LOOK_AFTER_NS
             self._bus.advance()
@@ -283,27 +296,32 @@ class SoftVcpu:
         self._walker.flush()
         self._nested.flush()
         self._tlb_memory.forget()
+        self._writable.clear()
         self.tlb.flushes += 1
         self.shadow_mmu.shadow.resync()
 
     def _forget_written_code(self, engine: api.Engine) -> None:
-        """Have the emulator translate anew what a device, or the host, has written."""
-        written = []
-        while self.tlb.written:
-            written.append(self.tlb.written.popleft())
-        code = np.fromiter(self._code, np.uint64, len(self._code))
-        gfns = self._machine.m2p.gfns(code >> np.uint64(PAGE_SHIFT))
-        stale = code[np.isin(gfns, np.concatenate(written))].tolist()
+        """Have the emulator translate anew what the guest, a device or the host has written."""
+        stale, self._overwritten = self._overwritten, []
+        if self.tlb.written:
+            written = []
+            while self.tlb.written:
+                written.append(self.tlb.written.popleft())
+            code = np.fromiter(self._code, np.uint64, len(self._code))
+            gfns = self._machine.m2p.gfns(code >> np.uint64(PAGE_SHIFT))
+            stale += code[np.isin(gfns, np.concatenate(written))].tolist()
         if not stale:
             return
         engine.flush_tlb()
-        self._tlb_memory.forget()
         self._identity = True  # the emulator asks for gvas
-        for maddr in stale:
-            engine.flush_code(maddr, PAGE_SIZE)
+        with self._tlb_memory.unused():
+            for maddr in stale:
+                engine.flush_code(maddr, PAGE_SIZE)
         self._identity = False
+        for maddr in stale:
+            self._tlb_memory.forget_page(maddr)
         self._code.difference_update(stale)
-        self.tlb.request_flush()
+        self._ask_again = True
 
     def _next_event(self, engine: api.Engine) -> Event | None:
         """Return what is to be delivered before the next instruction."""
@@ -451,10 +469,8 @@ class SoftVcpu:
             walker.user = False
             maddr, permissions = self._translate(gva, write, fetch)
             self.tlb.request_flush()  # the program itself may not go there
+        permissions = self._without_writable_code(maddr, permissions, write=write, fetch=fetch)
         entry.paddr, entry.perms = maddr, permissions
-        if fetch:
-            self._code.add(maddr)
-            self.tlb.holds_code = True
         if self.tlb.flush_wanted:  # a page became a guest table under our hands, or the shadows were blown
             self._tlb_memory.forget()
             self._hurry()
@@ -463,6 +479,27 @@ class SoftVcpu:
             for of in (access, api.ACCESS_READ) if write else (access,):
                 self._tlb_memory.remember((gva, of, cpl), walker.cr3, rests_on, maddr, permissions)
         return 1
+
+    def _without_writable_code(self, maddr: int, permissions: int, *, write: bool, fetch: bool) -> int:
+        """Return what of ``permissions`` the TLB may be told, so that no code is written unseen."""
+        if fetch:
+            if maddr not in self._code:
+                self._code.add(maddr)
+                self.tlb.holds_code = True
+                if maddr in self._writable:
+                    self._writable.discard(maddr)
+                    self._tlb_memory.forget_page(maddr)
+                    self._ask_again = True
+                    self._hurry()
+            return permissions & ~api.WRITE
+        if maddr in self._code:
+            if not write:
+                return permissions & ~api.WRITE
+            self._overwritten.append(maddr)
+            self._hurry()
+        if permissions & api.WRITE:
+            self._writable.add(maddr)
+        return permissions
 
     def _follow(self) -> None:
         """Have the walker walk by what the CPU's registers say now."""

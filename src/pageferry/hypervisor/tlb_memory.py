@@ -37,8 +37,12 @@ Source: AMD APM volume 2, 5.5 (what may make a translation stale); measured.
 import ctypes
 import platform
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from pageferry.hypervisor.countdown import NATIVE_HOSTS, executable
 from pageferry.hypervisor.unicorn_cpu import CpuFields
@@ -49,6 +53,8 @@ _HEADER = struct.Struct("<5Q")  # the CPU's fields; CR0, CR4, EFER; who walks
 _SLOT = struct.Struct("<12Q")
 _CPL_SHIFT, _ACCESS_BITS = 8, 3
 _PAGE_SHIFT = 12
+_MADDR_WORD = 10  # of a slot
+_NO_CONTROLS = (1 << 64) - 1
 
 
 class TlbMemory:
@@ -63,6 +69,7 @@ class TlbMemory:
         self._native = platform.machine() in NATIVE_HOSTS
         self._table = ctypes.create_string_buffer(_HEADER_BYTES + _SLOTS * _SLOT_BYTES)
         self._view = memoryview(self._table).cast("B")
+        self._slots = np.frombuffer(self._view, np.uint64, offset=_HEADER_BYTES).reshape(_SLOTS, _SLOT_BYTES // 8)
         self._fields = 0
         self._walk: Any = None
         self._address_of_walk: int | None = None
@@ -87,6 +94,20 @@ class TlbMemory:
             return
         self._empty = True
         ctypes.memset(ctypes.addressof(self._table) + _HEADER_BYTES, 0, _SLOTS * _SLOT_BYTES)
+
+    def forget_page(self, maddr: int) -> None:
+        """Remember nothing of what was told about one page of machine memory."""
+        self._slots[self._slots[:, _MADDR_WORD] == maddr, 0] = 0
+
+    @contextmanager
+    def unused(self) -> Iterator[None]:
+        """Answer nothing for the length of a ``with`` block; what is remembered stays."""
+        header = bytes(self._view[: _HEADER.size])
+        _HEADER.pack_into(self._view, 0, self._fields, _NO_CONTROLS, 0, 0, self._address_of_walk)
+        try:
+            yield
+        finally:
+            self._view[: _HEADER.size] = header
 
     def follow(self, cr0: int, cr4: int, efer: int) -> None:
         """Remember from now on what is told under these controls, and nothing of before."""
