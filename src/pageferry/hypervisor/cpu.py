@@ -161,6 +161,7 @@ class SoftVcpu:
         self._writable: set[int] = set()  # maddrs of pages that may be writable in the TLB
         self._overwritten: list[int] = []  # maddrs of pages that are both since this block
         self._ask_again = False  # the TLB is to be told anew what it may do
+        self._saving = threading.Lock()
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
 
@@ -252,8 +253,9 @@ class SoftVcpu:
         engine = self._engine
         if engine is None:
             return self._loaded
-        tsc = api.host_ticks() + engine.cpu.events.tsc_offset & _U64
-        state = save_registers(engine, self._loaded, tsc=tsc)
+        with self._saving:  # the emulator reads an MSR through the guest's own RAX, RCX and RDX
+            tsc = api.host_ticks() + engine.cpu.events.tsc_offset & _U64
+            state = save_registers(engine, self._loaded, tsc=tsc)
         mp_state = MpState.HALTED if self._halted else MpState.RUNNABLE
         return replace(state, mp_state=mp_state, **self._pending.fields())
 
