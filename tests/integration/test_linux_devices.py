@@ -14,7 +14,7 @@ from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.image import load_kernel
 from pageferry.hypervisor.domain import Domain
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.exhaustive("another boot; test_linux has one in every run")]
 
 MiB = 1 << 20
 DISK_BYTES = 32 * MiB

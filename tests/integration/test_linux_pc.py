@@ -13,6 +13,8 @@ from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.image import load_kernel
 from pageferry.hypervisor.domain import Domain
 
+pytestmark = pytest.mark.exhaustive("another boot; test_linux has one in every run")
+
 CONFIG = VmConfig(memory_bytes=128 << 20, machine=MachineModel.PC)
 PATIENCE_S = 300
 ALARM_S = 3
