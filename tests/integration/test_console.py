@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+from at_work import until
 from processes import GIVE_UP_S, cli, reap
 
 from pageferry.stream.ferry_frames import FrameType
@@ -172,8 +173,10 @@ def test_input_typed_before_and_after_a_migration_is_answered_once(echo, start, 
     there.type(b"ur\r")
     there.read_until(b"\r\n")
     assert there.read_until(b"4: four\r\n") == b"2: two\r\n3: three is longer than the receiver holds\r\n4: four\r\n"
+    said = b"2: two\n3: three is longer than the receiver holds\n4: four\n"
+    until(lambda: len(destination.output.read_bytes()) >= len(said), "output, which another thread writes")
+    assert destination.output.read_bytes() == said
     assert source.output.read_bytes() == b"echo: 0 pages, rate 0/s, seed 1\n1: one\n"
-    assert destination.output.read_bytes() == b"2: two\n3: three is longer than the receiver holds\n4: four\n"
 
 
 def test_while_the_guest_is_frozen_input_waits_and_is_not_lost(echo, start, attach, wires):
