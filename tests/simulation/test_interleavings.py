@@ -20,7 +20,7 @@ WORLDS = {
         800,
     ),
     "each access to the P2M's entries, one page": ({"programs": ((0,), (0,)), "cleans": None, "fine": True}, 600),
-    "each access to the P2M's entries, two pages": ({"programs": ((0,), (1,)), "cleans": None, "fine": True}, 800),
+    "each access to the P2M's entries, two pages": ({"programs": ((0,), (1,)), "cleans": None, "fine": True}, 600),
 }
 QUICK = [
     "each access to the P2M's entries, one page",
