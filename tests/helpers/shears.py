@@ -8,7 +8,7 @@ from pageferry.engine.wire.channel import Endpoint
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.ferry_order import Side
 
-#: After one of these, whoever sent it is in post-copy.
+#: The side that sent one of these is in post-copy.
 _BEGINS = {marker(each) for each in (FrameType.SWITCH, FrameType.RUNNING, FrameType.RECOVER, FrameType.RECOVERED)}
 
 

@@ -34,7 +34,7 @@ def vm(running, disk):
 
 
 def is_free(disk):
-    """Whether nobody holds the disk's lock."""
+    """Whether the disk's lock is free."""
     probe = DiskFile(disk.backend, readonly=False)
     try:
         probe.claim()

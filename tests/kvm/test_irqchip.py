@@ -194,7 +194,7 @@ def test_a_line_is_an_input_of_the_pics_and_of_the_ioapic(small_pc):
     assert device(vm, "pic1", KvmPicState).last_irr == 0
 
 
-def test_an_interrupt_that_nobody_took_travels(small_pc):
+def test_an_interrupt_that_was_not_taken_travels(small_pc):
     vm = small_pc("spin", rflags=0x3002)
     lines = KvmInterrupts(vm.vm_fd)
     for level in (True, False):  # an edge: what is seen of it afterwards is the request

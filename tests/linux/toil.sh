@@ -4,7 +4,7 @@ export PATH=/bin:/usr/bin:/usr/sbin:/sbin
 mount -o noatime /dev/vda /root || { echo "toil: WRONG disk"; exit 1; }
 for name in proc sys dev; do mount -o bind "/$name" "/root/$name"; done
 mount -t tmpfs tmp /root/tmp
-mkdir -p /root/work
+mkdir -p /root/toil
 
 job() {
     name=$1 turn=0
@@ -20,7 +20,7 @@ database() {
     echo "pragma journal_mode=wal; create table if not exists t (n integer primary key, text blob);
         insert into t (text) select randomblob(200) from generate_series(1, 200);
         delete from t where n in (select n from t order by random() limit 100);
-        pragma integrity_check;" | chroot /root sqlite3 /work/db | tail -n 1 | grep -qx ok
+        pragma integrity_check;" | chroot /root sqlite3 /toil/db | tail -n 1 | grep -qx ok
 }
 
 store() {
@@ -30,8 +30,8 @@ store() {
 }
 
 memory() { chroot /root memtester 2M 1; }
-stress() { chroot /root stress-ng --verify --cpu 1 --vm 1 --vm-bytes 8M --fork 1 --pipe 1 --timeout 5 --temp-path /work; }
-disk() { chroot /root fio --name=toil --directory=/work --rw=randrw --bs=4k --size=4M --verify=crc32c --verify_fatal=1; }
+stress() { chroot /root stress-ng --verify --cpu 1 --vm 1 --vm-bytes 8M --fork 1 --pipe 1 --timeout 5 --temp-path /toil; }
+disk() { chroot /root fio --name=toil --directory=/toil --rw=randrw --bs=4k --size=4M --verify=crc32c --verify_fatal=1; }
 
 chroot /root redis-server --save '' --appendonly no >/tmp/redis.log 2>&1 &
 until chroot /root redis-cli ping >/dev/null 2>&1; do sleep 1; done

@@ -178,7 +178,7 @@ class _KeepsBackends(TrackedGuest):
 
 
 @fault(
-    "no bug on record: a lock ends with its process, and so it is kept as long as nobody tries two at a time",
+    "no bug on record: a lock ends with its process, and so it is kept until two are tried at a time",
     law=6,
     found_by=("a-disk-goes-with-its-guest",),
 )

@@ -1,8 +1,8 @@
 """DiskFile: a guest's disk in a raw file or on a block device, written by one process at a time.
 
 The lock is an open file description's (fcntl(2), F_OFD_SETLK) on the whole file: shared by those that only read, held
-alone by one that writes. It ends with the descriptor at the latest, so a process that died holds none. Whoever does not
-hold it does not write: the lock is the last word on where a guest runs, however a migration ended.
+alone by one that writes. It ends with the descriptor at the latest, so a process that died holds none. A process that
+does not hold it does not write: the lock is the last word on where a guest runs, however a migration ended.
 """
 
 import ctypes

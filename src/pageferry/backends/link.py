@@ -40,7 +40,7 @@ class Link(Protocol):
     """One guest's way to a network; claimed and released as every backend."""
 
     offloads: int
-    """What it can leave to whoever takes a frame: CHECKSUM, TSO4, TSO6."""
+    """What it can leave to the receiver of a frame: CHECKSUM, TSO4, TSO6."""
 
     def claim(self) -> None:
         """Take the link; see :class:`pageferry.devices.virtio.devices.Backend`."""
@@ -215,7 +215,7 @@ class SocketLink:
         """Connect. Nothing happens when it is connected.
 
         Raises:
-            VmError: nobody listens, or the host refuses.
+            VmError: no process listens, or the host refuses.
         """
         if self._socket is not None:
             return

@@ -1,6 +1,6 @@
 """Pump: a thread that waits for what comes at a descriptor, and has it taken when it may be.
 
-It sleeps on the descriptor and on an event of its own; whoever makes it possible to go on (a guest that runs again, or
+It sleeps on the descriptor and on an event of its own; what makes it possible to go on (a guest that runs again, or
 has room again) wakes it by that event.
 """
 

@@ -36,7 +36,7 @@ class GuestExit:
 
 @dataclass(frozen=True, slots=True)
 class GuestReset:
-    """The guest asked to be started anew: it ends here, and whoever ran it may boot it again."""
+    """The guest asked to be started anew: it ends here, and may be booted again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ offset travels with the guest; the time does not: after a migration the guest re
 it stood still. If the destination's clock is behind the source's, so is then the guest's.
 
 Its interrupts (an update ended, the alarm, the periodic one) follow the host's real time too. What became due while
-the guest was on its way is due at once where it arrives. Periods that end while nobody looks are one interrupt.
+the guest was on its way is due at once where it arrives. Periods that end unseen are one interrupt.
 
 Simpler than the chip: the oscillator and the divider always run, and the day of the week follows from the date.
 

@@ -65,7 +65,7 @@ def set_cpuid(vcpu: VcpuFd, leaves: Leaves) -> None:
 def withhold_paravirtual(vm: VmFd, vcpu: VcpuFd) -> None:
     """Have KVM refuse a vCPU its paravirtual interfaces (steal time, clock, end of interrupt): no table has them.
 
-    By itself KVM gives them to whoever writes their MSRs, and then writes into the guest's memory.
+    By itself KVM gives them to a guest that writes their MSRs, and then writes into the guest's memory.
 
     Raises:
         KvmError: the kernel refused.

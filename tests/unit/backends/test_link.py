@@ -40,7 +40,7 @@ def in_namespace(test):
 
 
 def make_tap(name):
-    """Make a tap that stays when nobody is attached, and bring it up."""
+    """Make a tap that stays when no process is attached, and bring it up."""
     fd = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), 0x1002))
     fcntl.ioctl(fd, _TUNSETPERSIST, 1)

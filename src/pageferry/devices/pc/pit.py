@@ -7,7 +7,7 @@ Simpler than the chip:
 
 - a count counts from its write on, not from the clock pulse after it;
 - in modes 1, 2, 3 and 5 a new count ends the old one, which on the chip comes to its own end;
-- IRQ 0 is a pulse at each rising edge of the output. Edges that pass while nobody looks are one interrupt.
+- IRQ 0 is a pulse at each rising edge of the output. Edges that pass unseen are one interrupt.
 
 Saved is the structure of KVM's PIT, so that a guest may move between ours and the kernel's. Where KVM has the time of
 its host at which a counter was loaded, there is for how many nanoseconds it has counted: 0, it begins anew; -1, it

@@ -74,7 +74,7 @@ class Backend(Protocol):
 
 
 class SpecList:
-    """What the guest has as devices, as a state of its own: whoever restores it knows what to make.
+    """What the guest has as devices, as a state of its own: it tells a restore what to make.
 
     Args:
         specs: as they are here.

@@ -104,7 +104,7 @@ class VirtioNet:
 
     def _receive(self, queue: SplitQueue, *, mergeable: bool) -> bool:
         """Hand over frames; return whether the guest has room for more."""
-        queue.want_no_notification()  # whoever waits for the link looks by itself
+        queue.want_no_notification()  # the pump looks by itself
         for _ in range(_BATCH):
             if not self._frame and not self._take_frame():
                 break

@@ -91,7 +91,7 @@ def test_what_is_due_or_requested_at_the_save_arrives(pc):
     for port, byte in ((0x43, 0x30), (0x40, 0), (0x40, 1), (0x4D0, 0x20), (MCR, 8), (IER, 1)):
         pc.bus.port_write(port, 1, byte)
     pc.uart.type(b"a")
-    pc.now_ns += 10**9  # the timer is due, and nobody has looked
+    pc.now_ns += 10**9  # the timer is due, and was not looked at
     there = Pc(7)
     there.bus.load(pc.bus.save())
     assert there.chips.pending
@@ -120,7 +120,7 @@ def ioapic(*, inputs=0, last_entry=0x10000):
     return struct.pack("<Q4I24Q", 0xFEC0_0000, 0, 0, inputs, 0, *[0x10000] * 23, last_entry)
 
 
-def test_an_ioapic_that_nobody_used_is_accepted(pc):
+def test_an_ioapic_that_was_not_used_is_accepted(pc):
     *others, ours = pc.bus.save()
     assert ours == DeviceState(name="ioapic", data=ioapic())
     pc.bus.load([*others, DeviceState(name="ioapic", data=ioapic(inputs=0x10))])

@@ -273,7 +273,7 @@ def test_an_interrupt_that_was_due_comes_before_what_is_written(timer):
     assert timer.edges == [ns(100)]
 
 
-def test_ticks_that_nobody_looked_at_are_one(timer):
+def test_ticks_that_pass_unseen_are_one(timer):
     timer.program(0, 2, 100)
     timer.at(1050)
     assert len(timer.edges) == 1
