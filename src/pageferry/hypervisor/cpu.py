@@ -23,12 +23,6 @@ before the next block when the vCPU is kicked; and before the first at which the
 A small guest of the ABI is nothing else to this CPU than a program in ring 3 without handlers: its first exception is a
 triple fault, and so its end, a GuestCrash.
 
-**Code that changes.** The emulator sees the first store through a TLB entry to a page from which it has translated
-code, and forgets what that store hits; later stores, through this entry or another gva of the page, it misses. So a
-page is never writable in the TLB while there is translated code of it: code is mapped without WRITE; the first store
-to such a page has all of its code forgotten before the next block begins; and when code is found in a page that may
-be writable in the TLB already, the TLB is told anew before the next block.
-
 The time-stamp counter is the host's plus an offset: it runs at the host's rate, as under KVM, and goes on over save and
 load from where it was. Code that another vCPU writes is noticed only when the writer's stores go through us.
 
@@ -37,15 +31,16 @@ Source: AMD APM volume 2, chapter 8; RFC for what a nested fault does.
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
-import numpy as np
 from unicorn import unicorn_const as const
 from unicorn import x86_const as x86
 
 from pageferry.core.cpuid import Leaves, answer
 from pageferry.core.errors import GuestCrash, VmError
-from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
+from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.run import Effect, InvalidateTlb
 from pageferry.core.state import MpState, VcpuState, reset_state
 from pageferry.devices.bus import DeviceBus
@@ -89,6 +84,7 @@ from pageferry.hypervisor.shadow_mmu import ShadowMmu
 from pageferry.hypervisor.system_calls import system_call, system_enter
 from pageferry.hypervisor.system_memory import SystemMemory
 from pageferry.hypervisor.tlb_memory import TlbMemory
+from pageferry.hypervisor.translated_code import TranslatedCode
 from pageferry.hypervisor.unicorn_cpu import CR0, CR3, CR4, EFER, EFLAGS, HFLAGS
 
 _U64 = (1 << 64) - 1
@@ -157,10 +153,7 @@ class SoftVcpu:
         self._words = self._halves = memoryview(b"")  # of the CPU's fields
         self._tlb_memory = TlbMemory(machine.mapping.hva)
         self._rests_on = self._nested.rests_on
-        self._code: set[int] = set()  # maddrs of pages that the emulator may have translated
-        self._writable: set[int] = set()  # maddrs of pages that may be writable in the TLB
-        self._overwritten: list[int] = []  # maddrs of pages that are both since this block
-        self._ask_again = False  # the TLB is to be told anew what it may do
+        self._code = TranslatedCode(machine, tlb, self._tlb_memory, self._hurry)
         self._saving = threading.Lock()
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
@@ -228,9 +221,8 @@ class SoftVcpu:
         engine.hook_instruction(api.SYSTEM_CALL(self._on_sysenter), x86.UC_X86_INS_SYSENTER)
         self._engine = engine
         self._words, self._halves = engine.cpu.words, engine.cpu.halves
-        self._identity = True
-        arm_breakpoints(engine, state)
-        self._identity = False
+        with self._machine_addresses():
+            arm_breakpoints(engine, state)
         self._ports.attach(engine)
         self._mmio.attach(engine)
         self.shadow_mmu.attach(engine)
@@ -240,9 +232,6 @@ class SoftVcpu:
         self._halted = state.mp_state is MpState.HALTED
         self._failure = self._refused = self._vector = self._system_call = None
         self._code.clear()
-        self._overwritten.clear()
-        self.tlb.holds_code = False
-        self.tlb.written.clear()
         self._loaded = state
         self._controls = (0, 0, 0)
         self._follow()
@@ -281,13 +270,17 @@ class SoftVcpu:
     # --- entering ---
 
     def _before_entry(self, engine: api.Engine) -> None:
-        if self.tlb.written or self._overwritten:
-            self._forget_written_code(engine)
+        stale = self._code.take_written()
+        if stale:
+            engine.flush_tlb()
+            with self._machine_addresses():
+                for maddr in stale:
+                    engine.flush_code(maddr, PAGE_SIZE)
         if self.tlb.flush_wanted:
             self._flush_tlb(engine)
-        elif self._ask_again:
+        elif self._code.flush_wanted:
             engine.flush_tlb()
-        self._ask_again = False
+            self._code.flushed(forgotten=False)
         if self._interrupts is not None and (now_ns := time.monotonic_ns()) >= self._look_again_ns:
             self._look_again_ns = now_ns + _LOOK_AFTER_NS
             self._bus.advance()
@@ -298,32 +291,19 @@ class SoftVcpu:
         self._walker.flush()
         self._nested.flush()
         self._tlb_memory.forget()
-        self._writable.clear()
+        self._code.flushed(forgotten=True)
         self.tlb.flushes += 1
         self.shadow_mmu.shadow.resync()
 
-    def _forget_written_code(self, engine: api.Engine) -> None:
-        """Have the emulator translate anew what the guest, a device or the host has written."""
-        stale, self._overwritten = self._overwritten, []
-        if self.tlb.written:
-            written = []
-            while self.tlb.written:
-                written.append(self.tlb.written.popleft())
-            code = np.fromiter(self._code, np.uint64, len(self._code))
-            gfns = self._machine.m2p.gfns(code >> np.uint64(PAGE_SHIFT))
-            stale += code[np.isin(gfns, np.concatenate(written))].tolist()
-        if not stale:
-            return
-        engine.flush_tlb()
-        self._identity = True  # the emulator asks for gvas
-        with self._tlb_memory.unused():
-            for maddr in stale:
-                engine.flush_code(maddr, PAGE_SIZE)
-        self._identity = False
-        for maddr in stale:
-            self._tlb_memory.forget_page(maddr)
-        self._code.difference_update(stale)
-        self._ask_again = True
+    @contextmanager
+    def _machine_addresses(self) -> Iterator[None]:
+        """Let a gva be a machine address for the length of a ``with`` block; the TLB is flushed before and after."""
+        self._identity = True
+        try:
+            with self._tlb_memory.unused():
+                yield
+        finally:
+            self._identity = False
 
     def _next_event(self, engine: api.Engine) -> Event | None:
         """Return what is to be delivered before the next instruction."""
@@ -471,7 +451,7 @@ class SoftVcpu:
             walker.user = False
             maddr, permissions = self._translate(gva, write, fetch)
             self.tlb.request_flush()  # the program itself may not go there
-        permissions = self._without_writable_code(maddr, permissions, write=write, fetch=fetch)
+        permissions = self._code.permit(maddr, permissions, write=write, fetch=fetch)
         entry.paddr, entry.perms = maddr, permissions
         if self.tlb.flush_wanted:  # a page became a guest table under our hands, or the shadows were blown
             self._tlb_memory.forget()
@@ -481,27 +461,6 @@ class SoftVcpu:
             for of in (access, api.ACCESS_READ) if write else (access,):
                 self._tlb_memory.remember((gva, of, cpl), walker.cr3, rests_on, maddr, permissions)
         return 1
-
-    def _without_writable_code(self, maddr: int, permissions: int, *, write: bool, fetch: bool) -> int:
-        """Return what of ``permissions`` the TLB may be told, so that no code is written unseen."""
-        if fetch:
-            if maddr not in self._code:
-                self._code.add(maddr)
-                self.tlb.holds_code = True
-                if maddr in self._writable:
-                    self._writable.discard(maddr)
-                    self._tlb_memory.forget_page(maddr)
-                    self._ask_again = True
-                    self._hurry()
-            return permissions & ~api.WRITE
-        if maddr in self._code:
-            if not write:
-                return permissions & ~api.WRITE
-            self._overwritten.append(maddr)
-            self._hurry()
-        if permissions & api.WRITE:
-            self._writable.add(maddr)
-        return permissions
 
     def _follow(self) -> None:
         """Have the walker walk by what the CPU's registers say now."""
