@@ -28,7 +28,6 @@ _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x4004_54CA, 0x4004_54D0, 0x4004_54D8
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 _IFREQ = struct.Struct("16sH22x")
-_MAX_NAME_BYTES = 15
 #: TUNSETOFFLOAD's bits.
 CHECKSUM, TSO4, TSO6 = 1, 2, 4
 #: What a socket has in place of the virtio_net_hdr: the frame's length.

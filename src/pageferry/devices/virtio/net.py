@@ -21,7 +21,6 @@ _log = logging.getLogger(__name__)
 
 _QUEUE_SIZE = 256
 RECEIVE, _TRANSMIT = 0, 1
-MAC_BYTES = 6
 #: Frames taken from the link before somebody else may have the bus.
 _BATCH = 64
 

@@ -19,8 +19,6 @@ from pageferry.core.memory import GuestMemory
 Ranges = tuple[tuple[int, int], ...]
 """Ranges of guest memory, ``(gpa, size_bytes)`` each, as one row of bytes."""
 
-MAX_QUEUE_SIZE = 1 << 15
-
 #: Section 2.7.5: address u64, length u32, flags u16, next u16.
 _DESCRIPTOR = Struct("<QIHH")
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
