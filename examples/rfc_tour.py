@@ -1,6 +1,7 @@
 """The RFC on a running guest, step by step: what each operator does to the P2M and to the dirty bitmap.
 
-Run it with ``.venv/bin/python examples/rfc_tour.py``. It needs no KVM. Its output is in docs/hypervisor.md, "A tour".
+Run it with ``.venv/bin/python examples/rfc_tour.py``. It needs no KVM. Its output is in
+docs/internals/hypervisor.md, "A tour".
 """
 
 import numpy as np

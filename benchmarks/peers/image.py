@@ -1,8 +1,8 @@
 """The guest program of a scenario as an image that QEMU's ``-kernel`` takes: the very bytes that pageferry runs.
 
 The image is ``shim.S`` and, behind it, the program's segments, its page tables and its information page, each with the
-place where it belongs (docs/guest-abi.md). A PC has a hole and ROMs where that ABI has the stacks, below 1 MiB, and the
-shim lies at 4 MiB: so the stack is lower and the working set begins at 8 MiB. Nothing else differs.
+place where it belongs (docs/reference/guest-abi.md). A PC has a hole and ROMs where that ABI has the stacks, below
+1 MiB, and the shim lies at 4 MiB: so the stack is lower and the working set begins at 8 MiB. Nothing else differs.
 """
 
 import shutil

@@ -1,8 +1,8 @@
 """What the guest itself sees of a move: its own counter, read out of both processes' memory.
 
-The guest counts what it does at a fixed place (docs/guest-abi.md, status page). It stands still from the last change of
-the counter at the source to the first count at the destination that the source never reached. This is the same
-measurement for whoever moves the guest, and nobody's own word.
+The guest counts what it does at a fixed place (docs/reference/guest-abi.md, status page). It stands still from the last
+change of the counter at the source to the first count at the destination that the source never reached. So every VMM
+is measured in the same way, and none by what it says of itself.
 """
 
 import os

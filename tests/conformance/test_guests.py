@@ -1,4 +1,4 @@
-"""The built-in guests do what docs/guest-abi.md says, on every machine."""
+"""The built-in guests do what docs/reference/guest-abi.md says, on every machine."""
 
 import struct
 import time

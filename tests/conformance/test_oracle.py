@@ -24,7 +24,7 @@ def info_of(*, start=0x200000, pages=300, seed=9, arguments=(), regions=((0, 8 <
 
 
 def mix(x):
-    """As docs/guest-abi.md writes it."""
+    """As docs/reference/guest-abi.md writes it."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & U64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & U64
     return x ^ (x >> 31)

@@ -314,7 +314,7 @@ class SwitchWithAll:
 
 @pytest.mark.parametrize("attempt", sample(range(20), "more of the same", quick=range(2)))
 def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm, inn, leave, dice, attempt):
-    """What it should have is played through on the host, round by round (docs/guest-abi.md, ``stamp``)."""
+    """What it should have is played through on the host, round by round (docs/reference/guest-abi.md, ``stamp``)."""
     pages, cuts = 2048, inn.shears.cuts
     inn.ask_ahead_only_while(lambda: not inn.shears.quiet)
     for _ in range(dice.randrange(3)):  # these while there is surely much left that is waited for

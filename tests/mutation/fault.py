@@ -33,10 +33,11 @@ class Room(StrEnum):
 class Fault:
     """One fault.
 
-    ``stands_for`` is the real bug, as ``project: what went wrong``; ``law`` the law of docs/design.md that it breaks,
-    None for the plain meaning of an operator, or of save and load; ``found_by`` the checks that must find it, on the
-    first try. ``inject`` breaks a machine that was just made, or is a broken class (see :mod:`.moving`). ``tracker`` is
-    that machine's, by name or one of the fault's own, where it is not KVM's default; ``cpus`` is how many vCPUs it has.
+    ``stands_for`` is the real bug, as ``project: what went wrong``; ``law`` the law that it breaks
+    (docs/internals/laws.md), None for the plain meaning of an operator, or of save and load; ``found_by`` the checks
+    that must find it, on the first try. ``inject`` breaks a machine that was just made, or is a broken class (see
+    :mod:`.moving`). ``tracker`` is that machine's, by name or one of the fault's own, where it is not KVM's default;
+    ``cpus`` is how many vCPUs it has.
     """
 
     name: str

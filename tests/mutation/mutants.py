@@ -29,7 +29,7 @@ Bugs that really lost dirty pages, in KVM, QEMU, Xen and others, and some that n
 invites, put into this implementation one at a time; and what finds each. `make mutants` runs them all and prints this
 table (`python -m mutation.mutants --markdown` in this form).
 
-*Breaks* is the law of [design.md](design.md#laws) that the fault breaks, or the plain meaning of an operator, of save
+*Breaks* is the law of [laws.md](internals/laws.md) that the fault breaks, or the plain meaning of an operator, of save
 and load, or of the report. *Caught by* is the first check that fails; the checks of that law are tried first, then the
 others. *After* counts the checks tried, and the CLEANs in all of them together; where a guest runs free that number
 varies.

@@ -13,7 +13,7 @@ from pageferry.testing import CHECKS
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "tests", "docs", "benchmarks", "examples")
 ROOMS = tuple(path.parent.name for path in (ROOT / "src" / "pageferry").glob("*/__init__.py"))
-DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+DOCUMENTS = sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 #: All files and folders, each by a path that begins with a slash.
 FILES = {
@@ -45,11 +45,35 @@ def quoted(document):
 def test_every_file_and_module_that_a_document_names_exists(document):
     words = {word for code in quoted(document) for word in code.split()}
     assert not missing(word for word in words if OURS.fullmatch(word))
-    links = re.findall(r"\]\(([^)#:\s]+)", document.read_text())
-    assert [link for link in links if not (document.parent / link).exists()] == []
     for name in words:
         if match := re.fullmatch(rf"(?:pageferry\.)?((?:{'|'.join(ROOMS)})(?:\.\w+)+)(?:\(.*)?", name):
             pkgutil.resolve_name(f"pageferry.{match[1]}")
+
+
+def anchors(document):
+    """Return what a link to a part of this document may name: its headings, as GitHub makes anchors of them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dangling(document, text):
+    """Return the relative links of a document with this text that lead nowhere, to a file or to a heading in one."""
+    lost = []
+    for path, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", text):
+        target = document.parent / path if path else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            lost.append(f"{path}#{anchor}")
+    return lost
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_of_a_document_leads_to_a_file_and_a_heading(document):
+    assert dangling(document, document.read_text()) == []
+
+
+def test_a_link_that_leads_nowhere_is_found():
+    text = "[b](no.md) [c](docs/internals/laws.md#laws) [d](docs/internals/laws.md#lawless) [e](#no)"
+    assert dangling(ROOT / "README.md", text) == ["no.md#", "docs/internals/laws.md#lawless", "#no"]
 
 
 def test_every_file_that_the_source_names_exists():
@@ -66,7 +90,7 @@ def test_every_module_and_class_that_the_source_refers_to_exists():
 
 @pytest.fixture(scope="module")
 def names():
-    return quoted(ROOT / "docs" / "hypervisor.md")
+    return quoted(ROOT / "docs" / "internals" / "hypervisor.md")
 
 
 def test_every_test_that_the_document_names_exists(names):

@@ -23,8 +23,8 @@ class GuestTime:
     ``enable_s``, ``clean_s``: how long ENABLE and all CLEANs took; the guest is stopped, or its first writes wait, for
     a part of them, so each is at least the stall that it caused.
     ``work_before_per_s``, ``work_during_per_s``, ``work_after_per_s``: operations per second by the guest's own count
-    (docs/guest-abi.md): before the migration, during pre-copy, and at the destination. None: it does not count, it was
-    paused, or nobody looked.
+    (docs/reference/guest-abi.md): before the migration, during pre-copy, and at the destination. None: the guest does
+    not count, was paused, or was not watched.
     ``lost_s``: how much of ``precopy_s`` the guest lost by that count: whatever slowed it is in it, also write faults
     and the processors that it shared with the copying. Below 0 when it happened to do more. None as the rates.
     """

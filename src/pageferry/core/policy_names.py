@@ -8,7 +8,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.policy import Decision, Policy, Progress, downtime_limit_s, may_switch
 
-_POLICY_HINT = "a class with decide(progress) in a module on PYTHONPATH; see docs/policies.md"
+_POLICY_HINT = "a class with decide(progress) in a module on PYTHONPATH; see docs/guide/policies.md"
 
 #: name -> (the policy, the options it takes, in the words of :func:`make_policy`)
 POLICIES: dict[str, tuple[type[Any], dict[str, str]]] = {

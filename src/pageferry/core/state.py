@@ -212,7 +212,7 @@ def reset_state() -> VcpuState:
 def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) -> VcpuState:
     """Return a vCPU in 64-bit ring 3 with IOPL 3, paging on, flat segments, no descriptor tables and no handlers.
 
-    It is how every guest of the guest ABI starts (docs/guest-abi.md); general registers not named are 0.
+    It is how every guest of the guest ABI starts (docs/reference/guest-abi.md); general registers not named are 0.
     """
     data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
     nothing = DescriptorTable(base=0, limit=0)

@@ -1,6 +1,7 @@
 """Constants and layouts of the guest ABI.
 
-The normative text is ``docs/guest-abi.md``; ``programs/guest.h`` says the same to C (a test compares the two).
+The normative text is ``docs/reference/guest-abi.md``; ``programs/guest.h`` says the same to C (a test compares
+the two).
 """
 
 import struct
@@ -39,7 +40,7 @@ _SLOT = struct.Struct("<16Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestInfo:
-    """What the information page tells the guest; see docs/guest-abi.md for each field."""
+    """What the information page tells the guest; see docs/reference/guest-abi.md for each field."""
 
     memory_bytes: int
     ram_regions: tuple[tuple[int, int], ...]

@@ -1,4 +1,4 @@
-"""Boot: put a program into a fresh machine, as docs/guest-abi.md says, ready for ``resume()``."""
+"""Boot: put a program into a fresh machine, as docs/reference/guest-abi.md says, ready for ``resume()``."""
 
 from dataclasses import dataclass
 

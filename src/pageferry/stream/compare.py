@@ -1,6 +1,6 @@
 """What differs between two streams: pages, the CPU's description, and the state, register by register.
 
-Source: docs/stream.md, part 1.
+Source: docs/reference/stream.md, part 1.
 """
 
 from dataclasses import dataclass, field, fields

@@ -51,7 +51,7 @@ class Decoder:
         agreed: the extensions that both ends agreed on.
         role: READER, or SECTION.
 
-    Source: docs/stream.md, part 1.
+    Source: docs/reference/stream.md, part 1.
     """
 
     def __init__(

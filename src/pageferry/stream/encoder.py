@@ -26,7 +26,7 @@ class Encoder:
     Args:
         role: WRITER, or SECTION.
 
-    Source: docs/stream.md, part 1.
+    Source: docs/reference/stream.md, part 1.
     """
 
     def __init__(self, role: Role = Role.WRITER) -> None:

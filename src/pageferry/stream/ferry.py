@@ -104,7 +104,7 @@ class FerryEncoder:
     Args:
         conversation: shared with this side's decoder.
 
-    Source: docs/stream.md, part 2.
+    Source: docs/reference/stream.md, part 2.
     """
 
     def __init__(self, conversation: Conversation) -> None:
@@ -155,7 +155,7 @@ class FerryDecoder:
     Args:
         conversation: shared with this side's encoder.
 
-    Source: docs/stream.md, part 2.
+    Source: docs/reference/stream.md, part 2.
     """
 
     def __init__(self, conversation: Conversation) -> None:

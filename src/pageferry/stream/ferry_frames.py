@@ -1,4 +1,7 @@
-"""The ferry's frames as values, their types, layouts and limits; the normative text is ``docs/stream.md``, part 2."""
+"""The ferry's frames as values, their types, layouts and limits.
+
+The normative text is ``docs/reference/stream.md``, part 2.
+"""
 
 from dataclasses import dataclass
 from enum import IntEnum

@@ -1,4 +1,4 @@
-"""Layouts, numbers and limits of the libxc migration stream; the normative text is ``docs/stream.md``.
+"""Layouts, numbers and limits of the libxc migration stream; the normative text is ``docs/reference/stream.md``.
 
 Everything here is transcription: no behaviour but the names of numbers.
 """

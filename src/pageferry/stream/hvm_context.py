@@ -4,7 +4,7 @@ An HVM context is a sequence of entries, each with a typecode, an instance and a
 a vCPU has is in :mod:`.hvm_vcpu`; devices travel under typecodes of our own, far from Xen's. What is decoded is checked
 in full: an entry that no machine here can hold is refused, since a guest that loses it silently is not the same guest.
 
-Source: docs/stream.md, part 1, "HVM context".
+Source: docs/reference/stream.md, part 1, "HVM context".
 """
 
 from collections.abc import Mapping

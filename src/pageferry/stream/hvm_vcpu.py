@@ -3,7 +3,7 @@
 An entry is written only if it says something: without it the vCPU has what a fresh ``VcpuState`` has. CPU_XSAVE, LAPIC,
 LAPIC_REGS and CPU_MSR have Xen's layout and codes; CPU_EVENTS and CPU_EXCEPTION are ours.
 
-Source: docs/stream.md, part 1, "HVM context".
+Source: docs/reference/stream.md, part 1, "HVM context".
 """
 
 import itertools

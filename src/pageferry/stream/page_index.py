@@ -1,6 +1,6 @@
 """PageIndex: where in a stream the content of each page is that counts in the end.
 
-Source: docs/stream.md, part 1, PAGE_DATA: the last one of a pfn counts.
+Source: docs/reference/stream.md, part 1, PAGE_DATA: the last one of a pfn counts.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Digests of runs of pages as bytes: the body of an AUDIT record and of a DIGESTS frame; docs/stream.md."""
+"""Digests of runs of pages as bytes: the body of an AUDIT record and of a DIGESTS frame; docs/reference/stream.md."""
 
 import numpy as np
 from numpy.typing import NDArray

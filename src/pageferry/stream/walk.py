@@ -1,6 +1,6 @@
 """Walking a stream from its first byte to its last, one record at a time, in constant memory: what ``inspect`` shows.
 
-Source: docs/stream.md, part 1.
+Source: docs/reference/stream.md, part 1.
 """
 
 from collections.abc import Callable, Iterator

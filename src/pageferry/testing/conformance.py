@@ -1,6 +1,6 @@
-"""The conformance kit: its checks, each with a name and the law (of docs/design.md) that it defends; and running them.
+"""The conformance kit: its checks, each with a name and the law that it defends; and running them.
 
-It knows the protocols ``Machine`` and ``LogDirty`` and no machine.
+The laws are those of docs/internals/laws.md. The kit knows the protocols ``Machine`` and ``LogDirty`` and no machine.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

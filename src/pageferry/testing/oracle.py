@@ -1,6 +1,7 @@
 """The stamp oracle: which pages the ``stamp`` guest writes in a round, computed on the host.
 
-The generator is that of ``guests/programs/stamp.c`` and docs/guest-abi.md; here it runs over all pages at once.
+The generator is that of ``guests/programs/stamp.c`` and docs/reference/guest-abi.md; here it runs over all pages
+at once.
 """
 
 import numpy as np

@@ -247,7 +247,7 @@ def test_a_guest_is_held_by_what_the_last_round_showed():
 
 @pytest.fixture
 def users_module(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[3] / "docs" / "policies.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "guide" / "policies.md").read_text(encoding="utf-8")
     code = text.split("```python\n")[1].split("```")[0]
     (tmp_path / "users_policy.py").write_text(code + "\n\nclass Silent:\n    def decide(self, progress): pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -12,9 +12,11 @@
       |  let it run on (a snapshot) .......................... downtime ends
       |                            on the disk; read back; equal to the digests; renamed to FILE
 
-The file is a pure libxc stream, and nothing in it is pageferry's (docs/stream.md, part 1). Postcondition on success:
-FILE is whole and proven, and the guest runs on here (or is paused, if it was); with ``stop`` it stays frozen here.
-Postcondition on failure: the guest is here, running or paused as it was, log-dirty is off, and FILE is what it was.
+The file is a pure libxc stream, and nothing in it is pageferry's (docs/reference/stream.md, part 1).
+
+Postcondition on success: FILE is whole and proven, and the guest runs on here (or is paused, if it was); with ``stop``
+it stays frozen here. Postcondition on failure: the guest is here, running or paused as it was, log-dirty is off, and
+FILE is what it was.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""SavedGuest: a guest in a file, which is a libxc migration stream and nothing else (docs/stream.md, part 1).
+"""SavedGuest: a guest in a file, which is a libxc migration stream and nothing else (docs/reference/stream.md, part 1).
 
 To open one reads all of it but the page data: every header, length and order is checked, the machine's state is
 decoded, and for each page it is known where in the file its last content lies. A file that was cut anywhere is refused

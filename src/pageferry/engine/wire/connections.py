@@ -38,7 +38,10 @@ def _is_one_of(free: Collection[int], join: Join) -> bool:
 
 
 def connection_of(gfns: GfnArray, connections: int) -> NDArray[np.uint64]:
-    """Return the connection of each page, uint64[n], from 0: 2 MiB of memory each, round-robin (docs/stream.md, 2)."""
+    """Return the connection of each page, uint64[n], from 0: 2 MiB of memory each, round-robin.
+
+    **Source:** docs/reference/stream.md, part 2.
+    """
     return (gfns // np.uint64(PAGES_PER_2M)) % np.uint64(connections)
 
 

@@ -1,4 +1,4 @@
-/* The guest ABI for C programs: docs/guest-abi.md. Freestanding, 64-bit, ring 3, no library. */
+/* The guest ABI for C programs: docs/reference/guest-abi.md. Freestanding, 64-bit, ring 3, no library. */
 #ifndef PAGEFERRY_GUEST_H
 #define PAGEFERRY_GUEST_H
 
