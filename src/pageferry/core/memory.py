@@ -410,6 +410,8 @@ class GuestMemory:
         self._on_write = None
         self._populated = _nothing
         self.mapping.clear()
+        if self.storage is not None:  # else the file, and all that it holds, would last until this object is collected
+            self.storage.close()
 
     def _inside(self, starts: GfnArray, lengths: GfnArray) -> bool:
         fits = [

@@ -28,6 +28,11 @@ def expect_room(memory: GuestMemory, pages: int) -> None:
         )
 
 
+def claimed_pages(hello: SourceHello) -> int:
+    """Return how many pages of its guest hold memory, as a source says: no fewer than are in the runs that it names."""
+    return max(hello.populated_pages, sum(pages for _, pages in hello.populated))
+
+
 def make_machine(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConfig], AnyVm]) -> tuple[AnyVm, bool]:
     """Make the machine that a source asks for, over the source's own memory where that can be.
 
@@ -44,18 +49,19 @@ def make_machine(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConf
         VmError: no such machine can be made here.
     """
     config = _config(hello)
+    size_bytes = storage_bytes(hello.memory_bytes)
     fd = channel.take_fd() if features.SHARED_MEMORY in hello.features else None
     if fd is not None:
-        storage = MemFd.adopt(fd, storage_bytes(hello.memory_bytes))
+        storage = MemFd.adopt(fd, size_bytes)
         try:
             return make_vm(replace(config, storage=storage)), True
-        except UnsupportedError as error:
+        except BaseException as error:
             storage.close()
-            if error.capability != features.SHARED_MEMORY:
+            if not isinstance(error, UnsupportedError) or error.capability != features.SHARED_MEMORY:
                 raise
     vm = make_vm(config)
     try:
-        expect_room(vm.memory, hello.populated_pages)
+        expect_room(vm.memory, claimed_pages(hello))
     except UsageError:
         vm.close()
         raise

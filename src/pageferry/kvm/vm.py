@@ -92,6 +92,7 @@ class KvmVm(StandardMachine):
                 tsc_khz=tsc.rate_khz(vcpu_fds[0]),
             )
             memory = GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages, storage=config.storage)
+            undo.callback(memory.close)
             super().__init__(config, memory, cpuid)
             self.platform.bus.elsewhere = chips
             if irqchip:

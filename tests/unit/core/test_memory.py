@@ -1,4 +1,5 @@
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -137,3 +138,14 @@ def test_a_second_mapping_outside_the_first_is_refused():
 def test_what_is_no_shared_memory_cannot_be_mapped_twice():
     with pytest.raises(UnsupportedError, match="mapped a second time"):
         HostMapping(2 * MiB).map_same(HostMapping(2 * MiB), 0, PAGE_SIZE)
+
+
+def test_memory_that_was_closed_holds_no_file_though_it_is_still_held_itself():
+    memory = GuestMemory.linear(8 * MiB)
+    memory.write(0, b"content")
+    fd = memory.storage.fd
+    memory.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    memory.close()
+    assert memory.read(0, 7) == bytes(7)

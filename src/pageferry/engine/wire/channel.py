@@ -25,6 +25,9 @@ _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _MAX_BUFFERS = 1024  # IOV_MAX
 _CONNECT_POLL_MS = 100
+_KEEPALIVE_PROBES = 3
+#: Linux takes no more.
+_MAX_KEEPALIVE_S = 32_767
 DEFAULT_TIMEOUT_S = 30.0
 MAX_TIMEOUT_S = 86_400.0
 
@@ -129,6 +132,21 @@ def _connect(sock: socket.socket, address: object, deadline_s: float, given_up: 
         raise OSError(code, os.strerror(code))
 
 
+def _notice_silence(sock: socket.socket, timeout_s: float) -> None:
+    # A peer that is gone is noticed within the timeout, whether something is on its way to it or nothing is.
+    timeout_ms = max(1, int(timeout_s * 1000))
+    probe_s = max(1, int(timeout_s / (_KEEPALIVE_PROBES + 1)))
+    for option, value in (
+        (socket.TCP_NODELAY, 1),
+        (socket.TCP_USER_TIMEOUT, timeout_ms),
+        (socket.TCP_KEEPIDLE, min(probe_s, _MAX_KEEPALIVE_S)),
+        (socket.TCP_KEEPINTVL, min(probe_s, _MAX_KEEPALIVE_S)),
+        (socket.TCP_KEEPCNT, _KEEPALIVE_PROBES),
+    ):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
 def listen_unix(path: Path, backlog: int = 1) -> socket.socket:
     """Listen on a Unix socket; a path left behind by a process that was killed is taken over.
 
@@ -175,10 +193,10 @@ class Channel:
         self.sent_bytes = 0
         self.pacer: Pacer | None = None
         self._aborted = threading.Event()
-        self._fds: list[int] = []
+        self._fd: int | None = None
         self.local = sock.family == socket.AF_UNIX
         if not self.local:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _notice_silence(sock, timeout_s)
         for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
             try:
                 sock.setsockopt(socket.SOL_SOCKET, forced, _SOCKET_BUFFER_BYTES)
@@ -251,12 +269,20 @@ class Channel:
         if not self.local:
             return self._sock.recv(at_most_bytes)
         data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
-        self._fds += fds
+        for fd in fds:
+            if self._fd is None:
+                self._fd = fd
+            else:
+                os.close(fd)
         return data
 
     def take_fd(self) -> int | None:
-        """Return the last descriptor that the peer handed over, which is the caller's then; None if there is none."""
-        return self._fds.pop() if self._fds else None
+        """Return the descriptor that the peer handed over, which is the caller's then; None if there is none.
+
+        Until it is taken others are closed as they come, so a peer has no more than one open here.
+        """
+        fd, self._fd = self._fd, None
+        return fd
 
     def _until(self, deadline_s: float) -> None:
         left_s = deadline_s - time.monotonic()
@@ -293,5 +319,6 @@ class Channel:
     def close(self) -> None:
         """Close the connection, and what was handed over and not taken."""
         self._sock.close()
-        while (fd := self.take_fd()) is not None:
+        fd = self.take_fd()
+        if fd is not None:
             os.close(fd)

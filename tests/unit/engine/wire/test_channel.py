@@ -1,3 +1,4 @@
+import os
 import socket
 import threading
 
@@ -195,3 +196,36 @@ def test_unix_sockets(tmp_path):
     endpoint.remove()
     with pytest.raises(OSError, match="No such file"):
         endpoint.connect(1)
+
+
+def test_a_peer_has_one_descriptor_open_here_however_many_it_hands_over():
+    left, right = socket.socketpair()
+    sender, receiver = Channel(left, 10), Channel(right, 10)
+    first, other = os.pipe()
+    before = len(os.listdir("/proc/self/fd"))
+    for index in range(50):
+        sender.send([b"x"], fd=other if index else first)
+        assert receiver.receive_some(1) == b"x"
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    taken = receiver.take_fd()
+    assert os.path.samestat(os.fstat(taken), os.fstat(first))
+    assert receiver.take_fd() is None
+    sender.send([b"x"], fd=other)
+    receiver.receive_some(1)
+    receiver.close()
+    assert len(os.listdir("/proc/self/fd")) == before  # the receiver's socket is gone, `taken` is there
+    for fd in (taken, first, other):
+        os.close(fd)
+    sender.close()
+
+
+@pytest.mark.parametrize(("timeout_s", "probe_s"), [(30, 7), (0.1, 1), (86_400, 21_600)])
+def test_a_peer_that_is_gone_is_noticed_within_the_timeout(timeout_s, probe_s):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        channel = Endpoint(host="127.0.0.1", port=listener.getsockname()[1]).connect(timeout_s)
+        sock = channel._sock
+        names = [socket.TCP_USER_TIMEOUT, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT]
+        tcp = [sock.getsockopt(socket.IPPROTO_TCP, name) for name in names]
+        assert tcp == [timeout_s * 1000, probe_s, probe_s, 3]
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        channel.close()
