@@ -83,7 +83,7 @@ def moved(vm: Domain, talk: Talk) -> dict[str, Any]:
         arrived: list[Domain] = []
 
         def receive() -> None:
-            channel = Channel(listener.accept()[0])
+            channel = Channel(listener.accept())
             destination = Destination(channel, Domain, accel="soft", before_run=talk.listen_to)
             arrived.append(destination.run())
             destination.see_off()

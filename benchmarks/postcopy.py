@@ -11,7 +11,6 @@ migration) and of the time until all pages were there.
 import argparse
 import json
 import multiprocessing
-import socket
 import statistics
 from multiprocessing.connection import Connection
 from typing import Any
@@ -35,9 +34,9 @@ POLICIES: dict[str, Policy] = {"pre-copy": XenPolicy(), "post-copy": PostcopyPol
 def receiver(pipe: Connection, accel: str) -> None:
     """Take a guest in, and keep it until told to end."""
     machines = choose_machines(Accel(accel))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        pipe.send(listener.getsockname()[1])
-        sock, _ = listener.accept()
+    with Endpoint(host="127.0.0.1").listen() as listener:
+        pipe.send(listener.port)
+        sock = listener.accept()
         destination = Destination(
             Channel(sock), machines.make_vm, accel=accel, accept=lambda wait_s: accept_within(listener, wait_s, 30)
         )

@@ -113,9 +113,9 @@ def plain_copy(size_bytes: int) -> float:
 
 def migration_receiver(pipe: Connection, accel: str) -> None:
     machines = choose_machines(Accel(accel))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        pipe.send(listener.getsockname()[1])
-        sock, _ = listener.accept()
+    with Endpoint(host="127.0.0.1").listen() as listener:
+        pipe.send(listener.port)
+        sock = listener.accept()
         with contextlib.suppress(MigrationError):  # the source tells why
             vm = Destination(
                 Channel(sock), machines.make_vm, accel=accel, accept=lambda wait_s: accept_within(listener, wait_s, 30)

@@ -79,7 +79,7 @@ class Inn:
 
     def _serve(self, options):
         try:
-            self.channels.append(self._heard(Channel(self._listener.accept()[0], TIMEOUT_S)))
+            self.channels.append(self._heard(Channel(self._listener.accept(), TIMEOUT_S)))
             self.destination = self.kind(self.channels[0], self._make, accel=self.accel, accept=self._accept, **options)
             self.vm = self.destination.run()
             self.destination.see_off()
@@ -107,7 +107,7 @@ class Inn:
 
     def close(self):
         """Take in nobody any more, and give everything back."""
-        self._listener.shutdown(2)
+        self._listener.shutdown()
         for channel in self.channels:
             channel.abort()
         if self._thread is not None:

@@ -12,6 +12,7 @@ from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
+from pageferry.engine.wire.listener import Listener
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
@@ -44,7 +45,7 @@ class Incoming:
         self._dropped: set[str] = set()
         self._thread: threading.Thread | None = None
         self._endpoint: Endpoint | None = None
-        self._listener: socket.socket | None = None
+        self._listener: Listener | None = None
         self._last = False
 
     def listen(self, endpoint: Endpoint) -> Endpoint:
@@ -100,7 +101,7 @@ class Incoming:
         listener = self._listener
         while listener is not None and not self._last:
             try:
-                sock, _ = listener.accept()
+                sock = listener.accept()
             except OSError:
                 if self._listener is None:
                     return  # stopped listening
@@ -179,10 +180,7 @@ class Incoming:
     def _stop_listening(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
-            try:
-                listener.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                _log.debug("the listener was closed already")
+            listener.shutdown()
             listener.close()
             if self._endpoint is not None:
                 self._endpoint.remove()

@@ -91,8 +91,15 @@ def is_local(connection: socket.socket) -> bool:
     if connection.family == socket.AF_UNIX:
         return True
     ends = (connection.getsockname(), connection.getpeername())
-    ours, theirs = (ipaddress.ip_address(address.partition("%")[0]) for address, *_ in ends)
+    ours, theirs = (_ip(address) for address, *_ in ends)
     return theirs.is_loopback or ours == theirs
+
+
+def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Return an address; of an IPv4 connection to an IPv6 socket, the IPv4 address."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return address if mapped is None else mapped
 
 
 def _sort(backend: str) -> str:

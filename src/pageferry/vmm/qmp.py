@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from pageferry import __version__
 from pageferry.core.errors import PageferryError, UsageError
-from pageferry.engine.wire.channel import listen_unix
+from pageferry.engine.wire.listener import Listener, listen_unix
 from pageferry.vmm.json_framer import JsonFramer
 
 _log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class QmpServer:
         self.subscriptions = dict(subscriptions or {})
         self._clients: set[_Client] = set()
         self._lock = threading.Lock()
-        self._listener: socket.socket | None = None
+        self._listener: Listener | None = None
 
     def start(self) -> None:
         """Listen and serve.
@@ -209,10 +209,10 @@ class QmpServer:
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), name="qmp-accept", daemon=True).start()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: Listener) -> None:
         while True:
             try:
-                sock, _ = listener.accept()
+                sock = listener.accept()
             except OSError:
                 if self._listener is None:
                     return  # closed
@@ -258,8 +258,7 @@ class QmpServer:
         if self._listener is None:
             return
         listener, self._listener = self._listener, None
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
+        listener.shutdown()
         listener.close()
         self._path.unlink(missing_ok=True)
         with self._lock:

@@ -7,6 +7,7 @@ import pytest
 
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.errors import UsageError
+from pageferry.engine.wire.listener import listen_tcp
 from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, LocalBackends, absolute, is_local
 
 DISK = DeviceSpec(kind=DeviceKind.DISK, backend="/there/disk", size_bytes=512)
@@ -55,14 +56,22 @@ def test_paths_mean_the_same_everywhere(monkeypatch, tmp_path):
     assert absolute(DeviceKind.NET, "unix:") == "unix:"
 
 
-def test_who_is_on_this_host_is_found_by_the_connection():
-    listener = socket.create_server(("127.0.0.1", 0))
-    client = socket.create_connection(listener.getsockname())
-    server, _ = listener.accept()
-    pair = socket.socketpair()
+@pytest.mark.parametrize(
+    ("host", "source"), [("127.0.0.1", "127.0.0.1"), ("::", "127.0.0.1"), ("::", "127.0.0.2"), ("::1", "::1")]
+)
+def test_a_source_on_this_host_is_known_by_its_connection(host, source):
+    with listen_tcp(host, 0) as listener:
+        client = socket.create_connection((source, listener.port), source_address=(source, 0))
+        server = listener.accept()
     assert is_local(server)
+    client.close()
+    server.close()
+
+
+def test_a_unix_socket_is_on_this_host_and_an_address_that_is_not_ours_is_not():
+    pair = socket.socketpair()
     assert is_local(pair[0])
-    for sock in (listener, client, server, *pair):
+    for sock in pair:
         sock.close()
 
     class Elsewhere:

@@ -13,11 +13,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from pageferry.core.errors import UsageError
+from pageferry.engine.wire.listener import Listener, listen_tcp, listen_unix, parse_host_port, resolve
 from pageferry.engine.wire.pacer import Pacer
 
 _SOCKET_BUFFER_BYTES = 8 << 20
@@ -30,6 +31,9 @@ _KEEPALIVE_PROBES = 3
 _MAX_KEEPALIVE_S = 32_767
 DEFAULT_TIMEOUT_S = 30.0
 MAX_TIMEOUT_S = 86_400.0
+_ADDRESS_HINT = "write tcp://HOST:PORT, tcp://[IPV6]:PORT or unix:PATH"
+#: What the kernel has room for in a sockaddr_un, less the NUL.
+_MAX_PATH_BYTES = 107
 
 
 def _never() -> bool:
@@ -50,19 +54,17 @@ class Endpoint:
         """Read ``tcp://HOST:PORT`` (IPv6 in brackets), ``tcp:HOST:PORT`` as QEMU writes it, or ``unix:PATH``.
 
         Raises:
-            UsageError: it is neither.
+            UsageError: it is neither; says what of it cannot be.
         """
-        if uri.startswith("unix:"):
-            path = uri.removeprefix("unix:")
-            path = path.removeprefix("//") if path.startswith("//") else path
-            if path:
-                return cls(path=path)
-        elif uri.startswith("tcp:"):
-            with contextlib.suppress(ValueError):
-                parts = urlsplit("tcp://" + uri.removeprefix("tcp:").removeprefix("//"))
-                if parts.hostname and parts.port is not None and not parts.path:
-                    return cls(host=parts.hostname, port=parts.port)
-        raise UsageError(f"not an address: {uri!r}", hint="write tcp://HOST:PORT or unix:PATH")
+        try:
+            if uri.startswith("unix:"):
+                return cls(path=_unix_path(uri.removeprefix("unix:").removeprefix("//")))
+            if uri.startswith("tcp:"):
+                host, port = parse_host_port(uri.removeprefix("tcp:").removeprefix("//"))
+                return cls(host=host, port=port)
+        except ValueError as error:
+            raise UsageError(f"not an address: {uri!r}: {error}", hint=_ADDRESS_HINT) from error
+        raise UsageError(f"not an address: {uri!r}", hint=_ADDRESS_HINT)
 
     def __str__(self) -> str:
         if self.path:
@@ -80,35 +82,35 @@ class Endpoint:
             OSError: nobody listens, the name is unknown, the time is over, or ``given_up`` said so.
         """
         if self.path:
-            addresses: list[tuple[int, object]] = [(socket.AF_UNIX, self.path)]
+            addresses: list[tuple[int, Any]] = [(socket.AF_UNIX, self.path)]
+        elif not self.port:
+            raise OSError(errno.EADDRNOTAVAIL, "port 0 is for one who listens")
         else:
-            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-            addresses = [(family, address) for family, _, _, _, address in found]
+            addresses = resolve(self.host, self.port)
         failure: OSError = OSError("no address")
-        for family, address in addresses:
+        deadline_s = time.monotonic() + timeout_s
+        for at, (family, address) in enumerate(addresses):
             sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                _connect(sock, address, time.monotonic() + timeout_s, given_up)
+            left_s = deadline_s - time.monotonic()
+            try:  # each has an equal share of what is left: one that answers nothing leaves time for the others
+                _connect(sock, address, time.monotonic() + left_s / (len(addresses) - at), given_up)
                 return Channel(sock, timeout_s)
             except OSError as error:
                 sock.close()
                 failure = error
         raise failure
 
-    def listen(self) -> socket.socket:
-        """Return a listening socket; port 0 takes a free one.
+    def listen(self) -> Listener:
+        """Listen; port 0 takes a free one.
 
         Raises:
             OSError: the address is in use or not ours.
         """
-        if self.path:
-            return listen_unix(Path(self.path))
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        return socket.create_server((self.host, self.port), family=family, backlog=1)
+        return listen_unix(Path(self.path)) if self.path else listen_tcp(self.host, self.port)
 
-    def bound(self, listener: socket.socket) -> "Endpoint":
+    def bound(self, listener: Listener) -> "Endpoint":
         """Return this endpoint with the port that ``listener`` really has."""
-        return self if self.path else Endpoint(host=self.host, port=listener.getsockname()[1])
+        return self if self.path else replace(self, port=listener.port)
 
     def remove(self) -> None:
         """Remove a Unix socket's path; TCP has nothing to remove."""
@@ -116,9 +118,19 @@ class Endpoint:
             Path(self.path).unlink(missing_ok=True)
 
 
-def _connect(sock: socket.socket, address: object, deadline_s: float, given_up: Callable[[], bool]) -> None:
+def _unix_path(path: str) -> str:
+    if not path:
+        raise ValueError("the path is missing")
+    if "\0" in path:
+        raise ValueError("a path has no NUL")
+    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+        raise ValueError(f"a socket's path has at most {_MAX_PATH_BYTES} bytes")
+    return path
+
+
+def _connect(sock: socket.socket, address: Any, deadline_s: float, given_up: Callable[[], bool]) -> None:  # noqa: ANN401
     sock.setblocking(False)
-    code = sock.connect_ex(address)  # type: ignore[arg-type]  # the family's own form
+    code = sock.connect_ex(address)
     poll = select.poll()
     poll.register(sock, select.POLLOUT)
     while code in (errno.EINPROGRESS, errno.EAGAIN):
@@ -127,7 +139,7 @@ def _connect(sock: socket.socket, address: object, deadline_s: float, given_up: 
         if poll.poll(_CONNECT_POLL_MS):
             code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if code == errno.EINPROGRESS else code
             if code == errno.EAGAIN:  # a Unix socket with a full backlog
-                code = sock.connect_ex(address)  # type: ignore[arg-type]
+                code = sock.connect_ex(address)
     if code:
         raise OSError(code, os.strerror(code))
 
@@ -147,36 +159,14 @@ def _notice_silence(sock: socket.socket, timeout_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-def listen_unix(path: Path, backlog: int = 1) -> socket.socket:
-    """Listen on a Unix socket; a path left behind by a process that was killed is taken over.
-
-    Raises:
-        OSError: the path cannot be used, or a living process serves it.
-    """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                probe.setblocking(False)
-                if probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED:
-                    path.unlink()
-        sock.bind(os.fspath(path))
-        sock.listen(backlog)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def accept_within(listener: socket.socket, wait_s: float, timeout_s: float) -> "Channel | None":
+def accept_within(listener: Listener, wait_s: float, timeout_s: float) -> "Channel | None":
     """Return the next connection of ``listener``, or None when none came within ``wait_s``.
 
     Raises:
         OSError: the listener was shut down.
     """
-    poll = select.poll()
-    poll.register(listener, select.POLLIN)
-    return Channel(listener.accept()[0], timeout_s) if poll.poll(wait_s * 1e3) else None
+    sock = listener.accept_within(wait_s)
+    return None if sock is None else Channel(sock, timeout_s)
 
 
 class Channel:

@@ -1,4 +1,5 @@
 import os
+import re
 import socket
 import threading
 
@@ -16,6 +17,7 @@ from pageferry.engine.wire.channel import Channel, Endpoint
         ("tcp://127.0.0.1:4444", Endpoint(host="127.0.0.1", port=4444)),
         ("tcp:host.example:1", Endpoint(host="host.example", port=1)),
         ("tcp://[::1]:99", Endpoint(host="::1", port=99)),
+        ("tcp://[fe80::1%Eth0]:0", Endpoint(host="fe80::1%Eth0", port=0)),
         ("tcp://127.0.0.1:0", Endpoint(host="127.0.0.1", port=0)),
         ("unix:/run/x.sock", Endpoint(path="/run/x.sock")),
         ("unix:///run/x.sock", Endpoint(path="/run/x.sock")),
@@ -27,23 +29,39 @@ def test_addresses(uri, endpoint):
 
 
 @pytest.mark.parametrize(
-    "uri",
+    ("uri", "why"),
     [
-        "",
-        "tcp://",
-        "tcp://host",
-        "tcp://:1",
-        "tcp://host:70000",
-        "tcp://host:x",
-        "tcp://h:1/path",
-        "unix:",
-        "exec:rm",
-        "h:1",
+        ("", ""),
+        ("exec:rm", ""),
+        ("h:1", ""),
+        ("tcp://", "must end with a port"),
+        ("tcp://host", "must end with a port"),
+        ("tcp://host:x", "must end with a port"),
+        ("tcp://host:70000", "from 0 to 65535"),
+        ("tcp://host:\u0661", "must end with a port"),
+        ("tcp://:1", "the host is missing"),
+        ("tcp://h:1/path", "'/' cannot be in it"),
+        ("tcp://h:1?tls", "'?' cannot be in it"),
+        ("tcp://user@h:1", "'@' cannot be in it"),
+        ("tcp://h :1", "' ' cannot be in it"),
+        ("tcp://h\0:1", r"'\x00' cannot be in it"),
+        ("tcp://*:1", "'*' cannot be a host's name"),
+        ("tcp://" + "a" * 64 + ".example:1", "cannot be a host's name"),
+        ("tcp://::1:99", "in brackets"),
+        ("tcp://[::1:99", "not closed"),
+        ("tcp://[127.0.0.1]:1", "'127.0.0.1' is no IPv6 address"),
+        ("tcp://[fe80::1]:1", "needs its interface, as in [fe80::1%eth0]"),
+        ("tcp://[fe80::1%]:1", "needs its interface"),
+        ("tcp://[::1%lo]:1", "only a link-local address has an interface"),
+        ("unix:", "the path is missing"),
+        ("unix:/a\0b", "NUL"),
+        ("unix:/" + "x" * 107, "at most 107 bytes"),
     ],
 )
-def test_what_is_no_address(uri):
-    with pytest.raises(UsageError, match="not an address"):
+def test_what_is_no_address(uri, why):
+    with pytest.raises(UsageError, match=re.escape(f"not an address: {uri!r}" + (": " if why else ""))) as refused:
         Endpoint.parse(uri)
+    assert why in str(refused.value)
 
 
 class Counting:
@@ -188,7 +206,7 @@ def test_unix_sockets(tmp_path):
     with endpoint.listen() as listener:
         assert endpoint.bound(listener) == endpoint
         client = endpoint.connect(5)
-        server = Channel(listener.accept()[0], 5)
+        server = Channel(listener.accept(), 5)
         client.send([b"abc"])
         assert server.receive_some(10) == b"abc"
         client.close()
