@@ -142,7 +142,7 @@ def test_tscs_of_two_vcpus_keep_their_distance(kvm):
 
 
 def test_iopl_survives_a_kvm_that_drops_it(kvm):
-    vm = kvm.guest("sync")
+    vm = kvm.guest("sync", vcpus=(kvm.start_state(rflags=0x3202),))
     vm.attach_sync(True)
     vm.resume()
     vm.wait(60)

@@ -209,10 +209,16 @@ def reset_state() -> VcpuState:
     )
 
 
-def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) -> VcpuState:
-    """Return a vCPU in 64-bit ring 3 with IOPL 3, paging on, flat segments, no descriptor tables and no handlers.
+NO_KERNEL_GVA = 0xFFFF_FFFF_FFFF_F000
+"""Where the kernel's entry would be in a guest that has none; not mapped."""
 
-    It is how every guest of the guest ABI starts (docs/reference/guest-abi.md); general registers not named are 0.
+
+def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) -> VcpuState:
+    """Return a vCPU in 64-bit ring 3 with IOPL 0, paging on, flat segments, no descriptor tables and no handlers.
+
+    It is how every guest of the guest ABI starts (docs/reference/guest-abi.md); general registers not named are 0. The
+    task state segment lies at linear address 0: zeros there permit every port below 0x8000. SYSCALL is off, and where a
+    machine takes it nevertheless it goes to an address that is not mapped.
     """
     data = Segment(selector=0x2B, base=0, limit=0xFFFF_FFFF, attributes=0xCF3)
     nothing = DescriptorTable(base=0, limit=0)
@@ -221,7 +227,7 @@ def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) ->
         rsp=rsp,
         rdi=rdi,
         rsi=rsi,
-        rflags=0x3202,
+        rflags=0x202,
         cr0=0x8005_0033,
         cr3=cr3,
         cr4=0x620,
@@ -236,5 +242,6 @@ def ring_3_state(*, rip: int, rsp: int, cr3: int, rdi: int = 0, rsi: int = 0) ->
         ldtr=Segment(selector=0, base=0, limit=0, attributes=0),
         gdtr=nothing,
         idtr=nothing,
+        lstar=NO_KERNEL_GVA,
         fpu_regs=INITIAL_FPU_REGS,
     )

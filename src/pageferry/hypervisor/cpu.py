@@ -38,6 +38,7 @@ from dataclasses import replace
 from unicorn import unicorn_const as const
 from unicorn import x86_const as x86
 
+from pageferry.core import confined
 from pageferry.core.cpuid import Leaves, answer
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.frames import PAGE_SIZE
@@ -404,7 +405,12 @@ class SoftVcpu:
         return begin if self._memory.code(begin, len(code)) == code else behind - otherwise & _U64
 
     def _triple_fault(self, first: Event) -> None:
-        raise exceptions.crash(first, self._where())
+        state = self.save()
+        forbidden = None
+        if confined.is_confined(state):
+            code = self._memory.code(state.rip, confined.MAX_INSTRUCTION_BYTES)
+            forbidden = confined.crash(code, rip=state.rip, rsp=state.rsp, rcx=state.rcx)
+        raise forbidden or exceptions.crash(first, self._where())
 
     def _fail(self) -> None:
         """Raise what a callback could not: the guest's end, with where it was, or our own failure."""

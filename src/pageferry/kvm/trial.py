@@ -53,9 +53,21 @@ def run_trial(vm: KvmVm, program: bytes) -> None:
     Raises:
         VmError: it did not come to its end; says what it did.
     """
+    if (crash := crash_of_trial(vm, program)) is not None:
+        raise VmError(crash)
+
+
+def crash_of_trial(vm: KvmVm, program: bytes) -> str | None:
+    """Run a trial guest's program and its end; return why it crashed, None if it came to its end.
+
+    Raises:
+        VmError: it did nothing, or ended in another way.
+    """
     vm.memory.write(PROGRAM_GPA, program + _EXIT)
     vm.resume()
     if vm.wait(_TIMEOUT_S) is VmStatus.RUNNING:
         raise VmError("it did nothing for too long")
-    if vm.end is None or vm.end.exit_code != _EXIT_CODE:
-        raise VmError((vm.end and vm.end.crash) or "it ended in a way of its own")
+    end = vm.end
+    if end is None or (end.crash is None and end.exit_code != _EXIT_CODE):
+        raise VmError("it ended in a way of its own")
+    return end.crash

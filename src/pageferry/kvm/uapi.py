@@ -29,6 +29,7 @@ from pageferry.kvm.uapi_state import KvmPitState2 as KvmPitState2
 from pageferry.kvm.uapi_state import KvmRegs as KvmRegs
 from pageferry.kvm.uapi_state import KvmSegment as KvmSegment
 from pageferry.kvm.uapi_state import KvmSregs as KvmSregs
+from pageferry.kvm.uapi_state import KvmTranslation as KvmTranslation
 from pageferry.kvm.uapi_state import KvmVcpuEvents as KvmVcpuEvents
 from pageferry.kvm.uapi_state import KvmXcrs as KvmXcrs
 from pageferry.kvm.uapi_state import KvmXsave as KvmXsave
@@ -250,6 +251,7 @@ KVM_GET_REGS = _ior(0x81, ctypes.sizeof(KvmRegs))
 KVM_SET_REGS = _iow(0x82, ctypes.sizeof(KvmRegs))
 KVM_GET_SREGS = _ior(0x83, ctypes.sizeof(KvmSregs))
 KVM_SET_SREGS = _iow(0x84, ctypes.sizeof(KvmSregs))
+KVM_TRANSLATE = _iowr(0x85, ctypes.sizeof(KvmTranslation))
 KVM_GET_MSRS = _iowr(0x88, 8)
 KVM_SET_MSRS = _iow(0x89, 8)
 KVM_GET_LAPIC = _ior(0x8E, ctypes.sizeof(KvmLapicState))

@@ -111,6 +111,19 @@ class KvmSregs(ctypes.Structure):
     )
 
 
+class KvmTranslation(ctypes.Structure):
+    """``struct kvm_translation``."""
+
+    _fields_ = (
+        ("linear_address", u64),
+        ("physical_address", u64),
+        ("valid", u8),
+        ("writeable", u8),
+        ("usermode", u8),
+        ("pad", u8 * 5),
+    )
+
+
 class KvmDebugregs(ctypes.Structure):
     """``struct kvm_debugregs``."""
 

@@ -29,7 +29,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from pageferry.core import confined
 from pageferry.core.errors import GuestCrash, KvmError, VmError
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.memory import GuestMemory
 from pageferry.core.run import Effect, GuestExit, GuestReset, InvalidateTlb, SyncPoint
 from pageferry.core.state import VcpuState
 from pageferry.devices.bus import DeviceBus
@@ -71,14 +74,23 @@ class KvmVcpu:
         bus: where port and MMIO accesses go.
         timer: drives the devices there that act by themselves.
         parts: what it has besides the registers that every vCPU has.
+        memory: the guest's.
         index: which vCPU this is.
     """
 
     def __init__(
-        self, fd: VcpuFd, bus: DeviceBus, timer: DeviceTimer, parts: vcpu_state.Parts, *, index: int = 0
+        self,
+        fd: VcpuFd,
+        bus: DeviceBus,
+        timer: DeviceTimer,
+        parts: vcpu_state.Parts,
+        *,
+        memory: GuestMemory,
+        index: int = 0,
     ) -> None:
         self.fd = fd
         self.index = index
+        self._memory = memory
         self._bus = bus
         self._timer = timer
         self._kick_signal = kick_signal()
@@ -193,7 +205,8 @@ class KvmVcpu:
         raise GuestCrash(f"vcpu {self.index} halted, and no interrupt can wake it: {self._where()}")
 
     def _on_shutdown(self) -> Effect | None:
-        raise GuestCrash(f"vcpu {self.index} shut down (triple fault): {self._where()}")
+        forbidden = self._forbidden() if self._sealed else None
+        raise forbidden or GuestCrash(f"vcpu {self.index} shut down (triple fault): {self._where()}")
 
     def _on_internal_error(self) -> Effect | None:
         internal = self.fd.run.internal
@@ -205,6 +218,21 @@ class KvmVcpu:
         raise VmError(
             f"vcpu {self.index} cannot enter the guest: hardware reason {entry.hardware_entry_failure_reason:#x}"
         )
+
+    def _forbidden(self) -> GuestCrash | None:
+        """Return the end of a guest by an instruction that its ABI forbids, if that is what it did."""
+        regs = uapi.KvmRegs()
+        self.fd.ioctl(uapi.KVM_GET_REGS, regs)
+        return confined.crash(self._code(regs.rip), rip=regs.rip, rsp=regs.rsp, rcx=regs.rcx)
+
+    def _code(self, rip: int) -> bytes:
+        """Return the bytes of the instruction at ``rip``, as far as they are mapped, RAM, and on one page."""
+        place = uapi.KvmTranslation(linear_address=rip)
+        self.fd.ioctl(uapi.KVM_TRANSLATE, place)
+        gpa = place.physical_address
+        if not place.valid or not self._memory.is_ram(gpa, 1):
+            return b""
+        return self._memory.read(gpa, min(confined.MAX_INSTRUCTION_BYTES, PAGE_SIZE - gpa % PAGE_SIZE))
 
     def _where(self) -> str:
         regs, sregs = uapi.KvmRegs(), uapi.KvmSregs()

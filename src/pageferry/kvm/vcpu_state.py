@@ -29,7 +29,6 @@ tell the two apart).
 look into the TSS for the right to do port I/O. A vCPU that was loaded into ring 3 with no way out of it (no IDT, no
 GDT, no SYSCALL, no SYSENTER) cannot change IOPL or TR: so what was loaded is still true and is what ``save`` gives, and
 KVM gets a TSS at linear address 0, where a page of zeros permits every port. Where IOPL is kept nobody looks there.
-(An LDT does not count as a way out, though a guest could build a gate in it: a reset CPU has one, and none is used.)
 
 **The TSC** goes on from the saved value, at the saved rate: see :mod:`pageferry.kvm.tsc`.
 
@@ -45,6 +44,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from pageferry.core.confined import is_confined
 from pageferry.core.cpuid import APIC, Leaves, find
 from pageferry.core.state import DescriptorTable, LapicState, MpState, Segment, VcpuState
 from pageferry.kvm import lapic, tsc, uapi
@@ -60,7 +60,6 @@ _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 _ATTRIBUTE_PRESENT = 1 << 7
 _BUSY_TSS = 0x8B  # present, system, type 11
 _RFLAGS_IOPL = 3 << 12
-_EFER_SCE = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +109,7 @@ class Sealed:
 
 
 def _sealed(state: VcpuState) -> Sealed | None:
-    doors = (state.idtr.limit, state.gdtr.limit, state.efer & _EFER_SCE, state.sysenter_cs)
-    if state.cs.selector & 3 != 3 or any(doors):
+    if not is_confined(state):
         return None
     return Sealed(iopl=state.rflags & _RFLAGS_IOPL, tr=state.tr)
 

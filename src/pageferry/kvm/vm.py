@@ -126,7 +126,7 @@ class KvmVm(StandardMachine):
             event_flags=event_flags,
             irqchip=self.config.machine is MachineModel.PC,
         )
-        return KvmVcpu(fd, self.platform.bus, self._device_timer, parts, index=index)
+        return KvmVcpu(fd, self.platform.bus, self._device_timer, parts, memory=self.memory, index=index)
 
     def _set_up_vm(self) -> None:
         if self.vm_fd.check_extension(uapi.KVM_CAP_SET_IDENTITY_MAP_ADDR):

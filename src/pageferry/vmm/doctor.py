@@ -52,6 +52,7 @@ def examine() -> list[Finding]:
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
         _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
         _try("kvm-ring0", _ring_0, ""),
+        _try("kvm-guest-abi", _guest_abi, "a guest that uses them may not move to other hosts"),
         _try("kvm-manual-protect", _manual_protect, "use --accel soft"),
         *(_try(f"tracker-{name}", partial(_trial, Accel.KVM, name), "") for name in others),
         _try("machine-pc", partial(_trial, Accel.KVM, machine=MachineModel.PC), ""),
@@ -129,6 +130,12 @@ def _ring_0() -> str:
     from pageferry.kvm.probe_ring_0 import expect_ring_0
 
     return expect_ring_0()
+
+
+def _guest_abi() -> str:
+    from pageferry.kvm.probe_abi import expect_forbidden
+
+    return expect_forbidden()
 
 
 def _manual_protect() -> str:

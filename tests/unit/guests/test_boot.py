@@ -91,7 +91,7 @@ def test_vcpus_and_devices_are_loaded_in_the_entry_state():
     assert (first.rip, first.rdi, first.rsi, first.rsp) == (program.entry, 0x1000, 0, 0xFFFF8)
     assert dataclasses.replace(first, rsi=1, rsp=0xF7FF8) == second
     assert (first.cr0, first.cr3, first.cr4, first.efer) == (0x80050033, 0x10000, 0x620, 0x500)
-    assert (first.cs.selector, first.ss.selector, first.rflags) == (0x33, 0x2B, 0x3202)
+    assert (first.cs.selector, first.ss.selector, first.rflags) == (0x33, 0x2B, 0x202)
     assert first.cs.attributes & 0xF == 11
     assert (first.cs.attributes >> 5) & 3 == (first.ss.attributes >> 5) & 3 == 3
     assert (first.cs.attributes >> 9) & 1
