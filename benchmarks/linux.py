@@ -84,7 +84,7 @@ def moved(vm: Domain, talk: Talk) -> dict[str, Any]:
 
         def receive() -> None:
             channel = Channel(listener.accept())
-            destination = Destination(channel, Domain, accel="soft", before_run=talk.listen_to)
+            destination = Destination(channel, Domain, before_run=talk.listen_to)
             arrived.append(destination.run())
             destination.see_off()
 

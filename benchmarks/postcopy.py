@@ -38,7 +38,7 @@ def receiver(pipe: Connection, accel: str) -> None:
         pipe.send(listener.port)
         sock = listener.accept()
         destination = Destination(
-            Channel(sock), machines.make_vm, accel=accel, accept=lambda wait_s: accept_within(listener, wait_s, 30)
+            Channel(sock), machines.make_vm, accept=lambda wait_s: accept_within(listener, wait_s, 30)
         )
         vm = destination.run()
         destination.see_off()

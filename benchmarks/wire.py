@@ -118,7 +118,7 @@ def migration_receiver(pipe: Connection, accel: str) -> None:
         sock = listener.accept()
         with contextlib.suppress(MigrationError):  # the source tells why
             vm = Destination(
-                Channel(sock), machines.make_vm, accel=accel, accept=lambda wait_s: accept_within(listener, wait_s, 30)
+                Channel(sock), machines.make_vm, accept=lambda wait_s: accept_within(listener, wait_s, 30)
             ).run()
             pipe.recv()
             vm.close()

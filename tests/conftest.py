@@ -255,8 +255,8 @@ def inns():
     """Opens destinations, and closes them."""
     made = []
 
-    def open_one(make_vm, accel, endpoint=LOOPBACK):
-        made.append(Inn(make_vm, accel, endpoint))
+    def open_one(make_vm, endpoint=LOOPBACK):
+        made.append(Inn(make_vm, endpoint))
         return made[-1]
 
     yield open_one

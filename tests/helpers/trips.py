@@ -45,9 +45,8 @@ class Inn:
     ``destination``.
     """
 
-    def __init__(self, make_vm, accel, endpoint=LOOPBACK, *, kind=Destination):
+    def __init__(self, make_vm, endpoint=LOOPBACK, *, kind=Destination):
         self.make_vm = make_vm
-        self.accel = accel
         self.kind = kind
         self._listener = endpoint.listen()
         self.endpoint = endpoint.bound(self._listener)
@@ -80,7 +79,7 @@ class Inn:
     def _serve(self, options):
         try:
             self.channels.append(self._heard(Channel(self._listener.accept(), TIMEOUT_S)))
-            self.destination = self.kind(self.channels[0], self._make, accel=self.accel, accept=self._accept, **options)
+            self.destination = self.kind(self.channels[0], self._make, accept=self._accept, **options)
             self.vm = self.destination.run()
             self.destination.see_off()
         except (MigrationError, OSError) as error:  # an OSError: closed before anybody came

@@ -56,17 +56,17 @@ def seat():
 
 
 @pytest.fixture
-def inn(inns, make_vm, accel):
+def inn(inns, make_vm):
     """A destination of the accel under test."""
-    return inns(make_vm, accel)
+    return inns(make_vm)
 
 
 @pytest.fixture
-def move(inns, make_vm, accel):
+def move(inns, make_vm):
     """Makes taped migrations of a guest to a machine of its kind; ``kind`` is the class of the destination."""
 
     def make(vm, kind=Destination):
-        inn = inns(make_vm, accel)
+        inn = inns(make_vm)
         inn.kind = kind
         return Move(vm, inn)
 

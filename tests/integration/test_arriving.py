@@ -129,7 +129,7 @@ def test_from_machine_to_machine_and_from_mode_to_mode(running, inns, kvm_suppor
     vm = running(workload)
     shadow = functools.partial(Domain, paging_mode="shadow")
     for make_there, name in ((KvmVm, "kvm"), (shadow, "soft"), (Domain, "soft"), (shadow, "soft"), (KvmVm, "kvm")):
-        inn = inns(make_there, name)
+        inn = inns(make_there)
         report = source_of(vm, inn.open()).run()
         vm, old = inn.outcome(), vm
         old.close()

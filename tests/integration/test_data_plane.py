@@ -288,14 +288,14 @@ def test_a_stranger_cannot_join_and_does_no_harm(guests, move, says):
         channel.close()
 
 
-def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm, accel):
+def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
         errors = []
 
         def serve():
             try:
-                Destination(Channel(listener.accept()[0], 10), make_vm, accel=accel).run()
+                Destination(Channel(listener.accept()[0], 10), make_vm).run()
             except MigrationError as error:
                 errors.append(error)
 
@@ -312,7 +312,7 @@ def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm, 
     assert errors[0].guest_at is GuestAt.SOURCE
 
 
-def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_vm, accel):
+def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_vm):
     left, right = socket.socketpair()
     source = Channel(left, 10)
     asked = threading.Event()
@@ -321,7 +321,7 @@ def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_v
         asked.set()
         source.abort()
 
-    destination = Destination(Channel(right, 3600), make_vm, accel=accel, accept=accept)
+    destination = Destination(Channel(right, 3600), make_vm, accept=accept)
     peer = Peer(source, Side.SOURCE)
     peer.greet()
     hello = {"version": "1", "memory_bytes": 32 << 20, "cpus": 1, "accel": "soft", "cpuid": SOFT_CPU}

@@ -34,8 +34,8 @@ def warned(events):
     ("here", "there"), [(SHOWS, OTHER), (SHOWS, None), (KEEPS, OTHER), (SHOWS, SHOWS), (KEEPS, KEEPS), (None, None)]
 )
 def test_both_ends_and_the_report_warn_of_a_cpu_that_the_guest_will_not_see_again(guests, inns, here, there):
-    inn, told_here, told_there = inns(Domain, "soft"), [], []
-    endpoint = inn.open(host_cpu=there, on_event=told_there.append)
+    inn, told_here, told_there = inns(Domain), [], []
+    endpoint = inn.open(host_cpu=lambda _: there, on_event=told_there.append)
     report = Source(guests("idle"), endpoint, XenPolicy(), host_cpu=here, on_event=told_here.append).run()
     assert not isinstance(inn.outcome(), Exception)
     expected = [text for text in [cpu_warning(here, there)] if text is not None]

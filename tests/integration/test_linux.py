@@ -70,7 +70,7 @@ def test_it_works_through_three_moves_and_a_file(linux, inns, tmp_path, mode):
     vm = linux(loader(linux_image(), "pageferry=work"), said, mode)
     until_ready(said)
     said.works_on()
-    inn = inns(partial(Domain, paging_mode=mode), "soft")
+    inn = inns(partial(Domain, paging_mode=mode))
     for _ in range(3):
         report = source_of(vm, inn.open(before_run=said.listen_to)).run()
         assert report.verified

@@ -56,7 +56,7 @@ def test_linux_works_on_its_devices_and_moves_with_them(vm, inns, disk):
     ours = terminal.run("sha256sum < /mnt/file")
     terminal.run("echo 3 > /proc/sys/vm/drop_caches; sleep 5")  # free pages are reported after two seconds
     terminal.run("(while :; do seq 20000 > /mnt/busy; sync; done) & echo $! > /tmp/busy")
-    inn = inns(Domain, "soft")
+    inn = inns(Domain)
     for _ in range(2):
         report = source_of(vm, inn.open(before_run=lambda made, _: terminal.attach(made))).run()
         assert report.verified

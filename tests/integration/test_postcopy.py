@@ -68,8 +68,8 @@ class Inn(trips.Inn):
     ``shears`` cut the connections to it.
     """
 
-    def __init__(self, make_vm, accel):
-        super().__init__(make_vm, accel, kind=Patient)
+    def __init__(self, make_vm):
+        super().__init__(make_vm, kind=Patient)
         self.events = []
         self.arrived = threading.Event()
         self.dropped = set()
@@ -118,8 +118,8 @@ class Inn(trips.Inn):
 
 
 @pytest.fixture
-def inn(make_vm, accel):
-    made = Inn(make_vm, accel)
+def inn(make_vm):
+    made = Inn(make_vm)
     yield made
     made.close()
 
@@ -529,9 +529,9 @@ def test_law_6_a_switch_that_was_heard_of_is_recovered(guests, inn, leave, wires
         source.job.take_back()
 
 
-def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests, inn, leave, wires, make_vm, accel):
+def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests, inn, leave, wires, make_vm):
     _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
-    other = Inn(make_vm, accel)
+    other = Inn(make_vm)
     try:
         for answers in range(1, 3):
             assert source.job.recover(other.open())
@@ -633,12 +633,12 @@ def test_a_guest_that_its_user_paused_switches_and_stays_paused(guests, inn, lea
     assert runs_on(there)
 
 
-def test_a_guest_that_has_switched_moves_on(guests, inn, leave, make_vm, accel):
+def test_a_guest_that_has_switched_moves_on(guests, inn, leave, make_vm):
     """What it is afterwards is a guest like any other."""
     vm = running(guests, "smp", cpus=2)
     assert report_of(leave(vm, inn.open())).status == "completed"
     there = inn.done()
-    second = Inn(make_vm, accel)
+    second = Inn(make_vm)
     try:
         assert report_of(leave(there, second.open(), XenPolicy())).status == "completed"
         assert runs_on(second.done())

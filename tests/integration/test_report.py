@@ -97,7 +97,7 @@ class Seen:
         make = {(kind.accel, kind.tracker): kind.make_vm for kind in KINDS}
         self.vm = make[scenario.accel, scenario.tracker](VmConfig(memory_bytes=MEMORY_BYTES))
         endpoint = Endpoint(path=str(folder / "inn.sock")) if scenario.unix else LOOPBACK
-        self.inn = Inn({"kvm": KvmVm, "soft": Domain}[scenario.there], scenario.there, endpoint)
+        self.inn = Inn({"kvm": KvmVm, "soft": Domain}[scenario.there], endpoint)
         self.wire = None
         boot(self.vm, load_workload("hotset"), params=GuestParams(working_set_bytes=4 * MiB))
         self.vm.resume()

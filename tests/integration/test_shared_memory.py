@@ -48,7 +48,7 @@ def inn(inns, tmp_path):
     numbers = itertools.count()
 
     def make(make_vm=KvmVm, accel="kvm"):
-        there = inns(make_vm, accel, Endpoint(path=str(tmp_path / f"{next(numbers)}.sock")))
+        there = inns(make_vm, Endpoint(path=str(tmp_path / f"{next(numbers)}.sock")))
         there.open()
         return there
 

@@ -147,7 +147,7 @@ def wait_for(vm, condition):
 @pytest.fixture
 def journey(inns):
     """Makes migrations of a guest to a machine that ``make_vm`` makes."""
-    return lambda vm, make_vm: Move(vm, inns(make_vm, "any"))
+    return lambda vm, make_vm: Move(vm, inns(make_vm))
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ def moved(vm, inn, said, policy=None):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], indirect=True, ids=str)
 def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, kind):
-    said, vm, inn = Said(), guest(kind.make_vm), inns(kind.make_vm, "kvm")
+    said, vm, inn = Said(), guest(kind.make_vm), inns(kind.make_vm)
     said.listen_to(vm)
     vm.resume()
     said.works_on()
@@ -98,7 +98,7 @@ def test_it_works_on_when_its_pages_follow_it(guest, inns):
     said.listen_to(vm)
     vm.resume()
     said.works_on()
-    moved(vm, inns(KvmVm, "kvm"), said, PostcopyPolicy(limit_s=1e-6, max_rounds=1))
+    moved(vm, inns(KvmVm), said, PostcopyPolicy(limit_s=1e-6, max_rounds=1))
     said.works_on()
 
 
@@ -123,5 +123,5 @@ def test_with_one_cpu_it_works_on_under_the_emulator_and_back(guest, inns):
     vm.resume()
     said.works_on()
     for make_vm in (Domain, KvmVm):
-        vm = moved(vm, inns(make_vm, "any"), said)
+        vm = moved(vm, inns(make_vm), said)
         said.works_on(1)

@@ -49,7 +49,7 @@ class Trip:
         self._engine = engine
         self._guest = guest
         self._on_made = on_made
-        self._inn = Inn(self._make, guest.vm.accel, kind=engine.destination)
+        self._inn = Inn(self._make, kind=engine.destination)
         self.there: Vm | None = None
         self.source: Source | None = None
 

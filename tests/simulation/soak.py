@@ -120,7 +120,7 @@ def migrate(vm: Vm, leg: Leg) -> tuple[Vm, MigrationReport]:
         MigrationError: it did not move.
         Violation: it moved without proof.
     """
-    inn = Inn(leg.kind.make_vm, leg.kind.accel)
+    inn = Inn(leg.kind.make_vm)
     try:
         report = source_of(vm, inn.open(), leg.policy).run()
         arrived = inn.outcome() is inn.vm

@@ -188,12 +188,14 @@ def qemu_command(image: LinuxImage, log: Path, part: int, processors: int) -> li
     All run on one thread: on two, the machine was seen to hang under QEMU 7.2, it seems while the kernel patched its
     own code (KVM has the scheduler patched for the first guest). One thread is no slower. ``tsc=reliable`` spares the
     kernel's test of the TSCs, which an emulator fails: KVM would then stop each guest's TSC with its vCPU.
+    ``no_timer_check`` spares that of the timer's interrupt: an emulator that has to wait for a processor of a busy host
+    fails it, and the kernel panics.
     """
     return [
         *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-accel", "tcg,thread=single", "-cpu", "max,-smap", "-smp", str(processors), "-m", f"{MEMORY_BYTES >> 20}M"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append"),
-        f"console=ttyS0 panic=-1 tsc=reliable part={part}",
+        f"console=ttyS0 panic=-1 tsc=reliable no_timer_check part={part}",
         *("-serial", f"file:{log}", "-serial", "stdio"),
         *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),

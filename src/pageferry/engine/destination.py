@@ -84,8 +84,7 @@ class Destination(Generic[AnyVm]):
     Args:
         channel: the accepted connection; closed at the end.
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
-        accel: what kind of machine it makes.
-        host_cpu: the CPU under it; None: not known.
+        host_cpu: tells the CPU under the machine that was made; None: not known.
         accept: where further connections of the same migration come from; None: it takes one only.
         dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
         on_event: sees phases begin and end.
@@ -97,8 +96,7 @@ class Destination(Generic[AnyVm]):
         channel: Channel,
         make_vm: Callable[[VmConfig], AnyVm],
         *,
-        accel: str,
-        host_cpu: HostCpu | None = None,
+        host_cpu: Callable[[AnyVm], HostCpu | None] = lambda _: None,
         accept: Accept | None = None,
         dropped: set[str] | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
@@ -106,7 +104,6 @@ class Destination(Generic[AnyVm]):
     ) -> None:
         self._channel = channel
         self._make_vm = make_vm
-        self._accel = accel
         self._host_cpu = host_cpu
         self._accept = accept
         self._dropped = set() if dropped is None else dropped
@@ -214,7 +211,7 @@ class Destination(Generic[AnyVm]):
             self._channel.finish()
             raise
 
-    def _answer(self, hello: SourceHello, vm: Vm, *, shared: bool) -> tuple[tuple[str, ...], str]:
+    def _answer(self, hello: SourceHello, vm: AnyVm, *, shared: bool) -> tuple[tuple[str, ...], str]:
         """Say what is used of the offer, and with which token others may join; return both."""
         more = self._accept is not None
         agreed = features.agree(
@@ -224,12 +221,11 @@ class Destination(Generic[AnyVm]):
             postcopy=more and not shared and features.POSTCOPY in hello.features and can_wait(vm),
         )
         token = secrets.token_hex(16) if {features.CONNECTIONS, features.POSTCOPY} & {*agreed} else ""
+        host_cpu = self._host_cpu(vm)
         self._peer.send(
-            DestinationHello(
-                version=__version__, accel=self._accel, features=agreed, token=token, host_cpu=self._host_cpu
-            )
+            DestinationHello(version=__version__, accel=vm.accel, features=agreed, token=token, host_cpu=host_cpu)
         )
-        if (warning := cpu_warning(hello.host_cpu, self._host_cpu)) is not None:
+        if (warning := cpu_warning(hello.host_cpu, host_cpu)) is not None:
             self._on_event(Warned(text=warning))
         return agreed, token
 

@@ -1,4 +1,7 @@
-"""Which machine holds the guest: ``kvm`` where it works, else ``soft``; found by doing, and told with the reason."""
+"""Which machine holds the guest: ``kvm`` where it works, else ``soft``; found by doing, and told with the reason.
+
+A PC is for an operating system, which needs ring 0: AUTO takes ``kvm`` for one only where KVM runs ring 0 natively.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ class Machines:
     """A kind of machine: its name, why it was chosen, and how to make one.
 
     ``host_cpu``: the CPU under it; None: not known. ``tracker``, ``witness``: what was asked for, if anything.
+    ``choose_for_pc``: chooses again, for a PC; None: there is no other choice.
     """
 
     accel: str
@@ -35,6 +39,15 @@ class Machines:
     tracker: str | None = None
     huge_pages: HugePages = HugePages.OFF
     witness: str | None = None
+    choose_for_pc: Callable[[], "Machines"] | None = None
+
+    def suited_to(self, machine: MachineModel) -> "Machines":
+        """Return the kind of machine for a guest whose model was not known when this one was chosen.
+
+        Raises:
+            UnsupportedError: what was asked for cannot hold a guest of that model here.
+        """
+        return self.choose_for_pc() if self.choose_for_pc and machine is MachineModel.PC else self
 
     @property
     def warning(self) -> str | None:
@@ -51,15 +64,12 @@ def choose_machines(
 ) -> Machines:
     """Return the kind of machine to use.
 
-    A PC is for an operating system, which needs ring 0: where KVM does not run that natively, AUTO takes ``soft`` for
-    one, and refuses one that comes later.
-
     Args:
         accel: what was asked for.
         tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
         huge_pages: what to ask of the host for guest memory.
         witness: what watches the tracker: another one, or ``digests``; None: nothing.
-        machine: the model of the guest's machine; None: not known yet.
+        machine: the model of the guest's machine; None: not known yet, see :meth:`Machines.suited_to`.
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
@@ -68,8 +78,9 @@ def choose_machines(
     by_tracker = tracker if witness in (None, DIGESTS) else tracker or witness
     name, reason, keeps_cpuid = _choose(accel, by_tracker, machine)
     make_vm = (_make_kvm if name == "kvm" else _make_soft)(tracker, huge_pages, witness)
-    if name == "kvm" and accel is Accel.AUTO and machine is None:
-        make_vm = partial(_expecting_ring_0, make_vm)
+    if name == "soft" and accel is Accel.AUTO and by_tracker is None:
+        make_vm = partial(_make_instead, make_vm, reason)
+    again = partial(choose_machines, accel, tracker, huge_pages, witness, MachineModel.PC)
     return Machines(
         accel=name,
         reason=reason,
@@ -78,6 +89,7 @@ def choose_machines(
         tracker=tracker,
         huge_pages=huge_pages,
         witness=witness,
+        choose_for_pc=again if name == "kvm" and accel is Accel.AUTO and machine is None else None,
     )
 
 
@@ -97,18 +109,24 @@ def _choose(accel: Accel, tracker: str | None, machine: MachineModel | None) -> 
         if accel is Accel.AUTO and machine is MachineModel.PC:
             expect_ring_0()
     except UnsupportedError as error:
-        if accel is Accel.KVM or tracker is not None:
+        if accel is Accel.KVM:
             raise
-        return "soft", f"KVM does not work here: {error}", True
+        if tracker is not None:
+            hint = f"{tracker} is of kvm only; without it the guest can be on soft"
+            raise UnsupportedError(error.capability, str(error), hint=hint) from error
+        return "soft", str(error), True
     return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works", keeps_cpuid
 
 
-def _expecting_ring_0(make_vm: Callable[[VmConfig], Machine], config: VmConfig) -> Machine:
-    from pageferry.kvm.probe_ring_0 import expect_ring_0
-
-    if config.machine is MachineModel.PC:
-        expect_ring_0()
-    return make_vm(config)
+def _make_instead(make_vm: Callable[[VmConfig], Machine], reason: str, config: VmConfig) -> Machine:
+    """Make a machine in place of one of KVM; who asks for too many vCPUs is told why there is no other."""
+    try:
+        return make_vm(config)
+    except UnsupportedError as error:
+        if error.capability != "vcpus":
+            raise
+        hint = "choose a host on which pageferry doctor finds accel-kvm and kvm-ring0"
+        raise UnsupportedError(error.capability, f"{error}; {reason}", hint=hint) from error
 
 
 def _make_soft(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:

@@ -4,8 +4,9 @@ import threading
 from collections.abc import Callable
 
 from pageferry.core.machine import Machine
-from pageferry.core.vm import VmStatus
+from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.image.lazy import LazyRestore
+from pageferry.vmm.accel import Machines
 from pageferry.vmm.console import ConsoleTail
 from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.work_meter import WorkMeter
@@ -15,10 +16,14 @@ class Guest:
     """The one guest of a process; empty until its boot, restore or arrival.
 
     Args:
+        machines: the kind of machine that it is to have.
         on_console: sees its console output.
     """
 
-    def __init__(self, on_console: Callable[[bytes], None]) -> None:
+    def __init__(self, machines: Machines, on_console: Callable[[bytes], None]) -> None:
+        self._asked_for = machines
+        self.machines = machines
+        """The kind of machine that it has, or is to have."""
         self.lock = threading.Lock()
         """Taken to look whether the guest is here, and kept until what depends on that is done: stop, cont, the begin
         of a migration, following the console; also by an arrival and by the end of a migration, which change it. Its
@@ -32,6 +37,15 @@ class Guest:
         self.lazy: LazyRestore | None = None
         """The restore from a file that is read while it runs; None: it was not restored in that way."""
         self._on_console = on_console
+
+    def make_vm(self, config: VmConfig) -> Machine:
+        """Make its machine, of the kind that suits it; it is not adopted yet.
+
+        Raises:
+            PageferryError: no such machine can be made here.
+        """
+        self.machines = self._asked_for.suited_to(config.machine)
+        return self.machines.make_vm(config)
 
     def adopt(self, vm: Machine, name: str, lazy: LazyRestore | None = None) -> None:
         """Be this guest; under the lock, or before another thread runs."""

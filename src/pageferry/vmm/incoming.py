@@ -13,7 +13,6 @@ from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
 from pageferry.engine.wire.listener import Listener
-from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.local_backends import LocalBackends, is_local
@@ -31,14 +30,12 @@ class Incoming:
 
     Args:
         guest: the place for it.
-        machines: the kind of machine to make.
         backends: what stands behind its devices here.
         announcer: hears how each attempt goes.
     """
 
-    def __init__(self, guest: Guest, machines: Machines, backends: LocalBackends, announcer: Announcer) -> None:
+    def __init__(self, guest: Guest, backends: LocalBackends, announcer: Announcer) -> None:
         self._guest = guest
-        self._machines = machines
         self._backends = backends
         self._announcer = announcer
         self._attempt: Destination[Machine] | None = None
@@ -120,13 +117,16 @@ class Incoming:
 
         def make_vm(config: VmConfig) -> Machine:
             devices = self._backends.choose(config.devices, trusted=trusted)
-            return self._machines.make_vm(replace(config, devices=devices))
+            said = self._guest.machines.accel
+            vm = self._guest.make_vm(replace(config, devices=devices))
+            if vm.accel != said:
+                self._announcer.say(f"machine: {vm.accel} ({self._guest.machines.reason})")
+            return vm
 
         attempt = self._attempt = Destination(
             Channel(sock, DEFAULT_TIMEOUT_S),
             make_vm,
-            accel=self._machines.accel,
-            host_cpu=self._machines.host_cpu,
+            host_cpu=lambda _: self._guest.machines.host_cpu,
             accept=self._accept_more,
             dropped=self._dropped,
             on_event=self._on_event,

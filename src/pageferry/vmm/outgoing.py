@@ -6,7 +6,6 @@ from typing import Any
 
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
-from pageferry.core.host_cpu import HostCpu
 from pageferry.engine.image.save import Save
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
@@ -36,13 +35,11 @@ class Outgoing:
 
     Args:
         guest: the guest.
-        host_cpu: the CPU that it runs on; None: not known.
         announcer: hears how each attempt goes.
     """
 
-    def __init__(self, guest: Guest, host_cpu: HostCpu | None, announcer: Announcer) -> None:
+    def __init__(self, guest: Guest, announcer: Announcer) -> None:
         self._guest = guest
-        self._host_cpu = host_cpu
         self._announcer = announcer
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
@@ -143,7 +140,7 @@ class Outgoing:
             Departing(
                 vm=vm,
                 name=self._guest.name,
-                host_cpu=self._host_cpu,
+                host_cpu=self._guest.machines.host_cpu,
                 on_event=on_event,
                 work_before=self._guest.work.oldest(),
             )

@@ -57,13 +57,12 @@ class GuestProcess:
         on_console: Callable[[bytes], None],
         on_message: Callable[[str], None],
     ) -> None:
-        self._machines = machines
         self._backends = backends
         self._announcer = Announcer(on_message)
-        self._guest = Guest(on_console)
-        self._incoming = Incoming(self._guest, machines, self._backends, self._announcer)
-        self._outgoing = Outgoing(self._guest, machines.host_cpu, self._announcer)
-        self._queries = Queries(self._guest, machines, self._incoming, self._outgoing)
+        self._guest = Guest(machines, on_console)
+        self._incoming = Incoming(self._guest, self._backends, self._announcer)
+        self._outgoing = Outgoing(self._guest, self._announcer)
+        self._queries = Queries(self._guest, self._incoming, self._outgoing)
         self._server = None if control is None else self._make_server(control)
         self._made: Machine | None = None  # here, by boot or restore, to be started; who arrives starts by itself
         self._quit = False
@@ -80,7 +79,7 @@ class GuestProcess:
         Raises:
             PageferryError: the machine, the memory or the guest are not possible; nothing is left behind.
         """
-        vm = self._machines.make_vm(config)
+        vm = self._guest.make_vm(config)
         try:
             loader.load(vm)
         except BaseException:
@@ -109,7 +108,7 @@ class GuestProcess:
         self._adopt(vm, saved.path.stem, lazy)
 
     def _make_restored(self, config: VmConfig) -> Machine:
-        return self._machines.make_vm(replace(config, devices=self._backends.choose(config.devices, trusted=True)))
+        return self._guest.make_vm(replace(config, devices=self._backends.choose(config.devices, trusted=True)))
 
     def _adopt(self, vm: Machine, name: str, lazy: LazyRestore | None = None) -> None:
         self._guest.adopt(vm, name, lazy)

@@ -8,7 +8,6 @@ from pageferry.core.cpuid import cpu_name
 from pageferry.core.errors import GuestAt
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.guests.abi import read_status
-from pageferry.vmm.accel import Machines
 from pageferry.vmm.arguments import Arguments
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import Incoming
@@ -22,14 +21,12 @@ class Queries:
 
     Args:
         guest: of this process.
-        machines: what kind of machine it has.
         incoming: where it may come from.
         outgoing: where it may go.
     """
 
-    def __init__(self, guest: Guest, machines: Machines, incoming: Incoming, outgoing: Outgoing) -> None:
+    def __init__(self, guest: Guest, incoming: Incoming, outgoing: Outgoing) -> None:
         self._guest = guest
-        self._machines = machines
         self._incoming = incoming
         self._outgoing = outgoing
 
@@ -83,8 +80,8 @@ class Queries:
         vm, listening = self._guest.vm, self._incoming.listening
         result: dict[str, Any] = {
             "name": self._guest.name,
-            "accel": self._machines.accel,
-            "accel_reason": self._machines.reason,
+            "accel": self._guest.machines.accel,
+            "accel_reason": self._guest.machines.reason,
             "listening": None if listening is None else str(listening),
             "guest_at": None if vm is None else self._outgoing.guest_at,
             "console": self._guest.console.text(),
@@ -92,7 +89,7 @@ class Queries:
         return result if vm is None else result | self._machine(vm)
 
     def _machine(self, vm: Vm) -> dict[str, Any]:
-        lazy, host = self._guest.lazy, self._machines.host_cpu
+        lazy, host = self._guest.lazy, self._guest.machines.host_cpu
         return {
             "memory_bytes": vm.config.memory_bytes,
             "cpus": vm.config.cpus,
