@@ -5,6 +5,8 @@ import socket
 import struct
 import threading
 
+from pageferry.engine.wire.channel import Endpoint
+
 
 def marker(frame_type):
     """Where a frame of that type begins on the wire."""
@@ -95,3 +97,69 @@ class Wire:
             thread.join()
         for sock in self._sockets:
             sock.close()
+
+
+class Recorder:
+    """A TCP proxy for any number of connections that keeps what the source said on each, in ``tapes``, in order.
+
+    ``cut()`` cuts all that there are.
+    """
+
+    def __init__(self, target):
+        self._target = target
+        self.tapes = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
+        self._sockets = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self):
+        while True:
+            try:
+                inner, _ = self._listener.accept()
+            except OSError:
+                return
+            outer = socket.create_connection((self._target.host, self._target.port))
+            self._sockets += [inner, outer]
+            self.tapes.append(bytearray())
+            for pair, tape in (((inner, outer), self.tapes[-1]), ((outer, inner), bytearray())):
+                self._threads.append(threading.Thread(target=self._pump, args=(*pair, tape)))
+                self._threads[-1].start()
+
+    @staticmethod
+    def _pump(source, sink, tape):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                tape.extend(data)
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut(self):
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in list(self._threads):
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+
+def played_again(tape, target):
+    """Say to ``target`` what is on a tape, without listening; return what it answered in the end."""
+    with socket.create_connection((target.host, target.port), timeout=60) as sock:
+        answer = bytearray()
+        with contextlib.suppress(OSError):
+            sock.sendall(tape)
+            sock.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            while piece := sock.recv(1 << 16):
+                answer += piece
+        return bytes(answer)

@@ -268,10 +268,10 @@ def test_a_stranger_cannot_join_and_does_no_harm(guests, move, says):
                 SourceHello(version="1", memory_bytes=4096, cpus=1, accel="soft", cpuid=vm.cpuid, migration_id="x")
             )
         if says == "token":
-            peer.send(Join(token="guess", index=2))
+            peer.send(Join(proof="guess", index=2))
         if says == "index":  # somebody who knows the token, and one that is taken
-            token = re.search(rb'"token":"(\w+)"', bytes(trip.taped.tapes[1])).group(1).decode()
-            peer.send(Join(token=token, index=1))
+            token = re.search(rb'"token":"(\w+)"', bytes(trip.inn.said)).group(1).decode()
+            peer.send(Join(proof=peer.proof(Join, token), index=1))
         if says in ("hello", "token", "index"):
             refusals.append(peer)
         if says == "nothing":
@@ -304,7 +304,7 @@ def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm):
         channel = endpoint.connect(10)
         peer = Peer(channel, Side.SOURCE)
         peer.greet()
-        peer.send(Join(token="late", index=1))
+        peer.send(Join(proof="late", index=1))
         with pytest.raises(PeerFailedError, match="Join out of turn"):
             peer.receive()
         channel.close()
@@ -322,12 +322,18 @@ def test_a_source_that_leaves_while_its_connections_join_ends_the_attempt(make_v
         source.abort()
 
     destination = Destination(Channel(right, 3600), make_vm, accept=accept)
-    peer = Peer(source, Side.SOURCE)
-    peer.greet()
     hello = {"version": "1", "memory_bytes": 32 << 20, "cpus": 1, "accel": "soft", "cpuid": SOFT_CPU}
-    peer.send(SourceHello(**hello, migration_id="x", features=("connections",), connections=2))
+
+    def ask():
+        peer = Peer(source, Side.SOURCE)
+        peer.greet()
+        peer.send(SourceHello(**hello, migration_id="x", features=("connections",), connections=2))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
     with pytest.raises(MigrationError, match="cut") as failed:
         destination.run()
+    asking.join()
     assert asked.is_set()
     assert failed.value.guest_at is GuestAt.SOURCE
     source.close()

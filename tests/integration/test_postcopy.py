@@ -9,6 +9,7 @@ import pytest
 import trips
 from altered import AlteredDestination, AlteredSource, lacking
 from at_work import runs_on, slots, until
+from proxy import Recorder, played_again
 from shears import Cut, Shears, Way
 from tiers import sample
 from trips import source_of
@@ -364,12 +365,30 @@ def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave):
         channel.close()
     stranger = Peer(inn.endpoint.connect(GIVE_UP_S), Side.SOURCE)
     stranger.greet()
-    stranger.send(Join(token="x", index=1))
+    stranger.send(Join(proof="x", index=1))
     with pytest.raises(PeerRefusedError, match="belongs to another source"):
         stranger.receive()
     stranger.channel.close()
     assert source.job.recover(inn.endpoint)
     assert report_of(source).status == "completed"
+    assert runs_on(inn.done())
+
+
+def test_a_return_that_is_played_again_is_refused(guests, inn, leave):
+    inn.shears.cuts = [Cut(Side.SOURCE, 0), Cut(Side.DESTINATION, 0)]
+    vm = running(guests, "kv")
+    source = leave(vm, inn.open())
+    pause_of(source)
+    recorder = Recorder(inn.endpoint)
+    try:
+        assert source.job.recover(recorder.endpoint)
+        until(lambda: recorder.tapes and source.job.postcopy_paused, "second cut")
+        answer = played_again(recorder.tapes[0], inn.endpoint)
+    finally:
+        recorder.close()
+    assert b"belongs to another source" in answer
+    assert source.job.recover(inn.endpoint)
+    assert report_of(source).postcopy.cuts == 2
     assert runs_on(inn.done())
 
 

@@ -191,7 +191,7 @@ class Seen:
 
     def said(self, number):
         """The bodies of the frames of a type that the destination sent."""
-        at, found = 16, []  # after its preamble
+        at, found = 48, []  # after its preamble
         while at < len(self.inn.said):
             kind, size = struct.unpack_from("<II", self.inn.said, at)
             found += [bytes(self.inn.said[at + 8 : at + 8 + size])] * (kind == number)

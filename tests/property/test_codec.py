@@ -381,7 +381,7 @@ frames = st.one_of(
     st.builds(
         DestinationHello, version=names, accel=names, features=st.lists(names, max_size=4).map(tuple), token=names
     ),
-    st.builds(Join, token=names, index=st.integers(1, 15)),
+    st.builds(Join, proof=names, index=st.integers(1, 15)),
     st.builds(Joined),
     st.builds(Refuse, reason=names, hint=names),
     digests(),

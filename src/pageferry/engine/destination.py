@@ -195,7 +195,8 @@ class Destination(Generic[AnyVm]):
         hello = self._peer.receive()
         self._channel.timeout_s = patience_s
         if isinstance(hello, Recover):
-            refuse_return(self._peer, dropped=hello.token in self._dropped)
+            token = next((token for token in self._dropped if self._peer.proves(hello, token)), None)
+            refuse_return(self._peer, dropped=token)
             what = "a source came back for a guest that is not here"
             raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
         if not isinstance(hello, SourceHello):

@@ -36,7 +36,7 @@ def as_migration_error(
     if isinstance(error, TruncatedError | OSError):
         return TransportError(_broken(error, phase, peer, timeout_s), phase=str(phase), guest_at=guest_at)
     if isinstance(error, RemoteStreamError):
-        return PeerError(str(error), phase=str(phase), guest_at=guest_at)
+        return PeerError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
     return MigrationError(f"internal error: {error!r}", phase=str(phase), guest_at=guest_at)
 
 

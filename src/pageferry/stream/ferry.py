@@ -22,8 +22,8 @@ A further connection of the same migration, before the stream begins::
 
     source                                              destination
       | preambles, as above                                  |
-      | JOIN(token, index) --------------------------------> |
-      | <-------------------------- JOINED (or REFUSE, end)  |
+      | JOIN(proof, index) --------------------------------> |
+      | <------------------- KNOWN, JOINED (or REFUSE, end)  |
       | a section of the libxc stream, unframed -----------> |
 
 In post-copy some pages are missing when the guest switches; they come when they are asked for::
@@ -40,8 +40,8 @@ In post-copy some pages are missing when the guest switches; they come when they
 
     a new connection, when that one was cut:
       | preambles, as above                                  |
-      | RECOVER(token) ------------------------------------> |
-      | <-------------- RECOVERED (or FAILED, or REFUSE: end) |
+      | RECOVER(proof) ------------------------------------> |
+      | <------- KNOWN, RECOVERED (or FAILED); or REFUSE: end |
       | <-------------------------------------------- WANTED |
 
 Either side may end it with FAILED when its turn allows (``ferry_order.TABLE``), or by closing the connection.
@@ -53,6 +53,7 @@ the libxc stream may follow (the destination, before it). The three are for one 
 sends and another receives, the caller has a lock around every call.
 """
 
+import secrets
 from collections.abc import Callable
 from struct import Struct
 from struct import error as StructError
@@ -78,9 +79,10 @@ from pageferry.stream.format import BodyError
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 
 MAGIC = b"\x89PGFERRY"
-PROTOCOL_VERSION = 2
-#: After the magic: version u32, reserved u32.
+PROTOCOL_VERSION = 3
+#: After the magic: version u32, reserved u32; then the nonce.
 PREAMBLE_REST = Struct("<II")
+NONCE_BYTES = 32
 #: type u32, body length u32.
 FRAME_HEADER = Struct("<II")
 #: How others begin that answer at a wrong port, or call at ours.
@@ -113,7 +115,7 @@ class FerryEncoder:
         self._digested_to = 0
 
     def preamble(self) -> bytes:
-        """Return the 16 bytes that go first, without waiting for the peer's.
+        """Return the 48 bytes that go first, without waiting for the peer's; the nonce in them is new.
 
         Raises:
             LocalStreamError: they were sent already.
@@ -121,7 +123,8 @@ class FerryEncoder:
         if self._greeted:
             raise LocalStreamError("the preamble comes once", record="preamble")
         self._greeted = True
-        return MAGIC + PREAMBLE_REST.pack(PROTOCOL_VERSION, 0)
+        nonce = self._conversation.nonces[self._conversation.side] = secrets.token_bytes(NONCE_BYTES)
+        return MAGIC + PREAMBLE_REST.pack(PROTOCOL_VERSION, 0) + nonce
 
     def frame(self, frame: Frame) -> bytes:
         """Return a whole frame: header and body.
@@ -264,6 +267,10 @@ class FerryDecoder:
             )
         if reserved:
             raise BodyError("a reserved field is not 0")
+        self._then(NONCE_BYTES, self._nonce)
+
+    def _nonce(self, data: bytes) -> None:
+        self._conversation.nonces[self._conversation.side.other] = data
         self._expect_frame()
 
     def _expect_frame(self) -> None:

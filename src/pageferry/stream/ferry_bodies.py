@@ -47,6 +47,7 @@ from pageferry.stream.ferry_frames import (
     FrameType,
     Join,
     Joined,
+    Known,
     Mismatch,
     Missing,
     Pages,
@@ -303,6 +304,7 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         populated_pages=fields.integer("populated_pages", 0, PFN_MASK, default=0),
         connections=fields.integer("connections", 1, MAX_CONNECTIONS, default=1),
         host_cpu=fields.host_cpu("host_cpu"),
+        proof=fields.name("proof"),
     )
 
 
@@ -314,6 +316,7 @@ def _parse_destination_hello(body: bytes) -> DestinationHello:
         features=fields.names("features"),
         token=fields.name("token", ""),
         host_cpu=fields.host_cpu("host_cpu"),
+        proof=fields.name("proof"),
     )
 
 
@@ -337,7 +340,7 @@ def _parse_failed(body: bytes) -> Failed:
 
 def _parse_join(body: bytes) -> Join:
     fields = _fields(body)
-    return Join(token=fields.name("token"), index=fields.integer("index", 1, MAX_CONNECTIONS - 1))
+    return Join(proof=fields.name("proof"), index=fields.integer("index", 1, MAX_CONNECTIONS - 1))
 
 
 def _entries(gfns: GfnArray, zero: NDArray[np.bool_]) -> NDArray[np.uint64]:
@@ -410,6 +413,7 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.DIGESTS: _parse_digests,
     FrameType.MISMATCH: _parse_mismatch,
     FrameType.REACHED: _parse_reached,
+    FrameType.KNOWN: lambda body: Known(proof=_fields(body).name("proof")),
     FrameType.READY: _parse_ready,
     FrameType.COMMIT: lambda body: Commit(paused=_paused(body)),
     FrameType.RUNNING: lambda _: Running(),
@@ -422,6 +426,6 @@ _PARSERS: dict[FrameType, Callable[[bytes], Frame]] = {
     FrameType.PAGES: _parse_pages,
     FrameType.COMPLETE: _parse_complete,
     FrameType.DROPPED: lambda _: Dropped(),
-    FrameType.RECOVER: lambda body: Recover(token=_fields(body).name("token")),
+    FrameType.RECOVER: lambda body: Recover(proof=_fields(body).name("proof")),
     FrameType.RECOVERED: lambda _: Recovered(),
 }

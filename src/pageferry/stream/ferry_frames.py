@@ -71,6 +71,7 @@ class FrameType(IntEnum):
     RECOVERED = 0x5046_0012
     DROPPED = 0x5046_0013
     REACHED = 0x5046_0014
+    KNOWN = 0x5046_0015
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,8 @@ class SourceHello:
     them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
     names the machine model and ``features`` what the source offers. ``devices``: the guest's virtio devices, each with
     what stands behind it at the source. ``cpuid`` is the guest's CPUID table. ``connections`` is how many it wants to
-    use, this one counted. ``host_cpu``: on which CPU the guest runs, for a warning; None: not told.
+    use, this one counted. ``host_cpu``: on which CPU the guest runs, for a warning; None: not told. ``proof``: that it
+    was made for this connection, see :mod:`~pageferry.stream.ferry_proof`.
     """
 
     version: str
@@ -98,14 +100,15 @@ class SourceHello:
     populated_pages: int = 0
     connections: int = 1
     host_cpu: HostCpu | None = None
+    proof: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DestinationHello:
     """The destination will take the guest; ``features`` is the part of the source's offer that it uses.
 
-    ``token``: what further connections show; empty when there will be none. ``host_cpu``: on which CPU the guest will
-    run, for a warning; None: not told.
+    ``token``: which further connections prove that they know; empty when there will be none. ``host_cpu``: on which CPU
+    the guest will run, for a warning; None: not told. ``proof``: that it was made for this connection.
     """
 
     version: str
@@ -113,6 +116,7 @@ class DestinationHello:
     features: tuple[str, ...] = ()
     token: str = ""
     host_cpu: HostCpu | None = None
+    proof: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,10 +199,17 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """A further connection of the migration with this ``token``: number ``index``, from 1."""
+    """A further connection of the migration whose token it proves to know: number ``index``, from 1."""
 
-    token: str
+    proof: str
     index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """The destination has that migration, and proves it in its turn; its answer follows."""
+
+    proof: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,9 +282,9 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recover:
-    """A new connection in place of one that was cut after the switch, of the migration with this ``token``."""
+    """A new connection in place of one that was cut after the switch; it proves to know the migration's token."""
 
-    token: str
+    proof: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +313,7 @@ Frame: TypeAlias = (
     | Recovered
     | Dropped
     | Reached
+    | Known
 )
 
 TYPE_OF: dict[type[Frame], FrameType] = {
@@ -325,6 +337,7 @@ TYPE_OF: dict[type[Frame], FrameType] = {
     Recovered: FrameType.RECOVERED,
     Dropped: FrameType.DROPPED,
     Reached: FrameType.REACHED,
+    Known: FrameType.KNOWN,
 }
 #: Longest body of each frame, in bytes.
 MAX_BODY_BYTES: dict[FrameType, int] = {
@@ -348,4 +361,5 @@ MAX_BODY_BYTES: dict[FrameType, int] = {
     FrameType.RECOVERED: 0,
     FrameType.DROPPED: 0,
     FrameType.REACHED: MAX_MESSAGE_BYTES,
+    FrameType.KNOWN: MAX_MESSAGE_BYTES,
 }

@@ -43,11 +43,14 @@ class Stage(StrEnum):
     FETCHING = "fetching"
     COMPLETE = "complete"
     RECOVERING = "recovering"
+    JOIN_KNOWN = "known, and joining"
+    RECOVER_KNOWN = "known, and recovering"
 
 
 _P, _S, _D = Stage, Side.SOURCE, Side.DESTINATION
-#: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise.
-_NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE)
+#: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise, or the
+#: word would be anybody's.
+_NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE, _P.RECOVERING)
 
 #: (stage, sender, frame) -> next stage. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
 #: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame; on a further
@@ -67,7 +70,8 @@ TABLE: dict[tuple[Stage, Side, FrameType], Stage] = {
     (_P.READY, _S, _F.COMMIT): _P.COMMITTED,
     (_P.COMMITTED, _D, _F.RUNNING): _P.RUNNING,
     (_P.GREETING, _S, _F.JOIN): _P.JOINING,
-    (_P.JOINING, _D, _F.JOINED): _P.JOINED,
+    (_P.JOINING, _D, _F.KNOWN): _P.JOIN_KNOWN,
+    (_P.JOIN_KNOWN, _D, _F.JOINED): _P.JOINED,
     (_P.JOINING, _D, _F.REFUSE): _P.CLOSED,
     (_P.DIGESTING, _S, _F.MISSING): _P.DIGESTING,
     (_P.READY, _S, _F.SWITCH): _P.SWITCHED,
@@ -78,7 +82,8 @@ TABLE: dict[tuple[Stage, Side, FrameType], Stage] = {
     (_P.COMPLETE, _S, _F.PAGES): _P.COMPLETE,  # they were under way to a guest that has ended
     (_P.COMPLETE, _S, _F.DROPPED): _P.RUNNING,
     (_P.GREETING, _S, _F.RECOVER): _P.RECOVERING,
-    (_P.RECOVERING, _D, _F.RECOVERED): _P.FETCHING,
+    (_P.RECOVERING, _D, _F.KNOWN): _P.RECOVER_KNOWN,
+    (_P.RECOVER_KNOWN, _D, _F.RECOVERED): _P.FETCHING,
     (_P.RECOVERING, _D, _F.REFUSE): _P.CLOSED,
     **{(p, _S, _F.FAILED): _P.CLOSED for p in (_P.DIGESTING, _P.COMPARING, _P.MISMATCHED, _P.READY)},
     **{(p, _D, _F.FAILED): _P.CLOSED for p in Stage if p not in _NO_PROMISE},
@@ -93,12 +98,13 @@ class Conversation:
         side: which end we are.
     """
 
-    __slots__ = ("side", "stage", "stream_bytes")
+    __slots__ = ("nonces", "side", "stage", "stream_bytes")
 
     def __init__(self, side: Side) -> None:
         self.side = side
         self.stage = Stage.GREETING
         self.stream_bytes = 0
+        self.nonces: dict[Side, bytes] = {}
 
     def check(self, sender: Side, frame_type: FrameType) -> str | None:
         """Return why ``sender`` may not send this frame now, or None when it may."""

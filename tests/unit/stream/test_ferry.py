@@ -20,7 +20,7 @@ from pageferry.core.errors import (
 )
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.host_cpu import HostCpu
-from pageferry.stream.ferry import MAGIC, PROTOCOL_VERSION, FerryDecoder, FerryEncoder
+from pageferry.stream.ferry import MAGIC, NONCE_BYTES, PROTOCOL_VERSION, FerryDecoder, FerryEncoder
 from pageferry.stream.ferry_bodies import body_of, digest_of, parse_body
 from pageferry.stream.ferry_frames import (
     MAX_BODY_BYTES,
@@ -38,6 +38,7 @@ from pageferry.stream.ferry_frames import (
     FrameType,
     Join,
     Joined,
+    Known,
     Mismatch,
     Missing,
     Pages,
@@ -70,7 +71,7 @@ HELLO = SourceHello(
 )
 ANSWER = DestinationHello(version="0.1.0", accel="soft", features=("a",), host_cpu=HELLO.host_cpu)
 HOST_CPU = dataclasses.asdict(HELLO.host_cpu)
-PREAMBLE = MAGIC + struct.pack("<II", PROTOCOL_VERSION, 0)
+PREAMBLE = MAGIC + struct.pack("<II", PROTOCOL_VERSION, 0) + bytes(range(NONCE_BYTES))
 
 
 def digests(*first_gfns, pages=16, last=False):
@@ -135,8 +136,10 @@ def advance(ends, stage):
     elif stage is Stage.CLOSED:
         advance(ends, Stage.COMPARING)
         destination.tell(source, Failed(reason="x"))
-    elif stage in (Stage.JOINING, Stage.JOINED):
-        source.tell(destination, Join(token="t", index=1))
+    elif stage in (Stage.JOINING, Stage.JOIN_KNOWN, Stage.JOINED):
+        source.tell(destination, Join(proof="p", index=1))
+        if stage is not Stage.JOINING:
+            destination.tell(source, Known(proof="p"))
         if stage is Stage.JOINED:
             destination.tell(source, Joined())
     elif stage in (Stage.SWITCHED, Stage.FETCHING, Stage.COMPLETE):
@@ -146,8 +149,10 @@ def advance(ends, stage):
             destination.tell(source, Running())
         if stage is Stage.COMPLETE:
             destination.tell(source, COMPLETE)
-    elif stage is Stage.RECOVERING:
-        source.tell(destination, Recover(token="t"))
+    elif stage in (Stage.RECOVERING, Stage.RECOVER_KNOWN):
+        source.tell(destination, Recover(proof="p"))
+        if stage is Stage.RECOVER_KNOWN:
+            destination.tell(source, Known(proof="p"))
     elif stage is not Stage.GREETING:
         for reached, step in steps:
             step()
@@ -192,7 +197,8 @@ def test_a_conversation_that_switches_and_is_cut_and_goes_on(ends):
     source, destination = again = End(Side.SOURCE), End(Side.DESTINATION)
     source.decoder.feed(destination.encoder.preamble())
     destination.decoder.feed(source.encoder.preamble())
-    assert source.tell(destination, Recover(token="t")) == Recover(token="t")
+    assert source.tell(destination, Recover(proof="p")) == Recover(proof="p")
+    assert destination.tell(source, Known(proof="q")) == Known(proof="q")
     assert destination.tell(source, Recovered()) == Recovered()
     wanted = destination.tell(source, WANTED)
     assert (wanted.gfns.tolist(), wanted.urgent) == ([1, 16], True)
@@ -229,8 +235,8 @@ def test_a_refusal_may_come_before_the_hello_is_read(ends):
 
 
 EXAMPLES = [HELLO, ANSWER, Refuse(reason="r"), digests(100, last=True), MISMATCH]
-EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(token="t", index=15), Joined()]
-EXAMPLES += [MISSING, Switch(), WANTED, PAGES, COMPLETE, Dropped(), Recover(token="t"), Recovered()]
+EXAMPLES += [Ready(verified_pages=1), Commit(), Running(), Failed(reason="f"), Join(proof="p", index=15), Joined()]
+EXAMPLES += [MISSING, Switch(), WANTED, PAGES, COMPLETE, Dropped(), Recover(proof="p"), Recovered(), Known(proof="p")]
 EXAMPLES += [Reached(number=7)]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 ALLOWED = {
@@ -255,7 +261,9 @@ ALLOWED = {
     (Stage.CLOSED, SOURCE): set(),
     (Stage.CLOSED, DESTINATION): set(),
     (Stage.JOINING, SOURCE): set(),
-    (Stage.JOINING, DESTINATION): {Joined, Refuse, Failed},
+    (Stage.JOINING, DESTINATION): {Known, Refuse, Failed},
+    (Stage.JOIN_KNOWN, SOURCE): set(),
+    (Stage.JOIN_KNOWN, DESTINATION): {Joined, Failed},
     (Stage.JOINED, SOURCE): set(),
     (Stage.JOINED, DESTINATION): set(),
     (Stage.SWITCHED, SOURCE): set(),
@@ -265,7 +273,9 @@ ALLOWED = {
     (Stage.RECOVERING, SOURCE): set(),
     (Stage.COMPLETE, SOURCE): {Pages, Dropped},
     (Stage.COMPLETE, DESTINATION): set(),
-    (Stage.RECOVERING, DESTINATION): {Recovered, Refuse, Failed},
+    (Stage.RECOVERING, DESTINATION): {Known, Refuse},
+    (Stage.RECOVER_KNOWN, SOURCE): set(),
+    (Stage.RECOVER_KNOWN, DESTINATION): {Recovered, Failed},
 }
 
 
@@ -320,9 +330,9 @@ def test_the_stream_has_its_turn():
 def test_offsets_count_the_stream_where_it_came_in(ends):
     source, destination = ends
     advance(ends, Stage.DIGESTING)
-    before = 16 + 8 + len(body_of(HELLO)) + 1000
+    before = len(PREAMBLE) + 8 + len(body_of(HELLO)) + 1000
     assert destination.decoder.offset == before
-    assert source.decoder.offset == 16 + 8 + len(body_of(ANSWER))
+    assert source.decoder.offset == len(PREAMBLE) + 8 + len(body_of(ANSWER))
     destination.decoder.feed(struct.pack("<II", FrameType.COMMIT, 8))
     with pytest.raises(OrderError, match=f"in COMMIT at byte {before}$"):
         destination.decoder.next_event()
@@ -348,7 +358,7 @@ def test_the_preamble_comes_first_and_once():
     encoder = FerryEncoder(Conversation(Side.SOURCE))
     with pytest.raises(LocalStreamError, match="preamble comes first"):
         encoder.frame(HELLO)
-    assert encoder.preamble() == b"\x89PGFERRY\2\0\0\0\0\0\0\0"
+    assert encoder.preamble()[:-NONCE_BYTES] == b"\x89PGFERRY\3\0\0\0\0\0\0\0"
     with pytest.raises(LocalStreamError, match="preamble comes once"):
         encoder.preamble()
 
@@ -388,8 +398,8 @@ def test_a_peer_that_is_not_pageferry_is_named(first, name):
 
 def test_a_future_version_is_told_with_a_hint():
     decoder = FerryDecoder(Conversation(Side.DESTINATION))
-    decoder.feed(MAGIC + struct.pack("<II", 3, 0))
-    with pytest.raises(VersionError, match="version 3 of the protocol and we speak 2 in preamble at byte 0") as caught:
+    decoder.feed(MAGIC + struct.pack("<II", 4, 0))
+    with pytest.raises(VersionError, match="version 4 of the protocol and we speak 3 in preamble at byte 0") as caught:
         decoder.next_event()
     assert "same release" in caught.value.hint
 
@@ -401,7 +411,7 @@ def test_the_rest_of_the_preamble_is_zero():
         decoder.next_event()
 
 
-@pytest.mark.parametrize("cut", [0, 1, 7, 8, 15, 16, 20, 24, 30])
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 15, 16, 47, 48, 52, 56, 60])
 def test_a_peer_that_goes_away_is_truncated(cut):
     body = body_of(HELLO)
     data = PREAMBLE + struct.pack("<II", FrameType.SOURCE_HELLO, len(body)) + body
@@ -429,7 +439,7 @@ def test_no_frame_type_is_a_record_type():
     assert set(TYPE_OF.values()) == set(FrameType) == set(MAX_BODY_BYTES)
     decoder = FerryDecoder(Conversation(Side.DESTINATION))
     decoder.feed(PREAMBLE + struct.pack("<II", RecordType.END, 0))
-    with pytest.raises(RecordError, match="frame type 0x0 is not known in frame header at byte 16"):
+    with pytest.raises(RecordError, match="frame type 0x0 is not known in frame header at byte 48"):
         decoder.next_event()
 
 
@@ -444,14 +454,15 @@ def test_an_over_long_frame_is_refused_by_its_header(ends, frame_type, excess):
         FrameType.COMMIT: Stage.READY,
         FrameType.RUNNING: Stage.COMMITTED,
         FrameType.JOIN: Stage.GREETING,
-        FrameType.JOINED: Stage.JOINING,
+        FrameType.JOINED: Stage.JOIN_KNOWN,
+        FrameType.KNOWN: Stage.JOINING,
         FrameType.MISSING: Stage.DIGESTING,
         FrameType.SWITCH: Stage.READY,
         FrameType.WANTED: Stage.FETCHING,
         FrameType.PAGES: Stage.FETCHING,
         FrameType.COMPLETE: Stage.FETCHING,
         FrameType.RECOVER: Stage.GREETING,
-        FrameType.RECOVERED: Stage.RECOVERING,
+        FrameType.RECOVERED: Stage.RECOVER_KNOWN,
         FrameType.DROPPED: Stage.COMPLETE,
         FrameType.REACHED: Stage.STREAMING,
     }
@@ -534,7 +545,7 @@ def test_a_malformed_hello_is_refused(body, match):
         parse_body(FrameType.SOURCE_HELLO, body)
     decoder = FerryDecoder(Conversation(Side.DESTINATION))
     decoder.feed(PREAMBLE + struct.pack("<II", FrameType.SOURCE_HELLO, len(body)) + body)
-    with pytest.raises(RecordError, match=match + ".*in SOURCE_HELLO at byte 16"):
+    with pytest.raises(RecordError, match=match + ".*in SOURCE_HELLO at byte 48"):
         decoder.next_event()
 
 
@@ -609,7 +620,7 @@ def digest_body(rows, *, count=None, flags=0, extra=b"", digest=bytes(16)):
         (FrameType.COMPLETE, bytes(16), "body of 16 bytes, not 40"),
         (FrameType.COMPLETE, struct.pack("<5Q", 1, 2, 1, 1, 3), "longer than more of them"),
         (FrameType.COMPLETE, struct.pack("<5Q", 9, 9, 2, 1, 3), "longer than more of them"),
-        (FrameType.RECOVER, b"{}", "token is missing"),
+        (FrameType.RECOVER, b"{}", "proof is missing"),
         (FrameType.REFUSE, b'{"hint":"x"}', "reason is missing"),
         (FrameType.FAILED, b'{"reason":null}', "reason is no text"),
         (FrameType.FAILED, b'{"reason":"x","gfn":-1}', "gfn is no integer"),

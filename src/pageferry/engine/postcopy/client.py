@@ -67,7 +67,7 @@ class PostcopyClient:
         vm: the guest, which has not run.
         missing: its frames whose content is at the source.
         accept: where the source comes back from.
-        token: that it must show.
+        token: that it must prove to know.
         aborted: set when all waiting is to end; :meth:`abort` is called after that.
         on_event: sees pauses and recoveries.
 
@@ -305,17 +305,19 @@ class _Freeze:
         self._vm.thaw()
 
 
-def refuse_return(peer: Peer, *, dropped: bool) -> None:
+def refuse_return(peer: Peer, *, dropped: str | None) -> None:
     """Answer a source that comes back for a guest that is not here.
 
     Args:
         peer: the source, which has sent RECOVER.
-        dropped: the guest was to switch to this process, and never ran here and never will.
+        dropped: the token of the guest, which was to switch to this process, and never ran here and never will; None:
+            we know nothing of it.
 
     Raises:
         OSError: cut or stalled.
     """
-    if dropped:
+    if dropped is not None:
+        peer.say_known(dropped)
         peer.send(Failed(reason="the guest had not all arrived when the connection was cut, and never ran there"))
     else:
         hint = "if it surely runs nowhere: pageferry resume --force at the source"

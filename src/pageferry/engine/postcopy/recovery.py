@@ -20,7 +20,8 @@ def come_back(channel: Channel, token: str) -> Peer:
     """
     peer = Peer(channel, Side.SOURCE)
     peer.greet()
-    peer.send(Recover(token=token))
+    peer.send(Recover(proof=peer.proof(Recover, token)))
+    peer.expect_known(token)
     if not isinstance(peer.receive(), Recovered):
         raise RemoteStreamError("the destination did not go on with the migration")
     return peer

@@ -1,7 +1,6 @@
 """The connections of one migration: how those after the first join, how a source comes back, which pages go where."""
 
 import contextlib
-import hmac
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -55,7 +54,8 @@ def join(channel: Channel, token: str, index: int) -> None:
     """
     peer = Peer(channel, Side.SOURCE)
     peer.greet()
-    peer.send(Join(token=token, index=index))
+    peer.send(Join(proof=peer.proof(Join, token), index=index))
+    peer.expect_known(token)
     if not isinstance(peer.receive(), Joined):
         raise RemoteStreamError("the destination did not let a connection join")
 
@@ -66,7 +66,7 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
     Args:
         main: the first connection, on which the source is silent meanwhile.
         accept: where connections come from.
-        token: that they must show.
+        token: that they must prove to know.
         connections: how many there will be, the first counted.
 
     Returns:
@@ -107,12 +107,12 @@ def admit(
 ) -> tuple[Peer, _Request] | None:
     """Hear what somebody who connected wants, the destination's side; return the peer and its request.
 
-    None: it did not ask for this, with this token. It is refused, and the connection is closed.
+    None: it did not ask for this, with a proof that it knows the token. It is refused, and the connection is closed.
 
     Args:
         channel: the connection.
         request: the kind of request that is waited for.
-        token: that it must show.
+        token: that it must prove to know.
         answer: sent to one who is let in.
         refusal: sent to all others.
         fits: whether the rest of the request is right.
@@ -122,7 +122,8 @@ def admit(
     with contextlib.suppress(OSError, PageferryError):
         peer.greet()
         frame = peer.receive()
-        if isinstance(frame, request) and hmac.compare_digest(frame.token.encode(), token.encode()) and fits(frame):
+        if isinstance(frame, request) and peer.proves(frame, token) and fits(frame):
+            peer.say_known(token)
             peer.send(answer)
             channel.timeout_s = patience_s
             return peer, frame

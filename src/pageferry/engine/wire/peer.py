@@ -1,14 +1,26 @@
 """Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.ferry import FerryDecoder, FerryEncoder
-from pageferry.stream.ferry_frames import Failed, Frame, Refuse
+from pageferry.stream.ferry_frames import (
+    TYPE_OF,
+    DestinationHello,
+    Failed,
+    Frame,
+    Join,
+    Known,
+    Recover,
+    Refuse,
+    SourceHello,
+)
 from pageferry.stream.ferry_order import Conversation, Side
+from pageferry.stream.ferry_proof import proof_of, proves
 from pageferry.stream.intake import Need
 
 _F = TypeVar("_F", bound=Frame)
@@ -40,20 +52,52 @@ class Peer:
         self._turn = threading.Lock()
 
     def greet(self) -> None:
-        """Send our preamble; both sides do so at once.
+        """Send our preamble; both sides do so at once. The source waits for the destination's, which it answers.
+
+        Raises:
+            RemoteStreamError: it is not pageferry, or another version.
+            OSError: cut or stalled.
+        """
+        self.channel.send([self._encoder.preamble()])
+        if self._side is Side.SOURCE:
+            self._receive_until(lambda: Side.DESTINATION in self._conversation.nonces)
+
+    def proof(self, kind: type[Frame], token: str = "") -> str:
+        """Return the proof in a frame of ours, for this connection; both preambles have passed."""
+        return proof_of(TYPE_OF[kind], self._conversation.nonces, token)
+
+    def proves(self, frame: Join | Recover | Known, token: str) -> bool:
+        """Tell whether a frame of the peer's was made for this connection, by somebody who knows ``token``."""
+        return proves(frame.proof, TYPE_OF[type(frame)], self._conversation.nonces, token)
+
+    def say_known(self, token: str) -> None:
+        """Tell a source whose JOIN or RECOVER proves that it knows ``token`` that we do too; the answer follows.
 
         Raises:
             OSError: cut or stalled.
         """
-        self.channel.send([self._encoder.preamble()])
+        self.send(Known(proof=self.proof(Known, token)))
+
+    def expect_known(self, token: str) -> None:
+        """Hear that the destination has our migration; raises as :meth:`receive`.
+
+        Raises:
+            RemoteStreamError: it does not, and answers something else.
+        """
+        if not self.proves(self.expect(Known), token):
+            raise RemoteStreamError("the destination did not prove that it has this migration")
 
     def send(self, frame: Frame, fd: int | None = None, content: Sequence[memoryview] = ()) -> None:
         """Send one frame, and a descriptor with it over a Unix socket, or page content after it.
+
+        A hello gets its proof here.
 
         Raises:
             LocalStreamError: it is not our turn.
             OSError: cut or stalled.
         """
+        if isinstance(frame, SourceHello | DestinationHello):
+            frame = replace(frame, proof=self.proof(type(frame)))
         with self._sending:
             with self._turn:
                 data = self._encoder.frame(frame)
@@ -64,25 +108,42 @@ class Peer:
 
         Raises:
             PeerFailedError: it is the peer's refusal or failure.
-            RemoteStreamError: it is not a legal frame, or the peer closed in the middle.
+            RemoteStreamError: it is not a legal frame, or the peer closed in the middle, or it is a hello that was made
+                for another connection.
             OSError: cut or stalled.
         """
+        frame = self._receive_until(lambda: False)
+        assert frame is not None
+        if isinstance(frame, Refuse):
+            raise PeerRefusedError(frame.reason, hint=frame.hint)
+        if isinstance(frame, Failed):
+            raise PeerFailedError(frame.reason, hint=frame.hint)
+        if isinstance(frame, SourceHello | DestinationHello):
+            self._expect_fresh(frame)
+        return frame
+
+    def _receive_until(self, enough: Callable[[], bool]) -> Frame | None:
+        """Return the next frame, or None as soon as bytes came after which ``enough()`` is true."""
         deadline_s = self.channel.deadline_s()
         while True:
             with self._turn:
                 frame = self._decoder.next_event()
             if not isinstance(frame, Need):
-                break
+                return frame
+            if enough():
+                return None
             data = self.channel.receive_some(self._decoder.wanted_bytes, deadline_s)
             if not data:
                 self._decoder.eof()
                 raise ConnectionResetError("the peer closed the connection")
             self._decoder.feed(data)
-        if isinstance(frame, Refuse):
-            raise PeerRefusedError(frame.reason, hint=frame.hint)
-        if isinstance(frame, Failed):
-            raise PeerFailedError(frame.reason, hint=frame.hint)
-        return frame
+
+    def _expect_fresh(self, hello: SourceHello | DestinationHello) -> None:
+        if not proves(hello.proof, TYPE_OF[type(hello)], self._conversation.nonces, ""):
+            raise RemoteStreamError(
+                f"the {self._side.other}'s hello was made for another connection, and is perhaps a recording",
+                hint="migrate anew; over a network that others use: tls://",
+            )
 
     def expect(self, kind: type[_F]) -> _F:
         """Return the peer's next frame, which is to be of this kind; raises as :meth:`receive`.
