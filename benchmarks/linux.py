@@ -24,7 +24,7 @@ from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MigrationOptions, VerifyMode
 from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.acceptor import Acceptor
 from pageferry.guests.linux.boot import boot_linux
 from pageferry.guests.linux.debian import LinuxImage
 from pageferry.guests.linux.image import load_kernel
@@ -78,20 +78,17 @@ def booted(image: LinuxImage, *, memory_bytes: int, mode: str = PAGING_MODES[0])
 
 def moved(vm: Domain, talk: Talk) -> dict[str, Any]:
     """Move a guest within this process; return its report. The machine that it comes to is closed."""
-    endpoint = Endpoint(host="127.0.0.1")
-    with endpoint.listen() as listener:
+    with Acceptor("tcp://127.0.0.1:0") as acceptor:
         arrived: list[Domain] = []
 
         def receive() -> None:
-            channel = Channel(listener.accept())
-            destination = Destination(channel, Domain, before_run=talk.listen_to)
+            destination = Destination(acceptor.wait(), Domain, accept=acceptor.accept, before_run=talk.listen_to)
             arrived.append(destination.run())
-            destination.see_off()
 
         thread = threading.Thread(target=receive)
         thread.start()
         options = MigrationOptions(verify=VerifyMode.AUDIT)
-        report = Source(vm, endpoint.bound(listener), DowntimePolicy(limit_s=0.05), options).run()
+        report = Source(vm, acceptor.endpoint, DowntimePolicy(limit_s=0.05), options).run()
         thread.join()
     for machine in arrived:
         machine.close()

@@ -20,7 +20,7 @@ from pageferry.core.policy import Policy
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
+from pageferry.engine.wire.acceptor import Acceptor
 from pageferry.guests.abi import read_work
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
@@ -34,14 +34,9 @@ POLICIES: dict[str, Policy] = {"pre-copy": XenPolicy(), "post-copy": PostcopyPol
 def receiver(pipe: Connection, accel: str) -> None:
     """Take a guest in, and keep it until told to end."""
     machines = choose_machines(Accel(accel))
-    with Endpoint(host="127.0.0.1").listen() as listener:
-        pipe.send(listener.port)
-        sock = listener.accept()
-        destination = Destination(
-            Channel(sock), machines.make_vm, accept=lambda wait_s: accept_within(listener, wait_s, 30)
-        )
-        vm = destination.run()
-        destination.see_off()
+    with Acceptor("tcp://127.0.0.1:0") as acceptor:
+        pipe.send(acceptor.endpoint)
+        vm = Destination(acceptor.wait(), machines.make_vm, accept=acceptor.accept).run()
         pipe.recv()
         vm.close()
 
@@ -59,7 +54,7 @@ def migration(size_bytes: int, accel: str, policy: Policy) -> dict[str, Any]:
         vm.resume()
         while read_work(vm.memory, 1) < 8 * (working_set_bytes >> 12):
             vm.wait(0.05)
-        report = Source(vm, Endpoint(host="127.0.0.1", port=pipe.recv()), policy).run()
+        report = Source(vm, pipe.recv(), policy).run()
         pipe.send(None)
     finally:
         process.join()

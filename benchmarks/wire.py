@@ -23,7 +23,6 @@ import contextlib
 import json
 import mmap
 import multiprocessing
-import socket
 import statistics
 import sys
 import time
@@ -43,7 +42,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import DEFAULT_WIRE, MigrationOptions, WireOptions
 from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
+from pageferry.engine.wire.acceptor import Acceptor
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
@@ -78,14 +77,13 @@ def touch_receiver(pipe: Connection, size_bytes: int) -> None:
     """Touch so much memory and give it back: what a virtual host has touched lately it hands out faster."""
     with mmap.mmap(-1, size_bytes) as memory:
         memory.madvise(MADV_POPULATE_WRITE)
-    pipe.send(0)
+    pipe.send(None)
 
 
 def plain_receiver(pipe: Connection, size_bytes: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        pipe.send(listener.getsockname()[1])
-        sock, _ = listener.accept()
-        channel = Channel(sock)
+    with Acceptor("tcp://127.0.0.1:0") as acceptor:
+        pipe.send(acceptor.endpoint)
+        channel = acceptor.wait()
         view = memoryview(mmap.mmap(-1, size_bytes))  # a file in memory, as a guest's memory is, and without its hole
         for at in range(0, size_bytes, PIECE_BYTES):
             channel.receive_into([view[at : min(at + PIECE_BYTES, size_bytes)]])
@@ -99,9 +97,9 @@ def plain_copy(size_bytes: int) -> float:
     np.frombuffer(view, np.uint64)[:: PAGE_SIZE // 8] = 1
     with Child(touch_receiver, size_bytes):
         pass
-    with Child(plain_receiver, size_bytes) as port:
+    with Child(plain_receiver, size_bytes) as endpoint:
         began_s = time.perf_counter()
-        channel = Endpoint(host="127.0.0.1", port=port).connect(30)
+        channel = endpoint.connect(30)
         for at in range(0, size_bytes, PIECE_BYTES):
             channel.send([view[at : min(at + PIECE_BYTES, size_bytes)]])
         if channel.receive_some(1) != b".":
@@ -113,13 +111,10 @@ def plain_copy(size_bytes: int) -> float:
 
 def migration_receiver(pipe: Connection, accel: str) -> None:
     machines = choose_machines(Accel(accel))
-    with Endpoint(host="127.0.0.1").listen() as listener:
-        pipe.send(listener.port)
-        sock = listener.accept()
+    with Acceptor("tcp://127.0.0.1:0") as acceptor:
+        pipe.send(acceptor.endpoint)
         with contextlib.suppress(MigrationError):  # the source tells why
-            vm = Destination(
-                Channel(sock), machines.make_vm, accept=lambda wait_s: accept_within(listener, wait_s, 30)
-            ).run()
+            vm = Destination(acceptor.wait(), machines.make_vm, accept=acceptor.accept).run()
             pipe.recv()
             vm.close()
 
@@ -136,25 +131,25 @@ def migration(
     content(vm.memory, 2 << 20)
     with Child(touch_receiver, 2 * size_bytes):
         pass
-    with Child(migration_receiver, accel) as port:
+    with Child(migration_receiver, accel) as endpoint:
         vm.resume()
-        source = Source(vm, Endpoint(host="127.0.0.1", port=port), XenPolicy(), MigrationOptions(wire=wire))
+        source = Source(vm, endpoint, XenPolicy(), MigrationOptions(wire=wire))
         report = source.run()
     vm.close()
     return report.total_s, report.to_json()
 
 
 class Child:
-    """A process of its own that tells the port at which it listens."""
+    """A process of its own that tells where it listens, or that it is done."""
 
     def __init__(self, target: Callable[..., None], argument: int | str) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, argument))
 
-    def __enter__(self) -> int:
+    def __enter__(self) -> Any:  # noqa: ANN401  # what it tells
         self._process.start()
-        return int(self._pipe.recv())
+        return self._pipe.recv()
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(BrokenPipeError):  # it may have ended already
@@ -234,10 +229,10 @@ def changing_migration(accel: str, wire: WireOptions) -> dict[str, Any]:
     """Return the report of one migration of a guest that changes its pages all the time, done or given up."""
     vm = choose_machines(Accel(accel)).make_vm(VmConfig(memory_bytes=CHANGES_MEMORY_BYTES))
     boot(vm, load_workload("kv"), params=GuestParams(working_set_bytes=CHANGES_WORKING_SET_BYTES))
-    with Child(migration_receiver, accel) as port:
+    with Child(migration_receiver, accel) as endpoint:
         vm.resume()
         time.sleep(CHANGES_WARM_UP_S)
-        source = Source(vm, Endpoint(host="127.0.0.1", port=port), ConvergePolicy(), MigrationOptions(wire=wire))
+        source = Source(vm, endpoint, ConvergePolicy(), MigrationOptions(wire=wire))
         with contextlib.suppress(MigrationError):  # the report tells that its policy gave up
             source.run()
     vm.close()

@@ -57,11 +57,6 @@ class AlteredSource(_Altered, Source):
 class AlteredDestination(_Altered, Destination[Any]):
     """Takes a guest in with other parts."""
 
-    def see_off(self) -> None:
-        """Let the source go, with these parts."""
-        with self._replaced():
-            super().see_off()
-
 
 class AlteredSave(_Altered, Save):
     """Saves a guest with other parts."""

@@ -81,7 +81,6 @@ class Inn:
             self.channels.append(self._heard(Channel(self._listener.accept(), TIMEOUT_S)))
             self.destination = self.kind(self.channels[0], self._make, accept=self._accept, **options)
             self.vm = self.destination.run()
-            self.destination.see_off()
         except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
             self.error = error
 

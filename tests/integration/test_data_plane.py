@@ -21,7 +21,8 @@ from pageferry.engine import features
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MIN_BANDWIDTH_BYTES_PER_S, VerifyMode, WireOptions
 from pageferry.engine.pages.receive import PageWriter, Receiver
-from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.acceptor import Acceptor
+from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import connection_of
 from pageferry.engine.wire.pacer import BURST_S
 from pageferry.engine.wire.peer import Peer, PeerFailedError
@@ -288,20 +289,19 @@ def test_a_stranger_cannot_join_and_does_no_harm(guests, move, says):
         channel.close()
 
 
-def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        endpoint = Endpoint(host="127.0.0.1", port=listener.getsockname()[1])
+def test_a_connection_that_joins_when_nothing_is_going_on_is_sent_away(make_vm, accel):
+    with Acceptor("tcp://127.0.0.1:0", timeout_s=10) as acceptor:
         errors = []
 
         def serve():
             try:
-                Destination(Channel(listener.accept()[0], 10), make_vm).run()
+                Destination(acceptor.wait(), make_vm, accept=acceptor.accept).run()
             except MigrationError as error:
                 errors.append(error)
 
         server = threading.Thread(target=serve)
         server.start()
-        channel = endpoint.connect(10)
+        channel = acceptor.endpoint.connect(10)
         peer = Peer(channel, Side.SOURCE)
         peer.greet()
         peer.send(Join(proof="late", index=1))
@@ -557,7 +557,7 @@ def test_packed_data_that_is_not_what_it_should_be_ends_the_migration(guests, mo
 
 def test_an_offer_of_two_packings_is_answered_with_one(packing):
     both = ("zero-pages", *features.PACK.values())
-    used = features.agree(both, several_connections=False, shared=False)
+    used = features.agree(both, shared=False)
     assert used[0] == "zero-pages"
     assert len(used) == 2
     assert features.packing_of(used) in available()

@@ -16,11 +16,11 @@ from typing import Annotated, Any
 
 import typer
 
-from pageferry import __version__
 from pageferry.cli.client import Interrupted
 from pageferry.cli.commands import control, migrations, processes, tools
 from pageferry.cli.shell import ERR, ExitCode, complain, exit_code_of
 from pageferry.core.errors import PageferryError
+from pageferry.core.version import __version__
 
 app = typer.Typer(
     name="pageferry",

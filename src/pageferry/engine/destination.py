@@ -31,11 +31,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NoReturn
 
-from pageferry import __version__
 from pageferry.core.errors import GuestAt, PageferryError, PeerError, RecordError, UsageError, VmError
 from pageferry.core.events import Event, Phase, Warned
 from pageferry.core.host_cpu import HostCpu, cpu_warning
 from pageferry.core.state import MachineState
+from pageferry.core.version import __version__
 from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
@@ -78,6 +78,10 @@ def _ignore_arrival(_: Vm, __: str) -> None:
     """Do nothing."""
 
 
+def _ignore_completion() -> None:
+    """Do nothing."""
+
+
 class Destination(Generic[AnyVm]):
     """One attempt to take a guest in.
 
@@ -85,10 +89,11 @@ class Destination(Generic[AnyVm]):
         channel: the accepted connection; closed at the end.
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         host_cpu: tells the CPU under the machine that was made; None: not known.
-        accept: where further connections of the same migration come from; None: it takes one only.
+        accept: where further connections of the same migration come from, and its source after a cut.
         dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
         on_event: sees phases begin and end.
         before_run: called with the machine and the guest's name when it is ours, just before it runs.
+        on_complete: called when all of the guest is here, before its source is told to drop its copy.
     """
 
     def __init__(
@@ -97,10 +102,11 @@ class Destination(Generic[AnyVm]):
         make_vm: Callable[[VmConfig], AnyVm],
         *,
         host_cpu: Callable[[AnyVm], HostCpu | None] = lambda _: None,
-        accept: Accept | None = None,
+        accept: Accept,
         dropped: set[str] | None = None,
         on_event: Callable[[Event], None] = _ignore_event,
         before_run: Callable[[AnyVm, str], None] = _ignore_arrival,
+        on_complete: Callable[[], None] = _ignore_completion,
     ) -> None:
         self._channel = channel
         self._make_vm = make_vm
@@ -109,6 +115,7 @@ class Destination(Generic[AnyVm]):
         self._dropped = set() if dropped is None else dropped
         self._on_event = guarded(on_event)
         self._before_run = before_run
+        self._on_complete = on_complete
         self._clock = PhaseClock(self._on_event)
         self._peer = Peer(channel, Side.DESTINATION)
         self._aborted = threading.Event()
@@ -116,6 +123,9 @@ class Destination(Generic[AnyVm]):
 
     def run(self) -> AnyVm:
         """Take the guest in; call once.
+
+        In post-copy this returns when the source has dropped its copy, over as many connections as that takes, or when
+        the attempt is aborted after all pages have come.
 
         Raises:
             MigrationError: no guest is here (``guest_at`` SOURCE), or the one that was here is lost (DESTINATION).
@@ -158,12 +168,10 @@ class Destination(Generic[AnyVm]):
         else:
             with self._clock.phase(Phase.POSTCOPY):
                 self._postcopy.take_all(self._peer)
-        return vm
-
-    def see_off(self) -> None:
-        """Tell the source, after :meth:`run`, that it may drop its copy; return when it has, or this is aborted."""
+        self._on_complete()
         if self._postcopy is not None:
             self._postcopy.see_off()
+        return vm
 
     def release(self) -> None:
         """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
@@ -214,12 +222,10 @@ class Destination(Generic[AnyVm]):
 
     def _answer(self, hello: SourceHello, vm: AnyVm, *, shared: bool) -> tuple[tuple[str, ...], str]:
         """Say what is used of the offer, and with which token others may join; return both."""
-        more = self._accept is not None
         agreed = features.agree(
             hello.features,
-            several_connections=more,
             shared=shared,
-            postcopy=more and not shared and features.POSTCOPY in hello.features and can_wait(vm),
+            postcopy=not shared and features.POSTCOPY in hello.features and can_wait(vm),
         )
         token = secrets.token_hex(16) if {features.CONNECTIONS, features.POSTCOPY} & {*agreed} else ""
         host_cpu = self._host_cpu(vm)
@@ -231,7 +237,7 @@ class Destination(Generic[AnyVm]):
         return agreed, token
 
     def _join(self, hello: SourceHello, agreed: tuple[str, ...], token: str) -> list[Channel]:
-        if self._accept is None or features.CONNECTIONS not in agreed:
+        if features.CONNECTIONS not in agreed:
             return []
         return take_in(self._channel, self._accept, token, hello.connections)
 
@@ -283,8 +289,6 @@ class Destination(Generic[AnyVm]):
         raise self._unexpected(frame)
 
     def _begin_postcopy(self, vm: Vm, comparison: Comparison, token: str) -> PostcopyClient:
-        if self._accept is None:
-            raise AssertionError("post-copy was agreed on without a way for the source to come back")
         return PostcopyClient(
             vm,
             comparison.missing,

@@ -60,13 +60,9 @@ def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[s
         raise UsageError("the destination cannot let a guest wait for its pages", hint=hint)
 
 
-def agree(
-    offered: Collection[str], *, several_connections: bool, shared: bool, postcopy: bool = False
-) -> tuple[str, ...]:
+def agree(offered: Collection[str], *, shared: bool, postcopy: bool = False) -> tuple[str, ...]:
     """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
-    can = {ZERO_PAGES, FENCE, AUDIT, DELTA, *(PACK[packing] for packing in available())}
-    if several_connections:
-        can.add(CONNECTIONS)
+    can = {ZERO_PAGES, FENCE, AUDIT, CONNECTIONS, DELTA, *(PACK[packing] for packing in available())}
     if shared:
         can.add(SHARED_MEMORY)
     if postcopy:

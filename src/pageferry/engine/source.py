@@ -31,13 +31,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from pageferry import __version__
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, TransportError, TruncatedError, VmError
 from pageferry.core.events import Event, MigrationReport, Phase, PostcopyPaused, PostcopyProgress, PostcopyRecovered
 from pageferry.core.frames import GfnArray
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.host_cpu import HostCpu, cpu_warning
 from pageferry.core.policy import Action, Policy, may_switch
+from pageferry.core.version import __version__
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features
 from pageferry.engine.attempt import Attempt

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from pageferry.core.errors import UsageError
-from pageferry.core.vm import MachineModel, Vm
+from pageferry.core.vm import AnyVm, MachineModel, Vm, VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program, parse_elf
 from pageferry.guests.elf_file import MAGIC as ELF_MAGIC
@@ -42,6 +42,20 @@ class Loader:
     name: str
     machine: MachineModel | None
     load: Callable[[Vm], object]
+
+    def make(self, make_vm: Callable[[VmConfig], AnyVm], config: VmConfig) -> AnyVm:
+        """Make a machine and load this into it; return it, paused.
+
+        Raises:
+            PageferryError: the machine, the memory or the guest are not possible; nothing is left behind.
+        """
+        vm = make_vm(config)
+        try:
+            self.load(vm)
+        except BaseException:
+            vm.close()
+            raise
+        return vm
 
 
 def linux(kernel: Path, options: KernelOptions) -> Loader:

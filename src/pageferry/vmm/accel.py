@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from pageferry.core.errors import UnsupportedError
+from pageferry.core.errors import UnsupportedError, UsageError
 from pageferry.core.host_cpu import HostCpu, host_cpu
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.machine import Machine
@@ -56,7 +56,7 @@ class Machines:
 
 
 def choose_machines(
-    accel: Accel,
+    accel: Accel | str = Accel.AUTO,
     tracker: str | None = None,
     huge_pages: HugePages = HugePages.OFF,
     witness: str | None = None,
@@ -65,7 +65,7 @@ def choose_machines(
     """Return the kind of machine to use.
 
     Args:
-        accel: what was asked for.
+        accel: what was asked for: ``auto``, ``kvm`` or ``soft``.
         tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
         huge_pages: what to ask of the host for guest memory.
         witness: what watches the tracker: another one, or ``digests``; None: nothing.
@@ -73,7 +73,12 @@ def choose_machines(
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
+        UsageError: there is no such kind of machine.
     """
+    try:
+        accel = Accel(accel)
+    except ValueError as error:
+        raise UsageError(f"no machine {accel!r}", hint=f"one of {', '.join(Accel)}") from error
     expect_offered(huge_pages)
     by_tracker = tracker if witness in (None, DIGESTS) else tracker or witness
     name, reason, keeps_cpuid = _choose(accel, by_tracker, machine)
@@ -91,6 +96,15 @@ def choose_machines(
         witness=witness,
         choose_for_pc=again if name == "kvm" and accel is Accel.AUTO and machine is None else None,
     )
+
+
+def host_cpu_under(accel: str) -> HostCpu | None:
+    """Return the CPU under guests of this kind of machine, ``kvm`` or ``soft``; None: not known."""
+    if accel == "soft":
+        return host_cpu(keeps_cpuid=True)
+    from pageferry.kvm.probe import probe
+
+    return host_cpu(keeps_cpuid=probe().exact_cpuid)
 
 
 def _choose(accel: Accel, tracker: str | None, machine: MachineModel | None) -> tuple[str, str, bool]:

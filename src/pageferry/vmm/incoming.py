@@ -1,24 +1,21 @@
 """Incoming: waits for a guest at an address, takes it in, and tells of it."""
 
 import logging
-import socket
 import threading
-import time
 from dataclasses import replace
 
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
-from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint, accept_within
-from pageferry.engine.wire.listener import Listener
+from pageferry.engine.wire.acceptor import Acceptor
+from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.local_backends import LocalBackends, is_local
 
 _log = logging.getLogger(__name__)
-_RETRY_S = 0.05
 #: How to go on after post-copy was cut.
 RECOVER_HINT = "at the source: pageferry migrate --recover"
 
@@ -26,7 +23,7 @@ RECOVER_HINT = "at the source: pageferry migrate --recover"
 class Incoming:
     """The wait for one guest: one attempt after another on a thread of its own, until a guest has arrived.
 
-    It has no lock: the attempt and the listener are each replaced as a whole, by that thread and by :meth:`close`.
+    It has no lock: the attempt and the acceptor are each replaced as a whole, by that thread and by :meth:`close`.
 
     Args:
         guest: the place for it.
@@ -39,10 +36,8 @@ class Incoming:
         self._backends = backends
         self._announcer = announcer
         self._attempt: Destination[Machine] | None = None
-        self._dropped: set[str] = set()
         self._thread: threading.Thread | None = None
-        self._endpoint: Endpoint | None = None
-        self._listener: Listener | None = None
+        self._acceptor: Acceptor | None = None
         self._last = False
 
     def listen(self, endpoint: Endpoint) -> Endpoint:
@@ -51,21 +46,16 @@ class Incoming:
         Raises:
             UsageError: the address is in use or not ours.
         """
-        try:
-            listener = endpoint.listen()
-        except OSError as error:
-            hint = "choose another port, or end what listens there"
-            raise UsageError(f"cannot listen at {endpoint}: {error.strerror or error}", hint=hint) from error
-        self._listener = listener
-        self._endpoint = endpoint.bound(listener)
-        self._thread = threading.Thread(target=self._main, name="receive", daemon=True)
+        acceptor = self._acceptor = Acceptor(endpoint)
+        self._thread = threading.Thread(target=self._main, args=(acceptor,), name="receive", daemon=True)
         self._thread.start()
-        return self._endpoint
+        return acceptor.endpoint
 
     @property
     def listening(self) -> Endpoint | None:
         """Where a guest may still come to, or None."""
-        return None if self._listener is None else self._endpoint
+        acceptor = self._acceptor
+        return None if acceptor is None or acceptor.closed else acceptor.endpoint
 
     @property
     def missing_pages(self) -> int:
@@ -88,32 +78,29 @@ class Incoming:
         attempt = self._attempt
         if attempt is not None and self._guest.vm is not None and self._guest.vm.end is not None:
             attempt.release()
-        self._stop_listening()
+        if self._acceptor is not None:
+            self._acceptor.close()
         if attempt is not None:
             attempt.abort()
         if self._thread is not None:
             self._thread.join()
 
-    def _main(self) -> None:
-        listener = self._listener
-        while listener is not None and not self._last:
+    def _main(self, acceptor: Acceptor) -> None:
+        while not self._last:
             try:
-                sock = listener.accept()
-            except OSError:
-                if self._listener is None:
-                    return  # stopped listening
-                time.sleep(_RETRY_S)  # out of descriptors, or a source that left at once
-                continue
+                channel = acceptor.wait()
+            except ConnectionAbortedError:
+                return
             try:
-                self._receive(sock)
+                self._receive(acceptor, channel)
             except Exception:
                 _log.exception("an attempt to receive a guest ended by a defect")
             if self._guest.vm is not None:
-                self._stop_listening()
+                acceptor.close()
                 return
 
-    def _receive(self, sock: socket.socket) -> None:
-        trusted = is_local(sock)
+    def _receive(self, acceptor: Acceptor, channel: Channel) -> None:
+        trusted = is_local(channel.socket)
 
         def make_vm(config: VmConfig) -> Machine:
             devices = self._backends.choose(config.devices, trusted=trusted)
@@ -124,13 +111,14 @@ class Incoming:
             return vm
 
         attempt = self._attempt = Destination(
-            Channel(sock, DEFAULT_TIMEOUT_S),
+            channel,
             make_vm,
             host_cpu=lambda _: self._guest.machines.host_cpu,
-            accept=self._accept_more,
-            dropped=self._dropped,
+            accept=acceptor.accept,
+            dropped=acceptor.dropped,
             on_event=self._on_event,
             before_run=self._arrived,
+            on_complete=self._completed,
         )
         self._announcer.migration("active")
         try:
@@ -148,18 +136,12 @@ class Incoming:
                 return
             self._guest.lose()
             self._announcer.say(f"no guest received: {error}; waiting for another attempt")
-            return
+
+    def _completed(self) -> None:
         self._announcer.migration("completed")
         if self._guest.running:
             self._announcer.event("RESUME")
         self._announcer.say("a guest has arrived and is ours")
-        attempt.see_off()
-
-    def _accept_more(self, wait_s: float) -> Channel | None:
-        listener = self._listener
-        if listener is None:
-            raise ConnectionAbortedError("no longer listening")
-        return accept_within(listener, wait_s, DEFAULT_TIMEOUT_S)
 
     def _arrived(self, vm: Machine, name: str) -> None:
         with self._guest.lock:
@@ -176,11 +158,3 @@ class Incoming:
             self._announcer.say("the source is back, and the guest runs on")
             self._announcer.event("RESUME")
         self._announcer.engine_event(event)
-
-    def _stop_listening(self) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener.shutdown()
-            listener.close()
-            if self._endpoint is not None:
-                self._endpoint.remove()

@@ -79,13 +79,7 @@ class GuestProcess:
         Raises:
             PageferryError: the machine, the memory or the guest are not possible; nothing is left behind.
         """
-        vm = self._guest.make_vm(config)
-        try:
-            loader.load(vm)
-        except BaseException:
-            vm.close()
-            raise
-        self._adopt(vm, loader.name)
+        self._adopt(loader.make(self._guest.make_vm, config), loader.name)
 
     def restore(self, saved: SavedGuest, on_progress: Callable[[int, int], None]) -> None:
         """Make the machine of a guest in a file and fill it; it does not run yet.

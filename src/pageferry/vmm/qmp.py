@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pageferry import __version__
 from pageferry.core.errors import PageferryError, UsageError
+from pageferry.core.version import __version__
 from pageferry.engine.wire.listener import Listener, listen_unix
 from pageferry.vmm.json_framer import JsonFramer
 

@@ -193,6 +193,11 @@ class Channel:
             except OSError:  # needs privilege; the plain form is capped by the system's limit
                 sock.setsockopt(socket.SOL_SOCKET, plain, _SOCKET_BUFFER_BYTES)
 
+    @property
+    def socket(self) -> socket.socket:
+        """The connection itself, to see where it leads."""
+        return self._sock
+
     def send(self, buffers: Sequence[bytes | memoryview], fd: int | None = None) -> None:
         """Send all of ``buffers`` in order, gathered, when the pacer allows it.
 
