@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from unnamed import unnamed_in
+
 from mutation.trips import PAGES, Engine, Rounds, different, ignore, write
 from pageferry.core.errors import MigrationError, PageferryError
 from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded
@@ -58,10 +60,10 @@ def a_spoiled_file_is_no_file(lab: Lab, engine: Engine) -> None:
     with lab.stamping() as guest, _file() as path:
         guest.play(3)
         guest.memory.write(gpa_of(int(PAGES[3])), _PATTERN)
-        part = path.with_name(f"{path.name}.part")
 
         def spoil(event: Event) -> None:
             if isinstance(event, PhaseBegan) and event.phase is Phase.HANDOFF:
+                (part,) = unnamed_in(path.parent)
                 at = part.read_bytes().index(_PATTERN)
                 with part.open("r+b") as file:
                     file.seek(at)

@@ -1,33 +1,33 @@
 """FileOutlet: a file that comes into being whole or not at all, written as a connection is: gathered, in order.
 
-What is written goes to ``NAME.part`` beside it, which nobody else can read, since it holds a guest's memory. A rename
-makes it NAME when it is on the disk. What a killed process left under that name is taken over by the next one.
+While it is written it has no name (``O_TMPFILE``): a process that is killed leaves nothing, and no other user finds what
+holds a guest's memory. Where the file system has no such files it has a name that cannot be guessed. It gets its own
+name in one step when all of it is on the disk. A file that this process did not make is never opened for writing.
+
+Source: Linux ``open(2)``, ``linkat(2)``, ``rename(2)``.
 """
 
 import contextlib
+import ctypes
 import errno
-import fcntl
 import os
+import secrets
 import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from pageferry.core.errors import UsageError
+from pageferry.core.libc import libc
 from pageferry.engine.wire.pacer import Pacer
 from pageferry.stream.format import IMAGE_HEADER, IMAGE_ID, MARKER
 
 _MAX_BUFFERS = 1024  # IOV_MAX
 _MODE = 0o600
-
-
-def _may_replace(path: Path) -> bool:
-    """Whether what is there is empty or a libxc stream, as far as its first bytes tell."""
-    with path.open("rb") as file:
-        begin = file.read(IMAGE_HEADER.size)
-    if not begin:
-        return True
-    return len(begin) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(begin)[:2] == (MARKER, IMAGE_ID)
+_RENAME_NOREPLACE = 1
+#: What a file system answers that has no unnamed files, or no second names.
+_NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class FileOutlet:
@@ -37,24 +37,43 @@ class FileOutlet:
         path: what it will be called; what is there now stays until :meth:`commit`.
 
     Raises:
-        UsageError: something else than an earlier one is there, or another process is writing it.
+        UsageError: something else than an earlier save is there.
         OSError: the folder does not exist or refuses.
     """
 
     def __init__(self, path: Path) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise UsageError(f"{path} is no regular file", hint="a guest is saved to a file of its own")
-            if not _may_replace(path):
-                raise UsageError(
-                    f"{path} is there and is no saved guest", hint="choose another name, or remove it first"
-                )
         self.path = path
-        self.part = path.with_name(f"{path.name}.part")
         self.pacer: Pacer | None = None
         self._aborted = threading.Event()
         self.sent_bytes = 0
-        self._fd = _open_alone(self.part)
+        self._folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._expect_replaceable()
+            self._fd, self._name = _open_new(self._folder)
+        except BaseException:
+            os.close(self._folder)
+            raise
+
+    def _expect_replaceable(self) -> None:
+        """Check that what is there, if anything, is empty or a libxc stream, as far as its first bytes tell.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        name = self.path.name or "."
+        try:
+            if not stat.S_ISREG(os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_mode):
+                raise UsageError(f"{self.path} is no regular file", hint="a guest is saved to a file of its own")
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder)
+        except FileNotFoundError:
+            return
+        with open(fd, "rb") as file:
+            begin = file.read(IMAGE_HEADER.size)
+        is_save = len(begin) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(begin)[:2] == (MARKER, IMAGE_ID)
+        if begin and not is_save:
+            raise UsageError(
+                f"{self.path} is there and is no saved guest", hint="choose another name, or remove it first"
+            )
 
     def fileno(self) -> int:
         """Return the descriptor, for reading what was written too."""
@@ -101,55 +120,81 @@ class FileOutlet:
         """Give the file its name, for good; :meth:`settle` was called.
 
         Raises:
+            UsageError: something else than an earlier save has come to be there; it stays.
             OSError: it could not be done; the name is not (or no more) ours, and what it stood for before is as it was
                 unless the folder itself failed.
         """
-        os.rename(self.part, self.path)
+        name = self.path.name
         try:
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self._take_name(name)
+        except FileExistsError:
+            self._expect_replaceable()
+            if not self._name:
+                unused = _unused_name()
+                self._take_name(unused)
+                self._name = unused
+            os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        self._name = ""
+        try:
+            os.fsync(self._folder)
         except OSError:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                os.unlink(name, dir_fd=self._folder)
             raise
+
+    def _take_name(self, name: str) -> None:
+        """Give the file a name that is free.
+
+        Raises:
+            FileExistsError: it is not.
+        """
+        if not self._name:
+            # Only with a directory's descriptor does Python ask for AT_SYMLINK_FOLLOW.
+            os.link(f"/proc/self/fd/{self._fd}", name, dst_dir_fd=self._folder, follow_symlinks=True)
+            return
+        try:
+            os.link(self._name, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _rename_to_free(self._folder, self._name, name)
+        else:
+            os.unlink(self._name, dir_fd=self._folder)
 
     def close(self) -> None:
-        """Close the file; one that was not committed is removed. May be called twice."""
+        """Close the file; one that was not committed is gone. May be called twice."""
         if self._fd < 0:
             return
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._fd), os.stat(self.part)):
-                os.unlink(self.part)
+        if self._name:
+            with contextlib.suppress(OSError):
+                os.unlink(self._name, dir_fd=self._folder)
         os.close(self._fd)
-        self._fd = -1
+        os.close(self._folder)
+        self._fd = self._folder = -1
 
 
-def _open_alone(path: Path) -> int:
-    """Open a file for writing, empty, and lock it; what nobody holds is taken over.
+def _open_new(folder: int) -> tuple[int, str]:
+    """Make an empty file in a folder, readable by its owner only; return its descriptor, and its name if it has one.
 
     Raises:
-        UsageError: another process holds it.
-        OSError: it cannot be made.
+        OSError: the folder refuses.
     """
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, _MODE)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(path)):  # or its owner has just renamed or removed it
-                os.fchmod(fd, _MODE)
-                os.ftruncate(fd, 0)
-                return fd
-        except FileNotFoundError:
-            pass
-        except BlockingIOError as error:
-            os.close(fd)
-            raise UsageError(f"{path} is being written already", hint="wait, or choose another name") from error
-        except OSError as error:
-            os.close(fd)
-            if error.errno == errno.EINVAL:
-                raise UsageError(f"{path} is no regular file") from error
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        return os.open(".", flags | os.O_TMPFILE, _MODE, dir_fd=folder), ""
+    except OSError as error:
+        if error.errno not in _NO_TMPFILE:
             raise
-        os.close(fd)
+    name = _unused_name()
+    return os.open(name, flags | os.O_CREAT | os.O_EXCL, _MODE, dir_fd=folder), name
+
+
+def _unused_name() -> str:
+    return f".pageferry-{secrets.token_hex(16)}.part"
+
+
+def _rename_to_free(folder: int, name: str, free: str) -> None:
+    # SAFETY: both strings are this frame's until the call returns.
+    if libc.renameat2(folder, os.fsencode(name), folder, os.fsencode(free), _RENAME_NOREPLACE):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), free)  # FileExistsError, for that code

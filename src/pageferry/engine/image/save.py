@@ -4,13 +4,13 @@
 
     guest                    file
       |  ENABLE
-      | == every page of RAM is named; pre-copy, round by round ==> FILE.part
+      | == every page of RAM is named; pre-copy, round by round ==> a file without a name
       |  freeze the guest .................................... downtime begins
       | == stop-and-copy: what is dirty =====================>
       | == state, END =======================================>
       |  digest all of memory
       |  let it run on (a snapshot) .......................... downtime ends
-      |                            on the disk; read back; equal to the digests; renamed to FILE
+      |                            on the disk; read back; equal to the digests; named FILE
 
 The file is a pure libxc stream, and nothing in it is pageferry's (docs/reference/stream.md, part 1).
 
@@ -239,7 +239,7 @@ class Save:
             raise self.job.abort("cancelled")
         try:
             file.commit()
-        except OSError:
+        except (OSError, UsageError):
             if self._stop:
                 handoff.refused()
             raise
