@@ -25,11 +25,14 @@ class Switch:
 """
 
 
+ALLOW = ("--allow-policy", "switching:Switch")
+
+
 @pytest.fixture
 def pair(tmp_path, process_accel, start):
     """A source whose guest works, and a destination."""
     (tmp_path / "switching.py").write_text(POLICY)
-    source = start("run", "kv", "--memory", "32M", "--rate", "20000", "--accel", process_accel, name="source")
+    source = start("run", "kv", "--memory", "32M", "--rate", "20000", "--accel", process_accel, *ALLOW, name="source")
     destination = start("receive", "tcp://127.0.0.1:0", "--accel", process_accel, name="destination")
     source.runs_on()
     return source, destination

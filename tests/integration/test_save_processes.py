@@ -22,8 +22,6 @@ ENDLESS = """
 from pageferry.core.policy import Action, Decision
 
 class Endless:
-    name = "endless"
-
     def decide(self, progress):
         return Decision(action=Action.NEXT_ROUND, reason="for ever")
 """
@@ -36,7 +34,8 @@ def endless_policy(tmp_path):
 
 @pytest.fixture
 def guest(start):
-    process = start("run", "kv", "--memory", "32M", "--working-set", "4M", "--rate", "5000", "--accel", "soft")
+    size = ("--memory", "32M", "--working-set", "4M", "--rate", "5000")
+    process = start("run", "kv", *size, "--accel", "soft", "--allow-policy", "endless:Endless")
     assert process.runs_on()
     return process
 
@@ -239,6 +238,8 @@ def test_bad_names_are_refused_in_one_line(guest, tmp_path):
     for uri in ("file:relative", "file:"):
         with pytest.raises(QmpError, match="not a file"):
             guest.ask("migrate", uri=uri)
+    with pytest.raises(QmpError, match="'os:abort' was not named when the guest's process was started"):
+        guest.ask("migrate", **{"uri": "file:/dev/null", "x-policy": "os:abort"})
     with pytest.raises(QmpError, match="x-stop"):
         guest.ask("migrate", **{"uri": "tcp:127.0.0.1:1", "x-stop": True})
     assert guest.runs_on()

@@ -46,7 +46,7 @@ def run_demo(
     Raises:
         PageferryError: something of it failed; both processes are gone.
     """
-    with _stage(machines, [workload], repr(workload), config, console) as stage:
+    with _stage(machines, [workload, *_allowed(options)], repr(workload), config, console) as stage:
         before, _ = _work(stage.guest, "at the source", console, _WARM_UP_S)
         report = _migrated(stage, options, console)
         after, per_s = _work(stage.receiver, "at the destination", console, _WARM_UP_S)
@@ -66,7 +66,8 @@ def run_linux_demo(
         PageferryError: something of it failed; both processes are gone.
     """
     command_line = "console=ttyS0 quiet pageferry=work"
-    run = ["--kernel", str(image.kernel), "--initrd", str(image.initramfs), "--append", command_line]
+    kernel = ["--kernel", str(image.kernel), "--initrd", str(image.initramfs), "--append", command_line]
+    run = [*kernel, *_allowed(options)]
     with _stage(machines, run, "a Linux", config, console) as stage, ExitStack() as stack:
         work = LinuxWork(lambda line: console.print(line, markup=False, soft_wrap=True))
         work.follow("source", stack.enter_context(stage.source.connect()))
@@ -75,6 +76,12 @@ def run_linux_demo(
         work.follow("destination", stack.enter_context(stage.destination.connect()))
         work.wait_for_rounds(before + 2 * _ROUNDS)
     return report
+
+
+def _allowed(options: dict[str, Any]) -> list[str]:
+    """Return how a source is started that is to heed this policy."""
+    policy = str(options["x-policy"])
+    return ["--allow-policy", policy] if ":" in policy else []
 
 
 @contextmanager

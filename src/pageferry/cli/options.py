@@ -59,6 +59,12 @@ MachineOption = Annotated[
 ]
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]
+AllowPolicyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-policy", help="module:Name: a policy of your own that may be asked for here. May be repeated."
+    ),
+]
 LimitOption = Annotated[
     float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge, postcopy; default 300).")
 ]

@@ -1,7 +1,9 @@
 """Policies by name and options, as a user gives them: the built-in ones, and a user's own as ``module:Name``."""
 
 import importlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from pageferry.core.errors import UsageError
@@ -19,10 +21,36 @@ POLICIES: dict[str, tuple[type[Any], dict[str, str]]] = {
     "xen": (XenPolicy, {"max_rounds": "max_rounds"}),
 }
 
+UsersPolicies = Mapping[str, Callable[..., Any]]
+"""What makes a user's own policy, by ``module:Name``: all that may be made."""
+NO_USERS_POLICIES: UsersPolicies = MappingProxyType({})
+
+
+def load_policies(names: Iterable[str]) -> UsersPolicies:
+    """Import users' own policies: what ``Name`` is in ``module``, for each ``module:Name``.
+
+    Raises:
+        UsageError: one is none, or its module cannot be imported.
+    """
+    return {name: _load(name) for name in names}
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        made_by = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever a user's code does
+        raise UsageError(f"policy {name!r} cannot be loaded: {error!r}", hint=_POLICY_HINT) from error
+    if not callable(getattr(made_by, "decide", None)):
+        raise UsageError(f"policy {name!r} has no method decide", hint=_POLICY_HINT)
+    users_own: Callable[..., Any] = made_by
+    return users_own
+
 
 def make_policy(
     name: str,
     *,
+    users_own: UsersPolicies = NO_USERS_POLICIES,
     downtime_limit_s: float | None = None,
     max_rounds: int | None = None,
     deadline_s: float | None = None,
@@ -30,19 +58,21 @@ def make_policy(
     """Return a policy by name, with the options that were given.
 
     Args:
-        name: out of :data:`POLICIES`, or ``module:Name`` for a user's own: what that name in that module gives when it
-            is called with the options, by the names they have here.
+        name: out of :data:`POLICIES`, or one of ``users_own``: what that gives when it is called with the options, by
+            the names they have here.
+        users_own: from :func:`load_policies`; nothing is imported here.
         downtime_limit_s: the downtime allowed.
         max_rounds: rounds at the most.
         deadline_s: the time allowed from beginning to end.
 
     Raises:
-        UsageError: there is no such policy, an option does not belong to it or has no sense, or it is none.
+        UsageError: there is no such policy, it is a user's own and not among these, an option does not belong to it or
+            has no sense, or it is none.
     """
     given = {"downtime_limit_s": downtime_limit_s, "max_rounds": max_rounds, "deadline_s": deadline_s}
     options = {option: value for option, value in given.items() if value is not None}
     if ":" in name:
-        return _users_own(name, options)
+        return _users_own(name, users_own, options)
     if name not in POLICIES:
         raise UsageError(f"unknown policy {name!r}", hint=f"known: {', '.join(POLICIES)}, module:Name")
     kind, takes = POLICIES[name]
@@ -112,12 +142,14 @@ class _UsersOwn:
         return decision
 
 
-def _users_own(name: str, options: dict[str, float | int]) -> Policy:
-    module, _, attribute = name.partition(":")
+def _users_own(name: str, users_own: UsersPolicies, options: dict[str, float | int]) -> Policy:
+    if name not in users_own:
+        raise UsageError(
+            f"policy {name!r} was not named when the guest's process was started",
+            hint=f"run, receive or restore the guest with --allow-policy {name}",
+        )
     try:
-        policy = getattr(importlib.import_module(module), attribute)(**options)
-        if not callable(policy.decide):
-            raise TypeError("its decide is no method")
+        policy = users_own[name](**options)
     except Exception as error:  # whatever a user's code does
         raise UsageError(f"policy {name!r} cannot be made: {error!r}", hint=_POLICY_HINT) from error
     return _UsersOwn(name, policy)

@@ -8,7 +8,7 @@ from pageferry.core.events import Event
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.host_cpu import HostCpu
 from pageferry.core.policy import Policy
-from pageferry.core.policy_names import make_policy
+from pageferry.core.policy_names import UsersPolicies, make_policy
 from pageferry.core.vm import Vm
 from pageferry.engine.image.save import Save
 from pageferry.engine.options import MigrationOptions, VerifyMode, WireOptions
@@ -37,21 +37,26 @@ MakeAttempt = Callable[[Departing], Source | Save]
 """Makes the attempt once the guest is known, with everything else settled."""
 
 
-def asked_for(uri: str, args: Arguments) -> MakeAttempt:
+def asked_for(uri: str, args: Arguments, users_own: UsersPolicies) -> MakeAttempt:
     """Return what makes the attempt to ``uri``; takes all of the arguments that it may have.
+
+    Args:
+        uri: where to.
+        args: the command's.
+        users_own: the policies that this process was told to allow besides the built-in ones.
 
     Raises:
         QmpError: an argument is missing, unknown or has no sense.
         UsageError: as for an address or a policy.
     """
     file = saved_to(uri)
-    make = _moving(args, Endpoint.parse(uri)) if file is None else _saving(args, file)
+    policy = _policy(args, users_own)
+    make = _moving(args, Endpoint.parse(uri), policy) if file is None else _saving(args, file, policy)
     args.done()
     return make
 
 
-def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
-    policy = _policy(args)
+def _moving(args: Arguments, endpoint: Endpoint, policy: Policy) -> MakeAttempt:
     verify = args.choice("x-verify", VerifyMode)
     timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
     wire = WireOptions(
@@ -76,8 +81,7 @@ def _moving(args: Arguments, endpoint: Endpoint) -> MakeAttempt:
     return make
 
 
-def _saving(args: Arguments, file: Path) -> MakeAttempt:
-    policy = _policy(args)
+def _saving(args: Arguments, file: Path, policy: Policy) -> MakeAttempt:
     stop = args.flag("x-stop")
     wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
 
@@ -96,9 +100,10 @@ def _saving(args: Arguments, file: Path) -> MakeAttempt:
     return make
 
 
-def _policy(args: Arguments) -> Policy:
+def _policy(args: Arguments, users_own: UsersPolicies) -> Policy:
     return make_policy(
         args.text("x-policy", "downtime"),
+        users_own=users_own,
         downtime_limit_s=args.number("x-downtime-limit-s"),
         max_rounds=args.integer("x-max-rounds"),
         deadline_s=args.number("x-deadline-s"),

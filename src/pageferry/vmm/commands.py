@@ -5,6 +5,7 @@ import binascii
 from collections.abc import Callable
 from typing import Any
 
+from pageferry.core.policy_names import UsersPolicies
 from pageferry.core.vm import VmStatus
 from pageferry.engine.job import JobStatus
 from pageferry.engine.options import WireOptions
@@ -29,6 +30,7 @@ class Commands:
         incoming: where it may come from.
         outgoing: where it may go.
         announcer: hears what was done.
+        users_policies: may decide for a migration here, besides the built-in ones.
         quit_process: ends the process's work.
     """
 
@@ -38,12 +40,14 @@ class Commands:
         incoming: Incoming,
         outgoing: Outgoing,
         announcer: Announcer,
+        users_policies: UsersPolicies,
         quit_process: Callable[[], None],
     ) -> None:
         self._guest = guest
         self._incoming = incoming
         self._outgoing = outgoing
         self._announcer = announcer
+        self._users_policies = users_policies
         self._quit_process = quit_process
 
     def handlers(self) -> dict[str, Handler]:
@@ -98,7 +102,7 @@ class Commands:
             args.done()
             self._outgoing.recover(Endpoint.parse(uri))
             return
-        make = asked_for(uri, args)
+        make = asked_for(uri, args, self._users_policies)
         with self._guest.lock:
             self._guest.here()
             if self._guest.being_read:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pageferry.core.errors import PageferryError
 from pageferry.core.machine import Machine
+from pageferry.core.policy_names import NO_USERS_POLICIES, UsersPolicies
 from pageferry.core.vm import GuestEnd, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
@@ -44,6 +45,7 @@ class GuestProcess:
         machines: the kind of machine to make.
         control: path of the QMP socket, or None for no control.
         backends: what stands behind the devices of a guest that arrives or is restored.
+        users_policies: may decide for a migration from here, besides the built-in ones.
         on_console: sees the guest's console output.
         on_message: sees one line for a person when something happens.
     """
@@ -54,6 +56,7 @@ class GuestProcess:
         control: Path | None,
         *,
         backends: LocalBackends = AS_AT_THE_SOURCE,
+        users_policies: UsersPolicies = NO_USERS_POLICIES,
         on_console: Callable[[bytes], None],
         on_message: Callable[[str], None],
     ) -> None:
@@ -63,12 +66,14 @@ class GuestProcess:
         self._incoming = Incoming(self._guest, self._backends, self._announcer)
         self._outgoing = Outgoing(self._guest, self._announcer)
         self._queries = Queries(self._guest, self._incoming, self._outgoing)
-        self._server = None if control is None else self._make_server(control)
+        self._server = None if control is None else self._make_server(control, users_policies)
         self._made: Machine | None = None  # here, by boot or restore, to be started; who arrives starts by itself
         self._quit = False
 
-    def _make_server(self, control: Path) -> QmpServer:
-        commands = Commands(self._guest, self._incoming, self._outgoing, self._announcer, self.quit)
+    def _make_server(self, control: Path, users_policies: UsersPolicies) -> QmpServer:
+        commands = Commands(
+            self._guest, self._incoming, self._outgoing, self._announcer, users_policies, quit_process=self.quit
+        )
         server = QmpServer(control, self._queries.handlers() | commands.handlers(), commands.subscriptions())
         self._announcer.tell_clients_of(server)
         return server

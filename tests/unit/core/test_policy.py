@@ -9,7 +9,7 @@ from reports import stats
 from pageferry.core.errors import UsageError
 from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.policy import Action, Decision, Progress, may_switch
-from pageferry.core.policy_names import make_policy, with_limits
+from pageferry.core.policy_names import load_policies, make_policy, with_limits
 
 
 def progress(*rounds, fixed_s=0.0, memory_pages=100_000, throttle=0.0):
@@ -255,7 +255,8 @@ def users_module(tmp_path, monkeypatch):
 
 
 def test_the_documented_example_decides(users_module):
-    policy = make_policy("users_policy:OneMebibyte", max_rounds=2)
+    name = "users_policy:OneMebibyte"
+    policy = make_policy(name, users_own=load_policies([name]), max_rounds=2)
     assert policy.name == "users_policy:OneMebibyte"
     assert policy.decide(progress(stats(0, sent=900, remaining=255))).action is Action.STOP_AND_COPY
     assert policy.decide(progress(stats(0, sent=900, remaining=256))).action is Action.NEXT_ROUND
@@ -267,14 +268,30 @@ def test_the_documented_example_decides(users_module):
     "name", ["users_policy:Nobody", "no_such_module:X", "users_policy:Action", ":X", "users_policy:"]
 )
 def test_what_is_no_policy_is_told_before_anything_moves(users_module, name):
-    with pytest.raises(UsageError, match="cannot be made"):
-        make_policy(name)
+    with pytest.raises(UsageError, match=r"cannot be loaded|has no method decide"):
+        load_policies([name])
 
 
 @pytest.mark.parametrize(("name", "said"), [("Silent", "answered None"), ("OneMebibyte", "failed: AttributeError")])
 def test_a_users_mistake_is_told_as_such(users_module, name, said):
+    policies = load_policies([f"users_policy:{name}"])
     with pytest.raises(UsageError, match=said):
-        make_policy(f"users_policy:{name}").decide(None)
+        make_policy(f"users_policy:{name}", users_own=policies).decide(None)
+
+
+def test_an_option_that_a_users_policy_does_not_take_is_told_before_anything_moves(users_module):
+    name = "users_policy:Silent"
+    with pytest.raises(UsageError, match=r"cannot be made: TypeError\(.*takes no arguments"):
+        make_policy(name, users_own=load_policies([name]), max_rounds=2)
+
+
+def test_asking_for_a_policy_loads_nothing(users_module):
+    allowed = load_policies(["users_policy:Silent"])
+    before = set(sys.modules)
+    for name in ("users_policy:OneMebibyte", "os:abort", "antigravity:Silent"):
+        with pytest.raises(UsageError, match="was not named when the guest's process was started"):
+            make_policy(name, users_own=allowed)
+    assert set(sys.modules) == before
 
 
 @pytest.mark.parametrize(

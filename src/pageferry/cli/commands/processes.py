@@ -14,6 +14,7 @@ import typer
 from pageferry.cli.console import LocalConsole
 from pageferry.cli.options import (
     AccelOption,
+    AllowPolicyOption,
     ControlOption,
     CpuOption,
     CpusOption,
@@ -35,6 +36,7 @@ from pageferry.cli.shell import ERR, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
+from pageferry.core.policy_names import UsersPolicies, load_policies
 from pageferry.core.units import parse_size
 from pageferry.core.vm import MachineModel
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -80,6 +82,7 @@ def run_guest(
     huge_pages: HugePagesOption = HugePages.OFF,
     witness: WitnessOption = None,
     control: OwnControlOption = None,
+    allow_policy: AllowPolicyOption = None,
     console: Annotated[
         ConsoleMode, typer.Option(help="stdio: what you type goes to the guest, Ctrl-] gives the terminal back.")
     ] = ConsoleMode.OUTPUT,
@@ -98,7 +101,9 @@ def run_guest(
         raise UsageError(f"a machine that is {model} has no virtio devices", hint="--machine pc")
     devices = device_specs(disk, net, console=virtio_console) if model is MachineModel.PC else ()
     config = vm_config(memory, cpus, cpu, model, devices)
-    with _guest_process(choose_machines(accel, tracker, huge_pages, witness, config.machine), control) as process:
+    policies = load_policies(allow_policy or ())
+    machines = choose_machines(accel, tracker, huge_pages, witness, config.machine)
+    with _guest_process(machines, control, policies) as process:
         process.boot(loader, config)
         with _console_input(process) if console is ConsoleMode.STDIO else nullcontext():
             process.start()
@@ -152,13 +157,16 @@ def receive(
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
     witness: WitnessOption = None,
+    allow_policy: AllowPolicyOption = None,
     disk: LocalDisksOption = None,
     net: LocalNetsOption = None,
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
     backends = LocalBackends.parse(disk or (), net or ())
-    with _guest_process(choose_machines(accel, tracker, huge_pages, witness), control, backends) as process:
+    policies = load_policies(allow_policy or ())
+    machines = choose_machines(accel, tracker, huge_pages, witness)
+    with _guest_process(machines, control, policies, backends) as process:
         bound = process.listen(endpoint)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
@@ -176,14 +184,16 @@ def restore(
     huge_pages: HugePagesOption = HugePages.OFF,
     witness: WitnessOption = None,
     control: OwnControlOption = None,
+    allow_policy: AllowPolicyOption = None,
     disk: LocalDisksOption = None,
     net: LocalNetsOption = None,
 ) -> None:
     """Run a guest from a file, from where it was saved. The file stays as it is."""
     backends = LocalBackends.parse(disk or (), net or ())
+    policies = load_policies(allow_policy or ())
     with SavedGuest(file) as saved:
         machines = choose_machines(accel, tracker, huge_pages, witness, saved.config.machine)
-        with _guest_process(machines, control, backends) as process:
+        with _guest_process(machines, control, policies, backends) as process:
             if lazy:
                 process.restore_lazily(saved)
             else:
@@ -197,13 +207,18 @@ def restore(
 
 @contextmanager
 def _guest_process(
-    machines: Machines, control: Path | None, backends: LocalBackends = AS_AT_THE_SOURCE
+    machines: Machines,
+    control: Path | None,
+    policies: UsersPolicies,
+    backends: LocalBackends = AS_AT_THE_SOURCE,
 ) -> Iterator[GuestProcess]:
     ERR.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     if machines.warning is not None:
         ERR.print(f"warning: {machines.warning}", markup=False, soft_wrap=True)
     output = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
-    process = GuestProcess(machines, control, backends=backends, on_console=output, on_message=tell)
+    process = GuestProcess(
+        machines, control, backends=backends, users_policies=policies, on_console=output, on_message=tell
+    )
 
     def stop(*_: object) -> None:
         process.quit()

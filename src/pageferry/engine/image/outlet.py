@@ -1,8 +1,8 @@
 """FileOutlet: a file that comes into being whole or not at all, written as a connection is: gathered, in order.
 
-While it is written it has no name (``O_TMPFILE``): a process that is killed leaves nothing, and no other user finds what
-holds a guest's memory. Where the file system has no such files it has a name that cannot be guessed. It gets its own
-name in one step when all of it is on the disk. A file that this process did not make is never opened for writing.
+While it is written it has no name (``O_TMPFILE``): a process that is killed leaves nothing, and no other user finds
+what holds a guest's memory. Where the file system has no such files it has a name that cannot be guessed. It gets its
+own name in one step when all of it is on the disk. A file that this process did not make is never opened for writing.
 
 Source: Linux ``open(2)``, ``linkat(2)``, ``rename(2)``.
 """
