@@ -1,6 +1,6 @@
 """``pageferry inspect``: a stream taken apart record by record, and two streams compared.
 
-Both read in constant memory (a comparison: 17 bytes a page). A wrong stream is shown as far as it is right.
+Both read in constant memory. A wrong stream is shown as far as it is right.
 """
 
 import json

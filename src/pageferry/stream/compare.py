@@ -3,6 +3,10 @@
 Source: docs/reference/stream.md, part 1.
 """
 
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,7 +20,6 @@ from pageferry.core.state import VcpuState
 from pageferry.stream.format import RECORD_HEADER, PageType, carries_data
 from pageferry.stream.hvm_context import decode_cpu
 from pageferry.stream.hvm_entries import Entry, Typecode
-from pageferry.stream.page_index import without_repeats
 from pageferry.stream.records import (
     CpuidPolicy,
     HvmContext,
@@ -28,15 +31,20 @@ from pageferry.stream.records import (
 )
 from pageferry.stream.walk import RecordSeen, context_entries
 
-#: Frames that are followed, 512 GiB; no guest here is larger. The kernel makes the tables as they are touched.
-_FRAMES = 1 << 27
-_DIGEST_BYTES = 16
-_AT_ONCE = 1 << 18
-_ZEROS = np.frombuffer(xxhash.xxh3_128_digest(bytes(PAGE_SIZE)), np.uint8)
+_DIGEST_WORDS = 2
+_ZEROS = np.frombuffer(xxhash.xxh3_128_digest(bytes(PAGE_SIZE)), np.uint64)
 
-_NOTHING, _MEMORY, _BROKEN = range(3)
+#: What a mention does to its page: there is none; memory with this content; lost; memory, zeros if there was none.
+_NOTHING, _MEMORY, _BROKEN, _ALLOCATED = range(4)
 _KIND = np.zeros(16, np.uint8)
-_KIND[[PageType.NOTAB, PageType.XALLOC, PageType.XTAB, PageType.BROKEN]] = (_MEMORY, _MEMORY, _NOTHING, _BROKEN)
+_KIND[[PageType.NOTAB, PageType.XALLOC, PageType.XTAB, PageType.BROKEN]] = (_MEMORY, _ALLOCATED, _NOTHING, _BROKEN)
+_MENTION = np.dtype([("pfn", np.uint64), ("kind", np.uint8), ("digest", np.uint64, _DIGEST_WORDS)])
+Mentions = NDArray[np.void]
+
+#: Mentions that are put in order at once, and that are read back at once: 3.1 MiB and 50 KiB.
+_BATCH, _PIECE = 1 << 17, 1 << 11
+#: Beyond this they go to an unnamed file in the folder for such files.
+_IN_MEMORY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,51 +57,138 @@ class PageDifferences:
 
 
 class PageContents:
-    """What every page of one stream holds in the end, as one digest each.
+    """What every page of one stream holds in the end, as one digest each, in constant memory.
 
-    ``beyond`` counts mentions of frames that are too far up to be followed.
+    Mentions of pages are put in order batch by batch, written away, and merged when they are read.
+
+    Args:
+        batch: how many mentions to put in order at once.
+        piece: how many of each batch to read at once.
     """
 
-    def __init__(self) -> None:
-        self._kinds = np.zeros(_FRAMES, np.uint8)
-        self._digests = np.zeros((_FRAMES, _DIGEST_BYTES), np.uint8)
-        self._limit = 0
-        self.beyond = 0
+    def __init__(self, *, batch: int = _BATCH, piece: int = _PIECE) -> None:
+        self._batch = batch
+        self._piece = piece
+        self._new: list[Mentions] = []
+        self._new_count = 0
+        self._lengths: list[int] = []  # of the batches in the file, in mentions
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES)  # noqa: SIM115  # closed with this object
+        weakref.finalize(self, self._file.close)
 
     def take(self, header: PageDataHeader, payload: memoryview) -> None:
-        """Follow one record."""
-        digests = np.zeros((header.pfns.size, _DIGEST_BYTES), np.uint8)
-        pages = [payload[at : at + PAGE_SIZE] for at in range(0, len(payload), PAGE_SIZE)]
-        found = np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, pages)), np.uint8).reshape(-1, _DIGEST_BYTES)
-        digests[carries_data(header.types)] = np.where((found == _ZEROS).all(axis=1)[:, None], 0, found)
-        inside = header.pfns < _FRAMES
-        self.beyond += int(np.count_nonzero(~inside))
-        pfns, types, digests = header.pfns[inside], header.types[inside], digests[inside]
-        if not pfns.size:
-            return
-        self._limit = max(self._limit, int(pfns.max()) + 1)
-        for part in without_repeats(pfns):
-            self._put(pfns[part], types[part], digests[part])
+        """Follow one record.
 
-    def _put(self, pfns: GfnArray, types: NDArray[np.uint8], digests: NDArray[np.uint8]) -> None:
-        # To allocate a page that has content already changes nothing.
-        new = (types != PageType.XALLOC) | (self._kinds[pfns] != _MEMORY)
-        self._kinds[pfns] = _KIND[types]
-        self._digests[pfns[new]] = digests[new]
+        Raises:
+            OSError: there is no room for a temporary file.
+        """
+        mentions = np.zeros(header.pfns.size, _MENTION)
+        mentions["pfn"] = header.pfns
+        mentions["kind"] = _KIND[header.types]
+        pages = [payload[at : at + PAGE_SIZE] for at in range(0, len(payload), PAGE_SIZE)]
+        found = np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, pages)), np.uint64).reshape(-1, _DIGEST_WORDS)
+        mentions["digest"][carries_data(header.types)] = np.where((found == _ZEROS).all(axis=1)[:, None], 0, found)
+        self._new.append(mentions)
+        self._new_count += mentions.size
+        if self._new_count >= self._batch:
+            self._write_away()
+
+    def _write_away(self) -> None:
+        if not self._new_count:
+            return
+        batch = _latest(np.concatenate(self._new))
+        self._new, self._new_count = [], 0
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(batch.tobytes())
+        self._lengths.append(batch.size)
+
+    def _pieces(self) -> Iterator[Mentions]:
+        """Yield what became of every page that was mentioned, in order of pfn, piece by piece."""
+        self._write_away()
+        ends = np.cumsum(self._lengths, dtype=np.int64).tolist()
+        at = [end - length for end, length in zip(ends, self._lengths, strict=True)]
+        buffers = [np.empty(0, _MENTION) for _ in ends]
+        while True:
+            for index, buffer in enumerate(buffers):
+                if not buffer.size and at[index] < ends[index]:
+                    buffers[index] = self._read(at[index], min(self._piece, ends[index] - at[index]))
+                    at[index] += buffers[index].size
+            # What lies beyond the least last pfn of a batch that goes on may be mentioned again in what was not read.
+            limits = [buffer["pfn"][-1] for index, buffer in enumerate(buffers) if at[index] < ends[index]]
+            parts = []
+            for index, buffer in enumerate(buffers):
+                upto = np.searchsorted(buffer["pfn"], min(limits), "right") if limits else buffer.size
+                parts.append(buffer[:upto])
+                buffers[index] = buffer[upto:]
+            merged = _latest(np.concatenate([np.empty(0, _MENTION), *parts]))
+            if not merged.size:
+                return
+            yield merged
+
+    def _read(self, first: int, count: int) -> Mentions:
+        self._file.seek(first * _MENTION.itemsize)
+        return np.frombuffer(self._file.read(count * _MENTION.itemsize), _MENTION)
 
     def compare(self, other: "PageContents") -> PageDifferences:
-        """Compare with a second stream; a page that was never written and one that holds zeros are the same."""
+        """Compare with a second stream; a page that was never written and one that holds zeros are the same.
+
+        Raises:
+            OSError: there is no room for a temporary file.
+        """
         found: tuple[list[GfnArray], ...] = ([], [], [])
-        for first in range(0, max(self._limit, other._limit), _AT_ONCE):
-            part = slice(first, first + _AT_ONCE)
-            ours, theirs = self._kinds[part], other._kinds[part]
-            content = (self._digests[part] != other._digests[part]).any(axis=1)
-            only = (ours == _MEMORY) & (theirs != _MEMORY), (ours != _MEMORY) & (theirs == _MEMORY)
-            changed = ~only[0] & ~only[1] & (content | (ours != theirs))
-            for gfns, chosen in zip(found, (*only, changed), strict=True):
-                gfns.append(np.flatnonzero(chosen).astype(np.uint64) + np.uint64(first))
+        for pfns, ours, theirs in _side_by_side(self._pieces(), other._pieces()):
+            content = (ours["digest"] != theirs["digest"]).any(axis=1)
+            ours_has, theirs_has = ours["kind"] == _MEMORY, theirs["kind"] == _MEMORY
+            changed = (ours_has == theirs_has) & (content | (ours["kind"] != theirs["kind"]))
+            for gfns, chosen in zip(found, (ours_has & ~theirs_has, ~ours_has & theirs_has, changed), strict=True):
+                gfns.append(pfns[chosen])
         only_first, only_second, both = (np.concatenate([*gfns, np.empty(0, np.uint64)]) for gfns in found)
         return PageDifferences(only_first=only_first, only_second=only_second, changed=both)
+
+
+def _latest(mentions: Mentions) -> Mentions:
+    """Return what mentions come to together: one of each page, in order of pfn.
+
+    Args:
+        mentions: in the order in which they were made, of any pages.
+    """
+    if not mentions.size:
+        return mentions
+    ordered = mentions[np.argsort(mentions["pfn"], kind="stable")]
+    starts = np.flatnonzero(np.r_[True, ordered["pfn"][1:] != ordered["pfn"][:-1]])
+    last = np.r_[starts[1:], ordered.size] - 1
+    # To allocate a page that has content already changes nothing: the last mention but those counts, if there is one.
+    places = np.arange(ordered.size)
+    telling = np.maximum.reduceat(np.where(ordered["kind"] == _ALLOCATED, -1, places), starts)
+    result = ordered[np.where(telling < 0, last, telling)]
+    anew = (telling >= 0) & (telling < last) & (result["kind"] != _MEMORY)
+    result["kind"][anew] = _MEMORY
+    result["digest"][anew] = 0
+    return result
+
+
+def _side_by_side(
+    ours: Iterator[Mentions], theirs: Iterator[Mentions]
+) -> Iterator[tuple[GfnArray, Mentions, Mentions]]:
+    """Yield parts of two lists of mentions: pfns, ascending, and of each list a mention of each of them."""
+    sides, nothing = (ours, theirs), np.empty(0, _MENTION)
+    buffers = [next(side, nothing) for side in sides]
+    while any(buffer.size for buffer in buffers):
+        limit = min(buffer["pfn"][-1] for buffer in buffers if buffer.size)
+        parts = []
+        for index, buffer in enumerate(buffers):
+            upto = np.searchsorted(buffer["pfn"], limit, "right")
+            parts.append(buffer[:upto])
+            buffers[index] = buffer[upto:] if upto < buffer.size else next(sides[index], nothing)
+        pfns = np.union1d(parts[0]["pfn"], parts[1]["pfn"])
+        yield pfns, _spread(parts[0], pfns), _spread(parts[1], pfns)
+
+
+def _spread(mentions: Mentions, pfns: GfnArray) -> Mentions:
+    """Return a mention for each of ``pfns``: of nothing where there is none; allocated memory is zeros."""
+    spread = np.zeros(pfns.size, _MENTION)
+    spread[np.searchsorted(pfns, mentions["pfn"])] = mentions
+    spread["kind"][spread["kind"] == _ALLOCATED] = _MEMORY
+    return spread
 
 
 @dataclass(slots=True)

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import struct
 import subprocess
 import sys
@@ -258,8 +259,8 @@ mentions = st.lists(
 )
 
 
-def contents_and_model(records):
-    contents, model = PageContents(), {}
+def contents_and_model(records, sizes):
+    contents, model = PageContents(batch=sizes[0], piece=sizes[1]), {}
     for record in records:
         pfns, types, numbers = (np.array(column) for column in zip(*record, strict=True))
         types = types.astype(np.uint8)
@@ -278,9 +279,13 @@ def contents_and_model(records):
     return contents, model
 
 
-@given(mentions, mentions)
-def test_pages_differ_where_their_last_contents_do(first, second):
-    (ours, left), (theirs, right) = contents_and_model(first), contents_and_model(second)
+sizes = st.tuples(st.integers(1, 20), st.integers(1, 4))
+
+
+@given(mentions, mentions, sizes, sizes)
+def test_pages_differ_where_their_last_contents_do(first, second, sizes_of_first, sizes_of_second):
+    (ours, left) = contents_and_model(first, sizes_of_first)
+    (theirs, right) = contents_and_model(second, sizes_of_second)
     found = ours.compare(theirs)
     has = {
         name: {pfn for pfn, content in model.items() if content != "broken"}
@@ -290,6 +295,35 @@ def test_pages_differ_where_their_last_contents_do(first, second):
     assert found.only_second.tolist() == sorted(has["right"] - has["left"])
     both = set(range(6)) - (has["left"] ^ has["right"])
     assert found.changed.tolist() == sorted(pfn for pfn in both if left.get(pfn) != right.get(pfn))
+
+
+def with_wide_mentions(data, count):
+    """A stream with this many more pages, each without content and alone in its 2 MiB."""
+    before = next(each.offset for each in walked("", reader(data)) if each.name == "TSC_INFO")
+    entries = (np.uint64(PageType.XALLOC) << np.uint64(60)) + (np.arange(1, count + 1, dtype=np.uint64) << np.uint64(9))
+    records = [
+        struct.pack("<IIII", RecordType.PAGE_DATA, 8 + part.nbytes, part.size, 0) + part.tobytes()
+        for part in np.split(entries, range(1024, count, 1024))
+    ]
+    return data[:before] + b"".join(records) + data[before:]
+
+
+def peak_bytes(*arguments):
+    """The most memory that a command had at once."""
+    process = subprocess.Popen([sys.executable, "-m", "pageferry", *map(str, arguments)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode in (0, 10)
+    return usage.ru_maxrss << 10
+
+
+def test_a_comparison_takes_no_more_memory_where_guests_are_large(tmp_path):
+    """Guests of 512 GiB and 1 TiB, of which a small file tells."""
+    few, many = tmp_path / "few", tmp_path / "many"
+    few.write_bytes(with_wide_mentions(OURS.read_bytes(), 1 << 18))
+    many.write_bytes(with_wide_mentions(OURS.read_bytes(), 1 << 19))
+    alone = peak_bytes("inspect", many, "--check")
+    assert peak_bytes("inspect", few, "--diff", many, "--json") - alone < 80 << 20
 
 
 def test_bad_questions_are_refused(inspect, tmp_path):
