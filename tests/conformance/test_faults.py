@@ -3,7 +3,7 @@
 import pytest
 from tiers import sample
 
-from mutation import tracker_faults, tracker_marks, tracker_ranges
+from mutation import tracker_faults, tracker_marks, tracker_races, tracker_ranges
 from mutation.tracker_wrapper import Faithful, mutated
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
@@ -39,6 +39,9 @@ CAUGHT_BY = {
     tracker_marks.MarksTheFirst: ("host-writes-are-marked", "marks-and-writes-mix"),
     tracker_marks.MarkLosesARace: ("writing-thread",),
     tracker_marks.RefusesStrangeMarks: ("marks-outside-ram",),
+    tracker_races.MarkFindsTheBitmapUnlocked: ("clean-between-steps-of-a-mark",),
+    tracker_races.MarkTakesNoLock: ("mark-between-steps-of-clean",),
+    tracker_races.PeekWritesBack: ("mark-between-steps-of-peek",),
     tracker_faults.SharesItsBitmap: ("bitmaps-are-the-callers",),
     tracker_faults.EnablesTwice: ("enable-twice",),
     tracker_faults.StartsAllDirty: ("enable-starts-clear",),
@@ -47,6 +50,8 @@ CAUGHT_BY = {
     tracker_faults.OffKeepsTheBits: ("off-and-on-again",),
     tracker_faults.IgnoresTheHole: ("rounds-are-exact", "free-running-stamp"),
     tracker_faults.ReportsAllAlways: ("rounds-are-exact",),
+    tracker_faults.ReportsWhatDiffers: ("changed-back-is-reported", "equal-value-is-reported"),
+    tracker_faults.ReportsChangedSums: ("permuted-words-are-reported",),
     tracker_faults.CountsWrong: ("stats-count-the-bits",),
     tracker_faults.FaultsTwice: ("one-fault-per-page",),
     tracker_faults.BreaksUnderTwoCallers: ("two-cleaners",),
@@ -99,8 +104,11 @@ def test_the_fault_is_found_by_the_check(make_vm, fault, check):
     assert (error.check, error.law) == (check, selected.law)
 
 
-def test_the_wrapper_alone_is_no_fault(make_vm):
-    lab = Lab(make_vm=mutated(make_vm, Faithful), memory_bytes=ODD, seed=1)
+@pytest.mark.parametrize(
+    "wrapper", sample([Faithful, tracker_races.HoldsMarks], "the base of the other faults", quick=[Faithful])
+)
+def test_the_wrapper_alone_is_no_fault(make_vm, wrapper):
+    lab = Lab(make_vm=mutated(make_vm, wrapper), memory_bytes=ODD, seed=1)
     assert [run_check(check, lab) for check in CHECKS] == [None] * len(CHECKS)
 
 

@@ -1,12 +1,19 @@
 """The conformance kit over every tracker; one test per check, so that a failure names the law."""
 
+import threading
+from pathlib import Path
+
 import pytest
 from tiers import sample
 
+from mutation.tracker_wrapper import Faithful, mutated
 from pageferry.core.errors import UnsupportedError, UsageError
-from pageferry.testing import CHECKS, check_log_dirty, failures
+from pageferry.hypervisor.domain import Domain
+from pageferry.testing import CHECKS, ConformanceError, check_log_dirty, failures
+from pageferry.testing.conformance import LAWS
 from pageferry.testing.lab import Lab
 
+ROOT = Path(__file__).parents[2]
 SMALLEST = 4 << 20
 
 
@@ -76,6 +83,42 @@ def test_an_unexpected_error_is_a_broken_promise_and_not_the_end_of_the_report()
     assert [(error.check, error.law) for error in found] == [("off-at-first", None), ("two-cleaners", 2)]
     assert "unexpected OSError: no" in found[0].detail
     assert "4194304 bytes, seed 1" in str(found[0])
+
+
+def test_a_failure_says_what_is_promised_and_which_law_that_defends():
+    error = next(failures(lambda config: None, checks=["clean-protects-again"], memory_bytes=[SMALLEST]))
+    first, promised, law, guest = str(error).split("\n")
+    assert first.startswith("clean-protects-again (law 1): unexpected AttributeError")
+    assert promised == "  promised: A page that is written in every round is reported by every CLEAN."
+    assert law.startswith("  law 1: Dirty or protected. At every instant each page")
+    assert guest == f"  guest: memory {SMALLEST} bytes, seed 1, 1 vCPU(s)"
+
+
+def test_the_laws_of_the_kit_are_those_of_the_document():
+    text = " ".join((ROOT / "docs/internals/laws.md").read_text().replace("*", "").replace("`", "").split())
+    assert {law for law, sentence in LAWS.items() if f"{law}. {sentence.rstrip('.')}" not in text} == set()
+    assert set(LAWS) == set(range(1, 9))
+
+
+class Hangs(Faithful):
+    """A tracker whose CLEAN waits for what never comes, until the test lets it go."""
+
+    let_go = threading.Event()
+
+    def clean_range(self, gfns):
+        self.let_go.wait()
+        return super().clean_range(gfns)
+
+
+def test_a_check_that_hangs_is_given_up_and_named_with_where_the_tracker_is():
+    try:
+        with pytest.raises(ConformanceError) as hung:
+            check_log_dirty(mutated(Domain, Hangs), memory_bytes=[SMALLEST], checks=["clean-clears"], patience_s=2)
+    finally:
+        Hangs.let_go.set()
+    assert (hung.value.check, hung.value.law) == ("clean-clears", None)
+    assert "nothing has happened for 2 s: clean_clears (operators.py:" in hung.value.detail
+    assert "> clean_range (test_log_dirty.py:" in hung.value.detail
 
 
 def test_the_lab_puts_the_working_set_at_the_very_end_of_ram(make_vm):

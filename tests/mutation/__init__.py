@@ -11,7 +11,7 @@ Not part of the published kit, which knows no implementation. A fault is declare
   and the pause), :mod:`.proving` (the proof, and the report), :mod:`.travelling` (encoders, connections, files,
   post-copy);
 - in front of any tracker, a class that wraps it (:mod:`.tracker_wrapper`): :mod:`.tracker_faults`,
-  :mod:`.tracker_marks`, :mod:`.tracker_ranges`.
+  :mod:`.tracker_marks`, :mod:`.tracker_races`, :mod:`.tracker_ranges`.
 
 What finds them: the kit; for the hypervisor :mod:`.checks`, :mod:`.device_checks`, :mod:`.cpu_checks` and
 :mod:`.virtio_checks` as well; for the engine :mod:`.migrations` with :mod:`.audit_checks`, :mod:`.wire_checks`,

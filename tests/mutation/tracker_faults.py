@@ -1,7 +1,8 @@
 """Faults to inject: trackers that are wrong in one way each, to prove that the conformance kit finds it.
 
 Each wraps a sound tracker of any machine; ``mutated(make_vm, fault)`` gives the kit a machine with that fault. Those
-of marks are in :mod:`.tracker_marks`, those of CLEAN of a range alone in :mod:`.tracker_ranges`.
+of marks are in :mod:`.tracker_marks`, those that are races in :mod:`.tracker_races`, those of CLEAN of a range alone in
+:mod:`.tracker_ranges`.
 """
 
 import threading
@@ -10,12 +11,13 @@ from typing import TypeAlias
 
 import numpy as np
 from altered import alter
+from numpy.typing import NDArray
 
-from mutation import tracker_marks, tracker_ranges
+from mutation import tracker_marks, tracker_races, tracker_ranges
 from mutation.tracker_wrapper import WINDOW_S, Faithful
-from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.bitmap import DirtyBitmap, expand_runs
 from pageferry.core.errors import LogDirtyError
-from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, gfn_of, gfns_touched, gpa_of
+from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of, gfns_touched, gpa_of
 from pageferry.core.machine import Machine
 from pageferry.core.vm import LogDirtyStats
 from pageferry.testing.operators import STRAY_GFN
@@ -235,6 +237,46 @@ class ReportsAllAlways(Faithful):
         return self._sound.clean_range(gfns) | self._vm.memory.all_ram().take(gfns)
 
 
+class _LooksAtContents(Faithful):
+    """What was written is judged by what the pages hold: the base of two faults."""
+
+    def __init__(self, vm: Machine) -> None:
+        super().__init__(vm)
+        self._known: dict[int, int] = {}
+
+    def enable(self) -> None:
+        """ENABLE, and note what the pages with storage hold."""
+        self._sound.enable()
+        self._note(expand_runs(*self._vm.memory.populated()))
+
+    def clean_range(self, gfns: range) -> DirtyBitmap:
+        """CLEAN, without pages that hold what they held at the last."""
+        seen = self._sound.clean_range(gfns)
+        before, written = self._known.copy(), seen.gfns()
+        self._note(written)
+        same = [gfn for gfn in written.tolist() if before.get(gfn) == self._known[gfn]]
+        seen.clear(np.array(same, np.uint64))
+        return seen
+
+    def _note(self, gfns: GfnArray) -> None:
+        for gfn, view in zip(gfns.tolist(), self._vm.memory.page_views(gfns), strict=True):
+            self._known[gfn] = self._summary_of(np.frombuffer(view, np.uint64))
+
+    def _summary_of(self, words: NDArray[np.uint64]) -> int:
+        return hash(words.tobytes())
+
+
+class ReportsWhatDiffers(_LooksAtContents):
+    """CLEAN reports pages that hold something else than at the CLEAN before, however often they changed between."""
+
+
+class ReportsChangedSums(_LooksAtContents):
+    """CLEAN reports pages whose words have another sum than at the CLEAN before."""
+
+    def _summary_of(self, words: NDArray[np.uint64]) -> int:
+        return int(words.sum())
+
+
 class CountsWrong(Faithful):
     """``dirty_count`` says 0 while pages are dirty."""
 
@@ -301,9 +343,12 @@ FAULTS: tuple[type[Faithful], ...] = (
     OffKeepsTheBits,
     IgnoresTheHole,
     ReportsAllAlways,
+    ReportsWhatDiffers,
+    ReportsChangedSums,
     CountsWrong,
     FaultsTwice,
     BreaksUnderTwoCallers,
     *tracker_marks.FAULTS,
+    *tracker_races.FAULTS,
     *tracker_ranges.FAULTS,
 )

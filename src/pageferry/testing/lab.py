@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
 from pageferry.guests.workloads import load_workload
 from pageferry.testing.oracle import StampOracle, explained_gfns
+from pageferry.testing.watchdog import Noted, Watch
 
 MakeVm = Callable[[VmConfig], Machine]
 
 GIVE_UP_S = 30.0
 """How long to wait for a guest, or another thread, that gets nowhere."""
+PATIENCE_S = 60.0
+"""How long a check may show no sign of life."""
 _POLL_S = 0.001
 _COMPARE_ALL_BYTES = 64 << 20
 #: Densities of successive stamp rounds, in 256ths: a quarter, none, few, all, most.
@@ -53,12 +57,13 @@ class Guest:
     info: abi.GuestInfo
     program: Program
     oracle: StampOracle
+    watch: Watch
     played: list[int] = field(default_factory=list)
 
     @property
     def log_dirty(self) -> LogDirty:
-        """The tracker under test."""
-        return self.vm.log_dirty
+        """The tracker under test; a call that returns is a sign of life."""
+        return cast(LogDirty, Noted(self.vm.log_dirty, self.watch))
 
     @property
     def memory(self) -> GuestMemory:
@@ -83,17 +88,22 @@ class Guest:
         self.vm.resume()
         self._until_sync(0)
 
-    def play(self, number: int) -> None:
-        """Let the ``stamp`` guest, which is at a sync point, write round ``number``; it is at the next one then."""
+    def answer(self, number: int) -> None:
+        """Give the guest, which is at a sync point, an answer, and let it run until it shows that at the next one."""
         self.vm.reply_sync(number)
         self.vm.resume()
         self._until_sync(number)
+
+    def play(self, number: int) -> None:
+        """Let the ``stamp`` guest, which is at a sync point, write round ``number``; it is at the next one then."""
+        self.answer(number)
         self.played.append(number)
         self.oracle.played(number)
 
     def _until_sync(self, value: int) -> None:
         status = self.vm.wait(GIVE_UP_S)
         found = self.vm.sync_value() if status is VmStatus.PAUSED else None
+        self.watch.signs += 1
         require(found == value, f"the guest did not reach sync point {value}: {status}, {self.vm.end}, value {found}")
 
     def progress(self, work: int = 1) -> None:
@@ -101,6 +111,7 @@ class Guest:
         wanted = self.work() + work
         for _ in range(int(GIVE_UP_S / _POLL_S)):
             self.require_running()
+            self.watch.signs += 1
             if self.work() >= wanted:
                 return
             self.vm.wait(_POLL_S)
@@ -132,17 +143,22 @@ class Guest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """Makes guests of one size and seed on the machine under test."""
+    """Makes guests of one size and seed on the machine under test.
+
+    ``patience_s``: how long a check may do nothing before it is given up.
+    """
 
     make_vm: MakeVm
     memory_bytes: int
     seed: int
     cpus: int = 1
+    patience_s: float = PATIENCE_S
+    watch: Watch = field(default_factory=Watch)
 
     @contextmanager
-    def guest(self, workload: str, *, pages: int = 96, rate: int = 0) -> Iterator[Guest]:
-        """Boot a workload whose working set is the last ``pages`` pages of RAM; it is paused."""
-        program = load_workload(workload)
+    def guest(self, workload: str | Program, *, pages: int = 96, rate: int = 0) -> Iterator[Guest]:
+        """Boot a workload or a program whose working set is the last ``pages`` pages of RAM; it is paused."""
+        program = load_workload(workload) if isinstance(workload, str) else workload
         vm = self.make_vm(VmConfig(memory_bytes=self.memory_bytes, cpus=self.cpus))
         try:
             params = GuestParams(
@@ -153,7 +169,7 @@ class Lab:
                 arguments=_DENSITIES if workload == "stamp" else (),
             )
             info = boot(vm, program, params=params)
-            yield Guest(vm, info, program, StampOracle(info))
+            yield Guest(vm, info, program, StampOracle(info), self.watch)
         finally:
             vm.close()
 
@@ -221,7 +237,11 @@ class Copy:
         touched = [expand_runs(*memory.populated()) for memory in (self._original, self._copy)]
         if self._original.size_bytes <= _COMPARE_ALL_BYTES:
             touched.append(self._original.all_ram().gfns())
-        starts, lengths = runs_of(np.unique(np.concatenate(touched)))
+        self.require_equal_at(np.unique(np.concatenate(touched)))
+
+    def require_equal_at(self, gfns: GfnArray, when: str = "") -> None:
+        """Check that the copy of frames (uint64[n], ascending) equals the original; ``when`` begins the message."""
+        starts, lengths = runs_of(gfns)
         views = zip(self._original.views(starts, lengths), self._copy.views(starts, lengths), strict=True)
         wrong = []
         for start, (ours, theirs) in zip(starts.tolist(), views, strict=True):
@@ -230,5 +250,7 @@ class Copy:
                 np.flatnonzero(differs.reshape(-1, (1 << PAGE_SHIFT) // 8).any(axis=1)).astype(np.uint64)
                 + np.uint64(start)
             )
-        gfns = np.concatenate(wrong) if wrong else np.empty(0, np.uint64)
-        require(not gfns.size, f"the copy made of reported pages is not the guest's memory: {listed(gfns)}")
+        different = np.concatenate(wrong) if wrong else np.empty(0, np.uint64)
+        require(
+            not different.size, f"{when}the copy made of reported pages is not the guest's memory: {listed(different)}"
+        )
