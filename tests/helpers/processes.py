@@ -44,7 +44,7 @@ def reap(popen):
 
 
 #: Commands that only ask a guest's process, or look at files.
-_CLIENTS = {"migrate", "switch", "cancel", "limits", "save", "inspect", "status", "pause", "resume", "quit"}
+_CLIENTS = {"migrate", "switch", "cancel", "limits", "save", "inspect", "status", "pause", "resume", "shutdown", "quit"}
 
 
 @contextlib.contextmanager

@@ -131,3 +131,15 @@ def test_it_ends_as_its_user_says(vm, terminal, command, end):
     terminal.type(command)
     vm.wait(PATIENCE_S)
     assert vm.end == end
+
+
+def test_the_power_button_switches_the_guest_off(vm, terminal):
+    vm.resume()
+    if not terminal.run("ls /modules | grep evdev"):
+        pytest.skip("the image is of an older release, and does not listen to its power button: make linux-image")
+    vm.pause()
+    vm.press_power_button()  # what is pressed now the guest hears of when it runs
+    assert vm.end is None
+    vm.resume()
+    vm.wait(PATIENCE_S)
+    assert vm.end == GuestEnd(exit_code=0)

@@ -32,15 +32,21 @@ QEMU = "qemu-system-x86_64"
 LINUX_IMAGE = "PAGEFERRY_LINUX_IMAGE"
 #: What must be installed, and the Debian package that has it.
 TOOLS = {QEMU: "qemu-system-x86", "dpkg-deb": "dpkg", "apt-get": "apt"}
-MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "ccp", "kvm_amd")
+MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "ccp", "kvm_amd", "tun")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one machine does: arguments for pytest, and on how many processors."""
+    """What one machine does: arguments for pytest or, after the path of a script, for that; on how many processors."""
 
     tests: tuple[str, ...]
     processors: int = 2
+    script: str | None = None
+
+    @property
+    def program(self) -> list[str]:
+        """The command that it runs."""
+        return [sys.executable, *(["-m", "pytest"] if self.script is None else [self.script]), *self.tests]
 
 
 #: Every KVM test, and the conformance kit over each tracker of a KVM machine, 1 and 2 vCPUs (3, 4, other seeds and the
@@ -98,9 +104,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = " and ".join(shlex.join(part.tests) for part in PARTS)
     parser.add_argument("--processors", type=int, default=2, help="of the machine for those tests (default: 2)")
-    parser.add_argument("tests", nargs="*", help=f"arguments for pytest (after --) instead of: {usual}")
+    parser.add_argument("--script", help="run this instead of pytest, as benchmarks/linux_kvm.py")
+    parser.add_argument("tests", nargs="*", help=f"arguments (after --) instead of: {usual}")
     asked = parser.parse_args(arguments)
-    parts = (Part(tuple(asked.tests), asked.processors),) if asked.tests else PARTS
+    named = asked.tests or asked.script
+    parts = (Part(tuple(asked.tests), asked.processors, asked.script),) if named else PARTS
     if missing := [package for tool, package in TOOLS.items() if shutil.which(tool) is None]:
         print(f"test-npt: {', '.join(missing)} not installed: sudo apt-get install {' '.join(missing)}")
         return NOT_RUN
@@ -139,8 +147,10 @@ def init_script(parts: Sequence[Part]) -> str:
     settings = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT / "src"), "PAGEFERRY_REQUIRE_KVM": "1"}
     settings |= {name: os.environ[name] for name in (LINUX_IMAGE,) if name in os.environ}
     environment = [f"{name}={value}" for name, value in settings.items()]
-    pytest = ["/usr/bin/env", *environment, sys.executable, "-m", "pytest"]
-    cases = [f"*part={number}*) exec {shlex.join([*pytest, *part.tests])};;" for number, part in enumerate(parts)]
+    cases = [
+        f"*part={number}*) exec {shlex.join(['/usr/bin/env', *environment, *part.program])};;"
+        for number, part in enumerate(parts)
+    ]
     steps = (
         f"cd {shlex.quote(str(PROJECT))}",
         "{ grep -q Y /sys/module/kvm_amd/parameters/npt || { echo 'no nested paging in this machine'; exit 2; }; }",

@@ -47,6 +47,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "console": control.console,
     "pause": control.pause,
     "resume": control.resume,
+    "shutdown": control.shut_down,
     "quit": control.quit_guest,
     "doctor": tools.doctor,
 }

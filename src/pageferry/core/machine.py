@@ -39,6 +39,17 @@ class Console(Protocol):
         """
 
 
+class PowerButton(Protocol):
+    """The guest's power button."""
+
+    def press_power_button(self) -> None:
+        """Ask the guest's operating system to shut down, from any thread; one that is paused finds out later.
+
+        Raises:
+            VmError: it does not listen, or is being moved.
+        """
+
+
 class SyncPoints(Protocol):
     """Points where a guest of the guest ABI stops until the host has answered; for tests."""
 
@@ -52,5 +63,5 @@ class SyncPoints(Protocol):
         """Answer the sync point where the guest is paused: its next read of the sync port gives ``value`` (u32)."""
 
 
-class Machine(Vm, RunControlled, Console, SyncPoints, Protocol):
+class Machine(Vm, RunControlled, Console, PowerButton, SyncPoints, Protocol):
     """All that this process can do with a guest that it runs."""

@@ -188,6 +188,17 @@ class StandardMachine(ABC):
             taken = self.virtio.type(data)
             return self.platform.console.type(data) if taken is None else taken
 
+    def press_power_button(self) -> None:
+        """Ask the guest's operating system to shut down, as the button of a PC does."""
+        with self.platform.bus.locked():  # as for the console
+            if self.run_control.frozen:
+                raise VmError("the guest stands still for its migration", hint="ask again when that has ended")
+            if self.platform.power is None or not self.platform.power.press_power_button():
+                raise VmError(
+                    "the guest does not listen to a power button",
+                    hint="a Linux does once its modules button and evdev are loaded; quit ends the guest at once",
+                )
+
     def save_state(self) -> MachineState:
         """Return everything but memory."""
         self._expect_paused("saved")

@@ -9,7 +9,7 @@ from pageferry.core.vm import MachineModel
 from pageferry.devices.bus import DeviceBus, expect_size
 from pageferry.devices.clock import Clock, Timer
 from pageferry.devices.dma import DmaDevice
-from pageferry.devices.interrupts import IRQ_COM1, IRQ_RTC
+from pageferry.devices.interrupts import IRQ_COM1, IRQ_RTC, IRQ_SCI
 from pageferry.devices.pc.power import PowerManagement, reset_ports
 from pageferry.devices.rtc import Rtc
 from pageferry.devices.uart import Uart
@@ -130,6 +130,8 @@ class Platform:
         self.bus.add(self.console, self.clock, self.timer, self.rtc)
         self.bus.add(ExitPort(), self.sync, InvalidatePort(), self.dma)
         self.bus.timed += (self.rtc,)
+        self.power: PowerManagement | None = None
         if model is MachineModel.PC:
-            self.bus.add(PowerManagement(self.clock.now_ns))
+            self.power = PowerManagement(self.clock.now_ns, self.bus.lines.line(IRQ_SCI))
+            self.bus.add(self.power)
             self.bus.add_ports(*reset_ports())

@@ -60,6 +60,7 @@ class Commands:
             "migrate-set-parameters": self._migrate_set_parameters,
             "migrate-continue": self._migrate_continue,
             "quit": self._quit,
+            "system_powerdown": self._power_down,
             "x-console-write": self._console_write,
         }
 
@@ -142,6 +143,14 @@ class Commands:
             raise QmpError("the guest needs pages at the destination that are here only", hint=hint)
         self._announcer.event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self._quit_process()
+
+    def _power_down(self, arguments: dict[str, Any]) -> None:
+        Arguments(arguments).done()
+        with self._guest.lock:
+            vm = self._guest.here()
+            self._outgoing.check_here()
+            vm.press_power_button()
+            self._announcer.event("POWERDOWN")
 
     def _console_follow(self, arguments: dict[str, Any], wake: Callable[[], None]) -> ConsoleFollower:
         Arguments(arguments).done()

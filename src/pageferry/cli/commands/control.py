@@ -59,6 +59,11 @@ def resume(
     _command(control, "cont", **({"x-force": True} if force else {}))
 
 
+def shut_down(control: ControlOption) -> None:
+    """Ask a guest's operating system to shut down, as by its power button."""
+    _command(control, "system_powerdown")
+
+
 def quit_guest(control: ControlOption) -> None:
     """End a guest process, and the guest with it."""
     _command(control, "quit")

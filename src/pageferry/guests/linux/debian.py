@@ -32,6 +32,7 @@ REQUIRED = ("cloud", "standard")
 MODULES = (
     *("virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon"),
     *("crc32c_generic", "ext4"),
+    *("button", "evdev"),
 )
 BUSYBOX_PACKAGE = "busybox-static"
 #: Empty directories of the initramfs, to mount on.

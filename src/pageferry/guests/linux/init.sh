@@ -1,5 +1,5 @@
 # The first process of the guests that `make linux-image` makes: it mounts what programs expect, loads the modules,
-# says that it is ready, and then does what the kernel's command line asks for:
+# has the power button switch the guest off, says that it is ready, and then does what the kernel's command line asks for:
 #   root=/dev/vda    go on in the root file system there, with its /sbin/init or what init= names
 #   pageferry=work   work that checks itself, for ever (/bin/work)
 #   else             a shell on the console, and another when that ends
@@ -21,6 +21,10 @@ for word in $(cat /proc/cmdline); do
     esac
 done
 if [ -n "$root" ]; then mount "$root" /root && exec switch_root /root "$init"; fi
+mkdir -p /etc/acpi/PWRF
+printf '#!/bin/sh\npoweroff -f\n' >/etc/acpi/PWRF/00000080
+chmod +x /etc/acpi/PWRF/00000080
+acpid -l /dev/null
 echo "pageferry: ready"
 case " $(cat /proc/cmdline) " in
     *" pageferry=work "*) work ;;

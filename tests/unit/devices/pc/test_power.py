@@ -1,5 +1,7 @@
 """How a PC is switched off and reset, and the timer of power management."""
 
+import struct
+
 import pytest
 
 from pageferry.core.errors import VmError
@@ -9,7 +11,8 @@ from pageferry.core.vm import MachineModel
 from pageferry.devices.pc.power import PowerManagement
 from pageferry.devices.platform import Platform
 
-ENABLE, CONTROL, TIMER = 2, 4, 8
+STATUS, ENABLE, CONTROL, TIMER = 0, 2, 4, 8
+BUTTON = 1 << 8
 
 
 @pytest.fixture
@@ -18,8 +21,14 @@ def bus():
 
 
 @pytest.fixture
-def pm():
-    return PowerManagement(lambda: 0)
+def sci():
+    """The levels that the interrupt line had, one after another."""
+    return []
+
+
+@pytest.fixture
+def pm(sci):
+    return PowerManagement(lambda: 0, sci.append)
 
 
 def test_s5_ends_the_guest(bus):
@@ -54,16 +63,34 @@ def test_a_plain_machine_has_none_of_it():
     assert bus.port_write(0x64, 1, 0xFE) is None
 
 
-def test_events_can_be_enabled_and_none_comes(pm):
+def test_events_can_be_enabled_and_none_comes_by_itself(pm, sci):
     pm.write(0, 4, 0xFFFF_FFFF)
     assert pm.read(0, 4) == 0x4721_0000
+    assert True not in sci
     pm.write(ENABLE + 1, 1, 0)
     assert pm.read(ENABLE, 2) == 0x0021
 
 
+def test_the_power_button_interrupts_until_the_guest_has_cleared_its_status(pm, sci):
+    assert not pm.press_power_button(), "the guest has not enabled it"
+    assert pm.read(STATUS, 2) == 0
+    pm.write(ENABLE, 2, BUTTON)
+    assert not any(sci)
+    assert pm.press_power_button()
+    assert (pm.read(STATUS, 2), sci[-1]) == (BUTTON, True)
+    pm.write(STATUS, 2, 0)
+    assert (pm.read(STATUS, 2), sci[-1]) == (BUTTON, True), "a 0 clears nothing"
+    pm.write(ENABLE, 2, 0)
+    assert not sci[-1]
+    pm.write(ENABLE, 2, BUTTON)
+    assert sci[-1]
+    pm.write(STATUS + 1, 1, BUTTON >> 8)
+    assert (pm.read(STATUS, 2), sci[-1]) == (0, False)
+
+
 def test_the_timer_is_guest_time():
     now_ns = [0]
-    pm = PowerManagement(lambda: now_ns[0])
+    pm = PowerManagement(lambda: now_ns[0], lambda _: None)
     assert pm.read(TIMER, 4) == 0
     now_ns[0] = 10**9
     assert pm.read(TIMER, 4) == 3_579_545
@@ -75,16 +102,20 @@ def test_the_timer_is_guest_time():
 
 
 def test_the_registers_move(pm):
-    pm.write(ENABLE, 2, 0x0100)
+    pm.write(ENABLE, 2, BUTTON)
     pm.write(CONTROL, 2, 5 << 10 | 2)
-    other = PowerManagement(lambda: 0)
+    assert pm.press_power_button()
+    levels = []
+    other = PowerManagement(lambda: 0, levels.append)
     other.load(pm.save())
-    assert [other.read(at, 2) for at in (ENABLE, CONTROL)] == [0x0100, 5 << 10 | 3]
+    assert [other.read(at, 2) for at in (STATUS, ENABLE, CONTROL)] == [BUTTON, BUTTON, 5 << 10 | 3]
+    assert levels[-1], "what was pressed before the move interrupts behind it"
 
 
-@pytest.mark.parametrize("state", [b"\x02\x00\x00\x00", b"\x00\x00\x01\x00", b"\x00\x00\x00\x20"])
-def test_a_state_that_cannot_be_is_refused(pm, state):
+@pytest.mark.parametrize("registers", [(1, 0, 0), (0, 2, 0), (0, 0, 1), (0, 0, 0x2000)])
+def test_a_state_that_cannot_be_is_refused(pm, registers):
+    state = struct.pack("<3H", *registers)
     with pytest.raises(VmError, match="device pm has registers that it cannot have"):
         pm.load(state)
-    with pytest.raises(VmError, match="3 bytes, not 4"):
+    with pytest.raises(VmError, match="3 bytes, not 6"):
         pm.load(state[:3])
