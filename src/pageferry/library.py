@@ -135,8 +135,9 @@ def receive(
             source in post-copy (DESTINATION).
         ConnectionAbortedError: the acceptor was closed before anybody came.
     """
+    peer = acceptor.wait()
     destination = Destination(
-        acceptor.wait(),
+        peer,
         partial(_make, machines),
         host_cpu=lambda vm: host_cpu_under(vm.accel),
         accept=acceptor.accept,
@@ -144,7 +145,10 @@ def receive(
         before_run=before_run,
         on_event=on_event,
     )
-    return destination.run()
+    try:
+        return destination.run()
+    finally:
+        acceptor.free()
 
 
 def save(

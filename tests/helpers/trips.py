@@ -19,6 +19,7 @@ from pageferry.engine.destination import Destination
 from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
+from pageferry.engine.wire.peer import Peer
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.decoder import Decoder
@@ -64,6 +65,10 @@ class Inn:
         channel = accept_within(self._listener, wait_s, TIMEOUT_S)
         if channel is not None:
             self.channels.append(channel)
+        return channel and Peer(self._watched(channel), Side.DESTINATION)
+
+    def _watched(self, channel):
+        """Return a further connection, as the destination is to have it."""
         return channel
 
     def _heard(self, channel):
@@ -79,7 +84,9 @@ class Inn:
     def _serve(self, options):
         try:
             self.channels.append(self._heard(Channel(self._listener.accept(), TIMEOUT_S)))
-            self.destination = self.kind(self.channels[0], self._make, accept=self._accept, **options)
+            self.destination = self.kind(
+                Peer(self.channels[0], Side.DESTINATION), self._make, accept=self._accept, **options
+            )
             self.vm = self.destination.run()
         except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
             self.error = error
@@ -170,6 +177,9 @@ class Taped:
 
     def __str__(self):
         return str(self.endpoint)
+
+    def __getattr__(self, name):
+        return getattr(self.endpoint, name)
 
     def connect(self, timeout_s, given_up):
         """Connect, with a tape."""

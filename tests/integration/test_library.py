@@ -37,15 +37,15 @@ class Switch:
 
 
 class Recorded(pageferry.Acceptor):
-    """Remembers the connections that came to it."""
+    """Remembers who came to it."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.channels = []
+        self.callers = []
 
     def wait(self):
-        self.channels.append(super().wait())
-        return self.channels[-1]
+        self.callers.append(super().wait())
+        return self.callers[-1]
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_a_source_that_is_cut_after_the_switch_comes_back_by_itself(pool, accept
 
     def cut_once(event):
         if isinstance(event, PostcopyProgress) and not events:
-            acceptor.channels[0].abort()
+            acceptor.callers[0].channel.abort()
         if isinstance(event, PostcopyProgress | PostcopyPaused | PostcopyRecovered):
             events.append(type(event))
 

@@ -80,9 +80,8 @@ class Inn(trips.Inn):
     def _heard(self, channel):
         return self.shears.watch(super()._heard(channel), Side.DESTINATION)
 
-    def _accept(self, wait_s):
-        channel = super()._accept(wait_s)
-        return channel and self.shears.watch(channel, Side.DESTINATION)
+    def _watched(self, channel):
+        return self.shears.watch(channel, Side.DESTINATION)
 
     def ask_ahead_only_while(self, may):
         """Ask for pages that nobody waits for only while ``may()``."""

@@ -49,6 +49,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "resume": control.resume,
     "shutdown": control.shut_down,
     "quit": control.quit_guest,
+    "keys": tools.keys,
     "doctor": tools.doctor,
 }
 for _name, _function in _COMMANDS.items():

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pageferry.cli.shell import ERR
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.hugepages import HugePages
@@ -14,6 +15,7 @@ from pageferry.core.policy_names import POLICIES, make_policy
 from pageferry.core.units import parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.options import VerifyMode, WireOptions
+from pageferry.engine.wire.channel import Endpoint
 from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel
 from pageferry.vmm.local_backends import absolute
@@ -39,6 +41,18 @@ HugePagesOption = Annotated[
     typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
 ]
 BandwidthOption = Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")]
+TlsDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Certificates for tls://, named as for QEMU: ca-cert.pem, server- or client-cert.pem and -key.pem."
+    ),
+]
+PeerOption = Annotated[
+    str | None, typer.Option(help="Accept only an end whose certificate has this name or address (--tls-dir).")
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Do not warn that tcp:// can be read and changed by others.")
+]
 PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
@@ -169,6 +183,23 @@ def policy_options(
         "x-max-rounds": max_rounds,
         "x-deadline-s": deadline,
         "x-verify": verify,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def warn_if_exposed(endpoint: Endpoint, *, insecure: bool) -> None:
+    """Warn of an address at which others can read and change what passes, unless the user knows."""
+    if endpoint.exposed and not insecure:
+        text = f"at {endpoint} others on the network can read and change the guest"
+        ERR.print(f"warning: {text}; use tls:// (docs/guide/security.md), or --insecure", markup=False, soft_wrap=True)
+
+
+def tls_options(tls_dir: Path | None, peer: str | None, secret_file: Path | None) -> dict[str, Any]:
+    """Return the arguments of the QMP command ``migrate`` that say who we are and whom we accept."""
+    options = {
+        "x-tls-dir": None if tls_dir is None else str(tls_dir.absolute()),
+        "x-peer": peer,
+        "x-secret-file": None if secret_file is None else str(secret_file.absolute()),
     }
     return {name: value for name, value in options.items() if value is not None}
 

@@ -28,6 +28,7 @@ only :meth:`Destination.abort` ends it, and the guest is lost.
 import contextlib
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NoReturn
 
@@ -62,7 +63,6 @@ from pageferry.stream.ferry_frames import (
     SourceHello,
     Switch,
 )
-from pageferry.stream.ferry_order import Side
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.records import CpuidPolicy, Fence, HvmContext, StaticDataEnd
 
@@ -86,7 +86,7 @@ class Destination(Generic[AnyVm]):
     """One attempt to take a guest in.
 
     Args:
-        channel: the accepted connection; closed at the end.
+        peer: the source, which has connected, and was perhaps heard already; its connection is closed at the end.
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         host_cpu: tells the CPU under the machine that was made; None: not known.
         accept: where further connections of the same migration come from, and its source after a cut.
@@ -98,7 +98,7 @@ class Destination(Generic[AnyVm]):
 
     def __init__(
         self,
-        channel: Channel,
+        peer: Peer,
         make_vm: Callable[[VmConfig], AnyVm],
         *,
         host_cpu: Callable[[AnyVm], HostCpu | None] = lambda _: None,
@@ -108,7 +108,8 @@ class Destination(Generic[AnyVm]):
         before_run: Callable[[AnyVm, str], None] = _ignore_arrival,
         on_complete: Callable[[], None] = _ignore_completion,
     ) -> None:
-        self._channel = channel
+        self._peer = peer
+        self._channel = peer.channel
         self._make_vm = make_vm
         self._host_cpu = host_cpu
         self._accept = accept
@@ -117,7 +118,6 @@ class Destination(Generic[AnyVm]):
         self._before_run = before_run
         self._on_complete = on_complete
         self._clock = PhaseClock(self._on_event)
-        self._peer = Peer(channel, Side.DESTINATION)
         self._aborted = threading.Event()
         self._postcopy: PostcopyClient | None = None  # from just before the switch on
 
@@ -198,10 +198,7 @@ class Destination(Generic[AnyVm]):
     # -- hello -----------------------------------------------------------------------------------------------------
 
     def _hello(self) -> SourceHello:
-        patience_s, self._channel.timeout_s = self._channel.timeout_s, min(self._channel.timeout_s, _HELLO_TIMEOUT_S)
-        self._peer.greet()
-        hello = self._peer.receive()
-        self._channel.timeout_s = patience_s
+        hello = self._peer.hear(time.monotonic() + _HELLO_TIMEOUT_S)
         if isinstance(hello, Recover):
             token = next((token for token in self._dropped if self._peer.proves(hello, token)), None)
             refuse_return(self._peer, dropped=token)

@@ -14,6 +14,7 @@ from pageferry.core.errors import (
 )
 from pageferry.core.events import Phase
 from pageferry.engine.wire.peer import PeerFailedError
+from pageferry.engine.wire.tls_errors import TlsError
 from pageferry.stream.ferry_frames import Failed
 
 
@@ -33,6 +34,8 @@ def as_migration_error(
         return PeerError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, VmError | UsageError):  # before OSError: a KvmError is both, and no fault of the connection
         return MigrationError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
+    if isinstance(error, TlsError):
+        return TransportError(f"{peer}: {error}", phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, TruncatedError | OSError):
         return TransportError(_broken(error, phase, peer, timeout_s), phase=str(phase), guest_at=guest_at)
     if isinstance(error, RemoteStreamError):

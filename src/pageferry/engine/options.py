@@ -7,6 +7,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S
+from pageferry.engine.wire.credentials import Credentials
 from pageferry.stream.ferry_frames import MAX_CONNECTIONS
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import Packing, packer
@@ -71,7 +72,8 @@ class MigrationOptions:
 
     ``name``: what the guest is called, for people. ``timeout_s``: how long a connection may stand still. ``verify``:
     None: ``full`` where that fits the downtime limit, ``audit`` otherwise. ``wire``: how pages may travel. ``hold``: do
-    not pause the guest before it is told to go on, however ready all is; rounds go on meanwhile.
+    not pause the guest before it is told to go on, however ready all is; rounds go on meanwhile. ``credentials``: who
+    we are and whom we accept, for an address with TLS and for no other.
     """
 
     name: str = "guest"
@@ -79,6 +81,7 @@ class MigrationOptions:
     verify: VerifyMode | None = None
     wire: WireOptions = DEFAULT_WIRE
     hold: bool = False
+    credentials: Credentials | None = None
 
 
 DEFAULT_OPTIONS = MigrationOptions()

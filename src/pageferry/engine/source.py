@@ -223,8 +223,16 @@ class Source:
     # -- connect, hello --------------------------------------------------------------------------------------------
 
     def _connect(self) -> Channel:
-        handoff = self.job.handoff
+        handoff, credentials = self.job.handoff, self._options.credentials
+        self._endpoint.expect_suits(credentials)
         channel = self._endpoint.connect(self._options.timeout_s, given_up=lambda: handoff.cancelled)
+        if credentials is not None:
+            expected = credentials.peer or self._endpoint.host.partition("%")[0]
+            try:
+                channel.secure(credentials.context, server_name=expected, given_up=lambda: handoff.cancelled)
+            except BaseException:
+                channel.close()
+                raise
         channel.pacer = self.job.pacer
         self.job.opened(channel)
         return channel

@@ -55,6 +55,19 @@ class Arguments:
             raise QmpError(f"Invalid parameter type for '{name}', expected: string")
         return value
 
+    def path(self, name: str) -> Path | None:
+        """Return an absolute path, or None when it is missing or null.
+
+        Raises:
+            QmpError: it is something else.
+        """
+        text = self.text(name, "")
+        if not text:
+            return None
+        if not text.startswith("/") or "\0" in text:
+            raise QmpError(f"Invalid parameter '{name}', expected: an absolute path")
+        return Path(text)
+
     def number(self, name: str) -> float | None:
         """Return a positive, finite number, or None when it is missing or null.
 

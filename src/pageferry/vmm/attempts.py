@@ -14,8 +14,11 @@ from pageferry.engine.image.save import Save
 from pageferry.engine.options import MigrationOptions, VerifyMode, WireOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
+from pageferry.engine.wire.credentials import Credentials, read_secret
+from pageferry.stream.ferry_order import Side
 from pageferry.stream.packing import Packing
 from pageferry.vmm.arguments import Arguments, saved_to
+from pageferry.vmm.qmp import QmpError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,19 +69,40 @@ def _moving(args: Arguments, endpoint: Endpoint, policy: Policy) -> MakeAttempt:
         delta_cache_bytes=args.integer("x-delta-cache") or 0,
     )
     hold = args.flag("x-hold")
+    credentials = _credentials(args)
+    endpoint.expect_suits(credentials)
 
     def make(guest: Departing) -> Source | Save:
         return Source(
             guest.vm,
             endpoint,
             policy,
-            MigrationOptions(name=guest.name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold),
+            MigrationOptions(
+                name=guest.name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold, credentials=credentials
+            ),
             host_cpu=guest.host_cpu,
             on_event=guest.on_event,
             work_before=guest.work_before,
         )
 
     return make
+
+
+def _credentials(args: Arguments) -> Credentials | None:
+    """Return who we are to a destination, and whom we accept; the files are read by this process."""
+    directory, secret = args.path("x-tls-dir"), args.path("x-secret-file")
+    peer = args.text("x-peer", "")
+    if directory is not None and secret is not None:
+        raise QmpError("certificates and a secret are two ways", hint="--tls-dir or --secret-file")
+    if secret is not None:
+        if peer:
+            raise QmpError("a secret has no names", hint="--peer goes with --tls-dir")
+        return Credentials.from_secret(read_secret(secret), Side.SOURCE)
+    if directory is not None:
+        return Credentials.from_dir(directory, Side.SOURCE, peer or None)
+    if peer:
+        raise QmpError("nobody has a name without certificates", hint="--peer goes with --tls-dir")
+    return None
 
 
 def _saving(args: Arguments, file: Path, policy: Policy) -> MakeAttempt:

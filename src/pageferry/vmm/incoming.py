@@ -10,7 +10,9 @@ from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.wire.acceptor import Acceptor
-from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.credentials import Credentials
+from pageferry.engine.wire.peer import Peer
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.local_backends import LocalBackends, is_local
@@ -40,13 +42,17 @@ class Incoming:
         self._acceptor: Acceptor | None = None
         self._last = False
 
-    def listen(self, endpoint: Endpoint) -> Endpoint:
+    def listen(self, endpoint: Endpoint, credentials: Credentials | None = None) -> Endpoint:
         """Begin to wait at ``endpoint``; return the address, with the port that it really has. Call once.
 
+        Args:
+            endpoint: where.
+            credentials: who we are and whom we accept, where it is TLS.
+
         Raises:
-            UsageError: the address is in use or not ours.
+            UsageError: the address is in use or not ours, or TLS and credentials do not go together.
         """
-        acceptor = self._acceptor = Acceptor(endpoint)
+        acceptor = self._acceptor = Acceptor(endpoint, credentials=credentials, on_refused=self._refused)
         self._thread = threading.Thread(target=self._main, args=(acceptor,), name="receive", daemon=True)
         self._thread.start()
         return acceptor.endpoint
@@ -88,19 +94,19 @@ class Incoming:
     def _main(self, acceptor: Acceptor) -> None:
         while not self._last:
             try:
-                channel = acceptor.wait()
+                peer = acceptor.wait()
             except ConnectionAbortedError:
                 return
             try:
-                self._receive(acceptor, channel)
+                self._receive(acceptor, peer)
             except Exception:
                 _log.exception("an attempt to receive a guest ended by a defect")
             if self._guest.vm is not None:
                 acceptor.close()
                 return
 
-    def _receive(self, acceptor: Acceptor, channel: Channel) -> None:
-        trusted = is_local(channel.socket)
+    def _receive(self, acceptor: Acceptor, peer: Peer) -> None:
+        trusted = is_local(peer.channel.socket)
 
         def make_vm(config: VmConfig) -> Machine:
             devices = self._backends.choose(config.devices, trusted=trusted)
@@ -111,7 +117,7 @@ class Incoming:
             return vm
 
         attempt = self._attempt = Destination(
-            channel,
+            peer,
             make_vm,
             host_cpu=lambda _: self._guest.machines.host_cpu,
             accept=acceptor.accept,
@@ -136,6 +142,9 @@ class Incoming:
                 return
             self._guest.lose()
             self._announcer.say(f"no guest received: {error}; waiting for another attempt")
+
+    def _refused(self, text: str) -> None:
+        self._announcer.say(f"no guest received: {text}; waiting for another attempt")
 
     def _completed(self) -> None:
         self._announcer.migration("completed")

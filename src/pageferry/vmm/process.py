@@ -23,6 +23,7 @@ from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.credentials import Credentials
 from pageferry.guests.loader import Loader
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
@@ -119,13 +120,17 @@ class GuestProcess:
         self._announcer.event("STOP")
         self._guest.here().pause()
 
-    def listen(self, endpoint: Endpoint) -> Endpoint:
+    def listen(self, endpoint: Endpoint, credentials: Credentials | None = None) -> Endpoint:
         """Wait for a guest at ``endpoint`` on a thread; return the address, with the port that it really has.
 
+        Args:
+            endpoint: where.
+            credentials: who we are and whom we accept, where it is TLS.
+
         Raises:
-            UsageError: the address is in use or not ours.
+            UsageError: the address is in use or not ours, or TLS and credentials do not go together.
         """
-        return self._incoming.listen(endpoint)
+        return self._incoming.listen(endpoint, credentials)
 
     def start(self) -> None:
         """Serve the control socket and let the guest run, if it was booted or restored here."""

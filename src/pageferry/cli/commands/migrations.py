@@ -17,18 +17,23 @@ from pageferry.cli.options import (
     CpusOption,
     DeadlineOption,
     HugePagesOption,
+    InsecureOption,
     JsonOption,
     LimitOption,
     MachineOption,
     MemoryOption,
+    PeerOption,
     PlotOption,
     PolicyOption,
     RoundsOption,
+    TlsDirOption,
     TrackerOption,
     VerifyOption,
     WitnessOption,
     policy_options,
+    tls_options,
     vm_config,
+    warn_if_exposed,
     wire_options,
 )
 from pageferry.cli.plot import PlotFile
@@ -93,8 +98,16 @@ def demo(
 
 
 def migrate_guest(
-    uri: Annotated[str, typer.Argument(help="Where the destination waits: tcp://HOST:PORT or unix:PATH.")],
+    uri: Annotated[
+        str, typer.Argument(help="Where the destination waits: tls://HOST:PORT, tcp://HOST:PORT or unix:PATH.")
+    ],
     control: ControlOption,
+    tls_dir: TlsDirOption = None,
+    peer: PeerOption = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="A file with what `receive --secret new` has printed (tls).")
+    ] = None,
+    insecure: InsecureOption = False,
     policy: PolicyOption = "downtime",
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
@@ -123,9 +136,10 @@ def migrate_guest(
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
-    Endpoint.parse(uri)
+    warn_if_exposed(Endpoint.parse(uri), insecure=insecure)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
     options |= wire_options(bandwidth, connections, compress, delta_cache) | ({"x-hold": True} if hold else {})
+    options |= tls_options(tls_dir, peer, secret_file)
     _migrate(control, uri, {"resume": True} if recover else options, as_json, plot)
 
 

@@ -20,16 +20,20 @@ from pageferry.cli.options import (
     CpusOption,
     DisksOption,
     HugePagesOption,
+    InsecureOption,
     LocalDisksOption,
     LocalNetsOption,
     MemoryOption,
     NetsOption,
     OwnControlOption,
+    PeerOption,
+    TlsDirOption,
     TrackerOption,
     VirtioConsoleOption,
     WitnessOption,
     device_specs,
     vm_config,
+    warn_if_exposed,
 )
 from pageferry.cli.progress import ReadingView
 from pageferry.cli.shell import ERR, tell
@@ -41,9 +45,11 @@ from pageferry.core.units import parse_size
 from pageferry.core.vm import MachineModel
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.credentials import Credentials, new_secret
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.loader import KernelOptions, Loader, linux, named
 from pageferry.guests.workloads import WORKLOADS
+from pageferry.stream.ferry_order import Side
 from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, LocalBackends
@@ -151,8 +157,16 @@ def _console_input(process: GuestProcess) -> Iterator[None]:
 
 
 def receive(
-    uri: Annotated[str, typer.Argument(help="Where to wait: tcp://HOST:PORT (port 0: any) or unix:PATH.")],
+    uri: Annotated[
+        str, typer.Argument(help="Where to wait: tls://HOST:PORT, tcp://HOST:PORT (port 0: any) or unix:PATH.")
+    ],
     control: ControlOption,
+    tls_dir: TlsDirOption = None,
+    peer: PeerOption = None,
+    secret: Annotated[
+        str | None, typer.Option(help="`new`: print a one-time secret, and accept only whom you give it to (tls).")
+    ] = None,
+    insecure: InsecureOption = False,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
@@ -163,15 +177,34 @@ def receive(
 ) -> None:
     """Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next."""
     endpoint = Endpoint.parse(uri)
+    warn_if_exposed(endpoint, insecure=insecure)
+    credentials = _credentials(endpoint, tls_dir, peer, secret)
     backends = LocalBackends.parse(disk or (), net or ())
     policies = load_policies(allow_policy or ())
     machines = choose_machines(accel, tracker, huge_pages, witness)
     with _guest_process(machines, control, policies, backends) as process:
-        bound = process.listen(endpoint)
+        bound = process.listen(endpoint, credentials)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
         code = process.wait()
     raise typer.Exit(code)
+
+
+def _credentials(endpoint: Endpoint, tls_dir: Path | None, peer: str | None, secret: str | None) -> Credentials | None:
+    """Return who a destination is and whom it accepts; a new secret is printed."""
+    if secret is not None:
+        if secret != "new" or tls_dir is not None or peer is not None:
+            raise UsageError("--secret takes the word new, and neither --tls-dir nor --peer", hint="--secret new")
+        text = new_secret()
+        credentials = Credentials.from_secret(text, Side.DESTINATION)
+        endpoint.expect_suits(credentials)
+        ERR.print(f"secret: {text}", markup=False, soft_wrap=True)
+        return credentials
+    if tls_dir is None:
+        if peer is not None:
+            raise UsageError("nobody has a name without certificates", hint="--peer goes with --tls-dir")
+        return None
+    return Credentials.from_dir(tls_dir, Side.DESTINATION, peer)
 
 
 def restore(

@@ -1,5 +1,6 @@
-"""The commands that need no guest: ``inspect`` and ``doctor``."""
+"""The commands that need no guest: ``inspect``, ``keys`` and ``doctor``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ from pageferry.cli.options import JsonOption
 from pageferry.cli.shell import ERR, OUT, ExitCode, print_object
 from pageferry.cli.streams import STANDARD_INPUT, opened
 from pageferry.core.errors import UsageError
+from pageferry.engine.wire.lab_keys import make_keys
 from pageferry.vmm.doctor import examine
 
 
@@ -32,6 +34,20 @@ def inspect(
             print_verdict(file, read, OUT)
         else:
             print_table(file, read, OUT)
+
+
+def keys(
+    directory: Annotated[Path, typer.Argument(help="A new directory, for those of each end and of the CA.")],
+    source: Annotated[str, typer.Option(help="Name or address of the source, for its certificate.")] = "source",
+    destination: Annotated[
+        str, typer.Option(help="Name or address of the destination: what `migrate tls://` connects to.")
+    ] = "destination",
+    days: Annotated[int, typer.Option(min=1, max=3650, help="How long they are valid.")] = 30,
+) -> None:
+    """Make a small CA and the certificates of two hosts, for a lab: each end's --tls-dir, ready to copy."""
+    made = make_keys(directory, source=source, destination=destination, days=days)
+    for end, path in made.items():
+        OUT.print(f"{end}: {path}", markup=False, soft_wrap=True)
 
 
 def doctor(as_json: JsonOption = False) -> None:

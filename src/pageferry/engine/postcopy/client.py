@@ -273,14 +273,11 @@ class PostcopyClient:
     def _accepted(self) -> Peer | None:
         while not self._is_over():
             try:
-                channel = self._accept(POLL_S)
+                peer = self._accept(POLL_S)
             except OSError:
                 return None
-            if channel is None:
-                continue
-            admitted = admit(channel, Recover, self._token, answer=Recovered(), refusal=_TAKEN)
-            if admitted is not None:
-                return admitted[0]
+            if peer is not None and admit(peer, Recover, self._token, answer=Recovered(), refusal=_TAKEN) is not None:
+                return peer
         return None
 
 

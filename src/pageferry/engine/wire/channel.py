@@ -6,10 +6,11 @@ kinds); the engine's phases turn them into a ``TransportError`` that says where 
 
 import contextlib
 import errno
+import ipaddress
 import os
 import select
 import socket
-import struct
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.core.errors import UsageError
+from pageferry.engine.wire.carrier import Carrier, PlainCarrier, TlsCarrier, drain, left_s, shut_down
 from pageferry.engine.wire.listener import Listener, listen_tcp, listen_unix, parse_host_port, resolve
 from pageferry.engine.wire.pacer import Pacer
 
@@ -25,13 +27,15 @@ _SOCKET_BUFFER_BYTES = 8 << 20
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _MAX_BUFFERS = 1024  # IOV_MAX
+#: So many may connect before the next is accepted.
+_BACKLOG = 64
 _CONNECT_POLL_MS = 100
 _KEEPALIVE_PROBES = 3
 #: Linux takes no more.
 _MAX_KEEPALIVE_S = 32_767
 DEFAULT_TIMEOUT_S = 30.0
 MAX_TIMEOUT_S = 86_400.0
-_ADDRESS_HINT = "write tcp://HOST:PORT, tcp://[IPV6]:PORT or unix:PATH"
+_ADDRESS_HINT = "write tls://HOST:PORT, tcp://HOST:PORT, tcp://[IPV6]:PORT or unix:PATH"
 #: What the kernel has room for in a sockaddr_un, less the NUL.
 _MAX_PATH_BYTES = 107
 
@@ -43,25 +47,28 @@ def _never() -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where to listen or connect: TCP if ``host`` is set, else a Unix socket at ``path``."""
+    """Where to listen or connect: TCP if ``host`` is set, with TLS if ``tls``; else a Unix socket at ``path``."""
 
     host: str = ""
     port: int = 0
     path: str = ""
+    tls: bool = False
 
     @classmethod
     def parse(cls, uri: str) -> "Endpoint":
-        """Read ``tcp://HOST:PORT`` (IPv6 in brackets), ``tcp:HOST:PORT`` as QEMU writes it, or ``unix:PATH``.
+        """Read ``tcp://HOST:PORT`` (IPv6 in brackets), ``tls://HOST:PORT`` or ``unix:PATH``.
+
+        ``tcp:HOST:PORT`` is read too, as QEMU writes it.
 
         Raises:
-            UsageError: it is neither; says what of it cannot be.
+            UsageError: it is none of them; says what of it cannot be.
         """
         try:
             if uri.startswith("unix:"):
                 return cls(path=_unix_path(uri.removeprefix("unix:").removeprefix("//")))
-            if uri.startswith("tcp:"):
-                host, port = parse_host_port(uri.removeprefix("tcp:").removeprefix("//"))
-                return cls(host=host, port=port)
+            if uri.startswith(("tcp:", "tls:")):
+                host, port = parse_host_port(uri[len("tcp:") :].removeprefix("//"))
+                return cls(host=host, port=port, tls=uri.startswith("tls:"))
         except ValueError as error:
             raise UsageError(f"not an address: {uri!r}: {error}", hint=_ADDRESS_HINT) from error
         raise UsageError(f"not an address: {uri!r}", hint=_ADDRESS_HINT)
@@ -69,7 +76,27 @@ class Endpoint:
     def __str__(self) -> str:
         if self.path:
             return f"unix:{self.path}"
-        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'tls' if self.tls else 'tcp'}://{host}:{self.port}"
+
+    def expect_suits(self, credentials: object | None) -> None:
+        """Check that there are credentials if this is TLS, and none if it is not.
+
+        Raises:
+            UsageError: it is not so.
+        """
+        if self.tls and credentials is None:
+            hint = "--tls-dir DIR, or a one-time secret; `pageferry keys` makes what a lab needs"
+            raise UsageError(f"{self} needs certificates, or a secret", hint=hint)
+        if credentials is not None and not self.tls:
+            raise UsageError(
+                f"{self} is not encrypted, and certificates or a secret were given", hint="tls://HOST:PORT"
+            )
+
+    @property
+    def exposed(self) -> bool:
+        """Whether others can read and change what goes there: it is neither on this host nor TLS."""
+        return not (self.path or self.tls or _is_loopback(self.host))
 
     def connect(self, timeout_s: float, given_up: Callable[[], bool] = _never) -> "Channel":
         """Connect.
@@ -106,7 +133,9 @@ class Endpoint:
         Raises:
             OSError: the address is in use or not ours.
         """
-        return listen_unix(Path(self.path)) if self.path else listen_tcp(self.host, self.port)
+        if self.path:
+            return listen_unix(Path(self.path), _BACKLOG)
+        return listen_tcp(self.host, self.port, _BACKLOG)
 
     def bound(self, listener: Listener) -> "Endpoint":
         """Return this endpoint with the port that ``listener`` really has."""
@@ -116,6 +145,13 @@ class Endpoint:
         """Remove a Unix socket's path; TCP has nothing to remove."""
         if self.path:
             Path(self.path).unlink(missing_ok=True)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _unix_path(path: str) -> str:
@@ -179,6 +215,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         self._sock = sock
+        self._carrier: Carrier = PlainCarrier(sock)
         self.timeout_s = timeout_s
         self.sent_bytes = 0
         self.pacer: Pacer | None = None
@@ -214,9 +251,7 @@ class Channel:
         at = 0
         deadline_s = self.deadline_s()
         while at < len(queue):
-            self._until(deadline_s)
-            rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-            sent = self._sock.sendmsg(queue[at : at + _MAX_BUFFERS], rights)
+            sent = self._carrier.send(queue[at : at + _MAX_BUFFERS], deadline_s, fd)
             self.sent_bytes += sent
             fd = None
             while at < len(queue) and sent >= len(queue[at]):
@@ -236,8 +271,7 @@ class Channel:
         at = 0
         deadline_s = self.deadline_s()
         while at < len(queue):
-            self._until(deadline_s)
-            received = self._sock.recvmsg_into(queue[at : at + _MAX_BUFFERS])[0]
+            received = self._carrier.receive_into(queue[at : at + _MAX_BUFFERS], deadline_s)
             if not received:
                 raise ConnectionResetError("the peer closed the connection")
             while at < len(queue) and received >= len(queue[at]):
@@ -246,9 +280,63 @@ class Channel:
             if received:
                 queue[at] = queue[at][received:]
 
-    def deadline_s(self) -> float:
-        """Return when a call that begins now counts as stalled, on the monotonic clock."""
-        return time.monotonic() + self.timeout_s
+    def secure(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_name: str | None = None,
+        deadline_s: float | None = None,
+        given_up: Callable[[], bool] = _never,
+    ) -> dict[str, Any]:
+        """Speak TLS from now on; return what the peer's certificate says, as :meth:`ssl.SSLSocket.getpeercert` does.
+
+        Args:
+            context: whom we accept, and who we are; of a server where ``server_name`` is None.
+            server_name: which name or address the server's certificate must have.
+            deadline_s: of the handshake, on the monotonic clock; None: as for any other call.
+            given_up: asked ten times a second.
+
+        Raises:
+            TlsError: the peer is not accepted, does not accept us, or does not speak TLS. A client whose certificate
+                is not accepted may hear it at its first receive only.
+            OSError: cut or stalled.
+        """
+        secured = context.wrap_socket(
+            self._sock,
+            server_side=server_name is None,
+            server_hostname=server_name,
+            do_handshake_on_connect=False,
+        )
+        self._sock = secured
+        self._carrier = carrier = TlsCarrier(secured)
+        carrier.handshake(self.deadline_s() if deadline_s is None else deadline_s, given_up)
+        return secured.getpeercert() or {}
+
+    def first_bytes(self, count: int, deadline_s: float) -> bytes:
+        """Return up to ``count`` of the bytes that come next and leave them, as soon as there are some.
+
+        Raises:
+            OSError: cut, or the deadline passed.
+        """
+        self._sock.settimeout(left_s(deadline_s))
+        return self._sock.recv(count, socket.MSG_PEEK)
+
+    @property
+    def peer_name(self) -> str:
+        """Where the peer is, for people."""
+        try:
+            host, port, *_ = ("this host", 0) if self.local else self._sock.getpeername()
+        except OSError:
+            return "somebody who has left"
+        return host if self.local else f"{host} port {port}"
+
+    def deadline_s(self, within_s: float | None = None) -> float:
+        """Return when a call that begins now counts as stalled, on the monotonic clock.
+
+        Args:
+            within_s: how long it may take; None: as long as any.
+        """
+        return time.monotonic() + (self.timeout_s if within_s is None else within_s)
 
     def receive_some(self, at_most_bytes: int, deadline_s: float | None = None) -> bytes:
         """Return some bytes, at least one and at most so many; none when the peer has closed.
@@ -260,10 +348,7 @@ class Channel:
         Raises:
             OSError: cut or stalled.
         """
-        self._until(self.deadline_s() if deadline_s is None else deadline_s)
-        if not self.local:
-            return self._sock.recv(at_most_bytes)
-        data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
+        data, fds = self._carrier.receive(at_most_bytes, self.deadline_s() if deadline_s is None else deadline_s)
         for fd in fds:
             if self._fd is None:
                 self._fd = fd
@@ -279,17 +364,9 @@ class Channel:
         fd, self._fd = self._fd, None
         return fd
 
-    def _until(self, deadline_s: float) -> None:
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError("stalled")
-        self._sock.settimeout(left_s)
-
     def readable(self, wait_s: float = 0.0) -> bool:
         """Tell whether the peer has said something, or has closed, or does so within ``wait_s``."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(wait_s * 1e3))
+        return self._carrier.readable(wait_s)
 
     def finish(self, drain_s: float = 2.0) -> None:
         """Say that nothing more will be sent, and read what the peer still sends until it closes; then close.
@@ -297,19 +374,15 @@ class Channel:
         Closing with unread data would reset the connection, and the peer might lose the last words sent to it.
         """
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-            scratch = bytearray(1 << 20)
-            deadline_s = time.monotonic() + drain_s
-            self._until(deadline_s)
-            while self._sock.recv_into(scratch):
-                self._until(deadline_s)
+            shut_down(self._sock, socket.SHUT_WR)
+            drain(self._sock, time.monotonic() + drain_s)
         self.close()
 
     def abort(self) -> None:
         """Wake any thread that is sending, waiting to send or receiving with an error; from any thread."""
         self._aborted.set()
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+            shut_down(self._sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection, and what was handed over and not taken."""

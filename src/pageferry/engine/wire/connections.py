@@ -16,8 +16,8 @@ from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Join, Joined, Recover, Recovered, Refuse
 from pageferry.stream.ferry_order import Side
 
-#: Accepts a connection: None when none came within so many seconds.
-Accept = Callable[[float], Channel | None]
+#: Returns somebody who has connected: None when nobody did within so many seconds.
+Accept = Callable[[float], Peer | None]
 
 #: How long to wait for a connection before looking at anything else.
 POLL_S = 0.1
@@ -83,12 +83,12 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
                 raise ConnectionResetError("the source left before all its connections had joined")
             if time.monotonic() > deadline_s:
                 raise TimeoutError("stalled")
-            channel = accept(POLL_S)
-            if channel is not None:
+            peer = accept(POLL_S)
+            if peer is not None:
                 fits = partial(_is_one_of, {*range(1, connections)} - joined.keys())
-                admitted = admit(channel, Join, token, answer=Joined(), refusal=_BUSY, fits=fits)
-                if admitted is not None:
-                    joined[admitted[1].index] = channel
+                request = admit(peer, Join, token, answer=Joined(), refusal=_BUSY, fits=fits)
+                if request is not None:
+                    joined[request.index] = peer.channel
     except BaseException:
         for channel in joined.values():
             channel.close()
@@ -97,37 +97,33 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
 
 
 def admit(
-    channel: Channel,
+    peer: Peer,
     request: type[_Request],
     token: str,
     *,
     answer: Joined | Recovered,
     refusal: Refuse,
     fits: Callable[[_Request], bool] = _anything,
-) -> tuple[Peer, _Request] | None:
-    """Hear what somebody who connected wants, the destination's side; return the peer and its request.
+) -> _Request | None:
+    """Hear what somebody who connected wants, the destination's side; return the request.
 
     None: it did not ask for this, with a proof that it knows the token. It is refused, and the connection is closed.
 
     Args:
-        channel: the connection.
+        peer: who has connected, and was perhaps heard already.
         request: the kind of request that is waited for.
         token: that it must prove to know.
         answer: sent to one who is let in.
         refusal: sent to all others.
         fits: whether the rest of the request is right.
     """
-    patience_s, channel.timeout_s = channel.timeout_s, min(channel.timeout_s, _PATIENCE_S)
-    peer = Peer(channel, Side.DESTINATION)
     with contextlib.suppress(OSError, PageferryError):
-        peer.greet()
-        frame = peer.receive()
+        frame = peer.hear(time.monotonic() + _PATIENCE_S)
         if isinstance(frame, request) and peer.proves(frame, token) and fits(frame):
             peer.say_known(token)
             peer.send(answer)
-            channel.timeout_s = patience_s
-            return peer, frame
+            return frame
         peer.send(refusal)
-        channel.finish()
-    channel.close()
+        peer.channel.finish()
+    peer.channel.close()
     return None

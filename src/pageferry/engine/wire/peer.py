@@ -1,6 +1,7 @@
 """Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -48,19 +49,40 @@ class Peer:
         self._conversation = Conversation(side)
         self._encoder = FerryEncoder(self._conversation)
         self._decoder = FerryDecoder(self._conversation)
+        self.first: Frame | None = None
+        """What the peer has said first, once :meth:`hear` has heard it."""
+        self._greeted = False
         self._sending = threading.Lock()  # frames leave in the order in which they were encoded
         self._turn = threading.Lock()
 
     def greet(self) -> None:
-        """Send our preamble; both sides do so at once. The source waits for the destination's, which it answers.
+        """Send our preamble, once; both sides do so at once. The source waits for the destination's, which it answers.
 
         Raises:
             RemoteStreamError: it is not pageferry, or another version.
             OSError: cut or stalled.
         """
+        if self._greeted:
+            return
+        self._greeted = True
         self.channel.send([self._encoder.preamble()])
         if self._side is Side.SOURCE:
             self._receive_until(lambda: Side.DESTINATION in self._conversation.nonces)
+
+    def hear(self, deadline_s: float) -> Frame:
+        """Greet the peer, and return the frame that it says first; the same when it is called again.
+
+        Args:
+            deadline_s: for all of that, on the monotonic clock.
+
+        Raises:
+            RemoteStreamError: as for :meth:`receive`.
+            OSError: cut, or the deadline passed.
+        """
+        if self.first is None:
+            self.greet()
+            self.first = self.receive(deadline_s - time.monotonic())
+        return self.first
 
     def proof(self, kind: type[Frame], token: str = "") -> str:
         """Return the proof in a frame of ours, for this connection; both preambles have passed."""
@@ -103,8 +125,11 @@ class Peer:
                 data = self._encoder.frame(frame)
             self.channel.send([data, *content], fd)
 
-    def receive(self) -> Frame:
+    def receive(self, within_s: float | None = None) -> Frame:
         """Return the peer's next frame.
+
+        Args:
+            within_s: how long it may take; None: as long as the channel may stand still.
 
         Raises:
             PeerFailedError: it is the peer's refusal or failure.
@@ -112,7 +137,7 @@ class Peer:
                 for another connection.
             OSError: cut or stalled.
         """
-        frame = self._receive_until(lambda: False)
+        frame = self._receive_until(lambda: False, within_s)
         assert frame is not None
         if isinstance(frame, Refuse):
             raise PeerRefusedError(frame.reason, hint=frame.hint)
@@ -122,9 +147,9 @@ class Peer:
             self._expect_fresh(frame)
         return frame
 
-    def _receive_until(self, enough: Callable[[], bool]) -> Frame | None:
+    def _receive_until(self, enough: Callable[[], bool], within_s: float | None = None) -> Frame | None:
         """Return the next frame, or None as soon as bytes came after which ``enough()`` is true."""
-        deadline_s = self.channel.deadline_s()
+        deadline_s = self.channel.deadline_s(within_s)
         while True:
             with self._turn:
                 frame = self._decoder.next_event()
