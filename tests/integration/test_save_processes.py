@@ -215,7 +215,7 @@ NOT_WHOLE = {
     "half": (lambda data: data[: len(data) // 2], "the stream stops after"),
     "one byte less": (lambda data: data[:-1], "in record header at byte"),
     "record": (lambda data: data[:40] + b"\xee" + data[41:], "in record type 0xee at byte 40"),
-    "other file": (lambda data: b"\x7fELF" + data[4:], "this is no libxc migration stream"),
+    "other file": (lambda data: b"\x7fELF" + data[4:], "this is an ELF file, no libxc migration stream"),
     "empty": (lambda data: b"", "the stream stops after 0 bytes"),
 }
 

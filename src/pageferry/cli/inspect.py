@@ -13,14 +13,17 @@ from rich.console import Console
 
 from pageferry.cli.streams import WrongStreamError, followed, opened, walked
 from pageferry.core.bitmap import runs_of
+from pageferry.core.errors import RemoteStreamError
 from pageferry.core.frames import GfnArray
 from pageferry.core.units import format_size
 from pageferry.stream.compare import Snapshot
 from pageferry.stream.walk import Read, RecordSeen
+from pageferry.stream.xl import Envelope, Inside
 
 Json = dict[str, Any]
 
 _TRAILING = "bytes follow END; they are no part of the stream"
+Libxl = tuple[str, int]
 _PLACE = ("name", "offset", "body_bytes")
 #: Runs of pages and characters of a value that a person is shown.
 _SHOWN, _BRIEF = 16, 48
@@ -29,8 +32,8 @@ _SHOWN, _BRIEF = 16, 48
 def print_json(name: str, read: Read, *, records: bool = True) -> None:
     """Print a stream as one JSON object.
 
-    It has ``records``, each on a line, ``headers``, ``trailing`` (whether bytes follow END), and ``error``, null if the
-    stream is whole.
+    It has ``records``, each on a line, ``headers``, ``envelope`` (what Xen's tools have written around it, null if they
+    have not), ``trailing`` (whether bytes follow its end), and ``error``, null if the stream is whole.
 
     Args:
         name: what to call it in errors.
@@ -42,11 +45,12 @@ def print_json(name: str, read: Read, *, records: bool = True) -> None:
     """
     wrong: WrongStreamError | None = None
     trailing: bool | None = None
+    inside, after = Inside(read), list[Libxl]()
     print('{"records": [', end="")
     separator = "\n"
     headers: Json = {}
     try:
-        for seen in walked(name, read):
+        for seen in walked(name, inside):
             if seen.index is None:
                 headers = seen.details
             if seen.index is None or not records:
@@ -54,10 +58,16 @@ def print_json(name: str, read: Read, *, records: bool = True) -> None:
             record = {"index": seen.index, "offset": seen.offset, "type": seen.name, "body_bytes": seen.body_bytes}
             print(separator + json.dumps(record | seen.details), end="")
             separator = ",\n"
-        trailing = followed(name, read)
+        after = _rest(name, inside)
+        trailing = followed(name, inside)
     except WrongStreamError as error:
         wrong = error
-    rest = {"headers": headers, "trailing": trailing, "error": None if wrong is None else wrong.to_json()}
+    rest = {
+        "headers": headers,
+        "envelope": None if inside.envelope is None else inside.envelope.to_json() | {"records_after": after},
+        "trailing": trailing,
+        "error": None if wrong is None else wrong.to_json(),
+    }
     print("\n], " + json.dumps(rest).removeprefix("{"))
     if wrong is not None:
         raise wrong
@@ -70,10 +80,14 @@ def print_verdict(name: str, read: Read, console: Console) -> None:
         WrongStreamError: it is not.
     """
     count, pages = 0, Counter[str]()
-    for seen in walked(name, read):
+    inside = Inside(read)
+    for seen in walked(name, inside):
         count += seen.index is not None
         pages.update(seen.details.get("pages", {}))
-    more = f"; {_TRAILING}" if followed(name, read) else ""
+    _rest(name, inside)
+    more = f"; {_TRAILING}" if followed(name, inside) else ""
+    if inside.envelope is not None:
+        more += f"; {_around(inside.envelope)}"
     console.print(f"{name}: whole, {count:,} records, {_counted(pages)}{more}", markup=False, soft_wrap=True)
 
 
@@ -108,9 +122,12 @@ def print_table(name: str, read: Read, console: Console) -> None:
         WrongStreamError: it is wrong; what came before was printed.
     """
     pages: _Pages | None = None
+    inside = Inside(read)
     console.print(f"{'record':>13} {'offset':>14}  {'type':<16}{'body':>10}", style="bold")
     try:
-        for seen in walked(name, read):
+        for seen in walked(name, inside):
+            if seen.index is None and inside.envelope is not None:
+                console.print(_around(inside.envelope), markup=False, soft_wrap=True)
             if seen.name == "PAGE_DATA":
                 pages = pages or _Pages(first=seen, last=seen)
                 pages.add(seen)
@@ -123,8 +140,29 @@ def print_table(name: str, read: Read, console: Console) -> None:
     finally:
         if pages is not None:
             console.print(str(pages), soft_wrap=True)
-    if followed(name, read):
+    if after := _rest(name, inside):
+        shown = ", ".join(f"{libxl} {format_size(size_bytes)}" for libxl, size_bytes in after)
+        console.print(f"libxl records after it: {shown}", markup=False, soft_wrap=True)
+    if followed(name, inside):
         console.print(_TRAILING)
+
+
+def _around(envelope: Envelope) -> str:
+    what = "a file of xl save" if envelope.kind == "xl" else "a libxl stream"
+    domain = "".join(f", {key} {value}" for key, value in envelope.domain.items())
+    return f"in {what}{domain}; its libxc stream begins at byte {envelope.begins_at:#x}, offsets count from there"
+
+
+def _rest(name: str, inside: Inside) -> list[Libxl]:
+    """Return the libxl records that follow a libxc stream which was walked to its END.
+
+    Raises:
+        WrongStreamError: they are wrong.
+    """
+    try:
+        return inside.finish()
+    except RemoteStreamError as error:
+        raise WrongStreamError(name, error, None) from error
 
 
 def _line(records: str, seen: RecordSeen, body_bytes: int, what: str) -> str:
@@ -171,8 +209,10 @@ def compared(first: str, second: str, console: Console) -> Json:
 def _snapshot(name: str, console: Console) -> Snapshot:
     snapshot = Snapshot()
     with opened(name, console) as read:
-        for seen in walked(name, read, snapshot.pages.take):
+        inside = Inside(read)
+        for seen in walked(name, inside, snapshot.pages.take):
             snapshot.take(seen)
+        _rest(name, inside)
     return snapshot
 
 

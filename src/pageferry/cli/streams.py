@@ -30,7 +30,7 @@ class WrongStreamError(RemoteStreamError):
     def __init__(self, name: str, error: RemoteStreamError, index: int | None) -> None:
         where = "" if index is None else f"record {index}: "
         what = "standard input" if name == STANDARD_INPUT else name
-        super().__init__(f"{what}: {where}{error.reason}", record=error.record, offset=error.offset)
+        super().__init__(f"{what}: {where}{error.reason}", record=error.record, offset=error.offset, hint=error.hint)
         self.index = index
         self._why = error.reason
 

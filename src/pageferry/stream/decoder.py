@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pageferry.core.errors import OrderError, RecordError, RemoteStreamError, TruncatedError, VersionError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.stream import format as fmt
+from pageferry.stream.foreign import recognised
 from pageferry.stream.format import BodyError, RecordType
 from pageferry.stream.intake import NEED_DATA, Intake, Need
 from pageferry.stream.order import Order, Role
@@ -191,7 +192,11 @@ class Decoder:
     def _image_header(self, data: bytes) -> None:
         marker, image_id, version, options, reserved_16, reserved_32 = fmt.IMAGE_HEADER.unpack(data)
         if marker != fmt.MARKER or image_id != fmt.IMAGE_ID:
-            raise BodyError("this is no libxc migration stream: the first 12 bytes are not its marker")
+            foreign = recognised(data)
+            if foreign is None:
+                raise BodyError("this is no libxc migration stream: the first 12 bytes are not its marker")
+            why = f"this is {foreign.name}, no libxc migration stream"
+            raise RecordError(why, record=self._record, offset=self._record_offset, hint=foreign.hint)
         if not fmt.OLDEST_VERSION <= version <= fmt.VERSION:
             raise VersionError(
                 f"stream version {version} is not one we read ({fmt.OLDEST_VERSION} to {fmt.VERSION})",
