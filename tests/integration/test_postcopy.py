@@ -574,7 +574,7 @@ def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, lea
         return inn.endpoint.connect(timeout_s, given_up=given_up)
 
     try:
-        assert source.job.recover(SimpleNamespace(connect=connect_slowly))
+        assert source.job.recover(SimpleNamespace(connect=connect_slowly, expect_suits=inn.endpoint.expect_suits))
         assert asking.wait(GIVE_UP_S)
         with pytest.raises(VmError, match="no guest to take back"):
             source.job.take_back()
