@@ -27,7 +27,8 @@ AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, s
 TrackerOption = Annotated[
     str | None,
     typer.Option(
-        help="How dirty pages are found: hap or shadow (soft), kvm-bitmap, kvm-ring, uffd-wp or pagemap-scan (kvm)."
+        help="How dirty pages are found, by name or module:Name: "
+        "hap or shadow (soft), kvm-bitmap, kvm-ring, uffd-wp or pagemap-scan (kvm)."
     ),
 ]
 WitnessOption = Annotated[

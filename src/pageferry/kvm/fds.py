@@ -20,7 +20,7 @@ DEV_KVM = Path("/dev/kvm")
 
 
 class KvmFd(Fd):
-    """One of KVM's descriptors; its ioctls raise KvmError.
+    """One of KVM's descriptors; its ioctls raise KvmError. ``enabled``: the capabilities that were enabled by it.
 
     Args:
         fd: taken over.
@@ -28,14 +28,16 @@ class KvmFd(Fd):
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd, KvmError, uapi.IOCTL_NAMES)
+        self.enabled: dict[int, int] = {}
 
     def check_extension(self, capability: int) -> int:
         """Return what ``KVM_CHECK_EXTENSION`` says: 0 is no, anything else yes or a number of something."""
         return self.ioctl(uapi.KVM_CHECK_EXTENSION, capability)
 
     def enable_cap(self, capability: int, argument: int) -> None:
-        """Perform ``KVM_ENABLE_CAP`` with one argument."""
+        """Perform ``KVM_ENABLE_CAP`` with one argument; ``enabled`` has it then."""
         self.ioctl(uapi.KVM_ENABLE_CAP, uapi.KvmEnableCap(cap=capability, args=(argument, 0, 0, 0)))
+        self.enabled[capability] = argument
 
 
 class SystemFd(KvmFd):

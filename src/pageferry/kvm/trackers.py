@@ -63,12 +63,14 @@ class Tracker:
     own_mapping: bool = False
 
 
-def find_tracker(name: str) -> Tracker:
-    """Return the tracker of that name.
+def find_tracker(name: str | Tracker) -> Tracker:
+    """Return the tracker of that name; one that is given as it is, is that.
 
     Raises:
         UnsupportedError: KVM machines have no such tracker.
     """
+    if isinstance(name, Tracker):
+        return name
     if name not in TRACKERS:
         raise UnsupportedError("tracker", f"no tracker {name} on kvm", hint=f"one of {', '.join(TRACKERS)}")
     return TRACKERS[name]
@@ -92,12 +94,26 @@ def _prepare_bitmap(vm: VmFd, wanted: int) -> None:
 
 def _make_bitmap(vm: TrackedVm, wanted: int) -> LogDirty:
     used = vm.vm_fd.check_extension(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) & wanted
+    if used != vm.vm_fd.enabled.get(uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0):
+        raise _unprepared("kvm-bitmap")
     return KvmBitmapLog(
         vm.vm_fd,
         vm.memory,
         vm.slots,
         manual_protect=bool(used & uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE),
         initially_set=bool(used & uapi.KVM_DIRTY_LOG_INITIALLY_SET),
+    )
+
+
+def _unprepared(name: str) -> UnsupportedError:
+    """Return the refusal of a tracker that is made part of another, which has left out what it must be prepared by.
+
+    A KVM that was not told takes bits away where the tracker believes them to stay: they would be lost.
+    """
+    return UnsupportedError(
+        "tracker",
+        f"{name} was made for a machine that was not prepared for it",
+        hint=f"a Tracker that makes {name} has its prepare, too, and its own_mapping: docs/guide/trackers.md",
     )
 
 
@@ -128,7 +144,10 @@ def _prepare_rings(vm: VmFd, ring_bytes: int | None) -> None:
 
 
 def _make_rings(vm: TrackedVm, ring_bytes: int | None) -> LogDirty:
-    size_bytes = ring_bytes or _offered_rings(vm.vm_fd)[1]
+    capability, largest_bytes = _offered_rings(vm.vm_fd)
+    size_bytes = ring_bytes or largest_bytes
+    if vm.vm_fd.enabled.get(capability) != size_bytes:
+        raise _unprepared("kvm-ring")
     rings = tuple(DirtyRing(vcpu.fd.map_dirty_ring(size_bytes)) for vcpu in vm.vcpus)
     log = KvmRingLog(vm.vm_fd, vm.memory, vm.slots, DirtyRings(vm.vm_fd, vm.slots, rings))
     for vcpu in vm.vcpus:
@@ -136,7 +155,9 @@ def _make_rings(vm: TrackedVm, ring_bytes: int | None) -> LogDirty:
     return log
 
 
-def _view(vm: TrackedVm) -> VcpuView:
+def _view(vm: TrackedVm, name: str) -> VcpuView:
+    if vm.vcpu_mapping is vm.memory.mapping:  # to protect it would stop devices, too
+        raise _unprepared(name)
     return VcpuView(memory=vm.memory, mapping=vm.vcpu_mapping)
 
 
@@ -144,9 +165,11 @@ TRACKERS: dict[str, Tracker] = {
     DEFAULT_TRACKER: bitmap_tracker(),
     "kvm-ring": ring_tracker(),
     "uffd-wp": Tracker(
-        prepare=lambda _: check_userfaultfd(), make=lambda vm: WriteProtectLog(_view(vm)), own_mapping=True
+        prepare=lambda _: check_userfaultfd(), make=lambda vm: WriteProtectLog(_view(vm, "uffd-wp")), own_mapping=True
     ),
     "pagemap-scan": Tracker(
-        prepare=lambda _: check_pagemap_scan(), make=lambda vm: PagemapScanLog(_view(vm)), own_mapping=True
+        prepare=lambda _: check_pagemap_scan(),
+        make=lambda vm: PagemapScanLog(_view(vm, "pagemap-scan")),
+        own_mapping=True,
     ),
 }

@@ -4,16 +4,21 @@ A PC is for an operating system, which needs ring 0: AUTO takes ``kvm`` for one 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pageferry.core.errors import UnsupportedError, UsageError
 from pageferry.core.host_cpu import HostCpu, host_cpu
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.machine import Machine
 from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.devices.machine import StandardMachine
 from pageferry.witness import DIGESTS
+
+if TYPE_CHECKING:
+    from pageferry.kvm.trackers import Tracker
 
 
 class Accel(StrEnum):
@@ -66,26 +71,38 @@ def choose_machines(
 
     Args:
         accel: what was asked for: ``auto``, ``kvm`` or ``soft``.
-        tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; None: the machine's own.
+        tracker: the dirty tracker to use, which decides the machine where ``accel`` does not; ``module:Name`` is a
+            user's own (:mod:`pageferry.vmm.users_tracker`); None: the machine's own.
         huge_pages: what to ask of the host for guest memory.
         witness: what watches the tracker: another one, or ``digests``; None: nothing.
         machine: the model of the guest's machine; None: not known yet, see :meth:`Machines.suited_to`.
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
-        UsageError: there is no such kind of machine.
+        UsageError: there is no such kind of machine, or the user's own tracker is none.
     """
     try:
         accel = Accel(accel)
     except ValueError as error:
         raise UsageError(f"no machine {accel!r}", hint=f"one of {', '.join(Accel)}") from error
     expect_offered(huge_pages)
+    again = partial(choose_machines, accel, tracker, huge_pages, witness, MachineModel.PC)
+    kind: str | Tracker | None = tracker
+    if tracker is not None and ":" in tracker:
+        from pageferry.vmm.users_tracker import load_tracker, tracked_by
+
+        users_own = load_tracker(tracker)
+        if callable(users_own):
+            own = choose_machines(accel, None, huge_pages, None, machine)
+            make_own = _watched(tracked_by(tracker, users_own, own.make_vm), witness)
+            choose_for_pc = again if own.choose_for_pc else None
+            return replace(own, make_vm=make_own, tracker=tracker, witness=witness, choose_for_pc=choose_for_pc)
+        kind = users_own
     by_tracker = tracker if witness in (None, DIGESTS) else tracker or witness
     name, reason, keeps_cpuid = _choose(accel, by_tracker, machine)
-    make_vm = (_make_kvm if name == "kvm" else _make_soft)(tracker, huge_pages, witness)
+    make_vm = (_make_kvm if name == "kvm" else _make_soft)(kind, huge_pages, witness)
     if name == "soft" and accel is Accel.AUTO and by_tracker is None:
         make_vm = partial(_make_instead, make_vm, reason)
-    again = partial(choose_machines, accel, tracker, huge_pages, witness, MachineModel.PC)
     return Machines(
         accel=name,
         reason=reason,
@@ -132,7 +149,7 @@ def _choose(accel: Accel, tracker: str | None, machine: MachineModel | None) -> 
     return "kvm", "asked for" if accel is Accel.KVM else "/dev/kvm works", keeps_cpuid
 
 
-def _make_instead(make_vm: Callable[[VmConfig], Machine], reason: str, config: VmConfig) -> Machine:
+def _make_instead(make_vm: Callable[[VmConfig], StandardMachine], reason: str, config: VmConfig) -> StandardMachine:
     """Make a machine in place of one of KVM; who asks for too many vCPUs is told why there is no other."""
     try:
         return make_vm(config)
@@ -143,10 +160,15 @@ def _make_instead(make_vm: Callable[[VmConfig], Machine], reason: str, config: V
         raise UnsupportedError(error.capability, f"{error}; {reason}", hint=hint) from error
 
 
-def _make_soft(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:
+def _make_soft(
+    tracker: "str | Tracker | None", huge_pages: HugePages, witness: str | None
+) -> Callable[[VmConfig], StandardMachine]:
     from pageferry.hypervisor.domain import Domain
     from pageferry.hypervisor.paging import PAGING_MODES
 
+    if tracker is not None and not isinstance(tracker, str):
+        hint = "a class that is called with a machine works on both: docs/guide/trackers.md"
+        raise UnsupportedError("tracker", "a Tracker is for KVM's machines, not for soft", hint=hint)
     if tracker not in (None, *PAGING_MODES):
         raise UnsupportedError("tracker", f"no tracker {tracker} on soft", hint=f"one of {', '.join(PAGING_MODES)}")
     if huge_pages is HugePages.HUGETLB:
@@ -154,16 +176,24 @@ def _make_soft(tracker: str | None, huge_pages: HugePages, witness: str | None) 
             "hugetlb", "the soft machine gives memory back by single 4 KiB frames", hint="use --hugepages thp"
         )
     make = partial(Domain, paging_mode=tracker or PAGING_MODES[0], thp=huge_pages is HugePages.THP)
+    return _watched(make, witness, where="on soft")
+
+
+def _watched(
+    make_vm: Callable[[VmConfig], StandardMachine], witness: str | None, where: str = "beside a tracker of your own"
+) -> Callable[[VmConfig], StandardMachine]:
     if witness is None:
-        return make
+        return make_vm
     if witness != DIGESTS:
-        raise UnsupportedError("oracle", f"no oracle {witness} on soft", hint=f"--oracle {DIGESTS}")
+        raise UnsupportedError("oracle", f"no oracle {witness} {where}", hint=f"--oracle {DIGESTS}")
     from pageferry.witness.machines import with_digests
 
-    return with_digests(make)
+    return with_digests(make_vm)
 
 
-def _make_kvm(tracker: str | None, huge_pages: HugePages, witness: str | None) -> Callable[[VmConfig], Machine]:
+def _make_kvm(
+    tracker: "str | Tracker | None", huge_pages: HugePages, witness: str | None
+) -> Callable[[VmConfig], StandardMachine]:
     from pageferry.kvm.trackers import DEFAULT_TRACKER, find_tracker
     from pageferry.kvm.vm import KvmVm
 

@@ -11,11 +11,11 @@ from pageferry.witness import DIGESTS
 from pageferry.witness.cross_check import CrossCheck
 
 
-def with_witness(primary_name: str, witness_name: str) -> Tracker:
+def with_witness(primary_name: str | Tracker, witness_name: str) -> Tracker:
     """Return a tracker of KVM's with a witness.
 
     Args:
-        primary_name: the tracker, which the engine uses.
+        primary_name: the tracker, which the engine uses: a name, or one of one's own.
         witness_name: another tracker, or ``digests``.
 
     Raises:
@@ -29,9 +29,10 @@ def with_witness(primary_name: str, witness_name: str) -> Tracker:
     witness = find_tracker(witness_name)
     if primary.own_mapping == witness.own_mapping:  # two of KVM's own logs, or two that protect one mapping
         others = [name for name, other in TRACKERS.items() if other.own_mapping != primary.own_mapping]
+        called = primary_name if isinstance(primary_name, str) else "your tracker"
         raise UnsupportedError(
             "oracle",
-            f"{primary_name} and {witness_name} cannot be on at once",
+            f"{called} and {witness_name} cannot be on at once",
             hint=f"--oracle {DIGESTS}, or one of {', '.join(others)}",
         )
 
