@@ -7,7 +7,7 @@ process or between two, on one host or between two::
 
     import pageferry
 
-    machines = pageferry.choose_machines()  # /dev/kvm where it works, else the software hypervisor
+    machines = pageferry.choose_machines()  # kvm where it works, else soft
     guest = pageferry.boot("kv", machines, memory_bytes=64 << 20)
     guest.resume()
     with ThreadPoolExecutor() as pool, pageferry.Acceptor("tcp://127.0.0.1:0") as acceptor:

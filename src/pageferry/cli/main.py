@@ -1,12 +1,4 @@
-"""The ``pageferry`` command.
-
-Exit codes: 0 done, also a guest ended by Ctrl-C or ``quit``; 1 a defect, or standard output was closed; 2 wrong
-usage; 3 the migration or save did not happen and the guest is at the source; 4 whether the guest moved is not known;
-5 this machine lacks what was asked for; 6 a guest process or its socket failed; 7 a stream, as in a file, is wrong or
-not whole; 8 the guest ended with a code above 255; 9 the guest crashed; 10 two streams differ; 11 the guest has
-switched, and needs pages that are still at the source; 130 a demo, migration or save was interrupted, and the guest
-is at the source. A guest process whose guest ends ends with the guest's own code, which may be any of these.
-"""
+"""The ``pageferry`` command. What its exit codes mean: :class:`pageferry.cli.shell.ExitCode`."""
 
 import logging
 import os

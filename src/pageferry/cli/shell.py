@@ -20,21 +20,33 @@ from pageferry.core.errors import (
 
 
 class ExitCode(IntEnum):
-    """Every code that a command ends with; README.md and :mod:`pageferry.cli.main` say what each means."""
+    """Every code that a command ends with; ``meaning`` is what README.md and docs/guide/exit-codes.md say of it.
 
-    DONE = 0
-    DEFECT = 1
-    USAGE = 2
-    GUEST_AT_SOURCE = 3
-    GUEST_UNKNOWN = 4
-    UNSUPPORTED = 5
-    PROCESS = 6
-    STREAM = 7
-    GUEST_FAILED = 8
-    GUEST_CRASHED = 9
-    DIFFERENT = 10
-    GUEST_SWITCHED = 11
-    INTERRUPTED = 130
+    A guest process whose guest ends ends with the guest's own code, which may be any of these.
+    """
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> "ExitCode":
+        """Return the code with its meaning."""
+        self = int.__new__(cls, code)
+        self._value_ = code
+        self.meaning = meaning
+        return self
+
+    DONE = 0, "done; also a guest ended by Ctrl-C or `quit`"
+    DEFECT = 1, "a defect of pageferry (`--debug` shows where), or the reader of standard output closed it"
+    USAGE = 2, "wrong usage"
+    GUEST_AT_SOURCE = 3, "the migration or save did not happen; the guest is at the source, as it was"
+    GUEST_UNKNOWN = 4, "the commit was not answered: whether the guest moved is not known, and the source is frozen"
+    UNSUPPORTED = 5, "this host lacks what was asked for"
+    PROCESS = 6, "a guest process or its control socket failed"
+    STREAM = 7, "`restore`, `inspect`: the stream is wrong or not whole"
+    GUEST_FAILED = 8, "`run`, `receive`, `restore`: the guest ended with a code above 255; a smaller one is passed on"
+    GUEST_CRASHED = 9, "`run`, `receive`, `restore`: the guest crashed"
+    DIFFERENT = 10, "`inspect --diff`: the streams differ"
+    GUEST_SWITCHED = 11, "post-copy: the guest is at the destination, and needs pages that are still at the source"
+    INTERRUPTED = 130, "`demo`, `migrate`, `save`: interrupted; the guest is at the source"
 
 
 OUT = Console(highlight=False)

@@ -1,9 +1,13 @@
 """Policies by name and options, as a user gives them: the built-in ones, and a user's own as ``module:Name``."""
 
 import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from pageferry.core.errors import UsageError
@@ -21,6 +25,9 @@ POLICIES: dict[str, tuple[type[Any], dict[str, str]]] = {
     "xen": (XenPolicy, {"max_rounds": "max_rounds"}),
 }
 
+#: option -> what a person writes for it.
+_WRITTEN = {"downtime_limit_s": "--downtime-limit", "max_rounds": "--max-rounds", "deadline_s": "--deadline"}
+
 UsersPolicies = Mapping[str, Callable[..., Any]]
 """What makes a user's own policy, by ``module:Name``: all that may be made."""
 NO_USERS_POLICIES: UsersPolicies = MappingProxyType({})
@@ -29,22 +36,88 @@ NO_USERS_POLICIES: UsersPolicies = MappingProxyType({})
 def load_policies(names: Iterable[str]) -> UsersPolicies:
     """Import users' own policies: what ``Name`` is in ``module``, for each ``module:Name``.
 
+    Each is made of the module's file as it is when one is made, so an edited policy needs no new process.
+
     Raises:
         UsageError: one is none, or its module cannot be imported.
     """
-    return {name: _load(name) for name in names}
+    return {name: _UsersClass(name) for name in names}
 
 
-def _load(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
+class _UsersClass:
+    """A user's class that decides; loaded when this is made, and again when its module's file has changed.
+
+    Args:
+        name: ``module:Name``.
+
+    Raises:
+        UsageError: it cannot be loaded, or is no policy.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._source: str | None = None
+        self._class = self._loaded()
+
+    def __call__(self, **options: float) -> Any:  # noqa: ANN401  # a user's own
+        """Make one with these options.
+
+        Raises:
+            UsageError: the class cannot be loaded any more, or does not take an option or needs another.
+        """
+        self._class = self._loaded()
+        self._check(options)
+        return self._class(**options)
+
+    def _loaded(self) -> Callable[..., Any]:
+        name, _, attribute = self._name.partition(":")
+        try:
+            module = importlib.import_module(name)
+            source = _source_of(name)
+            if source is not None and self._source not in (None, source):
+                module = _loaded_anew(name, source)
+            self._source = source
+            made_by = getattr(module, attribute)
+        except Exception as error:  # whatever a user's code does
+            raise UsageError(f"policy {self._name!r} cannot be loaded: {error!r}", hint=_POLICY_HINT) from error
+        if not callable(getattr(made_by, "decide", None)):
+            raise UsageError(f"policy {self._name!r} has no method decide", hint=_POLICY_HINT)
+        users_own: Callable[..., Any] = made_by
+        return users_own
+
+    def _check(self, options: Mapping[str, float]) -> None:
+        parameters = inspect.signature(self._class).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return
+        takes = [parameter.name for parameter in parameters]
+        if foreign := [_WRITTEN[option] for option in options if option not in takes]:
+            known = [_WRITTEN[option] for option in _WRITTEN if option in takes]
+            hint = f"it takes {' and '.join(known)}" if known else "it takes no options"
+            raise UsageError(f"policy {self._name} takes no {' and no '.join(foreign)}", hint=hint)
+        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+        if lacking := [name for name in needed if name not in options]:
+            asked = " and ".join(_WRITTEN.get(name, f"an argument {name}") for name in lacking)
+            raise UsageError(f"policy {self._name} needs {asked}", hint=_POLICY_HINT)
+
+
+def _source_of(module: str) -> str | None:
+    # Not through bytecode: that is told apart by the second and by size.
+    spec = importlib.util.find_spec(module)
+    loader = None if spec is None else spec.loader
+    return loader.get_source(module) if isinstance(loader, importlib.abc.InspectLoader) else None
+
+
+def _loaded_anew(name: str, source: str) -> ModuleType:
+    old = sys.modules.pop(name)
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
-        made_by = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever a user's code does
-        raise UsageError(f"policy {name!r} cannot be loaded: {error!r}", hint=_POLICY_HINT) from error
-    if not callable(getattr(made_by, "decide", None)):
-        raise UsageError(f"policy {name!r} has no method decide", hint=_POLICY_HINT)
-    users_own: Callable[..., Any] = made_by
-    return users_own
+        exec(compile(source, spec.origin or name, "exec"), module.__dict__)
+    except BaseException:
+        sys.modules[name] = old
+        raise
+    return module
 
 
 def make_policy(
@@ -60,7 +133,7 @@ def make_policy(
     Args:
         name: out of :data:`POLICIES`, or one of ``users_own``: what that gives when it is called with the options, by
             the names they have here.
-        users_own: from :func:`load_policies`; nothing is imported here.
+        users_own: from :func:`load_policies`; no other module is imported here.
         downtime_limit_s: the downtime allowed.
         max_rounds: rounds at the most.
         deadline_s: the time allowed from beginning to end.
@@ -150,6 +223,8 @@ def _users_own(name: str, users_own: UsersPolicies, options: dict[str, float | i
         )
     try:
         policy = users_own[name](**options)
+    except UsageError:
+        raise
     except Exception as error:  # whatever a user's code does
         raise UsageError(f"policy {name!r} cannot be made: {error!r}", hint=_POLICY_HINT) from error
     return _UsersOwn(name, policy)

@@ -139,7 +139,7 @@ class Precopy:
             if decision.action is Action.ABORT:
                 raise self._job.abort(decision.reason)
             if decision.action is Action.POST_COPY and not self._may_switch:
-                raise self._job.abort(f"the policy wants post-copy, which was not agreed on: {decision.reason}")
+                raise self._job.abort(f"the policy wants post-copy, and has no switches = True: {decision.reason}")
             if decision.action is not Action.NEXT_ROUND:
                 self._verifier.close()
                 return decision

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import struct
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +22,7 @@ def test_what_is_no_disk_is_refused_by_name(tmp_path, path):
     odd.write_bytes(bytes(513))
     empty.touch()
     os.mkfifo(fifo)
-    for wrong in (tmp_path / "missing", odd, empty, tmp_path, Path("/proc/version")):
+    for wrong in (tmp_path / "missing", odd, empty, tmp_path):
         with pytest.raises(UsageError, match=wrong.name):
             DiskFile(wrong, readonly=True)
     for readonly in (True, False):

@@ -1,11 +1,10 @@
-"""Exit codes: the README, the command's own text and the code name the same ones."""
+"""Exit codes: the documents and the code say the same of them."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from pageferry.cli import main
 from pageferry.cli.shell import ExitCode, exit_code_of
 from pageferry.core.errors import (
     GuestAt,
@@ -17,14 +16,13 @@ from pageferry.core.errors import (
     UsageError,
 )
 
-README = Path(__file__).parents[3] / "README.md"
+ROOT = Path(__file__).parents[3]
 
 
-def test_the_readme_and_the_command_list_every_code():
-    table = README.read_text().partition("| exit code | meaning |")[2].partition("\n\n")[0]
-    in_readme = [int(code) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for code in row.split(",")]
-    in_command = [int(code) for code in re.findall(r"(?:Exit codes:|;)\s+(\d+)\s", main.__doc__)]
-    assert in_readme == in_command == list(ExitCode)
+@pytest.mark.parametrize("document", ["README.md", "docs/guide/exit-codes.md"])
+def test_a_document_lists_every_code_with_its_meaning(document):
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / document).read_text(), re.M)
+    assert rows == [(str(int(code)), code.meaning) for code in ExitCode]
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,11 @@ def users_module(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "users_policy", raising=False)
 
 
+@pytest.fixture
+def edit(tmp_path):
+    return (tmp_path / "users_policy.py").write_text
+
+
 def test_the_documented_example_decides(users_module):
     name = "users_policy:OneMebibyte"
     policy = make_policy(name, users_own=load_policies([name]), max_rounds=2)
@@ -281,8 +286,47 @@ def test_a_users_mistake_is_told_as_such(users_module, name, said):
 
 def test_an_option_that_a_users_policy_does_not_take_is_told_before_anything_moves(users_module):
     name = "users_policy:Silent"
-    with pytest.raises(UsageError, match=r"cannot be made: TypeError\(.*takes no arguments"):
-        make_policy(name, users_own=load_policies([name]), max_rounds=2)
+    with pytest.raises(UsageError, match=r"users_policy:Silent takes no --max-rounds and no --deadline$") as told:
+        make_policy(name, users_own=load_policies([name]), max_rounds=2, deadline_s=3.0)
+    assert told.value.hint == "it takes no options"
+    name = "users_policy:OneMebibyte"
+    with pytest.raises(UsageError, match=r"takes no --deadline$") as told:
+        make_policy(name, users_own=load_policies([name]), deadline_s=3.0)
+    assert told.value.hint == "it takes --max-rounds"
+
+
+def test_an_option_that_a_users_policy_needs_is_asked_for(users_module, edit):
+    edit("class Late:\n    def __init__(self, deadline_s, colour): pass\n    def decide(self, progress): pass\n")
+    with pytest.raises(UsageError, match="policy users_policy:Late needs --deadline and an argument colour"):
+        make_policy("users_policy:Late", users_own=load_policies(["users_policy:Late"]))
+
+
+def test_a_users_policy_that_takes_whatever_it_is_given_is_given_it(users_module, edit):
+    edit("class Any:\n    def __init__(self, **given): self.given = given\n    def decide(self, progress): pass\n")
+    policy = make_policy("users_policy:Any", users_own=load_policies(["users_policy:Any"]), max_rounds=2)
+    assert policy.policy.given == {"max_rounds": 2}
+
+
+def test_an_edited_policy_is_loaded_anew_for_each_attempt(users_module, edit):
+    text = "from pageferry.core.policy import Action, Decision\nclass Now:\n    def decide(self, _):\n"
+    text += "        return Decision(action=Action.ABORT, reason='A')\n"
+    edit(text)
+    policies = load_policies(["users_policy:Now"])
+    first = make_policy("users_policy:Now", users_own=policies)
+    edit(text.replace("'A'", "'B'"))  # as long, and in the same second
+    assert make_policy("users_policy:Now", users_own=policies).decide(None).reason == "B"
+    assert first.decide(None).reason == "A"
+    edit("class Now(:")
+    with pytest.raises(UsageError, match="cannot be loaded: SyntaxError"):
+        make_policy("users_policy:Now", users_own=policies)
+    edit(text)
+    assert make_policy("users_policy:Now", users_own=policies).decide(None).reason == "A"
+
+
+def test_a_policy_whose_file_is_as_it_was_is_not_loaded_anew(users_module):
+    policies = load_policies(["users_policy:OneMebibyte"])
+    kinds = {type(make_policy("users_policy:OneMebibyte", users_own=policies).policy) for _ in range(2)}
+    assert len(kinds) == 1
 
 
 def test_asking_for_a_policy_loads_nothing(users_module):
