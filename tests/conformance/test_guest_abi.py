@@ -1,7 +1,12 @@
 """What docs/reference/guest-abi.md promises of instructions: the same on every machine, and the same end."""
 
+import re
+import shlex
+import shutil
 import struct
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from machines import KINDS
@@ -10,10 +15,12 @@ from tiers import sample
 from pageferry.core.confined import FORBIDDEN, UNDEFINED, forbidden
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import VmConfig, VmStatus
-from pageferry.guests.boot import boot
-from pageferry.guests.elf import LoadSegment, Program
+from pageferry.guests.abi import read_status
+from pageferry.guests.boot import GuestParams, boot
+from pageferry.guests.elf import LoadSegment, Program, load_elf
 from pageferry.hypervisor.domain import Domain
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "guest-abi.md"
 MIB = 1 << 20
 ENTRY, STACK, RESULT = 0x100000, 0x180000, 0x190000
 #: mov al, 7; out 0xf4, al
@@ -29,6 +36,39 @@ pytestmark = pytest.mark.parametrize(
     ids=str,
     indirect=True,
 )
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory):
+    """The program of the document, built by the command of the document."""
+    text = DOCUMENT.read_text()
+    (source,) = re.findall(r"```c\n(.*?)```", text, re.DOTALL)
+    (command,) = re.findall(r"^    (gcc .*?mine\.c)$", text, re.DOTALL | re.MULTILINE)
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine.c").write_text(source)
+    arguments = shlex.split(command.replace("\\\n", " "))
+    if shutil.which(arguments[0]) is None:
+        pytest.skip("no C compiler on this machine")
+    subprocess.run(arguments, cwd=folder, check=True)
+    return load_elf(folder / "mine.elf")
+
+
+def test_the_program_of_the_document_runs_and_finds_a_lost_page(kind, documented):
+    vm = kind.make_vm(VmConfig(memory_bytes=8 * MIB, cpus=2))
+    said = bytearray()
+    vm.on_console(said.extend)
+    info = boot(vm, documented, params=GuestParams(working_set_bytes=4 * PAGE_SIZE, arguments=(10**6,)))
+    vm.resume()
+    while read_status(vm.memory, 1)[0].work < 3:
+        assert vm.wait(0.001) is VmStatus.RUNNING
+    vm.pause()
+    assert said == b"mine: at work\n"
+    vm.memory.write(info.working_set_gpa + 2 * PAGE_SIZE, bytes(PAGE_SIZE))
+    vm.resume()
+    assert vm.wait(60) is VmStatus.SHUTDOWN
+    assert (vm.end.exit_code, read_status(vm.memory, 1)[0].error) == (1, 1)
+    assert read_status(vm.memory, 1)[0].detail[0] // PAGE_SIZE == info.working_set_gpa // PAGE_SIZE + 2
+    vm.close()
 
 
 @pytest.fixture

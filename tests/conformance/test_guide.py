@@ -25,7 +25,7 @@ SMALLEST = 4 << 20
 CONFIG = VmConfig(memory_bytes=SMALLEST)
 
 ALL = [check.name for check in CHECKS]
-FEW = ["rounds-are-exact", "off-and-on-again", "marks-outside-ram", "mark-between-steps-of-clean"]
+FEW = ["rounds-are-exact", "off-and-on-again", "marks-outside-ram", "mark-between-steps-of-clean", "strange-ranges"]
 
 
 @pytest.fixture
