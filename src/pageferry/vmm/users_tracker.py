@@ -115,7 +115,7 @@ class UsersTracker:
 
     def clean_range(self, gfns: range) -> DirtyBitmap:
         """CLEAN of a range; a ValueError is what the protocol has for a range that is none."""
-        return self._bitmap("clean_range", self._ask("clean_range", lambda: self._log.clean_range(gfns), ValueError))
+        return self._bitmap("clean_range", self._ask("clean_range", lambda: self._log.clean_range(gfns), (ValueError,)))
 
     def off(self) -> None:
         """OFF."""
@@ -134,10 +134,12 @@ class UsersTracker:
         if isinstance(self._log, Closeable):
             self._log.close()
 
-    def _ask(self, what: str, call: Callable[[], _Result], *promised: type[Exception]) -> _Result:
+    def _ask(self, what: str, call: Callable[[], _Result], promised: tuple[type[Exception], ...] = ()) -> _Result:
         try:
             return call()
-        except (PageferryError, *promised):
+        except PageferryError:
+            raise
+        except promised:
             raise
         except Exception as error:  # whatever a user's code does
             raise VmError(f"tracker {self._name} failed in {what}: {error!r}", hint=_HINT) from error
