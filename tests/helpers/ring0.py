@@ -151,6 +151,20 @@ PRELUDE = f"""
 """
 
 
+def assemble(folder: Path, text: str) -> tuple[bytes, dict[str, int]]:
+    """Return the machine code of a program at BASE, and the addresses of its symbols."""
+    if shutil.which("gcc") is None:
+        pytest.skip("programs in assembly need gcc (Debian: apt-get install gcc)")
+    source, image, flat = folder / "program.s", folder / "program.elf", folder / "program.bin"
+    source.write_text(text)
+    options = ("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-N")
+    link = ("-Wl,--no-warn-rwx-segments", f"-Wl,-Ttext={BASE:#x}", "-Wl,-Tdata=0x180000")
+    subprocess.run(["gcc", *options, *link, "-o", image, source], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", image, flat], check=True)
+    listed = subprocess.run(["nm", "--defined-only", image], check=True, capture_output=True, text=True)
+    return flat.read_bytes(), {name: int(at, 16) for at, _, name in map(str.split, listed.stdout.splitlines())}
+
+
 class Logged(NamedTuple):
     """What a handler was given."""
 
@@ -168,18 +182,9 @@ class Ring0:
     """A program on a machine of its own; ``symbols`` are its addresses."""
 
     def __init__(self, folder: Path, program: str, *, paging_mode: str = "hap") -> None:
-        if shutil.which("gcc") is None:
-            pytest.skip("programs in ring 0 need gcc (Debian: apt-get install gcc)")
-        source, image, flat = folder / "program.s", folder / "program.elf", folder / "program.bin"
-        source.write_text(f"{PRELUDE}\n.text\nprogram:\n{program}\n")
-        options = ("-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,-N")
-        link = ("-Wl,--no-warn-rwx-segments", f"-Wl,-Ttext={BASE:#x}", "-Wl,-Tdata=0x180000")
-        subprocess.run(["gcc", *options, *link, "-o", image, source], check=True)
-        subprocess.run(["objcopy", "-O", "binary", "-j", ".text", image, flat], check=True)
-        listed = subprocess.run(["nm", "--defined-only", image], check=True, capture_output=True, text=True)
-        self.symbols = {name: int(at, 16) for at, _, name in map(str.split, listed.stdout.splitlines())}
+        code, self.symbols = assemble(folder, f"{PRELUDE}\n.text\nprogram:\n{program}\n")
         self.vm = machine(paging_mode)
-        for gpa, data in ((BASE, flat.read_bytes()), (GDT, flat_gdt(long_mode=True))):
+        for gpa, data in ((BASE, code), (GDT, flat_gdt(long_mode=True))):
             self.vm.memory.write(gpa, data)
         self.vm.memory.write(TABLES, identity_map(TABLES, 1, user=True))
         state = long_mode_state(rip=self.symbols["_start"], rsi=0, cr3=TABLES, gdt_gpa=GDT)

@@ -186,7 +186,8 @@ class _Reservation:
         for begin, stop in ((found, self.hva), (end, found_end)):
             if begin < stop:
                 libc.munmap(begin, stop - begin)
-        weakref.finalize(self, libc.munmap, self.hva, size_bytes)
+        # At the end of the process all else may still use it, vCPUs too: it goes with the process.
+        weakref.finalize(self, libc.munmap, self.hva, size_bytes).atexit = False
 
 
 class HostMapping:

@@ -10,11 +10,17 @@ take on its way out; and a vCPU's own thread (a device, a console sink) may not 
 
 Stopping is asked for with ``kick()``. A kick may come just before the vCPU enters the guest and be lost there, so
 the waiting thread repeats it until every vCPU has said that it stopped.
+
+A guest that still runs when the interpreter ends is stopped first: an emulator that is freed while it runs, or whose
+thread Python ends in a callback, takes the process with it.
 """
 
+import atexit
 import logging
+import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +31,8 @@ from pageferry.core.vm import GuestEnd, VmStatus
 
 _log = logging.getLogger(__name__)
 _KICK_INTERVAL_S = 0.001
+#: How long the end of the process waits for a vCPU, which may itself wait for a page that never comes.
+_EXIT_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,21 @@ class Vcpu(Protocol):
 
     def kick(self) -> None:
         """Make ``run()`` return soon; from any thread, any number of times. Lost if the vCPU is not yet inside."""
+
+
+_running: "weakref.WeakSet[RunControl]" = weakref.WeakSet()
+
+
+def _stop_at_exit(control: "RunControl") -> None:
+    _running.add(control)
+    # What is registered last is called first: before finalizers take the emulator away from under a vCPU.
+    atexit.unregister(_stop_all)
+    atexit.register(_stop_all)
+
+
+def _stop_all() -> None:
+    for control in tuple(_running):
+        control.stop_for_exit()
 
 
 class RunControl:
@@ -153,6 +176,7 @@ class RunControl:
             self._user_paused = False
             self._sync_value = None
             if not self._threads:
+                _stop_at_exit(self)
                 for index in range(len(self._vcpus)):
                     thread = threading.Thread(
                         target=self._vcpu_main, args=(index,), name=f"{self._name}-vcpu{index}", daemon=True
@@ -261,6 +285,14 @@ class RunControl:
         for thread in self._threads:
             thread.join()
 
+    def stop_for_exit(self, patience_s: float = _EXIT_PATIENCE_S) -> None:
+        """Stop every vCPU for good because the process ends; one that does not come in time is left behind."""
+        if any(thread.is_alive() for thread in self._threads):  # none is in a child that was forked meanwhile
+            with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+                self._until_outside(patience_s)
+
     def _held(self) -> bool:
         return self._user_paused or self._stops > 0 or self._closing or self._end is not None
 
@@ -280,8 +312,9 @@ class RunControl:
         if threading.current_thread() in self._threads:
             raise VmError("a vCPU cannot wait for itself to stop", hint="ask from another thread")
 
-    def _until_outside(self) -> None:
-        while self._held() and any(self._inside):
+    def _until_outside(self, patience_s: float = math.inf) -> None:
+        give_up_s = time.monotonic() + patience_s
+        while self._held() and any(self._inside) and time.monotonic() < give_up_s:
             for index, inside in enumerate(self._inside):
                 if inside:
                     self._vcpus[index].kick()

@@ -11,10 +11,12 @@ is a few bytes of machine code, called with the address of a :class:`_Cell` in R
 
           sub  dword ptr [rcx], 1             # left
           jle  stop
-          cmp  dword ptr [rcx + 4], 0         # interrupt
+          cmp  dword ptr [rcx + 4], 0         # interrupt, hurry
           jne  look
     done: ret
-    look: mov  rax, [rcx + 16]                # eflags
+    look: cmp  word ptr [rcx + 6], 0          # hurry
+          jne  stop
+          mov  rax, [rcx + 16]                # eflags
           test dword ptr [rax], 0x200
           jz   done
           mov  rax, [rcx + 24]                # hflags
@@ -24,7 +26,7 @@ is a few bytes of machine code, called with the address of a :class:`_Cell` in R
           movabs rax, uc_emu_stop             # its argument, the engine, is the first here too
           jmp  rax
 
-Another thread stops the vCPU by writing 0 to ``left``. That may be lost to a block that counts at the same instant.
+Another thread stops the vCPU by writing ``hurry``, which nothing but :meth:`Countdown.ready` takes back.
 
 On other hosts the same is done in Python: right, and slow.
 """
@@ -44,7 +46,8 @@ _BLOCK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint3
 NATIVE_HOSTS = ("x86_64", "AMD64")
 _IF, _INHIBIT_IRQ = 1 << 9, 1 << 3
 _LOOK = bytes.fromhex(
-    "832901 7e1f 83790400 7501 c3 488b4110 f70000020000 74f3 488b4118 f70008000000 75e7 c7410801000000 48b8"
+    "832901 7e26 83790400 7501 c3 6683790600 7518 488b4110 f70000020000 74ec 488b4118 f70008000000 75e0"
+    "c7410801000000 48b8"
 )
 _JUMP = bytes.fromhex("ffe0")
 
@@ -52,7 +55,8 @@ _JUMP = bytes.fromhex("ffe0")
 class _Cell(ctypes.Structure):
     _fields_ = (
         ("left", ctypes.c_int32),
-        ("interrupt", ctypes.c_int32),
+        ("interrupt", ctypes.c_int16),
+        ("hurry", ctypes.c_int16),
         ("stopped", ctypes.c_int32),
         ("eflags", ctypes.c_uint64),
         ("hflags", ctypes.c_uint64),
@@ -76,6 +80,10 @@ class Countdown:
         native = platform.machine() in NATIVE_HOSTS
         self.callback: Any = ctypes.c_void_p(_machine_code()) if native else _BLOCK(self._look)
 
+    def ready(self) -> None:
+        """Take note of what others ask from now on: before looking at what they have asked."""
+        self._cell.hurry = 0
+
     def start(self, blocks: int, *, interrupt: bool) -> None:
         """Let so many blocks begin from now on; ``interrupt``: one waits."""
         self._cell.stopped = 0
@@ -88,8 +96,8 @@ class Countdown:
         return bool(self._cell.stopped)
 
     def hurry(self) -> None:
-        """Let no other block begin; any thread."""
-        self._cell.left = 0
+        """Let no other block begin until :meth:`ready`; any thread."""
+        self._cell.hurry = 1
 
     def interrupt(self) -> None:
         """Let no block begin once the guest takes interrupts; any thread."""
@@ -98,7 +106,8 @@ class Countdown:
     def _look(self, engine: int, _gva: int, _size: int, _data: int) -> None:
         cell, fields = self._cell, self._cpu.fields
         cell.left -= 1
-        if cell.left <= 0 or (cell.interrupt and fields.eflags & _IF and not fields.hflags & _INHIBIT_IRQ):
+        taken = cell.interrupt and fields.eflags & _IF and not fields.hflags & _INHIBIT_IRQ
+        if cell.left <= 0 or cell.hurry or taken:
             cell.stopped = 1
             uclib.uc_emu_stop(ctypes.c_void_p(engine))
 

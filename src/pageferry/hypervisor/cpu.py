@@ -24,7 +24,7 @@ A small guest of the ABI is nothing else to this CPU than a program in ring 3 wi
 triple fault, and so its end, a GuestCrash.
 
 The time-stamp counter is the host's plus an offset: it runs at the host's rate, as under KVM, and goes on over save and
-load from where it was. Code that another vCPU writes is noticed only when the writer's stores go through us.
+load from where it was.
 
 Source: AMD APM volume 2, chapter 8; RFC for what a nested fault does.
 """
@@ -64,9 +64,11 @@ from pageferry.hypervisor.registers import (
     CR0_WP,
     CR4_SMAP,
     CR4_SMEP,
+    CS,
     EFER_LMA,
     EFER_NXE,
     HFLAG2_NMI,
+    HFLAG_CS64,
     HFLAG_INHIBIT_IRQ,
     HFLAG_IOBPT,
     RAX,
@@ -75,6 +77,9 @@ from pageferry.hypervisor.registers import (
     RDX,
     RFLAGS_AC,
     RFLAGS_IF,
+    RFLAGS_TF,
+    RSP,
+    SS,
     arm_breakpoints,
     check_supported,
     load_registers,
@@ -85,7 +90,7 @@ from pageferry.hypervisor.shadow_mmu import ShadowMmu
 from pageferry.hypervisor.system_calls import system_call, system_enter
 from pageferry.hypervisor.system_memory import SystemMemory
 from pageferry.hypervisor.tlb_memory import TlbMemory
-from pageferry.hypervisor.translated_code import TranslatedCode
+from pageferry.hypervisor.translated_code import CodeSharing, TranslatedCode
 from pageferry.hypervisor.unicorn_cpu import CR0, CR3, CR4, EFER, EFLAGS, HFLAGS
 
 _U64 = (1 << 64) - 1
@@ -94,6 +99,9 @@ _SLICE_BLOCKS = 20_000
 _NS_PER_S = 1e9
 #: How long a device's deadline may be overdue while the guest runs.
 _LOOK_AFTER_NS = 100_000
+#: An instruction, and the same again if it has changed its own block.
+_STEP_BLOCKS = 2
+_PUSHF = 0x9C
 _ICEBP, _MAX_INSTRUCTION_BYTES = b"\xf1", 15
 
 
@@ -108,6 +116,7 @@ class SoftVcpu:
         paging: the domain's log-dirty.
         tlb: its own, as the others know it.
         cpuid: what its CPUID instruction answers from.
+        sharing: the domain's vCPUs, for the code that they translate.
         interrupts: the interrupt controllers; None: there are none.
     """
 
@@ -121,6 +130,7 @@ class SoftVcpu:
         paging: Paging,
         tlb: Tlb,
         cpuid: Leaves,
+        sharing: CodeSharing,
         interrupts: CpuInterrupts | None = None,
     ) -> None:
         self._machine = machine
@@ -150,11 +160,13 @@ class SoftVcpu:
         self._refused: GuestPageFault | None = None
         self._vector: int | None = None
         self._system_call: int | None = None
+        self._stepped = False
         self._controls = (0, 0, 0)
         self._words = self._halves = memoryview(b"")  # of the CPU's fields
         self._tlb_memory = TlbMemory(machine.mapping.hva)
         self._rests_on = self._nested.rests_on
-        self._code = TranslatedCode(machine, tlb, self._tlb_memory, self._hurry)
+        self._code = TranslatedCode(machine, tlb, self._tlb_memory, sharing, self._hurry)
+        self._memory.written = self._code.note_written
         self._saving = threading.Lock()
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}
@@ -168,8 +180,9 @@ class SoftVcpu:
             raise VmError("this vCPU has no state yet", hint="load a state first")
         self._kicked = False
         while not self._kicked:
+            engine.ready()
             self._before_entry(engine)
-            event = self._next_event(engine)
+            event = None if self._code.stepping else self._next_event(engine)
             if event is not None:
                 self._halted = False
                 self._delivery.deliver(engine, event)
@@ -178,7 +191,13 @@ class SoftVcpu:
                 continue
             engine.cpu.fields.hflags |= HFLAG_IOBPT
             waits = self._interrupts is not None and self._interrupts.pending
-            error = engine.run(1 if self._pending else _SLICE_BLOCKS, interrupt=waits)
+            if not self._code.enter():
+                continue
+            if self._code.stepping:
+                error = self._step(engine)
+            else:
+                error = engine.run(1 if self._pending else _SLICE_BLOCKS, interrupt=waits)
+            self._code.leave()
             effect = self._stopped(engine, error)
             if isinstance(effect, InvalidateTlb):
                 self._flush_tlb(engine)
@@ -232,6 +251,7 @@ class SoftVcpu:
         self._pending = pending
         self._halted = state.mp_state is MpState.HALTED
         self._failure = self._refused = self._vector = self._system_call = None
+        self._stepped = False
         self._code.clear()
         self._loaded = state
         self._controls = (0, 0, 0)
@@ -279,9 +299,6 @@ class SoftVcpu:
                     engine.flush_code(maddr, PAGE_SIZE)
         if self.tlb.flush_wanted:
             self._flush_tlb(engine)
-        elif self._code.flush_wanted:
-            engine.flush_tlb()
-            self._code.flushed(forgotten=False)
         if self._interrupts is not None and (now_ns := time.monotonic_ns()) >= self._look_again_ns:
             self._look_again_ns = now_ns + _LOOK_AFTER_NS
             self._bus.advance()
@@ -292,7 +309,7 @@ class SoftVcpu:
         self._walker.flush()
         self._nested.flush()
         self._tlb_memory.forget()
-        self._code.flushed(forgotten=True)
+        self._code.flushed()
         self.tlb.flushes += 1
         self.shadow_mmu.shadow.resync()
 
@@ -333,6 +350,33 @@ class SoftVcpu:
         self._look_again_ns = 0
         self._awake.wait(None if due_in_ns is None else max(0, due_in_ns) / _NS_PER_S)
 
+    def _step(self, engine: api.Engine) -> int:
+        """Execute one instruction; return Unicorn's error number. A guest that steps by itself does just that."""
+        fields, dr = engine.cpu.fields, engine.cpu.events.dr
+        if fields.eflags & RFLAGS_TF:
+            return engine.run(_STEP_BLOCKS)
+        dr6, pushes_flags = dr[6], self._instruction().opcode == _PUSHF
+        fields.eflags |= RFLAGS_TF
+        error = engine.run(_STEP_BLOCKS)
+        fields.eflags &= ~RFLAGS_TF
+        if self._vector == exceptions.DEBUG:
+            self._vector, self._stepped, dr[6] = None, True, dr6
+            if pushes_flags:
+                at = self._linear(engine, SS, fields.regs[RSP])
+                self._memory.write(at, 2, self._memory.read(at, 2) & ~RFLAGS_TF)
+        return error
+
+    def _runs_from(self, maddr: int) -> bool:
+        """Tell whether the instruction where the CPU is lies in a page of machine memory."""
+        assert self._engine is not None
+        rip = self._linear(self._engine, CS, self._engine.cpu.fields.eip)
+        return maddr in self._memory.pages(rip, _MAX_INSTRUCTION_BYTES)
+
+    def _linear(self, engine: api.Engine, segment: int, offset: int) -> int:
+        """Return the gva of an offset into a segment."""
+        fields = engine.cpu.fields
+        return offset if fields.hflags & HFLAG_CS64 else fields.segs[segment].base + offset & 0xFFFF_FFFF
+
     # --- why it stopped ---
 
     def _stopped(self, engine: api.Engine, error: int) -> Effect | None:
@@ -349,13 +393,18 @@ class SoftVcpu:
         elif call is not None:
             event = self._enter_kernel(engine, call)
         elif error == const.UC_ERR_EXCEPTION:
-            event = self._page_fault(engine)
+            if self._code.refused:
+                self._code.make_way(self._runs_from, lambda: self._kicked)
+            else:
+                event = self._page_fault(engine)
         elif error == const.UC_ERR_INSN_INVALID:
             event = self._invalid(engine)
         elif error:
             raise VmError(f"the CPU emulator failed with error {error} at rip {engine.cpu.fields.eip:#x}")
         elif vector is not None:
             event = self._exception(engine, vector)
+        elif self._stepped:
+            self._stepped = False
         elif not engine.out_of_blocks:
             self._halted = True
         if event is not None:
@@ -457,15 +506,17 @@ class SoftVcpu:
             walker.user = False
             maddr, permissions = self._translate(gva, write, fetch)
             self.tlb.request_flush()  # the program itself may not go there
-        permissions = self._code.permit(maddr, permissions, write=write, fetch=fetch)
-        entry.paddr, entry.perms = maddr, permissions
+        permitted = self._code.permit(maddr, permissions, write=write, fetch=fetch)
+        if permitted is None:
+            return 0
+        entry.paddr, entry.perms = maddr, permitted
         if self.tlb.flush_wanted:  # a page became a guest table under our hands, or the shadows were blown
             self._tlb_memory.forget()
             self._hurry()
         elif not walker.smap and maddr < self._machine.size_bytes and (rests_on := self._rests_on(gva)) is not None:
             cpl = self._halves[HFLAGS] & CPL_MASK
             for of in (access, api.ACCESS_READ) if write else (access,):
-                self._tlb_memory.remember((gva, of, cpl), walker.cr3, rests_on, maddr, permissions)
+                self._tlb_memory.remember((gva, of, cpl), walker.cr3, rests_on, maddr, permitted)
         return 1
 
     def _follow(self) -> None:

@@ -30,6 +30,7 @@ from pageferry.hypervisor.p2m_types import P2MType
 from pageferry.hypervisor.paging import PAGING_MODES, LogDirtyOps, Paging, Tlb, hap_log_dirty_ops
 from pageferry.hypervisor.physmap import PhysMap
 from pageferry.hypervisor.shadow import ShadowPaging
+from pageferry.hypervisor.translated_code import CodeSharing
 
 _SPARE_POOL_FRAMES = 8
 _SPARE_SHADOW_FRAMES = 64
@@ -98,6 +99,7 @@ class Domain(StandardMachine):
         )
         bus = self.platform.bus
         interrupts = PcChips(bus, self.platform.clock) if config.machine is MachineModel.PC else None
+        sharing = CodeSharing()
         self.vcpus = tuple(
             SoftVcpu(
                 self.machine,
@@ -107,6 +109,7 @@ class Domain(StandardMachine):
                 paging=self.paging,
                 tlb=tlb,
                 cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
+                sharing=sharing,
                 interrupts=interrupts,
             )
             for index, tlb in enumerate(tlbs)

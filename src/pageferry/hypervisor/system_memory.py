@@ -19,7 +19,8 @@ Translate = Callable[[int, bool, bool], tuple[int, int]]
 class SystemMemory:
     """One vCPU's view.
 
-    ``translate`` is the MMU in use: (gva, write, fetch) -> (maddr, permissions).
+    ``translate`` is the MMU in use: (gva, write, fetch) -> (maddr, permissions). ``written`` is told the machine
+    address of each page that was written.
 
     Args:
         machine: machine memory.
@@ -36,6 +37,7 @@ class SystemMemory:
         self._walker = walker
         self.translate = translate
         self._follow = follow
+        self.written: Callable[[int], None] = lambda _maddr: None
 
     def read(self, gva: int, size: int) -> int:
         """Return a little-endian number.
@@ -53,6 +55,7 @@ class SystemMemory:
         for start, end in tuple(self._pieces(gva, size, write=True)):
             self._view[start:end] = data[: end - start]
             data = data[end - start :]
+            self.written(start & -PAGE_SIZE)
 
     def code(self, gva: int, size: int) -> bytes:
         """Return the bytes at ``gva``, fewer where they cannot be read."""
@@ -63,6 +66,16 @@ class SystemMemory:
         except (GuestPageFault, GuestCrash):
             pass  # what is there is enough to tell the instruction
         return data
+
+    def pages(self, gva: int, size: int) -> set[int]:
+        """Return the machine addresses of the pages that hold a range, but for those that cannot be read."""
+        found = set()
+        try:
+            for start, _ in self._pieces(gva, size, write=False):
+                found.add(start & -PAGE_SIZE)
+        except (GuestPageFault, GuestCrash):
+            pass  # the rest is not needed: what is there is where the instruction lies
+        return found
 
     def _pieces(self, gva: int, size: int, *, write: bool) -> Iterator[tuple[int, int]]:
         """Yield the ranges of machine addresses of a range of gvas, one for each page."""

@@ -53,7 +53,6 @@ _HEADER = struct.Struct("<5Q")  # the CPU's fields; CR0, CR4, EFER; who walks
 _SLOT = struct.Struct("<12Q")
 _CPL_SHIFT, _ACCESS_BITS = 8, 3
 _PAGE_SHIFT = 12
-_MADDR_WORD = 10  # of a slot
 _NO_CONTROLS = (1 << 64) - 1
 
 
@@ -69,7 +68,8 @@ class TlbMemory:
         self._native = platform.machine() in NATIVE_HOSTS
         self._table = ctypes.create_string_buffer(_HEADER_BYTES + _SLOTS * _SLOT_BYTES)
         self._view = memoryview(self._table).cast("B")
-        self._slots = np.frombuffer(self._view, np.uint64, offset=_HEADER_BYTES).reshape(_SLOTS, _SLOT_BYTES // 8)
+        self._keys = np.frombuffer(self._view, np.uint64, offset=_HEADER_BYTES).reshape(_SLOTS, _SLOT_BYTES // 8)[:, 0]
+        self._maddrs = memoryview(bytearray(8 * _SLOTS)).cast("Q")  # each slot's answer once more, to be searched
         self._fields = 0
         self._walk: Any = None
         self._address_of_walk: int | None = None
@@ -97,7 +97,7 @@ class TlbMemory:
 
     def forget_page(self, maddr: int) -> None:
         """Remember nothing of what was told about one page of machine memory."""
-        self._slots[self._slots[:, _MADDR_WORD] == maddr, 0] = 0
+        self._keys[np.flatnonzero(np.frombuffer(self._maddrs, np.uint64) == maddr)] = 0
 
     @contextmanager
     def unused(self) -> Iterator[None]:
@@ -132,6 +132,7 @@ class TlbMemory:
         slot = ((gva >> _PAGE_SHIFT ^ page) << 2) + (access & _ACCESS_BITS) & _SLOTS - 1
         at_4, was_4, at_3, was_3, at_2, was_2, at_1, was_1 = rests_on
         hva = self._hva
+        self._maddrs[slot] = maddr
         _SLOT.pack_into(
             self._view,
             _HEADER_BYTES + slot * _SLOT_BYTES,

@@ -133,8 +133,12 @@ class Engine:
         """Whether ``run`` has ended before a block: the blocks were over, an interrupt came, or :meth:`hurry`."""
         return self._countdown.stopped
 
+    def ready(self) -> None:
+        """Let what others ask by :meth:`hurry` from now on end the next ``run``."""
+        self._countdown.ready()
+
     def hurry(self) -> None:
-        """Have ``run`` end before the next block; any thread. Lost if it has not begun yet."""
+        """Have ``run`` end before the next block, at the latest the first one of the next ``run``; any thread."""
         self._countdown.hurry()
 
     def interrupt(self) -> None:

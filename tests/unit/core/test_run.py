@@ -302,3 +302,24 @@ def test_a_guest_that_was_loaded_stands_from_then_on(control):
     standing.now_ns += 9
     standing.run.resume()
     assert standing.stood == [9]
+
+
+class Deaf(FakeVcpu):
+    """One that waits for something that never comes."""
+
+    def kick(self):
+        pass
+
+
+def test_the_end_of_the_process_stops_vcpus_and_waits_for_none_that_does_not_come(control):
+    vcpu, deaf = FakeVcpu(), Deaf()
+    run = control(vcpu, deaf)
+    run.stop_for_exit()  # nothing has run
+    run.resume()
+    assert vcpu.entered.wait(60)
+    assert deaf.entered.wait(60)
+    run.stop_for_exit(patience_s=0.05)
+    assert (vcpu.inside, deaf.inside) == (False, True)
+    with pytest.raises(VmError, match="cannot be resumed"):
+        run.resume()
+    deaf._kicked.set()

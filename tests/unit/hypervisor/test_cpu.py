@@ -421,6 +421,19 @@ def test_a_guest_rewrites_its_own_code(machines):
     assert finish(vm).exit_code == 9
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "c6050100000007" + "b801000000",  # movb $7, next + 1; next: movl $1, %eax
+        "c605f9ffffff90" + "b807000000",  # me: movb $0x90, me
+        "bf0f001000b901000000b007f3aa" + "b801000000",  # rep stosb
+        "bc00081000" + "9c58" + "2500010000" + "83c807",  # pushf: the flags are its own
+    ],
+)
+def test_what_an_instruction_changes_in_its_own_block_is_what_runs(machines, code):
+    assert finish(machines(code + EXIT)).exit_code == 7
+
+
 def test_a_write_to_read_only_ram_is_discarded_and_the_guest_goes_on(machines):
     # mov [rbx], rax; mov rdi, [rbx]; add [rbx], rax; mov rsi, [rbx]; mov eax, 7; out exit
     vm = machines("488903" + "488b3b" + "480103" + "488b33" + "b807000000" + EXIT, rbx=DATA, rax=9)

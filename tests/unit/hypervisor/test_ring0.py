@@ -206,8 +206,8 @@ PIC = """
         movb $0x01, %al; outb %al, $0x21
         movb $\\mask, %al; outb %al, $0x21
     .endm
-    .macro START_PIT count
-        movb $0x34, %al; outb %al, $0x43
+    .macro START_PIT count, mode=0x34
+        movb $\\mode, %al; outb %al, $0x43
         movb $(\\count & 0xff), %al; outb %al, $0x40
         movb $(\\count >> 8), %al; outb %al, $0x40
     .endm
@@ -240,7 +240,7 @@ def test_an_interrupt_waits_for_if_and_comes_soon_after(ring0):
         PIC
         + """
         START_PIC 0xfe
-        START_PIT 1193
+        START_PIT 1193, 0x30                     # once
         movl $10, %ebx
         movl $30000000, %ecx
     1:  decl %ecx

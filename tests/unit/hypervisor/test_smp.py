@@ -1,16 +1,20 @@
 """Several vCPUs on the software hypervisor; and marks from every place that needs them, whatever locks are held."""
 
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from ring0 import BASE, assemble
 from soft import access
 
 from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.state import MachineState
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices import dma
-from pageferry.guests.abi import read_status
+from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables, read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.hypervisor import audit
@@ -227,3 +231,93 @@ def test_every_tlb_is_flushed_before_its_vcpu_runs_again(domains):
 def test_so_many_vcpus_are_refused(cpus):
     with pytest.raises(UnsupportedError, match="1 to 8 vCPUs"):
         Domain(VmConfig(memory_bytes=8 * MiB, cpus=cpus))
+
+
+#: Each vCPU in its turn writes a function that returns the turn's number; then all of them call it. A slot of 64 bytes
+#: says how far each has come.
+TURNS = """
+    .set FUNCTION, 0x400000
+    .set TURN, 0x500000
+    .set SLOTS, 0x600000
+    .globl _start
+    _start:                             # RSI: which vCPU
+        xorl %ebx, %ebx
+    1:  incl %ebx
+        movl %ebx, %eax                 # whose turn
+        xorl %edx, %edx
+        movl $CPUS, %ecx
+        divl %ecx
+        cmpl %edx, %esi
+        jne 3f
+        xorl %edi, %edi
+    2:  movl %edi, %eax                 # all have come as far as the turn before
+        shll $6, %eax
+        movl SLOTS(%rax), %eax
+        incl %eax
+        cmpl %ebx, %eax
+        jb 2b
+        incl %edi
+        cmpl %ecx, %edi
+        jne 2b
+        movl %ebx, FUNCTION + 1
+        movb $0xb8, FUNCTION            # mov $turn, %eax; ret
+        movb $0xc3, FUNCTION + 5
+        movl %ebx, TURN
+    3:  cmpl %ebx, TURN
+        jne 3b
+        movl $FUNCTION, %eax
+        cmpb $0xb8, (%rax)              # to read is not to fetch
+        jne 4f
+        call *%rax
+        cmpl %ebx, %eax
+        jne 4f
+        movl %esi, %eax
+        shll $6, %eax
+        movl %ebx, SLOTS(%rax)
+        cmpl $TURNS, %ebx
+        jne 1b
+        cmpl $0, %esi
+        jne .                           # the first one ends the guest
+        xorl %eax, %eax
+        outl %eax, $0xf4
+    4:  shll $16, %eax
+        orl %ebx, %eax
+        outl %eax, $0xf4
+"""
+
+
+@pytest.mark.parametrize(("cpus", "turns"), [(2, 60), (3, 20)])
+def test_code_that_one_vcpu_writes_is_what_the_others_run(tmp_path, cpus, turns):
+    assert PROGRAM_BASE == BASE
+    code, _ = assemble(tmp_path, f".set CPUS, {cpus}\n.set TURNS, {turns}\n{TURNS}")
+    domain = Domain(VmConfig(memory_bytes=8 * MiB, cpus=cpus))
+    domain.memory.write(PAGE_TABLES_GPA, page_tables(4 << 30))
+    domain.memory.write(PROGRAM_BASE, code)
+    states = tuple(entry_state(PROGRAM_BASE, index) for index in range(cpus))
+    domain.load_state(MachineState(vcpus=states, devices=domain.save_state().devices))
+    domain.resume()
+    assert domain.wait(120) is VmStatus.SHUTDOWN, domain.end
+    assert domain.end.exit_code == 0, f"{domain.end.exit_code:#x}: what was called, and the turn"
+    audit.check(domain)
+    domain.close()
+
+
+LEFT_RUNNING = """
+import sys
+from pageferry.core.vm import VmConfig
+from pageferry.guests.boot import boot
+from pageferry.guests.workloads import load_workload
+from pageferry.hypervisor.domain import Domain
+domain = Domain(VmConfig(memory_bytes=8 << 20, cpus=2))
+boot(domain, load_workload("sweep"))
+domain.resume()
+domain.wait(0.05)
+print(domain.end)
+sys.exit(7)
+"""
+
+
+def test_a_process_may_end_while_its_guest_runs():
+    """Its exit code is the process's own: nothing is freed under a vCPU."""
+    done = subprocess.run([sys.executable, "-c", LEFT_RUNNING], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "None\n", "")
