@@ -14,6 +14,10 @@ possible). Target: at least 0.7.
 ``--ways`` measures instead what the ways of sending cost and save, on the same guest: how fast zero pages are told from
 others; 1, 2 and 4 connections; packing of text and of noise; a cap, and how well it holds.
 
+``--tls`` measures instead what encryption costs: the first round plain and by TLS, in turn, on one and four
+connections; and the CPU time of the plain copy without and with it, at both ends together, which other work on the host
+does not change.
+
 ``--changes`` measures what packing and ``--delta-cache`` save on a slow wire: a hash table of 32 MiB under updates
 (``kv``, as fast as it can) moves under the policy ``converge`` over a wire of 10 and of 40 MiB/s.
 """
@@ -43,8 +47,11 @@ from pageferry.engine.destination import Destination
 from pageferry.engine.options import DEFAULT_WIRE, MigrationOptions, WireOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.acceptor import Acceptor
+from pageferry.engine.wire.channel import Channel, Endpoint
+from pageferry.engine.wire.credentials import Credentials, new_secret
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
+from pageferry.stream.ferry_order import Side
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import Packing, available
 from pageferry.vmm.accel import Accel, choose_machines
@@ -81,9 +88,10 @@ def touch_receiver(pipe: Connection, size_bytes: int) -> None:
 
 
 def plain_receiver(pipe: Connection, size_bytes: int) -> None:
-    with Acceptor("tcp://127.0.0.1:0") as acceptor:
-        pipe.send(acceptor.endpoint)
-        channel = acceptor.wait()
+    loopback = Endpoint(host="127.0.0.1")
+    with loopback.listen() as listener:
+        pipe.send(loopback.bound(listener))
+        channel = Channel(listener.accept())
         view = memoryview(mmap.mmap(-1, size_bytes))  # a file in memory, as a guest's memory is, and without its hole
         for at in range(0, size_bytes, PIECE_BYTES):
             channel.receive_into([view[at : min(at + PIECE_BYTES, size_bytes)]])
@@ -109,9 +117,10 @@ def plain_copy(size_bytes: int) -> float:
     return took_s
 
 
-def migration_receiver(pipe: Connection, accel: str) -> None:
+def migration_receiver(pipe: Connection, accel: str, secret: str | None = None) -> None:
     machines = choose_machines(Accel(accel))
-    with Acceptor("tcp://127.0.0.1:0") as acceptor:
+    credentials = None if secret is None else Credentials.from_secret(secret, Side.DESTINATION)
+    with Acceptor("tcp://127.0.0.1:0" if secret is None else "tls://127.0.0.1:0", credentials=credentials) as acceptor:
         pipe.send(acceptor.endpoint)
         with contextlib.suppress(MigrationError):  # the source tells why
             vm = Destination(acceptor.wait(), machines.make_vm, accept=acceptor.accept).run()
@@ -124,16 +133,20 @@ def migration(
     accel: str,
     wire: WireOptions = DEFAULT_WIRE,
     content: Callable[[GuestMemory, int], None] = fill,
+    *,
+    tls: bool = False,
 ) -> tuple[float, dict[str, Any]]:
     """Return the seconds that a migration took, and its report."""
+    secret = new_secret() if tls else None
+    credentials = None if secret is None else Credentials.from_secret(secret, Side.SOURCE)
     vm = choose_machines(Accel(accel)).make_vm(VmConfig(memory_bytes=size_bytes))
     boot(vm, load_workload("idle"))
     content(vm.memory, 2 << 20)
     with Child(touch_receiver, 2 * size_bytes):
         pass
-    with Child(migration_receiver, accel) as endpoint:
+    with Child(migration_receiver, accel, secret) as endpoint:
         vm.resume()
-        source = Source(vm, endpoint, XenPolicy(), MigrationOptions(wire=wire))
+        source = Source(vm, endpoint, XenPolicy(), MigrationOptions(wire=wire, credentials=credentials))
         report = source.run()
     vm.close()
     return report.total_s, report.to_json()
@@ -142,13 +155,17 @@ def migration(
 class Child:
     """A process of its own that tells where it listens, or that it is done."""
 
-    def __init__(self, target: Callable[..., None], argument: int | str) -> None:
+    def __init__(self, target: Callable[..., None], *arguments: int | str | None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=target, args=(theirs, argument))
+        self._process = context.Process(target=target, args=(theirs, *arguments))
 
     def __enter__(self) -> Any:  # noqa: ANN401  # what it tells
         self._process.start()
+        return self._pipe.recv()
+
+    def heard(self) -> Any:  # noqa: ANN401  # what it tells then
+        """Return what it tells next."""
         return self._pipe.recv()
 
     def __exit__(self, *_: object) -> None:
@@ -206,6 +223,66 @@ def ways(size_bytes: int, accel: str, repeats: int) -> dict[str, Any]:
     return result | {name: {"memory_bytes_per_s": zero_scan(size_bytes, how)} for name, how in scans.items()}
 
 
+def copy_receiver(pipe: Connection, size_bytes: int, secret: str | None) -> None:
+    loopback = Endpoint(host="127.0.0.1")
+    with loopback.listen() as listener:
+        pipe.send(loopback.bound(listener))
+        channel = Channel(listener.accept())
+        if secret is not None:
+            channel.secure(Credentials.from_secret(secret, Side.DESTINATION).context)
+        view = memoryview(mmap.mmap(-1, PIECE_BYTES))
+        channel.receive_into([view])
+        began_s = time.process_time()
+        for _ in range(size_bytes // PIECE_BYTES):
+            channel.receive_into([view])
+        pipe.send(time.process_time() - began_s)
+        channel.close()
+
+
+def cpu_of_copy(size_bytes: int, *, tls: bool) -> float:
+    """Return the CPU seconds that both ends together take to move so much from one piece of memory into another."""
+    secret = new_secret() if tls else None
+    child = Child(copy_receiver, size_bytes, secret)
+    with child as endpoint:
+        channel = endpoint.connect(30)
+        if secret is not None:
+            credentials = Credentials.from_secret(secret, Side.SOURCE)
+            channel.secure(credentials.context, server_name=credentials.peer)
+        view = memoryview(bytearray(PIECE_BYTES))
+        channel.send([view])
+        began_s = time.process_time()
+        for _ in range(size_bytes // PIECE_BYTES):
+            channel.send([view])
+        took_s = time.process_time() - began_s + child.heard()
+        channel.close()
+    return took_s
+
+
+def encryption(size_bytes: int, accel: str, repeats: int) -> dict[str, Any]:
+    """Return what TLS costs on one and on four connections, each pair in turn, and what CPU time it takes."""
+    cpu = [[cpu_of_copy(size_bytes, tls=tls) for tls in (False, True)] for _ in range(repeats)]
+    result: dict[str, Any] = {
+        "cpu": {
+            "plain_s_per_gib": statistics.median(plain for plain, _ in cpu) * (1 << 30) / size_bytes,
+            "tls_s_per_gib": statistics.median(tls for _, tls in cpu) * (1 << 30) / size_bytes,
+        }
+    }
+    for connections in (1, 4):
+        wire = WireOptions(connections=connections)
+        runs = [[migration(size_bytes, accel, wire, tls=tls)[1] for tls in (False, True)] for _ in range(repeats)]
+        rounds = [[report["rounds"][0]["duration_s"] for report in pair] for pair in runs]
+        result[f"{connections} connection{'s' if connections > 1 else ''}"] = {
+            "plain_bytes_per_s": size_bytes / statistics.median(plain for plain, _ in rounds),
+            "tls_bytes_per_s": size_bytes / statistics.median(tls for _, tls in rounds),
+            "ratio_median": statistics.median(plain / tls for plain, tls in rounds),
+            "ratio_min": min(plain / tls for plain, tls in rounds),
+            "ratio_max": max(plain / tls for plain, tls in rounds),
+            "downtime_plain_s": statistics.median(plain["downtime_s"] for plain, _ in runs),
+            "downtime_tls_s": statistics.median(tls["downtime_s"] for _, tls in runs),
+        }
+    return result
+
+
 def changes(accel: str, repeats: int) -> dict[str, Any]:
     """Return what a busy guest's migration took over a slow wire, by cap and way: medians of those that ended well."""
     packings = [(packing, cache) for packing in available() for cache in (0, CHANGES_CACHE_BYTES)]
@@ -253,6 +330,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="256 MiB and two pairs instead of 1 GiB and five")
     parser.add_argument("--ways", action="store_true", help="connections, packing, zero pages and a cap instead")
     parser.add_argument("--changes", action="store_true", help="packing and the delta cache on a slow wire instead")
+    parser.add_argument("--tls", action="store_true", help="TLS against none, on one and four connections instead")
     parser.add_argument("--accel", default="auto", choices=["auto", "kvm", "soft"])
     options = parser.parse_args()
     size_bytes, pairs = (256 << 20, 2) if options.quick else (1 << 30, 5)
@@ -271,6 +349,23 @@ def main() -> None:
             print(
                 f"  {name:<24}{each['total_s']:6.2f} s, {each['sent_bytes'] / 2**20:6.1f} MiB, "
                 f"throttled for {each['throttled_s']:5.2f} s, {each['downtime_s'] * 1e3:5.0f} ms down"
+            )
+        return
+    if options.tls:
+        found = encryption(size_bytes, accel, pairs)
+        if options.json:
+            json.dump(found, sys.stdout, indent=2)
+            print()
+            return
+        print(f"{accel}, {size_bytes >> 20} MiB, the first round of {pairs} pairs, medians")
+        cpu = found.pop("cpu")
+        print(f"  CPU time, both ends: {cpu['plain_s_per_gib']:.2f} s a GiB plain, {cpu['tls_s_per_gib']:.2f} by TLS")
+        for name, each in found.items():
+            plain, tls = each["plain_bytes_per_s"] / 1e9, each["tls_bytes_per_s"] / 1e9
+            print(
+                f"  {name:<14}{plain:5.2f} GB/s plain, {tls:5.2f} by TLS: "
+                f"ratio {each['ratio_median']:.2f} ({each['ratio_min']:.2f} to {each['ratio_max']:.2f}); "
+                f"down {each['downtime_plain_s'] * 1e3:.0f} and {each['downtime_tls_s'] * 1e3:.0f} ms"
             )
         return
     if options.ways:
