@@ -37,7 +37,7 @@ MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "ccp", "kvm_amd", "tun
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one machine does: arguments for pytest or, after the path of a script, for that; on how many processors."""
+    """What one machine does: arguments for pytest, or for a script, and on how many processors."""
 
     tests: tuple[str, ...]
     processors: int = 2
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str]) -> int:
     except UnsupportedError as error:
         print(f"test-npt: {error}\n  hint: {error.hint}")
         return NOT_RUN
-    commands = [qemu_command(image, kernel_log(CACHE, at), at, part.processors) for at, part in enumerate(parts)]
+    commands = [qemu_command(image, kernel_log(CACHE, at), at, part) for at, part in enumerate(parts)]
     return run_machines(commands, CACHE)
 
 
@@ -192,20 +192,33 @@ def run_machine(command: Sequence[str], folder: Path, part: int, give_up_s: floa
     return NOT_RUN
 
 
-def qemu_command(image: LinuxImage, log: Path, part: int, processors: int) -> list[str]:
-    """Return the emulator's command line: processors with SVM, a serial port for the kernel, one for the tests.
+def qemu_command(image: LinuxImage, log: Path, number: int, part: Part) -> list[str]:
+    """Return the emulator's command line for a part and its number.
+
+    The machine has processors with SVM, a serial port for the kernel, and one for the tests.
 
     All run on one thread: on two, the machine was seen to hang under QEMU 7.2, it seems while the kernel patched its
     own code (KVM has the scheduler patched for the first guest). One thread is no slower. ``tsc=reliable`` spares the
     kernel's test of the TSCs, which an emulator fails: KVM would then stop each guest's TSC with its vCPU.
     ``no_timer_check`` spares that of the timer's interrupt: an emulator that has to wait for a processor of a busy host
-    fails it, and the kernel panics.
+    fails it, and the kernel panics. A script's machine counts instructions for a clock, so that what it measures is the
+    same on a busy host.
     """
     return [
         *(QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-accel", "tcg,thread=single", "-cpu", "max,-smap", "-smp", str(processors), "-m", f"{MEMORY_BYTES >> 20}M"),
+        *(
+            "-accel",
+            "tcg,thread=single",
+            "-cpu",
+            "max,-smap",
+            "-smp",
+            str(part.processors),
+            "-m",
+            f"{MEMORY_BYTES >> 20}M",
+        ),
+        *(() if part.script is None else ("-icount", "shift=0,sleep=off")),
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append"),
-        f"console=ttyS0 panic=-1 tsc=reliable no_timer_check part={part}",
+        f"console=ttyS0 panic=-1 tsc=reliable no_timer_check part={number}",
         *("-serial", f"file:{log}", "-serial", "stdio"),
         *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),

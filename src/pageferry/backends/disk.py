@@ -3,6 +3,9 @@
 The lock is an open file description's (fcntl(2), F_OFD_SETLK) on the whole file: shared by those that only read, held
 alone by one that writes. It ends with the descriptor at the latest, so a process that died holds none. A process that
 does not hold it does not write: the lock is the last word on where a guest runs, however a migration ended.
+
+Transfers go through the host's page cache, or past it if the disk is named ``PATH,direct``. That is for disks that
+several hosts share: a page cache knows nothing of what another host writes.
 """
 
 import ctypes
@@ -12,9 +15,11 @@ import os
 import stat
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from pageferry.backends.direct import DirectIo, block_bytes_of, transfer_all
+from pageferry.core.device_spec import DIRECT
 from pageferry.core.errors import UsageError, VmError
 from pageferry.core.libc import libc
 
@@ -26,8 +31,6 @@ _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE, _FALLOC_FL_ZERO_RANGE = 1, 2, 16
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _ZEROS = bytes(1 << 20)
 
-_Transfer = Callable[[int, Sequence[memoryview], int], int]
-
 
 class DiskFile:
     """One disk; opened at once, used between :meth:`claim` and :meth:`release`.
@@ -35,15 +38,18 @@ class DiskFile:
     Args:
         path: a regular file of whole sectors, or a block device.
         readonly: whether the guest may only read it.
+        direct: whether to go past the page cache.
 
     Raises:
-        UsageError: there is no such file, it may not be opened, or it is no disk.
+        UsageError: there is no such file, it may not be opened, it is no disk, or its file system cannot do without
+            the page cache.
     """
 
-    def __init__(self, path: Path, *, readonly: bool) -> None:
+    def __init__(self, path: Path, *, readonly: bool, direct: bool = False) -> None:
         self.path = path
         self.readonly = readonly
         self._claimed = False
+        self._direct: DirectIo | None = None
         try:
             mode = os.O_RDONLY if readonly else os.O_RDWR
             self._fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
@@ -53,15 +59,46 @@ class DiskFile:
         self._close = weakref.finalize(self, os.close, self._fd)
         try:
             self.size_bytes = self._size()
+            if direct:
+                self._direct = self._make_direct()
         except UsageError:
             self.close()
             raise
+
+    @classmethod
+    def named(cls, name: str, *, readonly: bool) -> "DiskFile":
+        """Return the disk that ``PATH`` or ``PATH,direct`` names.
+
+        Raises:
+            UsageError: as for the class.
+        """
+        return cls(Path(name.removesuffix(DIRECT)), readonly=readonly, direct=name.endswith(DIRECT))
+
+    def _make_direct(self) -> DirectIo:
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_DIRECT)
+            block_bytes = block_bytes_of(self._fd, self.size_bytes)
+        except OSError as error:
+            raise UsageError(
+                f"disk {self.path} cannot be used past the page cache: {error.strerror}",
+                hint=f"its file system has no O_DIRECT: leave out {DIRECT}",
+            ) from error
+        if self.size_bytes % block_bytes:
+            raise UsageError(
+                f"disk {self.path} of {self.size_bytes} bytes is no whole blocks of {block_bytes}, as it is used past "
+                "the page cache",
+                hint=f"leave out {DIRECT}, or make it larger",
+            )
+        return DirectIo(self._fd, block_bytes)
 
     def _size(self) -> int:
         mode = os.fstat(self._fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise UsageError(f"{self.path} is no disk: neither a regular file nor a block device")
-        size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        try:
+            size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            raise UsageError(f"{self.path} is no disk: it has no end ({error.strerror})") from error
         if not size_bytes or size_bytes % SECTOR_BYTES:
             raise UsageError(f"{self.path} is no disk: {size_bytes} bytes are no whole sectors of {SECTOR_BYTES}")
         return size_bytes
@@ -114,7 +151,11 @@ class DiskFile:
         Raises:
             OSError: it cannot be read, or is not claimed.
         """
-        self._all(os.preadv, views, offset)
+        self._expect_claimed()
+        if self._direct is None:
+            transfer_all(os.preadv, self._fd, views, offset)
+        else:
+            self._direct.read(views, offset)
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write ``views``, one after another, from byte ``offset`` on.
@@ -122,20 +163,11 @@ class DiskFile:
         Raises:
             OSError: it cannot be written, or is not claimed.
         """
-        self._all(os.pwritev, views, offset)
-
-    def _all(self, transfer: _Transfer, views: Sequence[memoryview], offset: int) -> None:
         self._expect_claimed()
-        left = list(views)
-        while left:
-            moved = transfer(self._fd, left, offset)
-            if not moved:
-                raise OSError(errno.EIO, "the disk has become shorter")
-            offset += moved
-            while left and moved >= len(left[0]):
-                moved -= len(left.pop(0))
-            if moved:
-                left[0] = left[0][moved:]
+        if self._direct is None:
+            transfer_all(os.pwritev, self._fd, views, offset)
+        else:
+            self._direct.write(views, offset)
 
     def flush(self) -> None:
         """Have all that was written survive a crash of this host.

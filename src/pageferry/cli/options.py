@@ -8,7 +8,7 @@ import typer
 
 from pageferry.cli.shell import ERR
 from pageferry.core.cpuid import CpuModel
-from pageferry.core.device_spec import DeviceKind, DeviceSpec
+from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
 from pageferry.core.policy_names import POLICIES, make_policy
@@ -97,7 +97,8 @@ VerifyOption = Annotated[
 
 
 DisksOption = Annotated[
-    list[str] | None, typer.Option("--disk", help="A disk: PATH, or PATH,readonly; may be repeated (pc).")
+    list[str] | None,
+    typer.Option("--disk", help="A disk: PATH[,readonly][,direct]; direct: past the page cache. May be repeated (pc)."),
 ]
 NetsOption = Annotated[
     list[str] | None,
@@ -109,7 +110,9 @@ VirtioConsoleOption = Annotated[
 ]
 LocalDisksOption = Annotated[
     list[str] | None,
-    typer.Option("--disk", help="NUMBER=PATH: the guest's disk of this number, from 0, here. May be repeated."),
+    typer.Option(
+        "--disk", help="NUMBER=PATH[,direct]: the guest's disk of this number, from 0, here. May be repeated."
+    ),
 ]
 LocalNetsOption = Annotated[
     list[str] | None,
@@ -142,8 +145,12 @@ def device_specs(disks: list[str] | None, nets: list[str] | None, *, console: bo
 
 
 def _disk(text: str) -> DeviceSpec:
-    path, readonly = text.removesuffix(_READONLY), text.endswith(_READONLY)
-    return DeviceSpec(kind=DeviceKind.DISK, backend=absolute(DeviceKind.DISK, path), readonly=readonly)
+    path, flags = text, set()
+    while path.endswith((_READONLY, DIRECT)):
+        path, comma, flag = path.rpartition(",")
+        flags.add(comma + flag)
+    backend = absolute(DeviceKind.DISK, path) + (DIRECT if DIRECT in flags else "")
+    return DeviceSpec(kind=DeviceKind.DISK, backend=backend, readonly=_READONLY in flags)
 
 
 def _net(text: str) -> DeviceSpec:

@@ -8,6 +8,8 @@ from typing import Any
 
 MAX_DEVICES = 31
 """As many as a PCI bus has slots besides the host bridge's."""
+DIRECT = ",direct"
+"""What ends the backend of a disk that is to be used past the host's page cache."""
 _MAX_TEXT_CHARS = 1024
 _MAX_BYTES = 1 << 63
 
@@ -27,8 +29,9 @@ class DeviceSpec:
     """One virtio device of a PC. The guest sees all of it but ``backend``, and keeps it for life.
 
     ``kind``: a :class:`DeviceKind`, or one that this release does not know. ``backend``: what stands behind it on this
-    host: a disk's file; ``tap:NAME`` or ``unix:PATH`` for a net; empty for the others. ``readonly``: of a disk.
-    ``size_bytes``: of a disk; 0: what the file has. ``mac``: of a net, six bytes in hexadecimal with colons.
+    host: a disk's file, ``PATH`` or ``PATH,direct``; ``tap:NAME`` or ``unix:PATH`` for a net; empty for the others.
+    ``readonly``: of a disk. ``size_bytes``: of a disk; 0: what the file has. ``mac``: of a net, six bytes in
+    hexadecimal with colons.
     """
 
     kind: str

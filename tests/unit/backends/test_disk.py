@@ -3,6 +3,7 @@
 import fcntl
 import os
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_what_is_no_disk_is_refused_by_name(tmp_path, path):
     odd.write_bytes(bytes(513))
     empty.touch()
     os.mkfifo(fifo)
-    for wrong in (tmp_path / "missing", odd, empty, tmp_path):
+    for wrong in (tmp_path / "missing", odd, empty, tmp_path, Path("/proc/version")):
         with pytest.raises(UsageError, match=wrong.name):
             DiskFile(wrong, readonly=True)
     for readonly in (True, False):

@@ -1,10 +1,13 @@
-"""What the help says of choices is what there is."""
+"""What the help says of choices is what there is, and an option says what it is read as."""
 
 import re
 from pathlib import Path
 from typing import get_args
 
-from pageferry.cli.options import TrackerOption
+import pytest
+
+from pageferry.cli.options import TrackerOption, device_specs
+from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.hypervisor.paging import PAGING_MODES
 from pageferry.kvm.trackers import TRACKERS
 
@@ -18,3 +21,19 @@ def test_the_help_and_the_guide_name_every_tracker():
     assert re.split(r", | or ", on_kvm) == list(TRACKERS)
     costs = GUIDE.read_text().partition("| tracker | ENABLE |")[2].partition("\n\n")[0]
     assert set(re.findall(r"^\| `(.*?)` \|", costs, re.M)) == {*PAGING_MODES, *TRACKERS}
+
+
+@pytest.mark.parametrize(
+    ("text", "backend", "readonly"),
+    [
+        ("/a", "/a", False),
+        ("/a,readonly", "/a", True),
+        ("/a,direct", "/a,direct", False),
+        ("/a,direct,readonly", "/a,direct", True),
+        ("/a,readonly,direct", "/a,direct", True),
+        ("/a,b", "/a,b", False),
+    ],
+)
+def test_a_disk_is_a_path_and_how_it_is_used(text, backend, readonly):
+    disk, *_ = device_specs([text], None, console=False)
+    assert disk == DeviceSpec(kind=DeviceKind.DISK, backend=backend, readonly=readonly)

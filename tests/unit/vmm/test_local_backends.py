@@ -23,6 +23,8 @@ def test_what_is_said_replaces_what_the_source_has_and_nothing_else():
         (spec.kind, spec.mac, spec.size_bytes) for spec in SPECS
     ]
     assert AS_AT_THE_SOURCE.choose(SPECS, trusted=True) == SPECS
+    first, *_ = LocalBackends.parse(["0=/here/disk,direct"], []).choose(SPECS, trusted=True)
+    assert first.backend == "/here/disk,direct"
 
 
 def test_a_source_elsewhere_may_have_no_file_of_ours_opened():

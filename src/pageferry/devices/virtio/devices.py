@@ -19,7 +19,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 from pageferry.backends.disk import DiskFile
@@ -176,7 +175,7 @@ class VirtioDevices:
         return function
 
     def _make_disk(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
-        disk = DiskFile(Path(spec.backend), readonly=spec.readonly)
+        disk = DiskFile.named(spec.backend, readonly=spec.readonly)
         self._backends.append((name, disk))
         if spec.size_bytes not in (0, disk.size_bytes):
             raise UsageError(
