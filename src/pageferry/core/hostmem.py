@@ -60,6 +60,17 @@ def available_bytes() -> int | None:
         return None
 
 
+def total_bytes() -> int | None:
+    """Return how much memory the host has, or None where it does not tell.
+
+    Source: Linux ``sysconf(3)``, ``_SC_PHYS_PAGES``.
+    """
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
 def atomic_or_u32(hva: int, bits: int) -> None:
     """Set ``bits`` (below 0x800) in the u32 at ``hva``, as one step for every thread, emulated vCPUs included.
 

@@ -139,7 +139,7 @@ class Destination(Generic[AnyVm]):
                 agreed, token = self._answer(hello, vm, shared=shared)
                 channels = [self._channel, *self._join(hello, agreed, token)]
                 pages = ReceivedPages(vm.memory, audits=features.AUDIT in agreed)
-            with Populator(vm.memory, hello.populated), self._clock.phase(Phase.PRECOPY):
+            with Populator(vm.memory, hello.populated, lambda: pages.arrived_pages), self._clock.phase(Phase.PRECOPY):
                 state = self._receive(hello, agreed, channels, pages)
                 if (removed := pages.removed()).size:
                     vm.remove_pages(removed)

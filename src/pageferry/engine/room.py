@@ -1,7 +1,7 @@
 """The machine for a guest that arrives, if this host has room for it."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from pageferry.core.errors import UnsupportedError, UsageError
 from pageferry.core.frames import PAGE_SIZE
@@ -12,6 +12,52 @@ from pageferry.core.vm import AnyVm, MachineModel, VmConfig
 from pageferry.engine import features
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.ferry_frames import SourceHello
+
+#: A host that could give less than this has no room for what arrives next.
+_LEAST_LEFT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestLimits:
+    """How large a guest may be that arrives; None: any."""
+
+    memory_bytes: int | None = None
+    cpus: int | None = None
+
+    def check(self, config: VmConfig) -> None:
+        """Check a guest before anything is made for it.
+
+        Raises:
+            UsageError: it is larger.
+        """
+        if self.memory_bytes is not None and config.memory_bytes > self.memory_bytes:
+            asked, most = format_size(config.memory_bytes), format_size(self.memory_bytes)
+            hint = "pageferry receive --max-memory there"
+            raise UsageError(f"the guest has {asked} of memory, and {most} at the most is taken here", hint=hint)
+        if self.cpus is not None and config.cpus > self.cpus:
+            what = f"the guest has {config.cpus} vCPUs, and {self.cpus} at the most are taken here"
+            raise UsageError(what, hint="pageferry receive --max-cpus there")
+
+
+NO_LIMITS = GuestLimits()
+
+
+def expect_more_room(memory: GuestMemory, host_has: Callable[[], int | None] = available_bytes) -> None:
+    """Check, as a guest arrives, that its next pages will not be what the host has no room for.
+
+    Args:
+        memory: the guest's.
+        host_has: tells how many bytes the host could give.
+
+    Raises:
+        UsageError: they may be.
+    """
+    available = host_has()
+    if not memory.reserved and available is not None and available < _LEAST_LEFT_BYTES:
+        raise UsageError(
+            f"this host has {format_size(available)} of memory left while the guest arrives",
+            hint="free memory here, or choose another destination",
+        )
 
 
 def expect_room(memory: GuestMemory, pages: int) -> None:

@@ -9,6 +9,7 @@ from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warn
 from pageferry.core.machine import Machine
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
+from pageferry.engine.room import NO_LIMITS, GuestLimits
 from pageferry.engine.wire.acceptor import Acceptor
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.credentials import Credentials
@@ -37,21 +38,26 @@ class Incoming:
         self._guest = guest
         self._backends = backends
         self._announcer = announcer
+        self._limits = NO_LIMITS
         self._attempt: Destination[Machine] | None = None
         self._thread: threading.Thread | None = None
         self._acceptor: Acceptor | None = None
         self._last = False
 
-    def listen(self, endpoint: Endpoint, credentials: Credentials | None = None) -> Endpoint:
+    def listen(
+        self, endpoint: Endpoint, credentials: Credentials | None = None, limits: GuestLimits = NO_LIMITS
+    ) -> Endpoint:
         """Begin to wait at ``endpoint``; return the address, with the port that it really has. Call once.
 
         Args:
             endpoint: where.
             credentials: who we are and whom we accept, where it is TLS.
+            limits: how large a guest may be.
 
         Raises:
             UsageError: the address is in use or not ours, or TLS and credentials do not go together.
         """
+        self._limits = limits
         acceptor = self._acceptor = Acceptor(endpoint, credentials=credentials, on_refused=self._refused)
         self._thread = threading.Thread(target=self._main, args=(acceptor,), name="receive", daemon=True)
         self._thread.start()
@@ -109,6 +115,7 @@ class Incoming:
         trusted = is_local(peer.channel.socket)
 
         def make_vm(config: VmConfig) -> Machine:
+            self._limits.check(config)
             devices = self._backends.choose(config.devices, trusted=trusted)
             said = self._guest.machines.accel
             vm = self._guest.make_vm(replace(config, devices=devices))

@@ -22,6 +22,7 @@ from pageferry.core.vm import GuestEnd, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.room import NO_LIMITS, GuestLimits
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.credentials import Credentials
 from pageferry.guests.loader import Loader
@@ -120,17 +121,20 @@ class GuestProcess:
         self._announcer.event("STOP")
         self._guest.here().pause()
 
-    def listen(self, endpoint: Endpoint, credentials: Credentials | None = None) -> Endpoint:
+    def listen(
+        self, endpoint: Endpoint, credentials: Credentials | None = None, limits: GuestLimits = NO_LIMITS
+    ) -> Endpoint:
         """Wait for a guest at ``endpoint`` on a thread; return the address, with the port that it really has.
 
         Args:
             endpoint: where.
             credentials: who we are and whom we accept, where it is TLS.
+            limits: how large a guest may be.
 
         Raises:
             UsageError: the address is in use or not ours, or TLS and credentials do not go together.
         """
-        return self._incoming.listen(endpoint, credentials)
+        return self._incoming.listen(endpoint, credentials, limits)
 
     def start(self) -> None:
         """Serve the control socket and let the guest run, if it was booted or restored here."""

@@ -4,9 +4,11 @@ import pytest
 
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
-from pageferry.core.hostmem import MemFd, available_bytes
+from pageferry.core.hostmem import MemFd, available_bytes, total_bytes
+from pageferry.core.memory import GuestMemory
+from pageferry.core.vm import VmConfig
 from pageferry.engine import features
-from pageferry.engine.room import claimed_pages, make_machine
+from pageferry.engine.room import GuestLimits, claimed_pages, expect_more_room, make_machine
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.ferry_frames import SourceHello
 
@@ -80,3 +82,35 @@ def test_a_guest_of_no_possible_size_leaves_what_was_handed_over_to_the_channel(
         make_machine(hello(memory_bytes=4096, features=(features.SHARED_MEMORY,)), channel, refuse)
     assert channel.fd == fd
     os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused"),
+    [
+        (GuestLimits(), None),
+        (GuestLimits(memory_bytes=64 * MiB, cpus=4), None),
+        (GuestLimits(memory_bytes=32 * MiB), "64.* of memory, and 32.* at the most"),
+        (GuestLimits(cpus=3), "4 vCPUs, and 3 at the most"),
+    ],
+)
+def test_a_guest_larger_than_its_host_takes_is_refused(limits, refused):
+    config = VmConfig(memory_bytes=64 * MiB, cpus=4)
+    if refused is None:
+        limits.check(config)
+        return
+    with pytest.raises(UsageError, match=refused) as failed:
+        limits.check(config)
+    assert "--max-" in failed.value.hint
+
+
+def test_the_host_tells_what_it_has():
+    assert total_bytes() > available_bytes()
+
+
+def test_a_host_that_runs_out_of_memory_while_a_guest_arrives_ends_it():
+    memory = GuestMemory.linear(2 * MiB)
+    for has in (None, 1 << 40):
+        expect_more_room(memory, lambda has=has: has)
+    with pytest.raises(UsageError, match="of memory left while the guest arrives"):
+        expect_more_room(memory, lambda: MiB)
+    memory.close()

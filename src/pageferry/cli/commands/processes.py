@@ -13,6 +13,7 @@ import typer
 
 from pageferry.cli.console import LocalConsole
 from pageferry.cli.options import (
+    MAX_CPUS,
     AccelOption,
     AllowPolicyOption,
     ControlOption,
@@ -39,11 +40,13 @@ from pageferry.cli.progress import ReadingView
 from pageferry.cli.shell import ERR, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
+from pageferry.core.hostmem import total_bytes
 from pageferry.core.hugepages import HugePages
 from pageferry.core.policy_names import UsersPolicies, load_policies
 from pageferry.core.units import parse_size
 from pageferry.core.vm import MachineModel
 from pageferry.engine.image.saved_guest import SavedGuest
+from pageferry.engine.room import GuestLimits
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.credentials import Credentials, new_secret
 from pageferry.guests.boot import GuestParams
@@ -167,6 +170,10 @@ def receive(
         str | None, typer.Option(help="`new`: print a one-time secret, and accept only whom you give it to (tls).")
     ] = None,
     insecure: InsecureOption = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Take no guest with more memory, e.g. 8G. Default: what this host has.")
+    ] = None,
+    max_cpus: Annotated[int, typer.Option(min=1, max=MAX_CPUS, help="Take no guest with more vCPUs.")] = MAX_CPUS,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
@@ -179,11 +186,12 @@ def receive(
     endpoint = Endpoint.parse(uri)
     warn_if_exposed(endpoint, insecure=insecure)
     credentials = _credentials(endpoint, tls_dir, peer, secret)
+    limits = GuestLimits(memory_bytes=total_bytes() if max_memory is None else parse_size(max_memory), cpus=max_cpus)
     backends = LocalBackends.parse(disk or (), net or ())
     policies = load_policies(allow_policy or ())
     machines = choose_machines(accel, tracker, huge_pages, witness)
     with _guest_process(machines, control, policies, backends) as process:
-        bound = process.listen(endpoint, credentials)
+        bound = process.listen(endpoint, credentials, limits)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         process.start()
         code = process.wait()

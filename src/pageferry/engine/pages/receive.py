@@ -21,6 +21,7 @@ from pageferry.core.events import Phase
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory, byte_ranges
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
+from pageferry.engine.room import expect_more_room
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import connection_of
@@ -29,10 +30,24 @@ from pageferry.stream.format import BodyError, PageType, RecordType, carries_dat
 from pageferry.stream.intake import Need
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, packer
-from pageferry.stream.records import Audit, DeltaPages, Event, Fence, PackedPages, PageDataHeader, ZeroPages
+from pageferry.stream.records import (
+    Audit,
+    DeltaPages,
+    Event,
+    Fence,
+    PackedPages,
+    PageDataHeader,
+    SkippedRecord,
+    ZeroPages,
+)
 
 #: How soon the reader of one connection hears that another failed.
 _POLL_S = 0.1
+#: What has storage and has not arrived: 64 MiB. How often to look, at a wire that is much faster than any.
+_AHEAD_PAGES, _AHEAD_POLL_S = 16_384, 0.002
+#: A record that has begun comes at this rate, once it has taken as long as the connection may stand still: half of the
+#: least bandwidth that a source may be told to keep to.
+_LEAST_BYTES_PER_S = 32 << 10
 #: Of so many pages in a row that became zero the storage is given back; fewer are written.
 _GIVEN_BACK_PAGES = 16
 
@@ -48,6 +63,7 @@ class PageWriter:
         index: which connection this is, from 0.
         connections: how many there are.
         packing: what was agreed on.
+        expect_room: called each 64 MiB; raises a UsageError when the host has no room for the next.
     """
 
     def __init__(
@@ -58,13 +74,16 @@ class PageWriter:
         index: int = 0,
         connections: int = 1,
         packing: Packing = Packing.NONE,
+        expect_room: Callable[[GuestMemory], None] = expect_more_room,
     ) -> None:
         self._channel = channel
+        self._expect_more_room = expect_room
         self._pages = pages
         self._memory = pages.memory
         self._words = page_words(pages.memory)
         self._index = index
         self._connections = connections
+        self._unseen_pages = 0  # since the host was asked for room
         self._packer = None if packing is Packing.NONE else packer(packing)
 
     def page_data(self, header: PageDataHeader) -> None:
@@ -132,6 +151,10 @@ class PageWriter:
         return np.frombuffer(unpacked, np.uint64).reshape(-1, WORDS_PER_PAGE)
 
     def _check(self, gfns: GfnArray, record: str, offset: int | None = None) -> None:
+        self._unseen_pages += gfns.size
+        if self._unseen_pages >= _AHEAD_PAGES:
+            self._unseen_pages = 0
+            self._expect_more_room(self._memory)
         inside = self._memory.are_ram(gfns)
         if not inside.all():
             raise RecordError(f"gfn {int(gfns[~inside][0]):#x} is outside the guest", record=record, offset=offset)
@@ -184,6 +207,31 @@ class Activity:
             raise TimeoutError("stalled")
 
 
+class _Pace:
+    """How fast a record comes, from its first byte on; records that say nothing to us do not count as any.
+
+    Args:
+        timeout_s: for how long it may come as slowly as it likes.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._began_s: float | None = None
+        self._bytes = 0
+
+    def came(self, size_bytes: int) -> None:
+        """Note some of it.
+
+        Raises:
+            TimeoutError: it is a trickle.
+        """
+        now_s = time.monotonic()
+        self._began_s = now_s if self._began_s is None else self._began_s
+        self._bytes += size_bytes
+        if now_s - self._began_s > self._timeout_s + self._bytes / _LEAST_BYTES_PER_S:
+            raise TimeoutError("stalled")
+
+
 def read_stream(channel: Channel, decoder: Decoder, writer: PageWriter, activity: Activity) -> Iterator[Event]:
     """Read a stream, or a section, up to END: pages go to the writer, all else is yielded.
 
@@ -198,11 +246,15 @@ def read_stream(channel: Channel, decoder: Decoder, writer: PageWriter, activity
         AuditMismatchError: pages differ that were digested while the guest ran.
         OSError: cut or stalled.
     """
+    pace = _Pace(channel.timeout_s)
     while not decoder.ended:
         event = decoder.next_event()
+        if not isinstance(event, Need | SkippedRecord):
+            pace = _Pace(channel.timeout_s)
         if isinstance(event, Need):
             activity.wait(channel)
             data = channel.receive_some(decoder.wanted_bytes)
+            pace.came(len(data))
             activity.note()
             if not data:
                 decoder.eof()
@@ -330,13 +382,17 @@ class Populator:
 
     On most hosts the first touch of memory costs more than the copy.
 
+    It is never further ahead than 64 MiB, whatever the source says that it will send.
+
     Args:
         memory: the guest's.
         runs: ``(first gfn, pages)`` each; what is no RAM of them is left out.
+        arrived_pages: returns how many pages have arrived.
     """
 
-    def __init__(self, memory: GuestMemory, runs: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, memory: GuestMemory, runs: Sequence[tuple[int, int]], arrived_pages: Callable[[], int]) -> None:
         self._memory = memory
+        self._arrived_pages = arrived_pages
         wanted = DirtyBitmap(memory.gfn_limit)
         for first_gfn, pages in runs:
             inside = range(memory.gfn_limit)[first_gfn : first_gfn + pages]
@@ -355,9 +411,13 @@ class Populator:
         self._thread.join()
 
     def _populate(self) -> None:
+        populated_pages = 0
         for index in range(self._starts.size):
+            while populated_pages >= self._arrived_pages() + _AHEAD_PAGES and not self._enough.wait(_AHEAD_POLL_S):
+                pass
             if self._enough.is_set():
                 return
+            populated_pages += int(self._lengths[index])
             try:
                 self._memory.populate(self._starts[index : index + 1], self._lengths[index : index + 1])
             except VmError:

@@ -45,6 +45,8 @@ class ReceivedPages:
 
     def __init__(self, memory: GuestMemory, *, audits: bool) -> None:
         self.memory = memory
+        self.arrived_pages = 0
+        """How many have arrived so far; one that arrives again counts again."""
         self._lock = threading.Lock()
         self._arrived = DirtyBitmap(memory.gfn_limit) if audits else None
         self._proven: DirtyBitmap | None = None  # made at the first audit
@@ -56,6 +58,7 @@ class ReceivedPages:
             return
         self.memory.wrote(gfns)
         with self._lock:
+            self.arrived_pages += gfns.size
             if self._arrived is not None:
                 self._arrived.set(gfns)
             for bitmap in (self._proven, self._removed):

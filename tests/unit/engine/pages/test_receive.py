@@ -1,6 +1,8 @@
 """Pages that come in: one connection's writer, all connections of a migration with one clock, storage ahead."""
 
+import contextlib
 import socket
+import struct
 import threading
 
 import numpy as np
@@ -244,7 +246,7 @@ def test_one_connection_is_read_up_to_its_end(memory, pages, wires):
 
 def test_runs_that_are_hinted_at_get_storage_as_far_as_they_are_ram(memory):
     limit = memory.gfn_limit
-    with Populator(memory, ((8, 4), (limit - 2, 1 << 40), (limit, 5), (1 << 50, 1))):
+    with Populator(memory, ((8, 4), (limit - 2, 1 << 40), (limit, 5), (1 << 50, 1)), lambda: 0):
         until(lambda: int(memory.populated()[1].sum()) == 6, "storage")
     assert expand_runs(*memory.populated()).tolist() == [8, 9, 10, 11, limit - 2, limit - 1]
     assert page_of(memory, 8) == bytes(PAGE_SIZE)
@@ -255,6 +257,55 @@ def test_a_host_that_refuses_storage_ahead_is_no_obstacle(memory):
         raise VmError("no memory")
 
     alter(memory, "populate", lambda _: refuse)
-    with Populator(memory, ((8, 4),)):
+    with Populator(memory, ((8, 4),), lambda: 0):
         pass
     assert memory.populated()[0].size == 0
+
+
+def test_storage_is_never_given_further_ahead_than_a_bound():
+    """However much the source says that it will send."""
+    big = GuestMemory.linear(256 << 20)
+    arrived = 0
+
+    def populated():
+        return int(big.populated()[1].sum())
+
+    with Populator(big, ((0, big.gfn_limit),), lambda: arrived):
+        until(lambda: populated() >= 16_384, "storage ahead")
+        for arrived in (1, 4096, 20_000):
+            until(lambda arrived=arrived: populated() >= 16_384 + arrived, "storage ahead")
+            assert populated() < 16_384 + arrived + 2 * 512
+    assert populated() < 40_000
+    big.close()
+
+
+def test_the_host_is_asked_for_room_each_64_mib(pages):
+    asked = []
+    writer = PageWriter(None, pages, expect_room=asked.append)
+    for _ in range(40):
+        writer.zero_pages(ZeroPages(pfns=np.arange(1024, dtype=np.uint64)))
+    assert asked == [pages.memory] * 2
+
+
+def test_a_record_that_trickles_is_a_stall(pages):
+    """Each byte comes in time, and the record never ends."""
+    left, right = socket.socketpair()
+    channel = Channel(right, 0.3)
+    stop = threading.Event()
+    encoder = Encoder()
+
+    def trickle():
+        with left, contextlib.suppress(OSError):
+            left.sendall(encoder.header() + encoder.record(StaticDataEnd()) + struct.pack("<II", 0x8AAA_AAAA, 1 << 20))
+            while not stop.wait(0.01):
+                left.sendall(b"x")
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError, match="stalled"):
+            list(read_stream(channel, Decoder(zero_copy=True), PageWriter(channel, pages), Activity()))
+    finally:
+        stop.set()
+        thread.join()
+        channel.close()
