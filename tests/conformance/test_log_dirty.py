@@ -9,6 +9,7 @@ from tiers import sample
 from mutation.tracker_wrapper import Faithful, mutated
 from pageferry.core.errors import UnsupportedError, UsageError
 from pageferry.hypervisor.domain import Domain
+from pageferry.kvm.vm import KvmVm
 from pageferry.testing import CHECKS, ConformanceError, check_log_dirty, failures
 from pageferry.testing.conformance import LAWS
 from pageferry.testing.lab import Lab
@@ -17,9 +18,21 @@ ROOT = Path(__file__).parents[2]
 SMALLEST = 4 << 20
 
 
-@pytest.mark.parametrize("check", [check.name for check in CHECKS])
+STEP_BY_STEP = [check.name for check in CHECKS if check.once]
+OTHERS = [check.name for check in CHECKS if not check.once]
+
+
+@pytest.mark.parametrize(
+    "check",
+    sample([check.name for check in CHECKS], "two are taken step by step, in the next test", quick=OTHERS),
+)
 def test_the_tracker_keeps_its_promise(make_vm, check):
     check_log_dirty(make_vm, checks=[check])
+
+
+@pytest.mark.parametrize("check", STEP_BY_STEP)
+def test_no_interruption_makes_a_machines_own_tracker_break_it(accel, check):
+    check_log_dirty(KvmVm if accel == "kvm" else Domain, checks=[check])
 
 
 @pytest.mark.parametrize("seed", sample([0, 2, (1 << 64) - 1], "one seed of three", quick=[2]))

@@ -10,9 +10,10 @@ it, and needs no more of pageferry than a maker of machines::
     def test_my_tracker(check):
         check_log_dirty(MyMachine, checks=[check])  # MyMachine(config: VmConfig) -> Machine, paused, all zeros
 
-A broken promise raises :class:`ConformanceError`: the check, the law (docs/internals/laws.md) that it defends, what was
-expected and what was found. ``cpus`` and ``memory_bytes`` try other guests, and ``failures`` goes on after the
-first. For tests of your own, :class:`StampOracle` knows what the guest ``stamp`` writes in each round.
+A broken promise raises :class:`ConformanceError`: the check, what was expected and what was found, and the law
+(docs/internals/laws.md) that it defends; so does a check that hangs. ``cpus`` and ``memory_bytes`` try other guests,
+and ``failures`` goes on after the first. For tests of your own, :class:`StampOracle` knows what the guest ``stamp``
+writes in each round. docs/guide/trackers.md has two whole trackers to begin with.
 """
 
 from pageferry.testing.conformance import CHECKS, Check, ConformanceError, check_log_dirty, failures
