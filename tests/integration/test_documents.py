@@ -9,13 +9,14 @@ import typer.main
 from pages import LASTING, NOT_RUN, ROOT, Session, blocks_of, expect_printed, outputs_of, shape
 
 import pageferry
-from pageferry.cli.main import app
+from pageferry.cli.main import COMMANDS as NAMES
+from pageferry.cli.main import app_with
 from pageferry.core.errors import UnsupportedError
 from pageferry.kvm.probe import probe
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
-GROUP = typer.main.get_command(app)
+GROUP = typer.main.get_command(app_with(NAMES))
 COMMANDS = GROUP.commands
 OPTIONS = {
     name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from pageferry.cli.shell import Interrupted
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Phase
 from pageferry.vmm.announcer import ENGINE_EVENT
@@ -10,14 +11,6 @@ from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
 
 Json = dict[str, Any]
-
-
-class Interrupted(Exception):  # no error: the user wanted it
-    """The user pressed Ctrl-C and the migration was cancelled; the guest runs on at the source."""
-
-    def __init__(self, report: Json) -> None:
-        super().__init__("cancelled")
-        self.report = report
 
 
 def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], None]) -> Json:

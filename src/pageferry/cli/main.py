@@ -1,57 +1,108 @@
 """The ``pageferry`` command. What its exit codes mean: :class:`pageferry.cli.shell.ExitCode`."""
 
+import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from pageferry.cli.client import Interrupted
-from pageferry.cli.commands import control, migrations, processes, tools
-from pageferry.cli.shell import ERR, ExitCode, complain, exit_code_of
+from pageferry.cli.shell import ExitCode, Interrupted, complain, exit_code_of
 from pageferry.core.errors import PageferryError
 from pageferry.core.version import __version__
 
-app = typer.Typer(
-    name="pageferry",
-    help="Move running virtual machines between processes and hosts, and prove that nothing was lost.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
 # Which click this is, typer's own or the package, depends on typer's version; BadParameter -> UsageError -> this.
 _BadOption: Any = typer.BadParameter.__mro__[2]
-#: By name, in the order of ``pageferry --help``.
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": migrations.demo,
-    "run": processes.run_guest,
-    "receive": processes.receive,
-    "migrate": migrations.migrate_guest,
-    "switch": migrations.switch,
-    "cancel": migrations.cancel,
-    "limits": migrations.limits,
-    "save": migrations.save,
-    "restore": processes.restore,
-    "inspect": tools.inspect,
-    "status": control.status,
-    "console": control.console,
-    "pause": control.pause,
-    "resume": control.resume,
-    "shutdown": control.shut_down,
-    "quit": control.quit_guest,
-    "keys": tools.keys,
-    "doctor": tools.doctor,
+#: What each command is, in a module of ``cli/commands``, and the first line of its help, in the order of ``--help``.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": (
+        "migrations:demo",
+        "Migrate a running guest between two processes on this machine, and show what happened.",
+    ),
+    "run": (
+        "processes:run_guest",
+        "Run a guest; its console is standard output. Ctrl-C ends it. Ends with the guest's own exit code.",
+    ),
+    "receive": (
+        "processes:receive",
+        "Wait for a guest to be migrated here, then run it. A failed attempt leaves it waiting for the next.",
+    ),
+    "migrate": (
+        "migrations:migrate_guest",
+        "Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun.",
+    ),
+    "switch": ("migrations:switch", "Let a migration that was told to hold pause its guest and finish."),
+    "cancel": ("migrations:cancel", "Cancel the migration under way; the guest stays where it is."),
+    "limits": ("migrations:limits", "Change the limits of the migration under way."),
+    "save": (
+        "migrations:save",
+        "Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels.",
+    ),
+    "restore": ("processes:restore", "Run a guest from a file, from where it was saved. The file stays as it is."),
+    "inspect": (
+        "tools:inspect",
+        "Show, check or compare libxc migration streams, Xen's own included; name record and byte of what is wrong.",
+    ),
+    "status": ("control:status", "Tell what a guest process is doing."),
+    "console": (
+        "control:console",
+        "Attach to a guest's console: its recent output, then live; what you type goes to it. Ctrl-] detaches.",
+    ),
+    "pause": ("control:pause", "Pause a guest."),
+    "resume": ("control:resume", "Let a paused guest run on."),
+    "shutdown": ("control:shut_down", "Ask a guest's operating system to shut down, as by its power button."),
+    "quit": ("control:quit_guest", "End a guest process, and the guest with it."),
+    "keys": (
+        "tools:keys",
+        "Make a small CA and the certificates of two hosts, for a lab: each end's --tls-dir, ready to copy.",
+    ),
+    "doctor": (
+        "tools:doctor",
+        "Find out, by doing it, what this machine can do, and what to do about what is missing.",
+    ),
 }
-for _name, _function in _COMMANDS.items():
-    app.command(_name)(_function)
+
+
+def app_with(loaded: Collection[str]) -> typer.Typer:
+    """Return the command line; of its commands these are loaded, of the others it knows name and first line only."""
+    app = typer.Typer(
+        name="pageferry",
+        help="Move running virtual machines between processes and hosts, and prove that nothing was lost.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
+    app.callback(invoke_without_command=True)(_main)
+    for name, (where, help_line) in COMMANDS.items():
+        if name in loaded:
+            app.command(name)(load(where))
+        else:
+            app.command(name, help=help_line)(_not_named)
+    return app
+
+
+def _named(arguments: Sequence[str]) -> str:
+    """Return the command that these arguments name, perhaps; the options before it have no values."""
+    return next((argument for argument in arguments if not argument.startswith("-")), "")
+
+
+def load(where: str) -> Callable[..., None]:
+    """Return the command that ``module:function`` names."""
+    module, _, function = where.partition(":")
+    command: Callable[..., None] = getattr(importlib.import_module(f"pageferry.cli.commands.{module}"), function)
+    return command
+
+
+def _not_named() -> None:
+    raise AssertionError("a command ran that was not loaded")
 
 
 def run() -> None:
     """Run the command and end the process with its exit code; errors are one line and a hint, never a traceback."""
     try:
-        code = app(standalone_mode=False)
+        code = app_with([_named(sys.argv[1:])])(standalone_mode=False)
     except _BadOption as error:
         complain(error.format_message(), "pageferry --help tells more")
         code = ExitCode.USAGE
@@ -78,7 +129,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(invoke_without_command=True)
 def _main(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the log.")] = False,
@@ -86,5 +136,5 @@ def _main(
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if context.invoked_subcommand is None:
-        ERR.print(context.get_help(), markup=False, soft_wrap=True)
+        print(context.get_help(), file=sys.stderr)
         raise typer.Exit(ExitCode.USAGE)

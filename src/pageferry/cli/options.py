@@ -58,11 +58,6 @@ PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
 ]
-ControlOption = Annotated[Path, typer.Option(help="The guest process's control socket.")]
-OwnControlOption = Annotated[Path | None, typer.Option(help="Make a control socket here (QMP).")]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on stderr.")
-]
 MemoryOption = Annotated[str, typer.Option(help="Guest memory.")]
 CpuOption = Annotated[
     CpuModel,

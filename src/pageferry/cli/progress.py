@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from pageferry.cli.status import eta_in_words
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
 from pageferry.engine.job import JobStatus
@@ -75,12 +76,6 @@ class ProgressView:
         if held and not self._held:
             self._console.print("held; `pageferry switch` lets it go on", highlight=False, soft_wrap=True)
         self._held = held
-
-
-def eta_in_words(eta_s: float | None, reason: str) -> str:
-    """Return when it will be over, and the reason if that was moved back or is not known."""
-    words = "no end in sight" if eta_s is None else f"over in {format_duration(eta_s)}"
-    return f"{words} ({reason})" if reason else words
 
 
 class ReadingView:

@@ -5,9 +5,8 @@ import re
 import signal
 from contextlib import suppress
 from enum import IntEnum
-from typing import Any
-
-from rich.console import Console
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from pageferry.core.errors import (
     GuestAt,
@@ -17,6 +16,14 @@ from pageferry.core.errors import (
     UnsupportedError,
     UsageError,
 )
+
+
+class Interrupted(Exception):  # no error: the user wanted it
+    """The user pressed Ctrl-C and the migration was cancelled; the guest runs on at the source."""
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        super().__init__("cancelled")
+        self.report = report
 
 
 class ExitCode(IntEnum):
@@ -49,8 +56,26 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130, "`demo`, `migrate`, `save`: interrupted; the guest is at the source"
 
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    OUT: Console
+    ERR: Console
+
+
+def __getattr__(name: str) -> "Console":
+    """Make ``OUT`` or ``ERR`` when a module that draws on it is loaded: rich takes longer than most commands."""
+    if name not in ("OUT", "ERR"):
+        raise AttributeError(name)
+    return _console(stderr=name == "ERR")
+
+
+@cache
+def _console(*, stderr: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
 
 _BY_GUEST_AT = {
     GuestAt.SOURCE: ExitCode.GUEST_AT_SOURCE,
@@ -61,15 +86,15 @@ _BY_GUEST_AT = {
 
 def complain(message: str, hint: str = "") -> None:
     """Print the one line that tells an error, and its hint."""
-    ERR.print(f"pageferry: {message}", style="red", markup=False, soft_wrap=True)
+    _console(stderr=True).print(f"pageferry: {message}", style="red", markup=False, soft_wrap=True)
     if hint:
-        ERR.print(f"hint: {hint}", markup=False, soft_wrap=True)
+        _console(stderr=True).print(f"hint: {hint}", markup=False, soft_wrap=True)
 
 
 def tell(message: str) -> None:
     """Print one line of news on standard error, if anybody reads it."""
     with suppress(OSError):  # the reader has gone; the guest goes on
-        ERR.print(f"pageferry: {message}", markup=False, soft_wrap=True)
+        _console(stderr=True).print(f"pageferry: {message}", markup=False, soft_wrap=True)
 
 
 def print_object(value: dict[str, Any]) -> None:

@@ -1,35 +1,35 @@
 """``pageferry status`` in words: what a guest process does, and what its tracker's witness found."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from pageferry.core.page_size import PAGE_SIZE
+from pageferry.core.units import format_duration, format_size
 
-from pageferry.cli.progress import eta_in_words
-from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.host_cpu import HostCpu
-from pageferry.core.units import format_size
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Json = dict[str, Any]
 
 
-def print_status(state: Json, console: Console) -> None:
+def print_status(state: Json, say: Callable[[str], None]) -> None:
     """Print some lines about a guest process.
 
     Args:
         state: the answers to ``query-status`` and ``x-query-guest`` in one, and ``migration``: the answer to
             ``query-migrate``, None if no migration is under way.
-        console: where to print.
+        say: prints a line.
     """
-    console.print(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})", markup=False)
+    say(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})")
     if state["listening"]:
-        console.print(f"waiting for a guest at {state['listening']}", markup=False)
+        say(f"waiting for a guest at {state['listening']}")
     if "memory_bytes" in state:
-        _print_guest(state, console)
+        _print_guest(state, say)
     if state["migration"] is not None:
-        console.print(_outlook_line(state["migration"]), markup=False, soft_wrap=True)
+        say(_outlook_line(state["migration"]))
 
 
-def print_witness(state: Json, console: Console) -> None:
+def print_witness(state: Json, console: "Console") -> None:
     """Print one line about what the tracker and its witness compared, if it has one.
 
     Args:
@@ -40,20 +40,29 @@ def print_witness(state: Json, console: Console) -> None:
         console.print(_witness_line(state["oracle"]), markup=False, soft_wrap=True)
 
 
-def _print_guest(state: Json, console: Console) -> None:
+def eta_in_words(eta_s: float | None, reason: str) -> str:
+    """Return when it will be over, and the reason if that was moved back or is not known."""
+    words = "no end in sight" if eta_s is None else f"over in {format_duration(eta_s)}"
+    return f"{words} ({reason})" if reason else words
+
+
+def _print_guest(state: Json, say: Callable[[str], None]) -> None:
     work = ", ".join(f"{each:,}" for each in state["work"])
     memory = format_size(state["memory_bytes"])
     if state["huge_bytes"] is not None:
         memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
-    console.print(f"memory {memory}, tracker {state['tracker']}, work done {work}")
-    console.print(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})", markup=False)
-    if state["host_cpu"] is not None and (warning := HostCpu(**state["host_cpu"]).warning) is not None:
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+    say(f"memory {memory}, tracker {state['tracker']}, work done {work}")
+    say(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})")
+    if state["host_cpu"] is not None and not state["host_cpu"]["keeps_cpuid"]:
+        from pageferry.core.host_cpu import HostCpu  # which is dear, and mostly there is nothing to say
+
+        say(f"warning: {HostCpu(**state['host_cpu']).warning}")
     if state["unread_pages"]:
-        console.print(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
-    print_witness(state, console)
+        say(f"{format_size(state['unread_pages'] * PAGE_SIZE)} still to be read from its file")
+    if state["oracle"] is not None:
+        say(_witness_line(state["oracle"]))
     if state["missing_pages"]:
-        console.print(_missing_line(state), markup=False, soft_wrap=True)
+        say(_missing_line(state))
 
 
 def _outlook_line(migration: Json) -> str:

@@ -10,14 +10,15 @@ from typing import NewType
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.page_size import PAGE_SHIFT as PAGE_SHIFT
+from pageferry.core.page_size import PAGE_SIZE as PAGE_SIZE
+
 Gfn = NewType("Gfn", int)
 Mfn = NewType("Mfn", int)
 Gpa = NewType("Gpa", int)
 Gva = NewType("Gva", int)
 Hva = NewType("Hva", int)
 
-PAGE_SHIFT = 12
-PAGE_SIZE = 1 << PAGE_SHIFT
 PAGES_PER_2M = 512
 PAGES_PER_1G = 512 * 512
 SIZE_2M = PAGE_SIZE * PAGES_PER_2M

@@ -7,14 +7,13 @@ Source: Intel SDM volume 2 and AMD APM volume 3, CPUID.
 """
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 from xxhash import xxh3_64_hexdigest
 
 from pageferry.core.cpuid import EXTENDED, CpuidLeaf, Leaves, cpu_name, find
-from pageferry.core.machine_code import executable
 
 # uint32_t out[4] = CPUID of EAX, ECX: push rbx; mov eax, edi; mov ecx, esi; mov r8, rdx; cpuid; mov [r8], eax;
 # mov [r8+4], ebx; mov [r8+8], ecx; mov [r8+12], edx; pop rbx; ret
@@ -84,7 +83,7 @@ def described(leaves: Leaves, *, keeps_cpuid: bool) -> HostCpu:
         family=family,
         model=model,
         stepping=signature & 0xF,
-        features=xxh3_64_hexdigest(np.array(words, "<u4").tobytes()),
+        features=xxh3_64_hexdigest(struct.pack(f"<{len(words)}I", *words)),
         keeps_cpuid=keeps_cpuid,
     )
 
@@ -116,16 +115,18 @@ def _numbers(cpu: HostCpu) -> tuple[int, int, int, str]:
 @cache
 def host_leaves() -> Leaves | None:
     """Return what CPUID answers here in user mode, feature leaves and names; None: see :func:`host_cpu`."""
+    from pageferry.core.machine_code import executable  # which brings numpy: who only shows a CPU needs none
+
     code = executable(_CODE)
     if code is None:
         return None
     # SAFETY: `code` keeps the mapping until the last call has returned; `out` is 16 bytes, which the code fills.
     cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)(code.ctypes.data)
-    out = np.zeros(4, np.uint32)
+    out = (ctypes.c_uint32 * 4)()
 
     def ask(leaf: int, subleaf: int) -> CpuidLeaf:
-        cpuid(leaf, subleaf, out.ctypes.data)
-        return CpuidLeaf(leaf, subleaf, *out.tolist())
+        cpuid(leaf, subleaf, ctypes.addressof(out))
+        return CpuidLeaf(leaf, subleaf, *out)
 
     highest = {0: ask(0, 0).eax, EXTENDED: ask(EXTENDED, 0).eax}
     places = {(leaf, subleaf) for leaf, subleaf, _ in _FEATURES} | {(leaf, 0) for leaf in (0, EXTENDED, *_BRAND)}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from pageferry.cli.client import Interrupted, LeftAloneError, PostcopyPausedError, migrate
+from pageferry.cli.client import LeftAloneError, PostcopyPausedError, migrate
+from pageferry.cli.shell import Interrupted
 from pageferry.core.errors import GuestAt
 from pageferry.vmm.qmp import QmpError
 

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pageferry.cli.console import ConsoleSession, raw_input
-from pageferry.cli.options import ControlOption, JsonOption
-from pageferry.cli.shell import OUT, end_as_by_ctrl_c, print_object, tell
+from pageferry.cli.control_options import ControlOption, JsonOption
+from pageferry.cli.shell import end_as_by_ctrl_c, print_object, tell
 from pageferry.cli.status import print_status
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -24,11 +23,13 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
     if as_json:
         print_object(state)
         return
-    print_status(state, OUT)
+    print_status(state, print)
 
 
 def console(control: ControlOption) -> None:
     """Attach to a guest's console: its recent output, then live; what you type goes to it. Ctrl-] detaches."""
+    from pageferry.cli.console import ConsoleSession, raw_input  # which `status` does not need
+
     end_as_by_ctrl_c()
     input_fd = os.open(os.devnull, os.O_RDONLY) if sys.stdin is None else sys.stdin.fileno()
     with QmpClient(control) as client, raw_input(input_fd):

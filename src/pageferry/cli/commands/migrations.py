@@ -7,18 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from pageferry.cli.client import Interrupted, MigrationFailedError, migrate
+from pageferry.cli.client import MigrationFailedError, migrate
+from pageferry.cli.control_options import ControlOption, JsonOption
 from pageferry.cli.demo import run_demo, run_linux_demo
 from pageferry.cli.options import (
     AccelOption,
     BandwidthOption,
-    ControlOption,
     CpuOption,
     CpusOption,
     DeadlineOption,
     HugePagesOption,
     InsecureOption,
-    JsonOption,
     LimitOption,
     MachineOption,
     MemoryOption,
@@ -38,7 +37,7 @@ from pageferry.cli.options import (
 )
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.shell import ERR, OUT, complain, end_as_by_ctrl_c, print_object, tell
+from pageferry.cli.shell import ERR, OUT, Interrupted, complain, end_as_by_ctrl_c, print_object, tell
 from pageferry.cli.status import print_witness
 from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel

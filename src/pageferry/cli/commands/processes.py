@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from pageferry.cli.console import LocalConsole
+from pageferry.cli.control_options import ControlOption, OwnControlOption
 from pageferry.cli.options import (
     MAX_CPUS,
     AccelOption,
     AllowPolicyOption,
-    ControlOption,
     CpuOption,
     CpusOption,
     DisksOption,
@@ -26,7 +26,6 @@ from pageferry.cli.options import (
     LocalNetsOption,
     MemoryOption,
     NetsOption,
-    OwnControlOption,
     PeerOption,
     TlsDirOption,
     TrackerOption,

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from pageferry.cli.control_options import JsonOption
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
-from pageferry.cli.options import JsonOption
 from pageferry.cli.shell import ERR, OUT, ExitCode, print_object
 from pageferry.cli.streams import STANDARD_INPUT, opened
 from pageferry.core.errors import UsageError
@@ -20,7 +20,7 @@ def inspect(
     check: Annotated[bool, typer.Option("--check", help="Only check it: no table.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show, check or compare libxc migration streams, Xen's own included; name the record and byte of what is wrong."""
+    """Show, check or compare libxc migration streams, Xen's own included; name record and byte of what is wrong."""
     if diff is not None:
         if check or file == diff == STANDARD_INPUT:
             raise UsageError("--diff compares two streams", hint="it checks both; only one can be standard input")
