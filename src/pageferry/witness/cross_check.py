@@ -130,7 +130,7 @@ class CrossCheck:
             ValueError: the range does not consist of whole words of the bitmap; no bit was cleared.
         """
         with self._operator:
-            if self._memory.unmarked_writes == 0:
+            if not self._under_way():
                 self._ledger.mature(self._memory.removed())
             reports: list[DirtyBitmap] = []
             try:
@@ -154,16 +154,20 @@ class CrossCheck:
             LogDirtyError: as the trackers' own.
         """
         with self._operator:
-            if not self._still() or self._memory.unmarked_writes:
+            if not self._still() or self._under_way():
                 return self._primary.peek()
             self._ledger.mature(self._memory.removed())
             reports = [log.peek() for log in self._logs]
             to_read = self._to_read(reports, range(self._memory.gfn_limit))
             changed = self._expect_on().changed(to_read, keep=False)
-            if self._memory.unmarked_writes:  # by somebody who does not stand still: the mark of it is yet to come
+            if self._under_way():  # and read above; the mark of it is yet to come
                 return reports[0]
             self._ledger.settle_last(reports, changed, [log.peek for log in self._logs])
             return reports[0]
+
+    def _under_way(self) -> bool:
+        """Tell whether somebody writes who is no vCPU."""
+        return self._memory.unmarked_writes > 0
 
     def _expect_on(self) -> Contents:
         if self._contents is None:
