@@ -2,11 +2,13 @@
 
 Below 1 MiB, where a kernel reserves what it needs before it uses the rest::
 
-    0x06000  GDT with flat segments                0x20000  command line
-    0x07000  what the boot protocol tells          0x9fc00  end of low RAM
-    0x08000  identity page tables of 4 GiB         0xe0000  ACPI tables
+    0x00400  BIOS data: COM1, where low RAM ends   0x20000  command line
+    0x06000  GDT with flat segments                0x9fc00  end of low RAM
+    0x07000  what the boot protocol tells          0xe0000  ACPI tables
+    0x08000  identity page tables of 4 GiB
 """
 
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from pageferry.devices.pc.acpi import acpi_tables
 from pageferry.guests.entry import flat_gdt, waiting_state
 from pageferry.guests.placement import LoadedPart, Placement
 
+BIOS_DATA_GPA = 0x400
 GDT_GPA = 0x6000
 BOOT_INFO_GPA = 0x7000
 PAGE_TABLES_GPA = 0x8000
@@ -26,6 +29,8 @@ COMMAND_LINE_GPA = 0x20000
 
 LOW_RAM_END = 0x9FC00
 HIGH_RAM_START = 0x10_0000
+#: COM1's port; the segment where low RAM ends and a BIOS has its extended data, of which there is none; low RAM in KiB.
+_BIOS_DATA = struct.pack("<H12xH3xH", 0x3F8, LOW_RAM_END >> 4, LOW_RAM_END >> 10)
 #: Types of ranges, the same numbers in every boot protocol.
 RAM, RESERVED = 1, 2
 
@@ -67,7 +72,7 @@ def memory_map(memory: GuestMemory) -> Iterator[MemoryRange]:
 
 
 def pc_placement(vm: Vm, name: str, parts: Iterable[LoadedPart], *, long_mode: bool) -> Placement:
-    """Begin to place a kernel in the memory of a PC: it, a GDT for its first vCPU, and the ACPI tables.
+    """Begin to place a kernel in the memory of a PC: it, a GDT for its first vCPU, BIOS data, and the ACPI tables.
 
     Raises:
         UsageError: the machine is none that kernels are made for, or the kernel does not fit.
@@ -77,6 +82,7 @@ def pc_placement(vm: Vm, name: str, parts: Iterable[LoadedPart], *, long_mode: b
     placement = Placement(vm.memory)
     for part in parts:
         placement.put(f"the kernel {name}", part.gpa, part.data, size_bytes=part.size_bytes)
+    placement.put("the BIOS data", BIOS_DATA_GPA, _BIOS_DATA)
     placement.put("the GDT", GDT_GPA, flat_gdt(long_mode=long_mode))
     for gpa, data in acpi_tables(vm.config.cpus):
         placement.put("the ACPI tables", gpa, data)

@@ -31,6 +31,7 @@ from pageferry.core.errors import GuestCrash
 from pageferry.hypervisor.guest_walk import GuestPageFault
 from pageferry.hypervisor.registers import (
     CPL_MASK,
+    CR0_PE,
     CS,
     DPL_SHIFT,
     EFER_LMA,
@@ -160,7 +161,9 @@ class Delivery:
         """Have the guest go on in its handler, or in that of a double fault; else the guest has ended."""
         first: Event = event
         if not engine.cpu.fields.efer & EFER_LMA:
-            self._failed(first)
+            mode = "32-bit" if engine.cpu.fields.cr[0] & CR0_PE else "real"
+            detail = f"{first.describe()} in {mode} mode, where the software machine delivers none"
+            self._failed(replace(first, detail=detail))
             return
         while True:
             if event.cr2 is not None:

@@ -111,6 +111,13 @@ def test_or_gets_the_module_that_it_was_given():
     assert module(vm)[0] == b"mine" * 2000
 
 
+def test_what_looks_for_a_bios_finds_where_low_memory_ends():
+    vm = BootedVm()
+    boot_multiboot(vm, find_multiboot(elf_kernel(), name="k"))
+    com1, extended_data, low_kib = (number(vm.memory.read(at, 2), 0, 2) for at in (0x400, 0x40E, 0x413))
+    assert (com1, extended_data << 4, low_kib << 10) == (0x3F8, 0x9FC00, 0x9FC00)
+
+
 def test_the_memory_map_goes_on_above_the_hole():
     vm = BootedVm(5 * GIB)
     boot_multiboot(vm, find_multiboot(elf_kernel(), name="k"))

@@ -589,6 +589,26 @@ def test_a_kernel_may_begin_in_protected_mode_without_paging(ring0):
     assert finish(program) == []
 
 
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("ud2", "invalid instruction in 32-bit mode, where the software machine delivers none"),
+        (
+            "movl %cr0, %eax; andl $~1, %eax; movl %eax, %cr0; int $0x15",
+            "exception 21 in real mode, where the software machine delivers none",
+        ),
+    ],
+)
+def test_what_a_kernel_wants_outside_long_mode_is_named(ring0, code, end):
+    program = ring0(f".code32; early: {code}; .code64")
+    _, vcpu = one_vcpu(program)
+    code_32 = replace(vcpu.cs, attributes=0xC9B)
+    load(program, replace(vcpu, rip=program.symbols["early"], cr0=0x11, cr3=0, cr4=0, efer=0, cs=code_32))
+    program.vm.resume()
+    assert program.vm.wait(60) is VmStatus.CRASHED
+    assert program.vm.end.crash.startswith(end)
+
+
 def test_frames_written_by_the_host_are_told_to_the_vcpu_only_while_it_holds_code(ring0):
     program = ring0("ret")
     tlb = program.vm.vcpus[0].tlb

@@ -21,7 +21,7 @@ HEADER_AT = 0x1F1
 _HEADER_MAGIC, _MAGIC_AT = b"HdrS", 0x202
 _BOOT_FLAG, _BOOT_FLAG_AT = 0xAA55, 0x1FE
 _FIRST_SECTORS_BYTES = 0x268
-_SECTOR_BYTES = 512
+_SECTOR_BYTES, _PARAGRAPH_BYTES = 512, 16
 #: The first version that says whether there is a 64-bit entry: Linux 3.8.
 _VERSION_NEEDED = 0x20C
 _HAS_64_BIT_ENTRY = 1 << 0
@@ -104,8 +104,8 @@ def _bzimage(data: bytes, name: str) -> LinuxKernel:
     if not _u16(data, 0x236) & _HAS_64_BIT_ENTRY:
         raise UsageError(f"{name} is a 32-bit kernel", hint="a guest here needs a 64-bit one (amd64)")
     setup_end = ((data[HEADER_AT] or 4) + 1) * _SECTOR_BYTES
-    kernel_end = setup_end + 16 * _u32(data, 0x1F4)
-    if kernel_end > len(data):
+    kernel_end = setup_end + _PARAGRAPH_BYTES * _u32(data, 0x1F4)
+    if kernel_end >= len(data) + _PARAGRAPH_BYTES:  # the last paragraph need not be whole
         raise UsageError(
             f"{name} is truncated: it has {len(data):,} bytes, its header says {kernel_end:,}", hint=_AGAIN
         )

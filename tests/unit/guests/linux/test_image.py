@@ -41,6 +41,13 @@ def test_what_cannot_be_unpacked_here_unpacks_itself():
     assert kernel.entry == PREFERRED_GPA + 0x200
 
 
+def test_the_last_paragraph_of_a_bzimage_need_not_be_whole():
+    image = bzimage(kernel_bytes=len(bzimage()) - 1024 + 16)
+    assert parts(parse_kernel(image + b"0", name="k")) == PROPER
+    with pytest.raises(UsageError, match="truncated"):
+        parse_kernel(image, name="k")
+
+
 BAD = {
     "is not a Linux kernel": b"#!/bin/sh\n",
     "is not a Linux kernel: it has no physical entry point": elf((0x10_0000, b"x", 1), entry=0),
