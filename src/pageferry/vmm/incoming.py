@@ -1,5 +1,6 @@
 """Incoming: waits for a guest at an address, takes it in, and tells of it."""
 
+import gc
 import logging
 import threading
 from dataclasses import replace
@@ -110,6 +111,7 @@ class Incoming:
             if self._guest.vm is not None:
                 acceptor.close()
                 return
+            gc.collect()  # a machine's parts know each other: without this what failed is kept for a while
 
     def _receive(self, acceptor: Acceptor, peer: Peer) -> None:
         trusted = is_local(peer.channel.socket)
