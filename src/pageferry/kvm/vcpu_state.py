@@ -67,16 +67,19 @@ class Parts:
     """What one vCPU has besides the registers that every one has.
 
     ``event_flags``: see :func:`pageferry.kvm.events.enable_events`. ``new_lapic``: its local APIC when it was new;
-    None: the machine has no interrupt controllers.
+    None: the machine has no interrupt controllers. ``tss``: see :func:`pageferry.kvm.tss.tss_attributes`.
     """
 
     msrs: OtherMsrs
     xsave: Xsave
     event_flags: int
     new_lapic: LapicState | None
+    tss: int
 
     @classmethod
-    def of(cls, vm: VmFd, fd: VcpuFd, *, table: Leaves, listed: Iterable[int], event_flags: int, irqchip: bool) -> Self:
+    def of(
+        cls, vm: VmFd, fd: VcpuFd, *, table: Leaves, listed: Iterable[int], event_flags: int, irqchip: bool, tss: int
+    ) -> Self:
         """Find out, and switch off a local APIC that the table does not have; nothing was loaded yet.
 
         Args:
@@ -86,6 +89,7 @@ class Parts:
             listed: the MSRs that this KVM lists.
             event_flags: from :func:`pageferry.kvm.events.enable_events`.
             irqchip: whether the machine has interrupt controllers.
+            tss: the attributes of a TSS that permits ports.
 
         Raises:
             KvmError: the kernel refused.
@@ -97,6 +101,7 @@ class Parts:
             xsave=Xsave.of(vm, fd, table),
             event_flags=event_flags,
             new_lapic=lapic.read_lapic(fd, _special(fd).apic_base) if irqchip else None,
+            tss=tss,
         )
 
 
@@ -205,7 +210,7 @@ def load(fd: VcpuFd, state: VcpuState, parts: Parts, host_tsc_now: int | None = 
     parts.xsave.expect_fit(state.fpu_regs, state.extended)
     lapic.expect_fit(state, irqchip=parts.new_lapic is not None)
     events, sealed, apic = kvm_events(state, parts.event_flags), _sealed(state), state.lapic or parts.new_lapic
-    _load_special(fd, state, sealed, apic)
+    _load_special(fd, state, parts.tss if sealed else None, apic)
     fd.ioctl(uapi.KVM_SET_REGS, uapi.KvmRegs(**{name: getattr(state, name) for name in _GENERAL}))
     breakpoints = (state.dr0, state.dr1, state.dr2, state.dr3)
     fd.ioctl(uapi.KVM_SET_DEBUGREGS, uapi.KvmDebugregs(db=breakpoints, dr6=state.dr6, dr7=state.dr7))
@@ -229,7 +234,22 @@ def _load_msrs(fd: VcpuFd, state: VcpuState, others: OtherMsrs) -> None:
     write_msrs(fd, own)
 
 
-def _load_special(fd: VcpuFd, state: VcpuState, sealed: Sealed | None, apic: LapicState | None) -> None:
+def begin(fd: VcpuFd, state: VcpuState, *, tss: int) -> None:
+    """Load no more than a confined vCPU needs to run a few instructions: a trial's.
+
+    Args:
+        fd: the vCPU.
+        state: its registers.
+        tss: the attributes of its TSS.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    _load_special(fd, state, tss, None)
+    fd.ioctl(uapi.KVM_SET_REGS, uapi.KvmRegs(**{name: getattr(state, name) for name in _GENERAL}))
+
+
+def _load_special(fd: VcpuFd, state: VcpuState, tss: int | None, apic: LapicState | None) -> None:
     sregs = _special(fd)  # CR8 stays as it is: the local APIC has it, if there is one
     if apic:
         sregs.apic_base = apic.base
@@ -237,8 +257,9 @@ def _load_special(fd: VcpuFd, state: VcpuState, sealed: Sealed | None, apic: Lap
         setattr(sregs, name, getattr(state, name))
     for name in _SEGMENTS:
         setattr(sregs, name, _kvm_segment(getattr(state, name)))
-    if sealed or not state.tr.attributes & _ATTRIBUTE_PRESENT:  # VMX enters with no TR but a busy TSS
-        sregs.tr = _kvm_segment(Segment(selector=state.tr.selector, base=0, limit=0xFFFF, attributes=_BUSY_TSS))
+    if tss is not None or not state.tr.attributes & _ATTRIBUTE_PRESENT:  # VMX enters with no TR but a busy TSS
+        attributes = tss or _BUSY_TSS
+        sregs.tr = _kvm_segment(Segment(selector=state.tr.selector, base=0, limit=0xFFFF, attributes=attributes))
     sregs.ldt = _kvm_segment(state.ldtr)
     sregs.gdt = uapi.KvmDtable(base=state.gdtr.base, limit=state.gdtr.limit)
     sregs.idt = uapi.KvmDtable(base=state.idtr.base, limit=state.idtr.limit)

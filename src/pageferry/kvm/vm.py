@@ -34,6 +34,7 @@ from pageferry.kvm.irqchip import KvmInterrupts, create_irqchip
 from pageferry.kvm.msrs import listed_msrs
 from pageferry.kvm.slots import slots_of
 from pageferry.kvm.trackers import DEFAULT_TRACKER, Closeable, Tracker, find_tracker
+from pageferry.kvm.tss import tss_attributes
 from pageferry.kvm.vcpu import KvmVcpu
 from pageferry.uffd.absent_pages import UffdAbsentPages
 
@@ -125,6 +126,7 @@ class KvmVm(StandardMachine):
             listed=listed,
             event_flags=event_flags,
             irqchip=self.config.machine is MachineModel.PC,
+            tss=tss_attributes(),
         )
         return KvmVcpu(fd, self.platform.bus, self._device_timer, parts, memory=self.memory, index=index)
 
