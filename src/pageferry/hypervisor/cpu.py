@@ -62,6 +62,7 @@ from pageferry.hypervisor.registers import (
     CPL_MASK,
     CR0_PG,
     CR0_WP,
+    CR4_PGE,
     CR4_SMAP,
     CR4_SMEP,
     CS,
@@ -522,7 +523,7 @@ class SoftVcpu:
     def _follow(self) -> None:
         """Have the walker walk by what the CPU's registers say now."""
         words, walker = self._words, self._walker
-        controls = words[CR0], words[CR4], words[EFER]
+        controls = words[CR0], words[CR4] & ~CR4_PGE, words[EFER]
         if controls != self._controls:
             self._follow_controls(*controls)
         cr3 = words[CR3]

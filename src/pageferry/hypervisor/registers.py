@@ -39,7 +39,7 @@ _SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
 ES, CS, SS, DS, FS, GS = range(6)
 
 CR0_PE, CR0_WP, CR0_PG = 1 << 0, 1 << 16, 1 << 31
-CR4_TSD, CR4_OSFXSR, CR4_SMEP, CR4_SMAP = 1 << 2, 1 << 9, 1 << 20, 1 << 21
+CR4_TSD, CR4_PGE, CR4_OSFXSR, CR4_SMEP, CR4_SMAP = 1 << 2, 1 << 7, 1 << 9, 1 << 20, 1 << 21
 EFER_SCE, EFER_LMA, EFER_NXE = 1 << 0, 1 << 10, 1 << 11
 RFLAGS_TF, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_VM, RFLAGS_AC = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17, 1 << 18
 

@@ -5,7 +5,7 @@ call, and the emulator's TLB knows no global pages: the same few dozen pages are
 answer for plain RAM is kept with what it rests on: the access, the privilege level, CR0, CR3, CR4, EFER, and the four
 entries of the guest's tables, or of its shadows, that the walk went through. If all of that is as it was, so is the
 answer, whatever the guest flushed in between; what it rests on in the P2M, and on shadows that are blown, is forgotten
-with every flush of ours. All else is walked.
+with every flush of ours. All else is walked. Nothing rests on CR4.PGE: a kernel clears and sets it to flush everything.
 
 In Python that comparison costs half of a walk. On an x86-64 host it is machine code, called as the emulator's callback
 (gva in RSI, access in EDX, the answer's address in RCX, ours in R8); what it cannot answer it passes on::
@@ -13,20 +13,22 @@ In Python that comparison costs half of a walk. On an x86-64 host it is machine 
           mov  r9, [r8]                            # the CPU's fields
           mov  r10, [r9 + CR3]
           mov  rax, [r8 + 8] ; cmp rax, [r9 + CR0]  ; jne walk
-          mov  rax, [r8 + 16]; cmp rax, [r9 + CR4]  ; jne walk
+          mov  rax, [r9 + CR4]; and rax, ~PGE; cmp rax, [r8 + 16]; jne walk
           mov  rax, [r8 + 24]; cmp rax, [r9 + EFER] ; jne walk
           mov  eax, [r9 + HFLAGS]; and eax, 3; shl eax, 8
           or   rax, rsi; mov r9d, edx; or rax, r9  # the key: gva, level, access
           mov  r11, rsi; shr r11, 12; shr r10, 12; xor r11, r10
-          shl  r11, 2; and r9d, 3; add r11, r9
-          and  r11d, SLOTS - 1; shl r11, 7; lea r11, [r8 + r11 + 128]
-          cmp  rax, [r11]     ; jne walk
-          cmp  r10, [r11 + 8] ; jne walk           # CR3's page
-          mov  rax, [r11 + 16]; mov rax, [rax]; cmp rax, [r11 + 24]; jne walk
+          shl  r11, 2; and r9d, 3; add r11, r9; mov r9, rax
+          and  r11d, SETS - 1; shl r11, 7; lea r11, [r8 + r11 + 128]
+          cmp  r9, [r11]      ; jne other
+          cmp  r10, [r11 + 8] ; jne other          # CR3's page
+          mov  rax, [r11 + 16]; mov rax, [rax]; cmp rax, [r11 + 24]; jne other
           ...                                      # the same at 32, 48 and 64
           mov  rax, [r11 + 80]; mov [rcx], rax
           mov  eax, [r11 + 88]; mov [rcx + 8], eax
           mov  eax, 1; ret
+    other: add r11, SETS * 128                     # the second of the two slots where it may be
+          ...                                      # the same, but: jne walk
     walk: jmp  [r8 + 32]
 
 On other hosts every miss is walked.
@@ -45,12 +47,16 @@ from typing import Any
 import numpy as np
 
 from pageferry.hypervisor.countdown import NATIVE_HOSTS, executable
+from pageferry.hypervisor.registers import CR4_PGE
 from pageferry.hypervisor.unicorn_cpu import CpuFields
 
-_SLOTS = 16384
+#: An answer may be in one of two slots; the first has the newer.
+_SETS, _WAYS = 16384, 2
 _SLOT_BYTES, _HEADER_BYTES = 128, 128
 _HEADER = struct.Struct("<5Q")  # the CPU's fields; CR0, CR4, EFER; who walks
 _SLOT = struct.Struct("<12Q")
+_KEY = struct.Struct("<2Q")  # what a slot begins with
+_WAY_BYTES = _SETS * _SLOT_BYTES
 _CPL_SHIFT, _ACCESS_BITS = 8, 3
 _PAGE_SHIFT = 12
 _NO_CONTROLS = (1 << 64) - 1
@@ -66,10 +72,11 @@ class TlbMemory:
     def __init__(self, hva: int) -> None:
         self._hva = hva
         self._native = platform.machine() in NATIVE_HOSTS
-        self._table = ctypes.create_string_buffer(_HEADER_BYTES + _SLOTS * _SLOT_BYTES)
+        slots = _WAYS * _SETS
+        self._table = ctypes.create_string_buffer(_HEADER_BYTES + slots * _SLOT_BYTES)
         self._view = memoryview(self._table).cast("B")
-        self._keys = np.frombuffer(self._view, np.uint64, offset=_HEADER_BYTES).reshape(_SLOTS, _SLOT_BYTES // 8)[:, 0]
-        self._maddrs = memoryview(bytearray(8 * _SLOTS)).cast("Q")  # each slot's answer once more, to be searched
+        self._keys = np.frombuffer(self._view, np.uint64, offset=_HEADER_BYTES).reshape(slots, _SLOT_BYTES // 8)[:, 0]
+        self._maddrs = memoryview(bytearray(8 * slots)).cast("Q")  # each slot's answer once more, to be searched
         self._fields = 0
         self._walk: Any = None
         self._address_of_walk: int | None = None
@@ -93,7 +100,7 @@ class TlbMemory:
         if self._empty:
             return
         self._empty = True
-        ctypes.memset(ctypes.addressof(self._table) + _HEADER_BYTES, 0, _SLOTS * _SLOT_BYTES)
+        ctypes.memset(ctypes.addressof(self._table) + _HEADER_BYTES, 0, _WAYS * _SETS * _SLOT_BYTES)
 
     def forget_page(self, maddr: int) -> None:
         """Remember nothing of what was told about one page of machine memory."""
@@ -111,7 +118,7 @@ class TlbMemory:
 
     def follow(self, cr0: int, cr4: int, efer: int) -> None:
         """Remember from now on what is told under these controls, and nothing of before."""
-        _HEADER.pack_into(self._view, 0, self._fields, cr0, cr4, efer, self._address_of_walk)
+        _HEADER.pack_into(self._view, 0, self._fields, cr0, cr4 & ~CR4_PGE, efer, self._address_of_walk)
         self.forget()
 
     def remember(
@@ -129,14 +136,20 @@ class TlbMemory:
         self._empty = False
         gva, access, cpl = key
         page = cr3 >> _PAGE_SHIFT
-        slot = ((gva >> _PAGE_SHIFT ^ page) << 2) + (access & _ACCESS_BITS) & _SLOTS - 1
+        slot = ((gva >> _PAGE_SHIFT ^ page) << 2) + (access & _ACCESS_BITS) & _SETS - 1
+        at, word = _HEADER_BYTES + slot * _SLOT_BYTES, gva | cpl << _CPL_SHIFT | access
+        view, maddrs = self._view, self._maddrs
+        was = _KEY.unpack_from(view, at)
+        if was[0] and was != (word, page):
+            view[at + _WAY_BYTES : at + _WAY_BYTES + _SLOT.size] = view[at : at + _SLOT.size]
+            maddrs[slot + _SETS] = maddrs[slot]
+        maddrs[slot] = maddr
         at_4, was_4, at_3, was_3, at_2, was_2, at_1, was_1 = rests_on
         hva = self._hva
-        self._maddrs[slot] = maddr
         _SLOT.pack_into(
-            self._view,
-            _HEADER_BYTES + slot * _SLOT_BYTES,
-            gva | cpl << _CPL_SHIFT | access,
+            view,
+            at,
+            word,
             page,
             *(hva + 8 * at_4, was_4, hva + 8 * at_3, was_3, hva + 8 * at_2, was_2, hva + 8 * at_1, was_1),
             maddr,
@@ -154,29 +167,43 @@ def _machine_code() -> int:
         if displacement is not None:
             code.extend(struct.pack("<i", displacement))
 
-    def walk_unless_equal() -> None:
+    def leave_unless_equal() -> None:
         emit("0f85", 0)
         jumps.append(len(code))
 
+    def leave_to_here(first: int) -> None:
+        for after in jumps[first:]:
+            struct.pack_into("<i", code, after - 4, len(code) - after)
+        del jumps[first:]
+
     emit("4d8b08")
     emit("4d8b91", CpuFields.cr.offset + 8 * 3)
-    for at, field in ((8, CpuFields.cr.offset), (16, CpuFields.cr.offset + 8 * 4), (24, CpuFields.efer.offset)):
-        emit(f"498b40{at:02x} 493b81", field)
-        walk_unless_equal()
+    emit("498b4008 493b81", CpuFields.cr.offset)
+    leave_unless_equal()
+    emit("498b81", CpuFields.cr.offset + 8 * 4)
+    emit("4825", ~CR4_PGE)
+    emit("493b4010")
+    leave_unless_equal()
+    emit("498b4018 493b81", CpuFields.efer.offset)
+    leave_unless_equal()
     emit("418b81", CpuFields.hflags.offset)
     emit("83e003 c1e008 4809f0 4189d1 4c09c8")
-    emit("4989f3 49c1eb0c 49c1ea0c 4d31d3 49c1e302 4183e103 4d01cb")
-    emit("4181e3", _SLOTS - 1)
+    emit("4989f3 49c1eb0c 49c1ea0c 4d31d3 49c1e302 4183e103 4d01cb 4989c1")
+    emit("4181e3", _SETS - 1)
     emit("49c1e307 4f8d9c18", _HEADER_BYTES)
-    emit("493b03")
-    walk_unless_equal()
-    emit("4d3b5308")
-    walk_unless_equal()
-    for at in (16, 32, 48, 64):
-        emit(f"498b43{at:02x} 488b00 493b43{at + 8:02x}")
-        walk_unless_equal()
-    emit("498b4350 488901 418b4358 894108 b801000000 c3")
-    for after in jumps:
-        struct.pack_into("<i", code, after - 4, len(code) - after)
+    to_walk = len(jumps)
+    for way in range(_WAYS):
+        if way:
+            leave_to_here(to_walk)
+            emit("4981c3", _WAY_BYTES)
+        emit("4d3b0b")
+        leave_unless_equal()
+        emit("4d3b5308")
+        leave_unless_equal()
+        for at in (16, 32, 48, 64):
+            emit(f"498b43{at:02x} 488b00 493b43{at + 8:02x}")
+            leave_unless_equal()
+        emit("498b4350 488901 418b4358 894108 b801000000 c3")
+    leave_to_here(0)
     emit("41ff6020")
     return executable(bytes(code))
