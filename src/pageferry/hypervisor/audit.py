@@ -131,6 +131,10 @@ def _check_shadow(domain: Domain) -> None:
             _require(not writable or p2m_type in _WRITABLE, f"gfn {gfn:#x}: writable in the shadows only")
             _require(not writable or gfn not in tables.protected, f"gfn {gfn:#x}: a guest table, writable")
             _require(writable == (slot in tables.writable_slots(gfn)), f"gfn {gfn:#x}: CLEAN would not protect it")
+        for gfn in tables.protected:
+            only, *others = tables.shadows(gfn)
+            on_record = domain.shadow.window.only_shadow(gfn)
+            _require(on_record == (None if others else only), f"gfn {gfn:#x}: its writes would look at no shadow of it")
 
 
 def _check_permissions(found: Leaves) -> None:

@@ -77,7 +77,14 @@ class Domain(StandardMachine):
         self.p2m = P2M(self.machine, self.locks.p2m)
         super().__init__(config, self._make_memory(regions, thp=thp), cpuid)
         tlbs = tuple(Tlb() for _ in range(config.cpus))
-        self.shadow = ShadowPaging(self.machine, self.p2m, self.locks.shadow, tlbs=tlbs, budget=shadow_frames)
+        self.shadow = ShadowPaging(
+            self.machine,
+            self.p2m,
+            self.locks.shadow,
+            tlbs=tlbs,
+            budget=shadow_frames,
+            gfns=self.memory.gfn_limit,
+        )
         self.paging = Paging(
             tracker=paging_mode,
             ops=self._ops(paging_mode),

@@ -41,16 +41,15 @@ from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import ADDRESS, PRESENT, PSE, USER, WRITABLE, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Tlb
 from pageferry.hypervisor.shadow_tables import ACCESSED, DIRTY, MAY_WRITE, NX, Key, NoFrame, ShadowTables
+from pageferry.hypervisor.table_window import TableWindow
 
 _ALL = PRESENT | WRITE | USER
-#: So many halves of a guest table written, and none used meanwhile: it is something else by now, most probably.
-_NO_TABLE_ANY_MORE = 512
 
 
 class ShadowPaging:
     """The shadow mode of one domain: its tables, and the operations for its log-dirty.
 
-    ``fault_count`` and ``emulated_writes`` count shadow faults and writes to guest tables, for ever.
+    ``fault_count`` counts shadow faults, for ever; ``window`` is the short way of writes to guest tables.
 
     Args:
         machine: machine memory.
@@ -58,22 +57,28 @@ class ShadowPaging:
         lock: the SHADOW lock.
         tlbs: the vCPUs'.
         budget: frames for shadow tables.
+        gfns: how many guest frames there are.
     """
 
     def __init__(
-        self, machine: MachineMemory, p2m: P2M, lock: OrderedLock, *, tlbs: Sequence[Tlb], budget: int
+        self, machine: MachineMemory, p2m: P2M, lock: OrderedLock, *, tlbs: Sequence[Tlb], budget: int, gfns: int
     ) -> None:
-        self.tables = ShadowTables(machine, budget)
+        self.window = TableWindow(machine, gfns, vcpus=len(tlbs))
+        self.tables = ShadowTables(machine, budget, self.window)
         self.lock = lock
         self.fault_count = 0
-        self.emulated_writes = 0
+        self._long_writes = 0
         self._machine = machine
         self._p2m = p2m
         self._tlbs = tuple(tlbs)
         self._pages = np.frombuffer(machine.words, np.uint64).reshape(-1, 512)
         self._bytes = machine.words.cast("B")
-        self._written_in_a_row: dict[int, int] = {}  # gfn -> writes since it was last walked for an entry
         self._out_of_sync: dict[int, list[int]] = {}  # gfn -> each vCPU's count of TLB flushes when it got its shadow
+
+    @property
+    def emulated_writes(self) -> int:
+        """How many writes to guest tables were performed for the guest, for ever."""
+        return self._long_writes + self.window.stores
 
     def log_dirty_ops(self) -> LogDirtyOps:
         """Return the operations for a domain whose vCPUs run on these tables."""
@@ -102,7 +107,6 @@ class ShadowPaging:
         self.tables.blow()
         self.tables.newly_protected.clear()
         self._out_of_sync.clear()
-        self._written_in_a_row.clear()
         for tlb in self._tlbs:  # they may remember what rests on roots that are no more
             tlb.request_flush()
 
@@ -160,7 +164,7 @@ class ShadowPaging:
     def _enter(self, path: list[tuple[int, int]], gva: int, gfn: int) -> int | None:
         tables, words = self.tables, self._machine.words
         for table_gfn, _ in path:
-            self._written_in_a_row.pop(table_gfn, None)
+            self.window.used(table_gfn)
         table, rights = tables.root(path[0][0]), _ALL
         for level in (4, 3, 2):
             slot = (table << 9) + (gva >> (3 + 9 * level) & 511)
@@ -219,12 +223,10 @@ class ShadowPaging:
         at = self._maddr(gpa)
         with self.lock:
             self._bytes[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
-            self.emulated_writes += 1
+            self._long_writes += 1
             gfn, offset = gpa >> PAGE_SHIFT, gpa & PAGE_SIZE - 1
             self.tables.drop_words(gfn, offset >> 3, offset + size - 1 >> 3)
-            writes = self._written_in_a_row[gfn] = self._written_in_a_row.get(gfn, 0) + 1
-            if writes == _NO_TABLE_ANY_MORE:
-                self._written_in_a_row[gfn] = 0
+            if self.window.written(gfn):
                 self.tables.unshadow(gfn)
 
     def _maddr(self, gpa: int) -> int:

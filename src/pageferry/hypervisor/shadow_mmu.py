@@ -3,6 +3,7 @@
 The *table window* is where a guest page that has a shadow appears when the guest writes it: machine addresses where
 no memory is, as for device space (:mod:`.mmio`). Unicorn calls back with the value, which makes it the instruction
 emulator that Xen's shadow code has to bring along. An 8-byte store arrives in two halves, the low one first.
+Stores that have nothing to drop are done by :mod:`.table_window`.
 
 Source: Xen ``shadow/multi.c`` (``sh_page_fault`` and the emulation of writes to guest tables).
 """
@@ -58,7 +59,8 @@ class ShadowMmu:
 
     def attach(self, engine: api.Engine) -> None:
         """Open the table window in one emulator instance; this object must outlive it."""
-        engine.mmio_map(TABLE_WINDOW, _WINDOW_BYTES, *self._callbacks)
+        read, write, data = self.shadow.window.attach(*self._callbacks)
+        engine.mmio_map(TABLE_WINDOW, _WINDOW_BYTES, read, write, data=data)
 
     def translate(self, gva: int, write: bool, fetch: bool) -> tuple[int, int]:
         """Return ``(maddr, permissions)`` for the TLB, once the access is allowed.
@@ -87,8 +89,13 @@ class ShadowMmu:
         if not self._allows(gfn, p2m_type, write):
             return self._window(gfn, p2m_type, fetch=fetch, writable=True)
         if write and gfn in self.shadow.tables.protected:
-            return TABLE_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE
+            return self._table_window(gfn, mfn)
         return _tlb_entry(mfn, WRITE if write else 0)
+
+    def _table_window(self, gfn: int, mfn: int) -> tuple[int, int]:
+        """Return the TLB's entry for a guest table that is written."""
+        self.shadow.window.open(gfn, mfn)
+        return TABLE_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE
 
     def _window(self, gfn: int, p2m_type: int, *, fetch: bool, writable: bool) -> tuple[int, int]:
         """Return the TLB's entry for what the P2M does not let the CPU access by itself."""
@@ -132,7 +139,7 @@ class ShadowMmu:
             if rights is None:
                 continue
             if write and gfn in shadow.tables.protected:
-                return TABLE_WINDOW + (gfn << PAGE_SHIFT), _READ_WRITE
+                return self._table_window(gfn, mfn)
             return _tlb_entry(mfn, rights | WRITE if write else rights)
 
     def table_read(self, gfn: int) -> int:

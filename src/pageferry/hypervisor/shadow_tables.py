@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.hypervisor.machine import INVALID_GFN, MachineMemory
 from pageferry.hypervisor.p2m_types import ADDRESS, PRESENT, PSE, USER, WRITE
+from pageferry.hypervisor.table_window import TableWindow
 
 ACCESSED, DIRTY, NX = 1 << 5, 1 << 6, 1 << 63
 #: Software's own bit of a 4 KiB entry: the guest lets it be written and D is set, so W may come without a walk.
@@ -65,12 +66,14 @@ class ShadowTables:
     Args:
         machine: where the tables live, and the guest's.
         budget: how many frames they may take; at least 16. What the P2M needs is no part of it.
+        window: is told which shadows a guest page has.
     """
 
-    def __init__(self, machine: MachineMemory, budget: int) -> None:
+    def __init__(self, machine: MachineMemory, budget: int, window: TableWindow) -> None:
         self._words = machine.words
         self._pool = machine.pool
         self._budget = budget
+        self._window = window
         self.frames: dict[Key, int] = {}
         self.protected: dict[int, list[int]] = {}
         self.newly_protected: list[int] = []
@@ -235,6 +238,10 @@ class ShadowTables:
         agree: NDArray[np.bool_] = (frames == expected) & allowed & walked & ((guest ^ shadows) & _U(NX) == 0)
         return agree
 
+    def shadows(self, gfn: int) -> list[int]:
+        """Return the mfns of a guest page's shadows."""
+        return [self.frames[Key(gfn, level)] for level in self.protected.get(gfn, ())]
+
     def write_protect(self, gfn: int) -> None:
         """Take the right to write a page from every entry that maps it. TLBs are the caller's business."""
         for slot in self._writable.pop(gfn, ()):
@@ -242,6 +249,8 @@ class ShadowTables:
 
     def blow(self) -> None:
         """Throw every shadow away (Xen's ``shadow_blow_tables``)."""
+        for gfn in self.protected:
+            self._window.shadowed(gfn, [])
         for mfn in self.frames.values():
             self._pool.release(mfn, shadow=True)  # type: ignore[arg-type]  # it is an Mfn
         for book in (self.frames, self.protected, self._keys, self._references, self._writable, self._gfns):
@@ -275,6 +284,7 @@ class ShadowTables:
             if key.gfn not in self.protected:
                 self.newly_protected.append(key.gfn)
             self.protected.setdefault(key.gfn, []).append(key.level)
+            self._window.shadowed(key.gfn, self.shadows(key.gfn))
             self.write_protect(key.gfn)
         return mfn
 
@@ -285,6 +295,7 @@ class ShadowTables:
         del self._keys[mfn], self._references[mfn], self.frames[key]
         if not key.splinter:
             self.protected[key.gfn].remove(key.level)
+            self._window.shadowed(key.gfn, self.shadows(key.gfn))
             if not self.protected[key.gfn]:
                 del self.protected[key.gfn]
         self._pool.release(mfn)  # type: ignore[arg-type]  # it is an Mfn

@@ -96,17 +96,25 @@ class Engine:
         """Register a C callback for an instruction (``x86.UC_X86_INS_*``)."""
         self.hook(const.UC_HOOK_INSN, callback, instruction)
 
-    def mmio_map(self, maddr: int, size_bytes: int, read: Any, write: Any) -> None:  # noqa: ANN401
-        """Let accesses to a range of machine addresses call back, with the offset into it."""
+    def mmio_map(
+        self,
+        maddr: int,
+        size_bytes: int,
+        read: Any,  # noqa: ANN401
+        write: Any,  # noqa: ANN401
+        *,
+        data: int | None = None,
+    ) -> None:
+        """Let accesses to a range of machine addresses call back, with the offset into it; ``data`` as for ``hook``."""
         self._callbacks += (read, write)
         code = uclib.uc_mmio_map(
             self.handle,
             maddr,
             size_bytes,
             ctypes.cast(read, ctypes.c_void_p),
-            None,
+            ctypes.c_void_p(data),
             ctypes.cast(write, ctypes.c_void_p),
-            None,
+            ctypes.c_void_p(data),
         )
         if code:
             raise VmError(f"the CPU emulator refused a device window: {_binding.UcError(code)}")
