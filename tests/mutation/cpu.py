@@ -1,4 +1,4 @@
-"""Faults of the software machine as an operating system's CPU: cpu.py, tlb_memory.py, shadow.py."""
+"""Faults of the software machine as an operating system's CPU: cpu.py, tlb_memory.py, shadow.py, table_window.py."""
 
 from typing import Any
 
@@ -36,3 +36,18 @@ def stale_translation(domain: Domain) -> None:
 def table_write_unseen(domain: Domain) -> None:
     """A write to a guest table leaves the shadow entries that were made from it."""
     alter(domain.shadow.tables, "drop_words", lambda _: lambda gfn, first, last: None)
+
+
+@fault(
+    "no bug on record: the short way of a write to a guest table is right only where no shadow entry was made from it",
+    law=None,
+    found_by=("translations-follow-the-guest",),
+)
+def short_way_blind(domain: Domain) -> None:
+    """The machine code that writes guest tables looks for shadow entries where there are none."""
+    empty = domain.machine.allocate_foreign()
+    alter(
+        domain.shadow.window,
+        "shadowed",
+        lambda sound: lambda gfn, mfns: sound(gfn, [empty] if mfns else []),
+    )
