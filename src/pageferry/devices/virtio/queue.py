@@ -130,17 +130,25 @@ class SplitQueue:
         self.next_available = (self.next_available - chains) & 0xFFFF
 
     def drain(self) -> Iterator[Chain]:
-        """Yield every chain that waits; when it ends, the driver tells of those that come later.
+        """Yield every chain that waits now; the driver notifies of those that come later.
+
+        They are no more than the queue has entries, even where the driver lets the device's own writes, or another
+        vCPU, make more of them available all the time.
 
         Raises:
             RingError, VmError: as :meth:`pop`.
         """
+        end = self._end()
+        while self.next_available != end and (chain := self.pop()) is not None:
+            yield chain
+
+    def _end(self) -> int:
+        # The driver notifies of the chain at the end; one that has come before it was told so is within the end.
         while True:
-            while (chain := self.pop()) is not None:
-                yield chain
-            self.ask_for_notification()
-            if not self.waiting():  # one may have come before the driver saw that
-                return
+            end = (self.next_available + self.waiting()) & 0xFFFF
+            self._ask_for_notification_at(end)
+            if (self.next_available + self.waiting()) & 0xFFFF == end:
+                return end
 
     # -- the used ring: section 2.7.8 --------------------------------------------------------------------------------
 
@@ -160,8 +168,11 @@ class SplitQueue:
 
     def ask_for_notification(self) -> None:
         """Have the driver tell when it makes the next chain available."""
+        self._ask_for_notification_at(self.next_available)
+
+    def _ask_for_notification_at(self, index: int) -> None:
         if self.event_idx:
-            self.memory.write(self.device + _RING + _USED.size * self.size, _U16.pack(self.next_available))
+            self.memory.write(self.device + _RING + _USED.size * self.size, _U16.pack(index))
         else:
             self.memory.write(self.device, _U16.pack(0))
 

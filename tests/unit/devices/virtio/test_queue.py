@@ -225,6 +225,21 @@ def test_a_chain_that_comes_just_before_the_driver_is_told_is_seen():
     assert rings.ring.avail_event == 1
 
 
+def test_a_ring_that_is_fed_while_it_is_served_ends(rings):
+    """What is made available meanwhile the driver notifies of, which the event index asks for."""
+    for _ in range(3):
+        rings.ring.add([(0x1000, 8)])
+    served = []
+    for chain in rings.queue.drain():
+        rings.ring.offer(chain.head)
+        served.append(chain.head)
+        assert len(served) < 100
+    assert served == [0, 1, 2]
+    assert rings.queue.waiting() == 3
+    assert rings.ring.avail_event == (3 if rings.queue.event_idx else 0)
+    assert [chain.head for chain in rings.queue.drain()] == served
+
+
 def test_ranges_are_one_row_of_bytes():
     memory = GuestMemory.linear(END)
     ranges = ((0x1000, 3), (0x2000, 0), (0x3000, 5))
