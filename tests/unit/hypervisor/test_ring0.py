@@ -609,6 +609,20 @@ def test_what_a_kernel_wants_outside_long_mode_is_named(ring0, code, end):
     assert program.vm.end.crash.startswith(end)
 
 
+def test_a_local_apic_is_not_there_and_a_kernel_that_programs_one_is_told_so(ring0):
+    program = ring0(f"""
+        movl $0xfee00087, {TABLES + 0x2000} + 8*511  # the last 2 MiB that are mapped
+        movl $0x3fe00000, %ebx
+        cmpl $-1, 0x20(%rbx)
+        jne 1f
+        movl $0x1ff, 0xf0(%rbx)
+    1:  EXIT 1
+    """)
+    program.vm.resume()
+    assert program.vm.wait(60) is VmStatus.CRASHED
+    assert program.vm.end.crash.startswith("store to register 0xf0 of a local APIC, which the software machine")
+
+
 def test_frames_written_by_the_host_are_told_to_the_vcpu_only_while_it_holds_code(ring0):
     program = ring0("ret")
     tlb = program.vm.vcpus[0].tlb

@@ -1,20 +1,23 @@
 """PcChips: interrupt controllers and timer of a PC whose CPU is software; on a real CPU they are the kernel's.
 
-There is no IOAPIC here, and no local APIC. A guest that has left those of another machine alone, as one with a single
-CPU does that was told of none, can come here all the same, and go back.
+There is no IOAPIC here, and no local APIC: a guest that believes in one all the same, as test kernels may, ends at its
+first store there, rather than wait for an interrupt that never comes. A guest that has left those of another machine
+alone, as one with a single CPU does that was told of none, can come here, and go back.
 """
 
 import struct
 from collections.abc import Callable
 
-from pageferry.core.errors import UnsupportedError
+from pageferry.core.errors import GuestCrash, UnsupportedError
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.run import Effect
 from pageferry.devices.bus import DeviceBus, expect_size
 from pageferry.devices.clock import Clock
 from pageferry.devices.interrupts import IRQ_TIMER
 from pageferry.devices.pc.pic import PicPair
 from pageferry.devices.pc.pit import Pit, SpeakerPort
 
-_IOAPIC_GPA = 0xFEC0_0000
+_IOAPIC_GPA, _LAPIC_GPA = 0xFEC0_0000, 0xFEE0_0000
 _MASKED = 1 << 16
 #: Where it is; its index register, its id, the levels of its inputs, padding; its redirection entries.
 _IOAPIC_STATE = struct.Struct("<Q16s24Q")
@@ -35,7 +38,7 @@ class PcChips:
         pit = Pit(clock.now_ns, bus.lines.line(IRQ_TIMER))
         bus.add(*self._pics.chips, pit)
         bus.elsewhere += (UnusedIoapic(),)
-        bus.add_ports(self._pics.elcr, SpeakerPort(pit))
+        bus.add_ports(self._pics.elcr, SpeakerPort(pit), MissingLapic())
         bus.timed += (pit,)
         bus.lines.connect(self._pics)
 
@@ -57,6 +60,25 @@ class PcChips:
         """Take the interrupt and return its vector."""
         with self._bus.locked():
             return self._pics.acknowledge()
+
+
+class MissingLapic:
+    """The local APIC that this machine lacks, where a guest would look for it: reads give ones."""
+
+    ports = range(0)
+    mmio = range(_LAPIC_GPA, _LAPIC_GPA + PAGE_SIZE)
+
+    def read(self, offset: int, size: int) -> int:
+        """Return what is read where nothing is."""
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> Effect | None:
+        """End the guest.
+
+        Raises:
+            GuestCrash: always.
+        """
+        raise GuestCrash(f"store to register {offset:#x} of a local APIC, which the software machine does not have")
 
 
 class UnusedIoapic:
