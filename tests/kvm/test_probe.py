@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from pageferry.core.confined import FORBIDDEN
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import fds
 from pageferry.kvm.probe import probe
+from pageferry.kvm.probe_abi import expect_forbidden
+from pageferry.kvm.tss import does_port_io, tss_attributes
 from pageferry.kvm.vm import KvmVm
 from pageferry.vmm import doctor
 
@@ -115,3 +118,11 @@ def test_doctor_tells_how_the_dirty_bitmap_is_cleared(kvm_support, monkeypatch, 
     assert findings["kvm-manual-protect"].works is works
     assert told in findings["kvm-manual-protect"].detail
     assert works or "nothing is lost" in findings["kvm-manual-protect"].advice
+
+
+def test_a_guest_without_io_privilege_uses_ports_by_the_kind_of_tss_that_is_chosen(kvm_support):
+    assert does_port_io(tss_attributes())
+
+
+def test_each_instruction_that_the_guest_abi_forbids_ends_a_guest_on_this_host(kvm_support):
+    assert expect_forbidden().startswith(f"each of {len(FORBIDDEN)} forbidden instructions ends a guest")

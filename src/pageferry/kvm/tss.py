@@ -25,10 +25,11 @@ _TABLES_GPA, _PROGRAM_GPA, _STACK_GPA = 0x1_0000, 0x10_0000, 0x18_0000
 @cache
 def tss_attributes() -> int:
     """Return the attributes of a TSS with which a guest in ring 3 without I/O privilege may use a port here."""
-    return _AVAILABLE if not _does_port_io(_BUSY) and _does_port_io(_AVAILABLE) else _BUSY
+    return _AVAILABLE if not does_port_io(_BUSY) and does_port_io(_AVAILABLE) else _BUSY
 
 
-def _does_port_io(attributes: int) -> bool:
+def does_port_io(attributes: int) -> bool:
+    """Run a guest in ring 3 whose TSS has these attributes; tell whether its access to a port comes out."""
     with ExitStack() as stack:
         system = stack.enter_context(SystemFd())
         memory = GuestMemory.linear(MIN_MEMORY_BYTES)

@@ -25,10 +25,10 @@ tell the two apart).
 
 **Which MSRs** travel in ``msrs``: see :mod:`pageferry.kvm.msrs`.
 
-**Sealed in ring 3.** Some KVMs (seen: ``kvm_pvm``) run ring 3 with IOPL 0 whatever RFLAGS said, report it so, and then
-look into the TSS for the right to do port I/O. A vCPU that was loaded into ring 3 with no way out of it (no IDT, no
-GDT, no SYSCALL, no SYSENTER) cannot change IOPL or TR: so what was loaded is still true and is what ``save`` gives, and
-KVM gets a TSS at linear address 0, where a page of zeros permits every port. Where IOPL is kept nobody looks there.
+**Sealed in ring 3.** A vCPU that was loaded into ring 3 with no way out of it (no IDT, no GDT, no SYSCALL, no SYSENTER)
+cannot change IOPL or TR: so what was loaded is still true and is what ``save`` gives, whatever KVM shows. (Some KVMs,
+seen: ``kvm_pvm``, run ring 3 with IOPL 0 whatever RFLAGS said.) KVM gets a TSS at linear address 0, where a page of
+zeros permits every port; of which kind is found out (:mod:`pageferry.kvm.tss`).
 
 **The TSC** goes on from the saved value, at the saved rate: see :mod:`pageferry.kvm.tsc`.
 
