@@ -45,6 +45,11 @@ class ElfSegment:
     in_file: int
     in_memory: int
 
+    @property
+    def place(self) -> slice:
+        """Where its content is in the file."""
+        return slice(self.offset, self.offset + self.in_file)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElfFile:
@@ -86,13 +91,13 @@ class ElfFile:
             UsageError: as :meth:`loads`.
         """
         return tuple(
-            LoadedPart(gpa=segment.paddr, data=self.content(segment), size_bytes=segment.in_memory)
+            LoadedPart(gpa=segment.paddr, data=memoryview(self.data)[segment.place], size_bytes=segment.in_memory)
             for segment in self.loads()
         )
 
     def content(self, segment: ElfSegment) -> bytes:
         """Return the bytes of a segment that are in the file, those of them that are there."""
-        return self.data[segment.offset : segment.offset + segment.in_file]
+        return self.data[segment.place]
 
     def note(self, owner: bytes, kind: int) -> bytes | None:
         """Return the content of the first note of ``owner`` with the number ``kind``; None if there is none."""

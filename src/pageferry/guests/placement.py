@@ -14,7 +14,7 @@ class LoadedPart:
     """Content of guest memory at ``gpa``; ``size_bytes`` are needed from there on, zeros after the content."""
 
     gpa: int
-    data: bytes
+    data: bytes | memoryview
     size_bytes: int
 
 
@@ -23,7 +23,7 @@ class _Piece:
     gpa: int
     end_gpa: int
     what: str
-    data: bytes
+    data: bytes | memoryview
 
 
 class Placement:
@@ -37,7 +37,7 @@ class Placement:
         self._memory = memory
         self._pieces: list[_Piece] = []
 
-    def put(self, what: str, gpa: int, data: bytes, *, size_bytes: int | None = None) -> None:
+    def put(self, what: str, gpa: int, data: bytes | memoryview, *, size_bytes: int | None = None) -> None:
         """Place ``data`` at ``gpa``.
 
         Args:

@@ -75,16 +75,18 @@ def _xz(payload: bytes, size_bytes: int) -> bytes:
 
 def _lz4(payload: bytes, size_bytes: int) -> bytes:
     block: Any = import_module("lz4.block")
-    unpacked, at, end = bytearray(), 4, len(payload) - 4
-    while at < end and len(unpacked) <= size_bytes:
+    unpacked: list[bytes] = []
+    left, at, end = size_bytes, 4, len(payload) - 4
+    while at < end and left >= 0:
         packed_bytes = int.from_bytes(payload[at : at + 4], "little")
         at += 4
         try:
-            unpacked += block.decompress(payload[at : at + packed_bytes], uncompressed_size=_LZ4_BLOCK_BYTES)
+            unpacked.append(block.decompress(payload[at : at + packed_bytes], uncompressed_size=_LZ4_BLOCK_BYTES))
         except block.LZ4BlockError as error:
             raise PayloadError("LZ4 cannot unpack it") from error
         at += packed_bytes
-    return bytes(unpacked)
+        left -= len(unpacked[-1])
+    return b"".join(unpacked)
 
 
 def _zstd(payload: bytes, size_bytes: int) -> bytes:
