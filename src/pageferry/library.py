@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pageferry.core.events import Event, MigrationReport, PostcopyPaused
 from pageferry.core.machine import Machine
+from pageferry.core.paths import absolute
 from pageferry.core.policy import Policy
 from pageferry.core.policy_names import make_policy
 from pageferry.core.vm import MachineModel, Vm, VmConfig
@@ -177,7 +178,7 @@ def save(
     """
     job = Save(
         guest,
-        Path(path).absolute(),
+        absolute(path),
         _policy(policy),
         stop=stop,
         host_cpu=host_cpu_under(guest.accel),

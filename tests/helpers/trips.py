@@ -118,7 +118,6 @@ class Inn:
         if self._thread is not None:
             self._thread.join()
         self._listener.close()
-        self.endpoint.remove()
         for vm in self.made:
             if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
                 audit.check(vm)

@@ -31,11 +31,11 @@ def complaint(result, code):
         (("run", "idle", "--memory", "1M"), "guest memory of 1048576 bytes"),
         (("run", "idle", "--memory", "999T"), "guest memory of"),
         (("run", "idle", "--memory", "3000001"), "multiple of 4096"),
-        (("run", "idle", "--memory", "much"), "not a size: 'much'"),
+        (("run", "idle", "--memory", "much"), "--memory: not a size: 'much'"),
         (("run", "idle", "--memory", "-5M"), "not a size"),
         (("run", "sweep", "--memory", "8M", "--working-set", "64M", "--accel", "soft"), "memory too small"),
         (("run", "idle", "--rate", "-1"), "--rate"),
-        (("run", "rewrite", "--argument", "some"), "not a size: 'some'"),
+        (("run", "rewrite", "--argument", "some"), "--argument: not a size: 'some'"),
         (("run", "rewrite", *["--argument", "1"] * 9, "--accel", "soft"), "9 guest arguments are too many"),
         (("run", "idle", "--cpus", "0"), "--cpus"),
         (("run", "idle", "--cpus", "9"), "--cpus"),
@@ -56,7 +56,14 @@ def complaint(result, code):
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
         (("demo", "--policy", "xen", "--downtime-limit", "5"), "no downtime limit"),
         (("demo", "--downtime-limit", "0"), "positive limit"),
-        (("demo", "--downtime-limit", "nan"), "positive limit"),
+        (("demo", "--downtime-limit", "nan"), "--downtime-limit: nan is no positive limit"),
+        (("demo", "--downtime-limit", "inf"), "--downtime-limit: inf is no positive limit"),
+        (("demo", "--policy", "deadline", "--deadline", "inf"), "--deadline: inf is no positive limit"),
+        (("demo", "--policy", "deadline", "--max-rounds", "3"), "no max rounds (--max-rounds)"),
+        (("demo", "--max-rounds", "0"), "--max-rounds"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--timeout", "nan"), "'--timeout'"),
+        (("limits", "--control", "/tmp/x", "--downtime-limit", "inf"), "--downtime-limit: inf is no positive limit"),
+        (("limits", "--control", "/tmp/x", "--bandwidth", "1K"), "--bandwidth: a bandwidth of 1024 bytes a second"),
         (("receive", "http://somewhere", "--control", "/tmp/x"), "not an address"),
         (("receive", "tcp://127.0.0.1:99999", "--control", "/tmp/x"), "not an address"),
         (("migrate", "tcp://127.0.0.1", "--control", "/tmp/x"), "not an address"),
@@ -79,6 +86,31 @@ def complaint(result, code):
 )
 def test_wrong_usage(here, arguments, says):
     assert says in complaint(here(*arguments), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("status", "--control", "/nonexistent/x"), 6, "no guest process answers"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/nonexistent/x"), 6, "no guest process answers"),
+        (("migrate", "fax:5", "--control", "/nonexistent/x"), 2, "not an address"),
+        (("save", "x", "--control", "/nonexistent/x", "--bandwidth", "1K"), 2, "--bandwidth"),
+        (("demo", "--downtime-limit", "0"), 2, "--downtime-limit"),
+        (("demo", "--frobnicate"), 2, "--frobnicate"),
+        (("inspect", "/nonexistent/x"), 2, "cannot read /nonexistent/x"),
+        (("doctor", "--frobnicate"), 2, "--frobnicate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_with_json_a_failure_is_one_object_too(here, arguments, code, says):
+    result = here(*arguments, "--json")
+    assert result.returncode == code, result.stderr
+    told = json.loads(result.stdout)
+    assert told["status"] == "failed"
+    assert says in told["error"]
+    assert f"pageferry: {told['error']}\n" in result.stderr
+    assert told["hint"]
+    assert told["guest_at"] is None
 
 
 def test_wrong_usage_of_a_process_of_its_own():
@@ -294,7 +326,8 @@ def test_a_picture_is_drawn_of_a_migration_and_of_one_that_failed(tmp_path):
         assert result.returncode == code, result.stderr
         assert f"picture: {file}\n" in result.stderr
         (data,) = re.findall(r'id="report">(.*?)</script>', file.read_text(), re.S)
-        assert json.loads(data) == json.loads(result.stdout)
+        told = json.loads(result.stdout)
+        assert json.loads(data) == {name: value for name, value in told.items() if name not in ("error", "hint")}
 
 
 @pytest.mark.exhaustive("a demo is a run, a receive and a migrate, which have tests of their own")

@@ -26,8 +26,8 @@ from pageferry.testing.operators import STRAY_GFN
 from pageferry.uffd.fds import UffdFd
 from pageferry.vmm.accel import Accel, choose_machines
 from pageferry.vmm.process import GuestProcess
-from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
+from pageferry.vmm.qmp_error import QmpError
 
 MiB = 1 << 20
 GIVE_UP_S = 60

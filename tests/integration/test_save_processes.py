@@ -12,8 +12,8 @@ from processes import GIVE_UP_S, cli, one_line
 from unnamed import unnamed_in
 
 from pageferry.engine.wire.pacer import BURST_S
-from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
+from pageferry.vmm.qmp_error import QmpError
 
 LIMIT = ("--downtime-limit", "600000")  # the host's speed decides nothing
 
@@ -100,7 +100,7 @@ def test_a_guest_that_was_stopped_does_not_run_here_unless_it_is_forced(guest, s
     assert guest.status() == "postmigrate"
     for command in ("resume", "pause"):
         refused = cli(command, "--control", guest.control)
-        assert refused.returncode == 6
+        assert refused.returncode == 2
         assert f"was saved to {file} and stopped here" in one_line(refused)
     assert "was saved to" in one_line(save(guest, file))
     there = start("restore", file, "--accel", "soft")
@@ -157,7 +157,7 @@ def test_ctrl_c_ends_a_save_and_the_guest_runs_on(guest, file, background):
     saving.send_signal(signal.SIGINT)
     _, errors = saving.communicate(timeout=GIVE_UP_S)
     assert saving.returncode == 130
-    assert "cancelled; the guest runs on at the source" in errors
+    assert "cancelled; the guest stays at the source" in errors
     assert os.listdir(file.parent) == []
     assert guest.runs_on()
 
@@ -254,3 +254,17 @@ def test_a_guest_runs_while_its_memory_is_read(guest, start, file):
     result = until(lambda: (r := save(there, file)).returncode == 0 and r, "save")
     assert "save completed" in result.stdout
     assert there.runs_on()
+
+
+def test_a_guest_that_its_user_paused_is_restored_paused(guest, start, file):
+    for paused in (True, False):
+        guest.ask("stop" if paused else "cont")
+        assert save(guest, file).returncode == 0
+        for options, stands in (((), paused), (("--lazy",), paused), (("--paused",), True), (("--run",), False)):
+            there = start("restore", file, "--accel", "soft", *options)
+            assert there.status() == ("paused" if stands else "running")
+            if stands:
+                there.ask("cont")
+            assert there.runs_on()
+            there.end()
+    assert guest.runs_on()

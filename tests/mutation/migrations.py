@@ -9,14 +9,16 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from altered import alter
 
 from mutation import audit_checks, disk_checks, file_checks, postcopy_checks, report_checks, wire_checks
 from mutation.tracker_wrapper import Faithful, mutated
-from mutation.trips import PAGES, Engine, arrive, trip_of, write
+from mutation.trips import PAGES, Engine, Trip, arrive, trip_of, write
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Event, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.frames import gpa_of
+from pageferry.core.vm import Vm
 from pageferry.testing.conformance import Check, check_of
 from pageferry.testing.lab import Lab, Violation, listed, require
 
@@ -105,6 +107,48 @@ def a_failed_attempt_leaves_no_trace(lab: Lab, engine: Engine) -> None:
         arrive(trip)
 
 
+def a_pause_that_is_given_up_leaves_the_guest_here(lab: Lab, engine: Engine) -> None:
+    """After a pause that took too long the guest is here as it was, the report says why, and it may move later."""
+    with trip_of(lab, engine) as (guest, trip):
+
+        def give_up(event: Event) -> None:
+            if isinstance(event, PhaseBegan) and event.phase is Phase.VERIFY:
+                assert trip.source is not None
+                trip.source.job.give_pause_up()
+
+        try:
+            trip.go(there_on_event=give_up)
+            raise Violation("a migration went on although its pause was given up")
+        except MigrationError as error:
+            require(error.guest_at is GuestAt.SOURCE, f"after a failure the guest is said to be at {error.guest_at}")
+            require("the pause was given up" in error.reason, f"nothing tells of the pause: {error.reason}")
+        require(not guest.log_dirty.enabled, "log-dirty is still on after a failed attempt")
+        require(trip.there is None, "the guest is at the destination too")
+        guest.play(5)
+        arrive(trip)
+
+
+def a_pause_is_not_given_up_after_the_commit(lab: Lab, engine: Engine) -> None:
+    """Once the destination was told that the guest is its own, no budget brings it back."""
+    trips: list[Trip] = []
+
+    def give_up_late(there: Vm) -> None:
+        def claim(sound: Callable[[], None]) -> Callable[[], None]:
+            def give_up_first() -> None:
+                source = trips[0].source
+                assert source is not None
+                source.job.give_pause_up()
+                sound()
+
+            return give_up_first
+
+        alter(there, "claim_backends", claim)  # the destination has heard COMMIT, and has not answered
+
+    with trip_of(lab, engine, on_made=give_up_late) as (_, trip):
+        trips.append(trip)
+        arrive(trip)
+
+
 def what_arrives_is_marked(lab: Lab, engine: Engine) -> None:
     """At a destination that tracks from the start every page that arrives is dirty: a restore is a writer too."""
     with trip_of(lab, engine, on_made=lambda vm: vm.log_dirty.enable()) as (guest, trip):
@@ -139,6 +183,8 @@ _FUNCTIONS: Sequence[tuple[int | None, Callable[..., None]]] = (
     (2, a_page_becomes_zero),
     (3, touched_just_before_enable),
     (5, a_failed_attempt_leaves_no_trace),
+    (6, a_pause_that_is_given_up_leaves_the_guest_here),
+    (6, a_pause_is_not_given_up_after_the_commit),
     (4, what_arrives_is_marked),
     (7, verification_tells),
     *audit_checks.FUNCTIONS,

@@ -15,6 +15,7 @@ from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.guest import TrackedGuest
+from pageferry.engine.handoff import Custody, Handoff
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lanes
 from pageferry.engine.precopy import Precopy, Sink, stop_and_copy
@@ -227,3 +228,38 @@ class _NeverLooks(Comparison):
 )
 class DigestsNotCompared(AlteredDestination, parts={"destination.Comparison": _NeverLooks}):
     """The destination answers READY whatever the digests say."""
+
+
+class _GivesUpAtAnyTime(Handoff):
+    def give_up(self) -> bool:
+        with self._lock:
+            self._custody = Custody.HERE
+            self._given_up = True
+            return True
+
+    def lost(self) -> None:
+        pass
+
+
+@fault(
+    "no bug on record: a timer that knows nothing of the handoff",
+    law=6,
+    found_by=("a-pause-is-not-given-up-after-the-commit",),
+)
+class PauseGivenUpLate(AlteredSource, parts={"job.Handoff": _GivesUpAtAnyTime}):
+    """A pause that takes too long is given up whatever the destination was told."""
+
+
+class _ForgetsThatItGaveUp(Handoff):
+    @property
+    def forbidden(self) -> bool:
+        return self._cancelled
+
+
+@fault(
+    "no bug on record: what gave the pause up and what commits do not know of each other",
+    law=6,
+    found_by=("a-pause-that-is-given-up-leaves-the-guest-here",),
+)
+class PauseGivenUpUnseen(AlteredSource, parts={"job.Handoff": _ForgetsThatItGaveUp}):
+    """Nothing remembers that the pause was given up."""

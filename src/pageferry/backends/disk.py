@@ -22,6 +22,7 @@ from pageferry.backends.direct import DirectIo, block_bytes_of, transfer_all
 from pageferry.core.device_spec import DIRECT
 from pageferry.core.errors import UsageError, VmError
 from pageferry.core.libc import libc
+from pageferry.core.os_hints import file_hint
 
 SECTOR_BYTES = 512
 #: l_type, l_whence, l_start, l_len, l_pid, as on 64-bit Linux.
@@ -54,7 +55,8 @@ class DiskFile:
             mode = os.O_RDONLY if readonly else os.O_RDWR
             self._fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
         except OSError as error:
-            hint = "" if readonly else "a disk that is only read: --disk PATH,readonly"
+            only_read = not readonly and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            hint = "a disk that is only read: --disk PATH,readonly" if only_read else file_hint(error)
             raise UsageError(f"cannot open disk {path}: {error.strerror}", hint=hint) from error
         self._close = weakref.finalize(self, os.close, self._fd)
         try:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pageferry.core.errors import UsageError, VmError
+from pageferry.core.os_hints import connect_hint
 
 HEADER_BYTES = 12
 #: A segment that is still to be cut, and its headers.
@@ -206,7 +207,7 @@ class SocketLink:
         try:
             is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
         except OSError as error:
-            raise UsageError(f"cannot use socket {path}: {error.strerror}", hint="start passt first") from error
+            raise UsageError(f"cannot use socket {path}: {error.strerror}", hint=_hint(error, path)) from error
         if not is_socket:
             raise UsageError(f"{path} is no socket")
 
@@ -223,7 +224,7 @@ class SocketLink:
             sock.connect(self._path)
         except OSError as error:
             sock.close()
-            raise VmError(f"cannot connect to {self._path}: {error.strerror}", hint="start passt first") from error
+            raise VmError(f"cannot connect to {self._path}: {error.strerror}", hint=_hint(error, self._path)) from error
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._socket = sock
@@ -296,3 +297,9 @@ class SocketLink:
         if self._socket is None:
             raise OSError(errno.ENOTCONN, f"{self._path} is not connected")
         return self._socket
+
+
+def _hint(error: OSError, path: str) -> str:
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return "start passt first"
+    return connect_hint(error, path=path)

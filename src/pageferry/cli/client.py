@@ -1,37 +1,57 @@
 """Start a migration over the control socket, and follow it to its end."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
-from pageferry.cli.shell import Interrupted
+from pageferry.cli.shell import SIGNALS, Interrupted, Requests
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Phase
 from pageferry.vmm.announcer import ENGINE_EVENT
-from pageferry.vmm.qmp import QmpError
 from pageferry.vmm.qmp_client import QmpClient
+from pageferry.vmm.qmp_error import QmpError
 
 Json = dict[str, Any]
+_ENDED = ("completed", "failed", "cancelled")
+_PAUSED = "postcopy-paused"
 
 
-def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], None]) -> Json:
+def migrate(
+    client: QmpClient,
+    uri: str,
+    options: Json,
+    show: Callable[[Json], None],
+    noted: Callable[[], AbstractContextManager[Requests]] = SIGNALS.noted,
+) -> Json:
     """Migrate, or save, and return the report; ``options`` are the extra arguments of the ``migrate`` command.
 
-    Ctrl-C cancels: the guest stays at the source. Where it is too late for that, ``show`` is told why (``type``
-    Notice, ``text``), and a second one leaves the migration to itself.
+    The first signal cancels: the guest stays at the source, and how it ended is still waited for. Others change
+    nothing. Where it is too late to cancel, ``show`` is told why (``type`` Notice, ``text``); after a switch a later
+    signal then leaves the migration to itself.
+
+    Args:
+        client: connected to the source.
+        uri: where to.
+        options: extra arguments.
+        show: sees the engine's events, as JSON-ready values.
+        noted: how signals are noted meanwhile.
 
     Raises:
         QmpError: the guest process refused to begin.
         MigrationFailedError: it did not succeed.
         PostcopyPausedError: it was cut after the switch, and can go on.
-        Interrupted: it was cancelled by Ctrl-C.
+        Interrupted: it was cancelled.
         LeftAloneError: it was too late for that, and it goes on.
-        VmError: the guest process went away.
+        OutcomeUnknownError: the guest process went away.
     """
-    try:
+    with noted() as requests:
         client.execute("migrate", uri=uri, **options)
-        state = _follow(client, show)
-    except KeyboardInterrupt:
-        state = _cancelled(client, show)
+        try:
+            state = _Following(client, show, requests).to_the_end()
+        except QmpError:
+            raise
+        except VmError as error:
+            raise OutcomeUnknownError from error
     report = state.get("x-pageferry-report")
     if report is None and "x-postcopy-paused" in state:
         raise PostcopyPausedError(state["x-postcopy-paused"], GuestAt(state["x-guest-at"]))
@@ -40,9 +60,20 @@ def migrate(client: QmpClient, uri: str, options: Json, show: Callable[[Json], N
     if report["status"] == "cancelled":
         raise Interrupted(report)
     if report["status"] != "completed":
-        error = state["x-pageferry-error"]
-        raise MigrationFailedError(report, error)
+        raise MigrationFailedError(report, state["x-pageferry-error"])
     return dict(report)
+
+
+class OutcomeUnknownError(VmError):
+    """The guest process went away while a migration was under way: how that ended is not known."""
+
+    guest_at = GuestAt.UNKNOWN
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the guest process went away in the midst of the migration",
+            hint="see whether the destination runs the guest: pageferry status",
+        )
 
 
 class MigrationFailedError(MigrationError):
@@ -79,30 +110,82 @@ class LeftAloneError(MigrationError):
         )
 
 
-def _cancelled(client: QmpClient, show: Callable[[Json], None]) -> Json:
-    # Cancel and follow to the end, or follow on if that is refused.
-    try:
-        client.execute("migrate_cancel")
-    except QmpError as error:
-        show({"type": "Notice", "text": f"{error}; Ctrl-C again leaves it to go on by itself"})
-        try:
-            return _follow(client, show)
-        except KeyboardInterrupt:
-            raise LeftAloneError(GuestAt(client.execute("query-migrate")["x-guest-at"])) from None
-    return _follow(client, show)
+class _Following:
+    """Follows one attempt.
 
+    Args:
+        client: connected to the source.
+        show: sees the engine's events.
+        requests: to end it.
+    """
 
-def _follow(client: QmpClient, show: Callable[[Json], None]) -> Json:
-    # The answer to query-migrate when it is over, or waits to be recovered.
-    for event in client.events():
-        if event["event"] == ENGINE_EVENT:
-            show(event["data"])
-        elif event["event"] == "MIGRATION":
-            status = event["data"]["status"]
-            if status in ("completed", "failed", "cancelled", "postcopy-paused"):
-                state: Json = client.execute("query-migrate")
-                if status != "postcopy-paused" or "x-postcopy-paused" in state:
+    def __init__(self, client: QmpClient, show: Callable[[Json], None], requests: Requests) -> None:
+        self._client = client
+        self._show = show
+        self._requests = requests
+        self._asked = False  # and not answered yet
+        self._cancelling = False
+        self._too_late = False
+
+    def to_the_end(self) -> Json:
+        """Return the answer to ``query-migrate`` when it is over, or waits to be recovered."""
+        while True:
+            try:
+                if (state := self._go_on()) is not None:
                     return state
-                continue  # it was recovered meanwhile
-            show({"type": "Status", **event["data"]})
-    raise AssertionError("events never end")
+            except QmpError:
+                raise
+            except VmError:  # it drops those who read nothing for long, as on a terminal that was stopped
+                self._client.reconnect()
+                state = dict(self._client.execute("query-migrate"))
+                if state["status"] in _ENDED or "x-postcopy-paused" in state:
+                    return state
+
+    def _go_on(self) -> Json | None:
+        for event in self._client.received():
+            if (state := self._happened(event)) is not None:
+                return state
+        if not self._asked:
+            self._client.wait(self._requests)
+        if self._requests.take() or self._asked:
+            self._asked = True
+            self._asked_to_end()
+            self._asked = False
+        return None
+
+    def _happened(self, event: Json) -> Json | None:
+        # An event, or an answer that came too late to be of use.
+        if event.get("event") == ENGINE_EVENT:
+            self._show(event["data"])
+        elif event.get("event") == "MIGRATION":
+            status = event["data"]["status"]
+            if status in (*_ENDED, _PAUSED):
+                state: Json = self._client.execute("query-migrate")
+                # It may have been recovered meanwhile.
+                return state if status != _PAUSED or "x-postcopy-paused" in state else None
+            self._show({"type": "Status", **event["data"]})
+        return None
+
+    def _asked_to_end(self) -> None:
+        if self._cancelling:
+            self._notice("cancelling: the outcome is waited for")
+        elif not self._too_late:
+            self._cancel()
+        elif self._client.execute("query-migrate").get("x-guest-at") == GuestAt.DESTINATION:
+            raise LeftAloneError(GuestAt.DESTINATION)
+        else:
+            self._notice("the guest is being handed over: the answer is waited for")
+
+    def _cancel(self) -> None:
+        try:
+            self._client.execute("migrate_cancel")
+        except QmpError as error:
+            self._too_late = True
+            self._notice(f"{error}; a later Ctrl-C leaves it to go on by itself")
+            self._requests.take()  # what came before that was read
+        else:
+            self._cancelling = True
+            self._notice("cancelling")
+
+    def _notice(self, text: str) -> None:
+        self._show({"type": "Notice", "text": text})

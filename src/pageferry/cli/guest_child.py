@@ -14,6 +14,7 @@ from pageferry.vmm.qmp_client import QmpClient
 _START_TIMEOUT_S = 30.0
 _PR_SET_PDEATHSIG = 1
 _POLL_S = 0.05
+_HINT = "hint: "
 
 
 def _die_with_parent() -> None:
@@ -66,5 +67,7 @@ class GuestChild:
                 return QmpClient(self._control)
             time.sleep(_POLL_S)
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        output = [line for line in lines if not line.startswith("hint: ")]
-        raise VmError(f"the {self._name} process did not start: {output[-1] if output else 'it said nothing'}")
+        output = [line for line in lines if not line.startswith(_HINT)]
+        hints = [line.removeprefix(_HINT) for line in lines if line.startswith(_HINT)]
+        said = output[-1] if output else "it said nothing"
+        raise VmError(f"the {self._name} process did not start: {said}", hint=hints[-1] if hints else "")

@@ -2,15 +2,14 @@
 
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from pageferry.cli.shell import ExitCode, Interrupted, complain, exit_code_of
-from pageferry.core.errors import PageferryError
+from pageferry.cli import shell
+from pageferry.cli.shell import ExitCode
 from pageferry.core.version import __version__
 
 # Which click this is, typer's own or the package, depends on typer's version; BadParameter -> UsageError -> this.
@@ -65,6 +64,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
+#: These only tell something: they fail where standard output cannot be written.
+_TELL = {"inspect", "status", "doctor"}
+
+
 def app_with(loaded: Collection[str]) -> typer.Typer:
     """Return the command line; of its commands these are loaded, of the others it knows name and first line only."""
     app = typer.Typer(
@@ -100,27 +103,8 @@ def _not_named() -> None:
 
 
 def run() -> None:
-    """Run the command and end the process with its exit code; errors are one line and a hint, never a traceback."""
-    try:
-        code = app_with([_named(sys.argv[1:])])(standalone_mode=False)
-    except _BadOption as error:
-        complain(error.format_message(), "pageferry --help tells more")
-        code = ExitCode.USAGE
-    except (KeyboardInterrupt, typer.Abort, Interrupted) as error:
-        complain("cancelled; the guest runs on at the source" if isinstance(error, Interrupted) else "interrupted")
-        code = ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = ExitCode.DEFECT
-    except Exception as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG):
-            raise
-        if isinstance(error, PageferryError):
-            complain(str(error), error.hint)
-        else:
-            complain(f"internal error: {error!r}", "this is a defect: pageferry --debug ... shows where")
-        code = exit_code_of(error)
-    sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+    """Run the command that the arguments of the process name, and end the process with its exit code."""
+    shell.run(lambda: app_with([_named(sys.argv[1:])])(standalone_mode=False), refusal=_BadOption)
 
 
 def _version(wanted: bool) -> None:
@@ -135,6 +119,8 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if context.invoked_subcommand not in (None, *_TELL):
+        shell.STREAMS.make_results_a_courtesy()
     if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)
         raise typer.Exit(ExitCode.USAGE)

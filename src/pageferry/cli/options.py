@@ -1,6 +1,8 @@
 """Options that several commands share, and what is made of them: a guest's size, arguments of the QMP ``migrate``."""
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,18 +11,43 @@ import typer
 from pageferry.cli.shell import ERR
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
+from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import ram_layout
+from pageferry.core.paths import absolute as absolute_path
 from pageferry.core.policy_names import POLICIES, make_policy
 from pageferry.core.units import parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.options import VerifyMode, WireOptions
-from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.channel import MAX_TIMEOUT_S, Endpoint
 from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel
 from pageferry.vmm.local_backends import absolute
 
 MAX_CPUS = 8
+
+
+def _checked(check: Callable[[Any], object]) -> Callable[[typer.CallbackParam, Any], Any]:
+    """Return what has ``check`` raise a UsageError of an option's value, or of each; the option is named."""
+
+    def callback(param: typer.CallbackParam, value: Any) -> Any:  # noqa: ANN401  # as the option has it
+        for each in value if isinstance(value, list | tuple) else (value,):
+            try:
+                if each is not None:
+                    check(each)
+            except UsageError as error:
+                raise UsageError(f"{param.opts[0]}: {error}", hint=error.hint) from error
+        return value
+
+    return callback
+
+
+def _expect_positive(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise UsageError(f"{value:g} is no positive limit", hint="a finite number above 0")
+
+
+SIZE = _checked(parse_size)
 _READONLY, _MAC = ",readonly", ",mac="
 
 AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
@@ -41,7 +68,10 @@ HugePagesOption = Annotated[
     HugePages,
     typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
 ]
-BandwidthOption = Annotated[str, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")]
+RATE = _checked(lambda text: WireOptions(bandwidth_bytes_per_s=parse_rate(text)))
+BandwidthOption = Annotated[
+    str, typer.Option(callback=RATE, help="Bytes a second at the most, e.g. 100M; 0: no limit.")
+]
 TlsDirOption = Annotated[
     Path | None,
     typer.Option(
@@ -58,7 +88,7 @@ PlotOption = Annotated[
     Path | None,
     typer.Option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
 ]
-MemoryOption = Annotated[str, typer.Option(help="Guest memory.")]
+MemoryOption = Annotated[str, typer.Option(callback=SIZE, help="Guest memory.")]
 CpuOption = Annotated[
     CpuModel,
     typer.Option(help="CPU shown to the guest: baseline x86-64, so it moves anywhere, or all of the host's (kvm)."),
@@ -76,12 +106,31 @@ AllowPolicyOption = Annotated[
     ),
 ]
 LimitOption = Annotated[
-    float | None, typer.Option(help="Downtime allowed, in ms (downtime, converge, postcopy; default 300).")
+    float | None,
+    typer.Option(
+        callback=_checked(_expect_positive), help="Downtime allowed, in ms (downtime, converge, postcopy; default 300)."
+    ),
 ]
 RoundsOption = Annotated[
-    int | None, typer.Option(help="Rounds at the most (downtime 30, converge 60, xen 5, postcopy 3).")
+    int | None, typer.Option(min=1, help="Rounds at the most (downtime 30, converge 60, xen 5, postcopy 3).")
 ]
-DeadlineOption = Annotated[float | None, typer.Option(help="Seconds from beginning to end (deadline).")]
+DeadlineOption = Annotated[
+    float | None, typer.Option(callback=_checked(_expect_positive), help="Seconds from beginning to end (deadline).")
+]
+PauseLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        callback=_checked(_expect_positive),
+        help="Longest pause, in ms; over it the guest runs on at the source. "
+        "Default: ten times the downtime limit, at least 2000.",
+    ),
+]
+TimeoutOption = Annotated[
+    float,
+    typer.Option(
+        min=0.1, max=MAX_TIMEOUT_S, callback=_checked(_expect_positive), help="Seconds the connection may stand still."
+    ),
+]
 VerifyOption = Annotated[
     VerifyMode | None,
     typer.Option(
@@ -163,6 +212,7 @@ def policy_options(
     max_rounds: int | None,
     deadline: float | None,
     verify: VerifyMode | None,
+    pause_limit: float | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of the QMP command ``migrate`` that say how a policy decides and what is verified.
 
@@ -173,6 +223,7 @@ def policy_options(
         max_rounds: rounds at the most.
         deadline: in s.
         verify: how the destination proves its memory.
+        pause_limit: in ms.
 
     Raises:
         UsageError: there is no such policy, or an option does not belong to it or has no sense.
@@ -186,6 +237,7 @@ def policy_options(
         "x-max-rounds": max_rounds,
         "x-deadline-s": deadline,
         "x-verify": verify,
+        "x-pause-limit-s": None if pause_limit is None else pause_limit / 1e3,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -200,9 +252,9 @@ def warn_if_exposed(endpoint: Endpoint, *, insecure: bool) -> None:
 def tls_options(tls_dir: Path | None, peer: str | None, secret_file: Path | None) -> dict[str, Any]:
     """Return the arguments of the QMP command ``migrate`` that say who we are and whom we accept."""
     options = {
-        "x-tls-dir": None if tls_dir is None else str(tls_dir.absolute()),
+        "x-tls-dir": None if tls_dir is None else str(absolute_path(tls_dir)),
         "x-peer": peer,
-        "x-secret-file": None if secret_file is None else str(secret_file.absolute()),
+        "x-secret-file": None if secret_file is None else str(absolute_path(secret_file)),
     }
     return {name: value for name, value in options.items() if value is not None}
 

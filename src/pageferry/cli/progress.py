@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from pageferry.cli.shell import is_watched
 from pageferry.cli.status import eta_in_words
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
@@ -30,7 +31,7 @@ class ProgressView:
             TextColumn("{task.fields[eta]}"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not is_watched(console),
         )
         self._task: TaskID | None = None
         self._held = False
@@ -87,7 +88,7 @@ class ReadingView:
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TransferSpeedColumn())
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not is_watched(console))
         self._task = self._bar.add_task("reading", total=None)
 
     def __enter__(self) -> "ReadingView":

@@ -4,7 +4,6 @@ import gzip
 import io
 import lzma
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -14,7 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from pageferry.cli.shell import is_watched, standard_input
 from pageferry.core.errors import RemoteStreamError, UsageError
+from pageferry.core.os_hints import file_hint
 from pageferry.stream.walk import OnPages, Read, RecordSeen, Walk
 
 Json = dict[str, Any]
@@ -51,13 +52,13 @@ def opened(name: str, console: Console) -> Iterator[Read]:
         UsageError: it cannot be opened, or (from the reader) read.
     """
     try:
-        raw = os.fdopen(os.dup(sys.stdin.fileno()), "rb") if name == STANDARD_INPUT else open(name, "rb")  # noqa: SIM115
+        raw = os.fdopen(os.dup(standard_input("inspect -")), "rb") if name == STANDARD_INPUT else open(name, "rb")  # noqa: SIM115
         size_bytes = os.fstat(raw.fileno()).st_size
         unpacked = _unpacked(raw)
     except OSError as error:
-        raise UsageError(f"cannot read {name}: {error.strerror}") from error
+        raise UsageError(f"cannot read {name}: {error.strerror}", hint=file_hint(error)) from error
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn())
-    with raw, Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with raw, Progress(*columns, console=console, transient=True, disable=not is_watched(console)) as bar:
         task = bar.add_task("reading", total=size_bytes or None, visible=False)
         shown_from_s = time.monotonic() + _SILENT_S
 
@@ -67,7 +68,7 @@ def opened(name: str, console: Console) -> Iterator[Read]:
             except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
                 raise RemoteStreamError("the data that it is packed in is damaged or cut") from error
             except OSError as error:
-                raise UsageError(f"cannot read {name}: {error.strerror}") from error
+                raise UsageError(f"cannot read {name}: {error.strerror}", hint=file_hint(error)) from error
             if time.monotonic() > shown_from_s:
                 bar.update(task, visible=True, completed=raw.tell() if raw.seekable() else None, advance=got)
             return got

@@ -8,6 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from pageferry.cli.plain_console import printable
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
 
@@ -55,7 +56,8 @@ def summary(report: Json) -> Group:
 def _whereabouts(report: Json) -> str:
     if report["file"] is None:
         return f"now at the {report['guest_at']}"
-    return f"saved to {report['file']}; here it {'runs on' if report['guest_at'] == 'source' else 'is stopped'}"
+    here = "runs on" if report["guest_at"] == "source" else "is stopped"
+    return f"saved to {printable(report['file'])}; here it {here}"
 
 
 def _postcopy(postcopy: Json) -> str:

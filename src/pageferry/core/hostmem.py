@@ -22,6 +22,7 @@ from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, SIZE_2M, GfnArray, Hva
 from pageferry.core.libc import libc
+from pageferry.core.os_hints import resource_hint
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10
@@ -44,7 +45,7 @@ _FUTEX_OP_OR = 2 << 28
 def _raise(call: str) -> None:
     code = ctypes.get_errno()
     hint = "less memory for the guest, or more for the host" if code == errno.ENOMEM else ""
-    raise VmError(f"{call}: {os.strerror(code)}", hint=hint)
+    raise VmError(f"{call}: {os.strerror(code)}", hint=hint or resource_hint(OSError(code, "")))
 
 
 def available_bytes() -> int | None:

@@ -6,6 +6,7 @@ when 2 MB were left, and then send for ever. So all of them look back at the *lo
 remained, and do not go on when no round comes nearer to it.
 """
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,7 +95,7 @@ class DowntimePolicy:
     max_rounds: int = 30
 
     def __post_init__(self) -> None:
-        if not self.limit_s > 0 or self.max_rounds < 1:
+        if not 0 < self.limit_s < math.inf or self.max_rounds < 1:
             raise UsageError("the downtime policy needs a positive limit and at least one round")
 
     @property
@@ -134,7 +135,7 @@ class ConvergePolicy:
     max_throttle: float = _MAX_THROTTLE
 
     def __post_init__(self) -> None:
-        if not self.limit_s > 0 or self.max_rounds < 1 or not 0 < self.max_throttle < 1:
+        if not 0 < self.limit_s < math.inf or self.max_rounds < 1 or not 0 < self.max_throttle < 1:
             raise UsageError("the converge policy needs a positive limit, a round and a throttle between 0 and 1")
 
     @property
@@ -180,7 +181,7 @@ class DeadlinePolicy:
     deadline_s: float
 
     def __post_init__(self) -> None:
-        if not self.deadline_s > 0:
+        if not 0 < self.deadline_s < math.inf:
             raise UsageError("the deadline policy needs a positive deadline")
 
     @property
@@ -220,7 +221,7 @@ class PostcopyPolicy:
     max_rounds: int = 3
 
     def __post_init__(self) -> None:
-        if not self.limit_s > 0 or self.max_rounds < 1:
+        if not 0 < self.limit_s < math.inf or self.max_rounds < 1:
             raise UsageError("the postcopy policy needs a positive limit and at least one round")
 
     @property

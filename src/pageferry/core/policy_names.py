@@ -180,7 +180,8 @@ def with_limits(policy: Policy, given: dict[str, float | int]) -> Policy:
 
 
 def _in_words(options: Any) -> str:  # noqa: ANN401  # any collection of names
-    return ", ".join(sorted(option.removesuffix("_s").replace("_", " ") for option in options))
+    words = sorted(option.removesuffix("_s") for option in options)
+    return ", ".join(f"{word.replace('_', ' ')} (--{word.replace('_', '-')})" for word in words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,12 +169,14 @@ class MachineState:
 
     ``tsc_khz``: how fast the vCPUs' TSCs count; None: not known, or the guest was never to rely on it.
     ``kvm_clock_ns``: what KVM's paravirtual clock shows, the same to all vCPUs; None: the machine has never had one.
+    ``paused``: whether its user had paused the guest; machines neither set nor heed it.
     """
 
     vcpus: tuple[VcpuState, ...]
     devices: tuple[DeviceState, ...]
     tsc_khz: int | None = None
     kvm_clock_ns: int | None = None
+    paused: bool = False
 
 
 #: FXSAVE image after FNINIT with all vector registers zero: FCW 0x37F, MXCSR 0x1F80, MXCSR mask 0xFFFF.

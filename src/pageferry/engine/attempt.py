@@ -10,8 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort
-from pageferry.core.events import Event, MigrationEnded, Warned
+from pageferry.core.errors import GuestAt, MigrationError
+from pageferry.core.events import Event, MigrationEnded, Phase, Warned
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm
@@ -20,6 +20,7 @@ from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
+from pageferry.engine.pause import PauseWatch
 from pageferry.engine.progress import PhaseClock, Rounds, guarded
 from pageferry.engine.report import ReportBuilder
 from pageferry.engine.throttle import Throttle
@@ -32,6 +33,7 @@ class Attempt:
         vm: the guest; running or paused.
         policy: decides after each round.
         wire: how pages may travel.
+        pause_limit_s: how long a pause may take, see :func:`~pageferry.engine.pause.pause_limit_s`.
         hold: do not pause the guest before it is told to go on.
         file: where to, for a save.
         on_event: sees every event, on the thread that runs the attempt.
@@ -45,6 +47,7 @@ class Attempt:
         policy: Policy,
         *,
         wire: WireOptions,
+        pause_limit_s: float | None = None,
         hold: bool = False,
         file: Path | None = None,
         on_event: Callable[[Event], None],
@@ -53,7 +56,7 @@ class Attempt:
         self.on_event = guarded(on_event)
         self.clock = PhaseClock(self.on_event)
         self.guest = TrackedGuest(vm)
-        self.rounds = Rounds(self.on_event, self.clock.now_s)
+        self.rounds = Rounds(vm.memory.pages, self.on_event, self.clock.now_s)
         self.accounts = PageAccounts(vm.memory.gfn_limit)
         self.throttle = Throttle(vm, self.clock.now_s)
         self.stall = StallMeter(vm, self.clock.now_s, work_before)
@@ -65,9 +68,11 @@ class Attempt:
             self.rounds,
             self.clock,
             bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
+            pause_limit_s=pause_limit_s,
             hold=hold,
             file=file,
         )
+        self.pause = PauseWatch(self.job.give_pause_up)
         self.report = ReportBuilder(
             self.guest,
             self.job,
@@ -89,7 +94,6 @@ class Attempt:
         Raises:
             MigrationError: the guest did not move (``guest_at`` SOURCE), or that is not known (UNKNOWN).
         """
-        self.job.status = JobStatus.ACTIVE
         try:
             yield
         except Exception as error:
@@ -104,7 +108,13 @@ class Attempt:
             self._fall_back()
             self._end(JobStatus.FAILED, "interrupted")
             raise
+        self.pause.end()
         self._end(JobStatus.COMPLETED, self.report.stop_reason)
+
+    def precopy(self) -> contextlib.AbstractContextManager[None]:
+        """Be in pre-copy for the length of a ``with`` block: from here on it is known what is to be sent."""
+        self.job.status = JobStatus.ACTIVE
+        return self.clock.phase(Phase.PRECOPY)
 
     def warn(self, text: str) -> None:
         """Tell of something that may hurt the guest later, in one line; the report has it too."""
@@ -112,11 +122,12 @@ class Attempt:
         self.on_event(Warned(text=text))
 
     def stop_guest(self) -> None:
-        """Freeze the guest: pre-copy is over.
+        """Freeze the guest: pre-copy is over, and the pause's budget runs.
 
         Raises:
             PolicyAbort: it has ended.
         """
+        self.pause.begin(self.job.pause_limit_s)
         self.guest.freeze()
         self.stall.end()
         self.throttle.close()  # only now: a guest that is let go for a moment writes
@@ -136,12 +147,13 @@ class Attempt:
         if isinstance(error, MigrationError):
             return error
         guest_at = self.job.guest_at
-        if self.job.handoff.cancelled:
-            return PolicyAbort("cancelled", phase=str(self.clock.current), guest_at=guest_at)
+        if self.job.handoff.forbidden:
+            return self.job.stays()
         return as_error(error, guest_at)
 
     def _fall_back(self) -> None:
         """After a failure: everything as it was, unless the guest is committed. Whatever else fails, it runs on."""
+        self.pause.end()
         self.stall.end()
         self.job.close()
         self.throttle.close()

@@ -13,6 +13,7 @@ from pageferry.core.errors import (
     VmError,
 )
 from pageferry.core.events import Phase
+from pageferry.core.os_hints import connect_hint, is_resource, resource_hint
 from pageferry.engine.wire.peer import PeerFailedError
 from pageferry.engine.wire.tls_errors import TlsError
 from pageferry.stream.ferry_frames import Failed
@@ -37,7 +38,8 @@ def as_migration_error(
     if isinstance(error, TlsError):
         return TransportError(f"{peer}: {error}", phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, TruncatedError | OSError):
-        return TransportError(_broken(error, phase, peer, timeout_s), phase=str(phase), guest_at=guest_at)
+        reason, hint = _broken(error, phase, peer, timeout_s)
+        return TransportError(reason, phase=str(phase), guest_at=guest_at, hint=hint)
     if isinstance(error, RemoteStreamError):
         return PeerError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
     return MigrationError(f"internal error: {error!r}", phase=str(phase), guest_at=guest_at)
@@ -66,6 +68,9 @@ def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError,
         gfn = error.gfn if isinstance(error, VerifyError) else None
         told = Failed(reason=str(error), hint=error.hint, gfn=gfn)
         return kind(str(error), phase=where, guest_at=at, hint=error.hint), told
+    if isinstance(error, OSError) and is_resource(error):
+        what, hint = f"the destination has run out: {error.strerror}", f"at the destination: {resource_hint(error)}"
+        return MigrationError(what, phase=where, guest_at=at, hint=hint), Failed(reason=what, hint=hint)
     if isinstance(error, OSError):
         what = "the source stood still" if isinstance(error, TimeoutError) else "the connection was cut"
         return TransportError(what, phase=where, guest_at=at), None
@@ -73,10 +78,14 @@ def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError,
     return MigrationError(what, phase=where, guest_at=at), Failed(reason=what)
 
 
-def _broken(error: OSError | TruncatedError, phase: Phase, peer: str, timeout_s: float) -> str:
+def _broken(error: OSError | TruncatedError, phase: Phase, peer: str, timeout_s: float) -> tuple[str, str]:
+    # What to say, and what to do about it.
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if isinstance(error, OSError) and is_resource(error):
+        return f"the source has run out: {why}", f"at the source: {resource_hint(error)}"
     if phase is Phase.CONNECT:
-        return f"cannot connect to {peer}: {why}"
+        path = peer.removeprefix("unix:") if peer.startswith("unix:") else ""
+        return f"cannot connect to {peer}: {why}", connect_hint(error, path=path) if isinstance(error, OSError) else ""
     if isinstance(error, TimeoutError):
-        return f"the connection to {peer} stood still for {timeout_s:g} s"
-    return f"the connection to {peer} was cut: {why}"
+        return f"the connection to {peer} stood still for {timeout_s:g} s", ""
+    return f"the connection to {peer} was cut: {why}", ""

@@ -1,6 +1,7 @@
 """TrackedGuest: what an attempt does to the guest at its source, and how it is undone (law 5)."""
 
 import logging
+from dataclasses import replace
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import VmError
@@ -38,9 +39,13 @@ class TrackedGuest:
         """Return what comes first in a stream of this guest."""
         return (CpuidPolicy(leaves=self.vm.cpuid), StaticDataEnd())
 
-    def last_records(self) -> tuple[TscInfo, HvmParams, HvmContext, End]:
-        """Save the state of the frozen guest; return what comes last in its stream."""
-        state = self.vm.save_state()
+    def last_records(self, *, paused: bool = False) -> tuple[TscInfo, HvmParams, HvmContext, End]:
+        """Save the state of the frozen guest; return what comes last in its stream.
+
+        Args:
+            paused: whether to say there that its user had paused it.
+        """
+        state = replace(self.vm.save_state(), paused=paused)
         context = encode_machine_state(state)
         self.state_bytes = len(context)
         self.devices = tuple(

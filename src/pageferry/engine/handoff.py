@@ -11,7 +11,8 @@
     +-- keep --> KEPT
 
 *Refused*: the destination promised that the guest never runs there. *Taken back*: a person declared it. *Kept*: the
-guest was saved and runs on. A cancel is possible in HERE only, and once it was heard nothing leaves HERE.
+guest was saved and runs on. A cancel is possible in HERE only, and once it was heard nothing leaves HERE; so is
+giving up a pause that takes too long.
 """
 
 import threading
@@ -46,6 +47,7 @@ class Handoff:
         self._lock = threading.Lock()  # between cancel and commit
         self._custody = Custody.HERE
         self._cancelled = False
+        self._given_up = False
 
     @property
     def custody(self) -> Custody:
@@ -67,6 +69,11 @@ class Handoff:
         """Whether :meth:`cancel` was in time."""
         return self._cancelled
 
+    @property
+    def forbidden(self) -> bool:
+        """Whether the guest stays here, by :meth:`cancel` or :meth:`give_up`."""
+        return self._cancelled or self._given_up
+
     def cancel(self) -> bool:
         """Forbid the commit; return False when it is too late."""
         with self._lock:
@@ -74,12 +81,19 @@ class Handoff:
             self._cancelled = self._cancelled or in_time
             return in_time
 
+    def give_up(self) -> bool:
+        """Forbid the commit because the pause takes too long; return False when it is too late, or was cancelled."""
+        with self._lock:
+            in_time = self._custody is Custody.HERE and not self.forbidden
+            self._given_up = self._given_up or in_time
+            return in_time
+
     def commit(self) -> bool:
-        """Go from HERE to COMMITTED, before the destination hears of it; return False when it was cancelled."""
+        """Go from HERE to COMMITTED, before the destination hears of it; return False when it is forbidden."""
         return self._leave(Custody.COMMITTED)
 
     def keep(self) -> bool:
-        """Go from HERE to KEPT, before a saved guest's file gets its name; return False when it was cancelled."""
+        """Go from HERE to KEPT, before a saved guest's file gets its name; return False when it is forbidden."""
         return self._leave(Custody.KEPT)
 
     def running(self) -> None:
@@ -100,9 +114,10 @@ class Handoff:
 
     def _leave(self, custody: Custody) -> bool:
         with self._lock:
-            if not self._cancelled:
-                self._move(custody, Custody.HERE)
-            return not self._cancelled
+            if self.forbidden:
+                return False
+            self._move(custody, Custody.HERE)
+            return True
 
     def _move(self, custody: Custody, *allowed: Custody) -> None:
         if self._custody not in allowed:

@@ -12,6 +12,7 @@ from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.handoff import Custody, Handoff
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.send import Outlet
+from pageferry.engine.pause import pause_limit_s, waits_for
 from pageferry.engine.postcopy.server import Postcopy
 from pageferry.engine.progress import Outlook, PhaseClock, Rounds, Traffic
 from pageferry.engine.wire.channel import Endpoint
@@ -41,6 +42,7 @@ class Job:
         rounds: how far it is.
         clock: on which it is timed.
         bandwidth_bytes_per_s: a cap on what is sent; None: none.
+        pause_limit_s: how long a pause may take, see :func:`~pageferry.engine.pause.pause_limit_s`.
         hold: do not pause the guest before :meth:`go_on`.
         file: where to, for a save.
     """
@@ -53,6 +55,7 @@ class Job:
         clock: PhaseClock,
         *,
         bandwidth_bytes_per_s: int | None,
+        pause_limit_s: float | None = None,
         hold: bool = False,
         file: Path | None = None,
     ) -> None:
@@ -67,6 +70,8 @@ class Job:
         """What it did, once it has ended."""
         self.error: MigrationError | None = None
         """Why it failed, if it did."""
+        self._pause_limit_s = pause_limit_s
+        self._given_up_in = Phase.PAUSE
         self._guest = guest
         self._rounds = rounds
         self._clock = clock
@@ -116,6 +121,11 @@ class Job:
     def downtime_limit_s(self) -> float | None:
         """The pause that the policy allows now; None where it has no limit."""
         return downtime_limit_s(self.policy)
+
+    @property
+    def pause_limit_s(self) -> float | None:
+        """How long a pause that begins now may take before it is given up; None: as long as it does."""
+        return pause_limit_s(self._pause_limit_s, self.downtime_limit_s)
 
     def traffic(self) -> Traffic:
         """Return how far it is."""
@@ -230,19 +240,39 @@ class Job:
         """Take in a connection or file, which is cut by a cancel.
 
         Raises:
-            PolicyAbort: it was cancelled already.
+            MigrationError: it was cancelled already.
         """
         self._channels.append(channel)
         self.check()
 
     def check(self) -> None:
-        """Raise if it was cancelled.
+        """Raise if it was cancelled, or its pause given up.
 
         Raises:
-            PolicyAbort: it was.
+            MigrationError: it was.
         """
+        if self.handoff.forbidden:
+            raise self.stays()
+
+    def give_pause_up(self) -> None:
+        """Let the guest run on here, from any thread, if nobody was told yet that it may run elsewhere."""
+        self._given_up_in = self._clock.current
+        if self.handoff.give_up():
+            self.cut()
+
+    def stays(self) -> MigrationError:
+        """Return the error that ends an attempt whose guest stays here: it was cancelled, or its pause given up."""
         if self.handoff.cancelled:
-            raise self.abort("cancelled")
+            return self.abort("cancelled")
+        phase = self._given_up_in
+        paused_s = self._clock.now_s() - self._clock.began_s[Phase.PAUSE]
+        what = waits_for(phase, saves=self.file is not None)
+        return MigrationError(
+            f"the pause was given up after {paused_s:.1f} s: it waited for {what}",
+            phase=str(phase),
+            guest_at=GuestAt.SOURCE,
+            hint="see what stood still there; --pause-limit allows a longer pause",
+        )
 
     def abort(self, reason: str) -> PolicyAbort:
         """Return the error that ends it before the commit, for a reason that is no failure."""

@@ -73,7 +73,9 @@ class MigrationOptions:
     ``name``: what the guest is called, for people. ``timeout_s``: how long a connection may stand still. ``verify``:
     None: ``full`` where that fits the downtime limit, ``audit`` otherwise. ``wire``: how pages may travel. ``hold``: do
     not pause the guest before it is told to go on, however ready all is; rounds go on meanwhile. ``credentials``: who
-    we are and whom we accept, for an address with TLS and for no other.
+    we are and whom we accept, for an address with TLS and for no other. ``pause_limit_s``: how long a pause may take
+    before it is given up and the guest runs on at the source; None: ten times the policy's downtime limit, at least
+    2 s, and no bound where it has none.
     """
 
     name: str = "guest"
@@ -82,6 +84,7 @@ class MigrationOptions:
     wire: WireOptions = DEFAULT_WIRE
     hold: bool = False
     credentials: Credentials | None = None
+    pause_limit_s: float | None = None
 
 
 DEFAULT_OPTIONS = MigrationOptions()

@@ -182,16 +182,18 @@ class Rounds:
     """The rounds of one attempt; read from any thread.
 
     Args:
+        memory_pages: of the guest.
         on_event: sees rounds begin and go on.
         now_s: a monotonic clock in seconds.
     """
 
-    def __init__(self, on_event: Callable[[Event], None], now_s: Callable[[], float]) -> None:
+    def __init__(self, memory_pages: int, on_event: Callable[[Event], None], now_s: Callable[[], float]) -> None:
         self.ended: tuple[RoundStats, ...] = ()
         self.fixed_s = 0.0
         """What a pause takes besides the pages, when the last round ended."""
         self._on_event = on_event
         self._now_s = now_s
+        self._expected_pages = memory_pages
         self._current: Round | None = None
         self._eta = Eta()
         self._eta_lock = threading.Lock()  # the estimate remembers what it told before
@@ -208,11 +210,18 @@ class Rounds:
 
     @property
     def remaining_pages(self) -> int:
-        """Pages of the round under way that are to be sent; between rounds, what was dirty at the last look."""
+        """Pages of the round under way that are to be sent; between rounds, what was dirty at the last look.
+
+        Before the first: as many as are likely to be sent in it.
+        """
         current, ended = self._current, self.ended
         if current is not None:
             return current.remaining_pages
-        return ended[-1].remaining_pages if ended else 0
+        return ended[-1].remaining_pages if ended else self._expected_pages
+
+    def expect(self, pages: int) -> None:
+        """So many pages are likely to be sent in the first round; until this is called, all of memory."""
+        self._expected_pages = pages
 
     def begin(self, expected_pages: int, counts: Callable[[], PageCounts], *, final: bool = False) -> Round:
         """Begin a round; arguments as for :class:`Round`."""

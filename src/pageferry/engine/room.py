@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MemFd, available_bytes
 from pageferry.core.memory import GuestMemory, storage_bytes
+from pageferry.core.os_hints import resource_hint
 from pageferry.core.units import format_size
 from pageferry.core.vm import AnyVm, MachineModel, VmConfig
 from pageferry.engine import features
@@ -94,6 +95,16 @@ def make_machine(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConf
         UsageError: this host has no room for it.
         VmError: no such machine can be made here.
     """
+    try:
+        return _make(hello, channel, make_vm)
+    except VmError:
+        raise
+    except OSError as error:
+        what = f"this host cannot make the machine: {error.strerror or error}"
+        raise UsageError(what, hint=resource_hint(error)) from error
+
+
+def _make(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConfig], AnyVm]) -> tuple[AnyVm, bool]:
     config = _config(hello)
     size_bytes = storage_bytes(hello.memory_bytes)
     fd = channel.take_fd() if features.SHARED_MEMORY in hello.features else None

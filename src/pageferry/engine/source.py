@@ -152,7 +152,13 @@ class Source:
         self._host_cpu = host_cpu
         self._wire = options.wire
         self._attempt = Attempt(
-            vm, policy, wire=options.wire, hold=options.hold, on_event=on_event, work_before=work_before
+            vm,
+            policy,
+            wire=options.wire,
+            pause_limit_s=options.pause_limit_s,
+            hold=options.hold,
+            on_event=on_event,
+            work_before=work_before,
         )
         self.job = self._attempt.job
         self._proof = MemoryProof(
@@ -181,7 +187,7 @@ class Source:
                 sink = self._sink(peer, token, features.records_of(agreed))
             with self._last_words(sink):
                 with contextlib.closing(sink.lanes):
-                    with phase(Phase.PRECOPY):
+                    with attempt.precopy():
                         attempt.expect_alive()
                         peer.channel.send(self._stream_begin(features.records_of(agreed)))
                         if report.shared_memory:
@@ -241,6 +247,7 @@ class Source:
         """Offer the guest; return the migration's token and what the destination uses of the offer."""
         peer.greet()
         starts, lengths = self._vm.memory.populated()
+        self._attempt.rounds.expect(int(lengths.sum()))
         shares = peer.channel.local and self._wire == DEFAULT_WIRE
         storage = self._vm.memory.storage if shares else None
         offered = features.offer(
@@ -312,6 +319,7 @@ class Source:
 
     def _wait_while_held(self, peer: Peer, sink: DestinationSink) -> bool:
         """Stand in for pre-copy where the destination has our memory: nothing of it is sent, not even what is dirty."""
+        self._attempt.rounds.expect(0)
         xalloc = np.array([PageType.XALLOC], np.uint8)  # the format demands a page: one that is there
         peer.channel.send([self._encoder.page_data([0], xalloc)])
         if not self.job.may_go_on:
@@ -367,7 +375,7 @@ class Source:
         paused = self._vm.status is VmStatus.PAUSED
         self._attempt.guest.release_backends()  # before the destination hears that it may take them
         if not handoff.commit():
-            raise self.job.abort("cancelled")
+            raise self.job.stays()
         try:
             peer.send(Commit(paused=paused) if postcopy is None else Switch(paused=paused))
             peer.expect(Running)

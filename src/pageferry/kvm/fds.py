@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pageferry.core.errors import KvmError, UnsupportedError
 from pageferry.core.libc import Fd, libc
+from pageferry.core.os_hints import device_hint
 from pageferry.kvm import uapi
 
 DEV_KVM = Path("/dev/kvm")
@@ -57,7 +58,7 @@ class SystemFd(KvmFd):
             raise UnsupportedError(
                 "kvm-permission",
                 f"{path} may not be opened by this user",
-                hint="join its group (sudo usermod -aG kvm $USER, then log in again), or use --accel soft",
+                hint=f"{device_hint(path, 'kvm')}, or use --accel soft",
             ) from error
         except OSError as error:
             raise UnsupportedError(

@@ -50,6 +50,9 @@ FPU_BYTES = 512
 CPU_BODY = Struct(f"<{FPU_BYTES}s18Q10Q8I10I10Q8I4Q7QQ4I")
 CPU_FPU_INITIALISED = 1 << 0
 
+#: Entries that are not of one vCPU.
+_OF_THE_MACHINE = (Typecode.CPU, Typecode.KVM_CLOCK, Typecode.PAUSED, Typecode.DEVICE)
+
 
 def encode_cpu(vcpu: VcpuState) -> bytes:
     """Return the 1,032 bytes of a CPU entry.
@@ -140,6 +143,8 @@ def encode_machine_state(state: MachineState) -> bytes:
         entries += encode_vcpu_entries(index, vcpu)
     if state.kvm_clock_ns is not None:
         entries.append(Entry(typecode=Typecode.KVM_CLOCK, body=_encode_clock(state.kvm_clock_ns)))
+    if state.paused:
+        entries.append(Entry(typecode=Typecode.PAUSED))
     entries += [
         Entry(typecode=Typecode.DEVICE, instance=index, body=_encode_device(device))
         for index, device in enumerate(state.devices)
@@ -162,9 +167,7 @@ def decode_machine_state(data: bytes) -> MachineState:
     """
     header, *entries, _ = split_entries(data)
     tsc_khz = _decode_header(header)
-    places: dict[Typecode, dict[int, Entry]] = {
-        typecode: {} for typecode in (Typecode.CPU, *VCPU_TYPECODES, Typecode.KVM_CLOCK, Typecode.DEVICE)
-    }
+    places: dict[Typecode, dict[int, Entry]] = {typecode: {} for typecode in (*_OF_THE_MACHINE, *VCPU_TYPECODES)}
     for entry in entries:
         place = places.get(entry.typecode)  # type: ignore[call-overload]  # an int finds an IntEnum
         if place is None:
@@ -172,7 +175,7 @@ def decode_machine_state(data: bytes) -> MachineState:
         if entry.instance in place:
             raise entry.refusal("it may come only once")
         place[entry.instance] = entry
-    cpus, clocks, devices = (places.pop(code) for code in (Typecode.CPU, Typecode.KVM_CLOCK, Typecode.DEVICE))
+    cpus, clocks, pauses, devices = (places.pop(code) for code in _OF_THE_MACHINE)
     if not 0 < len(cpus) <= MAX_VCPUS or len(devices) > MAX_DEVICES:
         raise RecordError(f"{len(cpus)} vCPUs and {len(devices)} devices", record="HVM_CONTEXT")
     for entry in (*cpus.values(), *(entry for place in places.values() for entry in place.values())):
@@ -185,7 +188,11 @@ def decode_machine_state(data: bytes) -> MachineState:
         for n in range(len(cpus))
     )
     return MachineState(
-        vcpus=vcpus, devices=_decode_devices(devices), tsc_khz=tsc_khz, kvm_clock_ns=_decode_clock(clocks)
+        vcpus=vcpus,
+        devices=_decode_devices(devices),
+        tsc_khz=tsc_khz,
+        kvm_clock_ns=_decode_clock(clocks),
+        paused=_decode_paused(pauses),
     )
 
 
@@ -238,6 +245,13 @@ def _decode_clock(entries: dict[int, Entry]) -> int | None:
         (clock_ns,) = CLOCK_BODY.unpack(entry.body)
         return int(clock_ns)
     return None
+
+
+def _decode_paused(entries: dict[int, Entry]) -> bool:
+    for entry in entries.values():
+        if entry.instance or entry.body:
+            raise entry.refusal(f"a body of {len(entry.body)} bytes, not none, or an instance")
+    return bool(entries)
 
 
 def _encode_device(device: DeviceState) -> bytes:

@@ -38,6 +38,7 @@ class Typecode(IntEnum):
     CPU_EVENTS = 0x7F01
     CPU_EXCEPTION = 0x7F02
     KVM_CLOCK = 0x7F03
+    PAUSED = 0x7F04
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

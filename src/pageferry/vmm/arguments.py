@@ -1,12 +1,13 @@
 """Arguments of a QMP command, taken out one by one with their types."""
 
-import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pageferry.vmm.qmp import QmpError
+from pageferry.core.paths import absolute
+from pageferry.vmm.qmp_error import QmpError
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -15,7 +16,7 @@ _FILE = "file:"
 
 def file_uri(path: Path) -> str:
     """Return what names a file in ``migrate``, as QEMU does."""
-    return f"{_FILE}{path.absolute()}"
+    return f"{_FILE}{absolute(path)}"
 
 
 def saved_to(uri: str) -> Path | None:
@@ -32,6 +33,10 @@ def saved_to(uri: str) -> Path | None:
     return path
 
 
+def _is_positive(value: Any) -> bool:  # noqa: ANN401  # any JSON value
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
 class Arguments:
     """What a client sent; what no handler took is an error, as in QEMU.
 
@@ -41,6 +46,10 @@ class Arguments:
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = dict(values)
+
+    def peek(self, name: str) -> Any:  # noqa: ANN401  # any JSON value
+        """Return a value and leave it there; None if it is missing."""
+        return self._values.get(name)
 
     def text(self, name: str, default: str | None = None) -> str:
         """Return a string.
@@ -74,7 +83,7 @@ class Arguments:
         Raises:
             QmpError: it is something else.
         """
-        value = self._optional(name, "positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf)
+        value = self._optional(name, "positive number", _is_positive)
         return None if value is None else float(value)
 
     def integer(self, name: str) -> int | None:
@@ -120,6 +129,31 @@ class Arguments:
         if not isinstance(value, bool):
             raise QmpError(f"Invalid parameter type for '{name}', expected: boolean")
         return value
+
+    def array(self, name: str) -> list[Any]:
+        """Return an array.
+
+        Raises:
+            QmpError: it is missing, or something else.
+        """
+        value = self._values.pop(name, None)
+        if not isinstance(value, list):
+            raise QmpError(f"Invalid parameter type for '{name}', expected: array")
+        return value
+
+    def fill_in(self, values: dict[str, Any]) -> None:
+        """Add values where none was sent, as if they had been."""
+        self._values = values | self._values
+
+    def expect_only(self, names: Sequence[str], what: str) -> None:
+        """Check that nothing but these is there.
+
+        Raises:
+            QmpError: something is; ``what`` it is not.
+        """
+        for name in self._values:
+            if name not in names:
+                raise QmpError(f"there is no {what} '{name}' here", hint=f"there are: {', '.join(names)}")
 
     def done(self) -> None:
         """Check that nothing is left.

@@ -78,7 +78,7 @@ class AttemptNews:
         self._announcer.say(f"{event.reason}; {where} ({RECOVER_HINT})")
 
     def _phase_began(self, job: Job, phase: Phase) -> None:
-        if phase is (Phase.PRECOPY if job.file is not None else Phase.HELLO):
+        if phase is Phase.PRECOPY:
             self._announcer.migration("active")
         if phase is Phase.PAUSE and self._guest.running:
             self._said_stop = True

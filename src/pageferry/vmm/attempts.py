@@ -18,7 +18,9 @@ from pageferry.engine.wire.credentials import Credentials, read_secret
 from pageferry.stream.ferry_order import Side
 from pageferry.stream.packing import Packing
 from pageferry.vmm.arguments import Arguments, saved_to
-from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_error import QmpError
+
+DEFAULT_POLICY = "downtime"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,7 @@ def _moving(args: Arguments, endpoint: Endpoint, policy: Policy) -> MakeAttempt:
     hold = args.flag("x-hold")
     credentials = _credentials(args)
     endpoint.expect_suits(credentials)
+    pause_limit_s = args.number("x-pause-limit-s")
 
     def make(guest: Departing) -> Source | Save:
         return Source(
@@ -78,7 +81,13 @@ def _moving(args: Arguments, endpoint: Endpoint, policy: Policy) -> MakeAttempt:
             endpoint,
             policy,
             MigrationOptions(
-                name=guest.name, timeout_s=timeout_s, verify=verify, wire=wire, hold=hold, credentials=credentials
+                name=guest.name,
+                timeout_s=timeout_s,
+                verify=verify,
+                wire=wire,
+                hold=hold,
+                credentials=credentials,
+                pause_limit_s=pause_limit_s,
             ),
             host_cpu=guest.host_cpu,
             on_event=guest.on_event,
@@ -107,6 +116,7 @@ def _credentials(args: Arguments) -> Credentials | None:
 
 def _saving(args: Arguments, file: Path, policy: Policy) -> MakeAttempt:
     stop = args.flag("x-stop")
+    pause_limit_s = args.number("x-pause-limit-s")
     wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
 
     def make(guest: Departing) -> Source | Save:
@@ -117,6 +127,7 @@ def _saving(args: Arguments, file: Path, policy: Policy) -> MakeAttempt:
             stop=stop,
             host_cpu=guest.host_cpu,
             bandwidth_bytes_per_s=wire.bandwidth_bytes_per_s,
+            pause_limit_s=pause_limit_s,
             on_event=guest.on_event,
             work_before=guest.work_before,
         )
@@ -126,7 +137,7 @@ def _saving(args: Arguments, file: Path, policy: Policy) -> MakeAttempt:
 
 def _policy(args: Arguments, users_own: UsersPolicies) -> Policy:
     return make_policy(
-        args.text("x-policy", "downtime"),
+        args.text("x-policy", DEFAULT_POLICY),
         users_own=users_own,
         downtime_limit_s=args.number("x-downtime-limit-s"),
         max_rounds=args.integer("x-max-rounds"),

@@ -8,16 +8,17 @@ from typing import Any
 from pageferry.core.policy_names import UsersPolicies
 from pageferry.core.vm import VmStatus
 from pageferry.engine.job import JobStatus
-from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.vmm.announcer import Announcer
-from pageferry.vmm.arguments import Arguments
-from pageferry.vmm.attempts import asked_for
+from pageferry.vmm.arguments import Arguments, saved_to
+from pageferry.vmm.attempts import DEFAULT_POLICY, asked_for
 from pageferry.vmm.console import ConsoleFollower
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import RECOVER_HINT, Incoming
 from pageferry.vmm.outgoing import Outgoing
-from pageferry.vmm.qmp import Handler, QmpError, Subscribe
+from pageferry.vmm.parameters import Parameters, limits_of_policy
+from pageferry.vmm.qmp import Handler, Subscribe
+from pageferry.vmm.qmp_error import QmpError
 
 
 class Commands:
@@ -49,6 +50,7 @@ class Commands:
         self._announcer = announcer
         self._users_policies = users_policies
         self._quit_process = quit_process
+        self._parameters = Parameters()
 
     def handlers(self) -> dict[str, Handler]:
         """Return the handlers by command."""
@@ -58,6 +60,9 @@ class Commands:
             "migrate": self._migrate,
             "migrate_cancel": self._migrate_cancel,
             "migrate-set-parameters": self._migrate_set_parameters,
+            "migrate-set-capabilities": self._migrate_set_capabilities,
+            "query-migrate-parameters": self._query_migrate_parameters,
+            "query-migrate-capabilities": self._query_migrate_capabilities,
             "migrate-continue": self._migrate_continue,
             "quit": self._quit,
             "system_powerdown": self._power_down,
@@ -99,10 +104,13 @@ class Commands:
     def _migrate(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)
         uri = args.text("uri")
+        args.flag("detach")  # as in QEMU: it never waits
         if args.flag("resume"):
             args.done()
             self._outgoing.recover(Endpoint.parse(uri))
             return
+        policy = args.peek("x-policy") or DEFAULT_POLICY
+        args.fill_in(self._parameters.kept_for(policy, saves=saved_to(uri) is not None))
         make = asked_for(uri, args, self._users_policies)
         with self._guest.lock:
             self._guest.here()
@@ -119,16 +127,22 @@ class Commands:
 
     def _migrate_set_parameters(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)
-        limit_ms = args.number("downtime-limit")
-        bandwidth = args.count("max-bandwidth")
-        given = {
-            "downtime_limit_s": None if limit_ms is None else limit_ms / 1e3,
-            "max_rounds": args.integer("x-max-rounds"),
-            "deadline_s": args.number("x-deadline-s"),
-        }
+        given, wire = self._parameters.take(args)
         args.done()
-        wire = None if bandwidth is None else WireOptions(bandwidth_bytes_per_s=bandwidth or None)
-        self._outgoing.change_limits({name: value for name, value in given.items() if value is not None}, wire)
+        if self._outgoing.under_way:
+            self._outgoing.change_limits(limits_of_policy(given), wire)
+        self._parameters.keep(given, wire)
+
+    def _migrate_set_capabilities(self, arguments: dict[str, Any]) -> None:
+        self._parameters.set_capabilities(Arguments(arguments))
+
+    def _query_migrate_parameters(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        Arguments(arguments).done()
+        return self._parameters.told()
+
+    def _query_migrate_capabilities(self, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        Arguments(arguments).done()
+        return self._parameters.capabilities()
 
     def _migrate_continue(self, arguments: dict[str, Any]) -> None:
         args = Arguments(arguments)

@@ -8,7 +8,7 @@ from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.console import ConsoleTail
-from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_error import QmpError
 from pageferry.vmm.work_meter import WorkMeter
 
 

@@ -12,7 +12,7 @@ from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.room import NO_LIMITS, GuestLimits
 from pageferry.engine.wire.acceptor import Acceptor
-from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Endpoint
 from pageferry.engine.wire.credentials import Credentials
 from pageferry.engine.wire.peer import Peer
 from pageferry.vmm.announcer import Announcer
@@ -46,7 +46,11 @@ class Incoming:
         self._last = False
 
     def listen(
-        self, endpoint: Endpoint, credentials: Credentials | None = None, limits: GuestLimits = NO_LIMITS
+        self,
+        endpoint: Endpoint,
+        credentials: Credentials | None = None,
+        limits: GuestLimits = NO_LIMITS,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Endpoint:
         """Begin to wait at ``endpoint``; return the address, with the port that it really has. Call once.
 
@@ -54,12 +58,13 @@ class Incoming:
             endpoint: where.
             credentials: who we are and whom we accept, where it is TLS.
             limits: how large a guest may be.
+            timeout_s: how long a connection may stand still.
 
         Raises:
             UsageError: the address is in use or not ours, or TLS and credentials do not go together.
         """
         self._limits = limits
-        acceptor = self._acceptor = Acceptor(endpoint, credentials=credentials, on_refused=self._refused)
+        acceptor = self._acceptor = Acceptor(endpoint, timeout_s, credentials=credentials, on_refused=self._refused)
         self._thread = threading.Thread(target=self._main, args=(acceptor,), name="receive", daemon=True)
         self._thread.start()
         return acceptor.endpoint

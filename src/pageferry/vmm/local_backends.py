@@ -9,8 +9,8 @@ import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from pageferry.core import paths
 from pageferry.core.device_spec import DeviceKind, DeviceSpec, device_names
 from pageferry.core.errors import UsageError
 
@@ -81,9 +81,9 @@ AS_AT_THE_SOURCE = LocalBackends()
 def absolute(kind: str, backend: str) -> str:
     """Return a backend as it means the same in every directory."""
     if kind == DeviceKind.DISK:
-        return str(Path(backend).absolute())
+        return str(paths.absolute(backend))
     sort, _, path = backend.partition(":")
-    return f"unix:{Path(path).absolute()}" if sort == "unix" and path else backend
+    return f"unix:{paths.absolute(path)}" if sort == "unix" and path else backend
 
 
 def is_local(connection: socket.socket) -> bool:

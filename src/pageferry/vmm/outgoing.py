@@ -2,7 +2,8 @@
 
 import logging
 import threading
-from typing import Any
+import time
+from typing import Any, Protocol
 
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
@@ -16,9 +17,13 @@ from pageferry.vmm.attempt_news import AttemptNews
 from pageferry.vmm.attempts import Departing, MakeAttempt
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.migrate_info import migrate_info
-from pageferry.vmm.qmp import QmpError
+from pageferry.vmm.qmp_error import QmpError
 
 _log = logging.getLogger(__name__)
+
+#: How long a process stays for a client that has not asked yet how a migration ended.
+_LINGER_S = 5.0
+_POLL_S = 0.02
 
 #: Why a migration that has committed is not cancelled, by where the guest is.
 _TOO_LATE = {
@@ -26,6 +31,14 @@ _TOO_LATE = {
     GuestAt.UNKNOWN: "whether the guest has switched is not known",
     GuestAt.DESTINATION: "the guest has switched, and its pages follow",
 }
+
+
+class Clients(Protocol):
+    """Those who may ask."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether there are any."""
 
 
 class Outgoing:
@@ -43,6 +56,8 @@ class Outgoing:
         self._announcer = announcer
         self._job: Job | None = None
         self._thread: threading.Thread | None = None
+        self._told = threading.Event()  # how the latest attempt ended, to a client that asked
+        self._told.set()
 
     # -- where the guest is ----------------------------------------------------------------------------------------
 
@@ -129,7 +144,8 @@ class Outgoing:
         """
         vm = self._guest.here()
         if self.under_way:
-            raise QmpError("There's a migration process in progress")
+            hint = "pageferry status tells how far it is; pageferry cancel ends it"
+            raise QmpError("There's a migration process in progress", hint=hint)
         self.check_here()
         news = AttemptNews(self._guest, self._announcer)
 
@@ -146,6 +162,7 @@ class Outgoing:
             )
         )
         self._job = attempt.job
+        self._told.clear()
         self._guest.work.forget()
         self._thread = threading.Thread(target=self._main, args=(attempt, news), name="migrate", daemon=True)
         self._announcer.migration("setup")
@@ -194,7 +211,11 @@ class Outgoing:
 
     def info(self) -> dict[str, Any]:
         """Return the answer to ``query-migrate``; empty when there was no attempt."""
-        return {} if self._job is None else migrate_info(self._job)
+        job, over = self._job, not self.under_way
+        info = {} if job is None else migrate_info(job)
+        if over:
+            self._told.set()
+        return info
 
     def abandon(self) -> None:
         """Give up the attempt under way, if there is one; a guest that has switched without all its pages is lost."""
@@ -205,6 +226,15 @@ class Outgoing:
         """Return when no attempt is under way."""
         if self._thread is not None:
             self._thread.join()
+
+    def wait_until_told(self, clients: Clients) -> None:
+        """Return when somebody has been told how the latest attempt ended, or no client is there to be, or is too slow.
+
+        An attempt and its guest may end at the same time; who follows the attempt asks only then.
+        """
+        deadline_s = time.monotonic() + _LINGER_S
+        while clients.connected and not self._told.wait(_POLL_S) and time.monotonic() < deadline_s:
+            pass
 
     def _current(self) -> Job:
         if self._job is None or not self.under_way:

@@ -23,7 +23,7 @@ from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.room import NO_LIMITS, GuestLimits
-from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Endpoint
 from pageferry.engine.wire.credentials import Credentials
 from pageferry.guests.loader import Loader
 from pageferry.vmm.accel import Machines
@@ -122,7 +122,11 @@ class GuestProcess:
         self._guest.here().pause()
 
     def listen(
-        self, endpoint: Endpoint, credentials: Credentials | None = None, limits: GuestLimits = NO_LIMITS
+        self,
+        endpoint: Endpoint,
+        credentials: Credentials | None = None,
+        limits: GuestLimits = NO_LIMITS,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> Endpoint:
         """Wait for a guest at ``endpoint`` on a thread; return the address, with the port that it really has.
 
@@ -130,18 +134,20 @@ class GuestProcess:
             endpoint: where.
             credentials: who we are and whom we accept, where it is TLS.
             limits: how large a guest may be.
+            timeout_s: how long a connection may stand still.
 
         Raises:
             UsageError: the address is in use or not ours, or TLS and credentials do not go together.
         """
-        return self._incoming.listen(endpoint, credentials, limits)
+        return self._incoming.listen(endpoint, credentials, limits, timeout_s)
 
-    def start(self) -> None:
-        """Serve the control socket and let the guest run, if it was booted or restored here."""
+    def start(self, *, paused: bool = False) -> None:
+        """Serve the control socket and let the guest run, if it was booted or restored here and is not to be paused."""
         if self._server is not None:
             self._server.start()
         if self._made is not None:
-            self._made.resume()
+            if not paused:
+                self._made.resume()
             self._guest.read_ahead()
 
     def wait(self) -> int:
@@ -179,6 +185,8 @@ class GuestProcess:
         self._outgoing.abandon()
         self._incoming.close()
         self._outgoing.join()
+        if self._server is not None:
+            self._outgoing.wait_until_told(self._server)
         self._guest.console.end("the guest process has ended")
         self._guest.stop_reading()
         if self._server is not None:

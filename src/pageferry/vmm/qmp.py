@@ -6,21 +6,27 @@ A server per control socket; any QMP client can talk to it, ours is :mod:`.qmp_c
 import contextlib
 import json
 import logging
-import queue
+import math
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pageferry.core.errors import PageferryError, UsageError
+from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
+from pageferry.core.os_hints import listen_hint, resource_hint
 from pageferry.core.version import __version__
 from pageferry.engine.wire.listener import Listener, listen_unix
-from pageferry.vmm.json_framer import JsonFramer
+from pageferry.vmm.json_framer import MAX_DEPTH, JsonFramer
+from pageferry.vmm.qmp_error import ErrorKind, QmpError
 
 _log = logging.getLogger(__name__)
-_UNSENT_EVENTS = 10_000
+#: A client that leaves so much unread is not listened to, and one that leaves more than that is dropped.
+_UNREAD_BYTES, _MAX_UNREAD_BYTES = 1 << 20, 16 << 20
+_MAX_INTEGER_CHARACTERS = 21
+_MEMBERS = {"execute", "arguments", "id"}
 _ACCEPT_RETRY_S = 0.1
 
 Handler = Callable[[dict[str, Any]], Any]
@@ -44,17 +50,56 @@ class Subscription(Protocol):
 Subscribe = Callable[[dict[str, Any], Callable[[], None]], Subscription]
 
 
-class QmpError(PageferryError):
-    """The other side answered a command with an error; ``error_class`` is QMP's."""
+def _kind_of(error: Exception) -> ErrorKind:
+    if isinstance(error, QmpError):
+        return error.kind
+    if isinstance(error, UsageError | ValueError):
+        return ErrorKind.USAGE
+    return ErrorKind.UNSUPPORTED if isinstance(error, UnsupportedError) else ErrorKind.FAILED
 
-    def __init__(self, message: str, *, error_class: str = "GenericError", hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.error_class = error_class
+
+def _error(error: Exception) -> dict[str, Any]:
+    # QMP's two members, and what a person is told besides.
+    known = isinstance(error, PageferryError | OSError | ValueError)
+    answer = {
+        "class": error.error_class if isinstance(error, QmpError) else "GenericError",
+        "desc": str(error) if known else f"internal error: {error!r}",
+        "x-kind": _kind_of(error),
+    }
+    hint = resource_hint(error) if isinstance(error, OSError) else ""
+    hint = error.hint if isinstance(error, PageferryError) else hint
+    return {"error": answer | ({"x-hint": hint} if hint else {})}
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """Return a message as it goes over the wire."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
+    """Return a message as it goes over the wire.
+
+    Raises:
+        ValueError: it is no JSON: a number in it is not finite.
+    """
+    return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + b"\r\n"
+
+
+def decode(text: bytes) -> Any:  # noqa: ANN401  # any JSON value
+    """Return the JSON value in ``text``, strictly: as RFC 8259 has it, numbers in 64 bits.
+
+    Raises:
+        QmpError: it is none.
+    """
+    try:
+        return json.loads(text.decode(), parse_constant=_number, parse_int=_number, parse_float=_number)
+    except ValueError as error:
+        raise QmpError(f"JSON parse error: {error}") from error
+
+
+def _number(text: str) -> int | float:
+    # A constant, as NaN, is one of the texts that come here.
+    if text.lstrip("-").isdecimal():
+        if len(text) <= _MAX_INTEGER_CHARACTERS and -(1 << 63) <= (number := int(text)) < 1 << 64:
+            return number
+    elif math.isfinite(value := float(text)):
+        return value
+    raise ValueError(f"{text[:_MAX_INTEGER_CHARACTERS]} is out of range")
 
 
 def _event(name: str, data: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -69,6 +114,49 @@ def _greeting() -> dict[str, Any]:
     return {"version": version, "capabilities": []}
 
 
+class _Outbox:
+    """What one client is still to be sent, in order; from any thread."""
+
+    def __init__(self) -> None:
+        self._items: deque[bytes | Subscription] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def put(self, item: "bytes | Subscription") -> bool:
+        """Add a message, or something that has one when its turn comes; return False if that is too much."""
+        with self._changed:
+            self._items.append(item)
+            self._bytes += len(item) if isinstance(item, bytes) else 0
+            self._changed.notify_all()
+            return self._bytes <= _MAX_UNREAD_BYTES
+
+    def take(self) -> "bytes | Subscription | None":
+        """Return the next; None when it is closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._closed)
+            if not self._items:
+                return None
+            item = self._items.popleft()
+            self._bytes -= len(item) if isinstance(item, bytes) else 0
+            self._changed.notify_all()
+            return item
+
+    def wait_for_room(self) -> None:
+        """Return when the client has read enough of it, or nothing more will be sent."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._bytes < _UNREAD_BYTES or self._closed)
+
+    def close(self, *, now: bool = False) -> None:
+        """Take nothing more in; with ``now``, forget what is there."""
+        with self._changed:
+            self._closed = True
+            if now:
+                self._items.clear()
+                self._bytes = 0
+            self._changed.notify_all()
+
+
 class _Client(threading.Thread):
     """One connected client: a thread that reads commands, and one that writes answers and events in order."""
 
@@ -78,7 +166,7 @@ class _Client(threading.Thread):
         self._server = server
         self._sock = sock
         self._subscription: Subscription | None = None
-        self._outbox: queue.Queue[bytes | Subscription | None] = queue.Queue(_UNSENT_EVENTS)
+        self._outbox = _Outbox()
         self._writer = threading.Thread(target=self._write, name="qmp-writer", daemon=True)
 
     def post(self, message: Mapping[str, Any]) -> None:
@@ -86,26 +174,24 @@ class _Client(threading.Thread):
         self._queue(encode(message))
 
     def _queue(self, item: bytes | Subscription) -> None:
-        try:
-            self._outbox.put_nowait(item)
-        except queue.Full:
+        if not self._outbox.put(item):
             self.drop()
 
     def finish(self) -> None:
         """Let what is queued out, then close."""
-        with contextlib.suppress(queue.Full):
-            self._outbox.put_nowait(None)
+        self._outbox.close()
         self._writer.join(1)
         self.drop()
 
     def drop(self) -> None:
         """Close now; the reading thread ends."""
+        self._outbox.close(now=True)
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _write(self) -> None:
         with contextlib.suppress(OSError):
-            while (item := self._outbox.get()) is not None:
+            while (item := self._outbox.take()) is not None:
                 self._sock.sendall(item if isinstance(item, bytes) else encode(_event(item.event, item.take())))
 
     def run(self) -> None:
@@ -115,6 +201,7 @@ class _Client(threading.Thread):
             framer = JsonFramer()
             while data := self._sock.recv(1 << 16):
                 for request in framer.feed(data):
+                    self._outbox.wait_for_room()
                     self._answer(request)
         except (OSError, ValueError) as error:
             _log.debug("a control client was dropped: %s", error)  # nothing of ours depends on it
@@ -122,31 +209,34 @@ class _Client(threading.Thread):
             self._server.forget(self)
             if self._subscription is not None:
                 self._subscription.close()
-            with contextlib.suppress(queue.Full):
-                self._outbox.put_nowait(None)
+            self._outbox.close()
             self._writer.join(1)
             self._sock.close()
 
-    def _answer(self, text: bytes) -> None:
+    def _answer(self, text: bytes | None) -> None:
         reply: dict[str, Any]
         request: Any = None
         subscription = self._subscription
         try:
-            request = json.loads(text)
-            if not isinstance(request, dict) or not isinstance(request.get("execute"), str):
-                raise QmpError("a command is an object with a string 'execute'")
+            if text is None:
+                raise QmpError(f"JSON parse error: it is nested more than {MAX_DEPTH} deep")
+            request = decode(text)
+            if not isinstance(request, dict):
+                raise QmpError("a command is an object")
+            for name in request:
+                if name not in _MEMBERS:
+                    raise QmpError(f"QMP input member '{name}' is unexpected")
+            if not isinstance(request.get("execute"), str):
+                raise QmpError("a command has a string 'execute'")
             arguments = request.get("arguments", {})
             if not isinstance(arguments, dict):
                 raise QmpError("'arguments' must be an object")
             reply = {"return": self._execute(request["execute"], arguments)}
-        except QmpError as error:
-            reply = {"error": {"class": error.error_class, "desc": str(error)}}
         except (PageferryError, OSError, ValueError) as error:
-            hint = getattr(error, "hint", "")
-            reply = {"error": {"class": "GenericError", "desc": f"{error}" + (f" ({hint})" if hint else "")}}
+            reply = _error(error)
         except Exception as error:
             _log.exception("a control command failed by a defect")
-            reply = {"error": {"class": "GenericError", "desc": f"internal error: {error!r}"}}
+            reply = _error(error)
         if isinstance(request, dict) and "id" in request:
             reply["id"] = request["id"]
         self.post(reply)
@@ -161,7 +251,10 @@ class _Client(threading.Thread):
                 raise QmpError(
                     "expecting capabilities negotiation with 'qmp_capabilities'", error_class="CommandNotFound"
                 )
+            _expect_no_capabilities(arguments)
             return {}
+        if command == "qmp_capabilities":
+            raise QmpError("the capabilities are negotiated already", error_class="CommandNotFound")
         subscribe = self._server.subscriptions.get(command)
         if subscribe is None:
             return self._server.execute(command, arguments)
@@ -173,6 +266,17 @@ class _Client(threading.Thread):
     def _wake(self) -> None:
         if self._subscription is not None:
             self._queue(self._subscription)
+
+
+def _expect_no_capabilities(arguments: dict[str, Any]) -> None:
+    wanted = arguments.get("enable", [])
+    for name in arguments:
+        if name != "enable":
+            raise QmpError(f"Parameter '{name}' is unexpected")
+    if not isinstance(wanted, list):
+        raise QmpError("Invalid parameter type for 'enable', expected: array")
+    if wanted:
+        raise QmpError(f"capability {wanted[0]} is not available", hint="the greeting says which are: none")
 
 
 class QmpServer:
@@ -203,7 +307,7 @@ class QmpServer:
         try:
             listener = listen_unix(self._path, backlog=8)
         except OSError as error:
-            hint = "another process serves it; choose another path" if self._path.exists() else "does the folder exist?"
+            hint = listen_hint(error, path=str(self._path))
             why = error.strerror or error
             raise UsageError(f"cannot listen on the control socket {self._path}: {why}", hint=hint) from error
         self._listener = listener
@@ -221,7 +325,12 @@ class QmpServer:
             client = _Client(self, sock)
             with self._lock:
                 self._clients.add(client)
-            client.start()
+            try:
+                client.start()
+            except RuntimeError:  # out of threads
+                self.forget(client)
+                sock.close()
+                time.sleep(_ACCEPT_RETRY_S)
 
     def execute(self, command: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401  # any JSON value
         """Run one command.
@@ -229,6 +338,9 @@ class QmpServer:
         Raises:
             QmpError: it is unknown.
         """
+        if command in ("query-commands", "query-version"):
+            for name in arguments:
+                raise QmpError(f"Parameter '{name}' is unexpected")
         if command == "query-commands":
             names = {*self._commands, *self.subscriptions, "query-commands", "query-version"}
             return [{"name": name} for name in sorted(names)]
@@ -248,6 +360,11 @@ class QmpServer:
         for client in clients:
             client.post(message)
 
+    @property
+    def connected(self) -> bool:
+        """Whether any client is."""
+        return bool(self._clients)
+
     def forget(self, client: _Client) -> None:
         """Drop a client that has gone."""
         with self._lock:
@@ -260,7 +377,6 @@ class QmpServer:
         listener, self._listener = self._listener, None
         listener.shutdown()
         listener.close()
-        self._path.unlink(missing_ok=True)
         with self._lock:
             clients = list(self._clients)
         for client in clients:

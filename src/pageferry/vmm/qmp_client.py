@@ -1,18 +1,52 @@
 """A client of QMP, for the command line and tests: it talks to any QMP server that ends its messages with a newline."""
 
+import errno
 import json
 import os
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pageferry.core.errors import VmError
-from pageferry.vmm.qmp import QmpError, encode
+from pageferry.core.os_hints import connect_hint, owner_of
+from pageferry.vmm.qmp import encode
+from pageferry.vmm.qmp_error import ErrorKind, QmpError
 
 #: A report has some 500 bytes a round, and a policy may make any number of rounds.
 _MAX_LINE_BYTES = 16 << 20
 _READ_BYTES = 1 << 16
+
+
+def _why(error: OSError) -> str:
+    return "" if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else f": {error.strerror or error}"
+
+
+def _hint(error: OSError, path: Path) -> str:
+    if isinstance(error, TimeoutError):
+        return "is it stopped, or very busy?"
+    if isinstance(error, PermissionError) and (owner := owner_of(path)):
+        return f"it belongs to {owner}: use the command as that user"
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return "is it running? see --control"
+    return connect_hint(error, path=str(path)) or "is it running? see --control"
+
+
+def _refusal(error: dict[str, Any]) -> QmpError:
+    return QmpError(
+        error.get("desc", "error"),
+        error_class=error.get("class", ""),
+        hint=error.get("x-hint", ""),
+        kind=ErrorKind(error.get("x-kind", ErrorKind.FAILED)),
+    )
+
+
+class HasFileno(Protocol):
+    """Something with a descriptor that can be waited for."""
+
+    def fileno(self) -> int:
+        """Return it."""
 
 
 class QmpClient:
@@ -27,8 +61,23 @@ class QmpClient:
     """
 
     def __init__(self, path: Path, *, timeout_s: float = 30.0) -> None:
+        self._path = path
+        self._timeout_s = timeout_s
+        self._connect()
+
+    def reconnect(self) -> None:
+        """Connect again after the connection broke; what was not read of it is lost.
+
+        Raises:
+            VmError: as the constructor.
+        """
+        self.close()
+        self._connect()
+
+    def _connect(self) -> None:
+        path = self._path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock.settimeout(timeout_s)
+        self._sock.settimeout(self._timeout_s)
         self._unread = bytearray()
         self._events: list[dict[str, Any]] = []
         self._next_id = 0
@@ -36,9 +85,12 @@ class QmpClient:
             self._sock.connect(os.fspath(path))
             if "QMP" not in self._message():
                 raise ValueError("no greeting")
-        except (OSError, ValueError, UnicodeError) as error:
+        except OSError as error:
             self._sock.close()
-            raise VmError(f"no guest process answers at {path}", hint="is it running? see --control") from error
+            raise VmError(f"no guest process answers at {path}{_why(error)}", hint=_hint(error, path)) from error
+        except ValueError as error:
+            self._sock.close()
+            raise VmError(f"what answers at {path} does not speak QMP", hint="is it a control socket?") from error
         self.execute("qmp_capabilities")
 
     def __enter__(self) -> "QmpClient":
@@ -54,6 +106,19 @@ class QmpClient:
     def fileno(self) -> int:
         """Return the socket's descriptor: for ``select``, then :meth:`receive`; look at :meth:`received` first."""
         return self._sock.fileno()
+
+    def wait(self, other: HasFileno) -> None:
+        """Wait until bytes have come, which :meth:`received` then looks at, or ``other`` can be read.
+
+        Raises:
+            VmError: the connection broke.
+        """
+        readable, _, _ = select.select([self, other], [], [])
+        if self in readable:
+            try:
+                self._read()
+            except OSError as error:
+                raise VmError("the guest process went away") from error
 
     def _read(self) -> None:
         data = self._sock.recv(_READ_BYTES)
@@ -134,7 +199,7 @@ class QmpClient:
         except (OSError, ValueError) as error:
             raise VmError(f"the guest process did not answer {command!r}") from error
         if "error" in message:
-            raise QmpError(message["error"].get("desc", "error"), error_class=message["error"].get("class", ""))
+            raise _refusal(message["error"])
         return message["return"]
 
     def events(self) -> Iterator[dict[str, Any]]:

@@ -57,6 +57,18 @@ STATE = MachineState(
 )
 
 
+def test_a_pause_by_the_user_is_an_entry_and_nothing_else_is():
+    assert Typecode.PAUSED not in [entry.typecode for entry in split_entries(encode_machine_state(STATE))]
+    data = encode_machine_state(dataclasses.replace(STATE, paused=True))
+    entries = split_entries(data)
+    assert [entry.body for entry in entries if entry.typecode == Typecode.PAUSED] == [b""]
+    assert decode_machine_state(data) == dataclasses.replace(STATE, paused=True)
+    for wrong in (Entry(typecode=Typecode.PAUSED, instance=1), Entry(typecode=Typecode.PAUSED, body=b"1")):
+        changed = [wrong if entry.typecode == Typecode.PAUSED else entry for entry in entries]
+        with pytest.raises(RecordError, match="not none, or an instance"):
+            decode_machine_state(join_entries(changed))
+
+
 LAPIC = LapicState(
     base=0xFEE0_0900,
     registers=bytes(0xF0) + b"\xff\1".ljust(0x2F0, b"\0") + b"\x0a".ljust(0x20, b"\0"),

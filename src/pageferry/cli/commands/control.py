@@ -1,14 +1,12 @@
 """The commands that ask or tell a guest process something, over its control socket."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pageferry.cli.control_options import ControlOption, JsonOption
-from pageferry.cli.shell import end_as_by_ctrl_c, print_object, tell
+from pageferry.cli.shell import print_object, standard_input, standard_output, tell
 from pageferry.cli.status import print_status
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -30,10 +28,9 @@ def console(control: ControlOption) -> None:
     """Attach to a guest's console: its recent output, then live; what you type goes to it. Ctrl-] detaches."""
     from pageferry.cli.console import ConsoleSession, raw_input  # which `status` does not need
 
-    end_as_by_ctrl_c()
-    input_fd = os.open(os.devnull, os.O_RDONLY) if sys.stdin is None else sys.stdin.fileno()
+    input_fd = standard_input()
     with QmpClient(control) as client, raw_input(input_fd):
-        ConsoleSession(client, input_fd, sys.stdout.fileno(), tell).run()
+        ConsoleSession(client, input_fd, standard_output(), tell).run()
 
 
 def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value

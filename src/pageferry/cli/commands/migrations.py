@@ -11,6 +11,8 @@ from pageferry.cli.client import MigrationFailedError, migrate
 from pageferry.cli.control_options import ControlOption, JsonOption
 from pageferry.cli.demo import run_demo, run_linux_demo
 from pageferry.cli.options import (
+    RATE,
+    SIZE,
     AccelOption,
     BandwidthOption,
     CpuOption,
@@ -21,10 +23,12 @@ from pageferry.cli.options import (
     LimitOption,
     MachineOption,
     MemoryOption,
+    PauseLimitOption,
     PeerOption,
     PlotOption,
     PolicyOption,
     RoundsOption,
+    TimeoutOption,
     TlsDirOption,
     TrackerOption,
     VerifyOption,
@@ -37,7 +41,7 @@ from pageferry.cli.options import (
 )
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.shell import ERR, OUT, Interrupted, complain, end_as_by_ctrl_c, print_object, tell
+from pageferry.cli.shell import ERR, OUT, Interrupted, complain, print_object, tell
 from pageferry.cli.status import print_witness
 from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel
@@ -47,7 +51,7 @@ from pageferry.core.units import parse_rate
 from pageferry.core.vm import MachineModel
 from pageferry.engine.job import JobStatus
 from pageferry.engine.options import WireOptions
-from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S, Endpoint
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Endpoint
 from pageferry.guests.linux.debian import LinuxImage
 from pageferry.guests.linux.image import load_kernel
 from pageferry.guests.workloads import WORKLOADS, load_guest
@@ -88,7 +92,6 @@ def demo(
     config = vm_config(memory, cpus, cpu, machine)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify)
     machines = choose_machines(accel, tracker, huge_pages, witness, machine)
-    end_as_by_ctrl_c()
     with _plot_file(plot) as file:
         if linux is None:
             _report(lambda: run_demo(machines, workload, config, options, ERR), as_json, file)
@@ -112,9 +115,8 @@ def migrate_guest(
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
     verify: VerifyOption = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, max=MAX_TIMEOUT_S, help="Seconds the connection may stand still.")
-    ] = DEFAULT_TIMEOUT_S,
+    pause_limit: PauseLimitOption = None,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     bandwidth: BandwidthOption = "0",
     connections: Annotated[
         int, typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to use, 1 to {MAX_CONNECTIONS}.")
@@ -123,7 +125,10 @@ def migrate_guest(
         Packing, typer.Option(help="Pack page data: for a wire that is slower than the CPU.")
     ] = Packing.NONE,
     delta_cache: Annotated[
-        str | None, typer.Option(help="Memory to remember sent pages in, e.g. 64M, to send changes only (--compress).")
+        str | None,
+        typer.Option(
+            callback=SIZE, help="Memory to remember sent pages in, e.g. 64M, to send changes only (--compress)."
+        ),
     ] = None,
     plot: PlotOption = None,
     hold: Annotated[
@@ -136,7 +141,8 @@ def migrate_guest(
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
     warn_if_exposed(Endpoint.parse(uri), insecure=insecure)
-    options = policy_options(policy, downtime_limit, max_rounds, deadline, verify) | {"x-timeout-s": timeout}
+    options = policy_options(policy, downtime_limit, max_rounds, deadline, verify, pause_limit)
+    options |= {"x-timeout-s": timeout}
     options |= wire_options(bandwidth, connections, compress, delta_cache) | ({"x-hold": True} if hold else {})
     options |= tls_options(tls_dir, peer, secret_file)
     _migrate(control, uri, {"resume": True} if recover else options, as_json, plot)
@@ -152,12 +158,14 @@ def save(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
+    pause_limit: PauseLimitOption = None,
     bandwidth: BandwidthOption = "0",
     as_json: JsonOption = False,
     plot: PlotOption = None,
 ) -> None:
     """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
-    options = policy_options(policy, downtime_limit, max_rounds, deadline, None) | ({"x-stop": True} if stop else {})
+    options = policy_options(policy, downtime_limit, max_rounds, deadline, None, pause_limit)
+    options |= {"x-stop": True} if stop else {}
     wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth))
     options |= {} if wire.bandwidth_bytes_per_s is None else {"x-bandwidth": wire.bandwidth_bytes_per_s}
     _migrate(control, file_uri(file), options, as_json, plot)
@@ -180,7 +188,9 @@ def limits(
     downtime_limit: LimitOption = None,
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
-    bandwidth: Annotated[str | None, typer.Option(help="Bytes a second at the most, e.g. 100M; 0: no limit.")] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(callback=RATE, help="Bytes a second at the most, e.g. 100M; 0: no limit.")
+    ] = None,
 ) -> None:
     """Change the limits of the migration under way."""
     given = {
@@ -197,7 +207,6 @@ def limits(
 
 
 def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
-    end_as_by_ctrl_c()
     with _plot_file(plot) as file, QmpClient(control) as client:
 
         def follow() -> dict[str, Any]:
@@ -210,12 +219,10 @@ def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, pl
 
 
 def _report(attempt: Callable[[], dict[str, Any]], as_json: bool, plot: PlotFile | None) -> None:
-    """Make a migration, print its report and draw it; also when it failed, before the error goes its way."""
+    """Make a migration, print its report and draw it; of one that failed the error carries the report on."""
     try:
         report = attempt()
     except (MigrationFailedError, Interrupted) as error:
-        if as_json:
-            print_object(error.report)
         for line in lessons(error.report):
             ERR.print(f"report: {line}", markup=False, soft_wrap=True)
         _draw(plot, error.report)

@@ -1,8 +1,6 @@
 """The commands that make a guest process and stay with it to its end: ``run``, ``receive``, ``restore``."""
 
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
@@ -15,6 +13,7 @@ from pageferry.cli.console import LocalConsole
 from pageferry.cli.control_options import ControlOption, OwnControlOption
 from pageferry.cli.options import (
     MAX_CPUS,
+    SIZE,
     AccelOption,
     AllowPolicyOption,
     CpuOption,
@@ -27,6 +26,7 @@ from pageferry.cli.options import (
     MemoryOption,
     NetsOption,
     PeerOption,
+    TimeoutOption,
     TlsDirOption,
     TrackerOption,
     VirtioConsoleOption,
@@ -36,7 +36,7 @@ from pageferry.cli.options import (
     warn_if_exposed,
 )
 from pageferry.cli.progress import ReadingView
-from pageferry.cli.shell import ERR, tell
+from pageferry.cli.shell import ERR, SIGNALS, standard_input, standard_output, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
 from pageferry.core.hostmem import total_bytes
@@ -46,7 +46,7 @@ from pageferry.core.units import parse_size
 from pageferry.core.vm import MachineModel
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.room import GuestLimits
-from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Endpoint
 from pageferry.engine.wire.credentials import Credentials, new_secret
 from pageferry.guests.boot import GuestParams
 from pageferry.guests.loader import KernelOptions, Loader, linux, named
@@ -94,11 +94,13 @@ def run_guest(
     console: Annotated[
         ConsoleMode, typer.Option(help="stdio: what you type goes to the guest, Ctrl-] gives the terminal back.")
     ] = ConsoleMode.OUTPUT,
-    working_set: Annotated[str | None, typer.Option(help="Memory the workload writes, e.g. 64M.")] = None,
+    working_set: Annotated[
+        str | None, typer.Option(callback=SIZE, help="Memory the workload writes, e.g. 64M.")
+    ] = None,
     rate: Annotated[int | None, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what is random in the workload.")] = None,
     argument: Annotated[
-        list[str] | None, typer.Option(help="A number or size for the workload itself; may be repeated.")
+        list[str] | None, typer.Option(callback=SIZE, help="A number or size for the workload itself; may be repeated.")
     ] = None,
 ) -> None:
     """Run a guest; its console is standard output. Ctrl-C ends it. Ends with the guest's own exit code."""
@@ -114,8 +116,7 @@ def run_guest(
     with _guest_process(machines, control, policies) as process:
         process.boot(loader, config)
         with _console_input(process) if console is ConsoleMode.STDIO else nullcontext():
-            process.start()
-            code = process.wait()
+            code = _lived(process)
     raise typer.Exit(code)
 
 
@@ -152,10 +153,15 @@ def _loader(
 
 @contextmanager
 def _console_input(process: GuestProcess) -> Iterator[None]:
-    if sys.stdin is None:
-        raise UsageError("--console stdio needs a standard input", hint="it is closed")
-    with LocalConsole(sys.stdin.fileno(), sys.stdout.fileno(), process.type_console, tell):
+    with LocalConsole(standard_input("--console stdio"), standard_output(), process.type_console, tell):
         yield
+
+
+def _lived(process: GuestProcess, *, paused: bool = False) -> int:
+    """Let a process live to its end, which a signal asks for; return its exit code."""
+    with SIGNALS.calling(process.quit):
+        process.start(paused=paused)
+        return process.wait()
 
 
 def receive(
@@ -170,9 +176,11 @@ def receive(
     ] = None,
     insecure: InsecureOption = False,
     max_memory: Annotated[
-        str | None, typer.Option(help="Take no guest with more memory, e.g. 8G. Default: what this host has.")
+        str | None,
+        typer.Option(callback=SIZE, help="Take no guest with more memory, e.g. 8G. Default: what this host has."),
     ] = None,
     max_cpus: Annotated[int, typer.Option(min=1, max=MAX_CPUS, help="Take no guest with more vCPUs.")] = MAX_CPUS,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
@@ -190,10 +198,9 @@ def receive(
     policies = load_policies(allow_policy or ())
     machines = choose_machines(accel, tracker, huge_pages, witness)
     with _guest_process(machines, control, policies, backends) as process:
-        bound = process.listen(endpoint, credentials, limits)
+        bound = process.listen(endpoint, credentials, limits, timeout)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
-        process.start()
-        code = process.wait()
+        code = _lived(process)
     raise typer.Exit(code)
 
 
@@ -219,6 +226,10 @@ def restore(
     lazy: Annotated[
         bool, typer.Option("--lazy", help="Let it run at once; its memory is read when it is touched, and meanwhile.")
     ] = False,
+    paused: Annotated[
+        bool | None,
+        typer.Option("--paused/--run", help="Have it paused, or run. Default: as it was when it was saved."),
+    ] = None,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
     huge_pages: HugePagesOption = HugePages.OFF,
@@ -240,8 +251,7 @@ def restore(
                 with ReadingView(ERR) as view:
                     process.restore(saved, view.show)
                 saved.close()
-            process.start()
-            code = process.wait()
+            code = _lived(process, paused=saved.state.paused if paused is None else paused)
     raise typer.Exit(code)
 
 
@@ -255,16 +265,10 @@ def _guest_process(
     ERR.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     if machines.warning is not None:
         ERR.print(f"warning: {machines.warning}", markup=False, soft_wrap=True)
-    output = ConsoleOutput(open(os.dup(sys.stdout.fileno()), "wb"))  # noqa: SIM115  # closed with the process
+    output = ConsoleOutput(open(os.dup(standard_output()), "wb"))  # noqa: SIM115  # closed with the process
     process = GuestProcess(
         machines, control, backends=backends, users_policies=policies, on_console=output, on_message=tell
     )
-
-    def stop(*_: object) -> None:
-        process.quit()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     try:
         yield process
     finally:

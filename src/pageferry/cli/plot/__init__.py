@@ -9,6 +9,7 @@ from typing import Any
 from pageferry.cli.plot.html import page
 from pageferry.cli.plot.picture import picture
 from pageferry.core.errors import UsageError
+from pageferry.core.os_hints import file_hint
 
 _SUFFIX = ".html"
 
@@ -33,9 +34,7 @@ class PlotFile:
         try:
             path.open("ab").close()
         except OSError as error:
-            raise UsageError(
-                f"cannot write {path}: {error.strerror}", hint="choose a file in a folder that you may write"
-            ) from error
+            raise UsageError(f"cannot write {path}: {error.strerror}", hint=file_hint(error)) from error
 
     def __enter__(self) -> "PlotFile":
         return self

@@ -30,9 +30,10 @@ from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.host_cpu import HostCpu
 from pageferry.core.memory import GuestMemory
+from pageferry.core.os_hints import file_hint
 from pageferry.core.policy import Policy, may_switch
 from pageferry.core.units import format_size
-from pageferry.core.vm import Vm
+from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.proof import AtPause
@@ -115,6 +116,7 @@ class Save:
         stop: leave the guest frozen when the file is whole, instead of letting it run on.
         host_cpu: the CPU that it runs on; None: not known.
         bandwidth_bytes_per_s: a cap on what is written, as :class:`~pageferry.engine.options.WireOptions` has it.
+        pause_limit_s: how long a pause may take, as :class:`~pageferry.engine.options.MigrationOptions` has it.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
 
@@ -131,6 +133,7 @@ class Save:
         stop: bool = False,
         host_cpu: HostCpu | None = None,
         bandwidth_bytes_per_s: int | None = None,
+        pause_limit_s: float | None = None,
         on_event: Callable[[Event], None],
         work_before: WorkSample | None = None,
     ) -> None:
@@ -142,7 +145,9 @@ class Save:
         self._stop = stop
         self._host_cpu = host_cpu
         wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
-        self._attempt = Attempt(vm, policy, wire=wire, file=path, on_event=on_event, work_before=work_before)
+        self._attempt = Attempt(
+            vm, policy, wire=wire, pause_limit_s=pause_limit_s, file=path, on_event=on_event, work_before=work_before
+        )
         self.job = self._attempt.job
         self._encoder = Encoder()
 
@@ -159,7 +164,7 @@ class Save:
                 if self._host_cpu is not None and (warning := self._host_cpu.warning) is not None:
                     attempt.warn(f"{warning}; restore it on a host with the same CPU")
                 self._warn_of_disks()
-            with phase(Phase.PRECOPY):
+            with attempt.precopy():
                 attempt.expect_alive()
                 file.send([self._encoder.header(), *map(self._encoder.record, attempt.guest.first_records())])
                 coder = PlainCoder(self._vm.memory, self._encoder)
@@ -171,12 +176,13 @@ class Save:
             with phase(Phase.STOP_AND_COPY):
                 stop_and_copy(attempt, sink, last_dirty(attempt))
             with phase(Phase.STATE):
-                records = attempt.guest.last_records()
+                records = attempt.guest.last_records(paused=self._vm.status is VmStatus.PAUSED)
                 file.send([self._encoder.record(record) for record in records])
             with phase(Phase.VERIFY):
                 _, _, context, _ = records
                 at_pause = AtPause.of(self._vm.memory, context.data)
             if not self._stop:
+                attempt.pause.end()
                 attempt.guest.thaw()
                 report.running_at_s = attempt.clock.now_s()
             attempt.guest.release()
@@ -204,7 +210,7 @@ class Save:
             reason, hint = str(error), error.hint
         elif isinstance(error, OSError):
             reason = f"cannot write {self._path}: {error.strerror or error}"
-            hint = "nothing is left of it; save where there is room"
+            hint = f"nothing is left of it; {file_hint(error) or 'choose another place'}"
         else:
             reason, hint = f"internal error: {error!r}", ""
         return MigrationError(reason, phase=str(self._attempt.clock.current), guest_at=guest_at, hint=hint)
@@ -213,7 +219,9 @@ class Save:
         file = FileOutlet(self._path)
         file.pacer = self.job.pacer
         self.job.opened(file)
-        needed_bytes = int(self._vm.memory.populated()[1].sum()) * PAGE_SIZE
+        pages = int(self._vm.memory.populated()[1].sum())
+        self._attempt.rounds.expect(pages)
+        needed_bytes = pages * PAGE_SIZE
         free_bytes = file.free_bytes()
         if needed_bytes > free_bytes:
             needed, free = format_size(needed_bytes), format_size(free_bytes)
@@ -236,7 +244,7 @@ class Save:
         if self._stop:
             self._attempt.guest.release_backends()  # who restores the guest from there takes them
         if not (handoff.commit() if self._stop else handoff.keep()):
-            raise self.job.abort("cancelled")
+            raise self.job.stays()
         try:
             file.commit()
         except (OSError, UsageError):

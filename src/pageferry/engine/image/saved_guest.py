@@ -24,6 +24,7 @@ from pageferry.core.device_spec import SPECS_NAME, DeviceSpec, decode_specs
 from pageferry.core.errors import RecordError, TruncatedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray
 from pageferry.core.memory import MAX_MEMORY_BYTES, GuestMemory, ram_layout
+from pageferry.core.os_hints import file_hint
 from pageferry.core.state import PIC_NAME, MachineState
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.stream.decoder import Decoder
@@ -161,7 +162,7 @@ class SavedGuest:
                 views = [*views[:at], views[at][got:], *views[at + 1 :]]
 
     def _unreadable(self, error: OSError, offset: int) -> VmError:
-        return VmError(f"cannot read {self.path} at byte {offset}: {error.strerror}")
+        return VmError(f"cannot read {self.path} at byte {offset}: {error.strerror}", hint=file_hint(error))
 
     # -- what opening does -----------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ def _open(path: Path) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+        raise UsageError(f"cannot read {path}: {error.strerror}", hint=file_hint(error)) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise UsageError(f"{path} is no regular file", hint="restore reads page by page, in the order of need")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pageferry.core.errors import PageferryError, RemoteStreamError, UsageError
+from pageferry.core.os_hints import listen_hint
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.engine.wire.credentials import Credentials, names_of
 from pageferry.engine.wire.listener import Listener
@@ -34,7 +35,9 @@ _RETRY_S = 0.05
 HELLO_S = 5.0
 #: So many are heard at a time, and as many of those who want to join or come back wait for their turn.
 MAX_CALLERS, _MAX_WAITING = 32, 16
-_BUSY = Refuse(reason="another guest is being received here", hint="try again when it has arrived")
+_BUSY = Refuse(
+    reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
+)
 _NOTHING_TO_JOIN = Refuse(reason="no guest is being received here", hint="begin a new migration")
 _TLS_ONLY = Refuse(reason="this destination speaks TLS only", hint="pageferry migrate to tls://, with --tls-dir")
 
@@ -100,7 +103,7 @@ class Acceptor:
         try:
             listener = asked.listen()
         except OSError as error:
-            hint = "choose another port, or end what listens there"
+            hint = listen_hint(error, path=asked.path)
             raise UsageError(f"cannot listen at {asked}: {error.strerror or error}", hint=hint) from error
         self._listener: Listener | None = listener
         self._timeout_s = timeout_s
@@ -176,7 +179,6 @@ class Acceptor:
             channel.abort()
         for peer in waiting:
             peer.channel.close()
-        self.endpoint.remove()
 
     # -- those who connect -----------------------------------------------------------------------------------------
 

@@ -141,11 +141,6 @@ class Endpoint:
         """Return this endpoint with the port that ``listener`` really has."""
         return self if self.path else replace(self, port=listener.port)
 
-    def remove(self) -> None:
-        """Remove a Unix socket's path; TCP has nothing to remove."""
-        if self.path:
-            Path(self.path).unlink(missing_ok=True)
-
 
 def _is_loopback(host: str) -> bool:
     try:

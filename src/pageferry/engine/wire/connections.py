@@ -23,7 +23,9 @@ Accept = Callable[[float], Peer | None]
 POLL_S = 0.1
 #: While a stranger who connected says nothing, no source can join or come back.
 _PATIENCE_S = 2.0
-_BUSY = Refuse(reason="another guest is being received here", hint="try again when it has arrived")
+_BUSY = Refuse(
+    reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
+)
 _Request = TypeVar("_Request", Join, Recover)
 
 

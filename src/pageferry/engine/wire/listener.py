@@ -94,10 +94,12 @@ class Listener:
 
     Args:
         sockets: at least one; they are this object's from now on.
+        path: of a Unix socket.
     """
 
-    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, sockets: Sequence[socket.socket], path: Path | None = None) -> None:
         self._sockets = list(sockets)
+        self._file = None if path is None else (path, os.lstat(path))
         for sock in self._sockets:
             sock.setblocking(False)  # a connection may be gone when its turn comes
 
@@ -151,7 +153,13 @@ class Listener:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Stop listening. May be called twice."""
+        """Stop listening, and remove the path if it is still ours. May be called twice."""
+        if self._file is not None:
+            path, ours = self._file
+            self._file = None
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), ours):  # before the socket is closed, which keeps its inode
+                    path.unlink()
         for sock in self._sockets:
             sock.close()
 
@@ -235,7 +243,7 @@ def listen_unix(path: Path, backlog: int = 1) -> Listener:
         sock.bind(os.fspath(path))
         _give_owner_rights(path)
         sock.listen(backlog)
+        return Listener([sock], path)
     except BaseException:
         sock.close()
         raise
-    return Listener([sock])

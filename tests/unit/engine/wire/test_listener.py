@@ -133,6 +133,19 @@ def test_an_address_in_use_is_an_error_and_leaves_no_socket_behind():
         assert set(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_listener_removes_its_own_path_and_no_other(tmp_path):
+    """Somebody cleaned up, another process listens at the same path, and only then the first one ends."""
+    path = tmp_path / "x"
+    first = listen_unix(path)
+    path.unlink()
+    with listen_unix(path) as second:
+        first.close()
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            second.accept().close()
+    assert not path.exists()
+
+
 def test_a_shutdown_wakes_one_who_waits():
     listener = listen_tcp("127.0.0.1", 0)
     woken = threading.Event()
