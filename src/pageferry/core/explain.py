@@ -19,7 +19,7 @@ from pageferry.core.units import format_duration, format_size
 _TOLD_RANGES = 3
 #: Ranges with less than this share of what was sent again are not worth a line.
 _WORTH_SHARE = 0.05
-#: A limit to be proposed is rounded up to whole steps of this: nobody sets one by the microsecond.
+#: A limit to be proposed is rounded up to whole steps of this: limits are not set by the microsecond.
 _LIMIT_STEP_MS = 10
 #: A pause that would have cost less than this share of the one that was made is worth telling.
 _CHEAPER = 0.8

@@ -5,7 +5,7 @@ list of regions; a guest of more than 3 GiB has the PCI hole between two of them
 the bytes lie inside the memfd is the machine's business: on ``kvm`` at offset ``gpa``, on ``soft`` wherever the P2M
 says. Frames of a region may be *removed* for a time (ballooning): they are not RAM then.
 
-Law 4: whoever writes here is not a vCPU, so nested paging does not see it; every writing method marks the frames
+Law 4: a writer here is not a vCPU, so nested paging does not see it; every writing method marks the frames
 dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
 """
 

@@ -151,7 +151,7 @@ class VcpuState:
 class DeviceState:
     """One device's state: ``name`` is its key on the bus; the device alone knows what ``data`` means.
 
-    ``save_ns``: how long saving it took, None where nobody measured; no part of the state.
+    ``save_ns``: how long saving it took, None where it was not measured; no part of the state.
     """
 
     name: str

@@ -24,7 +24,7 @@ class StallMeter:
     Args:
         vm: the guest.
         now_s: a monotonic clock in seconds.
-        before: an earlier sample of the guest's work, on the same clock, since when nobody paused it; None: what it did
+        before: an earlier sample of the guest's work, on the same clock, not paused since: None: what it did
             since this object was made is taken instead.
     """
 

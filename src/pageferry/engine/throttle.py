@@ -12,7 +12,7 @@ from pageferry.core.vm import Vm
 #: Waits, without the condition's lock, until the predicate is true or so many seconds have passed.
 WaitFor = Callable[[threading.Condition, Callable[[], bool], float], bool]
 
-#: One cycle: short, so that nobody who talks to the guest waits long; long against the cost of a kick (0.3 ms).
+#: One cycle: short, so that a peer of the guest does not wait long; long against the cost of a kick (0.3 ms).
 _CYCLE_S = 0.02
 _MIN_RUN_S = 0.001
 

@@ -1,6 +1,6 @@
 """Build the images of the guest programs from their source: ``python -m pageferry.guests.build``.
 
-The images are kept with the source so that nobody needs a compiler to run a guest. ``images/manifest.json`` says what
+The images are kept with the source so that running a guest needs no compiler. ``images/manifest.json`` says what
 they were made from: a digest of each program's source and flags, the compiler, and a digest of each image.
 """
 

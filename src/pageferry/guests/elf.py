@@ -49,7 +49,7 @@ class Program:
     """A guest program, ready to be put into memory.
 
     ``segments`` are ascending and disjoint, none below ``PROGRAM_BASE``; ``end_gpa`` is the first page boundary after
-    them. ``default_working_set_bytes`` is what the program likes to work on when nobody says (None: no opinion), and
+    them. ``default_working_set_bytes`` is what the program likes to work on when it is not told (None: no opinion), and
     ``min_working_set_bytes`` what it cannot do without.
     """
 

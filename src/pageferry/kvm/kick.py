@@ -38,7 +38,7 @@ _lock = threading.Lock()
 def kick_signal() -> int:
     """Return the signal to kick with, installing its handler the first time; from any thread.
 
-    The first real-time signal that nobody handles is taken, and kept for the life of the process.
+    The first real-time signal without a handler is taken, and kept for the life of the process.
 
     Raises:
         VmError: the process handles every real-time signal already.

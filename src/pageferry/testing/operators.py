@@ -228,7 +228,7 @@ def released_pages_are_tracked(lab: Lab) -> None:
 
 
 def marks_and_writes_mix(lab: Lab) -> None:
-    """A page is reported whoever writes it, in whatever order device and guest do."""
+    """A page is reported whichever writer it has, in whatever order device and guest do."""
     with lab.tracked() as guest:
         gfns = guest.oracle.written(3)
         guest.log_dirty.mark(gfns)

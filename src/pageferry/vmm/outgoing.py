@@ -89,7 +89,7 @@ class Outgoing:
         """Check that the guest is here and ours to stop, to resume or to migrate; the guest's lock is held.
 
         Raises:
-            QmpError: it is elsewhere, is being handed over, or nobody knows.
+            QmpError: it is elsewhere, is being handed over, or that is not known.
         """
         self.check_not_moved()
         if self.guest_at is GuestAt.UNKNOWN:

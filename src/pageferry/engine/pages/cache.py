@@ -12,7 +12,7 @@ _NOBODY = -1
 class PageCache:
     """Remembers what was sent of the pages that were sent most lately; the oldest make room. For one thread.
 
-    What is in here is at the destination, byte for byte: whoever sends a page puts in the very copy that is sent, or
+    What is in here is at the destination, byte for byte: the sender of a page puts in the very copy that is sent, or
     has it forgotten.
 
     Args:

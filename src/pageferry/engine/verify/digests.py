@@ -125,7 +125,7 @@ def first_nonzero_outside(
 ) -> int | None:
     """Return the first frame outside the runs that is not zero, or None: where the source never had storage.
 
-    ``populated`` is ``memory.populated()`` of a moment since which nobody wrote: finding it takes a while.
+    ``populated`` is ``memory.populated()`` of a moment since which nothing was written: finding it takes a while.
     """
     rest_starts, rest_lengths = subtract_runs(*populated, starts, lengths)
     run_starts, run_lengths = split_runs(rest_starts, rest_lengths, PAGES_PER_2M)

@@ -106,7 +106,7 @@ class Endpoint:
             given_up: asked ten times a second.
 
         Raises:
-            OSError: nobody listens, the name is unknown, the time is over, or ``given_up`` said so.
+            OSError: nothing listens there, the name is unknown, the time is over, or ``given_up`` said so.
         """
         if self.path:
             addresses: list[tuple[int, Any]] = [(socket.AF_UNIX, self.path)]
