@@ -114,7 +114,7 @@ def test_what_it_does_wrong_is_told_as_its_own(users_modules):
     )
     vm = choose_machines("soft", "mine:Mine").make_vm(CONFIG)
     vm.log_dirty.enable()
-    with pytest.raises(VmError, match=re.escape("mine:Mine returned [1] from peek, which is no DirtyBitmap")):
+    with pytest.raises(VmError, match=re.escape("mine:Mine returned [1] from peek, not a DirtyBitmap")):
         vm.log_dirty.peek()
     with pytest.raises(VmError, match=re.escape("tracker mine:Mine failed in clean: KeyError(3)")):
         vm.log_dirty.clean()

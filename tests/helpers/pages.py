@@ -28,6 +28,8 @@ NOT_RUN = "# not run by the tests: "
 LASTING = ("run", "receive", "restore")
 #: Commands that end well only if the guest can be paused for no longer than is allowed.
 MOVING = ("demo", "migrate", "save")
+#: What says by itself when such a one is paused.
+_LIMITED = {"--downtime-limit", "--policy"}
 _GIVE_UP_S = 500
 _BLOCK = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.M)
 _ENVIRONMENT = re.compile(r"[A-Z]+=\S*")
@@ -102,7 +104,7 @@ class Session:
         if words[0] == "make":
             return self._make(words[1:])
         assert words[0] == "pageferry", line
-        patience = ["--downtime-limit", "60000"] if words[1] in MOVING and "--downtime-limit" not in words else []
+        patience = ["--downtime-limit", "60000"] if words[1] in MOVING and not _LIMITED & {*words} else []
         command = [sys.executable, "-m", *words, *patience]
         if words[1] in LASTING:
             return self._begin(command, environment)

@@ -429,7 +429,7 @@ def test_content_where_the_guest_has_none_is_found(running, path):
 def test_where_a_guest_cannot_be_saved(running, tmp_path):
     vm = running("kv")
     for path, says in (
-        (tmp_path, "no regular file"),
+        (tmp_path, "not a regular file"),
         (tmp_path / "no" / "folder", "cannot write .*folder: No such file"),
     ):
         save = attempt(vm, path)

@@ -232,7 +232,7 @@ def test_a_file_that_is_not_whole_is_refused_before_anything_runs(guest, file):
 
 
 def test_bad_names_are_refused_in_one_line(guest, tmp_path):
-    assert "no regular file" in one_line(save(guest, tmp_path))
+    assert "not a regular file" in one_line(save(guest, tmp_path))
     assert "No such file or directory" in one_line(save(guest, tmp_path / "none" / "x"))
     assert cli("restore", tmp_path / "none", "--accel", "soft").returncode == 2
     for uri in ("file:relative", "file:"):

@@ -412,7 +412,7 @@ def test_an_entry_that_names_no_page_makes_log_dirty_refuse_until_off(kvm, small
     stamp_once(kvm, vm, 0, 10)
     vm.log_dirty._rings._rings[0]._slots[0] = 1 << 16
     for refused in (vm.log_dirty.peek, vm.log_dirty.clean):
-        with pytest.raises(LogDirtyError, match="address space 1, which is no RAM"):
+        with pytest.raises(LogDirtyError, match="address space 1, which is not RAM"):
             refused()
     assert vm.log_dirty.stats().dirty_count >= 9
     stamp_once(kvm, vm, 0, 10)  # the guest is none the worse

@@ -193,7 +193,7 @@ def test_a_page_in_the_hole_is_refused():
     named = ([*range(at, at + 1024)] for at in range(PAGES, encoder_pages, 1024))
     records = [(pfns, np.full(len(pfns), PageType.XALLOC, np.uint8), ()) for pfns in named]
     data, _ = stream(*records, ([encoder_pages, (4 << 30 >> 12)], [0xE, 0xE], []))
-    with pytest.raises(RecordError, match="gfn 0xc0000 is no RAM of the guest"), opened(data):
+    with pytest.raises(RecordError, match="gfn 0xc0000 is not RAM of the guest"), opened(data):
         pass
 
 
@@ -208,6 +208,10 @@ def test_a_file_that_became_shorter_is_found_when_its_pages_are_read(tmp_path):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for name, says in (("pipe", "no regular file"), (".", "no regular file"), ("none", "cannot read .*No such file")):
+    for name, says in (
+        ("pipe", "not a regular file"),
+        (".", "not a regular file"),
+        ("none", "cannot read .*No such file"),
+    ):
         with pytest.raises(UsageError, match=says):
             SavedGuest(tmp_path / name)

@@ -42,7 +42,7 @@ class DiskFile:
         direct: whether to go past the page cache.
 
     Raises:
-        UsageError: there is no such file, it may not be opened, it is no disk, or its file system cannot do without
+        UsageError: there is no such file, it may not be opened, it is not a disk, or its file system cannot do without
             the page cache.
     """
 
@@ -87,7 +87,7 @@ class DiskFile:
             ) from error
         if self.size_bytes % block_bytes:
             raise UsageError(
-                f"disk {self.path} of {self.size_bytes} bytes is no whole blocks of {block_bytes}, as it is used past "
+                f"disk {self.path} of {self.size_bytes} bytes is not whole blocks of {block_bytes}, as it is used past "
                 "the page cache",
                 hint=f"leave out {DIRECT}, or make it larger",
             )
@@ -96,13 +96,13 @@ class DiskFile:
     def _size(self) -> int:
         mode = os.fstat(self._fd).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise UsageError(f"{self.path} is no disk: neither a regular file nor a block device")
+            raise UsageError(f"{self.path} is not a disk: neither a regular file nor a block device")
         try:
             size_bytes = os.lseek(self._fd, 0, os.SEEK_END)
         except OSError as error:
-            raise UsageError(f"{self.path} is no disk: it has no end ({error.strerror})") from error
+            raise UsageError(f"{self.path} is not a disk: it has no end ({error.strerror})") from error
         if not size_bytes or size_bytes % SECTOR_BYTES:
-            raise UsageError(f"{self.path} is no disk: {size_bytes} bytes are no whole sectors of {SECTOR_BYTES}")
+            raise UsageError(f"{self.path} is not a disk: {size_bytes} bytes are not whole sectors of {SECTOR_BYTES}")
         return size_bytes
 
     # -- whose it is -----------------------------------------------------------------------------------------------

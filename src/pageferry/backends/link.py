@@ -209,7 +209,7 @@ class SocketLink:
         except OSError as error:
             raise UsageError(f"cannot use socket {path}: {error.strerror}", hint=_hint(error, path)) from error
         if not is_socket:
-            raise UsageError(f"{path} is no socket")
+            raise UsageError(f"{path} is not a socket")
 
     def claim(self) -> None:
         """Connect. Nothing happens when it is connected.

@@ -76,7 +76,7 @@ def specs_from_json(value: object) -> tuple[DeviceSpec, ...]:
     """Return the devices in a JSON value from elsewhere; fields that are not known are ignored.
 
     Raises:
-        ValueError: it is no list of devices, or a field is missing or not what it must be.
+        ValueError: it is not a list of devices, or a field is missing or not what it must be.
     """
     if type(value) is not list or len(value) > MAX_DEVICES:
         raise ValueError(f"no list of at most {MAX_DEVICES} devices")

@@ -51,7 +51,7 @@ class _UsersClass:
         name: ``module:Name``.
 
     Raises:
-        UsageError: it cannot be loaded, or is no policy.
+        UsageError: it cannot be loaded, or is not a policy.
     """
 
     def __init__(self, name: str) -> None:
@@ -212,7 +212,7 @@ class _UsersOwn:
         except Exception as error:
             raise UsageError(f"policy {self.name} failed: {error!r}", hint=_POLICY_HINT) from error
         if not isinstance(decision, Decision):
-            raise UsageError(f"policy {self.name} answered {decision!r}, which is no Decision", hint=_POLICY_HINT)
+            raise UsageError(f"policy {self.name} answered {decision!r}, which is not a Decision", hint=_POLICY_HINT)
         return decision
 
 

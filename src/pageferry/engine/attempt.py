@@ -89,7 +89,7 @@ class Attempt:
         """Be under way for the length of a ``with`` block, which goes through the phases; once.
 
         Args:
-            as_error: returns what to raise from an error that is no MigrationError.
+            as_error: returns what to raise from an error that is not a MigrationError.
 
         Raises:
             MigrationError: the guest did not move (``guest_at`` SOURCE), or that is not known (UNKNOWN).

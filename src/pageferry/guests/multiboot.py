@@ -73,7 +73,8 @@ def find_multiboot(data: bytes, *, name: str) -> Kernel | None:
         elf = read_elf(data, name=name)
         entry, parts = elf.entry, elf.physical()
     else:
-        raise UsageError(f"{name} has a multiboot header without addresses, and is no ELF file", hint="link it again")
+        what = f"{name} has a multiboot header without addresses, and is not an ELF file"
+        raise UsageError(what, hint="link it again")
     return Kernel(name=name, entry=entry, parts=parts)
 
 

@@ -120,7 +120,7 @@ def _check_pool(domain: Domain, tables: set[int]) -> None:
 
 
 def _check_shadow(domain: Domain) -> None:
-    """Each shadow entry agrees with the P2M; one that is WRITABLE is so there, is no guest table, and on record."""
+    """Each shadow entry agrees with the P2M; one that is WRITABLE is so there, is not a guest table, and on record."""
     tables = domain.shadow.tables
     with domain.locks.shadow:
         _require(domain.paging_mode == "shadow" or not tables.frames, "shadow tables in another paging mode")

@@ -201,7 +201,7 @@ class PhysMap:
         """
         with self._changing():
             if gfn not in self._grants:
-                raise VmError(f"gfn {gfn:#x} is no grant mapping")
+                raise VmError(f"gfn {gfn:#x} is not a grant mapping")
             where = np.array([gfn], np.uint64)
             self._refuse_mapped(where)
             self._paging.let_go(where)

@@ -146,7 +146,7 @@ class ShadowMmu:
         """Return the mfn of a guest table: here the walker is ours, and reading is no write."""
         mfn, p2m_type = self._p2m.lookup(gfn)
         if p2m_type not in READABLE:
-            raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which is no memory")
+            raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which is not memory")
         return mfn
 
     def table_write(self, gfn: int) -> None:

@@ -14,7 +14,7 @@ of 4 KiB entries that belong to no guest page (Xen's FL1 shadows), so log-dirty 
 An entry carries what both sides allow::
 
     P   the guest's P and A: so that the first access comes to us and A can be set
-    W   the guest's W and D (so that we set D), the P2M's type, and the page is no guest table with a shadow
+    W   the guest's W and D (so that we set D), the P2M's type, and the page is not a guest table with a shadow
     U, NX   the guest's
 
 **Keeping in step.** A guest page that has a shadow is never mapped writable: its writes are performed by the

@@ -84,6 +84,6 @@ class SystemMemory:
             piece = min(size, PAGE_SIZE - (gva & PAGE_SIZE - 1))
             maddr = self.translate(gva, write, False)[0] + (gva & PAGE_SIZE - 1)
             if maddr + piece > self._size_bytes:
-                raise GuestCrash(f"system structure at gva {gva:#x}, which is no plain memory")
+                raise GuestCrash(f"system structure at gva {gva:#x}, which is not plain memory")
             yield maddr, maddr + piece
             gva, size = gva + piece & (1 << 64) - 1, size - piece

@@ -166,7 +166,7 @@ class DirtyRings:
             slot, offset = int(slots[~known][0]), int(offsets[~known][0])
             self.unknown = self.unknown or (
                 f"vcpu {vcpu}: KVM reports a write to page {offset:#x} of slot {slot & 0xFFFF} in address space "
-                f"{slot >> 16}, which is no RAM of this guest: what was written is not known"
+                f"{slot >> 16}, which is not RAM of this guest: what was written is not known"
             )
         gfns: GfnArray = self._first_gfns[slots[known]] + offsets[known]
         return gfns

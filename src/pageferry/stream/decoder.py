@@ -194,7 +194,7 @@ class Decoder:
         if marker != fmt.MARKER or image_id != fmt.IMAGE_ID:
             foreign = recognised(data)
             if foreign is None:
-                raise BodyError("this is no libxc migration stream: the first 12 bytes are not its marker")
+                raise BodyError("this is not a libxc migration stream: the first 12 bytes are not its marker")
             why = f"this is {foreign.name}, no libxc migration stream"
             raise RecordError(why, record=self._record, offset=self._record_offset, hint=foreign.hint)
         if not fmt.OLDEST_VERSION <= version <= fmt.VERSION:

@@ -177,7 +177,7 @@ def _fields(body: bytes) -> "_Fields":
     try:
         value = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BodyError("the body is no JSON text") from error
+        raise BodyError("the body is not JSON text") from error
     return _Fields("the body", value)
 
 
@@ -186,13 +186,13 @@ class _Fields:
 
     def __init__(self, what: str, value: object) -> None:
         if type(value) is not dict:
-            raise BodyError(f"{what} is no JSON object")
+            raise BodyError(f"{what} is not a JSON object")
         self._values: dict[str, Any] = value
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
         value = self._required(key) if default is None else self._values.get(key, default)
         if type(value) is not int or not low <= value <= high:
-            raise BodyError(f"{key} is no integer from {low} to {high}")
+            raise BodyError(f"{key} is not an integer from {low} to {high}")
         return value
 
     def flag(self, key: str) -> bool:
@@ -210,13 +210,13 @@ class _Fields:
     def text(self, key: str, default: str | None = None) -> str:
         value = self._required(key) if default is None else self._values.get(key, default)
         if type(value) is not str:
-            raise BodyError(f"{key} is no text")
+            raise BodyError(f"{key} is not text")
         return _printable(value)
 
     def names(self, key: str) -> tuple[str, ...]:
         value = self._values.get(key, [])
         if type(value) is not list or len(value) > MAX_FEATURES:
-            raise BodyError(f"{key} is no list of at most {MAX_FEATURES} names")
+            raise BodyError(f"{key} is not a list of at most {MAX_FEATURES} names")
         return tuple(_name(key, item) for item in value)
 
     def cpuid(self, key: str) -> Leaves:
@@ -225,7 +225,7 @@ class _Fields:
             type(item) is not list or len(item) != 6 or any(type(number) is not int for number in item)
             for item in value
         ):
-            raise BodyError(f"{key} is no list of [leaf, sub-leaf, eax, ebx, ecx, edx]")
+            raise BodyError(f"{key} is not a list of [leaf, sub-leaf, eax, ebx, ecx, edx]")
         leaves = tuple(CpuidLeaf(*item) for item in value)
         try:
             check_leaves(leaves)
@@ -255,12 +255,12 @@ class _Fields:
     def runs(self, key: str) -> tuple[tuple[int, int], ...]:
         value = self._values.get(key, [])
         if type(value) is not list or len(value) > MAX_POPULATED_RUNS:
-            raise BodyError(f"{key} is no list of at most {MAX_POPULATED_RUNS} runs")
+            raise BodyError(f"{key} is not a list of at most {MAX_POPULATED_RUNS} runs")
         runs: list[tuple[int, int]] = []
         end = 0
         for item in value:
             if type(item) is not list or len(item) != 2 or any(type(number) is not int for number in item):
-                raise BodyError(f"{key} holds something that is no [first gfn, pages]")
+                raise BodyError(f"{key} holds something that is not [first gfn, pages]")
             first_gfn, pages = item
             if first_gfn < end or pages < 1 or first_gfn + pages > PFN_MASK:
                 raise BodyError(f"{key} does not ascend, or a run is empty or too long")
@@ -280,7 +280,7 @@ def _printable(text: str) -> str:
 
 def _name(key: str, value: object) -> str:
     if type(value) is not str or len(value) > MAX_NAME_CHARS or not value.isprintable():
-        raise BodyError(f"{key} is no printable text of at most {MAX_NAME_CHARS} characters")
+        raise BodyError(f"{key} is not printable text of at most {MAX_NAME_CHARS} characters")
     return value
 
 
@@ -288,7 +288,7 @@ def _parse_source_hello(body: bytes) -> SourceHello:
     fields = _fields(body)
     memory_bytes = fields.integer("memory_bytes", PAGE_SIZE, PFN_MASK)
     if memory_bytes % PAGE_SIZE:
-        raise BodyError(f"memory_bytes is no multiple of {PAGE_SIZE}")
+        raise BodyError(f"memory_bytes is not a multiple of {PAGE_SIZE}")
     return SourceHello(
         version=fields.name("version"),
         memory_bytes=memory_bytes,

@@ -152,7 +152,7 @@ def _decode_exception(entry: Entry) -> PendingException:
     _expect_size(entry, EXCEPTION_BODY.size)
     vector, flags, reserved, error_code, payload = EXCEPTION_BODY.unpack(entry.body)
     if vector > _MAX_EXCEPTION:
-        raise entry.refusal(f"vector {vector} is no exception")
+        raise entry.refusal(f"vector {vector} is not an exception")
     has_error, has_payload = bool(flags & EXCEPTION_HAS_ERROR), bool(flags & EXCEPTION_HAS_PAYLOAD)
     if reserved or flags & ~(EXCEPTION_HAS_ERROR | EXCEPTION_HAS_PAYLOAD):
         raise entry.refusal("a reserved field is not 0")

@@ -333,7 +333,7 @@ def _parse_hvm_params(body: bytes) -> HvmParams:
 
 def _rows(row: Struct, body: bytes) -> list[tuple[Any, ...]]:
     if len(body) % row.size:
-        raise BodyError(f"a body of {len(body)} bytes is no multiple of {row.size}")
+        raise BodyError(f"a body of {len(body)} bytes is not a multiple of {row.size}")
     return list(row.iter_unpack(body))
 
 

@@ -146,5 +146,5 @@ class UsersTracker:
 
     def _bitmap(self, what: str, result: DirtyBitmap) -> DirtyBitmap:
         if not isinstance(result, DirtyBitmap):
-            raise VmError(f"tracker {self._name} returned {result!r} from {what}, which is no DirtyBitmap", hint=_HINT)
+            raise VmError(f"tracker {self._name} returned {result!r} from {what}, not a DirtyBitmap", hint=_HINT)
         return result

@@ -166,7 +166,7 @@ class CrossCheck:
             return reports[0]
 
     def _under_way(self) -> bool:
-        """Tell whether somebody writes who is no vCPU."""
+        """Tell whether somebody writes who is not a vCPU."""
         return self._memory.unmarked_writes > 0
 
     def _expect_on(self) -> Contents:

@@ -206,7 +206,7 @@ def test_a_socket_that_is_not_there_or_does_not_answer_is_refused_by_name(tmp_pa
     with pytest.raises(UsageError, match=r"passt\.sock"):
         SocketLink(str(path))
     path.touch()
-    with pytest.raises(UsageError, match="no socket"):
+    with pytest.raises(UsageError, match="not a socket"):
         SocketLink(str(path))
     path.unlink()
     with socket.socket(socket.AF_UNIX) as sock:

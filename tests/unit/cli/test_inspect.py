@@ -139,7 +139,7 @@ def test_what_is_wrong_is_named_after_what_was_right(capsys):
     with pytest.raises(WrongStreamError):
         print_table("it", reader(data), told)
     assert "PAGE_DATA" in told.file.getvalue()
-    with pytest.raises(WrongStreamError, match=r"^it: this is no libxc migration stream.* in image header at byte 0$"):
+    with pytest.raises(WrongStreamError, match=r"^it: this is not a libxc migration stream.* image header at byte 0$"):
         print_verdict("it", reader(bytes(100)), told)
 
 

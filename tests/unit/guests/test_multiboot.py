@@ -54,7 +54,7 @@ def test_without_a_whole_header_near_the_start_it_is_another_kind_of_file(data):
 
 BAD = {
     r"flags 0x4; 0x4 is a video mode": elf_kernel(flags=4),
-    "without addresses, and is no ELF file": header(0).ljust(100, b"\0"),
+    "without addresses, and is not an ELF file": header(0).ljust(100, b"\0"),
     "entry point 0x1 outside": elf_kernel(entry=1),
     "ends inside its multiboot header": header(1 << 16, GPA),
     "addresses outside the file": flat_kernel(load_end=GPA + 0x101),

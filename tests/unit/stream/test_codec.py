@@ -371,8 +371,8 @@ def image(marker=fmt.MARKER, image_id=fmt.IMAGE_ID, version=3, options=0, reserv
 @pytest.mark.parametrize(
     ("header", "error", "match"),
     [
-        (image(marker=0), RecordError, "no libxc migration stream.* in image header at byte 0"),
-        (image(image_id=1), RecordError, "no libxc migration stream"),
+        (image(marker=0), RecordError, "not a libxc migration stream.* in image header at byte 0"),
+        (image(image_id=1), RecordError, "not a libxc migration stream"),
         (image(version=4), VersionError, r"version 4 is not one we read \(2 to 3\) in image header at byte 0"),
         (image(version=1), VersionError, "version 1"),
         (image(options=1), RecordError, "big-endian"),
@@ -392,9 +392,9 @@ def test_wrong_headers(header, error, match):
     ("tail", "match"),
     [
         (record(0x13), "mandatory record of a type that is not known in record type 0x13 at byte 40"),
-        (record(0x11, bytes(25)), "25 bytes is no multiple of 24 in CPUID_POLICY"),
+        (record(0x11, bytes(25)), "25 bytes is not a multiple of 24 in CPUID_POLICY"),
         (record(0x11), "body of 0 bytes is not between 24 and"),
-        (record(0x12, bytes(17)), "17 bytes is no multiple of 16"),
+        (record(0x12, bytes(17)), "17 bytes is not a multiple of 16"),
         (record(0x10, b"x"), "body of 1 bytes is not between 0 and 0 in STATIC_DATA_END"),
         (STATIC + ONE_PAGE + record(8, bytes(16)), "body of 16 bytes is not between 24 and 24 in TSC_INFO"),
         (STATIC + ONE_PAGE + record(8, bytes(23) + b"\1"), "reserved field"),

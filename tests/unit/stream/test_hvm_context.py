@@ -314,7 +314,7 @@ def u32(value):
         ([HEADER, CPU_0, patched(EVENTS_0, 5, b"\1"), END], "reserved field"),
         ([HEADER, CPU_0, replaced(EXCEPTION, instance=1), END], "only 1 vCPUs in HVM_CONTEXT CPU_EXCEPTION 1"),
         ([HEADER, CPU_0, replaced(EXCEPTION, body=bytes(17)), END], "body of 17 bytes, not 16"),
-        ([HEADER, CPU_0, patched(EXCEPTION, 0, b"\x20"), END], "vector 32 is no exception"),
+        ([HEADER, CPU_0, patched(EXCEPTION, 0, b"\x20"), END], "vector 32 is not an exception"),
         ([HEADER, CPU_0, patched(EXCEPTION, 1, b"\7"), END], "reserved field"),
         ([HEADER, CPU_0, patched(EXCEPTION, 2, b"\1"), END], "reserved field"),
         ([HEADER, CPU_0, patched(EXCEPTION, 1, b"\2"), END], "its flags deny"),

@@ -106,7 +106,7 @@ class SpecList:
         try:
             theirs = decode_specs(data)
         except ValueError as error:
-            raise VmError(f"the state of device {self.name} is no list of devices: {error}") from error
+            raise VmError(f"the state of device {self.name} is not a list of devices: {error}") from error
         if [replace(spec, backend="") for spec in theirs] != [replace(spec, backend="") for spec in self._specs]:
             names = [", ".join(device_names(specs)) or "none" for specs in (theirs, self._specs)]
             raise VmError(f"the guest's virtio devices ({names[0]}) are not this machine's ({names[1]})")
@@ -277,5 +277,5 @@ def _mac(name: str, text: str) -> bytes:
     """
     address = bytes.fromhex(text.replace(":", "")) if _MAC.fullmatch(text) else b""
     if not address or address[0] & _GROUP_ADDRESS:
-        raise UsageError(f"{text!r} is no address for {name}", hint="as 52:54:00:12:34:56")
+        raise UsageError(f"{text!r} is not an address for {name}", hint="as 52:54:00:12:34:56")
     return address

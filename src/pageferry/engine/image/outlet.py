@@ -63,7 +63,7 @@ class FileOutlet:
         name = self.path.name or "."
         try:
             if not stat.S_ISREG(os.stat(name, dir_fd=self._folder, follow_symlinks=False).st_mode):
-                raise UsageError(f"{self.path} is no regular file", hint="a guest is saved to a file of its own")
+                raise UsageError(f"{self.path} is not a regular file", hint="a guest is saved to a file of its own")
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._folder)
         except FileNotFoundError:
             return
@@ -72,7 +72,7 @@ class FileOutlet:
         is_save = len(begin) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(begin)[:2] == (MARKER, IMAGE_ID)
         if begin and not is_save:
             raise UsageError(
-                f"{self.path} is there and is no saved guest", hint="choose another name, or remove it first"
+                f"{self.path} is there and is not a saved guest", hint="choose another name, or remove it first"
             )
 
     def fileno(self) -> int:

@@ -49,7 +49,7 @@ class SavedGuest:
         fd: a descriptor of it, which stays the caller's; None: it is opened.
 
     Raises:
-        UsageError: there is no such file, or it is no regular one.
+        UsageError: there is no such file, or it is not a regular one.
         RemoteStreamError: it is no whole stream, or of a guest that no machine here can hold; names record and offset.
         VmError: it cannot be read.
     """
@@ -223,7 +223,7 @@ class SavedGuest:
             is_ram[region.first_gfn : region.first_gfn + region.pages] = True
         for wrong, why in (
             (is_ram & (places == UNNAMED), "is RAM of the guest, and nothing tells what it holds"),
-            (~is_ram & (places != UNNAMED) & (places != GONE), "is no RAM of the guest"),
+            (~is_ram & (places != UNNAMED) & (places != GONE), "is not RAM of the guest"),
         ):
             if wrong.any():
                 raise RecordError(f"gfn {int(np.argmax(wrong)):#x} {why}", record="PAGE_DATA")
@@ -237,7 +237,7 @@ def _open(path: Path) -> int:
         raise UsageError(f"cannot read {path}: {error.strerror}", hint=file_hint(error)) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise UsageError(f"{path} is no regular file", hint="restore reads page by page, in the order of need")
+        raise UsageError(f"{path} is not a regular file", hint="restore reads page by page, in the order of need")
     return fd
 
 

@@ -386,7 +386,7 @@ class Populator:
 
     Args:
         memory: the guest's.
-        runs: ``(first gfn, pages)`` each; what is no RAM of them is left out.
+        runs: ``(first gfn, pages)`` each; what is not RAM of them is left out.
         arrived_pages: returns how many pages have arrived.
     """
 

@@ -136,7 +136,7 @@ class Comparison:
         """Note what follows after the switch.
 
         Raises:
-            RecordError: it is no RAM of the guest.
+            RecordError: it is not RAM of the guest.
         """
         memory = self._pages.memory
         end = int(frame.first_gfns[-1] + frame.pages[-1])

@@ -67,7 +67,7 @@ class Credentials:
         try:
             context.load_verify_locations(directory / CA_CERT)
         except ssl.SSLError as error:
-            raise UsageError(f"{directory / CA_CERT} is no certificate", hint="it is PEM") from error
+            raise UsageError(f"{directory / CA_CERT} is not a certificate", hint="it is PEM") from error
         try:
             context.load_cert_chain(directory / certificate, directory / key)
         except ssl.SSLError as error:
@@ -82,7 +82,7 @@ class Credentials:
         """Return the credentials of ``side`` for whom knows ``secret``, as :func:`new_secret` returns it.
 
         Raises:
-            UsageError: it is no secret.
+            UsageError: it is not a secret.
             UnsupportedError: the library for certificates is missing.
         """
         authority = new_authority(_AUTHORITY, days=_SECRET_DAYS, seed=_seed_of(secret))
@@ -128,7 +128,7 @@ def read_secret(path: Path) -> str:
     """Return the secret in a file.
 
     Raises:
-        UsageError: it cannot be read, or others can read it, or it is no secret.
+        UsageError: it cannot be read, or others can read it, or it is not a secret.
     """
     _expect_readable(path)
     _expect_private(path)
@@ -148,7 +148,7 @@ def _seed_of(secret: str) -> bytes:
         if len(seed) != _SECRET_BYTES:
             raise ValueError("it has another length")
     except (ValueError, binascii.Error) as error:
-        raise UsageError("this is no secret", hint="`pageferry receive --secret new` prints one") from error
+        raise UsageError("this is not a secret", hint="`pageferry receive --secret new` prints one") from error
     return seed
 
 

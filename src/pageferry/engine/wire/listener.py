@@ -63,7 +63,7 @@ def _ipv6(text: str) -> str:
     try:
         is_link_local = ipaddress.IPv6Address(address).is_link_local
     except ipaddress.AddressValueError as error:
-        raise ValueError(f"{address!r} is no IPv6 address") from error
+        raise ValueError(f"{address!r} is not an IPv6 address") from error
     if is_link_local and not zone:
         raise ValueError(f"a link-local address needs its interface, as in [{address}%eth0]")
     if percent and not is_link_local:

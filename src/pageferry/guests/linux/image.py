@@ -55,7 +55,7 @@ def load_kernel(path: str | PathLike[str]) -> LinuxKernel:
     """Read a kernel's file.
 
     Raises:
-        UsageError: it cannot be read, or is no kernel that a 64-bit guest can run.
+        UsageError: it cannot be read, or is not a kernel that a 64-bit guest can run.
     """
     return parse_kernel(read_file(path), name=str(path))
 
@@ -68,7 +68,7 @@ def parse_kernel(data: bytes, *, name: str) -> LinuxKernel:
         name: how messages and the kernel call it.
 
     Raises:
-        UsageError: it is no kernel that a 64-bit guest can run.
+        UsageError: it is not a kernel that a 64-bit guest can run.
     """
     if data[:4] == MAGIC:
         entry, parts = _vmlinux(data, name)

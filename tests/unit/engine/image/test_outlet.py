@@ -40,7 +40,7 @@ def test_it_has_its_name_only_when_it_is_committed(path):
 @pytest.mark.parametrize("content", [b"a letter", b"x" * 4096, bytes(24), Encoder().header()[:23]])
 def test_what_is_no_saved_guest_is_not_replaced(path, content):
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="is no saved guest"):
+    with pytest.raises(UsageError, match="is not a saved guest"):
         FileOutlet(path)
     assert path.read_bytes() == content
     assert os.listdir(path.parent) == [path.name]
@@ -101,7 +101,7 @@ def test_what_others_have_made_is_neither_written_nor_removed(path):
 def test_what_comes_to_be_there_meanwhile_is_not_replaced_unless_it_is_a_save(path):
     sink = write(path, b"mine")
     path.write_bytes(b"a letter")
-    with pytest.raises(UsageError, match="is no saved guest"):
+    with pytest.raises(UsageError, match="is not a saved guest"):
         sink.commit()
     assert path.read_bytes() == b"a letter"
     path.write_bytes(Encoder().header())
@@ -154,7 +154,7 @@ def test_a_file_system_without_unnamed_files(path):
         assert os.listdir(path.parent) == [path.name]
     sink = write(path.with_name("other"), b"mine")
     sink.path.write_bytes(b"a letter")
-    with pytest.raises(UsageError, match="is no saved guest"):
+    with pytest.raises(UsageError, match="is not a saved guest"):
         sink.commit()
     sink.close()
     assert sink.path.read_bytes() == b"a letter"
@@ -165,7 +165,7 @@ def test_what_is_no_file_stays_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nothing")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "link", tmp_path / "/"):
-        with pytest.raises(UsageError, match="no regular file"):
+        with pytest.raises(UsageError, match="not a regular file"):
             FileOutlet(path)
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 

@@ -49,7 +49,7 @@ def test_addresses(uri, endpoint):
         ("tcp://" + "a" * 64 + ".example:1", "cannot be a host's name"),
         ("tcp://::1:99", "in brackets"),
         ("tcp://[::1:99", "not closed"),
-        ("tcp://[127.0.0.1]:1", "'127.0.0.1' is no IPv6 address"),
+        ("tcp://[127.0.0.1]:1", "'127.0.0.1' is not an IPv6 address"),
         ("tcp://[fe80::1]:1", "needs its interface, as in [fe80::1%eth0]"),
         ("tcp://[fe80::1%]:1", "needs its interface"),
         ("tcp://[::1%lo]:1", "only a link-local address has an interface"),
