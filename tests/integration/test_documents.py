@@ -102,7 +102,7 @@ def test_every_code_block_says_what_it_is(document):
 def test_what_is_not_run_is_rare():
     left_out = [block for document in DOCUMENTS for block in blocks_of(document) if NOT_RUN in block.text]
     assert all(re.search(rf"{NOT_RUN}\w+", block.text) for block in left_out)
-    assert len(left_out) <= 4
+    assert len(left_out) <= 5
 
 
 def said(document):
