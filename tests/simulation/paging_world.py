@@ -297,7 +297,7 @@ class PagingWorld:
             paging._journal.tobytes(),
             (paging._fault_count - self._faults_before, paging._failed_allocations),
             tuple((cpu.rip, tuple(sorted(cpu.tlb.items()))) for cpu in self._cpus),
-            tuple((vcpu._kicked, vcpu.tlb.flush_wanted) for vcpu in domain.vcpus),
+            tuple((vcpu._kicked, vcpu.tlb.flush_wanted, tuple(vcpu.tlb.protected)) for vcpu in domain.vcpus),
             self._contents(),
             self._copy,
             tuple(lock.held for lock in self._locks.values()),

@@ -300,12 +300,15 @@ class SoftVcpu:
                     engine.flush_code(maddr, PAGE_SIZE)
         if self.tlb.flush_wanted:
             self._flush_tlb(engine)
+        elif self.tlb.protected:
+            self._protect(engine)
         if self._interrupts is not None and (now_ns := time.monotonic_ns()) >= self._look_again_ns:
             self._look_again_ns = now_ns + _LOOK_AFTER_NS
             self._bus.advance()
 
     def _flush_tlb(self, engine: api.Engine) -> None:
         self.tlb.flush_wanted = False
+        self.tlb.protected.clear()
         engine.flush_tlb()
         self._walker.flush()
         self._nested.flush()
@@ -313,6 +316,19 @@ class SoftVcpu:
         self._code.flushed()
         self.tlb.flushes += 1
         self.shadow_mmu.shadow.resync()
+
+    def _protect(self, engine: api.Engine) -> None:
+        """Flush the TLB because pages became guest tables; what is remembered of others stays."""
+        with self.shadow_mmu.shadow.lock:  # which they become guest tables under
+            self._forget_protected()
+            self.tlb.protected.clear()
+            engine.flush_tlb()
+            self.tlb.flushes += 1
+        self.shadow_mmu.shadow.resync()
+
+    def _forget_protected(self) -> None:
+        for maddr in tuple(self.tlb.protected):
+            self._tlb_memory.forget_page(maddr)
 
     @contextmanager
     def _machine_addresses(self) -> Iterator[None]:
@@ -511,8 +527,11 @@ class SoftVcpu:
         if permitted is None:
             return 0
         entry.paddr, entry.perms = maddr, permitted
-        if self.tlb.flush_wanted:  # a page became a guest table under our hands, or the shadows were blown
+        if self.tlb.flush_wanted:  # the shadows were blown under our hands
             self._tlb_memory.forget()
+            self._hurry()
+        elif self.tlb.protected:  # a page became a guest table
+            self._forget_protected()
             self._hurry()
         elif not walker.smap and maddr < self._machine.size_bytes and (rests_on := self._rests_on(gva)) is not None:
             cpl = self._halves[HFLAGS] & CPL_MASK

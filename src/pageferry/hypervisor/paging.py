@@ -31,7 +31,7 @@ Source: RFC design 1 and "paging_mark_dirty()"; Xen ``paging.c``, ``struct log_d
 
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -56,17 +56,20 @@ _LOGDIRTY = P2MType.RAM_LOGDIRTY.value
 class Tlb:
     """One vCPU's TLB, as other threads see it.
 
-    ``flushes`` counts the flushes that are done; ``flush_wanted`` is cleared by the vCPU when it begins one.
+    ``flushes`` counts the flushes that are done; ``flush_wanted`` is cleared by the vCPU when it begins one. The same
+    for ``protected``, pages by machine address: a flush is wanted because they may not be written any more, and all
+    else that the vCPU remembers is as true as before.
 
     ``holds_code``: the vCPU may hold code translated from guest memory. Then ``written`` collects the frames (uint64[n]
     each) that somebody other than a vCPU has written, and ``hurry`` has the vCPU look at them soon.
     """
 
-    __slots__ = ("flush_wanted", "flushes", "holds_code", "hurry", "written")
+    __slots__ = ("flush_wanted", "flushes", "holds_code", "hurry", "protected", "written")
 
     def __init__(self) -> None:
         self.flush_wanted = False
         self.flushes = 0
+        self.protected: deque[int] = deque()
         self.holds_code = False
         self.written: deque[GfnArray] = deque()
         self.hurry: Callable[[], None] = lambda: None
@@ -74,6 +77,10 @@ class Tlb:
     def request_flush(self) -> None:
         """Have the vCPU flush it, on its own thread, before it enters the guest again or begins its next slice."""
         self.flush_wanted = True
+
+    def request_protection(self, maddrs: Iterable[int]) -> None:
+        """As :meth:`request_flush`, only that these pages may not be written through it any more; any thread."""
+        self.protected.extend(maddrs)
 
     def note_written(self, gfns: GfnArray) -> None:
         """Tell the vCPU that frames were written behind its back; any thread, after the write."""

@@ -207,11 +207,12 @@ class ShadowPaging:
     def _note_newly_protected(self) -> None:
         # TLBs may still map them writable.
         if self.tables.newly_protected:
+            maddrs = [self._p2m.lookup(gfn)[0] << PAGE_SHIFT for gfn in self.tables.newly_protected]
             for gfn in self.tables.newly_protected:
                 self._out_of_sync[gfn] = [tlb.flushes for tlb in self._tlbs]
             self.tables.newly_protected.clear()
             for tlb in self._tlbs:
-                tlb.request_flush()
+                tlb.request_protection(maddrs)
 
     def read_table(self, gpa: int, size: int) -> int:
         """Return what a load through the table window reads."""

@@ -1,5 +1,6 @@
 """The soft vCPU as the CPU of an operating system: small programs in ring 0 say what was delivered to them."""
 
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -631,6 +632,35 @@ def test_frames_written_by_the_host_are_told_to_the_vcpu_only_while_it_holds_cod
     finish(program)
     tlb.note_written(np.array([BASE >> 12], np.uint64))
     assert len(tlb.written) == 1
+
+
+def test_a_page_that_becomes_a_table_while_it_may_be_written_is_seen_when_it_is(tmp_path):
+    program = Ring0(
+        tmp_path,
+        f"""
+        movq ${TABLES + 0x2000}, %rsi
+        movq $0xc00000, %rdi
+        movl $512, %ecx
+        rep movsq
+        movq $0xc00007, {TABLES + 0x1000} + 8
+        movq 0x40800000, %rax                    # not present before, so nothing is to be flushed
+        movq 0xc00000 + 8*5, %rcx
+        movq %rcx, 0xc00000 + 8*4
+        invlpg 0x40800000
+        movq 0x40800000, %rdx
+        movq %rax, 0xe00000
+        movq %rdx, 0xe00008
+        ret
+    """,
+        paging_mode="shadow",
+    )
+    for value, gpa in ((1, 0x80_0000), (2, 0xA0_0000)):
+        program.vm.memory.write(gpa, struct.pack("<Q", value))
+    assert finish(program) == []
+    assert [program.vm.memory.read_u64(gpa) for gpa in (0xE0_0000, 0xE0_0008)] == [1, 2]
+    assert program.vm.vcpus[0].tlb.flushes > 1
+    audit.check(program.vm)
+    program.vm.close()
 
 
 def test_a_page_that_is_no_table_any_more_is_written_freely(tmp_path):
