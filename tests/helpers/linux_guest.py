@@ -39,6 +39,11 @@ class Said:
             if not self._changed.wait_for(condition, timeout_s):
                 raise AssertionError(f"no {what} after {timeout_s} s; the guest said:\n{self._tail()}")
 
+    def wait_for_more(self, size, timeout_s):
+        """Wait until it has said more than ``size`` bytes, or until so much time has passed."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._said) > size, timeout_s)
+
     def works_on(self, rounds=2, timeout_s=600):
         """Wait for so many rounds more; nothing went wrong."""
         goal = self.rounds() + rounds

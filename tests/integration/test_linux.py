@@ -12,7 +12,8 @@ from processes import cli
 from tiers import sample
 from trips import source_of
 
-from pageferry.core.policies import XenPolicy
+from pageferry.core.policies import ConvergePolicy, DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
+from pageferry.core.policy import Action, Decision
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.image.restore import restore
 from pageferry.engine.image.save import Save
@@ -23,6 +24,8 @@ from pageferry.guests.linux.image import load_kernel
 from pageferry.guests.loader import KernelOptions, named
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.paging import PAGING_MODES
+from pageferry.witness.cross_check import findings
+from pageferry.witness.machines import with_digests
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -35,8 +38,8 @@ def linux():
     """Makes machines of one CPU with ``load`` to start them; closes them and all that is given to it."""
     made = []
 
-    def make(load, said, mode=PAGING_MODES[0]):
-        vm = Domain(VmConfig(memory_bytes=MEMORY_BYTES, machine=MachineModel.PC), paging_mode=mode)
+    def make(load, said, mode=PAGING_MODES[0], wrap=lambda make_vm: make_vm):
+        vm = wrap(partial(Domain, paging_mode=mode))(VmConfig(memory_bytes=MEMORY_BYTES, machine=MachineModel.PC))
         made.append(vm)
         said.listen_to(vm)
         load(vm)
@@ -56,6 +59,25 @@ def loader(image, command_line):
 
 def until_ready(said):
     said.wait_for(lambda: READY in bytes(said), "first process", PATIENCE_S)
+
+
+class UntilReady:
+    """A policy that makes a round each time the guest has said more, until its first process is ready."""
+
+    name = "until ready"
+    limit_s = None
+
+    def __init__(self, said):
+        self._said = said
+        self._heard = 0
+
+    def decide(self, progress):
+        """Wait for more, not so long that the other end gives up."""
+        self._said.wait_for_more(self._heard + 500, 20)
+        said = bytes(self._said)
+        self._heard = len(said)
+        ready = READY in said
+        return Decision(action=Action.STOP_AND_COPY if ready else Action.NEXT_ROUND, reason="it has said more")
 
 
 def type_line(vm, text):
@@ -85,6 +107,47 @@ def test_it_works_through_three_moves_and_a_file(linux, inns, tmp_path, mode):
         said.listen_to(vm)
         vm.resume()
         said.works_on()
+
+
+@pytest.mark.exhaustive("policies have tests with small guests; a Linux moves in every run")
+@pytest.mark.parametrize("mode", PAGING_MODES)
+def test_every_policy_moves_it_while_it_works(linux, inns, mode):
+    said = Said()
+    vm = linux(loader(linux_image(), "pageferry=work"), said, mode)
+    until_ready(said)
+    said.works_on()
+    policies = [
+        *(XenPolicy(), DowntimePolicy(limit_s=30.0), ConvergePolicy(limit_s=5.0), DeadlinePolicy(deadline_s=10.0)),
+        PostcopyPolicy(max_rounds=1, limit_s=1e-3),
+    ]
+    inn = inns(partial(Domain, paging_mode=mode), "soft")
+    for policy in policies:
+        report = source_of(vm, inn.open(before_run=said.listen_to), policy).run()
+        assert (report.status, report.policy, report.verified) == ("completed", policy.name, True)
+        vm = inn.outcome()
+        assert not isinstance(vm, Exception), vm
+        said.works_on()
+    assert report.postcopy is not None
+
+
+@pytest.mark.exhaustive("the witness has tests with small guests")
+@pytest.mark.parametrize("mode", PAGING_MODES)
+def test_a_witness_agrees_with_the_tracker_while_it_boots(linux, inns, mode):
+    said = Said()
+    vm = linux(loader(linux_image(), "loglevel=7"), said, mode, with_digests)
+    said.wait_for(lambda: b"Linux version" in bytes(said), "word of the kernel", PATIENCE_S)
+    inn = inns(with_digests(partial(Domain, paging_mode=mode)), "soft")
+    report = source_of(vm, inn.open(before_run=said.listen_to), UntilReady(said)).run()
+    assert report.verified
+    compared = findings(vm.log_dirty)
+    assert compared["trackers"] == f"{mode} against digests"
+    assert compared["rounds"] > 10
+    assert compared["pages"] > 1000
+    vm = inn.outcome()
+    assert not isinstance(vm, Exception), vm
+    type_line(vm, "echo six times seven is $((6 * 7))")
+    said.wait_for(lambda: b"six times seven is 42" in bytes(said), "answer", PATIENCE_S)
+    said.expect_no_trouble()
 
 
 @pytest.mark.parametrize(

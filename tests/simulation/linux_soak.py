@@ -2,11 +2,13 @@
 
     python -m simulation.linux_soak [--seed N] [--count N] [--image FOLDER]
 
-The guest is a stock kernel on the software machine, with a disk. Its work (tests/linux/toil.sh) is memtester, stress-
-ng, fio, sqlite3 and redis out of Debian's packages, all at once. The moves, drawn by chance, are of all kinds: each
-policy, post-copy, several connections, packing, both paging modes, save and restore, eager and lazy. After each the
-guest works on. At the end each job has been done anew since the last move, the kernel has said nothing bad, the wall
-clock is right, and the file system checks clean.
+The guest is a stock kernel on the software machine, with a disk and a network. Its work (tests/linux/toil.sh) is
+memtester, stress-ng, fio, sqlite3 and redis out of Debian's packages, and what is said and echoed on one TCP connection
+through a tap to another network namespace, all at once. The moves, drawn by chance, are of all kinds: each policy,
+post-copy, several connections, packing, both paging modes, save and restore, eager and lazy, and each leads to another
+tap. After each the guest works on. At the end each job has been done anew since the last move, the kernel has said
+nothing bad, the wall clock is right, the guest has missed no time but what it stood still for, the connection is the
+first, and the file system checks clean.
 
 Ends with 0 when all of that is so, with 1 at the first thing that is not, with 5 where no guest can be had.
 """
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +30,7 @@ from tempfile import TemporaryDirectory
 from debian_root import NoRootError, debian_root
 from linux_guest import Said
 from trips import Inn, source_of
+from two_networks import ADDRESS, PEER, NoNetworkError, Peer, two_networks
 
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.errors import PageferryError
@@ -48,11 +51,13 @@ from pageferry.stream.packing import Packing
 PROJECT = Path(__file__).resolve().parents[2]
 BUILD = PROJECT / "build" / "linux"
 TOIL = PROJECT / "tests" / "linux" / "toil.sh"
-JOBS = ("memory", "stress", "disk", "database", "store")
+JOBS = ("memory", "stress", "disk", "database", "store", "link")
+TAPS = 2
 DEFAULT_COUNT = 50
 MEMORY_BYTES = 512 << 20
-_PATIENCE_S = 900.0
+_PATIENCE_S = 3600.0  # only a guest that hangs takes so long
 _CLOCK_S = 2.5  # the clock shows whole seconds, and the answer takes a while
+_RATE = 1e-3  # how wrong the guest may know the rate of its time-stamp counter to be
 _NOT_HERE = 5
 
 
@@ -62,45 +67,69 @@ class WentWrongError(Exception):
 
 @dataclass
 class Guest:
-    """The guest, wherever it is: ``vm`` is its machine now, ``said`` what it has said on its console since boot."""
+    """The guest, wherever it is.
+
+    ``vm`` is its machine now, ``said`` what it has said on its console since boot, ``stood_s`` for how long it has
+    stood still at the most, ``moves`` how often it was moved.
+    """
 
     vm: Domain
     said: Said = field(default_factory=Said)
+    stood_s: float = 0.0
+    moves: int = 0
 
     def be(self, vm: Domain) -> None:
         """Be on another machine, which it has come to."""
         old, self.vm = self.vm, vm
+        self.moves += 1
         old.close()
+
+    def machine(self, mode: str, config: VmConfig) -> Domain:
+        """Return a machine for it to come to, whose tap is another one than it has now."""
+        tap = f"tap:tap{(self.moves + 1) % TAPS}"
+        devices = tuple(replace(spec, backend=tap) if spec.kind == DeviceKind.NET else spec for spec in config.devices)
+        return Domain(replace(config, devices=devices), paging_mode=mode)
 
     def done(self, job: str) -> int:
         """Return how often a job has ended well."""
         turns = re.findall(rf"^toil: {job} (\d+)\r?$", bytes(self.said).decode(errors="replace"), re.MULTILINE)
         return int(turns[-1]) if turns else 0
 
-    def works_on(self, jobs: Sequence[str], turns: int = 1) -> None:
-        """Wait until each of these jobs was done so many times more."""
-        goals = {job: self.done(job) + turns for job in jobs}
+    def works_on(self, *, all_jobs: bool) -> None:
+        """Wait until a job, or each of them, was done anew."""
+        before = [self.done(job) for job in JOBS]
+        enough = all if all_jobs else any
 
         def reached() -> bool:
             self.said.expect_no_trouble()
-            return all(self.done(job) >= goal for job, goal in goals.items())
+            return enough(self.done(job) > turns for job, turns in zip(JOBS, before, strict=True))
 
-        self.said.wait_for(reached, f"turn of {goals}", _PATIENCE_S)
+        self.said.wait_for(reached, f"job done, of {JOBS} after {before}", _PATIENCE_S)
+
+    def tell(self, line: str) -> None:
+        """Type a line to the guest's shell."""
+        data = line.encode() + b"\n"
+        while data:
+            data = data[self.vm.type_console(data) :]
+            time.sleep(0.01)
 
     def ask(self, command: str) -> str:
-        """Run a command in the guest's shell; return what it prints."""
+        """Run a command in the guest's shell; return what it prints. The work may say something in between."""
         mark = f"answer-{secrets.token_hex(4)}"
         before = len(bytes(self.said))
-        say_it = f"echo {mark[:6]}''{mark[6:]}"  # the console echoes what is typed, which is no answer
-        line = f"{say_it}\n{command}\n{say_it}\n".encode()
-        while line:
-            line = line[self.vm.type_console(line) :]
-            time.sleep(0.01)
-        pattern = re.compile(rf"^{mark}\r?$(.*?)^{mark}\r?$".encode(), re.MULTILINE | re.DOTALL)
-        self.said.wait_for(lambda: pattern.search(bytes(self.said), before), f"answer to {command}", _PATIENCE_S)
-        found = pattern.search(bytes(self.said), before)
-        assert found is not None
-        return found[1].decode(errors="replace").strip()
+        apart = f"{mark[:6]}''{mark[6:]}"  # the console may echo what is typed, which is no answer
+        self.tell(f"({command}) 2>&1 | sed s/^/{apart}:/; echo {apart}.")
+        self.said.wait_for(
+            lambda: f"{mark}.".encode() in bytes(self.said)[before:], f"answer to {command}", _PATIENCE_S
+        )
+        lines = re.findall(rf"{mark}:(.*?)\r?\n", bytes(self.said)[before:].decode(errors="replace"))
+        return "\n".join(lines)
+
+    def times(self) -> tuple[float, float, float]:
+        """Return how long the guest believes to be up, and our own clock's time before it was asked and after, in s."""
+        before_s = time.monotonic()
+        up_s = float(self.ask("cut -d ' ' -f 1 /proc/uptime"))
+        return up_s, before_s, time.monotonic()
 
 
 Way = Callable[[Guest, random.Random, Path], str]
@@ -108,13 +137,14 @@ Way = Callable[[Guest, random.Random, Path], str]
 
 def _to(guest: Guest, draw: random.Random, policy: object, **options: object) -> str:
     mode = draw.choice(PAGING_MODES)
-    inn = Inn(partial(Domain, paging_mode=mode), "soft")
+    inn = Inn(partial(guest.machine, mode), "soft")
     try:
         report = source_of(guest.vm, inn.open(before_run=guest.said.listen_to), policy, **options).run()
         arrived = inn.outcome()
         if arrived is not inn.vm or not report.verified:
             raise WentWrongError(f"no verified guest has arrived: {arrived}")
         guest.be(inn.check_out())
+        guest.stood_s += report.downtime_s
     finally:
         inn.close()
     return f"to {mode}, {report.policy}, {len(report.rounds)} rounds, {report.downtime_s * 1e3:.0f} ms"
@@ -147,8 +177,9 @@ def _postcopy(guest: Guest, draw: random.Random, _: Path) -> str:
 
 def _file(guest: Guest, draw: random.Random, folder: Path, *, lazily: bool) -> str:
     path, mode = folder / "guest.bin", draw.choice(PAGING_MODES)
+    began_s = time.monotonic()
     Save(guest.vm, path, XenPolicy(), stop=True, on_event=lambda _: None).run()
-    make_vm = partial(Domain, paging_mode=mode)
+    make_vm = partial(guest.machine, mode)
     failures: list[PageferryError] = []
     saved = SavedGuest(path)
     if lazily:
@@ -159,6 +190,7 @@ def _file(guest: Guest, draw: random.Random, folder: Path, *, lazily: bool) -> s
     guest.said.listen_to(vm)
     guest.be(vm)
     vm.resume()
+    guest.stood_s += time.monotonic() - began_s
     if lazy is not None:
         lazy.read_ahead()
         while not (lazy.done or failures):
@@ -184,7 +216,8 @@ WAYS: dict[str, Way] = {
 def boot(image: LinuxImage, disk: Path) -> Guest:
     """Boot the guest; its work has begun when this returns, and there is a shell on the console."""
     disk_spec = DeviceSpec(kind=DeviceKind.DISK, backend=str(disk))
-    devices = (disk_spec, DeviceSpec(kind=DeviceKind.RNG), DeviceSpec(kind=DeviceKind.BALLOON))
+    net_spec = DeviceSpec(kind=DeviceKind.NET, backend="tap:tap0", mac="52:54:00:77:00:02")
+    devices = (disk_spec, net_spec, DeviceSpec(kind=DeviceKind.RNG), DeviceSpec(kind=DeviceKind.BALLOON))
     guest = Guest(Domain(VmConfig(memory_bytes=MEMORY_BYTES, machine=MachineModel.PC, devices=devices)))
     guest.said.listen_to(guest.vm)
     script = b"#!/bin/busybox sh\n" + TOIL.read_bytes()
@@ -194,23 +227,42 @@ def boot(image: LinuxImage, disk: Path) -> Guest:
     guest.vm.claim_backends()
     guest.vm.resume()
     guest.said.wait_for(lambda: b"pageferry: ready" in bytes(guest.said), "first process", _PATIENCE_S)
-    guest.ask("toil > /dev/ttyS0 2>&1 &")
+    guest.tell(f"ADDRESS={ADDRESS} PEER={PEER} toil > /dev/ttyS0 2>&1 &")
     guest.said.wait_for(lambda: b"toil: begun" in bytes(guest.said), "work", _PATIENCE_S)
     return guest
 
 
-def expect_sound(guest: Guest, disk: Path) -> None:
-    """Check what only the end shows; the guest is off afterwards.
+def expect_on_time(guest: Guest, begin: tuple[float, float, float]) -> None:
+    """Check the clocks: the wall clock goes on while the guest stands still, its own time does not.
+
+    Args:
+        guest: it.
+        begin: what :meth:`Guest.times` has told before the first move.
 
     Raises:
-        WentWrongError: the kernel complained, the clock is wrong, or the file system is damaged.
+        WentWrongError: one is wrong.
     """
-    bad = guest.ask("dmesg | grep -iE 'BUG|WARNING|stall|lockup|error|unstable' | grep -v 'workqueue lockup detector'")
-    if bad:
-        raise WentWrongError(f"the kernel said: {bad}")
     shown_s = int(guest.ask("cat /sys/class/rtc/rtc0/since_epoch"))
     if abs(shown_s - time.time()) > _CLOCK_S:
         raise WentWrongError(f"the wall clock is {shown_s - time.time():+.1f} s off")
+    (up_first_s, before_first_s, after_first_s), (up_s, before_s, after_s) = begin, guest.times()
+    passed_s = up_s - up_first_s
+    least_s, most_s = before_s - after_first_s - guest.stood_s, after_s - before_first_s
+    if not least_s * (1 - _RATE) <= passed_s <= most_s * (1 + _RATE):
+        raise WentWrongError(f"{passed_s:.2f} s have passed in the guest, not {least_s:.2f} to {most_s:.2f} s")
+
+
+def expect_sound(guest: Guest, disk: Path, peer: Peer) -> None:
+    """Check what only the end shows; the guest is off afterwards.
+
+    Raises:
+        WentWrongError: the kernel complained, the connection was made anew, or the file system is damaged.
+    """
+    if peer.connections != 1:
+        raise WentWrongError(f"the guest's connection was made {peer.connections} times")
+    bad = guest.ask("dmesg | grep -iE 'BUG|WARNING|stall|lockup|error|unstable' | grep -v 'workqueue lockup detector'")
+    if bad:
+        raise WentWrongError(f"the kernel said: {bad}")
     guest.ask("killall toil; sleep 1; for i in 1 2 3; do killall -9 redis-server memtester stress-ng fio sqlite3; done")
     guest.ask("sync; umount /root/tmp /root/proc /root/sys /root/dev; umount -l /root; sync; sleep 2")
     guest.vm.pause()
@@ -220,8 +272,10 @@ def expect_sound(guest: Guest, disk: Path) -> None:
         raise WentWrongError(f"e2fsck: {checked.stdout}")
 
 
-def soak(seed: int, count: int, image: LinuxImage, root: Path, say: Callable[[str], None]) -> None:
+def soak(seed: int, count: int, image: LinuxImage, root: Path, peer: Peer, say: Callable[[str], None]) -> None:
     """Move a guest at work ``count`` times, then look whether all is well.
+
+    This thread is in the network that the peer is behind.
 
     Raises:
         Exception: whatever went wrong; the seed has been said.
@@ -234,20 +288,23 @@ def soak(seed: int, count: int, image: LinuxImage, root: Path, say: Callable[[st
         guest = boot(image, disk)
         try:
             say("it works")
+            begin = guest.times()
             names = [*WAYS] * (count // len(WAYS) + 1)
             draw.shuffle(names)
             for number, name in enumerate(names[:count], start=1):
                 began_s = time.monotonic()
                 how = WAYS[name](guest, draw, Path(folder))
                 took_s = time.monotonic() - began_s
-                guest.works_on([draw.choice(JOBS)])
+                guest.works_on(all_jobs=False)
                 say(f"{number}/{count} {name:<9} {how}; {took_s:.1f} s")
-            guest.works_on(JOBS)
-            expect_sound(guest, disk)
+            guest.works_on(all_jobs=True)
+            expect_on_time(guest, begin)
+            expect_sound(guest, disk, peer)
         finally:
             guest.vm.close()
     done = ", ".join(f"{job} {guest.done(job)}" for job in JOBS)
-    say(f"linux soak: {count} moves, all verified; done: {done}; kernel, clock and file system are well")
+    echoed = f"{peer.echoed_bytes >> 10:,} KiB echoed on one connection"
+    say(f"linux soak: {count} moves, all verified; done: {done}; {echoed}; kernel, clocks and file system are well")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,7 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _NOT_HERE
     seed = secrets.randbits(32) if options.seed is None else options.seed
     try:
-        soak(seed, options.count, image, root, partial(print, flush=True))
+        with two_networks(TAPS) as peer:
+            soak(seed, options.count, image, root, peer, partial(print, flush=True))
+    except NoNetworkError as error:
+        print(f"linux soak: {error}")
+        return _NOT_HERE
     except (PageferryError, WentWrongError, AssertionError) as error:
         print(f"linux soak: FAILED, seed {seed}: {error}")
         return 1
