@@ -96,8 +96,11 @@ class _ModelCpu:
         self.rip += 1
         return 0
 
+    def ready(self) -> None:
+        """One store per slice: no slice is ended early."""
+
     def hurry(self) -> None:
-        """One store per slice."""
+        """The same."""
 
     def flush_tlb(self) -> None:
         step("flush the TLB")
