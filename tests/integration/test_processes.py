@@ -443,7 +443,12 @@ def test_a_control_socket_left_behind_is_taken_over_and_a_living_one_is_not(star
 def test_a_migration_that_is_held_is_watched_limited_and_let_go(processes):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    assert "no migration in progress" in one_line(cli("limits", "--control", source.control, "--bandwidth", "1G"))
+    kept = cli("limits", "--control", source.control, "--bandwidth", "1G", "--downtime-limit", "80000")
+    assert (kept.returncode, kept.stderr) == (
+        0,
+        "pageferry: no migration is under way: the limits are kept for the next one\n",
+    )
+    assert source.ask("query-migrate-parameters") == {"downtime-limit": 80000, "max-bandwidth": 1 << 30}
     assert "no migration in progress" in one_line(cli("switch", "--control", source.control))
     done = []
     thread = threading.Thread(

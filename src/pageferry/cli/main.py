@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "switch": ("migrations:switch", "Let a migration that was told to hold pause its guest and finish."),
     "cancel": ("migrations:cancel", "Cancel the migration under way; the guest stays where it is."),
-    "limits": ("migrations:limits", "Change the limits of the migration under way."),
+    "limits": ("migrations:limits", "Change the limits of the migration under way, and of those to come."),
     "save": (
         "migrations:save",
         "Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels.",

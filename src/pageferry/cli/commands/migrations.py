@@ -192,7 +192,7 @@ def limits(
         str | None, typer.Option(callback=RATE, help="Bytes a second at the most, e.g. 100M; 0: no limit.")
     ] = None,
 ) -> None:
-    """Change the limits of the migration under way."""
+    """Change the limits of the migration under way, and of those to come."""
     given = {
         "downtime-limit": downtime_limit,
         "x-max-rounds": max_rounds,
@@ -204,6 +204,8 @@ def limits(
         raise UsageError("no limit was given", hint="--downtime-limit, --max-rounds, --deadline or --bandwidth")
     with QmpClient(control) as client:
         client.execute("migrate-set-parameters", **given)
+        if "x-eta-reason" not in client.execute("query-migrate"):
+            tell("no migration is under way: the limits are kept for the next one")
 
 
 def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
