@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from at_work import until
@@ -72,6 +73,7 @@ def test_signals_cancel_and_what_came_of_it_is_told(held, background, storm):
     assert destination.status() == "inmigrate"
 
 
+@pytest.mark.exhaustive("tests/unit/cli/test_client.py has the same without a guest")
 def test_signals_that_come_too_late_change_nothing_of_what_is_told(pair, wires, background):
     source, destination = pair
     wire = wires(destination.endpoint(), hold_at=u32(FrameType.RUNNING))
@@ -162,9 +164,8 @@ def test_a_second_migration_meanwhile_is_wrong_usage(held, background):
     assert client.returncode == 0
 
 
-@pytest.mark.parametrize(
-    "stderr", sample(["/dev/full", "a pipe without a reader"], "the same error of one call", quick=["/dev/full"])
-)
+@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without a guest")
+@pytest.mark.parametrize("stderr", ["/dev/full", "a pipe without a reader"])
 def test_a_migration_is_followed_to_its_end_though_its_progress_cannot_be_written(pair, stderr):
     source, destination = pair
     if stderr == "/dev/full":
@@ -201,13 +202,15 @@ def test_a_migration_whose_report_cannot_be_written_has_happened_all_the_same(pa
     assert destination.runs_on()
 
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 LOCALES = {
     "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     "Latin-1": {"PYTHONIOENCODING": "latin-1"},
 }
 
 
-@pytest.mark.parametrize("locale", sample(LOCALES, "ASCII has fewer characters", quick=["C"]))
+@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without a guest")
+@pytest.mark.parametrize("locale", LOCALES)
 def test_a_narrow_encoding_changes_characters_and_nothing_else(pair, tmp_path, locale):
     source, destination = pair
     narrow = {"env": os.environ | LOCALES[locale], "encoding": "latin-1"}
@@ -219,9 +222,6 @@ def test_a_narrow_encoding_changes_characters_and_nothing_else(pair, tmp_path, l
     assert moved.returncode == 0, moved.stderr
     assert " dirty -> " in moved.stderr
     assert "#" in moved.stdout
-    for command in (("inspect", name), ("inspect", name, "--check"), ("doctor",)):
-        result = cli(*command, **narrow)
-        assert result.returncode == 0, result.stderr
     assert "gu\\xffest.bin: whole" in cli("inspect", name, "--check", **narrow).stdout
     missing = cli("inspect", os.fsencode(name) + b"\xfe", **narrow)
     assert missing.returncode == 2
@@ -280,6 +280,7 @@ def test_a_folder_that_is_gone_is_said_to_be(tmp_path):
         assert "pageferry: the current folder was removed\n" in result.stderr
 
 
+@pytest.mark.exhaustive("tests/unit/engine/wire/test_listener.py has the same without a guest")
 def test_a_process_that_ends_leaves_the_socket_of_the_next_one_alone(start):
     first = start("run", *GUEST, name="same")
     first.control.unlink()  # somebody cleaned up
@@ -311,3 +312,14 @@ def test_a_command_that_was_stopped_for_long_hears_the_outcome(pair, background)
     out, err = client.communicate(timeout=GIVE_UP_S)
     assert client.returncode == 0, err
     assert json.loads(out)["status"] == "completed"
+
+
+@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without these commands")
+@pytest.mark.parametrize("locale", LOCALES)
+def test_what_only_tells_does_so_in_a_narrow_encoding(tmp_path, locale):
+    narrow = {"env": os.environ | LOCALES[locale], "encoding": "latin-1"}
+    name = tmp_path / os.fsdecode(b"gu\xffest.bin")
+    name.write_bytes((GOLDEN / "pageferry-v3-1.bin").read_bytes())
+    for command in (("inspect", name), ("inspect", name, "--json"), ("doctor",), ("--help",)):
+        result = cli(*command, **narrow)
+        assert result.returncode == 0, result.stderr

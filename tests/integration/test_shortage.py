@@ -52,6 +52,7 @@ def test_a_destination_that_may_open_no_more_files_says_so_and_waits_on(start):
     assert moved.returncode == 0, moved.stderr
 
 
+@pytest.mark.exhaustive("the other end says it in the same words")
 def test_a_source_that_may_open_no_more_files_says_so(start):
     source, destination = start("run", *GUEST), start("receive", "tcp://127.0.0.1:0", "--accel", "soft")
     assert source.runs_on()
