@@ -192,8 +192,11 @@ class Acceptor:
                     time.sleep(_RETRY_S)  # out of descriptors, or a source that left at once
                 continue
             with self._changed:
+                if self.closed:
+                    channel.close()
+                    return
                 self._places.heard.append(channel)
-                longest = self._places.heard[0] if len(self._places.heard) > MAX_CALLERS else None
+                longest = self._places.heard.pop(0) if len(self._places.heard) > MAX_CALLERS else None
             if longest is not None:
                 longest.abort()
             threading.Thread(target=self._hear, args=(channel,), name="caller", daemon=True).start()

@@ -187,7 +187,6 @@ def test_a_place_that_is_closed_wakes_all_and_keeps_nothing(place, callers):
         thread.start()
     for _ in range(5):
         callers()
-    saying(callers(), Recover(proof="p"))
     place.close()
     for thread in threads:
         thread.join(GIVE_UP_S)
