@@ -93,14 +93,15 @@ def one_line(result):
 class Process:
     """A process with a control socket; whoever makes one ends it (the fixture ``start`` does).
 
-    What its guest prints is in the file ``output``, what it says itself in ``log``. It finds modules in ``folder``.
+    ``within`` is what its command is run by. What its guest prints is in the file ``output``, what it says itself in
+    ``log``. It finds modules in ``folder``.
     """
 
-    def __init__(self, folder, name, *arguments):
+    def __init__(self, folder, name, *arguments, within=()):
         self.control = folder / f"{name}.sock"
         self.output = folder / f"{name}.out"
         self.log = folder / f"{name}.log"
-        command = [*PAGEFERRY, *map(str, arguments), "--control", str(self.control)]
+        command = [*within, *PAGEFERRY, *map(str, arguments), "--control", str(self.control)]
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
         with self.output.open("wb") as output, self.log.open("wb") as log:
             self.popen = launch(

@@ -16,8 +16,8 @@ def start(tmp_path):
     """Starts processes with a control socket, by the arguments of the command line, and ends them."""
     made = []
 
-    def begin(*arguments, name=None):
-        made.append(Process(tmp_path, name or f"process{len(made)}", *arguments))
+    def begin(*arguments, name=None, within=()):
+        made.append(Process(tmp_path, name or f"process{len(made)}", *arguments, within=within))
         return made[-1]
 
     yield begin

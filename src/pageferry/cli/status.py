@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Json = dict[str, Any]
+#: From when on it is told that nothing comes.
+_SILENT_S = 1.0
 
 
 def print_status(state: Json, say: Callable[[str], None]) -> None:
@@ -23,6 +25,8 @@ def print_status(state: Json, say: Callable[[str], None]) -> None:
     say(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})")
     if state["listening"]:
         say(f"waiting for a guest at {state['listening']}")
+    if state["silent_s"] is not None:
+        say(_receiving_line(state["silent_s"]))
     if "memory_bytes" in state:
         _print_guest(state, say)
     if state["migration"] is not None:
@@ -63,6 +67,12 @@ def _print_guest(state: Json, say: Callable[[str], None]) -> None:
         say(_witness_line(state["oracle"]))
     if state["missing_pages"]:
         say(_missing_line(state))
+
+
+def _receiving_line(silent_s: float) -> str:
+    if silent_s < _SILENT_S:
+        return "a guest is being received"
+    return f"a guest is being received; nothing has come from its source for {silent_s:.0f} s"
 
 
 def _outlook_line(migration: Json) -> str:

@@ -110,6 +110,7 @@ class Destination(Generic[AnyVm]):
     ) -> None:
         self._peer = peer
         self._channel = peer.channel
+        self._channels = [peer.channel]
         self._make_vm = make_vm
         self._host_cpu = host_cpu
         self._accept = accept
@@ -137,7 +138,7 @@ class Destination(Generic[AnyVm]):
                 vm, shared = self._machine(hello)
                 undo.callback(vm.close)
                 agreed, token = self._answer(hello, vm, shared=shared)
-                channels = [self._channel, *self._join(hello, agreed, token)]
+                channels = self._channels = [self._channel, *self._join(hello, agreed, token)]
                 pages = ReceivedPages(vm.memory, audits=features.AUDIT in agreed)
             with Populator(vm.memory, hello.populated, lambda: pages.arrived_pages), self._clock.phase(Phase.PRECOPY):
                 state = self._receive(hello, agreed, channels, pages)
@@ -189,6 +190,14 @@ class Destination(Generic[AnyVm]):
     def missing_pages(self) -> int:
         """How many pages are still at the source; from the switch on it only falls."""
         return 0 if self._postcopy is None else self._postcopy.missing_pages
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing has come from the source, on any connection."""
+        channels = tuple(self._channels)
+        if self._postcopy is not None and (channel := self._postcopy.channel) is not None:
+            channels = (channel,)
+        return min(channel.unmoved_s for channel in channels)
 
     @property
     def waits_for_source(self) -> bool:

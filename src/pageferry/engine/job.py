@@ -1,6 +1,7 @@
 """Job: what others may ask of a migration or a save while it goes on: cancel, hold, limits, status, recover."""
 
 import threading
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pageferry.engine.pages.send import Outlet
 from pageferry.engine.pause import pause_limit_s, waits_for
 from pageferry.engine.postcopy.server import Postcopy
 from pageferry.engine.progress import Outlook, PhaseClock, Rounds, Traffic
-from pageferry.engine.wire.channel import Endpoint
+from pageferry.engine.wire.channel import SILENT_S, Channel, Endpoint
 from pageferry.engine.wire.pacer import Pacer
 
 
@@ -127,6 +128,11 @@ class Job:
         """How long a pause that begins now may take before it is given up; None: as long as it does."""
         return pause_limit_s(self._pause_limit_s, self.downtime_limit_s)
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the other end has neither taken nor said anything that is waited for."""
+        return max((each.silent_s for each in tuple(self._channels) if isinstance(each, Channel)), default=0.0)
+
     def traffic(self) -> Traffic:
         """Return how far it is."""
         remaining_pages = self._rounds.remaining_pages if self.postcopy is None else self.postcopy.missing.left_pages
@@ -139,7 +145,13 @@ class Job:
         )
 
     def outlook(self) -> Outlook:
-        """Return how fast it goes and when it will be over."""
+        """Return how fast it goes and when it will be over; not while the other end is silent."""
+        outlook, silent_s = self._outlook(), self.silent_s
+        if silent_s < SILENT_S:
+            return outlook
+        return replace(outlook, eta_s=None, eta_reason=f"the other end has been silent for {silent_s:.0f} s")
+
+    def _outlook(self) -> Outlook:
         if self.postcopy is not None and self.handoff.committed:
             return self.postcopy.outlook(self._rounds.wire_bytes_per_s())
         return self._rounds.outlook(limit_s=self.downtime_limit_s, held=self.status is JobStatus.HELD)

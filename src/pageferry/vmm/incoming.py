@@ -82,6 +82,12 @@ class Incoming:
         return 0 if attempt is None else attempt.missing_pages
 
     @property
+    def silent_s(self) -> float | None:
+        """For how long nothing has come from the source of the guest that is being received; None: there is none."""
+        attempt = self._attempt
+        return None if attempt is None else attempt.silent_s
+
+    @property
     def waits_for_source(self) -> bool:
         """Whether the guest stands still until its source, which is gone, comes back."""
         attempt = self._attempt

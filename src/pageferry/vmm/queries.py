@@ -82,6 +82,7 @@ class Queries:
             "name": self._guest.name,
             "accel": self._guest.machines.accel,
             "accel_reason": self._guest.machines.reason,
+            "silent_s": self._incoming.silent_s,
             "listening": None if listening is None else str(listening),
             "guest_at": None if vm is None else self._outgoing.guest_at,
             "console": self._guest.console.text(),

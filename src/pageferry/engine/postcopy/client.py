@@ -35,6 +35,7 @@ from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovere
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import Vm
 from pageferry.engine.postcopy.pager import DemandPager
+from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import POLL_S, Accept, admit
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_bodies import digest_of
@@ -102,6 +103,12 @@ class PostcopyClient:
     def missing_pages(self) -> int:
         """How many pages are still at the source; it only falls."""
         return self._pager.missing_pages
+
+    @property
+    def channel(self) -> Channel | None:
+        """The connection to the source; None: there was none yet."""
+        peer = self._peer
+        return None if peer is None else peer.channel
 
     def take_all(self, peer: Peer) -> None:
         """Have all missing pages come, first over the connection of the switch; the guest stands still between two.

@@ -192,7 +192,7 @@ class Acceptor:
                     time.sleep(_RETRY_S)  # out of descriptors, or a source that left at once
                 continue
             with self._changed:
-                if self.closed:
+                if self._listener is None:  # closed since
                     channel.close()
                     return
                 self._places.heard.append(channel)

@@ -11,9 +11,10 @@ import os
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,14 @@ _MAX_BUFFERS = 1024  # IOV_MAX
 _BACKLOG = 64
 _CONNECT_POLL_MS = 100
 _KEEPALIVE_PROBES = 3
+#: ``struct tcp_info`` up to and with tcpi_last_ack_recv. Source: linux/tcp.h.
+_TCP_INFO_BYTES, _TCPI_UNACKED, _TCPI_LAST_ACK_RECV = 60, 24, 56
+_U32 = struct.Struct("=I")
 #: Linux takes no more.
 _MAX_KEEPALIVE_S = 32_767
 DEFAULT_TIMEOUT_S = 30.0
+#: From when on it is told that nothing moves.
+SILENT_S = 1.0
 MAX_TIMEOUT_S = 86_400.0
 _ADDRESS_HINT = "write tls://HOST:PORT, tcp://HOST:PORT, tcp://[IPV6]:PORT or unix:PATH"
 #: What the kernel has room for in a sockaddr_un, less the NUL.
@@ -215,6 +221,8 @@ class Channel:
         self.sent_bytes = 0
         self.pacer: Pacer | None = None
         self._aborted = threading.Event()
+        self._moved_s = time.monotonic()
+        self._waits: set[int] = set()  # which threads do
         self._fd: int | None = None
         self.local = sock.family == socket.AF_UNIX
         if not self.local:
@@ -246,7 +254,8 @@ class Channel:
         at = 0
         deadline_s = self.deadline_s()
         while at < len(queue):
-            sent = self._carrier.send(queue[at : at + _MAX_BUFFERS], deadline_s, fd)
+            with self._waiting():
+                sent = self._carrier.send(queue[at : at + _MAX_BUFFERS], deadline_s, fd)
             self.sent_bytes += sent
             fd = None
             while at < len(queue) and sent >= len(queue[at]):
@@ -266,7 +275,8 @@ class Channel:
         at = 0
         deadline_s = self.deadline_s()
         while at < len(queue):
-            received = self._carrier.receive_into(queue[at : at + _MAX_BUFFERS], deadline_s)
+            with self._waiting():
+                received = self._carrier.receive_into(queue[at : at + _MAX_BUFFERS], deadline_s)
             if not received:
                 raise ConnectionResetError("the peer closed the connection")
             while at < len(queue) and received >= len(queue[at]):
@@ -274,6 +284,38 @@ class Channel:
                 at += 1
             if received:
                 queue[at] = queue[at][received:]
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        if not self._waits:
+            self._moved_s = time.monotonic()
+        thread = threading.get_ident()
+        self._waits.add(thread)
+        try:
+            yield
+            self._moved_s = time.monotonic()
+        finally:
+            self._waits.discard(thread)
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the peer has neither said what is waited for nor acknowledged what was sent; from any thread."""
+        waited_s = time.monotonic() - self._moved_s if self._waits else 0.0
+        return max(waited_s, 0.0 if self.local else self._unacknowledged_s())
+
+    def _unacknowledged_s(self) -> float:
+        # What was sent may be in the kernel still, of a peer that is long gone.
+        try:
+            info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        except OSError:  # closed
+            return 0.0
+        (unacked,), (last_ack_ms,) = _U32.unpack_from(info, _TCPI_UNACKED), _U32.unpack_from(info, _TCPI_LAST_ACK_RECV)
+        return last_ack_ms / 1e3 if unacked else 0.0
+
+    @property
+    def unmoved_s(self) -> float:
+        """For how long nothing has moved either way, waited for or not."""
+        return time.monotonic() - self._moved_s
 
     def secure(
         self,
@@ -343,7 +385,8 @@ class Channel:
         Raises:
             OSError: cut or stalled.
         """
-        data, fds = self._carrier.receive(at_most_bytes, self.deadline_s() if deadline_s is None else deadline_s)
+        with self._waiting():
+            data, fds = self._carrier.receive(at_most_bytes, self.deadline_s() if deadline_s is None else deadline_s)
         for fd in fds:
             if self._fd is None:
                 self._fd = fd

@@ -4,6 +4,7 @@ import socket
 import threading
 
 import pytest
+from at_work import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -246,3 +247,22 @@ def test_a_peer_that_is_gone_is_noticed_within_the_timeout(timeout_s, probe_s):
         assert tcp == [timeout_s * 1000, probe_s, probe_s, 3]
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         channel.close()
+
+
+def test_a_peer_is_silent_while_it_is_waited_for_and_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        channel = Endpoint(host="127.0.0.1", port=listener.getsockname()[1]).connect(60)
+        there = Channel(listener.accept()[0], 60)
+    assert channel.silent_s == 0.0
+    got = []
+    waiting = threading.Thread(target=lambda: got.append(channel.receive_some(1)))
+    waiting.start()
+    until(lambda: channel.silent_s > 0.05, "silence")
+    there.send([b"x"])
+    waiting.join()
+    assert got == [b"x"]
+    assert channel.silent_s == 0.0
+    assert channel.unmoved_s >= 0.0
+    channel.close()
+    assert channel.silent_s == 0.0
+    there.close()
