@@ -61,7 +61,7 @@ def complaint(result, code):
         (("demo", "--policy", "deadline", "--deadline", "inf"), "--deadline: inf is no positive limit"),
         (("demo", "--policy", "deadline", "--max-rounds", "3"), "no max rounds (--max-rounds)"),
         (("demo", "--max-rounds", "0"), "--max-rounds"),
-        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--timeout", "nan"), "'--timeout'"),
+        (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--timeout", "nan"), "--timeout"),
         (("limits", "--control", "/tmp/x", "--downtime-limit", "inf"), "--downtime-limit: inf is no positive limit"),
         (("limits", "--control", "/tmp/x", "--bandwidth", "1K"), "--bandwidth: a bandwidth of 1024 bytes a second"),
         (("receive", "http://somewhere", "--control", "/tmp/x"), "not an address"),

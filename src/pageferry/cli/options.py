@@ -70,7 +70,7 @@ HugePagesOption = Annotated[
 ]
 RATE = _checked(lambda text: WireOptions(bandwidth_bytes_per_s=parse_rate(text)))
 BandwidthOption = Annotated[
-    str, typer.Option(callback=RATE, help="Bytes a second at the most, e.g. 100M; 0: no limit.")
+    str | None, typer.Option(callback=RATE, help="Bytes a second at the most, e.g. 100M; 0: no limit.")
 ]
 TlsDirOption = Annotated[
     Path | None,
@@ -259,11 +259,16 @@ def tls_options(tls_dir: Path | None, peer: str | None, secret_file: Path | None
     return {name: value for name, value in options.items() if value is not None}
 
 
-def wire_options(bandwidth: str, connections: int, compress: Packing, delta_cache: str | None) -> dict[str, Any]:
+def rate_option(bandwidth: str | None) -> dict[str, Any]:
+    """Return the argument of the QMP command ``migrate`` for a rate in words; none for None, which says nothing."""
+    return {} if bandwidth is None else {"x-bandwidth": parse_rate(bandwidth) or 0}
+
+
+def wire_options(bandwidth: str | None, connections: int, compress: Packing, delta_cache: str | None) -> dict[str, Any]:
     """Return the arguments of the QMP command ``migrate`` that say how bytes travel.
 
     Args:
-        bandwidth: a rate in words, such as ``100M``; ``0``: no limit.
+        bandwidth: a rate in words, such as ``100M``; ``0``: no limit; None: what the guest process has kept.
         connections: how many.
         compress: how page data are packed.
         delta_cache: a size in words; None: no cache.
@@ -272,15 +277,13 @@ def wire_options(bandwidth: str, connections: int, compress: Packing, delta_cach
         UsageError: a rate or size is none, or the options do not go together.
     """
     wire = WireOptions(
-        bandwidth_bytes_per_s=parse_rate(bandwidth),
         connections=connections,
         compress=compress,
         delta_cache_bytes=0 if delta_cache is None else parse_size(delta_cache),
     )
     options = {
-        "x-bandwidth": wire.bandwidth_bytes_per_s,
         "x-connections": wire.connections,
         "x-compress": str(wire.compress),
         "x-delta-cache": wire.delta_cache_bytes or None,
     }
-    return {name: value for name, value in options.items() if value is not None}
+    return rate_option(bandwidth) | {name: value for name, value in options.items() if value is not None}

@@ -65,7 +65,7 @@ def _moving(args: Arguments, endpoint: Endpoint, policy: Policy) -> MakeAttempt:
     verify = args.choice("x-verify", VerifyMode)
     timeout_s = min(args.number("x-timeout-s") or DEFAULT_TIMEOUT_S, MAX_TIMEOUT_S)
     wire = WireOptions(
-        bandwidth_bytes_per_s=args.integer("x-bandwidth"),
+        bandwidth_bytes_per_s=args.count("x-bandwidth") or None,
         connections=args.integer("x-connections") or 1,
         compress=args.choice("x-compress", Packing) or Packing.NONE,
         delta_cache_bytes=args.integer("x-delta-cache") or 0,
@@ -117,7 +117,7 @@ def _credentials(args: Arguments) -> Credentials | None:
 def _saving(args: Arguments, file: Path, policy: Policy) -> MakeAttempt:
     stop = args.flag("x-stop")
     pause_limit_s = args.number("x-pause-limit-s")
-    wire = WireOptions(bandwidth_bytes_per_s=args.integer("x-bandwidth"))
+    wire = WireOptions(bandwidth_bytes_per_s=args.count("x-bandwidth") or None)
 
     def make(guest: Departing) -> Source | Save:
         return Save(

@@ -6,10 +6,11 @@ from typing import get_args
 
 import pytest
 
-from pageferry.cli.options import TrackerOption, device_specs
+from pageferry.cli.options import TrackerOption, device_specs, rate_option, wire_options
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.hypervisor.paging import PAGING_MODES
 from pageferry.kvm.trackers import TRACKERS
+from pageferry.stream.packing import Packing
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "trackers.md"
 
@@ -37,3 +38,9 @@ def test_the_help_and_the_guide_name_every_tracker():
 def test_a_disk_is_a_path_and_how_it_is_used(text, backend, readonly):
     disk, *_ = device_specs([text], None, console=False)
     assert disk == DeviceSpec(kind=DeviceKind.DISK, backend=backend, readonly=readonly)
+
+
+def test_a_rate_that_is_not_given_leaves_what_is_kept_and_0_overrides_it():
+    assert "x-bandwidth" not in wire_options(None, 1, Packing.NONE, None)
+    assert wire_options("0", 1, Packing.NONE, None)["x-bandwidth"] == 0
+    assert rate_option("1M") == {"x-bandwidth": 1 << 20}

@@ -34,6 +34,7 @@ from pageferry.cli.options import (
     VerifyOption,
     WitnessOption,
     policy_options,
+    rate_option,
     tls_options,
     vm_config,
     warn_if_exposed,
@@ -50,7 +51,6 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.units import parse_rate
 from pageferry.core.vm import MachineModel
 from pageferry.engine.job import JobStatus
-from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Endpoint
 from pageferry.guests.linux.debian import LinuxImage
 from pageferry.guests.linux.image import load_kernel
@@ -117,7 +117,7 @@ def migrate_guest(
     verify: VerifyOption = None,
     pause_limit: PauseLimitOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
-    bandwidth: BandwidthOption = "0",
+    bandwidth: BandwidthOption = None,
     connections: Annotated[
         int, typer.Option(min=1, max=MAX_CONNECTIONS, help=f"Connections to use, 1 to {MAX_CONNECTIONS}.")
     ] = 1,
@@ -159,15 +159,14 @@ def save(
     max_rounds: RoundsOption = None,
     deadline: DeadlineOption = None,
     pause_limit: PauseLimitOption = None,
-    bandwidth: BandwidthOption = "0",
+    bandwidth: BandwidthOption = None,
     as_json: JsonOption = False,
     plot: PlotOption = None,
 ) -> None:
     """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
     options = policy_options(policy, downtime_limit, max_rounds, deadline, None, pause_limit)
     options |= {"x-stop": True} if stop else {}
-    wire = WireOptions(bandwidth_bytes_per_s=parse_rate(bandwidth))
-    options |= {} if wire.bandwidth_bytes_per_s is None else {"x-bandwidth": wire.bandwidth_bytes_per_s}
+    options |= rate_option(bandwidth)
     _migrate(control, file_uri(file), options, as_json, plot)
 
 
