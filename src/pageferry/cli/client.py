@@ -181,8 +181,8 @@ class _Following:
             self._client.execute("migrate_cancel")
         except QmpError as error:
             self._too_late = True
+            self._requests.take()  # what came before anybody could read this
             self._notice(f"{error}; a later Ctrl-C leaves it to go on by itself")
-            self._requests.take()  # what came before that was read
         else:
             self._cancelling = True
             self._notice("cancelling")
