@@ -120,7 +120,7 @@ def test_every_policy_moves_it_while_it_works(linux, inns, mode):
         *(XenPolicy(), DowntimePolicy(limit_s=30.0), ConvergePolicy(limit_s=5.0), DeadlinePolicy(deadline_s=10.0)),
         PostcopyPolicy(max_rounds=1, limit_s=1e-3),
     ]
-    inn = inns(partial(Domain, paging_mode=mode), "soft")
+    inn = inns(partial(Domain, paging_mode=mode))
     for policy in policies:
         report = source_of(vm, inn.open(before_run=said.listen_to), policy).run()
         assert (report.status, report.policy, report.verified) == ("completed", policy.name, True)
@@ -136,7 +136,7 @@ def test_a_witness_agrees_with_the_tracker_while_it_boots(linux, inns, mode):
     said = Said()
     vm = linux(loader(linux_image(), "loglevel=7"), said, mode, with_digests)
     said.wait_for(lambda: b"Linux version" in bytes(said), "word of the kernel", PATIENCE_S)
-    inn = inns(with_digests(partial(Domain, paging_mode=mode)), "soft")
+    inn = inns(with_digests(partial(Domain, paging_mode=mode)))
     report = source_of(vm, inn.open(before_run=said.listen_to), UntilReady(said)).run()
     assert report.verified
     compared = findings(vm.log_dirty)

@@ -137,7 +137,7 @@ Way = Callable[[Guest, random.Random, Path], str]
 
 def _to(guest: Guest, draw: random.Random, policy: object, **options: object) -> str:
     mode = draw.choice(PAGING_MODES)
-    inn = Inn(partial(guest.machine, mode), "soft")
+    inn = Inn(partial(guest.machine, mode))
     try:
         report = source_of(guest.vm, inn.open(before_run=guest.said.listen_to), policy, **options).run()
         arrived = inn.outcome()
