@@ -142,7 +142,7 @@ def receive(
         partial(_make, machines),
         host_cpu=lambda vm: host_cpu_under(vm.accel),
         accept=acceptor.accept,
-        dropped=acceptor.dropped,
+        never_ran=acceptor.never_ran,
         before_run=before_run,
         on_event=on_event,
     )

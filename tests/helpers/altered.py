@@ -54,6 +54,10 @@ class AlteredSource(_Altered, Source):
     """Moves a guest with other parts."""
 
 
+#: Stands by its word for no longer than it takes on a busy host.
+ShortLeased = AlteredSource.having({"source._LEASE_S": 3.0})
+
+
 class AlteredDestination(_Altered, Destination[Any]):
     """Takes a guest in with other parts."""
 

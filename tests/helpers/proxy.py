@@ -39,6 +39,7 @@ class Wire:
             inner, _ = self._listener.accept()
         except OSError:
             return
+        self._listener.close()  # who comes back finds nobody
         outer = socket.create_connection(self.target)
         self._sockets = [inner, outer]
         for forward, pair in ((True, (inner, outer)), (False, (outer, inner))):

@@ -25,7 +25,7 @@ from pageferry.hypervisor.domain import Domain
 from pageferry.stream.decoder import Decoder
 from pageferry.stream.ferry import FerryDecoder
 from pageferry.stream.ferry_frames import Digests, FrameType, Join, Pages, SourceHello, Switch
-from pageferry.stream.ferry_order import Conversation, Side
+from pageferry.stream.ferry_order import Conversation, Side, Stage
 from pageferry.stream.format import EXTENSIONS
 from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.order import Role
@@ -43,8 +43,10 @@ class Inn:
 
     ``made`` are the machines, ``destination`` takes in the last guest, ``channels`` are its connections, ``said`` what
     was sent on the first of them, ``vm`` that guest, or ``error`` what became of it instead. ``kind`` is the class of
-    ``destination``.
+    ``destination``. ``asked_within_s``: how long it waits for a source that has not heard of its guest.
     """
+
+    asked_within_s = 0.0
 
     def __init__(self, make_vm, endpoint=LOOPBACK, *, kind=Destination):
         self.make_vm = make_vm
@@ -85,7 +87,11 @@ class Inn:
         try:
             self.channels.append(self._heard(Channel(self._listener.accept(), TIMEOUT_S)))
             self.destination = self.kind(
-                Peer(self.channels[0], Side.DESTINATION), self._make, accept=self._accept, **options
+                Peer(self.channels[0], Side.DESTINATION),
+                self._make,
+                accept=self._accept,
+                asked_within_s=self.asked_within_s,
+                **options,
             )
             self.vm = self.destination.run()
         except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
@@ -232,7 +238,9 @@ class Taped:
         at = 0
         while at < len(data):
             if data[at : at + 4] == struct.pack("<I", FrameType.DROPPED):
-                conversation.passed(Side.DESTINATION, FrameType.COMPLETE)
+                conversation.passed(
+                    Side.DESTINATION, FrameType.RUNNING if conversation.stage is Stage.COMMITTED else FrameType.COMPLETE
+                )
             while (frame := frames.next_event()) is NEED_DATA and at < len(data):
                 wanted = frames.wanted_bytes
                 frames.feed(data[at : at + wanted])
@@ -257,6 +265,11 @@ def source_of(vm, endpoint, policy=None, *, on_event=lambda event: None, work_be
     endpoint = Endpoint.parse(endpoint) if isinstance(endpoint, str) else endpoint
     options = MigrationOptions(**({"timeout_s": TIMEOUT_S} | options))
     return kind(vm, endpoint, policy or XenPolicy(), options, on_event=on_event, work_before=work_before)
+
+
+def out_of_lease(source):
+    """Wait until a commit that was not answered cannot be accepted any more."""
+    until(lambda: not source.job.open_for_s, "end of the lease")
 
 
 class Move:

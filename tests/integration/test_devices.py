@@ -4,9 +4,10 @@ import threading
 from dataclasses import replace
 
 import pytest
+from altered import ShortLeased
 from at_work import runs_on, until
 from proxy import marker
-from trips import Rounds, expect_as_before, source_of
+from trips import Rounds, expect_as_before, out_of_lease, source_of
 
 from pageferry.backends.disk import DiskFile
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
@@ -138,10 +139,11 @@ def test_a_guest_whose_disk_was_taken_meanwhile_stands_still_and_says_why(vm, in
 
 def test_a_lock_knows_better_than_who_takes_a_guest_back(vm, inn, wires, disk):
     wire = wires(inn.open(), hold_at=marker(FrameType.RUNNING))
-    source = source_of(vm, wire.uri)
+    source = source_of(vm, wire.uri, kind=ShortLeased)
     with wire.cut_when_held(), pytest.raises(MigrationError) as caught:
         source.run()
     wire.release()
+    out_of_lease(source)
     assert caught.value.guest_at is GuestAt.UNKNOWN
     there = inn.outcome()
     assert runs_on(there)

@@ -11,9 +11,8 @@ from trips import TIMEOUT_S, source_of
 
 from pageferry.core.errors import GuestAt, MigrationError, RemoteStreamError
 from pageferry.engine.options import WireOptions
-from pageferry.engine.postcopy.recovery import come_back
 from pageferry.engine.wire.channel import Channel, Endpoint
-from pageferry.engine.wire.connections import join
+from pageferry.engine.wire.connections import come_back, join
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry import MAGIC, NONCE_BYTES, PREAMBLE_REST
 from pageferry.stream.ferry_bodies import body_of

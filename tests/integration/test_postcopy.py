@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import trips
-from altered import AlteredDestination, AlteredSource, lacking
+from altered import AlteredDestination, AlteredSource, ShortLeased, lacking
 from at_work import runs_on, slots, until
 from proxy import Recorder, played_again
 from shears import Cut, Shears, Way
 from tiers import sample
-from trips import source_of
+from trips import out_of_lease, source_of
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import GuestAt, MigrationError, VmError
@@ -24,14 +24,13 @@ from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine import features
 from pageferry.engine.options import VerifyMode, WireOptions
 from pageferry.engine.postcopy.pager import DemandPager
-from pageferry.engine.postcopy.recovery import come_back
 from pageferry.engine.verify.prove import MemoryProof
 from pageferry.engine.wire.channel import Endpoint
-from pageferry.engine.wire.connections import admit
+from pageferry.engine.wire.connections import NeverRan, admit
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
-from pageferry.stream.ferry_frames import FrameType, Join
+from pageferry.stream.ferry_frames import FrameType, Join, Recover
 from pageferry.stream.ferry_order import Side
 from pageferry.testing import StampOracle
 
@@ -73,7 +72,7 @@ class Inn(trips.Inn):
         super().__init__(make_vm, kind=Patient)
         self.events = []
         self.arrived = threading.Event()
-        self.dropped = set()
+        self.never_ran = NeverRan()
         self.shears = Shears()
         self.endpoint = Way(self.endpoint, self.shears)
 
@@ -97,7 +96,7 @@ class Inn(trips.Inn):
         self.arrived.set()
 
     def open(self):
-        return super().open(dropped=self.dropped, on_event=self.events.append, before_run=self._arrive)
+        return super().open(never_ran=self.never_ran, on_event=self.events.append, before_run=self._arrive)
 
     def done(self):
         self.outcome()
@@ -358,16 +357,18 @@ def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave):
     source = leave(vm, inn.open())
     pause_of(source)
     for token in ("", "0" * 32):
-        channel = inn.endpoint.connect(GIVE_UP_S)
+        stranger = Peer(inn.endpoint.connect(GIVE_UP_S), Side.SOURCE)
+        stranger.greet()
+        stranger.send(Recover(proof=stranger.proof(Recover, token)))
         with pytest.raises(PeerRefusedError, match="belongs to another source"):
-            come_back(channel, token)
-        channel.close()
+            stranger.receive()
+        stranger.close()
     stranger = Peer(inn.endpoint.connect(GIVE_UP_S), Side.SOURCE)
     stranger.greet()
     stranger.send(Join(proof="x", index=1))
     with pytest.raises(PeerRefusedError, match="belongs to another source"):
         stranger.receive()
-    stranger.channel.close()
+    stranger.close()
     assert source.job.recover(inn.endpoint)
     assert report_of(source).status == "completed"
     assert runs_on(inn.done())
@@ -435,7 +436,7 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
         return admitted
 
     inn.shears.cuts = [Cut(Side.SOURCE, 0)]
-    inn.kind = inn.kind.having({"postcopy.client.admit": admit_too_late})
+    inn.kind = inn.kind.having({"wire.connections.admit": admit_too_late})
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
     pause_of(source)
@@ -497,7 +498,7 @@ def cut_at(guests, inn, leave, wires, frame):
     """A guest whose connection is cut as this frame is under way, and its source, which does not know where it is."""
     vm = running(guests, "kv")
     wire = wires(inn.open(), hold_at=int(frame).to_bytes(4, "little"))
-    source = leave(vm, wire.uri)
+    source = leave(vm, wire.uri, kind=ShortLeased)
     assert wire.held.wait(GIVE_UP_S)
     wire.cut()
     wire.release()
@@ -512,6 +513,9 @@ def cut_at(guests, inn, leave, wires, frame):
 def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guests, inn, leave, wires):
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
     inn.expect_nobody()
+    with pytest.raises(VmError, match="may start the guest for another"):
+        source.job.take_back()
+    out_of_lease(source)
     source.job.take_back()
     assert (report_of(source).status, source.job.guest_at) == ("failed", GuestAt.SOURCE)
     assert runs_on(vm)
@@ -576,6 +580,7 @@ def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, lea
     try:
         assert source.job.recover(SimpleNamespace(connect=connect_slowly, expect_suits=inn.endpoint.expect_suits))
         assert asking.wait(GIVE_UP_S)
+        out_of_lease(source)
         with pytest.raises(VmError, match="no guest to take back"):
             source.job.take_back()
     finally:

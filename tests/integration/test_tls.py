@@ -55,7 +55,7 @@ class House:
                 peer = self.acceptor.wait()
                 try:
                     destination = self.kind(
-                        peer, self.make_vm, accept=self.acceptor.accept, dropped=self.acceptor.dropped
+                        peer, self.make_vm, accept=self.acceptor.accept, never_ran=self.acceptor.never_ran
                     )
                     self.vms.append(destination.run())
                 except MigrationError as error:

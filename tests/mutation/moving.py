@@ -15,7 +15,7 @@ from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.handoff import Custody, Handoff
+from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lanes
 from pageferry.engine.precopy import Precopy, Sink, stop_and_copy

@@ -37,6 +37,9 @@ def explain(report: MigrationReport) -> Explanation:
     )
 
 
+_ASK = "pageferry migrate --recover finds out; if the guest surely runs nowhere: pageferry resume --force"
+
+
 def _precopy(report: MigrationReport) -> tuple[RoundStats, ...]:
     return tuple(stats for stats in report.rounds if not stats.final)
 
@@ -45,7 +48,7 @@ def _outcome(report: MigrationReport) -> str:
     rounds = len(_precopy(report))
     after = f"after {rounds} round{'' if rounds == 1 else 's'} of pre-copy"
     if report.guest_at is GuestAt.UNKNOWN:
-        return f"Nobody knows whether the guest moved: {report.reason}."
+        return f"Whether the guest moved is not known: {report.reason}."
     if report.status == "cancelled":
         return f"It was cancelled {after}; the guest is at the source."
     if report.status != "completed":
@@ -154,6 +157,8 @@ def _range(hot: HotRange, sent: SentPages) -> str:
 
 
 def _advice(report: MigrationReport) -> tuple[str, ...]:
+    if report.guest_at is GuestAt.UNKNOWN:
+        return (_ASK,)
     if not report.round_ends:
         return ()
     last = report.round_ends[-1]

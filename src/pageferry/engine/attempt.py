@@ -86,7 +86,7 @@ class Attempt:
 
     @contextlib.contextmanager
     def under_way(self, as_error: Callable[[Exception, GuestAt], MigrationError]) -> Iterator[None]:
-        """Be under way for the length of a ``with`` block, which goes through the phases; once.
+        """Be under way for the length of a ``with`` block, which goes through the phases; again only if it is UNKNOWN.
 
         Args:
             as_error: returns what to raise from an error that is not a MigrationError.

@@ -16,9 +16,11 @@
       | <----------------------------------- COMMIT -- |
       |  takes its disks; the guest is ours, and runs  |
       | -- RUNNING ----------------------------------> |  downtime ends
+      | <---------------------------------- DROPPED -- |
 
 Where the source decides for post-copy, MISSING comes before DIGESTS, and SWITCH in place of COMMIT: the guest runs
-while pages of it are at the source (:mod:`pageferry.engine.postcopy.client`).
+while pages of it are at the source (:mod:`pageferry.engine.postcopy.client`). COMMIT and SWITCH are accepted for as
+long as the source stands by them, as its hello says (:mod:`pageferry.engine.handoff.custody`).
 
 Postcondition on success: the guest is here and runs (or is paused, if it was), with all of its memory. Postcondition on
 failure: no guest is here, and none ever ran. In post-copy the guest is here and runs before all of its pages are; then
@@ -40,14 +42,16 @@ from pageferry.core.version import __version__
 from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
+from pageferry.engine.handoff.custody import Claim, Takeover
+from pageferry.engine.handoff.take import answer_return, see_off, take
 from pageferry.engine.pages.receive import Populator, Receiver
-from pageferry.engine.postcopy.client import PostcopyClient, refuse_return
+from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.progress import PhaseClock, guarded
 from pageferry.engine.room import make_machine
 from pageferry.engine.verify.compare import AuditMismatchError, Comparison, ReceivedPages, mismatch_of
 from pageferry.engine.wire.channel import Channel
-from pageferry.engine.wire.connections import Accept, take_in
+from pageferry.engine.wire.connections import Accept, NeverRan, take_in, wait_for_return
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import (
     Commit,
@@ -68,6 +72,8 @@ from pageferry.stream.records import CpuidPolicy, Fence, HvmContext, StaticDataE
 
 #: While one source says hello no other can.
 _HELLO_TIMEOUT_S = 5.0
+#: How long a source may take to hear that its guest runs here, before we believe that it has not.
+_LAST_WORD_S = 1.0
 
 
 def _ignore_event(_: Event) -> None:
@@ -76,6 +82,10 @@ def _ignore_event(_: Event) -> None:
 
 def _ignore_arrival(_: Vm, __: str) -> None:
     """Do nothing."""
+
+
+def _say_nothing(_: Peer) -> None:
+    """Wait for what the source says."""
 
 
 def _ignore_completion() -> None:
@@ -90,7 +100,8 @@ class Destination(Generic[AnyVm]):
         make_vm: makes the machine, paused; may raise a PageferryError, which refuses the guest.
         host_cpu: tells the CPU under the machine that was made; None: not known.
         accept: where further connections of the same migration come from, and its source after a cut.
-        dropped: the tokens of guests that were to switch to this process, and never ran here; ours is added if so.
+        never_ran: the guests that were to come to this process, and never will; this one is added if so.
+        asked_within_s: how long a source that has not heard that its guest is here may come back and ask.
         on_event: sees phases begin and end.
         before_run: called with the machine and the guest's name when it is ours, just before it runs.
         on_complete: called when all of the guest is here, before its source is told to drop its copy.
@@ -103,7 +114,8 @@ class Destination(Generic[AnyVm]):
         *,
         host_cpu: Callable[[AnyVm], HostCpu | None] = lambda _: None,
         accept: Accept,
-        dropped: set[str] | None = None,
+        never_ran: NeverRan | None = None,
+        asked_within_s: float = 60.0,
         on_event: Callable[[Event], None] = _ignore_event,
         before_run: Callable[[AnyVm, str], None] = _ignore_arrival,
         on_complete: Callable[[], None] = _ignore_completion,
@@ -114,19 +126,22 @@ class Destination(Generic[AnyVm]):
         self._make_vm = make_vm
         self._host_cpu = host_cpu
         self._accept = accept
-        self._dropped = set() if dropped is None else dropped
+        self._never_ran = NeverRan() if never_ran is None else never_ran
+        self._asked_within_s = asked_within_s
         self._on_event = guarded(on_event)
         self._before_run = before_run
         self._on_complete = on_complete
         self._clock = PhaseClock(self._on_event)
         self._aborted = threading.Event()
+        self._takeover: Takeover | None = None  # from the hello on
+        self._token = secrets.token_hex(16)
         self._postcopy: PostcopyClient | None = None  # from just before the switch on
 
     def run(self) -> AnyVm:
         """Take the guest in; call once.
 
-        In post-copy this returns when the source has dropped its copy, over as many connections as that takes, or when
-        the attempt is aborted after all pages have come.
+        This returns when the source has heard that it may drop its copy, over as many connections as that takes, or
+        when the attempt is aborted after all pages have come.
 
         Raises:
             MigrationError: no guest is here (``guest_at`` SOURCE), or the one that was here is lost (DESTINATION).
@@ -137,8 +152,10 @@ class Destination(Generic[AnyVm]):
                 hello = self._hello()
                 vm, shared = self._machine(hello)
                 undo.callback(vm.close)
-                agreed, token = self._answer(hello, vm, shared=shared)
-                channels = self._channels = [self._channel, *self._join(hello, agreed, token)]
+                takeover = self._takeover = Takeover(hello.lease_ms / 1e3)
+                undo.callback(self._never_ran.add, self._token)
+                agreed = self._answer(hello, vm, shared=shared)
+                channels = self._channels = [self._channel, *self._join(hello, agreed)]
                 pages = ReceivedPages(vm.memory, audits=features.AUDIT in agreed)
             with Populator(vm.memory, hello.populated, lambda: pages.arrived_pages), self._clock.phase(Phase.PRECOPY):
                 state = self._receive(hello, agreed, channels, pages)
@@ -151,28 +168,38 @@ class Destination(Generic[AnyVm]):
                 self._compare(comparison, agreed)
                 verified_pages = comparison.conclude()
                 if comparison.missing.any():
-                    self._postcopy = self._begin_postcopy(vm, comparison, token)
-                    undo.callback(self._dropped.add, token)
+                    self._postcopy = self._begin_postcopy(vm, comparison)
                     undo.callback(self._postcopy.close)
-                self._peer.send(Ready(verified_pages=verified_pages))
-            with self._clock.phase(Phase.HANDOFF):
-                paused = self._commit()
-                vm.claim_backends()  # or FAILED: the source takes them again
+
+            def start(paused: bool) -> None:
                 self._before_run(vm, hello.name)
                 if not paused:
                     vm.resume()
                 undo.pop_all()  # the guest is ours, whether or not the source hears of it
-                with contextlib.suppress(OSError):
-                    self._peer.send(Running())
-        if self._postcopy is None:
-            self._channel.close()
-        else:
+
+            with self._clock.phase(Phase.HANDOFF):
+                word, ready = Commit if self._postcopy is None else Switch, Ready(verified_pages=verified_pages)
+                take(self._peer, takeover, ready, word, vm.claim_backends, start, self._clock.now_s)
+        if self._postcopy is not None:
             with self._clock.phase(Phase.POSTCOPY):
                 self._postcopy.take_all(self._peer)
         self._on_complete()
+        self._see_off()
+        return vm
+
+    def _see_off(self) -> None:
         if self._postcopy is not None:
             self._postcopy.see_off()
-        return vm
+            return
+        until_s = self._clock.now_s() + self._asked_within_s
+
+        def given_up() -> bool:
+            return self._aborted.is_set() or self._clock.now_s() >= until_s
+
+        def returned() -> Peer | None:
+            return wait_for_return(self._accept, self._token, Running(), given_up)
+
+        see_off(self._peer, _say_nothing, returned, _LAST_WORD_S)
 
     def release(self) -> None:
         """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
@@ -209,8 +236,11 @@ class Destination(Generic[AnyVm]):
     def _hello(self) -> SourceHello:
         hello = self._peer.hear(time.monotonic() + _HELLO_TIMEOUT_S)
         if isinstance(hello, Recover):
-            token = next((token for token in self._dropped if self._peer.proves(hello, token)), None)
-            refuse_return(self._peer, dropped=token)
+            token = next((token for token in self._never_ran if self._peer.proves(hello, token)), None)
+            if token is not None:
+                self._peer.say_known(token)
+            answer_return(self._peer, never_ran=token is not None)
+            self._channel.finish()
             what = "a source came back for a guest that is not here"
             raise PeerError(what, phase=str(Phase.HELLO), guest_at=GuestAt.SOURCE)
         if not isinstance(hello, SourceHello):
@@ -226,26 +256,25 @@ class Destination(Generic[AnyVm]):
             self._channel.finish()
             raise
 
-    def _answer(self, hello: SourceHello, vm: AnyVm, *, shared: bool) -> tuple[tuple[str, ...], str]:
-        """Say what is used of the offer, and with which token others may join; return both."""
+    def _answer(self, hello: SourceHello, vm: AnyVm, *, shared: bool) -> tuple[str, ...]:
+        """Say what is used of the offer, and return it."""
         agreed = features.agree(
             hello.features,
             shared=shared,
             postcopy=not shared and features.POSTCOPY in hello.features and can_wait(vm),
         )
-        token = secrets.token_hex(16) if {features.CONNECTIONS, features.POSTCOPY} & {*agreed} else ""
         host_cpu = self._host_cpu(vm)
         self._peer.send(
-            DestinationHello(version=__version__, accel=vm.accel, features=agreed, token=token, host_cpu=host_cpu)
+            DestinationHello(version=__version__, accel=vm.accel, features=agreed, token=self._token, host_cpu=host_cpu)
         )
         if (warning := cpu_warning(hello.host_cpu, host_cpu)) is not None:
             self._on_event(Warned(text=warning))
-        return agreed, token
+        return agreed
 
-    def _join(self, hello: SourceHello, agreed: tuple[str, ...], token: str) -> list[Channel]:
+    def _join(self, hello: SourceHello, agreed: tuple[str, ...]) -> list[Channel]:
         if features.CONNECTIONS not in agreed:
             return []
-        return take_in(self._channel, self._accept, token, hello.connections)
+        return take_in(self._channel, self._accept, self._token, hello.connections)
 
     # -- pages and state -------------------------------------------------------------------------------------------
 
@@ -294,22 +323,15 @@ class Destination(Generic[AnyVm]):
             pass  # sent before the source heard of the mismatch
         raise self._unexpected(frame)
 
-    def _begin_postcopy(self, vm: Vm, comparison: Comparison, token: str) -> PostcopyClient:
+    def _begin_postcopy(self, vm: Vm, comparison: Comparison) -> PostcopyClient:
         return PostcopyClient(
             vm,
             comparison.missing,
             accept=self._accept,
-            token=token,
+            token=self._token,
             aborted=self._aborted,
             on_event=self._on_event,
         )
-
-    def _commit(self) -> bool:
-        """Return, when the source has given the guest away, whether its user had paused it."""
-        commit = self._peer.receive()
-        if not isinstance(commit, Commit if self._postcopy is None else Switch):
-            raise self._unexpected(commit)
-        return commit.paused
 
     # -- failures --------------------------------------------------------------------------------------------------
 
@@ -319,6 +341,8 @@ class Destination(Generic[AnyVm]):
         try:
             yield
         except Exception as error:
+            if self._takeover is not None and self._takeover.claim is not Claim.OURS:
+                self._takeover.give_up()
             raised, told = as_arrival_error(error, phase=self._clock.current)
             if told is not None:
                 with contextlib.suppress(OSError, PageferryError):  # the source may be gone, or it may not be our turn

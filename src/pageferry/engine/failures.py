@@ -66,14 +66,16 @@ def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError,
     if isinstance(error, PageferryError):  # before OSError, as above
         kind = PeerError if isinstance(error, RemoteStreamError) else MigrationError
         gfn = error.gfn if isinstance(error, VerifyError) else None
-        told = Failed(reason=str(error), hint=error.hint, gfn=gfn)
-        return kind(str(error), phase=where, guest_at=at, hint=error.hint), told
+        said = Failed(reason=str(error), hint=error.hint, gfn=gfn)
+        return kind(str(error), phase=where, guest_at=at, hint=error.hint), said
     if isinstance(error, OSError) and is_resource(error):
         what, hint = f"the destination has run out: {error.strerror}", f"at the destination: {resource_hint(error)}"
         return MigrationError(what, phase=where, guest_at=at, hint=hint), Failed(reason=what, hint=hint)
     if isinstance(error, OSError):
-        what = "the source stood still" if isinstance(error, TimeoutError) else "the connection was cut"
-        return TransportError(what, phase=where, guest_at=at), None
+        stalled = isinstance(error, TimeoutError)
+        what = "the source stood still" if stalled else "the connection was cut"
+        told = Failed(reason=f"{what} too long") if stalled else None  # it may be there, behind a network that stalls
+        return TransportError(what, phase=where, guest_at=at), told
     what = f"internal error: {error!r}"
     return MigrationError(what, phase=where, guest_at=at), Failed(reason=what)
 

@@ -1,5 +1,6 @@
 """Job: what others may ask of a migration or a save while it goes on: cancel, hold, limits, status, recover."""
 
+import math
 import threading
 from dataclasses import replace
 from enum import StrEnum
@@ -10,7 +11,7 @@ from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.handoff import Custody, Handoff
+from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.send import Outlet
 from pageferry.engine.pause import pause_limit_s, waits_for
@@ -89,6 +90,11 @@ class Job:
     def guest_at(self) -> GuestAt:
         """Where the guest is."""
         return self.handoff.guest_at
+
+    @property
+    def open_for_s(self) -> float:
+        """How long the destination may still accept a commit that was not answered; 0: it has, or never will."""
+        return self.handoff.open_for_s(self._clock.now_s())
 
     @property
     def frozen(self) -> bool:
@@ -215,15 +221,19 @@ class Job:
         The caller knows that it runs nowhere else and never will.
 
         Raises:
-            VmError: there is no such guest, or what stands behind its devices is in use elsewhere.
+            VmError: there is no such guest, the destination may still start it, or what stands behind its devices is in
+                use elsewhere.
         """
+        if left_s := self.open_for_s:
+            what = f"the destination may start the guest for another {math.ceil(left_s)} s"
+            raise VmError(what, hint="wait; or ask it: pageferry migrate --recover")
         if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
             self._ended.wait()
         saved = self.file is not None and self.guest_at is GuestAt.DESTINATION
         if self.report is None or not (saved or self.guest_at is GuestAt.UNKNOWN):
             raise VmError("there is no guest to take back")
         self._guest.claim_backends()  # a lock that somebody holds knows better than the caller
-        self.handoff.taken_back()
+        self.handoff.taken_back(self._clock.now_s())
         self._guest.restore()
 
     def go_on_here(self) -> None:
@@ -299,6 +309,12 @@ class Job:
         """Close every connection or file."""
         for channel in tuple(self._channels):
             channel.close()
+
+    def begun(self) -> None:
+        """Take in that it has begun, or goes on after it ended UNKNOWN."""
+        self.report = self.error = None
+        self.status = JobStatus.ACTIVE
+        self._ended.clear()
 
     def ended(self, status: JobStatus, report: MigrationReport) -> None:
         """Take in how it ended."""

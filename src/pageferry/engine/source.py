@@ -17,17 +17,21 @@
       |  gives its disks back                           |
       | -- COMMIT ------------------------------------> |  from here on the source never runs it again by itself
       | <---------------------------------- RUNNING -- |  downtime ends
+      | -- DROPPED -----------------------------------> |
 
 Where the policy decides for post-copy, what is dirty at the freeze stays here: it is named before DIGESTS, SWITCH
-stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.postcopy.client`).
+stands for COMMIT, and the destination asks for it afterwards (:mod:`pageferry.engine.postcopy.client`). What happens
+when an answer to COMMIT or SWITCH is lost stands in :mod:`pageferry.engine.handoff.give`.
 
 What holds at the end is written in :mod:`pageferry.engine.attempt`; what others may ask meanwhile, in
 :mod:`pageferry.engine.job`.
 """
 
 import contextlib
+import math
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -42,20 +46,20 @@ from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.failures import as_migration_error
+from pageferry.engine.handoff.give import Giver
 from pageferry.engine.job import JobStatus
 from pageferry.engine.options import DEFAULT_OPTIONS, DEFAULT_WIRE, MigrationOptions
 from pageferry.engine.pages.cache import PageCache
 from pageferry.engine.pages.encode import PackingCoder, PageCoder, PlainCoder
 from pageferry.engine.pages.send import Lane, Lanes
-from pageferry.engine.postcopy.recovery import come_back
 from pageferry.engine.postcopy.server import MissingPages, Postcopy
 from pageferry.engine.precopy import HELD_ROUND_S, Precopy, last_dirty, stop_and_copy
 from pageferry.engine.progress import Rounds
 from pageferry.engine.verify.digests import hint_runs
 from pageferry.engine.verify.prove import MemoryProof
 from pageferry.engine.wire.channel import Channel, Endpoint
-from pageferry.engine.wire.connections import join
-from pageferry.engine.wire.peer import Peer, PeerFailedError, PeerRefusedError
+from pageferry.engine.wire.connections import come_back, join
+from pageferry.engine.wire.peer import Peer
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.ferry_frames import (
     Commit,
@@ -63,7 +67,6 @@ from pageferry.stream.ferry_frames import (
     Frame,
     Mismatch,
     Reached,
-    Running,
     SourceHello,
     Switch,
 )
@@ -73,6 +76,8 @@ from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, packer
 from pageferry.stream.records import StaticDataEnd
 
+#: How long the destination may take COMMIT or SWITCH at its word, at most: a moment, unless the network holds it up.
+_LEASE_S = 10.0
 #: A destination that fails may cut further connections before it says why; so long we listen.
 _LAST_WORDS_S = 1.0
 
@@ -151,6 +156,7 @@ class Source:
         self._options = options
         self._host_cpu = host_cpu
         self._wire = options.wire
+        self._lease_s = min(_LEASE_S, options.timeout_s)
         self._attempt = Attempt(
             vm,
             policy,
@@ -169,6 +175,8 @@ class Source:
             now_s=self._attempt.clock.now_s,
         )
         self._encoder = Encoder()
+        self._giver: Giver[Peer] | None = None  # from READY on, which was heard at
+        self._ready_at_s = 0.0
 
     def run(self) -> MigrationReport:
         """Move the guest; call once. ``job.report`` is set afterwards, also when this raises.
@@ -180,7 +188,7 @@ class Source:
         attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
         with attempt.under_way(self._as_migration_error), contextlib.closing(self._proof):
             with phase(Phase.CONNECT):
-                peer = Peer(self._connect(), Side.SOURCE)
+                peer = Peer(self._connect(self._options.timeout_s), Side.SOURCE)
             with phase(Phase.HELLO):
                 token, agreed = self._hello(peer)
                 self._proof.agree(audits=features.AUDIT in agreed)
@@ -198,7 +206,7 @@ class Source:
                         attempt.stop_guest()
                     with phase(Phase.STOP_AND_COPY):
                         if not report.shared_memory:
-                            self._stop_and_copy(sink, token, switches=switches)
+                            self._stop_and_copy(sink, switches=switches)
                     with phase(Phase.STATE):
                         records = attempt.guest.last_records()
                         sink.lanes.finish()
@@ -207,12 +215,35 @@ class Source:
                 with phase(Phase.VERIFY):
                     self._verify(peer)
             with phase(Phase.HANDOFF):
-                peer = self._hand_over(peer)
+                self._giver = Giver(
+                    self.job.handoff,
+                    partial(self._come_back, token),
+                    patience_s=self._options.timeout_s,
+                    now_s=attempt.clock.now_s,
+                )
+                peer = self._hand_over(peer, self._giver)
                 report.running_at_s = attempt.clock.now_s()
             if self.job.postcopy is not None:
                 with phase(Phase.POSTCOPY):
-                    self._serve(peer, self.job.postcopy)
+                    peer = self._serve(peer, self._giver, self.job.postcopy)
             attempt.guest.release()
+            self._giver.take_leave(peer)
+            self.job.close()
+        assert self.job.report is not None
+        return self.job.report
+
+    def find_out(self, endpoint: Endpoint) -> MigrationReport:
+        """After :meth:`run` left it UNKNOWN where the guest is: ask the destination, at ``endpoint``.
+
+        Raises:
+            MigrationError: it is here, and runs on (``guest_at`` SOURCE); or it is still UNKNOWN.
+        """
+        assert self._giver is not None
+        self._endpoint = endpoint
+        with self._attempt.under_way(self._as_migration_error):
+            peer = self._giver.ask()
+            self._attempt.guest.release()
+            self._giver.take_leave(peer)
             self.job.close()
         assert self.job.report is not None
         return self.job.report
@@ -228,10 +259,10 @@ class Source:
 
     # -- connect, hello --------------------------------------------------------------------------------------------
 
-    def _connect(self) -> Channel:
+    def _connect(self, within_s: float) -> Channel:
         handoff, credentials = self.job.handoff, self._options.credentials
         self._endpoint.expect_suits(credentials)
-        channel = self._endpoint.connect(self._options.timeout_s, given_up=lambda: handoff.cancelled)
+        channel = self._endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
         if credentials is not None:
             expected = credentials.peer or self._endpoint.host.partition("%")[0]
             try:
@@ -242,6 +273,11 @@ class Source:
         channel.pacer = self.job.pacer
         self.job.opened(channel)
         return channel
+
+    def _come_back(self, token: str, within_s: float) -> Peer:
+        peer = come_back(self._connect(within_s), token)
+        peer.channel.timeout_s = self._options.timeout_s
+        return peer
 
     def _hello(self, peer: Peer) -> tuple[str, tuple[str, ...]]:
         """Offer the guest; return the migration's token and what the destination uses of the offer."""
@@ -272,6 +308,7 @@ class Source:
                 features=offered,
                 connections=self._wire.connections,
                 host_cpu=self._host_cpu,
+                lease_ms=math.ceil(self._lease_s * 1e3),
             ),
             None if storage is None else storage.fd,
         )
@@ -288,7 +325,7 @@ class Source:
         main = self._lane(peer.channel, self._encoder, records)
         others = []
         for index in range(1, self._wire.connections):
-            channel = self._connect()
+            channel = self._connect(self._options.timeout_s)
             join(channel, token, index)
             encoder = Encoder(Role.SECTION)
             channel.send([encoder.header(agreed=records), encoder.record(StaticDataEnd())])
@@ -332,7 +369,7 @@ class Source:
         self._attempt.report.stop_reason = "the destination has the same memory"
         return False
 
-    def _stop_and_copy(self, sink: DestinationSink, token: str, *, switches: bool) -> None:
+    def _stop_and_copy(self, sink: DestinationSink, *, switches: bool) -> None:
         """Send what is dirty, or note it as missing."""
         gfns = last_dirty(self._attempt)
         if switches:
@@ -340,7 +377,7 @@ class Source:
             gfns = gfns[:0]
             if missing.size:
                 pages = MissingPages(self._vm.memory, missing)
-                self.job.postcopy = Postcopy(pages, token, self._attempt.clock.now_s)
+                self.job.postcopy = Postcopy(pages, self._attempt.clock.now_s)
         stop_and_copy(self._attempt, sink, gfns)
 
     @contextlib.contextmanager
@@ -365,33 +402,31 @@ class Source:
             if postcopy is not None:
                 postcopy.missing.announce(peer)
             proof.prove(peer, spent_s, None if postcopy is None else postcopy.missing.bitmap)
+        self._ready_at_s = self._attempt.clock.now_s()
         report.verified_pages, report.audited_pages = proof.verified_pages, proof.audited_pages
 
     # -- the handoff -----------------------------------------------------------------------------------------------
 
-    def _hand_over(self, peer: Peer) -> Peer:
+    def _hand_over(self, peer: Peer, giver: Giver[Peer]) -> Peer:
         """Hand the guest over; return the connection on which the destination may ask for pages."""
         handoff, postcopy = self.job.handoff, self.job.postcopy
         paused = self._vm.status is VmStatus.PAUSED
         self._attempt.guest.release_backends()  # before the destination hears that it may take them
-        if not handoff.commit():
+        if not handoff.commit(self._ready_at_s + self._lease_s):
             raise self.job.stays()
         try:
-            peer.send(Commit(paused=paused) if postcopy is None else Switch(paused=paused))
-            peer.expect(Running)
-        except PeerFailedError:
-            handoff.refused()  # a destination that says so promises that the guest never runs there
-            raise
+            return giver.give(peer, Commit(paused=paused) if postcopy is None else Switch(paused=paused))
         except (OSError, PageferryError) as error:
-            handoff.lost()
-            if postcopy is None:
+            if not handoff.committed:
                 raise
-            peer = self._recovered(postcopy, error)
-        handoff.running()
-        return peer
+            if postcopy is not None:
+                return self._recovered(giver, postcopy, error)
+            with contextlib.suppress(OSError, PageferryError):
+                return giver.ask_until_answered()
+            raise
 
-    def _serve(self, peer: Peer, postcopy: Postcopy) -> None:
-        """Answer for the pages that are missing there, over as many connections as it takes."""
+    def _serve(self, peer: Peer, giver: Giver[Peer], postcopy: Postcopy) -> Peer:
+        """Answer for the pages that are missing there, over as many connections as it takes; return the last."""
         missing = postcopy.missing
 
         def on_progress() -> None:
@@ -407,11 +442,11 @@ class Source:
             try:
                 postcopy.connected()
                 missing.serve(peer, on_progress)
-                return
+                return peer
             except (OSError, PageferryError) as error:
-                peer = self._recovered(postcopy, error)
+                peer = self._recovered(giver, postcopy, error)
 
-    def _recovered(self, postcopy: Postcopy, error: Exception) -> Peer:
+    def _recovered(self, giver: Giver[Peer], postcopy: Postcopy, error: Exception) -> Peer:
         """After a cut, wait until somebody says where to connect, and the destination is there.
 
         Raises:
@@ -424,11 +459,9 @@ class Source:
             self.job.status = JobStatus.POSTCOPY_RECOVER
             self._endpoint = endpoint
             try:
-                peer = come_back(self._connect(), postcopy.token)
+                peer = giver.ask()
             except (OSError, PageferryError) as again:
-                promised = isinstance(again, PeerFailedError) and not isinstance(again, PeerRefusedError)
-                if promised and handoff.guest_at is GuestAt.UNKNOWN:
-                    handoff.refused()
+                if not handoff.committed:
                     raise
                 self._cut(postcopy, again)
                 continue

@@ -231,7 +231,7 @@ class FerryDecoder:
             raise self._not_pageferry(had)
         if had or self._intake.offset != self._record_start:
             raise TruncatedError("the peer closed the connection", record=self._record, offset=self._record_offset)
-        if self._conversation.stage not in (Stage.RUNNING, Stage.CLOSED, Stage.JOINED):
+        if self._conversation.stage not in (Stage.OVER, Stage.CLOSED, Stage.JOINED):
             raise TruncatedError(f"the peer closed the connection while {self._conversation.stage}")
 
     @property

@@ -24,11 +24,13 @@ from pageferry.stream.ferry_frames import (
     COMMIT_PAUSED,
     COMPLETE_BODY,
     COUNT_HEAD,
+    DEFAULT_LEASE_MS,
     DIGEST_BYTES,
     DIGESTS_LAST,
     MAX_CONNECTIONS,
     MAX_CPUS,
     MAX_FEATURES,
+    MAX_LEASE_MS,
     MAX_MISSING_RUNS,
     MAX_NAME_CHARS,
     MAX_POPULATED_RUNS,
@@ -305,6 +307,7 @@ def _parse_source_hello(body: bytes) -> SourceHello:
         connections=fields.integer("connections", 1, MAX_CONNECTIONS, default=1),
         host_cpu=fields.host_cpu("host_cpu"),
         proof=fields.name("proof"),
+        lease_ms=fields.integer("lease_ms", 1, MAX_LEASE_MS, default=DEFAULT_LEASE_MS),
     )
 
 

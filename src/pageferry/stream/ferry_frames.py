@@ -26,6 +26,8 @@ MAX_TEXT_CHARS = 1024
 MAX_CPUS = 1024
 #: Most connections of one migration.
 MAX_CONNECTIONS = 16
+MAX_LEASE_MS = 86_400_000
+DEFAULT_LEASE_MS = 30_000
 
 DIGESTS_LAST = 1 << 0
 MISMATCH_HEAD = Struct("<QII")
@@ -82,7 +84,8 @@ class SourceHello:
     them, ascending and disjoint, as (first gfn, pages), at most 1,024. ``name`` is the guest's, for people; ``machine``
     names the machine model and ``features`` what the source offers. ``devices``: the guest's virtio devices, each with
     what stands behind it at the source. ``cpuid`` is the guest's CPUID table. ``connections`` is how many it wants to
-    use, this one counted. ``host_cpu``: on which CPU the guest runs, for a warning; None: not told. ``proof``: that it
+    use, this one counted. ``host_cpu``: on which CPU the guest runs, for a warning; None: not told. ``lease_ms``: for
+    how long after READY the destination may take it at its word, COMMIT or SWITCH; 1 to 86,400,000. ``proof``: that it
     was made for this connection, see :mod:`~pageferry.stream.ferry_proof`.
     """
 
@@ -100,6 +103,7 @@ class SourceHello:
     populated_pages: int = 0
     connections: int = 1
     host_cpu: HostCpu | None = None
+    lease_ms: int = DEFAULT_LEASE_MS
     proof: str = ""
 
 
@@ -107,8 +111,8 @@ class SourceHello:
 class DestinationHello:
     """The destination will take the guest; ``features`` is the part of the source's offer that it uses.
 
-    ``token``: which further connections prove that they know; empty when there will be none. ``host_cpu``: on which CPU
-    the guest will run, for a warning; None: not told. ``proof``: that it was made for this connection.
+    ``token``: which further connections prove that they know, and a source that asks for its guest. ``host_cpu``: on
+    which CPU the guest will run, for a warning; None: not told. ``proof``: that it was made for this connection.
     """
 
     version: str
@@ -182,7 +186,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """The guest runs at the destination."""
+    """The guest runs at the destination, and needs nothing more of the source, unless it was asked to switch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,12 +281,12 @@ class Complete:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dropped:
-    """The source has COMPLETE, and keeps no page any longer."""
+    """The source has heard that the guest needs nothing more, and keeps no page any longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recover:
-    """A new connection in place of one that was cut after the switch; it proves to know the migration's token."""
+    """A new connection in place of one that was cut after COMMIT or SWITCH; it proves to know the migration's token."""
 
     proof: str
 

@@ -36,6 +36,7 @@ class Stage(StrEnum):
     READY = "ready"
     COMMITTED = "committed"
     RUNNING = "running"
+    OVER = "over"
     CLOSED = "closed"
     JOINING = "joining"
     JOINED = "joined"
@@ -50,7 +51,7 @@ class Stage(StrEnum):
 _P, _S, _D = Stage, Side.SOURCE, Side.DESTINATION
 #: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise, or the
 #: word would be anybody's.
-_NO_PROMISE = (_P.RUNNING, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE, _P.RECOVERING)
+_NO_PROMISE = (_P.RUNNING, _P.OVER, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE, _P.RECOVERING)
 
 #: (stage, sender, frame) -> next stage. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.
 #: What is missing may not be sent. STREAMING ends by :meth:`Conversation.stream_passed`, not by a frame; on a further
@@ -69,6 +70,7 @@ TABLE: dict[tuple[Stage, Side, FrameType], Stage] = {
     (_P.MISMATCHED, _S, _F.DIGESTS): _P.MISMATCHED,  # they were under way
     (_P.READY, _S, _F.COMMIT): _P.COMMITTED,
     (_P.COMMITTED, _D, _F.RUNNING): _P.RUNNING,
+    (_P.RUNNING, _S, _F.DROPPED): _P.OVER,
     (_P.GREETING, _S, _F.JOIN): _P.JOINING,
     (_P.JOINING, _D, _F.KNOWN): _P.JOIN_KNOWN,
     (_P.JOIN_KNOWN, _D, _F.JOINED): _P.JOINED,
@@ -80,10 +82,11 @@ TABLE: dict[tuple[Stage, Side, FrameType], Stage] = {
     (_P.FETCHING, _S, _F.PAGES): _P.FETCHING,
     (_P.FETCHING, _D, _F.COMPLETE): _P.COMPLETE,
     (_P.COMPLETE, _S, _F.PAGES): _P.COMPLETE,  # they were under way to a guest that has ended
-    (_P.COMPLETE, _S, _F.DROPPED): _P.RUNNING,
+    (_P.COMPLETE, _S, _F.DROPPED): _P.OVER,
     (_P.GREETING, _S, _F.RECOVER): _P.RECOVERING,
     (_P.RECOVERING, _D, _F.KNOWN): _P.RECOVER_KNOWN,
     (_P.RECOVER_KNOWN, _D, _F.RECOVERED): _P.FETCHING,
+    (_P.RECOVER_KNOWN, _D, _F.RUNNING): _P.RUNNING,
     (_P.RECOVERING, _D, _F.REFUSE): _P.CLOSED,
     **{(p, _S, _F.FAILED): _P.CLOSED for p in (_P.DIGESTING, _P.COMPARING, _P.MISMATCHED, _P.READY)},
     **{(p, _D, _F.FAILED): _P.CLOSED for p in Stage if p not in _NO_PROMISE},

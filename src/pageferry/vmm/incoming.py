@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import threading
 from dataclasses import replace
 
@@ -141,7 +142,8 @@ class Incoming:
             make_vm,
             host_cpu=lambda _: self._guest.machines.host_cpu,
             accept=acceptor.accept,
-            dropped=acceptor.dropped,
+            never_ran=acceptor.never_ran,
+            asked_within_s=math.inf,
             on_event=self._on_event,
             before_run=self._arrived,
             on_complete=self._completed,

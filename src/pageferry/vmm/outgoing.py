@@ -3,10 +3,12 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from pageferry.core.errors import GuestAt, MigrationError
-from pageferry.core.events import Event
+from pageferry.core.events import Event, MigrationReport
 from pageferry.engine.image.save import Save
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
@@ -54,10 +56,14 @@ class Outgoing:
     def __init__(self, guest: Guest, announcer: Announcer) -> None:
         self._guest = guest
         self._announcer = announcer
-        self._job: Job | None = None
+        self._attempt: Source | Save | None = None
         self._thread: threading.Thread | None = None
         self._told = threading.Event()  # how the latest attempt ended, to a client that asked
         self._told.set()
+
+    @property
+    def _job(self) -> Job | None:
+        return None if self._attempt is None else self._attempt.job
 
     # -- where the guest is ----------------------------------------------------------------------------------------
 
@@ -93,9 +99,7 @@ class Outgoing:
         """
         self.check_not_moved()
         if self.guest_at is GuestAt.UNKNOWN:
-            hint = "see whether the destination runs it; if it surely does not: pageferry resume --force"
-            if self.under_way:
-                hint = f"pageferry migrate --recover finds out; {hint}"
+            hint = "pageferry migrate --recover finds out; if it surely runs nowhere: pageferry resume --force"
             raise QmpError("whether the guest has moved is not known", hint=hint)
         if self.under_way and self._job is not None and self._job.handing_over:
             raise QmpError("the guest is being handed over")
@@ -161,21 +165,31 @@ class Outgoing:
                 work_before=self._guest.work.oldest(),
             )
         )
-        self._job = attempt.job
+        self._attempt = attempt
         self._told.clear()
         self._guest.work.forget()
-        self._thread = threading.Thread(target=self._main, args=(attempt, news), name="migrate", daemon=True)
         self._announcer.migration("setup")
+        self._start(attempt.run, attempt.job, news)
+
+    def _start(self, run: Callable[[], MigrationReport], job: Job, news: AttemptNews) -> None:
+        self._thread = threading.Thread(target=self._main, args=(run, job, news), name="migrate", daemon=True)
         self._thread.start()
 
     def recover(self, endpoint: Endpoint) -> None:
-        """Go on at ``endpoint`` with a migration that was cut after the switch.
+        """Go on at ``endpoint`` with a migration that was cut after the commit or the switch.
 
         Raises:
             QmpError: there is none.
         """
-        if self._job is None or not self._job.recover(endpoint):
-            raise QmpError("no migration here was cut after the switch", hint="start one without --recover")
+        with self._guest.lock:
+            attempt = self._attempt
+            if attempt is not None and attempt.job.recover(endpoint):
+                return
+            if self.under_way or self.guest_at is not GuestAt.UNKNOWN or not isinstance(attempt, Source):
+                raise QmpError("no migration here was cut after its commit", hint="start one without --recover")
+            self._told.clear()
+            attempt.job.begun()
+            self._start(partial(attempt.find_out, endpoint), attempt.job, AttemptNews(self._guest, self._announcer))
 
     def cancel(self) -> None:
         """Cancel the attempt under way, if there is one.
@@ -247,12 +261,12 @@ class Outgoing:
             return f"the guest was saved to {file} and stopped here; restore it from there"
         return "the guest has moved to another process; attach to it there"
 
-    def _main(self, attempt: Source | Save, news: AttemptNews) -> None:
+    def _main(self, run: Callable[[], MigrationReport], job: Job, news: AttemptNews) -> None:
         try:
-            report = attempt.run()
+            report = run()
         except MigrationError as error:
             self._guest.work.forget()
-            news.failed(attempt.job, error)
+            news.failed(job, error)
             return
         except Exception:
             _log.exception("a migration ended by a defect")

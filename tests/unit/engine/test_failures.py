@@ -26,7 +26,6 @@ from pageferry.engine.wire.peer import PeerFailedError
         (PeerFailedError("it gave up", hint="ask there"), PeerError),
         (TruncatedError("cut short", record="END"), TransportError),
         (ConnectionResetError("gone"), TransportError),
-        (TimeoutError("stalled"), TransportError),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -34,6 +33,12 @@ def test_a_source_that_has_spoken_or_is_gone_is_told_nothing(error, kind):
     raised, told = as_arrival_error(error, phase=Phase.PRECOPY)
     assert (type(raised), raised.phase, raised.guest_at) == (kind, "pre-copy", GuestAt.SOURCE)
     assert told is None
+
+
+def test_a_source_that_stood_still_is_told_for_it_may_be_there():
+    raised, told = as_arrival_error(TimeoutError("stalled"), phase=Phase.PRECOPY)
+    assert (type(raised), raised.reason, raised.guest_at) == (TransportError, "the source stood still", GuestAt.SOURCE)
+    assert told.reason == "the source stood still too long"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every order in which a handoff can go, to the depth where nothing new appears."""
+"""Who may run a guest: the steps at each end, and the lease between them."""
 
 import itertools
 import threading
@@ -6,7 +6,8 @@ import threading
 import pytest
 
 from pageferry.core.errors import GuestAt
-from pageferry.engine.handoff import Custody, Handoff
+from pageferry.engine.handoff.custody import Claim, Custody, Handoff, Takeover
+from pageferry.engine.wire.connections import NeverRan
 
 STEPS = ("cancel", "commit", "running", "refused", "keep", "lost", "taken_back")
 #: What may follow in each state, and where it leads; all else is a defect of ours and raises.
@@ -24,6 +25,11 @@ LEGAL = {
 }
 
 
+def do(handoff, step):
+    """Take one step; the lease is always over."""
+    return handoff.taken_back(1.0) if step == "taken_back" else getattr(handoff, step)()
+
+
 def explored(depth):
     """Yield each sequence of steps that is legal so far, and one more."""
     for steps in itertools.product(STEPS, repeat=depth):
@@ -31,7 +37,7 @@ def explored(depth):
         for step in steps[:-1]:
             if step != "cancel" and (handoff.custody, step) not in LEGAL:
                 break
-            getattr(handoff, step)()
+            do(handoff, step)
         else:
             yield handoff, steps[-1]
 
@@ -48,14 +54,14 @@ def test_each_step_leads_where_it_may_and_nowhere_else(depth):
             assert handoff.custody is before
             assert handoff.cancelled == (cancelled or in_time)
         elif step in ("commit", "keep") and before is Custody.HERE and cancelled:
-            assert not getattr(handoff, step)()
+            assert not do(handoff, step)
             assert handoff.custody is Custody.HERE
         elif (before, step) in LEGAL:
-            getattr(handoff, step)()
+            do(handoff, step)
             assert handoff.custody is LEGAL[before, step]
         else:
             with pytest.raises(AssertionError, match=f"a guest that is {before} cannot"):
-                getattr(handoff, step)()
+                do(handoff, step)
             assert handoff.custody is before
         # It may run here only where nobody was told that it may run there, or somebody took that back.
         assert handoff.committed == (handoff.custody not in (Custody.HERE, Custody.KEPT))
@@ -79,3 +85,69 @@ def test_of_a_cancel_and_a_commit_at_once_one_is_heard():
         committed = handoff.commit()
         canceller.join()
         assert committed != answers["cancel"]
+
+
+def test_a_guest_is_taken_back_only_when_its_commit_can_no_longer_be_accepted():
+    handoff = Handoff()
+    assert handoff.commit(open_until_s=10.0)
+    assert handoff.open_for_s(4.0) == 6.0
+    handoff.lost()
+    assert handoff.open_for_s(9.5) == 0.5
+    with pytest.raises(AssertionError, match="may still be accepted"):
+        handoff.taken_back(9.9)
+    assert handoff.open_for_s(10.0) == 0.0
+    handoff.taken_back(10.0)
+    assert handoff.custody is Custody.HERE
+
+
+def test_a_commit_that_was_answered_is_no_longer_open():
+    for answer in ("running", "refused"):
+        handoff = Handoff()
+        assert handoff.commit(open_until_s=10.0)
+        getattr(handoff, answer)()
+        assert handoff.open_for_s(0.0) == 0.0
+
+
+def test_a_destination_accepts_a_commit_within_its_part_of_the_lease():
+    in_time, late = Takeover(lease_s=10.0), Takeover(lease_s=10.0)
+    for takeover in (in_time, late):
+        takeover.ready(100.0)
+    assert in_time.left_s(100.0) == pytest.approx(9.0)
+    assert in_time.accept(108.9)
+    assert not late.accept(109.1)
+    in_time.run()
+    late.give_up()
+    assert (in_time.claim, late.claim) == (Claim.OURS, Claim.NEVER)
+
+
+@pytest.mark.parametrize("so_far", [[], ["ready"], ["ready", "accept"]])
+def test_a_destination_that_has_given_up_never_runs_the_guest(so_far):
+    def do(takeover, step):
+        return getattr(takeover, step)(*([0.0] if step in ("ready", "accept") else []))
+
+    takeover = Takeover(lease_s=10.0)
+    for step in so_far:
+        do(takeover, step)
+    takeover.give_up()
+    for step in ("ready", "run"):
+        with pytest.raises(AssertionError, match="a guest that is never cannot"):
+            do(takeover, step)
+    assert takeover.claim is Claim.NEVER
+
+
+def test_a_destination_that_runs_the_guest_cannot_promise_that_it_never_will():
+    takeover = Takeover(lease_s=1.0)
+    takeover.ready(0.0)
+    assert takeover.accept(0.5)
+    takeover.run()
+    with pytest.raises(AssertionError, match="a guest that is ours cannot become never"):
+        takeover.give_up()
+
+
+def test_the_latest_guests_that_never_ran_are_remembered():
+    never_ran = NeverRan()
+    for number in range(2000):
+        never_ran.add(str(number))
+    assert "1999" in never_ran
+    assert "1000" in never_ran
+    assert "0" not in never_ran

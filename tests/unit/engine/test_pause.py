@@ -6,7 +6,7 @@ import pytest
 
 from pageferry.core.errors import GuestAt
 from pageferry.core.events import DOWNTIME_PHASES
-from pageferry.engine.handoff import Custody, Handoff
+from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.pause import PauseWatch, pause_limit_s, waits_for
 
 

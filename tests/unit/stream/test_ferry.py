@@ -129,6 +129,7 @@ def advance(ends, stage):
         (Stage.READY, lambda: destination.tell(source, Ready(verified_pages=32))),
         (Stage.COMMITTED, lambda: source.tell(destination, Commit())),
         (Stage.RUNNING, lambda: destination.tell(source, Running())),
+        (Stage.OVER, lambda: source.tell(destination, Dropped())),
     ]
     if stage is Stage.MISMATCHED:
         advance(ends, Stage.COMPARING)
@@ -179,8 +180,9 @@ def test_a_whole_conversation(ends):
     assert destination.tell(source, Ready(verified_pages=48)) == Ready(verified_pages=48)
     assert source.tell(destination, Commit(paused=True)) == Commit(paused=True)
     assert destination.tell(source, Running()) == Running()
+    assert source.tell(destination, Dropped()) == Dropped()
     for end in ends:
-        assert end.stage is Stage.RUNNING
+        assert end.stage is Stage.OVER
         assert end.decoder.next_event() is NEED_DATA
         end.decoder.eof()
 
@@ -256,8 +258,10 @@ ALLOWED = {
     (Stage.READY, DESTINATION): {Failed},
     (Stage.COMMITTED, SOURCE): set(),
     (Stage.COMMITTED, DESTINATION): {Running, Failed},
-    (Stage.RUNNING, SOURCE): set(),
+    (Stage.RUNNING, SOURCE): {Dropped},
     (Stage.RUNNING, DESTINATION): set(),
+    (Stage.OVER, SOURCE): set(),
+    (Stage.OVER, DESTINATION): set(),
     (Stage.CLOSED, SOURCE): set(),
     (Stage.CLOSED, DESTINATION): set(),
     (Stage.JOINING, SOURCE): set(),
@@ -275,7 +279,7 @@ ALLOWED = {
     (Stage.COMPLETE, DESTINATION): set(),
     (Stage.RECOVERING, DESTINATION): {Known, Refuse},
     (Stage.RECOVER_KNOWN, SOURCE): set(),
-    (Stage.RECOVER_KNOWN, DESTINATION): {Recovered, Failed},
+    (Stage.RECOVER_KNOWN, DESTINATION): {Recovered, Running, Failed},
 }
 
 
@@ -422,7 +426,7 @@ def test_a_peer_that_goes_away_is_truncated(cut):
         decoder.eof()
 
 
-@pytest.mark.parametrize("stage", [p for p in Stage if p not in (Stage.RUNNING, Stage.CLOSED, Stage.JOINED)])
+@pytest.mark.parametrize("stage", [p for p in Stage if p not in (Stage.OVER, Stage.CLOSED, Stage.JOINED)])
 def test_a_peer_that_goes_away_between_frames_is_truncated(ends, stage):
     advance(ends, stage)
     for end in ends:

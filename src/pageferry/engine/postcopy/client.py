@@ -34,20 +34,17 @@ from pageferry.core.errors import (
 from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovered
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import Vm
+from pageferry.engine.handoff.take import see_off
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.wire.channel import Channel
-from pageferry.engine.wire.connections import POLL_S, Accept, admit
+from pageferry.engine.wire.connections import Accept, wait_for_return
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_bodies import digest_of
 from pageferry.stream.ferry_frames import (
     MAX_WANTED_PAGES,
     Complete,
-    Dropped,
-    Failed,
     Pages,
-    Recover,
     Recovered,
-    Refuse,
     Wanted,
 )
 
@@ -56,7 +53,6 @@ _log = logging.getLogger(__name__)
 #: How many pages may be under way that no vCPU waits for: 512 KiB, what an urgent page may wait behind. Measured: more
 #: of them make the waits longer, and the whole no faster.
 _AHEAD_PAGES = 128
-_TAKEN = Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there")
 
 
 class PostcopyClient:
@@ -133,16 +129,8 @@ class PostcopyClient:
 
         Returns when it has. The guest needs nothing of it any more: if this is aborted, the source believes itself cut.
         """
-        peer = self._peer
-        while peer is not None and not self._is_over():
-            try:
-                self.say_complete(peer)
-                break
-            except (OSError, PageferryError):
-                peer.channel.close()
-            self._peer = peer = self._accepted()
-        if peer is not None:
-            peer.channel.close()
+        if self._peer is not None and not self._is_over():
+            see_off(self._peer, self.say_complete, self._accepted)
 
     def release(self) -> None:
         """Tell the source, from any thread, that the guest has ended and needs no more of its pages."""
@@ -225,16 +213,13 @@ class PostcopyClient:
             self._pager.install(zeros, np.zeros(zeros.size * PAGE_SIZE, np.uint8))
 
     def say_complete(self, peer: Peer) -> None:
-        """Tell the source, when all is there, that it may drop its copy; return when it has.
+        """Tell the source, over this connection, that all is there and that it may drop its copy.
 
         Raises:
-            RemoteStreamError: the source sent something else.
-            OSError: cut or stalled: whether it has heard is not known. Call it again with another connection.
+            OSError: cut or stalled.
         """
+        self._peer = peer
         peer.send(self._complete())
-        answer = peer.receive()
-        if not isinstance(answer, Dropped):
-            raise RemoteStreamError(f"the source sent {type(answer).__name__} after it was told that all is here")
 
     def _release(self, peer: Peer) -> None:
         try:
@@ -278,14 +263,7 @@ class PostcopyClient:
         return peer
 
     def _accepted(self) -> Peer | None:
-        while not self._is_over():
-            try:
-                peer = self._accept(POLL_S)
-            except OSError:
-                return None
-            if peer is not None and admit(peer, Recover, self._token, answer=Recovered(), refusal=_TAKEN) is not None:
-                return peer
-        return None
+        return wait_for_return(self._accept, self._token, Recovered(), self._is_over)
 
 
 class _Freeze:
@@ -307,23 +285,3 @@ class _Freeze:
     def _thaw(self) -> None:
         self._freezing.join()
         self._vm.thaw()
-
-
-def refuse_return(peer: Peer, *, dropped: str | None) -> None:
-    """Answer a source that comes back for a guest that is not here.
-
-    Args:
-        peer: the source, which has sent RECOVER.
-        dropped: the token of the guest, which was to switch to this process, and never ran here and never will; None:
-            we know nothing of it.
-
-    Raises:
-        OSError: cut or stalled.
-    """
-    if dropped is not None:
-        peer.say_known(dropped)
-        peer.send(Failed(reason="the guest had not all arrived when the connection was cut, and never ran there"))
-    else:
-        hint = "if it surely runs nowhere: pageferry resume --force at the source"
-        peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
-    peer.channel.finish()

@@ -1,30 +1,8 @@
-"""How post-copy goes on at the source after its connection was cut: over a new one, by the token of the first hello."""
+"""How post-copy goes on at the source after its connection was cut: when somebody says where the destination is."""
 
 import threading
 
-from pageferry.core.errors import RemoteStreamError
-from pageferry.engine.wire.channel import Channel, Endpoint
-from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry_frames import Recover, Recovered
-from pageferry.stream.ferry_order import Side
-
-
-def come_back(channel: Channel, token: str) -> Peer:
-    """Go on with the migration of this token over a new connection.
-
-    Raises:
-        PeerRefusedError: no guest of this migration is there; another destination may have it.
-        PeerFailedError: this is the destination, and the guest never ran there and never will.
-        RemoteStreamError: it answers something else.
-        OSError: cut or stalled.
-    """
-    peer = Peer(channel, Side.SOURCE)
-    peer.greet()
-    peer.send(Recover(proof=peer.proof(Recover, token)))
-    peer.expect_known(token)
-    if not isinstance(peer.receive(), Recovered):
-        raise RemoteStreamError("the destination did not go on with the migration")
-    return peer
+from pageferry.engine.wire.channel import Endpoint
 
 
 class Recovery:

@@ -3,7 +3,6 @@
 The guest is frozen here and never runs here again, so a page is what it was at the pause however late it goes.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from pageferry.engine.postcopy.recovery import Recovery
 from pageferry.engine.progress import Outlook
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_bodies import digest_of
-from pageferry.stream.ferry_frames import MAX_MISSING_RUNS, Complete, Dropped, Missing, Pages, Wanted
+from pageferry.stream.ferry_frames import MAX_MISSING_RUNS, Complete, Missing, Pages, Wanted
 
 _CUT = "the connection was cut: pageferry migrate --recover goes on"
 _SWITCHED = "the guest runs there already, and the rest follows"
@@ -82,8 +81,6 @@ class MissingPages:
             frame = peer.receive()
             if isinstance(frame, Complete):
                 self.waits = frame
-                with contextlib.suppress(OSError):  # a destination that has not heard it comes back and asks again
-                    peer.send(Dropped())
                 return
             if not isinstance(frame, Wanted) or not self._are_missing(frame.gfns):
                 raise RemoteStreamError(f"the destination sent {type(frame).__name__}, which asks for no missing page")
@@ -113,13 +110,11 @@ class Postcopy:
 
     Args:
         missing: the pages.
-        token: that the destination knows the migration by.
         now_s: a monotonic clock in seconds.
     """
 
-    def __init__(self, missing: MissingPages, token: str, now_s: Callable[[], float]) -> None:
+    def __init__(self, missing: MissingPages, now_s: Callable[[], float]) -> None:
         self.missing = missing
-        self.token = token
         self.recovery = Recovery()
         self.cut_reason = ""
         """How the connection was lost last."""

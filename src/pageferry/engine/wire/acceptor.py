@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pageferry.core.errors import PageferryError, RemoteStreamError, UsageError
 from pageferry.core.os_hints import listen_hint
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
+from pageferry.engine.wire.connections import NeverRan
 from pageferry.engine.wire.credentials import Credentials, names_of
 from pageferry.engine.wire.listener import Listener
 from pageferry.engine.wire.peer import Peer
@@ -113,8 +114,8 @@ class Acceptor:
         self._places = _Places()
         self.endpoint = asked.bound(listener)
         """The address, with the port that it really has."""
-        self.dropped: set[str] = set()
-        """The tokens of guests that were to switch to this place, and never ran here."""
+        self.never_ran = NeverRan()
+        """The guests that were to come to this place, and never ran here."""
         threading.Thread(target=self._accept_all, args=(listener,), name="accept", daemon=True).start()
 
     def __enter__(self) -> "Acceptor":

@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.peer import Peer
-from pageferry.stream.ferry_frames import Join, Joined, Recover, Recovered, Refuse
+from pageferry.stream.ferry_frames import Join, Joined, Recover, Recovered, Refuse, Running
 from pageferry.stream.ferry_order import Side
 
 #: Returns somebody who has connected: None when nobody did within so many seconds.
@@ -23,9 +24,12 @@ Accept = Callable[[float], Peer | None]
 POLL_S = 0.1
 #: While a stranger who connected says nothing, no source can join or come back.
 _PATIENCE_S = 2.0
+_TAKEN = Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there")
 _BUSY = Refuse(
     reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
 )
+#: How many migrations a destination remembers whose guest never ran there.
+_REMEMBERED = 1024
 _Request = TypeVar("_Request", Join, Recover)
 
 
@@ -36,6 +40,23 @@ def _anything(_: Join | Recover) -> bool:
 
 def _is_one_of(free: Collection[int], join: Join) -> bool:
     return join.index in free
+
+
+class NeverRan:
+    """The tokens of migrations whose guest never ran in this process and never will: the latest 1,024 of them.
+
+    One that was forgotten costs an answer, and no guest: its source hears that it is not known here.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: deque[str] = deque(maxlen=_REMEMBERED)
+
+    def add(self, token: str) -> None:
+        """Remember one."""
+        self._tokens.append(token)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._tokens))
 
 
 def connection_of(gfns: GfnArray, connections: int) -> NDArray[np.uint64]:
@@ -60,6 +81,21 @@ def join(channel: Channel, token: str, index: int) -> None:
     peer.expect_known(token)
     if not isinstance(peer.receive(), Joined):
         raise RemoteStreamError("the destination did not let a connection join")
+
+
+def come_back(channel: Channel, token: str) -> Peer:
+    """Ask for a guest that was given away over a connection that is lost; the source's side. The answer comes next.
+
+    Raises:
+        PeerRefusedError: nobody there knows the migration.
+        RemoteStreamError: it answers something else, or cannot prove that it knows it.
+        OSError: cut or stalled.
+    """
+    peer = Peer(channel, Side.SOURCE)
+    peer.greet()
+    peer.send(Recover(proof=peer.proof(Recover, token)))
+    peer.expect_known(token)
+    return peer
 
 
 def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list[Channel]:
@@ -98,12 +134,36 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
     return [joined[index] for index in sorted(joined)]
 
 
+def wait_for_return(
+    accept: Accept, token: str, answer: Running | Recovered, given_up: Callable[[], bool]
+) -> Peer | None:
+    """Wait until the source of the guest that is here comes back; the destination's side. Strangers are refused.
+
+    Args:
+        accept: where connections come from.
+        token: that it must show.
+        answer: sent to it.
+        given_up: whether it is not waited for any longer; asked ten times a second.
+
+    Returns:
+        The source; None when ``given_up`` said so, or nothing can be accepted any more.
+    """
+    while not given_up():
+        try:
+            peer = accept(POLL_S)
+        except OSError:
+            return None
+        if peer is not None and admit(peer, Recover, token, answer=answer, refusal=_TAKEN) is not None:
+            return peer
+    return None
+
+
 def admit(
     peer: Peer,
     request: type[_Request],
     token: str,
     *,
-    answer: Joined | Recovered,
+    answer: Joined | Running | Recovered,
     refusal: Refuse,
     fits: Callable[[_Request], bool] = _anything,
 ) -> _Request | None:

@@ -196,6 +196,20 @@ class Peer:
         with self._turn:
             self._decoder.content_passed(len(view))
 
+    def wait_for_end(self, within_s: float) -> None:
+        """Return when the peer has closed the connection, within so many seconds, and close it too.
+
+        Raises:
+            OSError: it was cut, or the peer has not closed.
+        """
+        if self.channel.receive_some(1, self.channel.deadline_s(within_s)):
+            raise ConnectionAbortedError("the peer went on talking")
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.channel.close()
+
     def stream_passed(self, stream_bytes: int) -> None:
         """Say that the libxc stream, of so many bytes, is over; frames follow again."""
         self._conversation.stream_passed(stream_bytes)

@@ -35,7 +35,7 @@ def missing():
 
 @pytest.fixture
 def postcopy(missing, clock):
-    return Postcopy(missing, "token", lambda: clock[0])
+    return Postcopy(missing, lambda: clock[0])
 
 
 def tell(postcopy, precopy_bytes_per_s):

@@ -6,7 +6,9 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from processes import GIVE_UP_S
@@ -196,11 +198,9 @@ print(len(sock.recv(1)))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as somebody else")
-def test_another_user_who_can_reach_the_socket_is_not_let_in(tmp_path):
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    path = tmp_path / "x"
-    with listen_unix(path, backlog=8) as listener:
+def test_another_user_who_can_reach_the_socket_is_not_let_in():
+    with tempfile.TemporaryDirectory() as folder, listen_unix(path := Path(folder, "x"), backlog=8) as listener:
+        path.parent.chmod(0o755)
         path.chmod(0o666)  # as on a file system that knows no modes
         stranger = subprocess.Popen(
             [sys.executable, "-c", _CONNECT_AS, "65534", str(path)], stdout=subprocess.PIPE, text=True
