@@ -263,7 +263,7 @@ def expect_sound(guest: Guest, disk: Path, peer: Peer) -> None:
     """
     if peer.connections != 1:
         raise WentWrongError(f"the guest's connection was made {peer.connections} times")
-    bad = guest.ask("dmesg | grep -iE 'BUG|WARNING|stall|lockup|error|unstable' | grep -v 'workqueue lockup detector'")
+    bad = guest.ask("dmesg | grep -iE 'BUG:|WARNING|stall|lockup|error|unstable' | grep -v 'workqueue lockup detector'")
     if bad:
         raise WentWrongError(f"the kernel said: {bad}")
     guest.ask("killall toil; sleep 1; for i in 1 2 3; do killall -9 redis-server memtester stress-ng fio sqlite3; done")
