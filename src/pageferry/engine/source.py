@@ -421,9 +421,10 @@ class Source:
                 raise
             if postcopy is not None:
                 return self._recovered(giver, postcopy, error)
-            with contextlib.suppress(OSError, PageferryError):
+            try:
                 return giver.ask_until_answered()
-            raise
+            except (OSError, PageferryError) as answer:
+                raise error if handoff.committed else answer from error
 
     def _serve(self, peer: Peer, giver: Giver[Peer], postcopy: Postcopy) -> Peer:
         """Answer for the pages that are missing there, over as many connections as it takes; return the last."""
