@@ -38,7 +38,7 @@ MiB = 1 << 20
         ),
         (
             failed((1000, 9), guest_at=GuestAt.UNKNOWN, action=Action.STOP_AND_COPY, reason="cut after the commit"),
-            "Nobody knows whether the guest moved: cut after the commit.",
+            "Whether the guest moved is not known: cut after the commit.",
         ),
     ],
 )
