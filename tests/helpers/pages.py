@@ -176,18 +176,24 @@ class Session:
         return ""
 
     def _talk(self, command: list[str], environment: dict[str, str]) -> str:
-        popen = launch(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        """Type at a console until it answers: a guest that is still booting may drop what it does not read yet."""
+        popen = launch(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self._going_on.append(popen)
-        popen.stdin.write("are you there?\n")
-        popen.stdin.flush()
-        printed = ""
-        while "are you there?" not in printed:
-            printed += popen.stdout.read(1)
+        os.set_blocking(popen.stdout.fileno(), False)
+        printed = b""
+
+        def answers() -> bool:
+            nonlocal printed
+            assert popen.poll() is None, popen.stderr.read()
+            popen.stdin.write(b"are you there?\n")
+            popen.stdin.flush()
+            printed += popen.stdout.read() or b""
+            return b"are you there?" in printed
+
+        until(answers, lambda: f"answer at the console: {printed!r}", poll_s=0.5)
         popen.send_signal(signal.SIGINT)
         popen.wait(_GIVE_UP_S)
-        return printed
+        return printed.decode(errors="replace")
 
     def _ask(self, command: list[str], environment: dict[str, str]) -> str:
         """Begin a migration that other commands are about; return when it is under way."""
