@@ -50,7 +50,7 @@ class Pipe:
     """A channel to nowhere: what is sent can be received."""
 
     pacer = None
-    timeout_s = 0.0
+    timeout_s = 60.0
 
     def __init__(self):
         self._bytes = bytearray()
