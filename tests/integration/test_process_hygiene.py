@@ -323,3 +323,34 @@ def test_what_only_tells_does_so_in_a_narrow_encoding(tmp_path, locale):
     for command in (("inspect", name), ("inspect", name, "--json"), ("doctor",), ("--help",)):
         result = cli(*command, **narrow)
         assert result.returncode == 0, result.stderr
+
+
+#: A signal comes when the command has told its outcome and its process winds up.
+_AT_THE_END = """
+import atexit, signal, sys
+import pageferry.__main__
+atexit.register(signal.raise_signal, int(sys.argv.pop(1)))
+pageferry.__main__.run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_comes_when_the_outcome_was_told_changes_no_exit_code(tmp_path, number):
+    command = [sys.executable, "-c", _AT_THE_END, str(number.value), "status", "--control", str(tmp_path / "none.sock")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 6, ended
+    assert "Traceback" not in ended.stderr
+
+
+#: What takes time to import is being imported when Ctrl-C comes.
+_WHILE_LOADING = """
+import importlib, signal
+import pageferry.__main__
+importlib.import_module = lambda name: signal.raise_signal(signal.SIGINT)
+pageferry.__main__.run()
+"""
+
+
+def test_a_ctrl_c_while_a_command_is_loaded_ends_it_without_a_traceback():
+    ended = subprocess.run([sys.executable, "-c", _WHILE_LOADING], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")

@@ -104,6 +104,7 @@ def _not_named() -> None:
 
 def run() -> None:
     """Run the command that the arguments of the process name, and end the process with its exit code."""
+    shell.SIGNALS.outlive()
     shell.run(lambda: app_with([_named(sys.argv[1:])])(standalone_mode=False), refusal=_BadOption)
 
 

@@ -309,6 +309,7 @@ class _Signals:
         self._before: dict[int, Any] = {}
         self._instead: Callable[[], None] | None = None
         self._stopped = False
+        self._afterwards: signal.Handlers | None = None
 
     def __enter__(self) -> Self:
         self._stopped = False
@@ -319,7 +320,8 @@ class _Signals:
 
     def __exit__(self, *_: object) -> None:
         while self._before:
-            signal.signal(*self._before.popitem())
+            number, before = self._before.popitem()
+            signal.signal(number, before if self._afterwards is None else self._afterwards)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if self._instead is not None:
@@ -330,6 +332,10 @@ class _Signals:
         else:
             with contextlib.suppress(OSError):  # no print: it may have interrupted one
                 os.write(2, b"pageferry: ending already\n")
+
+    def outlive(self) -> None:
+        """Have the block, when it ends, leave them ignored: the process ends with an outcome that it has told."""
+        self._afterwards = signal.SIG_IGN
 
     def end(self) -> None:
         """Let no more of them raise."""

@@ -20,6 +20,15 @@ def parse_size(text: str) -> int:
     return size_bytes
 
 
+def parse_number(text: str) -> int:
+    """Return ``text`` as :func:`parse_size` does, or 0 for "0": a size or any other number.
+
+    Raises:
+        UsageError: the text is neither.
+    """
+    return 0 if text.strip() == "0" else parse_size(text)
+
+
 def parse_rate(text: str) -> int | None:
     """Return ``text`` ("100M", "1GiB/s") in bytes a second, None for "0", which is no limit.
 

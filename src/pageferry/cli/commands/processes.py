@@ -42,7 +42,7 @@ from pageferry.core.errors import UsageError
 from pageferry.core.hostmem import total_bytes
 from pageferry.core.hugepages import HugePages
 from pageferry.core.policy_names import UsersPolicies, load_policies
-from pageferry.core.units import parse_size
+from pageferry.core.units import parse_number, parse_size
 from pageferry.core.vm import MachineModel
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.room import GuestLimits
@@ -129,7 +129,7 @@ def _workload_params(
         working_set_bytes=None if working_set is None else parse_size(working_set),
         rate=rate or 0,
         seed=1 if seed is None else seed,
-        arguments=tuple(map(parse_size, arguments or ())),
+        arguments=tuple(map(parse_number, arguments or ())),
     )
 
 
