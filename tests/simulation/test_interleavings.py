@@ -22,10 +22,7 @@ WORLDS = {
     "each access to the P2M's entries, one page": ({"programs": ((0,), (0,)), "cleans": None, "fine": True}, 600),
     "each access to the P2M's entries, two pages": ({"programs": ((0,), (1,)), "cleans": None, "fine": True}, 600),
 }
-QUICK = [
-    "each access to the P2M's entries, one page",
-    "a vCPU and a device on one page, a CLEAN between two rounds",
-]
+QUICK = ["each access to the P2M's entries, one page"]
 
 
 @pytest.mark.parametrize("name", sample(WORLDS, "a vCPU against a vCPU, and against a device", quick=QUICK))
