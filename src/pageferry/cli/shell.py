@@ -319,9 +319,10 @@ class _Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        afterwards, self._afterwards = self._afterwards, None
         while self._before:
             number, before = self._before.popitem()
-            signal.signal(number, before if self._afterwards is None else self._afterwards)
+            signal.signal(number, before if afterwards is None else afterwards)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if self._instead is not None:
@@ -334,7 +335,7 @@ class _Signals:
                 os.write(2, b"pageferry: ending already\n")
 
     def outlive(self) -> None:
-        """Have the block, when it ends, leave them ignored: the process ends with an outcome that it has told."""
+        """Have the next block leave them ignored at its end: the process ends with an outcome that it has told."""
         self._afterwards = signal.SIG_IGN
 
     def end(self) -> None:
