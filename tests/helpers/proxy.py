@@ -39,7 +39,7 @@ class Wire:
             inner, _ = self._listener.accept()
         except OSError:
             return
-        self._listener.close()  # who comes back finds nobody
+        self._listener.close()  # a source that comes back finds it closed
         outer = socket.create_connection(self.target)
         self._sockets = [inner, outer]
         for forward, pair in ((True, (inner, outer)), (False, (outer, inner))):

@@ -64,7 +64,7 @@ class Peer:
                         self.echoed_bytes += len(data)
 
     def end(self) -> None:
-        """Let nobody connect any more."""
+        """Accept no more connections."""
         if self._listener is not None:
             with suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)

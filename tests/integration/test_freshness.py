@@ -1,4 +1,4 @@
-"""What was recorded of one migration is worth nothing to another, whoever plays it again and to whom."""
+"""What was recorded of one migration is worth nothing to another, however it is played again."""
 
 import socket
 import struct
@@ -147,7 +147,7 @@ def test_a_destination_that_says_failed_to_a_return_without_a_proof_promises_not
 
 
 def framed(frame):
-    """A frame as bytes, whoever's turn it is, with the proof that it has."""
+    """A frame as bytes, in turn or not, with the proof that it has."""
     body = body_of(frame)
     return struct.pack("<II", TYPE_OF[type(frame)], len(body)) + body
 

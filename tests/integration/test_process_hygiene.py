@@ -232,7 +232,7 @@ def test_a_narrow_encoding_changes_characters_and_nothing_else(pair, tmp_path, l
     "closed", sample([">&-", "2>&-", "<&- >&- 2>&-"], "all at once include each", quick=["<&- >&- 2>&-"])
 )
 def test_a_guest_runs_with_standard_streams_that_are_closed(tmp_path, closed):
-    """None of its own files gets their numbers, so what is written there reaches nobody."""
+    """None of its own files gets their numbers, so what is written there is lost."""
     control = tmp_path / "x.sock"
     shell = f'exec {sys.executable} -m pageferry "$@" {closed}'
     command = ["sh", "-c", shell, "sh", "run", *GUEST, "--control", str(control)]

@@ -53,7 +53,7 @@ class Terminal:
             assert select.select([self.master], [], [], GIVE_UP_S)[0], self.seen
             try:
                 self.seen += os.read(self.master, 1 << 16)
-            except OSError:  # nobody has the other end
+            except OSError:  # the other end is closed
                 break
         return self.seen.decode()
 

@@ -31,7 +31,7 @@ from pageferry.stream.ferry_order import Side
 pytestmark = pytest.mark.parametrize("accel", ["soft"], indirect=True)
 
 SOURCE, DESTINATION = "alice.example", "127.0.0.1"
-#: What the guest has in its memory, and nobody else may see.
+#: What the guest has in its memory, and no other may see.
 CONTENT = b"the content of this very guest, " * 128
 
 
@@ -339,7 +339,7 @@ def test_another_secret_opens_nothing(house):
 
 
 def test_a_certificate_of_the_same_ca_does_not_let_somebody_join(running, house, ends):
-    """Whoever the CA knows can knock; only who has the migration's token gets in."""
+    """Any holder of a certificate of the CA can knock; only one who has the migration's token gets in."""
     ours, theirs = ends
     there = house(theirs)
     knocked = []

@@ -91,7 +91,7 @@ class _Believes(ReceivedPages):
 
 
 @fault(
-    "no bug on record: a claim that is checked by nobody",
+    "no bug on record: a claim that is not checked",
     law=7,
     found_by=("a-claim-is-not-believed",),
 )

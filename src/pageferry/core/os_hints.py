@@ -40,7 +40,7 @@ _LISTEN = {
 }
 _LISTEN_UNIX = _FILE | {errno.EADDRINUSE: "another process serves it, or a file has this name: choose another path"}
 _CONNECT = {
-    errno.ECONNREFUSED: "nobody listens there: is pageferry receive running, and is the port right?",
+    errno.ECONNREFUSED: "nothing listens there: is pageferry receive running, and is the port right?",
     errno.ETIMEDOUT: "nothing answers there: check the address, and firewalls on the way",
     errno.EHOSTUNREACH: "no way leads to that host: check the address and the routes",
     errno.ENETUNREACH: "no way leads to that network: check the address and the routes",
@@ -48,8 +48,8 @@ _CONNECT = {
     errno.ENODEV: "ip link shows the interfaces",
 }
 _CONNECT_UNIX = _FILE | {
-    errno.ENOENT: "nobody listens there: is pageferry receive running, and is the path right?",
-    errno.ECONNREFUSED: "nobody listens there any more: is pageferry receive running?",
+    errno.ENOENT: "nothing listens there: is pageferry receive running, and is the path right?",
+    errno.ECONNREFUSED: "nothing listens there any more: is pageferry receive running?",
     errno.EACCES: "this user may not connect to it: use the user whose socket it is",
 }
 _MAX_SOCKET_PATH_BYTES = 107

@@ -277,7 +277,7 @@ class Job:
             raise self.stays()
 
     def give_pause_up(self) -> None:
-        """Let the guest run on here, from any thread, if nobody was told yet that it may run elsewhere."""
+        """Let the guest run on here, from any thread, if the destination was not told yet that it may run it."""
         self._given_up_in = self._clock.current
         if self.handoff.give_up():
             self.cut()

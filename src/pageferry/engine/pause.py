@@ -62,7 +62,7 @@ class PauseWatch:
             self._timer.start()
 
     def end(self) -> None:
-        """The pause is over, or nobody can end it any more. May be repeated."""
+        """The pause is over, or cannot be ended any more. May be repeated."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer.join()

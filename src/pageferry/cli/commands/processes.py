@@ -216,7 +216,7 @@ def _credentials(endpoint: Endpoint, tls_dir: Path | None, peer: str | None, sec
         return credentials
     if tls_dir is None:
         if peer is not None:
-            raise UsageError("nobody has a name without certificates", hint="--peer goes with --tls-dir")
+            raise UsageError("there are no names without certificates", hint="--peer goes with --tls-dir")
         return None
     return Credentials.from_dir(tls_dir, Side.DESTINATION, peer)
 

@@ -8,7 +8,7 @@
              RECOVER -- RUNNING, FAILED - as above; RECOVERED: it runs there, and asks for pages
                      -- REFUSE, nothing - UNKNOWN still
 
-A word that did not leave whole was not given: nobody can accept a part of it.
+A word that did not leave whole was not given: a part of it cannot be accepted.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Giver(Generic[_T]):
     Args:
         handoff: who may run it.
         come_back: opens a new connection to the destination, within so many seconds, and asks there: the answer comes
-            next. Raises PeerRefusedError if nobody there knows the migration, and OSError.
+            next. Raises PeerRefusedError if the migration is not known there, and OSError.
         patience_s: how long a destination may take to answer where nothing else is said.
         now_s: a monotonic clock in seconds.
         sleep: waits for so many seconds.

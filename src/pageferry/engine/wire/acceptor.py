@@ -44,7 +44,7 @@ _TLS_ONLY = Refuse(reason="this destination speaks TLS only", hint="pageferry mi
 
 
 def _say_nothing(_: str) -> None:
-    """Tell nobody."""
+    """Do not tell it."""
 
 
 @dataclass(slots=True)
@@ -158,7 +158,7 @@ class Acceptor:
             return self._places.others.popleft() if self._places.others else None
 
     def free(self) -> None:
-        """End what :meth:`wait` began: nobody is being received, and the next source is let in."""
+        """End what :meth:`wait` began: no guest is being received, and the next source is let in."""
         with self._changed:
             waiting, self._places.others, self._places.busy = list(self._places.others), deque(), False
         for peer in waiting:

@@ -17,7 +17,7 @@ from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Join, Joined, Recover, Recovered, Refuse, Running
 from pageferry.stream.ferry_order import Side
 
-#: Returns somebody who has connected: None when nobody did within so many seconds.
+#: Returns a peer that has connected; None when there was none within so many seconds.
 Accept = Callable[[float], Peer | None]
 
 #: How long to wait for a connection before looking at anything else.
@@ -87,7 +87,7 @@ def come_back(channel: Channel, token: str) -> Peer:
     """Ask for a guest that was given away over a connection that is lost; the source's side. The answer comes next.
 
     Raises:
-        PeerRefusedError: nobody there knows the migration.
+        PeerRefusedError: the migration is not known there.
         RemoteStreamError: it answers something else, or cannot prove that it knows it.
         OSError: cut or stalled.
     """

@@ -160,7 +160,7 @@ def _context(side: Side) -> ssl.SSLContext:
     context.check_hostname = client
     context.hostname_checks_common_name = False
     if not client:
-        context.num_tickets = 0  # nobody resumes
+        context.num_tickets = 0  # no session is resumed
     return context
 
 

@@ -8,7 +8,7 @@ _RENEW = "make new certificates, or set the clock"
 _VERIFY: dict[int, tuple[str, str]] = {
     9: ("is not valid yet", _RENEW),
     10: ("has expired", _RENEW),
-    18: ("is signed by nobody but itself", _CHECK_CA),
+    18: ("is signed by itself only", _CHECK_CA),
     19: ("is of another CA than ours", _CHECK_CA),
     20: ("is of another CA than ours", _CHECK_CA),
     21: ("is of another CA than ours", _CHECK_CA),

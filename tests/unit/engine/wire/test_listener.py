@@ -59,7 +59,7 @@ def in_a_namespace(tmp_path, names, script):
     hosts.write_text("".join(f"{line}\n" for line in names))
     enter = ["unshare", "--map-root-user", "--net", "--mount"]
     if subprocess.run([*enter, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this host lets nobody make a network namespace (unshare --map-root-user --net)")
+        pytest.skip("this host does not allow a network namespace (unshare --map-root-user --net)")
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
         [*enter, sys.executable, "-c", _NAMESPACE + script, str(hosts)],
