@@ -66,7 +66,7 @@ def test_a_plain_machine_has_none_of_it():
 def test_events_can_be_enabled_and_none_comes_by_itself(pm, sci):
     pm.write(0, 4, 0xFFFF_FFFF)
     assert pm.read(0, 4) == 0x4721_0000
-    assert True not in sci
+    assert not any(sci)
     pm.write(ENABLE + 1, 1, 0)
     assert pm.read(ENABLE, 2) == 0x0021
 
