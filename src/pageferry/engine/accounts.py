@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import GfnArray
 from pageferry.core.sent_pages import HeatMap, HotRange, SentPages
+from pageferry.engine.host import THIS_HOST, Host
 
 #: The heat map is counted in so many cells and rows at the most, and told in so many cells.
 _COUNTED_CELLS = 1 << 16
@@ -36,10 +37,12 @@ class PageAccounts:
 
     Args:
         gfn_limit: one more than the last frame.
+        host: on which others wait for a change.
     """
 
-    def __init__(self, gfn_limit: int) -> None:
-        self.changed = threading.Condition()
+    def __init__(self, gfn_limit: int, host: Host = THIS_HOST) -> None:
+        self.host = host
+        self.changed = host.condition()
         """Notified when pages are sent."""
         self.send_counts = SendCounts(gfn_limit)
         self.populated = DirtyBitmap(gfn_limit)

@@ -18,6 +18,7 @@ from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.guest_time import StallMeter
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pause import PauseWatch
@@ -37,8 +38,9 @@ class Attempt:
         hold: do not pause the guest before it is told to go on.
         file: where to, for a save.
         on_event: sees every event, on the thread that runs the attempt.
-        work_before: what the guest had done some time ago, on the clock ``time.monotonic``, to compare with; it was not
-            paused since. None: the rate is taken from the handshake.
+        work_before: what the guest had done some time ago, on the host's clock, to compare with; it was not paused
+            since. None: the rate is taken from the handshake.
+        host: under this end.
     """
 
     def __init__(
@@ -52,13 +54,14 @@ class Attempt:
         file: Path | None = None,
         on_event: Callable[[Event], None],
         work_before: WorkSample | None,
+        host: Host = THIS_HOST,
     ) -> None:
         self.on_event = guarded(on_event)
-        self.clock = PhaseClock(self.on_event)
+        self.clock = PhaseClock(self.on_event, host.now_s)
         self.guest = TrackedGuest(vm)
         self.rounds = Rounds(vm.memory.pages, self.on_event, self.clock.now_s)
-        self.accounts = PageAccounts(vm.memory.gfn_limit)
-        self.throttle = Throttle(vm, self.clock.now_s)
+        self.accounts = PageAccounts(vm.memory.gfn_limit, host)
+        self.throttle = Throttle(vm, host)
         self.stall = StallMeter(vm, self.clock.now_s, work_before)
         self.state_s = 0.0
         """What saving the state here and loading it there will take, as rehearsed."""
@@ -71,8 +74,9 @@ class Attempt:
             pause_limit_s=pause_limit_s,
             hold=hold,
             file=file,
+            host=host,
         )
-        self.pause = PauseWatch(self.job.give_pause_up)
+        self.pause = PauseWatch(self.job.give_pause_up, host)
         self.report = ReportBuilder(
             self.guest,
             self.job,

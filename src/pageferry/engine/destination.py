@@ -29,8 +29,6 @@ only :meth:`Destination.abort` ends it, and the guest is lost.
 
 import contextlib
 import secrets
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NoReturn
 
@@ -122,6 +120,7 @@ class Destination(Generic[AnyVm]):
     ) -> None:
         self._peer = peer
         self._channel = peer.channel
+        self._host = peer.channel.host
         self._channels = [peer.channel]
         self._make_vm = make_vm
         self._host_cpu = host_cpu
@@ -131,8 +130,8 @@ class Destination(Generic[AnyVm]):
         self._on_event = guarded(on_event)
         self._before_run = before_run
         self._on_complete = on_complete
-        self._clock = PhaseClock(self._on_event)
-        self._aborted = threading.Event()
+        self._clock = PhaseClock(self._on_event, self._host.now_s)
+        self._aborted = self._host.event()
         self._takeover: Takeover | None = None  # from the hello on
         self._token = secrets.token_hex(16)
         self._postcopy: PostcopyClient | None = None  # from just before the switch on
@@ -157,7 +156,8 @@ class Destination(Generic[AnyVm]):
                 agreed = self._answer(hello, vm, shared=shared)
                 channels = self._channels = [self._channel, *self._join(hello, agreed)]
                 pages = ReceivedPages(vm.memory, audits=features.AUDIT in agreed)
-            with Populator(vm.memory, hello.populated, lambda: pages.arrived_pages), self._clock.phase(Phase.PRECOPY):
+            populator = Populator(vm.memory, hello.populated, lambda: pages.arrived_pages, self._host)
+            with populator, self._clock.phase(Phase.PRECOPY):
                 state = self._receive(hello, agreed, channels, pages)
                 if (removed := pages.removed()).size:
                     vm.remove_pages(removed)
@@ -234,7 +234,7 @@ class Destination(Generic[AnyVm]):
     # -- hello -----------------------------------------------------------------------------------------------------
 
     def _hello(self) -> SourceHello:
-        hello = self._peer.hear(time.monotonic() + _HELLO_TIMEOUT_S)
+        hello = self._peer.hear(self._host.now_s() + _HELLO_TIMEOUT_S)
         if isinstance(hello, Recover):
             token = next((token for token in self._never_ran if self._peer.proves(hello, token)), None)
             if token is not None:
@@ -331,6 +331,7 @@ class Destination(Generic[AnyVm]):
             token=self._token,
             aborted=self._aborted,
             on_event=self._on_event,
+            host=self._host,
         )
 
     # -- failures --------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
 from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.send import Outlet
 from pageferry.engine.pause import pause_limit_s, waits_for
@@ -47,6 +48,7 @@ class Job:
         pause_limit_s: how long a pause may take, see :func:`~pageferry.engine.pause.pause_limit_s`.
         hold: do not pause the guest before :meth:`go_on`.
         file: where to, for a save.
+        host: on which others wait for it.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class Job:
         pause_limit_s: float | None = None,
         hold: bool = False,
         file: Path | None = None,
+        host: Host = THIS_HOST,
     ) -> None:
         self.policy = policy
-        self.pacer = Pacer(bandwidth_bytes_per_s)
+        self.pacer = Pacer(bandwidth_bytes_per_s, host.now_s)
         self.handoff = Handoff()
         self.file = file
         self.status = JobStatus.SETUP
@@ -78,10 +81,10 @@ class Job:
         self._rounds = rounds
         self._clock = clock
         self._channels: list[Outlet] = []
-        self._go_on = threading.Event()
+        self._go_on = host.event()
         if not hold:
             self._go_on.set()
-        self._ended = threading.Event()
+        self._ended = host.event()
         self._limits_lock = threading.Lock()  # between two who change limits at once
 
     # -- status ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from pageferry.core.events import Phase
+from pageferry.engine.host import THIS_HOST, Host
 
 _TIMES_THE_DOWNTIME_LIMIT = 10
 _LEAST_S = 2.0
@@ -48,21 +49,27 @@ class PauseWatch:
 
     Args:
         on_end: gives it up.
+        host: on which it waits.
     """
 
-    def __init__(self, on_end: Callable[[], None]) -> None:
+    def __init__(self, on_end: Callable[[], None], host: Host = THIS_HOST) -> None:
         self._on_end = on_end
-        self._timer: threading.Timer | None = None
+        self._host = host
+        self._over = host.event()
+        self._thread: threading.Thread | None = None
 
     def begin(self, limit_s: float | None) -> None:
         """The pause begins, and may take so long; None: as long as it does."""
         if limit_s is not None and limit_s < threading.TIMEOUT_MAX:
-            self._timer = threading.Timer(limit_s, self._on_end)
-            self._timer.name, self._timer.daemon = "pause", True
-            self._timer.start()
+            self._thread = self._host.thread(self._watch, "pause", (limit_s,))
+            self._thread.start()
 
     def end(self) -> None:
         """The pause is over, or cannot be ended any more. May be repeated."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer.join()
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _watch(self, limit_s: float) -> None:
+        if not self._over.wait(limit_s):
+            self._on_end()

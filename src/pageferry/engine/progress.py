@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class PhaseClock:
         now_s: a monotonic clock in seconds.
     """
 
-    def __init__(self, on_event: Callable[[Event], None], now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, on_event: Callable[[Event], None], now_s: Callable[[], float]) -> None:
         self._on_event = on_event
         self.now_s = now_s
         self.current = Phase.CONNECT

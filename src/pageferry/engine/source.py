@@ -47,6 +47,7 @@ from pageferry.engine import features
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.failures import as_migration_error
 from pageferry.engine.handoff.give import Giver
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.job import JobStatus
 from pageferry.engine.options import DEFAULT_OPTIONS, DEFAULT_WIRE, MigrationOptions
 from pageferry.engine.pages.cache import PageCache
@@ -138,6 +139,7 @@ class Source:
         host_cpu: the CPU that it runs on; None: not known.
         on_event: sees every event, on the thread that calls :meth:`run`.
         work_before: see :class:`~pageferry.engine.attempt.Attempt`.
+        host: under this end.
     """
 
     def __init__(
@@ -150,8 +152,10 @@ class Source:
         host_cpu: HostCpu | None = None,
         on_event: Callable[[Event], None] = _ignore,
         work_before: WorkSample | None = None,
+        host: Host = THIS_HOST,
     ) -> None:
         self._vm = vm
+        self._host = host
         self._endpoint = endpoint
         self._options = options
         self._host_cpu = host_cpu
@@ -165,6 +169,7 @@ class Source:
             hold=options.hold,
             on_event=on_event,
             work_before=work_before,
+            host=host,
         )
         self.job = self._attempt.job
         self._proof = MemoryProof(
@@ -219,7 +224,8 @@ class Source:
                     self.job.handoff,
                     partial(self._come_back, token),
                     patience_s=self._options.timeout_s,
-                    now_s=attempt.clock.now_s,
+                    now_s=self._host.now_s,
+                    sleep=self._host.sleep,
                 )
                 peer = self._hand_over(peer, self._giver)
                 report.running_at_s = attempt.clock.now_s()
@@ -331,7 +337,7 @@ class Source:
             channel.send([encoder.header(agreed=records), encoder.record(StaticDataEnd())])
             others.append(self._lane(channel, encoder, records))
         fences = RecordType.FENCE in records
-        return DestinationSink(Lanes(main, others), peer, self._proof, self._attempt.rounds, fences=fences)
+        return DestinationSink(Lanes(main, others, self._host), peer, self._proof, self._attempt.rounds, fences=fences)
 
     def _lane(self, channel: Channel, encoder: Encoder, records: frozenset[RecordType]) -> Lane:
         memory, packing = self._vm.memory, self._wire.compress
@@ -377,7 +383,7 @@ class Source:
             gfns = gfns[:0]
             if missing.size:
                 pages = MissingPages(self._vm.memory, missing)
-                self.job.postcopy = Postcopy(pages, self._attempt.clock.now_s)
+                self.job.postcopy = Postcopy(pages, self._host)
         stop_and_copy(self._attempt, sink, gfns)
 
     @contextlib.contextmanager

@@ -5,12 +5,9 @@ demands: so the share is kept however late a thread wakes up. Freezing nests: ot
 """
 
 import threading
-from collections.abc import Callable
 
 from pageferry.core.vm import Vm
-
-#: Waits, without the condition's lock, until the predicate is true or so many seconds have passed.
-WaitFor = Callable[[threading.Condition, Callable[[], bool], float], bool]
+from pageferry.engine.host import THIS_HOST, Host
 
 #: One cycle: short, so that a peer of the guest does not wait long; long against the cost of a kick (0.3 ms).
 _CYCLE_S = 0.02
@@ -22,15 +19,13 @@ class Throttle:
 
     Args:
         vm: the guest.
-        now_s: a monotonic clock in seconds.
-        wait_for: waits by that clock.
+        host: by whose clock it waits.
     """
 
-    def __init__(self, vm: Vm, now_s: Callable[[], float], wait_for: WaitFor = threading.Condition.wait_for) -> None:
+    def __init__(self, vm: Vm, host: Host = THIS_HOST) -> None:
         self._vm = vm
-        self._now_s = now_s
-        self._wait_for = wait_for
-        self._changed = threading.Condition()
+        self._host = host
+        self._changed = host.condition()
         self._share = 0.0
         self._throttled_s = 0.0
         self._closed = False
@@ -60,7 +55,7 @@ class Throttle:
                 return
             self._share = share
             if share and self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="throttle", daemon=True)
+                self._thread = self._host.thread(self._run, "throttle")
                 self._thread.start()
             self._changed.notify()
 
@@ -85,20 +80,20 @@ class Throttle:
             if self._changed.wait_for(lambda: self._closed or self._share > 0.0) and self._closed:
                 return
             share = self._share
-            began_s = self._now_s()
+            began_s = self._host.now_s()
             run_s = max(_MIN_RUN_S, _CYCLE_S * (1.0 - share))
-            self._wait_for(self._changed, lambda: self._share != share, run_s)
+            self._changed.wait_for(lambda: self._share != share, run_s)
             share = self._share
-        ran_s = self._now_s() - began_s
+        ran_s = self._host.now_s() - began_s
         if share:
             self._freeze(ran_s * share / (1.0 - share))
 
     def _freeze(self, freeze_s: float) -> None:
         self._vm.freeze()
         try:
-            share, began_s = self._share, self._now_s()
+            share, began_s = self._share, self._host.now_s()
             with self._changed:
-                self._wait_for(self._changed, lambda: self._share < share, freeze_s)
+                self._changed.wait_for(lambda: self._share < share, freeze_s)
         finally:
             self._vm.thaw()
-            self._throttled_s += self._now_s() - began_s
+            self._throttled_s += self._host.now_s() - began_s

@@ -1,10 +1,10 @@
 import threading
-import time
 
 import pytest
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import RunControl
+from pageferry.engine.host import Host
 from pageferry.engine.throttle import Throttle
 
 _CYCLES = 5
@@ -29,8 +29,8 @@ class Frozen:
             self.went_on.set()
 
 
-class LateClock:
-    """Time that passes in waits only; each takes ``late`` times as long as it should.
+class LateHost(Host):
+    """Where time passes in waits only; each takes ``late`` times as long as it should.
 
     Notes how long the guest ran and was frozen. After ``_CYCLES`` freezes time stands still.
     """
@@ -43,12 +43,29 @@ class LateClock:
     def now_s(self):
         return self._now_s
 
-    def wait_for(self, condition, predicate, timeout_s):
+    def condition(self):
+        return LateCondition(self)
+
+    def passes(self, timeout_s):
+        """Let time pass; return False once it stands still."""
         if self._vm.went_on.is_set():
-            return condition.wait_for(predicate)
+            return False
         self._now_s += timeout_s * self._late
         (self.frozen_s if self._vm.frozen else self.ran_s).append(timeout_s * self._late)
-        return predicate()
+        return True
+
+
+class LateCondition(threading.Condition):
+    """A condition of a late host."""
+
+    def __init__(self, host):
+        super().__init__()
+        self._host = host
+
+    def wait_for(self, predicate, timeout=None):
+        if timeout is not None and self._host.passes(timeout):
+            return predicate()
+        return super().wait_for(predicate)
 
 
 @pytest.fixture
@@ -58,7 +75,7 @@ def vm():
 
 @pytest.fixture
 def throttle(vm):
-    throttle = Throttle(vm, time.monotonic)
+    throttle = Throttle(vm)
     yield throttle
     throttle.close()
 
@@ -72,15 +89,15 @@ def test_nothing_is_held_at_first_nor_by_a_share_of_nothing(vm, throttle):
 @pytest.mark.parametrize("late", [1, 40])
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_the_share_is_kept_however_late_a_thread_wakes_up(vm, share, late):
-    clock = LateClock(vm, late)
-    throttle = Throttle(vm, clock.now_s, clock.wait_for)
+    host = LateHost(vm, late)
+    throttle = Throttle(vm, host)
     throttle.set(share)
     assert vm.went_on.wait(60)
     throttle.close()
-    assert len(clock.frozen_s) == len(clock.ran_s) == _CYCLES
-    for ran_s, frozen_s in zip(clock.ran_s, clock.frozen_s, strict=True):
+    assert len(host.frozen_s) == len(host.ran_s) == _CYCLES
+    for ran_s, frozen_s in zip(host.ran_s, host.frozen_s, strict=True):
         assert frozen_s == pytest.approx(late * ran_s * share / (1 - share))  # what it should be, and late once more
-    assert throttle.throttled_s == pytest.approx(sum(clock.frozen_s))
+    assert throttle.throttled_s == pytest.approx(sum(host.frozen_s))
 
 
 def test_a_guest_that_is_held_for_long_is_let_go_at_once(vm, throttle):
@@ -122,7 +139,7 @@ def test_a_guest_that_cannot_be_held_is_told(vm, throttle):
 
 def test_a_throttled_guest_works_on(accel, guests):
     vm = guests("sweep")
-    throttle = Throttle(vm, time.monotonic)
+    throttle = Throttle(vm)
     assert isinstance(vm.run_control, RunControl)
     vm.resume()
     throttle.set(0.5)

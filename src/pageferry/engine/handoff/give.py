@@ -12,7 +12,6 @@ A word that did not leave whole was not given: a part of it cannot be accepted.
 """
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -67,7 +66,7 @@ class Giver(Generic[_T]):
         *,
         patience_s: float,
         now_s: Callable[[], float],
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None],
     ) -> None:
         self._handoff = handoff
         self._come_back = come_back

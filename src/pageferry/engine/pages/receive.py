@@ -9,8 +9,6 @@ A page comes on one connection only (:func:`~pageferry.engine.wire.connections.c
 is taken in the order in which it was said. A FENCE is reached when all connections have come to it.
 """
 
-import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -21,6 +19,7 @@ from pageferry.core.events import Phase
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory, byte_ranges
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.room import expect_more_room
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
@@ -167,18 +166,21 @@ class PageWriter:
 class Activity:
     """The clock of all connections: one with nothing to carry is not stalled while another carries.
 
+    Args:
+        now_s: a monotonic clock in seconds.
+
     Attributes:
         failure: of the first connection that failed; it ends the others.
     """
 
-    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
-        self._now_s = now_s
+    def __init__(self, now_s: Callable[[], float] = THIS_HOST.now_s) -> None:
+        self.now_s = now_s
         self._last_s = now_s()
         self.failure: Exception | None = None
 
     def note(self) -> None:
         """Something came in."""
-        self._last_s = self._now_s()
+        self._last_s = self.now_s()
 
     def wait(self, channel: Channel) -> None:
         """Wait until something comes in on ``channel``.
@@ -203,7 +205,7 @@ class Activity:
         """
         if self.failure is not None:
             raise self.failure
-        if self._now_s() - self._last_s >= timeout_s:
+        if self.now_s() - self._last_s >= timeout_s:
             raise TimeoutError("stalled")
 
 
@@ -212,10 +214,12 @@ class _Pace:
 
     Args:
         timeout_s: for how long it may come as slowly as it likes.
+        now_s: a monotonic clock in seconds.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, now_s: Callable[[], float]) -> None:
         self._timeout_s = timeout_s
+        self._now_s = now_s
         self._began_s: float | None = None
         self._bytes = 0
 
@@ -225,7 +229,7 @@ class _Pace:
         Raises:
             TimeoutError: it is a trickle.
         """
-        now_s = time.monotonic()
+        now_s = self._now_s()
         self._began_s = now_s if self._began_s is None else self._began_s
         self._bytes += size_bytes
         if now_s - self._began_s > self._timeout_s + self._bytes / _LEAST_BYTES_PER_S:
@@ -246,11 +250,11 @@ def read_stream(channel: Channel, decoder: Decoder, writer: PageWriter, activity
         AuditMismatchError: pages differ that were digested while the guest ran.
         OSError: cut or stalled.
     """
-    pace = _Pace(channel.timeout_s)
+    pace = _Pace(channel.timeout_s, activity.now_s)
     while not decoder.ended:
         event = decoder.next_event()
         if not isinstance(event, Need | SkippedRecord):
-            pace = _Pace(channel.timeout_s)
+            pace = _Pace(channel.timeout_s, activity.now_s)
         if isinstance(event, Need):
             activity.wait(channel)
             data = channel.receive_some(decoder.wanted_bytes)
@@ -306,12 +310,12 @@ class Receiver:
         self._decoders = [
             Decoder(zero_copy=True, gfn_limit=pages.memory.gfn_limit, agreed=agreed, role=role) for role in roles
         ]
-        self._activity = Activity()
+        host = channels[0].host
+        self._activity = Activity(host.now_s)
         self._reached = [-1 for _ in channels[1:]]
-        self._changed = threading.Condition()
+        self._changed = host.condition()
         self._threads = [
-            threading.Thread(target=self._read_section, args=(index,), name=f"section {index + 1}", daemon=True)
-            for index in range(1, len(channels))
+            host.thread(self._read_section, f"section {index + 1}", (index,)) for index in range(1, len(channels))
         ]
 
     def __enter__(self) -> "Receiver":
@@ -388,9 +392,16 @@ class Populator:
         memory: the guest's.
         runs: ``(first gfn, pages)`` each; what is not RAM of them is left out.
         arrived_pages: returns how many pages have arrived.
+        host: of the thread.
     """
 
-    def __init__(self, memory: GuestMemory, runs: Sequence[tuple[int, int]], arrived_pages: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        runs: Sequence[tuple[int, int]],
+        arrived_pages: Callable[[], int],
+        host: Host = THIS_HOST,
+    ) -> None:
         self._memory = memory
         self._arrived_pages = arrived_pages
         wanted = DirtyBitmap(memory.gfn_limit)
@@ -399,8 +410,8 @@ class Populator:
             wanted.set_range(inside.start, len(inside))
         wanted &= memory.all_ram()
         self._starts, self._lengths = split_runs(*wanted.runs(), PAGES_PER_2M)
-        self._enough = threading.Event()
-        self._thread = threading.Thread(target=self._populate, name="populate", daemon=True)
+        self._enough = host.event()
+        self._thread = host.thread(self._populate, "populate")
 
     def __enter__(self) -> "Populator":
         self._thread.start()

@@ -4,8 +4,6 @@ The lane of a page depends on its gfn alone, so what is said of a page arrives i
 however far one connection runs ahead of another.
 """
 
-import queue
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -17,6 +15,7 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_counts import NO_PAGES, PageCounts
 from pageferry.core.page_words import page_words, zero_pages
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.pages.encode import NOTHING, Coded, PageCoder
 from pageferry.engine.verify.digests import RunDigests
 from pageferry.engine.wire.connections import connection_of
@@ -181,10 +180,11 @@ class Lanes:
     Args:
         main: the first; what goes there is sent on the thread that calls.
         others: each is given a thread, which :meth:`close` ends.
+        host: of these threads.
     """
 
-    def __init__(self, main: Lane, others: Sequence[Lane] = ()) -> None:
-        self._workers = [_Worker(lane) for lane in others]
+    def __init__(self, main: Lane, others: Sequence[Lane] = (), host: Host = THIS_HOST) -> None:
+        self._workers = [_Worker(lane, host) for lane in others]
         self.all = (main, *others)
         """Every lane, the main one first."""
 
@@ -268,11 +268,11 @@ class Lanes:
 class _Worker:
     """A lane with a thread."""
 
-    def __init__(self, lane: Lane) -> None:
+    def __init__(self, lane: Lane, host: Host) -> None:
         self.lane = lane
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING_TASKS)
+        self._tasks = host.queue(_WAITING_TASKS)  # of Callable[[], None], or None at the end
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="lane", daemon=True)
+        self._thread = host.thread(self._run, "lane")
         self._thread.start()
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> None:

@@ -35,6 +35,7 @@ from pageferry.core.events import Event, Phase, PostcopyPaused, PostcopyRecovere
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import Vm
 from pageferry.engine.handoff.take import see_off
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import Accept, wait_for_return
@@ -67,6 +68,7 @@ class PostcopyClient:
         token: that it must prove to know.
         aborted: set when all waiting is to end; :meth:`abort` is called after that.
         on_event: sees pauses and recoveries.
+        host: on which it waits.
 
     Raises:
         VmError: the host or the machine refused.
@@ -81,8 +83,10 @@ class PostcopyClient:
         token: str,
         aborted: threading.Event,
         on_event: Callable[[Event], None],
+        host: Host = THIS_HOST,
     ) -> None:
         self._vm = vm
+        self._host = host
         self._accept = accept
         self._token = token
         self._aborted = aborted
@@ -90,10 +94,10 @@ class PostcopyClient:
         self._content = np.empty(MAX_WANTED_PAGES * PAGE_SIZE, np.uint8)
         self._released = False
         self._peer: Peer | None = None
-        self._asking = threading.Lock()  # held while what is asked for, and of which peer, changes
+        self._asking = host.lock()  # held while what is asked for, and of which peer, changes
         self.waits_for_source = False
         """Whether the guest stands still, for pages of it are at a source that is gone."""
-        self._pager = DemandPager(vm, missing.gfns(), self._ask_urgently)
+        self._pager = DemandPager(vm, missing.gfns(), self._ask_urgently, host)
 
     @property
     def missing_pages(self) -> int:
@@ -252,7 +256,7 @@ class PostcopyClient:
         """Let the guest stand still until its source is back; None: it is not waited for any longer."""
         if self._released:
             return None
-        freeze = _Freeze(self._vm)
+        freeze = _Freeze(self._vm, self._host)
         self.waits_for_source = True
         self._on_event(PostcopyPaused(reason=reason))
         peer = self._accepted()
@@ -273,14 +277,15 @@ class _Freeze:
     over the connection that the caller is about to accept.
     """
 
-    def __init__(self, vm: Vm) -> None:
+    def __init__(self, vm: Vm, host: Host) -> None:
         self._vm = vm
-        self._freezing = threading.Thread(target=vm.freeze, name="freeze", daemon=True)
+        self._host = host
+        self._freezing = host.thread(vm.freeze, "freeze")
         self._freezing.start()
 
     def thaw(self) -> None:
         """Let it run again, as soon as every vCPU has stopped: pages come again."""
-        threading.Thread(target=self._thaw, name="thaw", daemon=True).start()
+        self._host.thread(self._thaw, "thaw").start()
 
     def _thaw(self) -> None:
         self._freezing.join()

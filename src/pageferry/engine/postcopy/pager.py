@@ -17,10 +17,9 @@ comes never overwrites what was written here.
 """
 
 import threading
-import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +28,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.vm import Vm
+from pageferry.engine.host import THIS_HOST, Host
 
 #: How many pages one who touches more than that waits for at once: 256 KiB. It bounds what is asked for ahead of a
 #: page that a vCPU needs meanwhile.
@@ -57,7 +57,7 @@ class _Need:
     """Frames (uint64[n]) that somebody waits for; ``met``: they have come, or it is over."""
 
     gfns: GfnArray
-    met: threading.Event = field(default_factory=threading.Event)
+    met: threading.Event
 
 
 class DemandPager:
@@ -67,13 +67,15 @@ class DemandPager:
         vm: the guest, which has not run.
         missing: its missing frames, uint64[n], in the order in which they are best brought; what they hold is given up.
         on_need: called by a thread that is about to wait, with no lock held; must not wait for a page.
+        host: on which threads wait.
 
     Raises:
         UnsupportedError: this host or machine cannot let a guest wait for pages.
         VmError: the host refused otherwise.
     """
 
-    def __init__(self, vm: Vm, missing: GfnArray, on_need: Callable[[], None]) -> None:
+    def __init__(self, vm: Vm, missing: GfnArray, on_need: Callable[[], None], host: Host = THIS_HOST) -> None:
+        self._host = host
         self._memory = vm.memory
         self._on_need = on_need
         self._lock = threading.Lock()
@@ -113,16 +115,16 @@ class DemandPager:
                 return
             if self.over:
                 raise VmError(_GIVEN_UP)
-            need = _Need(gfns[missing])
+            need = _Need(gfns[missing], self._host.event())
             self._needs.append(need)
-        began_ns = time.monotonic_ns()
+        began_s = self._host.now_s()
         try:
             self._on_need()
             need.met.wait()
         finally:
             with self._lock:
                 self._needs.remove(need)
-                self._waits_ns.append(time.monotonic_ns() - began_ns)
+                self._waits_ns.append(int((self._host.now_s() - began_s) * 1e9))
         if self._missing.test_many(need.gfns).any():
             raise VmError(_GIVEN_UP)
 

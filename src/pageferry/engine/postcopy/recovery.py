@@ -1,15 +1,18 @@
 """How post-copy goes on at the source after its connection was cut: when somebody says where the destination is."""
 
-import threading
-
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.channel import Endpoint
 
 
 class Recovery:
-    """A migration that was cut after the switch waits here for somebody who says where to connect."""
+    """A migration that was cut after the switch waits here for somebody who says where to connect.
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
+    Args:
+        host: on which it waits.
+    """
+
+    def __init__(self, host: Host = THIS_HOST) -> None:
+        self._changed = host.condition()
         self._endpoint: Endpoint | None = None
         self._abandoned = False
         self._waiting = False

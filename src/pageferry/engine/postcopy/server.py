@@ -14,6 +14,7 @@ from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import page_words, zero_pages
 from pageferry.core.policy import RATE_SAMPLE_BYTES
+from pageferry.engine.host import Host
 from pageferry.engine.postcopy.recovery import Recovery
 from pageferry.engine.progress import Outlook
 from pageferry.engine.wire.peer import Peer
@@ -110,15 +111,15 @@ class Postcopy:
 
     Args:
         missing: the pages.
-        now_s: a monotonic clock in seconds.
+        host: its clock counts, and it waits there for a recovery.
     """
 
-    def __init__(self, missing: MissingPages, now_s: Callable[[], float]) -> None:
+    def __init__(self, missing: MissingPages, host: Host) -> None:
         self.missing = missing
-        self.recovery = Recovery()
+        self.recovery = Recovery(host)
         self.cut_reason = ""
         """How the connection was lost last."""
-        self._now_s = now_s
+        self._now_s = host.now_s
         self._eta = Eta()
         self._eta_lock = threading.Lock()  # the estimate remembers what it told before
         self._connected_s: float | None = None

@@ -20,7 +20,6 @@ The destination does not believe that a page was audited, it remembers:
 :class:`~pageferry.engine.verify.compare.ReceivedPages`.
 """
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -76,7 +75,7 @@ class Auditor:
         self._ready: RunDigests | None = None
         self._failure: Exception | None = None
         self._closing = False
-        self._thread = threading.Thread(target=self._main, name="audit", daemon=True)
+        self._thread = accounts.host.thread(self._main, "audit")
 
     def start(self) -> None:
         """Begin; whatever was sent is audited from now on."""

@@ -12,14 +12,13 @@ too many are heard, the one that has taken longest goes: it is no source that is
 
 import contextlib
 import logging
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from pageferry.core.errors import PageferryError, RemoteStreamError, UsageError
 from pageferry.core.os_hints import listen_hint
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.engine.wire.connections import NeverRan
 from pageferry.engine.wire.credentials import Credentials, names_of
@@ -86,6 +85,7 @@ class Acceptor:
         timeout_s: how long a connection that came here may stand still.
         credentials: who we are and whom we accept; for an endpoint with TLS, and for no other.
         on_refused: told in one line who was turned away and why; on any thread.
+        host: on which it waits.
 
     Raises:
         UsageError: it is no address, or the address is in use or not ours, or TLS and credentials do not go together.
@@ -98,6 +98,7 @@ class Acceptor:
         *,
         credentials: Credentials | None = None,
         on_refused: Callable[[str], None] = _say_nothing,
+        host: Host = THIS_HOST,
     ) -> None:
         asked = Endpoint.parse(endpoint) if isinstance(endpoint, str) else endpoint
         asked.expect_suits(credentials)
@@ -110,13 +111,14 @@ class Acceptor:
         self._timeout_s = timeout_s
         self._credentials = credentials
         self._on_refused = on_refused
-        self._changed = threading.Condition()
+        self._host = host
+        self._changed = host.condition()
         self._places = _Places()
         self.endpoint = asked.bound(listener)
         """The address, with the port that it really has."""
         self.never_ran = NeverRan()
         """The guests that were to come to this place, and never ran here."""
-        threading.Thread(target=self._accept_all, args=(listener,), name="accept", daemon=True).start()
+        host.thread(self._accept_all, "accept", (listener,)).start()
 
     def __enter__(self) -> "Acceptor":
         return self
@@ -162,7 +164,7 @@ class Acceptor:
         with self._changed:
             waiting, self._places.others, self._places.busy = list(self._places.others), deque(), False
         for peer in waiting:
-            threading.Thread(target=self._find_place, args=(peer,), name="caller", daemon=True).start()
+            self._host.thread(self._find_place, "caller", (peer,)).start()
 
     def close(self) -> None:
         """Listen no more, and wake the thread that waits; from any thread. May be called twice."""
@@ -186,11 +188,11 @@ class Acceptor:
     def _accept_all(self, listener: Listener) -> None:
         while not self.closed:
             try:
-                channel = Channel(listener.accept(), self._timeout_s)
+                channel = Channel(listener.accept(), self._timeout_s, self._host)
             except OSError as error:
                 if not self.closed:
                     _log.debug("a connection was not accepted: %s", error)
-                    time.sleep(_RETRY_S)  # out of descriptors, or a source that left at once
+                    self._host.sleep(_RETRY_S)  # out of descriptors, or a source that left at once
                 continue
             with self._changed:
                 if self._listener is None:  # closed since
@@ -200,7 +202,7 @@ class Acceptor:
                 longest = self._places.heard.pop(0) if len(self._places.heard) > MAX_CALLERS else None
             if longest is not None:
                 longest.abort()
-            threading.Thread(target=self._hear, args=(channel,), name="caller", daemon=True).start()
+            self._host.thread(self._hear, "caller", (channel,)).start()
 
     def _hear(self, channel: Channel) -> None:
         """Hear one caller to the end of its first frame, and find it a place."""
@@ -220,7 +222,7 @@ class Acceptor:
                 self._places.heard = [each for each in self._places.heard if each is not channel]
 
     def _heard(self, channel: Channel) -> Peer:
-        deadline_s = time.monotonic() + min(HELLO_S, self._timeout_s)
+        deadline_s = self._host.now_s() + min(HELLO_S, self._timeout_s)
         refusal = None if self._credentials is None else self._secure(channel, self._credentials, deadline_s)
         peer = Peer(channel, Side.DESTINATION)
         try:

@@ -8,10 +8,10 @@ import socket
 import ssl
 import struct
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.tls_errors import explained
 
 _MAX_BUFFERS = 1024  # IOV_MAX
@@ -21,6 +21,8 @@ _PIECE_BYTES = 256 << 10
 _SMALL_BYTES = 16 << 10
 #: Decrypted before anybody else has a turn.
 _TURN_BYTES = 1 << 20
+#: Read at once of what is forgotten.
+_SCRATCH_BYTES = 1 << 20
 _R = TypeVar("_R")
 
 
@@ -56,14 +58,28 @@ class Carrier(Protocol):
     def readable(self, wait_s: float) -> bool:
         """Tell whether :meth:`receive` would not wait, within ``wait_s``."""
 
+    def shut_down(self, how: int) -> None:
+        """Shut the connection down, beneath its TLS if it has one.
 
-def left_s(deadline_s: float) -> float:
+        Raises:
+            OSError: it is closed already.
+        """
+
+    def drain(self, deadline_s: float) -> None:
+        """Read and forget what comes until the peer closes, beneath TLS if there is one.
+
+        Raises:
+            OSError: cut, or the deadline passed.
+        """
+
+
+def left_s(deadline_s: float, host: Host) -> float:
     """Return how long it is to a deadline.
 
     Raises:
         TimeoutError: it has passed.
     """
-    left = deadline_s - time.monotonic()
+    left = deadline_s - host.now_s()
     if left <= 0:
         raise TimeoutError("stalled")
     return left
@@ -74,26 +90,28 @@ class PlainCarrier:
 
     Args:
         sock: connected.
+        host: on which it waits.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, host: Host = THIS_HOST) -> None:
         self._sock = sock
+        self._host = host
         self._takes_fds = sock.family == socket.AF_UNIX
 
     def send(self, buffers: Sequence[memoryview], deadline_s: float, fd: int | None) -> int:
         """Send by one system call; see :class:`Carrier`."""
-        self._sock.settimeout(left_s(deadline_s))
+        self._sock.settimeout(left_s(deadline_s, self._host))
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
         return self._sock.sendmsg(buffers[:_MAX_BUFFERS], rights)
 
     def receive_into(self, views: Sequence[memoryview], deadline_s: float) -> int:
         """Receive by one system call; see :class:`Carrier`."""
-        self._sock.settimeout(left_s(deadline_s))
+        self._sock.settimeout(left_s(deadline_s, self._host))
         return self._sock.recvmsg_into(views[:_MAX_BUFFERS])[0]
 
     def receive(self, at_most_bytes: int, deadline_s: float) -> tuple[bytes, list[int]]:
         """Receive by one system call, with one descriptor at the most; see :class:`Carrier`."""
-        self._sock.settimeout(left_s(deadline_s))
+        self._sock.settimeout(left_s(deadline_s, self._host))
         if not self._takes_fds:
             return self._sock.recv(at_most_bytes), []
         data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
@@ -101,9 +119,19 @@ class PlainCarrier:
 
     def readable(self, wait_s: float) -> bool:
         """Ask the kernel."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return bool(poll.poll(wait_s * 1e3))
+        return self._host.readable(self._sock, wait_s)
+
+    def shut_down(self, how: int) -> None:
+        """Shut the connection down; see :class:`Carrier`."""
+        self._sock.shutdown(how)
+
+    def drain(self, deadline_s: float) -> None:
+        """Read until the peer closes; see :class:`Carrier`."""
+        scratch = bytearray(_SCRATCH_BYTES)
+        while True:
+            self._sock.settimeout(left_s(deadline_s, self._host))
+            if not self._sock.recv_into(scratch):
+                return
 
 
 class TlsCarrier:
@@ -113,11 +141,13 @@ class TlsCarrier:
 
     Args:
         sock: connected; no byte of TLS has passed. It is made non-blocking.
+        host: whose clock counts.
     """
 
-    def __init__(self, sock: ssl.SSLSocket) -> None:
+    def __init__(self, sock: ssl.SSLSocket, host: Host = THIS_HOST) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._host = host
         self._turn = threading.Lock()
         self._sending = threading.Lock()  # a write that had to wait must be repeated as it was
         self._ahead = b""  # decrypted by :meth:`readable`
@@ -162,7 +192,9 @@ class TlsCarrier:
         if self._ahead or self._over is not None:
             return True
         try:
-            self._ahead = self._until_done(lambda: self._sock.recv(_SMALL_BYTES), time.monotonic() + max(wait_s, 1e-4))
+            self._ahead = self._until_done(
+                lambda: self._sock.recv(_SMALL_BYTES), self._host.now_s() + max(wait_s, 1e-4)
+            )
         except TimeoutError:
             return False
         except OSError as error:
@@ -171,6 +203,18 @@ class TlsCarrier:
         if not self._ahead:
             self._over = ConnectionResetError("the peer closed the connection")
         return True
+
+    def shut_down(self, how: int) -> None:
+        """Shut it down in the kernel: ``SSLSocket.shutdown`` would go on in the clear."""
+        socket.socket.shutdown(self._sock, how)
+
+    def drain(self, deadline_s: float) -> None:
+        """Read beneath TLS until the peer closes; see :class:`Carrier`."""
+        scratch = bytearray(_SCRATCH_BYTES)
+        while True:
+            self._sock.settimeout(left_s(deadline_s, self._host))
+            if not socket.socket.recv_into(self._sock, scratch):
+                return
 
     def _taken(self, at_most_bytes: int) -> bytes:
         data, self._ahead = self._ahead[:at_most_bytes], self._ahead[at_most_bytes:]
@@ -207,7 +251,7 @@ class TlsCarrier:
             except ssl.SSLError as error:
                 raise explained(error, server_side=self._sock.server_side) from error
             poll.register(self._sock, event)
-            left = left_s(deadline_s)
+            left = left_s(deadline_s, self._host)
             if given_up is not None:
                 if given_up():
                     raise TimeoutError("given up")
@@ -226,25 +270,3 @@ def _piece_of(buffers: Sequence[memoryview]) -> memoryview | bytes:
         some.append(buffer)
         size_bytes += len(buffer)
     return b"".join(some)
-
-
-def shut_down(sock: socket.socket, how: int) -> None:
-    """Shut a connection down beneath its TLS, if it has one: ``SSLSocket.shutdown`` would go on in the clear.
-
-    Raises:
-        OSError: it is closed already.
-    """
-    socket.socket.shutdown(sock, how)
-
-
-def drain(sock: socket.socket, deadline_s: float) -> None:
-    """Read and forget what comes until the peer closes, beneath TLS, if there is one.
-
-    Raises:
-        OSError: cut, or the deadline passed.
-    """
-    scratch = bytearray(1 << 20)
-    while True:
-        sock.settimeout(left_s(deadline_s))
-        if not socket.socket.recv_into(sock, scratch):
-            return

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.core.errors import UsageError
-from pageferry.engine.wire.carrier import Carrier, PlainCarrier, TlsCarrier, drain, left_s, shut_down
+from pageferry.engine.host import THIS_HOST, Host
+from pageferry.engine.wire.carrier import Carrier, PlainCarrier, TlsCarrier, left_s
 from pageferry.engine.wire.listener import Listener, listen_tcp, listen_unix, parse_host_port, resolve
 from pageferry.engine.wire.pacer import Pacer
 
@@ -212,16 +213,18 @@ class Channel:
     Args:
         sock: connected; the channel owns it.
         timeout_s: how long a single call may take before it counts as stalled. A peer that trickles is a stalled one.
+        host: on which it waits.
     """
 
-    def __init__(self, sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(self, sock: socket.socket, timeout_s: float = DEFAULT_TIMEOUT_S, host: Host = THIS_HOST) -> None:
         self._sock = sock
-        self._carrier: Carrier = PlainCarrier(sock)
+        self._carrier: Carrier = PlainCarrier(sock, host)
+        self.host = host
         self.timeout_s = timeout_s
         self.sent_bytes = 0
         self.pacer: Pacer | None = None
-        self._aborted = threading.Event()
-        self._moved_s = time.monotonic()
+        self._aborted = host.event()
+        self._moved_s = host.now_s()
         self._waits: set[int] = set()  # which threads do
         self._fd: int | None = None
         self.local = sock.family == socket.AF_UNIX
@@ -288,19 +291,19 @@ class Channel:
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         if not self._waits:
-            self._moved_s = time.monotonic()
+            self._moved_s = self.host.now_s()
         thread = threading.get_ident()
         self._waits.add(thread)
         try:
             yield
-            self._moved_s = time.monotonic()
+            self._moved_s = self.host.now_s()
         finally:
             self._waits.discard(thread)
 
     @property
     def silent_s(self) -> float:
         """For how long the peer has neither said what is waited for nor acknowledged what was sent; from any thread."""
-        waited_s = time.monotonic() - self._moved_s if self._waits else 0.0
+        waited_s = self.host.now_s() - self._moved_s if self._waits else 0.0
         return max(waited_s, 0.0 if self.local else self._unacknowledged_s())
 
     def _unacknowledged_s(self) -> float:
@@ -315,7 +318,7 @@ class Channel:
     @property
     def unmoved_s(self) -> float:
         """For how long nothing has moved either way, waited for or not."""
-        return time.monotonic() - self._moved_s
+        return self.host.now_s() - self._moved_s
 
     def secure(
         self,
@@ -345,7 +348,7 @@ class Channel:
             do_handshake_on_connect=False,
         )
         self._sock = secured
-        self._carrier = carrier = TlsCarrier(secured)
+        self._carrier = carrier = TlsCarrier(secured, self.host)
         carrier.handshake(self.deadline_s() if deadline_s is None else deadline_s, given_up)
         return secured.getpeercert() or {}
 
@@ -355,7 +358,7 @@ class Channel:
         Raises:
             OSError: cut, or the deadline passed.
         """
-        self._sock.settimeout(left_s(deadline_s))
+        self._sock.settimeout(left_s(deadline_s, self.host))
         return self._sock.recv(count, socket.MSG_PEEK)
 
     @property
@@ -373,7 +376,7 @@ class Channel:
         Args:
             within_s: how long it may take; None: as long as any.
         """
-        return time.monotonic() + (self.timeout_s if within_s is None else within_s)
+        return self.host.now_s() + (self.timeout_s if within_s is None else within_s)
 
     def receive_some(self, at_most_bytes: int, deadline_s: float | None = None) -> bytes:
         """Return some bytes, at least one and at most so many; none when the peer has closed.
@@ -412,15 +415,15 @@ class Channel:
         Closing with unread data would reset the connection, and the peer might lose the last words sent to it.
         """
         with contextlib.suppress(OSError):
-            shut_down(self._sock, socket.SHUT_WR)
-            drain(self._sock, time.monotonic() + drain_s)
+            self._carrier.shut_down(socket.SHUT_WR)
+            self._carrier.drain(self.host.now_s() + drain_s)
         self.close()
 
     def abort(self) -> None:
         """Wake any thread that is sending, waiting to send or receiving with an error; from any thread."""
         self._aborted.set()
         with contextlib.suppress(OSError):
-            shut_down(self._sock, socket.SHUT_RDWR)
+            self._carrier.shut_down(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection, and what was handed over and not taken."""

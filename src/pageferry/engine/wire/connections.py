@@ -1,7 +1,6 @@
 """The connections of one migration: how those after the first join, how a source comes back, which pages go where."""
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
@@ -119,7 +118,7 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
         while len(joined) < connections - 1:
             if main.readable():
                 raise ConnectionResetError("the source left before all its connections had joined")
-            if time.monotonic() > deadline_s:
+            if main.host.now_s() > deadline_s:
                 raise TimeoutError("stalled")
             peer = accept(POLL_S)
             if peer is not None:
@@ -180,7 +179,7 @@ def admit(
         fits: whether the rest of the request is right.
     """
     with contextlib.suppress(OSError, PageferryError):
-        frame = peer.hear(time.monotonic() + _PATIENCE_S)
+        frame = peer.hear(peer.channel.host.now_s() + _PATIENCE_S)
         if isinstance(frame, request) and peer.proves(frame, token) and fits(frame):
             peer.say_known(token)
             peer.send(answer)

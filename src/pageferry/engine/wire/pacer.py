@@ -1,10 +1,10 @@
 """Pacer: one bandwidth cap for all connections of a migration; and the token bucket that it is made of, pure."""
 
 import threading
-import time
 from collections.abc import Callable
 
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.engine.host import THIS_HOST
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 
 #: A sender that was late may catch up by what it missed in so long, and no more: half of a tenth of a second, so that
@@ -47,7 +47,7 @@ class Pacer:
         now_s: a monotonic clock in seconds.
     """
 
-    def __init__(self, rate_bytes_per_s: int | None, now_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rate_bytes_per_s: int | None, now_s: Callable[[], float] = THIS_HOST.now_s) -> None:
         self._lock = threading.Lock()
         self._now_s = now_s
         self.set_rate(rate_bytes_per_s)

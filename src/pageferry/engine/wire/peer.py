@@ -1,7 +1,6 @@
 """Peer: ferry frames over a channel, one side of the conversation around the libxc stream."""
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -52,7 +51,7 @@ class Peer:
         self.first: Frame | None = None
         """What the peer has said first, once :meth:`hear` has heard it."""
         self._greeted = False
-        self._sending = threading.Lock()  # frames leave in the order in which they were encoded
+        self._sending = channel.host.lock()  # frames leave in the order in which they were encoded
         self._turn = threading.Lock()
 
     def greet(self) -> None:
@@ -81,7 +80,7 @@ class Peer:
         """
         if self.first is None:
             self.greet()
-            self.first = self.receive(deadline_s - time.monotonic())
+            self.first = self.receive(deadline_s - self.channel.host.now_s())
         return self.first
 
     def proof(self, kind: type[Frame], token: str = "") -> str:

@@ -4,6 +4,7 @@ import pytest
 
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import RATE_SAMPLE_BYTES
+from pageferry.engine.host import Host
 from pageferry.engine.postcopy.server import Postcopy
 from pageferry.stream.ferry_frames import Complete
 
@@ -35,7 +36,9 @@ def missing():
 
 @pytest.fixture
 def postcopy(missing, clock):
-    return Postcopy(missing, lambda: clock[0])
+    host = Host()
+    host.now_s = lambda: clock[0]
+    return Postcopy(missing, host)
 
 
 def tell(postcopy, precopy_bytes_per_s):

@@ -1,0 +1,56 @@
+"""Host: the clock, the threads and the waits of one end. Whatever in the engine waits does so by this one object.
+
+A lock that nobody holds while it waits for anything else is a plain ``threading.Lock``: it never keeps a thread from
+going on. All else is of the host, so that the simulation can run both ends of a migration on threads, a clock and a
+network of its own.
+"""
+
+import queue
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Host:
+    """This host: the real clock, and threads of this process."""
+
+    def now_s(self) -> float:
+        """Return the time on a monotonic clock in seconds."""
+        return time.monotonic()
+
+    def sleep(self, duration_s: float) -> None:
+        """Wait for so many seconds."""
+        time.sleep(duration_s)
+
+    def lock(self) -> threading.Lock:
+        """Make a lock."""
+        return threading.Lock()
+
+    def condition(self) -> threading.Condition:
+        """Make a condition with a lock of its own, which one thread may take again."""
+        return threading.Condition()
+
+    def event(self) -> threading.Event:
+        """Make an event."""
+        return threading.Event()
+
+    def queue(self, size: int) -> "queue.Queue[Any]":
+        """Make a queue that holds so many; who puts more waits."""
+        return queue.Queue(size)
+
+    def thread(self, target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> threading.Thread:
+        """Make a thread, which is not started and keeps no process alive."""
+        return threading.Thread(target=target, name=name, args=args, daemon=True)
+
+    def readable(self, sock: socket.socket, wait_s: float) -> bool:
+        """Tell whether a socket has something to read, or was closed by its peer, within ``wait_s``."""
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return bool(poll.poll(wait_s * 1e3))
+
+
+#: The one that the engine runs on, unless it is told otherwise.
+THIS_HOST = Host()
