@@ -2,10 +2,13 @@
 
 import re
 import threading
+import time
 
 _ROUND = re.compile(rb"^work: round \d+\r?$", re.MULTILINE)
 #: What neither the work nor the kernel may ever say, however slow the host is.
 _TROUBLE = re.compile(rb"WRONG|BUG:|WARNING:|Oops|Kernel panic|nobody cared|invalid opcode|segfault")
+#: How often it is looked whether a guest that says nothing has ended.
+_LOOK_S = 0.5
 
 
 class Said:
@@ -14,9 +17,11 @@ class Said:
     def __init__(self):
         self._said = bytearray()
         self._changed = threading.Condition()
+        self._vm = None
 
     def listen_to(self, vm, _name=""):
         """Take what ``vm`` says; called with the arguments of a Destination's ``before_run``."""
+        self._vm = vm
         vm.on_console(self._add)
 
     def _add(self, data):
@@ -35,9 +40,14 @@ class Said:
 
     def wait_for(self, condition, what, timeout_s):
         """Wait until ``condition()``, which looks at what was said."""
+        give_up_s, end = time.monotonic() + timeout_s, None
         with self._changed:
-            if not self._changed.wait_for(condition, timeout_s):
-                raise AssertionError(f"no {what} after {timeout_s} s; the guest said:\n{self._tail()}")
+            while not self._changed.wait_for(condition, _LOOK_S):
+                if end is not None:  # before the last look, so there was nothing more to come
+                    raise AssertionError(f"no {what}: {end}; the guest said:\n{self._tail()}")
+                end = self._vm.end
+                if time.monotonic() > give_up_s:
+                    raise AssertionError(f"no {what} after {timeout_s} s; the guest said:\n{self._tail()}")
 
     def wait_for_more(self, size, timeout_s):
         """Wait until it has said more than ``size`` bytes, or until so much time has passed."""

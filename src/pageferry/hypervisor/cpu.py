@@ -168,6 +168,7 @@ class SoftVcpu:
         self._rests_on = self._nested.rests_on
         self._code = TranslatedCode(machine, tlb, self._tlb_memory, sharing, self._hurry)
         self._memory.written = self._code.note_written
+        self._memory.write_table = shadow.write_table
         self._saving = threading.Lock()
         self._identity = False
         self._tlb_entries: dict[int, api.TlbEntry] = {}

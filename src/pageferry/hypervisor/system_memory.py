@@ -1,7 +1,9 @@
 """Guest memory as the processor itself uses it: descriptor tables, task state, stacks of handlers, code.
 
 Accesses go through the guest's page tables and the P2M with a supervisor's rights, whatever the privilege level is, and
-so set accessed and dirty bits and take nested faults like any other.
+so set accessed and dirty bits and take nested faults like any other. What lies in a page that has a shadow is written
+through the table window like any other such store: a page that was a table is one to the shadows for a while, and may
+be a handler's stack by now.
 
 Source: AMD APM volume 2, 4.12 (implicit supervisor accesses, SMAP).
 """
@@ -12,6 +14,7 @@ from pageferry.core.errors import GuestCrash
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
 from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.shadow_mmu import TABLE_WINDOW
 
 Translate = Callable[[int, bool, bool], tuple[int, int]]
 
@@ -20,7 +23,7 @@ class SystemMemory:
     """One vCPU's view.
 
     ``translate`` is the MMU in use: (gva, write, fetch) -> (maddr, permissions). ``written`` is told the machine
-    address of each page that was written.
+    address of each page that was written; ``write_table`` writes to one that has a shadow: (gpa, size, value).
 
     Args:
         machine: machine memory.
@@ -38,6 +41,7 @@ class SystemMemory:
         self.translate = translate
         self._follow = follow
         self.written: Callable[[int], None] = lambda _maddr: None
+        self.write_table: Callable[[int, int, int], None] = lambda _gpa, _size, _value: None
 
     def read(self, gva: int, size: int) -> int:
         """Return a little-endian number.
@@ -53,8 +57,11 @@ class SystemMemory:
         """Store a little-endian number; raises as :meth:`read`."""
         data = value.to_bytes(size, "little")
         for start, end in tuple(self._pieces(gva, size, write=True)):
-            self._view[start:end] = data[: end - start]
-            data = data[end - start :]
+            piece, data = data[: end - start], data[end - start :]
+            if start >= TABLE_WINDOW:
+                self.write_table(start - TABLE_WINDOW, len(piece), int.from_bytes(piece, "little"))
+                continue
+            self._view[start:end] = piece
             self.written(start & -PAGE_SIZE)
 
     def code(self, gva: int, size: int) -> bytes:
@@ -83,7 +90,7 @@ class SystemMemory:
         while size:
             piece = min(size, PAGE_SIZE - (gva & PAGE_SIZE - 1))
             maddr = self.translate(gva, write, False)[0] + (gva & PAGE_SIZE - 1)
-            if maddr + piece > self._size_bytes:
+            if maddr + piece > self._size_bytes and maddr < TABLE_WINDOW:
                 raise GuestCrash(f"system structure at gva {gva:#x}, which is not plain memory")
             yield maddr, maddr + piece
             gva, size = gva + piece & (1 << 64) - 1, size - piece

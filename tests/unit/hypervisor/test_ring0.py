@@ -663,6 +663,28 @@ def test_a_page_that_becomes_a_table_while_it_may_be_written_is_seen_when_it_is(
     program.vm.close()
 
 
+def test_a_page_that_was_a_table_may_be_a_handlers_stack(ring0):
+    program = ring0(f"""
+        .set PDPT, {TABLES + 0x1000}
+        movq ${TABLES + 0x2000}, %rsi
+        movq $0xc00000, %rdi
+        movl $512, %ecx
+        rep movsq
+        movq $0xc00007, PDPT + 8
+        movq 0x40800000, %rax                    # walks through the copy, which is a table now
+        movq %rsp, %rbp
+        movq $0xc00000 + 8*7, %rsp               # the frame begins where the entry that was used is
+        int3
+        movq %rbp, %rsp
+        invlpg 0x40800000
+        TRY movq 0x40800000, %rax                # and it is no entry any more
+        ret
+    """)
+    log = finish(program)
+    assert [(record.vector, record.rsp) for record in log][:1] == [(3, 0xC0_0000 + 8 * 7)]
+    assert [record.cr2 for record in log[1:]] == [0x4080_0000]
+
+
 def test_a_page_that_is_no_table_any_more_is_written_freely(tmp_path):
     program = Ring0(
         tmp_path,
