@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import forkserver
 import pytest
 from at_work import until
 
@@ -31,6 +32,8 @@ _DIES_WITH_US = (
 
 def launch(command, **options):
     """Start a program, which outlives this process by no means; :func:`reap` it. From the main thread only."""
+    if command[: len(PAGEFERRY)] == PAGEFERRY and forkserver.can_start():
+        return forkserver.start(command[len(PAGEFERRY) :], **options)
     return subprocess.Popen([sys.executable, "-c", _DIES_WITH_US, str(os.getpid()), *map(str, command)], **options)
 
 
@@ -76,6 +79,14 @@ def cli(*arguments, **options):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = command(*arguments)
         return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    if not options and forkserver.can_start():
+        with forkserver.start(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
+            try:
+                out, err = popen.communicate(timeout=GIVE_UP_S)
+            except BaseException:
+                popen.kill()
+                raise
+        return subprocess.CompletedProcess(arguments, popen.returncode, out, err)
     options = {"capture_output": True, "text": True, "timeout": GIVE_UP_S, "check": False, **options}
     return subprocess.run([*PAGEFERRY, *map(str, arguments)], **options)
 

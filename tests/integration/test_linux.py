@@ -150,9 +150,8 @@ def test_a_witness_agrees_with_the_tracker_while_it_boots(linux, inns, mode):
     said.expect_no_trouble()
 
 
-@pytest.mark.parametrize(
-    "name", sample(KERNELS, "kernels differ in how they are packed and what is a module", quick=["standard"])
-)
+@pytest.mark.exhaustive("kernels differ in how they are packed and what is a module; one is moved in every run")
+@pytest.mark.parametrize("name", KERNELS)
 def test_each_kernel_boots_to_a_shell_that_answers(linux, name):
     said = Said()
     vm = linux(loader(linux_image(name), ""), said)
