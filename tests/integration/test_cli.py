@@ -88,6 +88,13 @@ def test_wrong_usage(here, arguments, says):
     assert says in complaint(here(*arguments), 2)
 
 
+@pytest.mark.parametrize("accel", ["kvm", "soft"])
+def test_who_mistakes_the_model_for_the_machine_is_told_the_right_option(here, accel):
+    assert f"\nhint: --machine is the guest's model, plain or pc; what runs it is --accel {accel}\n" in (
+        here("run", "idle", "--machine", accel).stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -241,7 +248,9 @@ def test_doctor_tells_what_works(here):
         assert findings["kvm-cpuid"]["works"] is probe().exact_cpuid
     for finding in findings.values():
         assert finding["works"] or finding["advice"]
-    assert "accel-kvm" in here("doctor").stdout
+    lines = here("doctor").stdout.splitlines()  # not at a terminal: each finding is one line, its advice one more
+    assert [line.split()[1] for line in lines if line[:3].strip()] == list(findings)
+    assert len(lines) == sum(1 + bool(finding["advice"]) for finding in findings.values())
 
 
 def test_a_cpu_that_the_machine_has_not_is_said_with_a_hint():

@@ -18,7 +18,7 @@ _BadOption: Any = typer.BadParameter.__mro__[2]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": (
         "migrations:demo",
-        "Migrate a running guest between two processes on this machine, and show what happened.",
+        "Migrate a running guest between two processes on this host, and show what happened.",
     ),
     "run": (
         "processes:run_guest",
@@ -59,7 +59,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": (
         "tools:doctor",
-        "Find out, by doing it, what this machine can do, and what to do about what is missing.",
+        "Find out, by doing it, what this host can do, and what to do about what is missing.",
     ),
 }
 

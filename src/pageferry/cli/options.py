@@ -50,7 +50,9 @@ def _expect_positive(value: float) -> None:
 SIZE = _checked(parse_size)
 _READONLY, _MAC = ",readonly", ",mac="
 
-AccelOption = Annotated[Accel, typer.Option(help="Machine: kvm where it works, soft runs anywhere.")]
+AccelOption = Annotated[
+    Accel, typer.Option(help="What runs the guest: kvm, soft (anywhere), or auto: kvm where it works.")
+]
 TrackerOption = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +97,7 @@ CpuOption = Annotated[
 ]
 MachineOption = Annotated[
     MachineModel,
-    typer.Option(help="plain, or pc: with a PC's interrupt controllers and timer (kvm)."),
+    typer.Option(help="The machine's model: plain, or pc, with a PC's interrupt controllers and timer."),
 ]
 CpusOption = Annotated[int, typer.Option(min=1, max=MAX_CPUS, help=f"vCPUs, 1 to {MAX_CPUS}.")]
 PolicyOption = Annotated[str, typer.Option(help=f"When to stop and copy: {', '.join(POLICIES)}, or module:Name.")]

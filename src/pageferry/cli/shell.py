@@ -219,10 +219,19 @@ def _ending_of(command: Callable[[], object], refusal: type[Exception]) -> _Endi
     return _Ending(code=result if isinstance(result, int) else ExitCode.DONE)
 
 
+def _usage_hint(refusal: str) -> str:
+    for accel in ("kvm", "soft"):
+        if f"'--machine': '{accel}'" in refusal:
+            return f"--machine is the guest's model, plain or pc; what runs it is --accel {accel}"
+    return "pageferry --help tells more"
+
+
 def _ending_by(error: BaseException, refusal: type[Exception]) -> _Ending:
     if isinstance(error, refusal):
         refused: Any = error  # its class depends on the version of the parser
-        return _Ending(code=ExitCode.USAGE, message=refused.format_message(), hint="pageferry --help tells more")
+        return _Ending(
+            code=ExitCode.USAGE, message=refused.format_message(), hint=_usage_hint(refused.format_message())
+        )
     if isinstance(error, Interrupted):
         return _Ending(
             code=ExitCode.INTERRUPTED,

@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def summary(report: Json) -> Group:
-    """Return the tables and the picture of a finished migration."""
+    """Return the tables and the picture of a finished migration; its warnings were shown when they came up."""
     facts = Table.grid(padding=(0, 2))
     sent_bytes = sum(each["sent_bytes"] for each in report["rounds"])
     rows = [
@@ -39,7 +39,6 @@ def summary(report: Json) -> Group:
         rows.append(("state", _state(report)))
     if report["fault_count"] is not None:
         rows.append(("write faults", f"{report['fault_count']:,} taken to find dirty pages"))
-    rows += [("warning", line) for line in report["warnings"]]
     for name, value in rows:
         facts.add_row(Text(name, style="bold"), value)
     parts: list[Any] = [facts]

@@ -162,7 +162,7 @@ class Delivery:
         first: Event = event
         if not engine.cpu.fields.efer & EFER_LMA:
             mode = "32-bit" if engine.cpu.fields.cr[0] & CR0_PE else "real"
-            detail = f"{first.describe()} in {mode} mode, where the software machine delivers none"
+            detail = f"{first.describe()} in {mode} mode, where the software machine delivers no exceptions"
             self._failed(replace(first, detail=detail))
             return
         while True:

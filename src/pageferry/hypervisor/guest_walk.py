@@ -73,13 +73,15 @@ class GuestPageFault(Exception):
         self.error_code = error_code
 
     def describe(self) -> str:
-        """Return one line for the crash message."""
+        """Return what the guest did, where, and why it may not, for the crash message."""
+        writes = self.error_code is not None and self.error_code & PF_WRITE  # a read of an instruction that also writes
+        did = _DONE["write" if writes else self.access]
         if self.error_code is None:
-            return f"general protection fault ({self.access}, non-canonical address near {self.gva:#x})"
-        why = "not allowed" if self.error_code & PF_PRESENT else "not present"
+            return f"it {did} {self.gva:#x}, which is not a canonical address (general protection fault)"
+        why = "forbid" if self.error_code & PF_PRESENT else "do not map"
         if self.error_code & PF_RESERVED:
-            why = "reserved bit set"
-        return f"page fault ({self.access}, {why}, error code {self.error_code:#x}) cr2={self.gva:#x}"
+            why = "map by an entry with a reserved bit set"
+        return f"it {did} {self.gva:#x}, which its page tables {why} (page fault, error code {self.error_code:#x})"
 
 
 class GuestWalker:
@@ -243,6 +245,10 @@ class GuestWalker:
         error_code |= PF_USER if self.user else 0
         error_code |= PF_FETCH if fetch and (self.no_execute or self.smep) else 0
         return GuestPageFault(gva, _access_name(write, fetch), error_code)
+
+
+#: What a guest did, by the name of the access.
+_DONE = {"read": "read from", "write": "wrote to", "fetch": "jumped to"}
 
 
 def _access_name(write: bool, fetch: bool) -> str:

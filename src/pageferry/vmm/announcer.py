@@ -16,12 +16,20 @@ class Announcer:
 
     Args:
         say: sees one line for a person when something happens.
+        known_warning: what the person was warned of when the process began: of the CPU under its guests; None: nothing.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], known_warning: str | None = None) -> None:
         self.say = say
         """Tell a person, in one line."""
+        self._known = None if known_warning is None else f"{known_warning}; "
         self._server: QmpServer | None = None
+
+    def warn(self, text: str) -> None:
+        """Warn a person; of a warning that begins with the known one, say only what is new."""
+        if self._known is not None and text.startswith(self._known):
+            text = f"the guest's CPU, as above: {text.removeprefix(self._known)}"
+        self.say(f"warning: {text}")
 
     def tell_clients_of(self, server: QmpServer) -> None:
         """Send events to the clients of ``server`` from now on; before that they are dropped."""

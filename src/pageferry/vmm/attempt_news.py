@@ -41,7 +41,7 @@ class AttemptNews:
         """Tell of one of the engine's events, of ``job``."""
         self._announcer.postcopy(event)
         if isinstance(event, Warned):
-            self._announcer.say(f"warning: {event.text}")
+            self._announcer.warn(event.text)
         if isinstance(event, PostcopyPaused):
             self._say_cut(job, event)
         if isinstance(event, PhaseBegan):

@@ -1,4 +1,4 @@
-"""What this machine can do, found by doing it, and what to do about what is missing."""
+"""What this host can do, found by doing it, and what to do about what is missing."""
 
 import mmap
 import os

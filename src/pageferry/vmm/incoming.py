@@ -181,7 +181,7 @@ class Incoming:
     def _on_event(self, event: Event) -> None:
         self._announcer.postcopy(event)
         if isinstance(event, Warned):
-            self._announcer.say(f"warning: {event.text}")
+            self._announcer.warn(event.text)
         elif isinstance(event, PostcopyPaused):
             self._announcer.say(f"{event.reason}; the guest stands still until its source comes back ({RECOVER_HINT})")
             self._announcer.event("STOP")

@@ -63,7 +63,7 @@ class GuestProcess:
         on_message: Callable[[str], None],
     ) -> None:
         self._backends = backends
-        self._announcer = Announcer(on_message)
+        self._announcer = Announcer(on_message, machines.warning)
         self._guest = Guest(machines, on_console)
         self._incoming = Incoming(self._guest, self._backends, self._announcer)
         self._outgoing = Outgoing(self._guest, self._announcer)

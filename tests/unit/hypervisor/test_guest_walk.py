@@ -104,7 +104,9 @@ def test_a_right_must_be_given_at_every_level(tables, level, taken, access, erro
     with pytest.raises(GuestPageFault) as refused:
         getattr(tables, access)(0x0)
     assert refused.value.error_code == error_code
-    assert access in refused.value.describe()
+    did = {"read": "it read from 0x0", "write": "it wrote to 0x0", "fetch": "it jumped to 0x0"}[access]
+    why = "do not map" if taken == P else "forbid"
+    assert refused.value.describe() == f"{did}, which its page tables {why} (page fault, error code {error_code:#x})"
     assert not tables.get(PT, 0) & D
 
 

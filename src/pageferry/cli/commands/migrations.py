@@ -83,7 +83,7 @@ def demo(
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Migrate a running guest between two processes on this machine, and show what happened."""
+    """Migrate a running guest between two processes on this host, and show what happened."""
     if linux is None:
         load_guest(workload)
     else:

@@ -51,7 +51,7 @@ def keys(
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Find out, by doing it, what this machine can do, and what to do about what is missing."""
+    """Find out, by doing it, what this host can do, and what to do about what is missing."""
     findings = examine()
     if as_json:
         print_object({finding.capability: finding.to_json() for finding in findings})
@@ -59,6 +59,6 @@ def doctor(as_json: JsonOption = False) -> None:
     for finding in findings:
         mark = "[green]yes[/]" if finding.works else "[yellow]no [/]"
         OUT.print(f"{mark} {finding.capability:<22}", end="")
-        OUT.print(finding.detail, markup=False)
+        OUT.print(finding.detail, markup=False, soft_wrap=True)
         if finding.advice:
-            OUT.print(f"    {'':<22}→ {finding.advice}", markup=False)
+            OUT.print(f"    {'':<22}→ {finding.advice}", markup=False, soft_wrap=True)
