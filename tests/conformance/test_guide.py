@@ -11,6 +11,7 @@ from processes import cli
 from tiers import sample
 
 import pageferry
+from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.kvm.trackers import TRACKERS, Tracker, bitmap_tracker
@@ -56,8 +57,23 @@ def test_the_tracker_over_kvms_log_keeps_every_promise(users_modules, kvm_suppor
 
 
 @pytest.mark.exhaustive("the whole kit: the checks one by one are above")
-def test_the_kit_runs_as_the_guide_has_it(users_modules):
+def test_the_kit_runs_as_the_guide_has_it_and_finds_nothing(users_modules, capsys):
     exec(compile(KIT, "the guide", "exec"), {})
+    assert capsys.readouterr().out == ""
+
+
+def test_the_kit_as_the_guide_has_it_names_what_a_tracker_lacks(users_modules, capsys):
+    (users_modules / "heat.py").write_text(HEAT.replace("def peek(", "def look("))
+    exec(compile(KIT, "the guide", "exec"), {})
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "can-be-checked (operator semantics): tracker 'heat:Heat' made Heat, which has no peek"
+
+
+def test_the_table_of_bitmaps_is_true():
+    table = GUIDE.read_text().partition("### Bitmaps")[2].partition("###")[0]
+    names = set(re.findall(r"`(?:DirtyBitmap\.)?(\w+)\(", table)) - {"DirtyBitmap"}
+    public = {name for name in vars(DirtyBitmap) if not name.startswith("_")} - {"nbits", "words"}
+    assert names == public
 
 
 @pytest.mark.parametrize(
@@ -80,7 +96,7 @@ def test_it_tells_the_hottest_frames_when_log_dirty_ends(users_modules, capsys):
     guest.resume()
     pageferry.save(guest, users_modules / "guest.pf")
     guest.close()
-    assert re.search(r"^the hottest frames: 0x[0-9a-f]+ \(\d+ rounds\), ", capsys.readouterr().err, re.M)
+    assert re.search(r"^the hottest frames: 0x[0-9a-f]+ \([1-9]\d* rounds\), ", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiers import sample
@@ -96,6 +97,25 @@ def test_an_unexpected_error_is_a_broken_promise_and_not_the_end_of_the_report()
     assert [(error.check, error.law) for error in found] == [("off-at-first", None), ("two-cleaners", 2)]
     assert "unexpected OSError: no" in found[0].detail
     assert "4194304 bytes, seed 1" in str(found[0])
+
+
+def test_a_tracker_that_lacks_a_method_is_one_failure_that_names_it():
+    class Machine:
+        log_dirty = SimpleNamespace(tracker="mine", enabled=False, enable=None, peek=None, off=None, mark=None)
+
+        def close(self):
+            pass
+
+    def refused(config):
+        raise UsageError("tracker 'mine:Mine' made Mine, which has no peek")
+
+    for make_vm, told in (
+        (lambda config: Machine(), "the tracker, a SimpleNamespace, has no clean, clean_range, stats"),
+        (refused, "tracker 'mine:Mine' made Mine, which has no peek"),
+    ):
+        (error,) = failures(make_vm, memory_bytes=[SMALLEST])
+        assert str(error).splitlines()[0] == f"can-be-checked (operator semantics): {told}"
+        assert error.__cause__ is None  # which a traceback would show at length
 
 
 def test_a_failure_says_what_is_promised_and_which_law_that_defends():

@@ -142,6 +142,10 @@ class LogDirty(Protocol):
         """Return the counters; does not disturb the bitmap. Needs log-dirty on."""
 
 
+#: What a tracker must have.
+LOG_DIRTY_MEMBERS = ("tracker", "enabled", "enable", "peek", "clean", "clean_range", "off", "mark", "stats")
+
+
 class AbsentPages(Protocol):
     """The frames of a guest that are absent, and how they get their content; made by :meth:`Vm.await_memory`."""
 

@@ -10,7 +10,7 @@ from traceback import clear_frames
 
 from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
 from pageferry.testing import copies, interleaved, operators, races, ranges, values
-from pageferry.testing.lab import PATIENCE_S, Lab, MakeVm, Violation
+from pageferry.testing.lab import PATIENCE_S, Lab, MakeVm, Unfit, Violation
 from pageferry.testing.watchdog import Hung
 
 #: Neither a multiple of 64 pages nor of 2 MiB; and one that goes on behind the PCI hole.
@@ -134,6 +134,15 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+#: What comes before every check.
+_FIT = Check(
+    name="can-be-checked",
+    law=None,
+    run=lambda lab: None,
+    summary="The machine can be made, and its tracker has every method and property of LogDirty.",
+)
+
+
 def check_log_dirty(
     make_vm: MakeVm,
     *,
@@ -172,13 +181,18 @@ def failures(
     checks: Iterable[str] | None = None,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[ConformanceError]:
-    """Run the checks and yield every broken promise as it is found; otherwise as :func:`check_log_dirty`."""
+    """Run the checks and yield every broken promise as it is found; otherwise as :func:`check_log_dirty`.
+
+    A machine that refuses to be made, or a tracker that lacks a method, is the only failure.
+    """
     for check in select(checks):
         for size_bytes in memory_bytes[:1] if check.once else memory_bytes:
             for seed in seeds[:1] if check.once else seeds:
                 lab = Lab(make_vm=make_vm, memory_bytes=size_bytes, seed=seed, cpus=cpus, patience_s=patience_s)
                 if error := run_check(check, lab):
                     yield error
+                    if error.check == _FIT.name:
+                        return
 
 
 def select(names: Iterable[str] | None) -> tuple[Check, ...]:
@@ -208,6 +222,8 @@ def run_check(check: Check, lab: Lab) -> ConformanceError | None:
         lab.watch.run(partial(check.run, lab), lab.patience_s)
     except Violation as violation:
         return ConformanceError(check, str(violation), where=where)
+    except Unfit as unfit:
+        return ConformanceError(_FIT, str(unfit), where=where)
     except Hung as hung:
         return ConformanceError(check, f"nothing has happened for {lab.patience_s:g} s: {hung}", where=where)
     except UnsupportedError:

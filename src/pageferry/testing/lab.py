@@ -9,10 +9,11 @@ from typing import cast
 import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of
+from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.machine import Machine
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
-from pageferry.core.vm import LogDirty, VmConfig, VmStatus
+from pageferry.core.vm import LOG_DIRTY_MEMBERS, LogDirty, VmConfig, VmStatus
 from pageferry.guests import abi
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.elf import Program
@@ -35,6 +36,10 @@ STATUS_GFN = gfn_of(abi.STATUS_GPA)
 
 class Violation(Exception):
     """A check found a promise broken; the runner adds the check's name and law."""
+
+
+class Unfit(Exception):
+    """No check can run: the machine refuses to be made, or its tracker lacks something."""
 
 
 def require(condition: bool, detail: str) -> None:
@@ -159,8 +164,14 @@ class Lab:
     def guest(self, workload: str | Program, *, pages: int = 96, rate: int = 0) -> Iterator[Guest]:
         """Boot a workload or a program whose working set is the last ``pages`` pages of RAM; it is paused."""
         program = load_workload(workload) if isinstance(workload, str) else workload
-        vm = self.make_vm(VmConfig(memory_bytes=self.memory_bytes, cpus=self.cpus))
         try:
+            vm = self.make_vm(VmConfig(memory_bytes=self.memory_bytes, cpus=self.cpus))
+        except UsageError as error:
+            raise Unfit(str(error)) from None
+        try:
+            log = vm.log_dirty
+            if missing := [member for member in LOG_DIRTY_MEMBERS if not hasattr(log, member)]:
+                raise Unfit(f"the tracker, a {type(log).__name__}, has no {', '.join(missing)}")
             params = GuestParams(
                 working_set_bytes=pages * PAGE_SIZE,
                 working_set_gpa=_last_pages(ram_layout(self.memory_bytes), pages),

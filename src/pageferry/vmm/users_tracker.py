@@ -13,14 +13,13 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import PageferryError, UsageError, VmError
 from pageferry.core.frames import GfnArray
 from pageferry.core.machine import Machine
-from pageferry.core.vm import LogDirty, LogDirtyStats, VmConfig
+from pageferry.core.vm import LOG_DIRTY_MEMBERS, LogDirty, LogDirtyStats, VmConfig
 from pageferry.devices.machine import StandardMachine
 from pageferry.kvm.trackers import Closeable, TrackedVm, Tracker
 
 _Result = TypeVar("_Result")
 
 _HINT = "see docs/guide/trackers.md"
-_MEMBERS = ("tracker", "enabled", "enable", "peek", "clean", "clean_range", "off", "mark", "stats")
 
 
 def load_tracker(name: str) -> Tracker | Callable[[StandardMachine], LogDirty]:
@@ -74,7 +73,7 @@ def _make(name: str, made_by: Callable[[Any], LogDirty], vm: StandardMachine | T
         raise
     except Exception as error:  # whatever a user's code does
         raise UsageError(f"tracker {name!r} cannot be made: {error!r}", hint=_HINT) from error
-    if missing := [member for member in _MEMBERS if not hasattr(log, member)]:
+    if missing := [member for member in LOG_DIRTY_MEMBERS if not hasattr(log, member)]:
         raise UsageError(f"tracker {name!r} made {type(log).__name__}, which has no {', '.join(missing)}", hint=_HINT)
     return UsersTracker(name, log)
 
