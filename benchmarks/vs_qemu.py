@@ -30,6 +30,7 @@ from typing import Any
 from pageferry.core.errors import PageferryError, UnsupportedError
 from pageferry.core.hostmem import available_bytes
 from pageferry.core.units import format_size
+from peers.host import host_line
 from peers.image import Load
 from peers.monitors import Monitor, Pageferry, Qemu, qemu_shim
 from peers.move import Move, move
@@ -123,6 +124,8 @@ class Bench:
         if any(name in SCENARIOS for name in wanted):
             with tempfile.TemporaryDirectory(prefix="vs-qemu-") as folder:
                 shim = self.qemu_shim(Path(folder))
+        if show:
+            print(f"Host: {host_line()}\n", flush=True)
         results: list[dict[str, Any]] = []
         for name in sorted(wanted, key=[*SCENARIOS, GROWTH].index):
             if name == GROWTH:
@@ -229,7 +232,7 @@ def main(arguments: Sequence[str] | None = None, bench: Callable[..., Bench] = B
         _say("vs_qemu: interrupted; what was started is ended")
         return 130
     if options.json:
-        json.dump({"terms": asdict(terms), "results": results}, sys.stdout, indent=2)
+        json.dump({"host": host_line(), "terms": asdict(terms), "results": results}, sys.stdout, indent=2)
         print()
     return 0
 

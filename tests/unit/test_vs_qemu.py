@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 
 import vs_qemu
 from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.host_cpu import host_cpu
 from pageferry.guests import abi
 from pageferry.guests.workloads import load_workload
+from peers.host import host_line
 from peers.image import PROGRAM, Load, build_image
 from peers.monitors import QEMU, PageferryPeer, QemuPeer, qemu_shim
 from peers.move import Move
@@ -77,6 +80,20 @@ def test_the_table_has_a_verdict_where_there_is_a_target():
     assert verdicts["total time"] == ["0.25 (0.25 to 0.25)", "0.5", "met"]
     assert verdicts["downtime, at the guest"] == ["2.00 (2.00 to 2.00)", "0.25", "missed"]
     assert verdicts["sent"][1:] == ["", ""]
+
+
+def test_a_host_is_named_by_cpu_kernel_and_kvm(tmp_path):
+    for module, parameter, value in (("kvm_amd", "npt", "1"), ("kvm_intel", "ept", "N"), ("kvm_other", "ept", "Y")):
+        (tmp_path / module / "parameters").mkdir(parents=True)
+        (tmp_path / module / "parameters" / parameter).write_text(f"{value}\n")
+    (tmp_path / "kvm").mkdir()
+    cpu, _, rest = host_line(tmp_path).partition("; ")
+    assert cpu == str(host_cpu(keeps_cpuid=True) or "unknown CPU")
+    assert rest == (
+        f"{os.cpu_count()} CPUs; Linux {os.uname().release}; "
+        "kvm_amd with nested paging, kvm_intel with shadow paging, kvm_other with shadow paging"
+    )
+    assert host_line(tmp_path / "kvm").endswith("; no KVM module")
 
 
 def test_growth_says_which_sizes_keep_up_with_a_copy():
@@ -166,7 +183,8 @@ def test_scenarios_are_lines_of_one_table_and_growth_is_another(capsys):
     )
     assert vs_qemu.main(["growth", "idle", "busy", "--pairs", "1"], bench) == 0
     said = capsys.readouterr()
-    table, _, growth = said.out.partition("\n\n")
+    host, table, growth = said.out.split("\n\n", 2)
+    assert host == f"Host: {host_line()}"
     assert [line.split("|")[1].strip() for line in table.splitlines() if "moved" in line] == [
         vs_qemu.SCENARIOS[name].title for name in ("busy", "idle")
     ]
