@@ -2,10 +2,11 @@
 
 import os
 import resource
+import subprocess
 
 import pytest
 from at_work import until
-from processes import cli, one_line
+from processes import GIVE_UP_S, PAGEFERRY, cli, one_line
 
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -16,16 +17,26 @@ def open_files(process):
     return sorted(map(int, os.listdir(f"/proc/{process.popen.pid}/fd")))
 
 
-def allow_files(process, more):
-    """Let a process open so many files more than it has, when it opens and closes none; return the limit before."""
+def threads(process):
+    return sorted(map(int, os.listdir(f"/proc/{process.popen.pid}/task")))
+
+
+def at_rest(process, what):
+    """What a process has when it has the same for a while."""
     seen = []
 
     def stand_still():
-        seen.append(open_files(process))
+        seen.append(what(process))
         return len(seen) > 30 and all(each == seen[-1] for each in seen[-30:])
 
     process.until(stand_still, "rest")
-    free = [fd for fd in range(max(seen[-1]) + more + 2) if fd not in seen[-1]]
+    return seen[-1]
+
+
+def allow_files(process, more):
+    """Let a process open so many files more than it has, when it opens and closes none; return the limit before."""
+    opened = at_rest(process, open_files)
+    free = [fd for fd in range(max(opened) + more + 2) if fd not in opened]
     return limit_files(process, free[more])
 
 
@@ -68,6 +79,59 @@ def test_a_source_that_may_open_no_more_files_says_so(start):
         )
     limit_files(source, before)
     assert source.runs_on()
+
+
+@pytest.fixture
+def others_user(tmp_path):
+    """How to run a command as a user who has no other processes: the kernel counts threads for each user."""
+    if os.getuid() != 0:
+        pytest.skip("needs root, to run as another user")
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:-2]:
+        folder.chmod(0o711)
+    user = ("setpriv", f"--reuid={40_000 + os.getpid() % 20_000}", "--clear-groups")
+    if subprocess.run([*user, *PAGEFERRY, "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("another user cannot read this checkout")
+    return user
+
+
+def allow_threads(user, processes, more):
+    """Let processes of a user have so many threads more than they have in all."""
+    limit = more + sum(len(at_rest(process, threads)) for process in processes)
+    for process in processes:
+        command = [*user, "prlimit", f"--pid={process.popen.pid}", f"--nproc={limit}:"]
+        subprocess.run(command, check=True, timeout=GIVE_UP_S)
+
+
+@pytest.mark.exhaustive("the same is seen of each thread without a process, by one whose stack is too large")
+def test_two_processes_that_may_have_no_more_threads_say_so_and_work_on(start, others_user):
+    source = start("run", *GUEST, within=others_user)
+    destination = start("receive", "tcp://127.0.0.1:0", "--accel", "soft", within=others_user)
+    assert source.runs_on()
+    migrate = ("migrate", "--control", source.control, destination.endpoint(), "--downtime-limit", "60000")
+    both = (source, destination)
+
+    allow_threads(others_user, both, 0)
+    refused = cli(*migrate)
+    assert refused.returncode == 6
+    assert "turned the connection away: no more threads can be started" in one_line(refused)
+
+    allow_threads(others_user, both, 2)  # of its client
+    refused = cli(*migrate)
+    assert refused.returncode == 6
+    assert one_line(refused) == "pageferry: no more threads can be started"
+
+    allow_threads(others_user, both, 3)  # and of the migration, at the source
+    failed = cli(*migrate)
+    assert failed.returncode == 3
+    assert "the destination has run out: no more threads can be started" in one_line(failed)
+    assert "hint: at the destination: this user may have no more processes, threads" in failed.stderr
+
+    allow_threads(others_user, both, 100)
+    assert source.runs_on()
+    moved = cli(*migrate)
+    assert moved.returncode == 0, moved.stderr
+    assert destination.runs_on()
 
 
 @pytest.mark.parametrize("command", [("run", "idle", "--accel", "soft"), ("receive", "tcp://127.0.0.1:0")])

@@ -12,6 +12,8 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
+from pageferry.core.threads import begin
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,8 +48,7 @@ class Pump:
         """Begin to wait at a descriptor; does nothing when it does already."""
         if self._thread is None:
             self._stopping = False
-            self._thread = threading.Thread(target=self._main, args=(fd,), name=self._name, daemon=True)
-            self._thread.start()
+            self._thread = begin(self._main, self._name, fd)
 
     def wake(self) -> None:
         """Have it look again, from any thread."""

@@ -1,4 +1,4 @@
-"""Start a migration over the control socket, and follow it to its end."""
+"""Start a migration over the control socket, follow it to its end, or cancel it."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -62,6 +62,22 @@ def migrate(
     if report["status"] != "completed":
         raise MigrationFailedError(report, state["x-pageferry-error"])
     return dict(report)
+
+
+def cancel_migration(client: QmpClient) -> None:
+    """Cancel the migration under way, if there is one, and return when it is over: the next may begin.
+
+    Args:
+        client: connected to the source.
+
+    Raises:
+        QmpError: it is too late.
+        VmError: the guest process went away.
+    """
+    client.execute("migrate_cancel")
+    while "x-eta-reason" in client.execute("query-migrate"):
+        if not client.received():
+            client.receive()
 
 
 class OutcomeUnknownError(VmError):

@@ -8,11 +8,11 @@ import contextlib
 import os
 import select
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
+from pageferry.core.threads import begin
 from pageferry.vmm.qmp_client import QmpClient
 
 #: Ctrl-]
@@ -189,14 +189,17 @@ class LocalConsole:
         self._offer = offer
         self._tell = tell
         self._raw = contextlib.ExitStack()
-        self._thread = threading.Thread(target=self._hand_on, name="console-input", daemon=True)
 
     def __enter__(self) -> Self:
         if self._typed.terminal:
             self._tell("your keys go to the guest; Ctrl-] gives the terminal back")
         self._end, self._wake = os.pipe()
         self._raw.enter_context(raw_input(self._typed.fd))
-        self._thread.start()
+        try:
+            self._thread = begin(self._hand_on, "console-input")
+        except OSError:
+            self._raw.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

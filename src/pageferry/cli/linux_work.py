@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from pageferry.core.errors import VmError
+from pageferry.core.threads import begin
 from pageferry.vmm.qmp_client import QmpClient
 
 #: What ``work.sh`` says.
@@ -46,8 +47,7 @@ class LinuxWork:
             self._thread.join()
         client.execute("x-console-follow")
         self._ended = None
-        self._thread = threading.Thread(target=self._take, args=(where, client), name=f"console-{where}", daemon=True)
-        self._thread.start()
+        self._thread = begin(self._take, f"console-{where}", where, client)
 
     def wait_for_rounds(self, rounds: int) -> int:
         """Wait until the guest has done so many rounds of work in all; return how many it has done.

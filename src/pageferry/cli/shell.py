@@ -255,6 +255,12 @@ def _ending_by(error: BaseException, refusal: type[Exception]) -> _Ending:
             guest_at=getattr(error, "guest_at", None),
             report=getattr(error, "report", {}),
         )
+    if isinstance(error, OSError):
+        from pageferry.core.os_hints import is_resource, resource_hint  # which few commands need
+
+        if is_resource(error):
+            message = f"this process or host has run out: {error.strerror}"
+            return _Ending(code=ExitCode.PROCESS, message=message, hint=resource_hint(error))
     hint = "this is a defect: pageferry --debug ... shows where"
     return _Ending(code=ExitCode.DEFECT, message=f"internal error: {error!r}", hint=hint)
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pageferry.core.errors import GuestCrash, PageferryError, VmError
+from pageferry.core.threads import begin
 from pageferry.core.vm import GuestEnd, VmStatus
 
 _log = logging.getLogger(__name__)
@@ -167,22 +168,19 @@ class RunControl:
 
         Raises:
             VmError: the guest has ended.
+            OutOfThreadsError: it stays paused.
         """
         with self._changed:
             if self._end is not None or self._closing:
                 raise VmError("the guest has ended and cannot be resumed")
             if not self._user_paused:
                 return
-            self._user_paused = False
-            self._sync_value = None
             if not self._threads:
                 _stop_at_exit(self)
-                for index in range(len(self._vcpus)):
-                    thread = threading.Thread(
-                        target=self._vcpu_main, args=(index,), name=f"{self._name}-vcpu{index}", daemon=True
-                    )
-                    self._threads.append(thread)
-                    thread.start()
+            for index in range(len(self._threads), len(self._vcpus)):
+                self._threads.append(begin(self._vcpu_main, f"{self._name}-vcpu{index}", index))
+            self._user_paused = False
+            self._sync_value = None
             self._run_on()
 
     def pause(self) -> None:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from pageferry.core.threads import started
+
 
 class Host:
     """This host: the real clock, and threads of this process."""
@@ -44,6 +46,14 @@ class Host:
     def thread(self, target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> threading.Thread:
         """Make a thread, which is not started and keeps no process alive."""
         return threading.Thread(target=target, name=name, args=args, daemon=True)
+
+    def begin(self, function: Callable[..., object], name: str, *arguments: Any) -> threading.Thread:  # noqa: ANN401
+        """Begin to run ``function(*arguments)`` on such a thread; return it.
+
+        Raises:
+            OutOfThreadsError: it does not run, and never will.
+        """
+        return started(self.thread(function, name, arguments))
 
     def readable(self, sock: socket.socket, wait_s: float) -> bool:
         """Tell whether a socket has something to read, or was closed by its peer, within ``wait_s``."""

@@ -61,8 +61,7 @@ class PauseWatch:
     def begin(self, limit_s: float | None) -> None:
         """The pause begins, and may take so long; None: as long as it does."""
         if limit_s is not None and limit_s < threading.TIMEOUT_MAX:
-            self._thread = self._host.thread(self._watch, "pause", (limit_s,))
-            self._thread.start()
+            self._thread = self._host.begin(self._watch, "pause", limit_s)
 
     def end(self) -> None:
         """The pause is over, or cannot be ended any more. May be repeated."""

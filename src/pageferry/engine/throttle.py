@@ -55,8 +55,7 @@ class Throttle:
                 return
             self._share = share
             if share and self._thread is None:
-                self._thread = self._host.thread(self._run, "throttle")
-                self._thread.start()
+                self._thread = self._host.begin(self._run, "throttle")
             self._changed.notify()
 
     def close(self) -> None:

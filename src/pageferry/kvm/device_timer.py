@@ -8,6 +8,7 @@ the machine's state, and touches no memory.
 import threading
 import time
 
+from pageferry.core.threads import begin
 from pageferry.devices.bus import DeviceBus
 
 _NS_PER_S = 1_000_000_000
@@ -38,8 +39,7 @@ class DeviceTimer:
                 return
             self._wake_ns = wake_ns
             if self._thread is None:
-                self._thread = threading.Thread(target=self._main, name="device-timer", daemon=True)
-                self._thread.start()
+                self._thread = begin(self._main, "device-timer")
             self._changed.notify()
 
     def close(self) -> None:

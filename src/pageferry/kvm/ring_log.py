@@ -58,6 +58,7 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError, VmError
 from pageferry.core.held_bits import HeldBits, HeldLog
 from pageferry.core.memory import GuestMemory
+from pageferry.core.threads import begin
 from pageferry.core.vm import LogDirtyStats
 from pageferry.kvm import uapi
 from pageferry.kvm.dirty_rings import DirtyRings
@@ -81,8 +82,7 @@ class _Collector:
         self._collect = collect
         self._period_s = period_s
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="dirty-ring-collector", daemon=True)
-        self._thread.start()
+        self._thread = begin(self._main, "dirty-ring-collector")
 
     def end(self) -> None:
         """Ask the thread to end; does not wait."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import gpa_of
+from pageferry.core.threads import begin
 from pageferry.testing.lab import GIVE_UP_S, STATUS_GFN, Copy, Guest, Lab, Violation, listed, require
 
 _ROUNDS = 12
@@ -239,8 +240,7 @@ def _repeated(action: Callable[[], None]) -> Iterator[_Repeated]:
         except Exception as error:
             repeated.error = error
 
-    thread = threading.Thread(target=loop, name="conformance", daemon=True)
-    thread.start()
+    thread = begin(loop, "conformance")
     try:
         yield repeated
     finally:

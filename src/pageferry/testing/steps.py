@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pageferry.core.threads import begin
 from pageferry.testing.watchdog import THREAD_NAME
 
 Result = TypeVar("Result")
@@ -87,9 +88,7 @@ class Interrupted:
             except BaseException as error:
                 self._errors.append(error)
 
-        thread = threading.Thread(target=main, name=f"{THREAD_NAME}-{name}", daemon=True)
-        thread.start()
-        return thread
+        return begin(main, f"{THREAD_NAME}-{name}")
 
     def _traced(self) -> None:
         try:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from pageferry.core.threads import begin
+
 THREAD_NAME = "conformance"
 """What the names of the kit's own threads begin with."""
 
@@ -49,8 +51,7 @@ class Watch:
                 over.set()
 
         before = set(threading.enumerate())
-        thread = threading.Thread(target=main, name=THREAD_NAME, daemon=True)
-        thread.start()
+        thread = begin(main, THREAD_NAME)
         quiet_s, seen = 0.0, self.signs
         while not over.wait(_LOOK_S):
             quiet_s, seen = (quiet_s + _LOOK_S, seen) if self.signs == seen else (0.0, self.signs)

@@ -6,13 +6,13 @@ Source: userfaultfd(2); kernel ``admin-guide/mm/userfaultfd.rst``.
 import errno
 import os
 import select
-import threading
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.errors import UffdError
+from pageferry.core.threads import begin
 from pageferry.uffd.fds import UffdFd
 
 
@@ -39,8 +39,11 @@ class FaultHandler:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         except OSError as error:
             raise UffdError("eventfd", error.errno or errno.EIO) from error
-        self._thread = threading.Thread(target=self._main, name="uffd-handler", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = begin(self._main, "uffd-handler")
+        except OSError:
+            os.close(self._wake)
+            raise
 
     def stop(self) -> None:
         """End the thread; faults that come from now on wait for somebody else. Called once, not by the thread."""

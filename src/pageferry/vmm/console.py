@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
+from pageferry.core.threads import begin
+
 _QUEUED_PIECES = 1 << 16
 _FLUSH_S = 1.0
 _TAIL_BYTES = 4096
@@ -26,8 +28,7 @@ class ConsoleOutput:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_QUEUED_PIECES)
-        self._thread = threading.Thread(target=self._write, name="console", daemon=True)
-        self._thread.start()
+        self._thread = begin(self._write, "console")
 
     def __call__(self, data: bytes) -> None:
         """Queue some output."""

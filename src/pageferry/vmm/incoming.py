@@ -9,6 +9,7 @@ from dataclasses import replace
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine
+from pageferry.core.threads import begin
 from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.room import NO_LIMITS, GuestLimits
@@ -66,8 +67,7 @@ class Incoming:
         """
         self._limits = limits
         acceptor = self._acceptor = Acceptor(endpoint, timeout_s, credentials=credentials, on_refused=self._refused)
-        self._thread = threading.Thread(target=self._main, args=(acceptor,), name="receive", daemon=True)
-        self._thread.start()
+        self._thread = begin(self._main, "receive", acceptor)
         return acceptor.endpoint
 
     @property

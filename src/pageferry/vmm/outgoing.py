@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationReport
+from pageferry.core.threads import begin
 from pageferry.engine.image.save import Save
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
@@ -145,6 +146,7 @@ class Outgoing:
 
         Raises:
             QmpError: there is one under way, or the guest is not here.
+            OutOfThreadsError: it has not begun.
         """
         vm = self._guest.here()
         if self.under_way:
@@ -165,15 +167,15 @@ class Outgoing:
                 work_before=self._guest.work.oldest(),
             )
         )
+        self._start(attempt.run, attempt.job, news)
         self._attempt = attempt
         self._told.clear()
         self._guest.work.forget()
         self._announcer.migration("setup")
-        self._start(attempt.run, attempt.job, news)
 
     def _start(self, run: Callable[[], MigrationReport], job: Job, news: AttemptNews) -> None:
-        self._thread = threading.Thread(target=self._main, args=(run, job, news), name="migrate", daemon=True)
-        self._thread.start()
+        """Begin an attempt's thread, which waits until the guest's lock is free; what has to be set is set then."""
+        self._thread = begin(self._main, "migrate", run, job, news)
 
     def recover(self, endpoint: Endpoint) -> None:
         """Go on at ``endpoint`` with a migration that was cut after the commit or the switch.
@@ -187,9 +189,9 @@ class Outgoing:
                 return
             if self.under_way or self.guest_at is not GuestAt.UNKNOWN or not isinstance(attempt, Source):
                 raise QmpError("no migration here was cut after its commit", hint="start one without --recover")
+            self._start(partial(attempt.find_out, endpoint), attempt.job, AttemptNews(self._guest, self._announcer))
             self._told.clear()
             attempt.job.begun()
-            self._start(partial(attempt.find_out, endpoint), attempt.job, AttemptNews(self._guest, self._announcer))
 
     def cancel(self) -> None:
         """Cancel the attempt under way, if there is one.
@@ -262,6 +264,8 @@ class Outgoing:
         return "the guest has moved to another process; attach to it there"
 
     def _main(self, run: Callable[[], MigrationReport], job: Job, news: AttemptNews) -> None:
+        with self._guest.lock:
+            pass
         try:
             report = run()
         except MigrationError as error:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
 from pageferry.core.os_hints import listen_hint, resource_hint
+from pageferry.core.threads import OutOfThreadsError, begin
 from pageferry.core.version import __version__
 from pageferry.engine.wire.listener import Listener, listen_unix
 from pageferry.vmm.json_framer import MAX_DEPTH, JsonFramer
@@ -157,17 +158,31 @@ class _Outbox:
             self._changed.notify_all()
 
 
-class _Client(threading.Thread):
+class _Client:
     """One connected client: a thread that reads commands, and one that writes answers and events in order."""
 
     def __init__(self, server: "QmpServer", sock: socket.socket) -> None:
-        super().__init__(name="qmp-client", daemon=True)
         self.negotiated = False
         self._server = server
         self._sock = sock
         self._subscription: Subscription | None = None
         self._outbox = _Outbox()
-        self._writer = threading.Thread(target=self._write, name="qmp-writer", daemon=True)
+        self._writer: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Begin to serve it.
+
+        Raises:
+            OutOfThreadsError: it was told so, and is gone.
+        """
+        try:
+            self._writer = begin(self._write, "qmp-writer")
+            begin(self._serve, "qmp-client")
+        except OutOfThreadsError as error:
+            with contextlib.suppress(OSError):  # all it has to read so far, so it is not waited for
+                self._sock.send(encode(_error(error)))
+            self._end()
+            raise
 
     def post(self, message: Mapping[str, Any]) -> None:
         """Queue a message; a client that does not read for long is dropped."""
@@ -180,8 +195,12 @@ class _Client(threading.Thread):
     def finish(self) -> None:
         """Let what is queued out, then close."""
         self._outbox.close()
-        self._writer.join(1)
+        self._join()
         self.drop()
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join(1)
 
     def drop(self) -> None:
         """Close now; the reading thread ends."""
@@ -194,8 +213,7 @@ class _Client(threading.Thread):
             while (item := self._outbox.take()) is not None:
                 self._sock.sendall(item if isinstance(item, bytes) else encode(_event(item.event, item.take())))
 
-    def run(self) -> None:
-        self._writer.start()
+    def _serve(self) -> None:
         self.post({"QMP": _greeting()})
         try:
             framer = JsonFramer()
@@ -206,12 +224,15 @@ class _Client(threading.Thread):
         except (OSError, ValueError) as error:
             _log.debug("a control client was dropped: %s", error)  # nothing of ours depends on it
         finally:
-            self._server.forget(self)
             if self._subscription is not None:
                 self._subscription.close()
-            self._outbox.close()
-            self._writer.join(1)
-            self._sock.close()
+            self._end()
+
+    def _end(self) -> None:
+        self._server.forget(self)
+        self._outbox.close()
+        self._join()
+        self._sock.close()
 
     def _answer(self, text: bytes | None) -> None:
         reply: dict[str, Any]
@@ -311,7 +332,7 @@ class QmpServer:
             why = error.strerror or error
             raise UsageError(f"cannot listen on the control socket {self._path}: {why}", hint=hint) from error
         self._listener = listener
-        threading.Thread(target=self._accept, args=(listener,), name="qmp-accept", daemon=True).start()
+        begin(self._accept, "qmp-accept", listener)
 
     def _accept(self, listener: Listener) -> None:
         while True:
@@ -326,10 +347,9 @@ class QmpServer:
             with self._lock:
                 self._clients.add(client)
             try:
-                client.start()
-            except RuntimeError:  # out of threads
-                self.forget(client)
-                sock.close()
+                client.begin()
+            except OutOfThreadsError as error:
+                _log.error("a control client was turned away: %s", error)
                 time.sleep(_ACCEPT_RETRY_S)
 
     def execute(self, command: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401  # any JSON value

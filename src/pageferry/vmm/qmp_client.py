@@ -83,7 +83,9 @@ class QmpClient:
         self._next_id = 0
         try:
             self._sock.connect(os.fspath(path))
-            if "QMP" not in self._message():
+            greeting = self._message()
+            turned_away = greeting.get("error")
+            if "QMP" not in greeting and not isinstance(turned_away, dict):
                 raise ValueError("no greeting")
         except OSError as error:
             self._sock.close()
@@ -91,6 +93,10 @@ class QmpClient:
         except ValueError as error:
             self._sock.close()
             raise VmError(f"what answers at {path} does not speak QMP", hint="is it a control socket?") from error
+        if turned_away is not None:
+            self._sock.close()
+            why = _refusal(turned_away)
+            raise VmError(f"the guest process at {path} turned the connection away: {why}", hint=why.hint)
         self.execute("qmp_capabilities")
 
     def __enter__(self) -> "QmpClient":

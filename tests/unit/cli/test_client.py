@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from pageferry.cli.client import LeftAloneError, OutcomeUnknownError, PostcopyPausedError, migrate
+from pageferry.cli.client import LeftAloneError, OutcomeUnknownError, PostcopyPausedError, cancel_migration, migrate
 from pageferry.cli.shell import Interrupted
 from pageferry.core.errors import GuestAt, VmError
 from pageferry.vmm.qmp_error import QmpError
@@ -34,7 +34,12 @@ class Client:
         statuses, self.statuses = self.statuses, []
         return [{"event": "MIGRATION", "data": {"status": status}} for status in statuses]
 
+    def receive(self):
+        self.waited += 1
+        return []
+
     statuses = ()
+    waited = 0
     lives = True
 
     def reconnect(self):
@@ -93,6 +98,24 @@ def test_the_first_signal_cancels_and_others_change_nothing():
     assert interrupted.value.report == {"status": "cancelled"}
     assert client.executed.count("migrate_cancel") == 1
     assert notices(shown) == ["cancelling", *["cancelling: the outcome is waited for"] * 2]
+
+
+def test_a_cancel_from_elsewhere_returns_when_the_migration_is_over():
+    under_way = {"status": "active", "x-eta-reason": ""}
+    client = Client([], [under_way, under_way, CANCELLED])
+    client.statuses = ["active"]  # has come already, and is no end
+    cancel_migration(client)
+    assert client.executed == ["migrate_cancel", "query-migrate", "query-migrate", "query-migrate"]
+    assert client.waited == 1
+
+
+def test_a_cancel_of_nothing_waits_for_nothing():
+    for state in ({}, DONE):
+        client = Client([], [state])
+        cancel_migration(client)
+        assert client.waited == 0
+    with pytest.raises(QmpError, match="too late"):
+        cancel_migration(Client([], [], too_late=True))
 
 
 def test_a_cancel_that_comes_too_late_is_told_as_what_happened():

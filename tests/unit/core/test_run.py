@@ -1,9 +1,11 @@
 import threading
 
 import pytest
+from shortage import no_more_threads
 
 from pageferry.core.errors import GuestCrash, VmError
 from pageferry.core.run import GuestExit, RunControl, SyncPoint, Wait
+from pageferry.core.threads import OutOfThreadsError
 from pageferry.core.vm import VmStatus
 
 
@@ -60,6 +62,18 @@ def test_a_vcpu_has_a_thread_from_its_first_run_on(control):
     assert len({first, second, threading.get_native_id(), None}) == 4
     run.pause()
     assert run.thread_ids == (first, second)
+
+
+def test_a_guest_without_threads_for_its_vcpus_stays_paused_and_runs_later(control):
+    vcpus = [FakeVcpu(), FakeVcpu()]
+    run = control(*vcpus)
+    with no_more_threads(), pytest.raises(OutOfThreadsError):
+        run.resume()
+    assert run.status is VmStatus.PAUSED
+    assert not any(vcpu.entries for vcpu in vcpus)
+    run.resume()
+    for vcpu in vcpus:
+        assert vcpu.entered.wait(60)
 
 
 def test_pause_returns_when_every_vcpu_is_outside(control):

@@ -3,9 +3,11 @@
 import threading
 
 import pytest
+from shortage import no_more_threads
 
 from pageferry.core.errors import GuestAt
 from pageferry.core.events import DOWNTIME_PHASES
+from pageferry.core.threads import OutOfThreadsError
 from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.pause import PauseWatch, pause_limit_s, waits_for
 
@@ -41,6 +43,13 @@ def test_a_pause_that_is_over_in_time_is_left_alone(limit_s):
     watch.end()
     watch.end()
     assert threading.active_count() == before
+
+
+def test_a_pause_that_cannot_be_watched_does_not_begin():
+    watch = PauseWatch(pytest.fail)
+    with no_more_threads(), pytest.raises(OutOfThreadsError):
+        watch.begin(1.0)
+    watch.end()
 
 
 def test_a_guest_whose_pause_was_given_up_stays():

@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 from at_work import until
+from shortage import no_more_threads
 
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.vmm.qmp import QmpServer, decode, encode
@@ -105,6 +106,20 @@ def test_an_id_as_deep_as_can_be_read_is_sent_back(talk):
     deep = b"[" * 511 + b"]" * 511
     assert json.dumps(talk().say(b'{"execute":"echo","id":' + deep + b"}")["id"]).encode() == deep
     assert "nested more" in talk().say(b'{"execute":"echo","id":[' + deep + b"]}")["error"]["desc"]
+
+
+def test_a_client_for_whom_there_is_no_thread_hears_that_and_the_next_is_served(server, tmp_path):
+    path = tmp_path / "qmp.sock"
+    with QmpClient(path) as first:
+        with no_more_threads():
+            for _ in range(3):
+                with pytest.raises(VmError, match="turned the connection away: no more threads can be started") as told:
+                    QmpClient(path)
+                assert "ulimit -u" in told.value.hint
+            assert first.execute("echo", a=1) == {"a": 1}
+        with QmpClient(path) as later:
+            assert later.execute("echo", a=2) == {"a": 2}
+    until(lambda: not server.connected, "end of all")
 
 
 def test_capabilities_that_are_not_offered_are_refused(talk):

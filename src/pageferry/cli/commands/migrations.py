@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pageferry.cli.client import MigrationFailedError, migrate
+from pageferry.cli.client import MigrationFailedError, cancel_migration, migrate
 from pageferry.cli.control_options import ControlOption, JsonOption
 from pageferry.cli.demo import run_demo, run_linux_demo
 from pageferry.cli.options import (
@@ -179,7 +179,7 @@ def switch(control: ControlOption) -> None:
 def cancel(control: ControlOption) -> None:
     """Cancel the migration under way; the guest stays where it is."""
     with QmpClient(control) as client:
-        client.execute("migrate_cancel")
+        cancel_migration(client)
 
 
 def limits(

@@ -13,6 +13,7 @@ import numpy as np
 
 from pageferry.core.errors import PageferryError, VmError
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
+from pageferry.core.threads import begin
 from pageferry.core.vm import Vm
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.postcopy.pager import DemandPager
@@ -54,8 +55,11 @@ class LazyRestore:
         self.failure: PageferryError | None = None
         """Why a page cannot be read, until :meth:`retry`."""
         self._pager = DemandPager(vm, saved.data_pages, self._notify)
-        self._thread = threading.Thread(target=self._read_all, name="restore", daemon=True)
-        self._thread.start()
+        try:
+            self._thread = begin(self._read_all, "restore")
+        except OSError:
+            self._pager.close()
+            raise
 
     @property
     def done(self) -> bool:
@@ -121,4 +125,7 @@ class LazyRestore:
         with self._changed:
             self._pager.start_over()
             self.failure = error
-        threading.Thread(target=self._on_failure, args=(error,), name="restore-failed", daemon=True).start()
+        try:
+            begin(self._on_failure, "restore-failed", error)
+        except OSError as no_thread:  # the guest stands still at its page, and is not shown as paused
+            _log.error("%s, and that cannot be told: %s", error, no_thread)

@@ -9,6 +9,7 @@ A page comes on one connection only (:func:`~pageferry.engine.wire.connections.c
 is taken in the order in which it was said. A FENCE is reached when all connections have come to it.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -310,32 +311,37 @@ class Receiver:
         self._decoders = [
             Decoder(zero_copy=True, gfn_limit=pages.memory.gfn_limit, agreed=agreed, role=role) for role in roles
         ]
-        host = channels[0].host
+        host = self._host = channels[0].host
         self._activity = Activity(host.now_s)
         self._reached = [-1 for _ in channels[1:]]
         self._changed = host.condition()
-        self._threads = [
-            host.thread(self._read_section, f"section {index + 1}", (index,)) for index in range(1, len(channels))
-        ]
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Receiver":
-        for thread in self._threads:
-            thread.start()
+        try:
+            for index in range(1, len(self._channels)):
+                self._threads.append(self._host.begin(self._read_section, f"section {index + 1}", index))
+        except OSError:
+            self._end_sections(cut=True)
+            raise
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         failure = self._activity.failure  # before those of connections that are cut here
-        if error is not None:
+        self._end_sections(cut=error is not None)
+        if error is None:
+            failure = self._activity.failure
+        if failure is not None and failure is not error:
+            raise failure from error
+
+    def _end_sections(self, *, cut: bool) -> None:
+        if cut:
             for channel in self._channels[1:]:
                 channel.abort()
         for thread in self._threads:
             thread.join()
         for channel in self._channels[1:]:
             channel.close()
-        if error is None:
-            failure = self._activity.failure
-        if failure is not None and failure is not error:
-            raise failure from error
 
     @property
     def stream_bytes(self) -> int:
@@ -410,11 +416,11 @@ class Populator:
             wanted.set_range(inside.start, len(inside))
         wanted &= memory.all_ram()
         self._starts, self._lengths = split_runs(*wanted.runs(), PAGES_PER_2M)
+        self._host = host
         self._enough = host.event()
-        self._thread = host.thread(self._populate, "populate")
 
     def __enter__(self) -> "Populator":
-        self._thread.start()
+        self._thread = self._host.begin(self._populate, "populate")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -184,9 +184,15 @@ class Lanes:
     """
 
     def __init__(self, main: Lane, others: Sequence[Lane] = (), host: Host = THIS_HOST) -> None:
-        self._workers = [_Worker(lane, host) for lane in others]
         self.all = (main, *others)
         """Every lane, the main one first."""
+        self._workers: list[_Worker] = []
+        try:
+            for lane in others:
+                self._workers.append(_Worker(lane, host))
+        except OSError:
+            self.close()
+            raise
 
     @property
     def counts(self) -> PageCounts:
@@ -272,8 +278,7 @@ class _Worker:
         self.lane = lane
         self._tasks = host.queue(_WAITING_TASKS)  # of Callable[[], None], or None at the end
         self._failure: BaseException | None = None
-        self._thread = host.thread(self._run, "lane")
-        self._thread.start()
+        self._thread = host.begin(self._run, "lane")
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> None:
         self._put(lambda: self.lane.send(gfns, fresh=fresh))

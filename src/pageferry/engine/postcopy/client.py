@@ -279,14 +279,21 @@ class _Freeze:
 
     def __init__(self, vm: Vm, host: Host) -> None:
         self._vm = vm
-        self._host = host
-        self._freezing = host.thread(vm.freeze, "freeze")
-        self._freezing.start()
+        self._lock = threading.Lock()
+        self._frozen = self._over = False
+        with contextlib.suppress(OSError):  # without it each vCPU still stops at a page that is missing
+            host.begin(self._freeze, "freeze")
 
     def thaw(self) -> None:
         """Let it run again, as soon as every vCPU has stopped: pages come again."""
-        self._host.thread(self._thaw, "thaw").start()
+        with self._lock:
+            self._over = True
+            if self._frozen:
+                self._vm.thaw()
 
-    def _thaw(self) -> None:
-        self._freezing.join()
-        self._vm.thaw()
+    def _freeze(self) -> None:
+        self._vm.freeze()
+        with self._lock:
+            self._frozen = True
+            if self._over:
+                self._vm.thaw()

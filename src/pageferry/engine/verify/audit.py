@@ -20,6 +20,7 @@ The destination does not believe that a page was audited, it remembers:
 :class:`~pageferry.engine.verify.compare.ReceivedPages`.
 """
 
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -75,18 +76,18 @@ class Auditor:
         self._ready: RunDigests | None = None
         self._failure: Exception | None = None
         self._closing = False
-        self._thread = accounts.host.thread(self._main, "audit")
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin; whatever was sent is audited from now on."""
-        self._thread.start()
+        self._thread = self._accounts.host.begin(self._main, "audit")
 
     def close(self) -> None:
         """End the thread; nothing else changes. A second call does nothing."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._thread.ident is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def due(self) -> RunDigests | None:

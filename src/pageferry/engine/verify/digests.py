@@ -5,11 +5,11 @@ proves that whatever else it has storage for is zero, as it is at the source. Wh
 pages name the first frame.
 """
 
+import contextlib
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import split_runs, subtract_runs
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
+from pageferry.core.threads import OutOfThreadsError, begin
 from pageferry.stream.ferry_frames import MAX_POPULATED_RUNS
 
 DIGEST_BYTES = 16
@@ -56,11 +57,6 @@ def populated_runs(memory: GuestMemory) -> tuple[GfnArray, GfnArray]:
     return split_runs(starts, lengths, PAGES_PER_2M)
 
 
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="digest")
-
-
 def digest_runs(memory: GuestMemory, starts: GfnArray, lengths: GfnArray) -> DigestArray:
     """Return the digest of each run, on all cores and mostly without the interpreter lock."""
     return digest_views(memory.views(starts, lengths), lengths)
@@ -73,8 +69,30 @@ def digest_views(views: list[memoryview], lengths: GfnArray) -> DigestArray:
     # Tasks of about 2 MiB each, however short the runs are.
     edges = np.flatnonzero(np.diff(np.cumsum(lengths) // np.uint64(PAGES_PER_2M), append=np.uint64(1 << 62))) + 1
     tasks = [views[begin:end] for begin, end in pairwise([0, *edges.tolist()])]
-    digests = b"".join(map(_digest_all, tasks) if len(tasks) == 1 else _pool().map(_digest_all, tasks))
-    return np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
+    return np.frombuffer(b"".join(_digests_of(tasks)), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def _digests_of(tasks: list[list[memoryview]]) -> list[bytes]:
+    """Work on this thread and on one for each other core, as far as those can be had."""
+    digests = [b""] * len(tasks)
+    left = deque(enumerate(tasks))
+
+    def work() -> None:
+        while True:
+            try:
+                index, views = left.popleft()
+            except IndexError:
+                return
+            digests[index] = _digest_all(views)
+
+    helpers = []
+    with contextlib.suppress(OutOfThreadsError):
+        for _ in range(min(len(tasks), os.cpu_count() or 1) - 1):
+            helpers.append(begin(work, "digest"))  # noqa: PERF401  # those before one that fails are there
+    work()
+    for helper in helpers:
+        helper.join()
+    return digests
 
 
 def _digest_all(views: list[memoryview]) -> bytes:

@@ -3,7 +3,7 @@
 Those who connect are heard several at a time, each on a thread of its own, until they have said what they want::
 
     connected -- TLS, if it is asked for -- preambles -- the first frame, whole
-                                                           | HELLO: the next guest, or "busy"
+                                                           | HELLO: the next guest, or "busy", after a while
                                                            | JOIN, RECOVER: for the guest that is being received
 
 Up to then a caller has a few seconds, whatever it sends, and costs a thread, a descriptor and at most one hello. When
@@ -15,9 +15,11 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pageferry.core.errors import PageferryError, RemoteStreamError, UsageError
 from pageferry.core.os_hints import listen_hint
+from pageferry.core.threads import OutOfThreadsError
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
 from pageferry.engine.wire.connections import NeverRan
@@ -35,15 +37,26 @@ _RETRY_S = 0.05
 HELLO_S = 5.0
 #: So many are heard at a time, and as many of those who want to join or come back wait for their turn.
 MAX_CALLERS, _MAX_WAITING = 32, 16
+#: How long a source waits for an attempt to end, as one that was just cancelled does, and how many may.
+_PATIENCE_S, _MAX_PATIENT = 2.0, 4
 _BUSY = Refuse(
     reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
 )
 _NOTHING_TO_JOIN = Refuse(reason="no guest is being received here", hint="begin a new migration")
+_NO_MORE = Refuse(reason="no guest is waited for here any more", hint="start another pageferry receive")
 _TLS_ONLY = Refuse(reason="this destination speaks TLS only", hint="pageferry migrate to tls://, with --tls-dir")
+
+
+_Caller = TypeVar("_Caller", Channel, Peer)
 
 
 def _say_nothing(_: str) -> None:
     """Do not tell it."""
+
+
+def _patience_s(hello: SourceHello) -> float:
+    """Return for how long a source may wait: it has to hear that we are busy before it gives us up."""
+    return min(_PATIENCE_S, hello.lease_ms / 2e3)
 
 
 @dataclass(slots=True)
@@ -56,20 +69,26 @@ class _Places:
     others: deque[Peer] = field(default_factory=deque)
     #: Who is being heard, the one that has taken longest first.
     heard: list[Channel] = field(default_factory=list)
+    #: How many sources wait for the attempt that is under way to end.
+    patient: int = 0
     #: Whether :meth:`Acceptor.wait` has given away a source, and :meth:`Acceptor.free` was not called since.
     busy: bool = False
 
+    @property
+    def taken(self) -> bool:
+        """Whether there is no place for a source now."""
+        return self.busy or any(isinstance(each.first, SourceHello) for each in self.next)
+
     def refusal_of(self, peer: Peer) -> Refuse | None:
         """Give a caller that was heard its place; return what to tell it instead, if there is none for it."""
-        wants_in = isinstance(peer.first, SourceHello)
-        if self.busy:
-            if wants_in or len(self.others) >= _MAX_WAITING:
-                return _BUSY
-            self.others.append(peer)
-        elif wants_in:
-            if any(isinstance(each.first, SourceHello) for each in self.next):
+        if isinstance(peer.first, SourceHello):
+            if self.taken:
                 return _BUSY
             self.next.appendleft(peer)
+        elif self.busy:
+            if len(self.others) >= _MAX_WAITING:
+                return _BUSY
+            self.others.append(peer)
         elif isinstance(peer.first, Recover) and len(self.next) < _MAX_WAITING:
             self.next.append(peer)
         else:
@@ -118,7 +137,7 @@ class Acceptor:
         """The address, with the port that it really has."""
         self.never_ran = NeverRan()
         """The guests that were to come to this place, and never ran here."""
-        host.thread(self._accept_all, "accept", (listener,)).start()
+        host.begin(self._accept_all, "accept", listener)
 
     def __enter__(self) -> "Acceptor":
         return self
@@ -163,8 +182,9 @@ class Acceptor:
         """End what :meth:`wait` began: no guest is being received, and the next source is let in."""
         with self._changed:
             waiting, self._places.others, self._places.busy = list(self._places.others), deque(), False
+            self._changed.notify_all()
         for peer in waiting:
-            self._host.thread(self._find_place, "caller", (peer,)).start()
+            self._aside(self._find_place, peer)
 
     def close(self) -> None:
         """Listen no more, and wake the thread that waits; from any thread. May be called twice."""
@@ -202,7 +222,14 @@ class Acceptor:
                 longest = self._places.heard.pop(0) if len(self._places.heard) > MAX_CALLERS else None
             if longest is not None:
                 longest.abort()
-            self._host.thread(self._hear, "caller", (channel,)).start()
+            self._aside(self._hear, channel)
+
+    def _aside(self, serve: Callable[[_Caller], None], caller: _Caller) -> None:
+        """Serve a caller on a thread, or on this one where there are no more: others wait for it then."""
+        try:
+            self._host.begin(serve, "caller", caller)
+        except OutOfThreadsError:
+            serve(caller)
 
     def _hear(self, channel: Channel) -> None:
         """Hear one caller to the end of its first frame, and find it a place."""
@@ -256,10 +283,18 @@ class Acceptor:
     def _find_place(self, peer: Peer) -> None:
         with self._changed:
             self._places.heard = [each for each in self._places.heard if each is not peer.channel]
-            refusal = _NOTHING_TO_JOIN if self.closed else self._places.refusal_of(peer)
+            if isinstance(peer.first, SourceHello) and self._places.patient < _MAX_PATIENT:
+                self._places.patient += 1
+                self._changed.wait_for(lambda: self.closed or not self._places.taken, _patience_s(peer.first))
+                self._places.patient -= 1
+            refusal = self._no_more(peer) if self.closed else self._places.refusal_of(peer)
             self._changed.notify_all()
         if refusal is not None:
             self._refuse(peer, refusal)
+
+    @staticmethod
+    def _no_more(peer: Peer) -> Refuse:
+        return _NO_MORE if isinstance(peer.first, SourceHello) else _NOTHING_TO_JOIN
 
     @staticmethod
     def _refuse(peer: Peer, refusal: Refuse) -> None:

@@ -3,6 +3,7 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from shortage import no_more_threads
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import VmError
@@ -35,6 +36,14 @@ def test_digests_are_xxh3_128_of_each_run(memory):
     assert bytes(digests[0]) == xxhash.xxh3_128_digest(b"five".ljust(4096, b"\0"))
     assert bytes(digests[1]) == xxhash.xxh3_128_digest(bytes(range(256)) * 48)
     assert verify.digest_runs(memory, u64(), u64()).shape == (0, 16)
+
+
+def test_without_threads_to_be_had_one_digests_all(memory):
+    starts, lengths = verify.populated_runs(memory)
+    with no_more_threads():
+        alone = verify.digest_runs(memory, starts, lengths)
+    assert (alone == verify.digest_runs(memory, starts, lengths)).all()
+    assert lengths.size > 1
 
 
 def test_the_first_difference_is_found(memory):

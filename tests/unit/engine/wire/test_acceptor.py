@@ -3,9 +3,11 @@
 import contextlib
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 from at_work import until
+from shortage import no_more_threads
 
 from pageferry.core.cpuid import SOFT_CPU
 from pageferry.engine.wire import acceptor as acceptor_module
@@ -16,7 +18,11 @@ from pageferry.stream.ferry_frames import Join, Recover, SourceHello
 from pageferry.stream.ferry_order import Side
 
 GIVE_UP_S = 60
-HELLO = SourceHello(version="1", memory_bytes=1 << 21, cpus=1, accel="soft", cpuid=SOFT_CPU, migration_id="x")
+#: Of a source that gives up soon, so that it does not wait long either; and of one that does.
+HELLO = SourceHello(
+    version="1", memory_bytes=1 << 21, cpus=1, accel="soft", cpuid=SOFT_CPU, migration_id="x", lease_ms=100
+)
+PATIENT = replace(HELLO, lease_ms=60_000)
 
 
 class Place(Acceptor):
@@ -130,6 +136,50 @@ def test_noise_is_answered_once_and_forgotten(place, callers):
     assert "it looks like an HTTP client" in place.refused[0]
     while channel.receive_some(1 << 16):
         pass
+
+
+def test_a_source_is_heard_though_there_are_no_more_threads(place, callers):
+    with no_more_threads():
+        saying(callers(), HELLO)
+        assert place.wait().first.migration_id == "x"
+        waiting = saying(callers(), Join(proof="p", index=1))
+        until(lambda: len(place._places.others) == 1, "who joins")
+        place.free()
+        with pytest.raises(PeerRefusedError, match="no guest is being received here"):
+            waiting.receive()
+    saying(callers(), HELLO)
+    assert place.wait().first.migration_id == "x"
+
+
+def test_a_source_that_comes_again_at_once_waits_until_its_first_attempt_is_over(place, callers):
+    saying(callers(), HELLO)
+    first = place.wait()
+    saying(callers(), replace(PATIENT, migration_id="again"))
+    until(lambda: place._places.patient == 1, "who waits")
+    place.free()
+    again = place.wait()
+    assert again is not first
+    assert again.first.migration_id == "again"
+
+
+def test_few_wait_for_an_attempt_to_end(place, callers):
+    saying(callers(), PATIENT)
+    place.wait()
+    for index in range(acceptor_module._MAX_PATIENT):
+        saying(callers(), PATIENT)
+        until(lambda index=index: place._places.patient == index + 1, "who waits")
+    with pytest.raises(PeerRefusedError, match="busy with another attempt"):
+        saying(callers(), PATIENT).receive()
+
+
+def test_a_source_that_waits_for_a_place_that_is_closed_is_told(place, callers):
+    saying(callers(), PATIENT)
+    place.wait()
+    waiting = saying(callers(), PATIENT)
+    until(lambda: place._places.patient == 1, "who waits")
+    place.close()
+    with pytest.raises(PeerRefusedError, match="no guest is waited for here any more"):
+        waiting.receive()
 
 
 def test_who_wants_to_join_or_come_back_waits_for_the_guest_that_is_received(place, callers):
