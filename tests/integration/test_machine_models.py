@@ -107,7 +107,7 @@ def test_a_process_takes_a_pc_in_on_the_machine_that_can_hold_it(running, tmp_pa
         pc_cannot_be_on_kvm, tmp_path / "control", on_console=lambda _: None, on_message=messages.append
     )
     try:
-        endpoint = process.listen(Endpoint(host="127.0.0.1"))
+        endpoint = process.incoming.listen(Endpoint(host="127.0.0.1"))
         process.start()
         report = source_of(vm, endpoint).run()
         assert (report.status, report.destination_accel) == ("completed", "soft")

@@ -236,11 +236,15 @@ def test_a_guest_runs_with_standard_streams_that_are_closed(tmp_path, closed):
     control = tmp_path / "x.sock"
     shell = f'exec {sys.executable} -m pageferry "$@" {closed}'
     command = ["sh", "-c", shell, "sh", "run", *GUEST, "--control", str(control)]
-    guest = launch(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    with log.open("wb") as stderr:
+        guest = launch(command, stdout=subprocess.DEVNULL, stderr=stderr)
     try:
         until(control.is_socket, lambda: f"control socket: {guest.poll()}")
         for fd in range(3):
-            assert os.readlink(f"/proc/{guest.pid}/fd/{fd}") == "/dev/null"
+            assert os.readlink(f"/proc/{guest.pid}/fd/{fd}") in ("/dev/null", str(log))
+        if closed == ">&-":
+            assert "pageferry: standard output is closed: the guest's console is dropped\n" in log.read_text()
         waiting = launch(["sh", "-c", shell, "sh", "receive", f"unix:{tmp_path}/in", "--control", f"{tmp_path}/y"])
         try:
             until((tmp_path / "y").is_socket, lambda: f"control socket: {waiting.poll()}")
@@ -354,3 +358,38 @@ pageferry.__main__.run()
 def test_a_ctrl_c_while_a_command_is_loaded_ends_it_without_a_traceback():
     ended = subprocess.run([sys.executable, "-c", _WHILE_LOADING], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+
+
+#: Two signals come while a restore reads: what shows how far it is, is told between two reads.
+_WHILE_READING = """
+import signal
+import pageferry.__main__
+from pageferry.cli.progress import ReadingView
+
+def show(view, done_pages, pages):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.raise_signal(signal.SIGHUP)
+
+ReadingView.show = show
+pageferry.__main__.run()
+"""
+
+
+def test_a_restore_that_is_interrupted_while_it_reads_leaves_no_guest_and_the_file_as_it_was(start, tmp_path):
+    file, control = tmp_path / "guest.bin", tmp_path / "x.sock"
+    source = start("run", *GUEST)
+    assert cli("save", file, "--control", source.control, *EASY).returncode == 0
+    before = file.read_bytes()
+    command = [sys.executable, "-c", _WHILE_READING, "restore", file, "--accel", "soft", "--control", control]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=GIVE_UP_S, check=False)
+    assert ended.returncode == 130, ended
+    assert ended.stderr.splitlines() == [
+        "machine: soft (asked for)",
+        "pageferry: ending already",
+        "pageferry: interrupted",
+    ]
+    assert ended.stdout == ""
+    assert not control.exists()
+    assert file.read_bytes() == before

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
+from pageferry.cli.shell import OutputLostError
+from pageferry.core.descriptors import write_all
 from pageferry.core.threads import begin
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -115,6 +117,7 @@ class ConsoleSession:
         Raises:
             QmpError: there is no guest to attach to.
             VmError: the guest process went away.
+            OutputLostError: the output cannot be written.
         """
         self._client.execute("x-console-follow")
         self._tell("attached; " + ("Ctrl-] detaches" if self._typed.terminal else "Ctrl-C detaches"))
@@ -166,8 +169,10 @@ class ConsoleSession:
         self._ended = self._ended or data["end"]
 
     def _write(self, data: bytes) -> None:
-        while data:
-            data = data[os.write(self._output_fd, data) :]
+        try:
+            write_all(self._output_fd, data)
+        except OSError as error:
+            raise OutputLostError(error) from error
 
 
 class LocalConsole:
@@ -185,7 +190,8 @@ class LocalConsole:
     def __init__(
         self, input_fd: int, output_fd: int, offer: Callable[[bytes], int], tell: Callable[[str], None]
     ) -> None:
-        self._typed = Typed(input_fd, lambda: os.write(output_fd, _BELL))
+        self._output_fd = output_fd
+        self._typed = Typed(input_fd, self._ring)
         self._offer = offer
         self._tell = tell
         self._raw = contextlib.ExitStack()
@@ -207,6 +213,10 @@ class LocalConsole:
         self._thread.join()
         os.close(self._end)
         self._raw.close()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # what is lost there is told by who writes the output
+            os.write(self._output_fd, _BELL)
 
     def _hand_on(self) -> None:
         while not self._typed.detached:

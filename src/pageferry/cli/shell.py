@@ -7,6 +7,7 @@ be written are dropped.
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -14,7 +15,6 @@ import locale
 import logging
 import os
 import re
-import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
+from pageferry.core.descriptors import write_all
 from pageferry.core.errors import (
     GuestAt,
     MigrationError,
@@ -56,7 +57,8 @@ class ExitCode(IntEnum):
     DONE = 0, "done; also a guest ended by Ctrl-C or `quit`"
     DEFECT = (
         1,
-        "a defect (`--debug` shows where); `status`, `inspect`, `doctor`: standard output could not be written",
+        "a defect (`--debug` shows where); "
+        "`status`, `inspect`, `doctor`, `console`: standard output could not be written",
     )
     USAGE = 2, "wrong usage, or refused by a guest process as it is now"
     GUEST_AT_SOURCE = 3, "the migration or save did not happen; the guest is at the source, as it was"
@@ -242,7 +244,7 @@ def _ending_by(error: BaseException, refusal: type[Exception]) -> _Ending:
         )
     if isinstance(error, Stopped):
         return _Ending(code=ExitCode.INTERRUPTED, message="interrupted", status="cancelled")
-    if isinstance(error, _OutputLostError):
+    if isinstance(error, OutputLostError):
         message = "" if isinstance(error.cause, BrokenPipeError) else f"standard output: {error.cause.strerror}"
         return _Ending(code=ExitCode.DEFECT, message=message)
     if isinstance(error, SystemExit):
@@ -380,7 +382,7 @@ SIGNALS = _Signals()
 # -- standard streams --------------------------------------------------------------------------------------------------
 
 
-class _OutputLostError(Exception):
+class OutputLostError(Exception):
     """Standard output cannot be written, and it is all that the command is for."""
 
     def __init__(self, cause: OSError) -> None:
@@ -391,11 +393,12 @@ class _OutputLostError(Exception):
 class _Descriptor(io.RawIOBase):
     """An output that may be gone: from the first failure on everything is dropped.
 
-    A descriptor that does not block is waited for.
+    A descriptor that does not block is waited for; one that was ``closed`` fails.
     """
 
-    def __init__(self, fd: int, *, needed: bool) -> None:
+    def __init__(self, fd: int, *, needed: bool, closed: bool) -> None:
         self._fd = fd
+        self._closed = closed
         self.needed = needed
         """Whether the first failure is raised."""
         self.written = False
@@ -416,20 +419,15 @@ class _Descriptor(io.RawIOBase):
         self.written = self.written or bool(len(data))
         if not self._lost:
             try:
-                self._write_all(memoryview(data))
+                if self._closed and len(data):
+                    raise OSError(errno.EBADF, "it is closed")
+                write_all(self._fd, data)
             except OSError as error:
                 self._lost = True
                 if self.needed:
-                    raise _OutputLostError(error) from error
+                    raise OutputLostError(error) from error
                 self.dropped = error
         return len(data)
-
-    def _write_all(self, data: memoryview) -> None:
-        while data:
-            try:
-                data = data[os.write(self._fd, data) :]
-            except BlockingIOError:
-                select.select([], [self._fd], [])
 
 
 #: What stands for characters that an encoding has not; others are escaped.
@@ -461,6 +459,7 @@ class _Streams:
         self._before = sys.stdout, sys.stderr
         for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY), (2, os.O_WRONLY)):
             _reserve(fd, flags)
+        self.output_is_closed = sys.stdout is None
         sys.stdout, self._results = _outlet(sys.stdout, 1, needed=True)
         sys.stderr, _ = _outlet(sys.stderr, 2, needed=False)
         return self
@@ -508,8 +507,14 @@ def standard_input(needed_by: str = "") -> int:
     return 0 if sys.stdin is None else sys.stdin.fileno()
 
 
-def standard_output() -> int:
-    """Return the descriptor of standard output; ``/dev/null`` if it was closed."""
+def standard_output(carries: str = "") -> int:
+    """Return the descriptor of standard output; ``/dev/null`` if it was closed.
+
+    Args:
+        carries: what is written there, and is said to be dropped if it was closed; "": nothing is to be said.
+    """
+    if STREAMS.output_is_closed and carries:
+        tell(f"standard output is closed: {carries} is dropped")
     return sys.stdout.fileno()
 
 
@@ -525,7 +530,7 @@ def _reserve(fd: int, flags: int) -> None:
 
 def _outlet(stream: TextIO | None, fd: int, *, needed: bool) -> tuple[TextIO, _Descriptor | None]:
     # What to write on in the place of a standard stream; None if it was closed.
-    encoding = locale.getencoding()
+    encoding, closed = locale.getencoding(), stream is None
     if stream is not None:
         encoding = stream.encoding
         try:
@@ -534,6 +539,6 @@ def _outlet(stream: TextIO | None, fd: int, *, needed: bool) -> tuple[TextIO, _D
             return stream, None
         with contextlib.suppress(OSError):
             stream.flush()
-    outlet = _Descriptor(fd, needed=needed)
+    outlet = _Descriptor(fd, needed=needed, closed=closed)
     buffer = io.BufferedWriter(outlet)
     return io.TextIOWrapper(buffer, encoding, "pageferry.plainly", line_buffering=not needed), outlet

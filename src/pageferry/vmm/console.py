@@ -1,32 +1,34 @@
 """Sends a guest's console output to a stream and to attached clients; the guest never waits for either."""
 
 import base64
-import contextlib
 import queue
 import threading
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
+from pageferry.core.descriptors import write_all
 from pageferry.core.threads import begin
 
-_QUEUED_PIECES = 1 << 16
+_QUEUED_PIECES, _AT_ONCE_PIECES = 1 << 16, 1 << 12
 _FLUSH_S = 1.0
 _TAIL_BYTES = 4096
 _UNREAD_BYTES = 64 << 10
 
 
 class ConsoleOutput:
-    """Writes what it is given to a stream, on a thread of its own.
+    """Writes what it is given to a descriptor, on a thread of its own.
 
     The guest's vCPU calls it in the middle of an instruction, so it neither blocks nor raises: output is dropped while
     a reader stands still and after it has gone.
 
     Args:
-        stream: where to; closed at the end.
+        fd: where to; it stays the caller's.
+        on_lost: told once, on that thread, why nothing more can be written.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, fd: int, on_lost: Callable[[OSError], None]) -> None:
+        self._fd = fd
+        self._on_lost = on_lost
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_QUEUED_PIECES)
         self._thread = begin(self._write, "console")
 
@@ -46,11 +48,21 @@ class ConsoleOutput:
         self._thread.join(_FLUSH_S)
 
     def _write(self) -> None:
-        with contextlib.suppress(OSError), self._stream:  # an error: the reader has gone
-            while (data := self._pieces.get()) is not None:
-                self._stream.write(data)
-                if self._pieces.empty():
-                    self._stream.flush()
+        try:
+            for data in self._queued():
+                write_all(self._fd, data)
+        except OSError as error:
+            self._on_lost(error)
+
+    def _queued(self) -> Iterator[bytes]:
+        # A guest writes byte by byte: what has gathered meanwhile is written at once.
+        ended = False
+        while not ended:
+            pieces = [self._pieces.get()]
+            while len(pieces) < _AT_ONCE_PIECES and not self._pieces.empty():
+                pieces.append(self._pieces.get())
+            ended = None in pieces
+            yield b"".join(filter(None, pieces))
 
 
 class ConsoleTail:

@@ -22,9 +22,6 @@ from pageferry.core.vm import GuestEnd, VmConfig
 from pageferry.engine.image.lazy import LazyRestore
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
-from pageferry.engine.room import NO_LIMITS, GuestLimits
-from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Endpoint
-from pageferry.engine.wire.credentials import Credentials
 from pageferry.guests.loader import Loader
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
@@ -65,16 +62,17 @@ class GuestProcess:
         self._backends = backends
         self._announcer = Announcer(on_message, machines.warning)
         self._guest = Guest(machines, on_console)
-        self._incoming = Incoming(self._guest, self._backends, self._announcer)
+        self.incoming = Incoming(self._guest, self._backends, self._announcer)
+        """The wait for a guest, once it is told to listen; ended by :meth:`close`."""
         self._outgoing = Outgoing(self._guest, self._announcer)
-        self._queries = Queries(self._guest, self._incoming, self._outgoing)
+        self._queries = Queries(self._guest, self.incoming, self._outgoing)
         self._server = None if control is None else self._make_server(control, users_policies)
         self._made: Machine | None = None  # here, by boot or restore, to be started; who arrives starts by itself
         self._quit = False
 
     def _make_server(self, control: Path, users_policies: UsersPolicies) -> QmpServer:
         commands = Commands(
-            self._guest, self._incoming, self._outgoing, self._announcer, users_policies, quit_process=self.quit
+            self._guest, self.incoming, self._outgoing, self._announcer, users_policies, quit_process=self.quit
         )
         server = QmpServer(control, self._queries.handlers() | commands.handlers(), commands.subscriptions())
         self._announcer.tell_clients_of(server)
@@ -121,26 +119,6 @@ class GuestProcess:
         self._announcer.event("STOP")
         self._guest.here().pause()
 
-    def listen(
-        self,
-        endpoint: Endpoint,
-        credentials: Credentials | None = None,
-        limits: GuestLimits = NO_LIMITS,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-    ) -> Endpoint:
-        """Wait for a guest at ``endpoint`` on a thread; return the address, with the port that it really has.
-
-        Args:
-            endpoint: where.
-            credentials: who we are and whom we accept, where it is TLS.
-            limits: how large a guest may be.
-            timeout_s: how long a connection may stand still.
-
-        Raises:
-            UsageError: the address is in use or not ours, or TLS and credentials do not go together.
-        """
-        return self._incoming.listen(endpoint, credentials, limits, timeout_s)
-
     def start(self, *, paused: bool = False) -> None:
         """Serve the control socket and let the guest run, if it was booted or restored here and is not to be paused."""
         if self._server is not None:
@@ -162,14 +140,14 @@ class GuestProcess:
                 continue
             if vm.end is not None:
                 return self._guest_ended(vm.end)
-            if not self._guest.being_read and not self._incoming.missing_pages:  # to look might be to wait
+            if not self._guest.being_read and not self.incoming.missing_pages:  # to look might be to wait
                 self._guest.work.sample(vm)
         return 0
 
     def quit(self) -> None:
         """End the process's work; from any thread, also a signal handler's."""
         self._quit = True  # a plain store: a signal handler may not take a lock that its own thread holds
-        self._incoming.begin_no_more()
+        self.incoming.begin_no_more()
 
     def type_console(self, data: bytes) -> int:
         """Give the guest console input; return how many of its bytes were taken: none while it is not here."""
@@ -183,7 +161,7 @@ class GuestProcess:
     def close(self) -> None:
         """End a migration, free the machine, remove the sockets."""
         self._outgoing.abandon()
-        self._incoming.close()
+        self.incoming.close()
         self._outgoing.join()
         if self._server is not None:
             self._outgoing.wait_until_told(self._server)

@@ -156,6 +156,31 @@ def test_a_command_that_only_tells_fails_where_it_cannot(tmp_path, full, no_read
             assert (tmp_path / "err").read_text() == said
 
 
+def test_what_is_meant_for_a_closed_standard_output_is_told_to_be_lost(tmp_path):
+    """As by ``>&-``: the interpreter has no such stream then."""
+    for courtesy, code, said in (
+        (False, 1, "pageferry: standard output: it is closed\n"),
+        (True, 0, "pageferry: what came of it could not be written on standard output: it is closed\n"),
+    ):
+
+        def command(courtesy=courtesy):
+            if courtesy:
+                shell.STREAMS.make_results_a_courtesy()
+            shell.print_object({"status": "completed"})
+
+        with (tmp_path / "err").open("w+b") as err, Standard(err, err):
+            sys.stdout = None
+            assert ending(command, "migrate") == code
+        assert (tmp_path / "err").read_text() == said
+
+
+def test_a_guest_s_console_on_a_closed_standard_output_is_dropped_and_that_is_said(tmp_path):
+    with (tmp_path / "err").open("w+b") as err, Standard(err, err):
+        sys.stdout = None
+        assert ending(lambda: os.write(shell.standard_output("the console"), b"") or shell.standard_output()) == 1
+    assert (tmp_path / "err").read_text() == "pageferry: standard output is closed: the console is dropped\n"
+
+
 def test_a_reader_that_is_slow_on_a_descriptor_that_does_not_block_gets_everything(tmp_path):
     read, write = os.pipe2(os.O_NONBLOCK)
     os.set_blocking(read, True)

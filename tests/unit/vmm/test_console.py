@@ -1,26 +1,51 @@
 import base64
+import errno
 import os
 import threading
+from types import SimpleNamespace
+
+import pytest
+from at_work import until
 
 from pageferry.vmm.console import ConsoleOutput, ConsoleTail
 from pageferry.vmm.qmp import QmpServer
 from pageferry.vmm.qmp_client import QmpClient
 
 
-def test_output_comes_out_in_order():
+@pytest.fixture
+def pipe():
+    """A pipe's two ends; the reader may be closed by the test."""
     reader, writer = os.pipe()
-    console = ConsoleOutput(os.fdopen(writer, "wb"))
+    ends = SimpleNamespace(reader=os.fdopen(reader, "rb", 0), writer=os.fdopen(writer, "wb", 0))
+    yield ends
+    ends.reader.close()
+    ends.writer.close()
+
+
+def test_output_comes_out_in_order(pipe):
+    console = ConsoleOutput(pipe.writer.fileno(), pytest.fail)
     for byte in b"hello":
         console(bytes([byte]))
     console.close()
-    assert os.read(reader, 100) == b"hello"
-    os.close(reader)
+    assert pipe.reader.read(100) == b"hello"
 
 
-def test_neither_a_full_pipe_nor_a_closed_one_blocks_or_raises():
-    reader, writer = os.pipe()
-    stream = os.fdopen(writer, "wb")
-    console = ConsoleOutput(stream)
+def test_a_reader_that_is_slow_loses_nothing_though_the_descriptor_does_not_block(pipe):
+    os.set_blocking(pipe.writer.fileno(), False)
+    console = ConsoleOutput(pipe.writer.fileno(), pytest.fail)
+    sent = bytes(range(256)) * (4 << 10)  # a pipe holds 64 KiB
+    for at in range(0, len(sent), 64):
+        console(sent[at : at + 64])
+    got = b""
+    while len(got) < len(sent):
+        got += pipe.reader.read(1 << 16)
+    assert got == sent
+    console.close()
+
+
+def test_neither_a_full_pipe_nor_a_closed_one_blocks_or_raises_and_it_is_told_once(pipe):
+    lost = []
+    console = ConsoleOutput(pipe.writer.fileno(), lost.append)
     done = threading.Event()
 
     def talk():
@@ -30,9 +55,12 @@ def test_neither_a_full_pipe_nor_a_closed_one_blocks_or_raises():
 
     threading.Thread(target=talk, daemon=True).start()
     assert done.wait(60)
-    os.close(reader)
+    assert lost == []
+    pipe.reader.close()
+    until(lambda: lost, "word of it")
     console(b"anybody?")
     console.close()
+    assert [error.errno for error in lost] == [errno.EPIPE]
 
 
 def taken(follower):

@@ -30,7 +30,7 @@ def console(control: ControlOption) -> None:
 
     input_fd = standard_input()
     with QmpClient(control) as client, raw_input(input_fd):
-        ConsoleSession(client, input_fd, standard_output(), tell).run()
+        ConsoleSession(client, input_fd, standard_output("the guest's console"), tell).run()
 
 
 def _command(control: Path, name: str, **arguments: Any) -> None:  # noqa: ANN401  # any JSON value

@@ -1,6 +1,5 @@
 """The commands that make a guest process and stay with it to its end: ``run``, ``receive``, ``restore``."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
@@ -56,6 +55,8 @@ from pageferry.vmm.accel import Accel, Machines, choose_machines
 from pageferry.vmm.console import ConsoleOutput
 from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, LocalBackends
 from pageferry.vmm.process import GuestProcess
+
+_CONSOLE = "the guest's console"
 
 
 class ConsoleMode(StrEnum):
@@ -198,7 +199,7 @@ def receive(
     policies = load_policies(allow_policy or ())
     machines = choose_machines(accel, tracker, huge_pages, witness)
     with _guest_process(machines, control, policies, backends) as process:
-        bound = process.listen(endpoint, credentials, limits, timeout)
+        bound = process.incoming.listen(endpoint, credentials, limits, timeout)
         ERR.print(f"waiting for a guest at {bound}", markup=False)
         code = _lived(process)
     raise typer.Exit(code)
@@ -255,6 +256,10 @@ def restore(
     raise typer.Exit(code)
 
 
+def _console_lost(error: OSError) -> None:
+    tell(f"{_CONSOLE} is dropped from here on: {error.strerror}")
+
+
 @contextmanager
 def _guest_process(
     machines: Machines,
@@ -265,7 +270,7 @@ def _guest_process(
     ERR.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
     if machines.warning is not None:
         ERR.print(f"warning: {machines.warning}", markup=False, soft_wrap=True)
-    output = ConsoleOutput(open(os.dup(standard_output()), "wb"))  # noqa: SIM115  # closed with the process
+    output = ConsoleOutput(standard_output(_CONSOLE), _console_lost)
     process = GuestProcess(
         machines, control, backends=backends, users_policies=policies, on_console=output, on_message=tell
     )
