@@ -137,7 +137,15 @@ class Acceptor:
         """The address, with the port that it really has."""
         self.never_ran = NeverRan()
         """The guests that were to come to this place, and never ran here."""
-        host.begin(self._accept_all, "accept", listener)
+        try:
+            try:
+            host.begin(self._accept_all, "accept", listener)
+        except OutOfThreadsError:
+            listener.close()
+            raise
+        except OutOfThreadsError:
+            listener.close()
+            raise
 
     def __enter__(self) -> "Acceptor":
         return self

@@ -10,6 +10,7 @@ from at_work import until
 from shortage import no_more_threads
 
 from pageferry.core.cpuid import SOFT_CPU
+from pageferry.core.threads import OutOfThreadsError
 from pageferry.engine.wire import acceptor as acceptor_module
 from pageferry.engine.wire.acceptor import MAX_CALLERS, Acceptor
 from pageferry.engine.wire.peer import Peer, PeerRefusedError
@@ -149,6 +150,12 @@ def test_a_source_is_heard_though_there_are_no_more_threads(place, callers):
             waiting.receive()
     saying(callers(), HELLO)
     assert place.wait().first.migration_id == "x"
+
+
+def test_a_place_that_nobody_can_come_to_is_not_left_open(tmp_path):
+    with no_more_threads(), pytest.raises(OutOfThreadsError):
+        Acceptor(f"unix:{tmp_path}/x")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_source_that_comes_again_at_once_waits_until_its_first_attempt_is_over(place, callers):
