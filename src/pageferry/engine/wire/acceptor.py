@@ -138,11 +138,7 @@ class Acceptor:
         self.never_ran = NeverRan()
         """The guests that were to come to this place, and never ran here."""
         try:
-            try:
             host.begin(self._accept_all, "accept", listener)
-        except OutOfThreadsError:
-            listener.close()
-            raise
         except OutOfThreadsError:
             listener.close()
             raise
