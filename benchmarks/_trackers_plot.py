@@ -76,5 +76,5 @@ def plot_path(text: str) -> Path:
         raise argparse.ArgumentTypeError("matplotlib is not installed: pip install matplotlib") from None
     path = Path(text)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no file name that ends in .png, .svg or .pdf, in a directory")
+        raise argparse.ArgumentTypeError(f"{text} is not a file name that ends in .png, .svg or .pdf, in a directory")
     return path

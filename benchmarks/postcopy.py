@@ -26,7 +26,7 @@ from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
 from pageferry.vmm.accel import Accel, choose_machines
 
-#: What the guest does not rewrite: its program, stacks and page tables, and some that nobody touches.
+#: What the guest does not rewrite: its program, stacks and page tables, and some that are never touched.
 _REST_BYTES = 16 << 20
 POLICIES: dict[str, Policy] = {"pre-copy": XenPolicy(), "post-copy": PostcopyPolicy(max_rounds=1, limit_s=1e-6)}
 

@@ -242,7 +242,7 @@ def hugetlb_pool():
 
     with kernel_setting(
         pool / "nr_hugepages",
-        lambda: str(number("nr") - number("surplus")),  # surplus: in use by somebody, though set aside no more
+        lambda: str(number("nr") - number("surplus")),  # surplus: still in use, though no longer set aside
         lambda old: str(int(old) + POOL_PAGES),
     ):
         if left() < POOL_PAGES:

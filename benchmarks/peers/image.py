@@ -37,7 +37,7 @@ def assemble_shim(folder: Path) -> bytes:
     """Return the machine code of ``shim.S``.
 
     Raises:
-        UnsupportedError: there is no assembler or linker here.
+        UnsupportedError: the host has no assembler or linker.
     """
     for tool in ("as", "ld"):
         if shutil.which(tool) is None:

@@ -3,7 +3,8 @@
    It copies what lies behind it (a table of: gpa u32, size u32 in 4-byte words, content) to its place, turns on long
    mode with page tables from that table, and enters ring 3 as docs/reference/guest-abi.md says. What stays in ring 0 is the clock
    of that ABI: port 0xf0 is denied in the I/O permission bitmap, and the fault handler answers from the PIT, which
-   ticks every ms once somebody has asked. A wait is a HLT until the next tick ("perhaps less": the program asks again). */
+   ticks every ms once the program has asked. A wait is a HLT until the next tick ("perhaps less": the program asks
+   again). */
 
     .set LOAD_GPA, 0x400000
     .set PAGE_TABLES_GPA, 0x10000

@@ -32,7 +32,7 @@ class Count:
 
 
 def read_count(peer: Peer) -> Count | None:
-    """Return what the guest says of itself in a process; None while there is no guest memory."""
+    """Return what the guest says of itself in a process; None while it has no guest memory."""
     hva = peer.hva(STATUS_GPA)
     if hva is None:
         return None

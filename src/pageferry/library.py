@@ -60,7 +60,7 @@ def boot(
         kernel: what a kernel is given: an initrd, a command line.
 
     Raises:
-        UsageError: there is no such guest, or it does not fit.
+        UsageError: no such guest, or it does not fit.
         UnsupportedError: this machine cannot hold it, as a kernel where KVM cannot run ring 0.
         VmError: the machine could not be made. In each case nothing is left behind.
     """
@@ -78,7 +78,7 @@ def migrate(
     *,
     on_event: Callable[[Event], None] = _ignore,
 ) -> MigrationReport:
-    """Move a guest to where somebody waits for it (:func:`receive`, ``pageferry receive``), and return what it took.
+    """Move a guest to where a process waits for it (:func:`receive`, ``pageferry receive``), and return what it took.
 
     Postcondition on success: the guest is there, with all of its memory, as running or paused as it was; here it is
     frozen for ever, and only to be closed. Postcondition on failure: see ``guest_at`` of the error.
@@ -195,8 +195,8 @@ def restore(path: str | Path, machines: Machines) -> Machine:
         machines: the kind of machine.
 
     Raises:
-        UsageError: there is no such file, or the host has no room.
-        RemoteStreamError: it is no whole stream; names record and offset.
+        UsageError: the file does not exist, or the host has no room.
+        RemoteStreamError: it is not a whole stream; names record and offset.
         VmError: no machine here can hold this guest, or the file cannot be read.
     """
     with SavedGuest(Path(path)) as saved:

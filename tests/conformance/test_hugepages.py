@@ -81,7 +81,7 @@ def stormy(make_vm, weathered):
             storm.end()
             if vm.memory.populated()[0].size:
                 vm.pause()
-                weathered.append(collapses(vm.memory.mapping, 0))  # nobody else holds these pages now
+                weathered.append(collapses(vm.memory.mapping, 0))  # no other mapping holds these pages now
             close()
 
         vm.close = end_and_close
@@ -98,7 +98,8 @@ def collapsible():
         pytest.skip("this kernel has no MADV_COLLAPSE for memfds (Linux 6.1 has)")
 
 
-# Not "rounds-are-exact": KVM may report a page that it maps writable once more after a split, though nobody wrote it.
+# Not "rounds-are-exact": KVM may report a page that it maps writable once more after a split, though it was not
+# written.
 STORMY = ["changed-between-cleans", "two-cleaners", *FREE_RUNNING]
 
 

@@ -80,6 +80,6 @@ def alter(target: object, name: str, wrap: Callable[[Any], Callable[..., Any]]) 
     """Put ``wrap(sound)`` in the place of the method ``name`` of one object.
 
     Raises:
-        AttributeError: there is no such method any more: who alters it must follow the implementation.
+        AttributeError: the method does not exist any more: the test must follow the implementation.
     """
     setattr(target, name, wrap(getattr(target, name)))

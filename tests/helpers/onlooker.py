@@ -46,7 +46,7 @@ class Mark:
 
 
 class Onlooker:
-    """Watches ``vm``; ``run`` moves it and sees. Give its ``policy`` and ``on_event`` to whoever moves it.
+    """Watches ``vm``; ``run`` moves it and sees. Give its ``policy`` and ``on_event`` to what moves it.
 
     Args:
         vm: runs.
@@ -130,7 +130,7 @@ class Onlooker:
 
     @property
     def frozen(self):
-        """Whether the guest is frozen now by somebody who means to pause it."""
+        """Whether the guest is frozen now in order to be paused."""
         return len(self.decided) > 0 and self.decided[-1][1].action is not Action.NEXT_ROUND
 
     def decide(self, progress):

@@ -77,7 +77,7 @@ def expect_printed(shown: str, printed: str) -> None:
 
 
 class Session:
-    """Somebody who does in a folder, line by line, what a document says.
+    """Does in a folder, line by line, what a document says.
 
     ``/tmp`` is this folder, ports are free ones, and a migration has all the time that a busy host may take. Guests run
     on until :meth:`close`.

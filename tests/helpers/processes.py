@@ -102,7 +102,7 @@ def one_line(result):
 
 
 class Process:
-    """A process with a control socket; whoever makes one ends it (the fixture ``start`` does).
+    """A process with a control socket; its maker ends it (the fixture ``start`` does).
 
     ``within`` is what its command is run by. What its guest prints is in the file ``output``, what it says itself in
     ``log``. It finds modules in ``folder``.

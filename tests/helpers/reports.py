@@ -1,4 +1,4 @@
-"""Reports of migrations that nobody made."""
+"""Reports of migrations that never happened."""
 
 from dataclasses import replace
 

@@ -16,7 +16,7 @@ _BEGINS = {marker(each) for each in (FrameType.SWITCH, FrameType.RUNNING, FrameT
 class Cut:
     """What happens to one connection: cut when so many bytes have gone on it in one direction.
 
-    ``quiet``: the destination asks there for nothing but what somebody waits for.
+    ``quiet``: the destination asks there only for pages that a thread waits for.
     """
 
     by: Side

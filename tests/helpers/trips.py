@@ -34,7 +34,7 @@ from pageferry.stream.records import End
 #: How long a connection may stand still where no test is about that.
 TIMEOUT_S = 60
 LOOPBACK = Endpoint(host="127.0.0.1")
-#: So many rounds does a policy make that somebody else must end.
+#: A policy makes so many rounds if only the test can end it.
 FOREVER = math.inf
 
 
@@ -117,7 +117,7 @@ class Inn:
         return guest
 
     def close(self):
-        """Take in nobody any more, and give everything back."""
+        """Take in no more guests, and give everything back."""
         self._listener.shutdown()
         for channel in self.channels:
             channel.abort()
@@ -300,7 +300,7 @@ class Move:
 
 
 def expect_as_before(vm, inn, source):
-    """Law 5: the source as it was, log-dirty off, nobody at the destination, and the next attempt works."""
+    """Law 5: the source as it was, log-dirty off, no guest at the destination, and the next attempt works."""
     assert source.job.report.status in ("failed", "cancelled")
     assert source.job.report.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled

@@ -43,7 +43,7 @@ def background():
 
 @pytest.fixture
 def seat():
-    """Starts commands of pageferry's that somebody works with, and ends them."""
+    """Starts commands of pageferry's that the test works with, and ends them."""
     made = []
 
     def begin(*arguments, **options):

@@ -56,13 +56,13 @@ def complaint(result, code):
         (("demo", "--policy", "hope"), "unknown policy 'hope'"),
         (("demo", "--policy", "xen", "--downtime-limit", "5"), "no downtime limit"),
         (("demo", "--downtime-limit", "0"), "positive limit"),
-        (("demo", "--downtime-limit", "nan"), "--downtime-limit: nan is no positive limit"),
-        (("demo", "--downtime-limit", "inf"), "--downtime-limit: inf is no positive limit"),
-        (("demo", "--policy", "deadline", "--deadline", "inf"), "--deadline: inf is no positive limit"),
+        (("demo", "--downtime-limit", "nan"), "--downtime-limit: nan is not a positive limit"),
+        (("demo", "--downtime-limit", "inf"), "--downtime-limit: inf is not a positive limit"),
+        (("demo", "--policy", "deadline", "--deadline", "inf"), "--deadline: inf is not a positive limit"),
         (("demo", "--policy", "deadline", "--max-rounds", "3"), "no max rounds (--max-rounds)"),
         (("demo", "--max-rounds", "0"), "--max-rounds"),
         (("migrate", "tcp://127.0.0.1:1", "--control", "/tmp/x", "--timeout", "nan"), "--timeout"),
-        (("limits", "--control", "/tmp/x", "--downtime-limit", "inf"), "--downtime-limit: inf is no positive limit"),
+        (("limits", "--control", "/tmp/x", "--downtime-limit", "inf"), "--downtime-limit: inf is not a positive limit"),
         (("limits", "--control", "/tmp/x", "--bandwidth", "1K"), "--bandwidth: a bandwidth of 1024 bytes a second"),
         (("receive", "http://somewhere", "--control", "/tmp/x"), "not an address"),
         (("receive", "tcp://127.0.0.1:99999", "--control", "/tmp/x"), "not an address"),
@@ -136,7 +136,7 @@ def test_a_file_that_is_no_program(here, tmp_path):
     complaint(here("run", file, "--accel", "soft"), 2)
 
 
-def test_nobody_at_the_control_socket(here, tmp_path):
+def test_a_control_socket_without_a_process(here, tmp_path):
     for command in ("status", "pause", "resume", "quit"):
         assert "no guest process answers" in complaint(here(command, "--control", tmp_path / "x"), 6)
     assert "no guest process answers" in complaint(here("migrate", "--control", tmp_path / "x", "tcp://127.0.0.1:1"), 6)

@@ -202,7 +202,7 @@ BAD_INPUT = [
 ]
 
 
-def test_bad_input_is_refused_and_harms_nobody(echo, attach):
+def test_bad_input_is_refused_and_does_no_harm(echo, attach):
     guest = echo()
     for arguments, says in BAD_INPUT:
         with pytest.raises(QmpError, match=says):
@@ -219,7 +219,7 @@ def test_bad_input_is_refused_and_harms_nobody(echo, attach):
     console.read_until(b"1: unharmed\r\n")
 
 
-def test_readers_that_leave_or_send_garbage_harm_nobody(echo, attach):
+def test_readers_that_leave_or_send_garbage_do_no_harm(echo, attach):
     guest = echo()
     for garbage in (b"", b"\xff\x00", b'{"execute":"x-console-write"}', b"{" * 100_000):
         with socket.socket(socket.AF_UNIX) as sock:

@@ -270,7 +270,7 @@ def test_a_stranger_cannot_join_and_does_no_harm(guests, move, says):
             )
         if says == "token":
             peer.send(Join(proof="guess", index=2))
-        if says == "index":  # somebody who knows the token, and one that is taken
+        if says == "index":  # a peer that knows the token, and a number that is taken
             token = re.search(rb'"token":"(\w+)"', bytes(trip.inn.said)).group(1).decode()
             peer.send(Join(proof=peer.proof(Join, token), index=1))
         if says in ("hello", "token", "index"):
@@ -405,7 +405,7 @@ def test_when_a_round_has_ended_all_that_it_sent_is_in_place(guests, move, conne
 
     class TakesLate(PageWriter):
         def page_data(self, header):
-            if self._index == 2 and len(rounds) < 3:  # nobody waits in the stop-and-copy
+            if self._index == 2 and len(rounds) < 3:  # no test waits in the stop-and-copy
                 assert waits.wait(60)
             super().page_data(header)
 

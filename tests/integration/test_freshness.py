@@ -126,7 +126,7 @@ def impostor(stranger):
 @pytest.mark.parametrize(
     "ask", [lambda channel: join(channel, "token", 1), lambda channel: come_back(channel, "token")]
 )
-def test_nobody_answers_a_join_or_a_return_who_does_not_know_the_token(impostor, ask, proof):
+def test_only_a_peer_that_knows_the_token_can_answer_a_join_or_a_return(impostor, ask, proof):
     """A recorded answer has another proof, as it was made for other nonces."""
 
     def play(peer):

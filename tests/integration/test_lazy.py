@@ -77,7 +77,7 @@ def expect_all_there(vm, lazy, original):
     """All of memory came, equal to the original's, and nothing waits for anything any more."""
     until(lambda: lazy.done, "end of the restore")
     assert lazy.missing_pages == 0
-    vm.memory.on_touch(lambda _: pytest.fail("somebody still waits for pages"))
+    vm.memory.on_touch(lambda _: pytest.fail("an access still waits for pages"))
     vm.memory.on_touch(None)
     gfns = np.union1d(expand_runs(*original.memory.populated()), expand_runs(*vm.memory.populated()))
     for gfn in gfns.tolist():
@@ -225,7 +225,7 @@ def test_a_page_that_cannot_be_read_stops_the_guest_until_it_can(stopped, disk):
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_a_restore_that_is_given_up_while_somebody_waits_for_a_page_leaves_nobody_waiting(stopped):
+def test_a_restore_that_is_given_up_leaves_no_thread_waiting_for_a_page(stopped):
     vm, lazy, _ = stopped
     lazy.read_ahead()
     lazy.close()

@@ -70,7 +70,7 @@ def test_a_machine_without_local_apics_refuses_a_pc_of_two_cpus_before_the_first
     expect_as_before(vm, inn, source)
 
 
-def test_a_machine_model_that_nobody_knows_is_refused_by_name(inn):
+def test_an_unknown_machine_model_is_refused_by_name(inn):
     channel = inn.open().connect(10)
     peer = Peer(channel, Side.SOURCE)
     peer.greet()

@@ -58,7 +58,7 @@ class Switch:
         return Decision(action=Action.POST_COPY, reason="so")
 
 
-#: Takes nobody for a stranger because the host is busy.
+#: So long that a busy host makes no peer look like a stranger.
 Patient = AlteredDestination.having({"wire.connections._PATIENCE_S": GIVE_UP_S})
 
 
@@ -83,7 +83,7 @@ class Inn(trips.Inn):
         return self.shears.watch(channel, Side.DESTINATION)
 
     def ask_ahead_only_while(self, may):
-        """Ask for pages that nobody waits for only while ``may()``."""
+        """Ask for pages that no thread waits for only while ``may()``."""
 
         class Reserved(DemandPager):
             def ahead(self, at_most):
@@ -103,7 +103,7 @@ class Inn(trips.Inn):
         assert self.error is None, self.error
         return self.vm
 
-    def expect_nobody(self):
+    def expect_no_guest(self):
         """The attempt has failed, and no guest is here."""
         assert self.outcome() is self.error
         assert self.error.guest_at is GuestAt.SOURCE
@@ -170,7 +170,7 @@ def report_of(source):
 
 
 def pause_of(source):
-    """Why the migration waits for somebody to recover it, when it does."""
+    """Why the migration waits to be recovered, when it does."""
 
     def paused():
         assert source.job.report is None, source.job.report.reason
@@ -351,7 +351,7 @@ def test_whatever_is_cut_wherever_the_guest_has_the_memory_that_it_wrote(make_vm
     assert oracle.wrong_gfns(there.memory).size == 0
 
 
-def test_nobody_else_comes_back_in_place_of_the_source(guests, inn, leave):
+def test_only_the_source_itself_comes_back(guests, inn, leave):
     inn.shears.cuts = [Cut(Side.SOURCE, 0)]
     vm = running(guests, "kv")
     source = leave(vm, inn.open())
@@ -392,15 +392,15 @@ def test_a_return_that_is_played_again_is_refused(guests, inn, leave):
     assert runs_on(inn.done())
 
 
-def test_a_recovery_that_finds_nobody_can_be_tried_again(guests, inn, leave):
+def test_a_recovery_that_finds_no_destination_can_be_tried_again(guests, inn, leave):
     inn.shears.cuts = [Cut(Side.SOURCE, 0)]
     vm = running(guests, "kv")
     events = []
     source = leave(vm, inn.open(), on_event=events.append)
     pause_of(source)
     with socket.create_server(("127.0.0.1", 0)) as gone:
-        nobody = Endpoint(host="127.0.0.1", port=gone.getsockname()[1])
-    assert source.job.recover(nobody)
+        gone_away = Endpoint(host="127.0.0.1", port=gone.getsockname()[1])
+    assert source.job.recover(gone_away)
     until(lambda: sum(isinstance(event, PostcopyPaused) for event in events) == 2, "second pause")
     assert source.job.postcopy_paused.startswith("the connection to tcp://127.0.0.1:")
     assert source.job.recover(inn.endpoint)
@@ -488,7 +488,7 @@ def test_a_cut_before_the_switch_leaves_the_guest_here(guests, inn, leave, wires
     assert (report.status, report.guest_at, report.postcopy) == ("failed", GuestAt.SOURCE, None)
     assert not vm.log_dirty.enabled
     assert runs_on(vm)
-    inn.expect_nobody()
+    inn.expect_no_guest()
     source = leave(vm, inn.open())
     assert report_of(source).status == "completed"
     assert runs_on(inn.done())
@@ -512,7 +512,7 @@ def cut_at(guests, inn, leave, wires, frame):
 
 def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guests, inn, leave, wires):
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
-    inn.expect_nobody()
+    inn.expect_no_guest()
     with pytest.raises(VmError, match="may start the guest for another"):
         source.job.take_back()
     out_of_lease(source)
@@ -524,7 +524,7 @@ def test_law_6_a_guest_whose_switch_was_not_heard_of_is_taken_back_by_hand(guest
 def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn, leave, wires):
     """The destination knows that it dropped the guest, and promises it."""
     vm, source = cut_at(guests, inn, leave, wires, FrameType.SWITCH)
-    inn.expect_nobody()
+    inn.expect_no_guest()
     inn.open()
     assert source.job.recover(inn.endpoint)
     report = report_of(source)
@@ -533,7 +533,7 @@ def test_law_6_a_switch_that_was_not_heard_of_leaves_the_guest_here(guests, inn,
     assert source.job.guest_at is GuestAt.SOURCE
     assert not vm.log_dirty.enabled
     assert runs_on(vm)
-    inn.expect_nobody()
+    inn.expect_no_guest()
     assert report_of(leave(vm, inn.open())).status == "completed"
     assert runs_on(inn.done())
 
@@ -557,7 +557,7 @@ def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests,
     try:
         for answers in range(1, 3):
             assert source.job.recover(other.open())
-            other.expect_nobody()
+            other.expect_no_guest()
             pause_of(source)
             assert "no guest of that migration is here" in source.job.postcopy_paused, answers
             assert (source.job.guest_at, source.job.report) == (GuestAt.UNKNOWN, None)
@@ -568,7 +568,7 @@ def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests,
     assert runs_on(inn.done())
 
 
-def test_nobody_takes_back_a_guest_that_is_just_being_asked_for(guests, inn, leave, wires):
+def test_a_guest_that_is_just_being_asked_for_cannot_be_taken_back(guests, inn, leave, wires):
     _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
     asking, go_on = threading.Event(), threading.Event()
 

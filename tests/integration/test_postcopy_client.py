@@ -136,7 +136,7 @@ def test_a_source_that_does_not_say_that_it_has_heard_is_told_again(vm, client, 
     assert again.closed
 
 
-def test_memory_that_nobody_touched_waits_for_no_source(vm, client):
+def test_memory_that_was_never_touched_waits_for_no_source(vm, client):
     assert vm.memory.read(gpa_of(500), PAGE_SIZE) == bytes(PAGE_SIZE)
     vm.memory.write(gpa_of(501), b"new")
     assert vm.memory.read(gpa_of(7), 4) == b"old\7"
@@ -146,7 +146,7 @@ def test_memory_that_nobody_touched_waits_for_no_source(vm, client):
 
 
 def expect_waiting(client):
-    until(lambda: client._pager._needs, "somebody who waits")
+    until(lambda: client._pager._needs, "a thread that waits")
 
 
 def wrong_digest(gfns):
@@ -166,7 +166,7 @@ def other_pages(gfns):
     return answer(np.array([7], np.uint64))
 
 
-def pages_of_nobody(gfns):
+def pages_that_no_guest_has(gfns):
     return answer(np.array([1 << 40], np.uint64))
 
 
@@ -177,7 +177,7 @@ def pages_of_nobody(gfns):
         (other_content, RecordError),
         (zero_instead, RecordError),
         (other_pages, RecordError),
-        (pages_of_nobody, RecordError),
+        (pages_that_no_guest_has, RecordError),
         (Running(), RemoteStreamError),
         (ConnectionResetError(), ConnectionResetError),
     ],
@@ -190,7 +190,7 @@ def test_what_is_no_page_of_the_source_is_not_taken_and_the_next_connection_goes
     expect_all(vm)
 
 
-def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next(vm, client):
+def test_pages_that_threads_wait_for_at_a_cut_are_asked_for_first_on_the_next_connection(vm, client):
     came = []
     reader = threading.Thread(target=lambda: came.append(vm.memory.read_u64(gpa_of(1000))))
     reader.start()
@@ -213,7 +213,7 @@ def test_whoever_waits_when_the_connection_is_cut_is_asked_for_first_on_the_next
     assert 0 < said.median_ns == said.p99_ns == said.longest_ns == said.waited_ns
 
 
-def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, client):
+def test_a_guest_that_is_given_up_releases_waiting_threads(vm, client):
     failed = []
 
     def read():
@@ -231,7 +231,7 @@ def test_a_guest_that_is_given_up_lets_go_whoever_waits(vm, client):
 
 
 def test_a_page_that_is_installed_is_marked(vm, client):
-    """Law 4: whoever tracks this guest meanwhile hears of it."""
+    """Law 4: a tracker of this guest hears of it."""
     marked = []
     vm.memory.on_write(marked.append)
     client.take_from(Source())

@@ -101,7 +101,7 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
     for process, command in ((source, "quit"), (source, "cont"), (source, "stop"), (destination, "stop")):
         with pytest.raises(QmpError, match=r"needs pages|has moved|stands still"):
             process.ask(command)
-    again = migrate(source, "tcp://127.0.0.1:1", "--recover")  # nobody there: it waits on
+    again = migrate(source, "tcp://127.0.0.1:1", "--recover")  # no process there: it waits on
     assert again.returncode == 11, again.stderr
     assert "cannot connect" in again.stderr or "was cut" in again.stderr
     recovered = migrate(source, str(destination.endpoint()), "--recover", "--json")

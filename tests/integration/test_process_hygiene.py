@@ -287,7 +287,7 @@ def test_a_folder_that_is_gone_is_said_to_be(tmp_path):
 @pytest.mark.exhaustive("tests/unit/engine/wire/test_listener.py has the same without a guest")
 def test_a_process_that_ends_leaves_the_socket_of_the_next_one_alone(start):
     first = start("run", *GUEST, name="same")
-    first.control.unlink()  # somebody cleaned up
+    first.control.unlink()  # removed by another program
     second = start("run", *GUEST, name="same")
     first.popen.send_signal(signal.SIGTERM)
     assert first.popen.wait(GIVE_UP_S) == 0

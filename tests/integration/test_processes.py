@@ -330,7 +330,7 @@ def test_ctrl_c_cancels_and_the_guest_runs_on(processes, wires, background):
     assert source.ask("query-migrate")["status"] == "cancelled"
 
 
-def test_nobody_pauses_a_guest_that_is_being_handed_over(processes, wires):
+def test_a_guest_that_is_being_handed_over_cannot_be_paused(processes, wires):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
     wire = wires(destination.endpoint(), hold_at=u32(FrameType.RUNNING))
@@ -344,7 +344,7 @@ def test_nobody_pauses_a_guest_that_is_being_handed_over(processes, wires):
     assert destination.runs_on()
 
 
-def test_a_reader_of_the_console_that_stands_still_or_leaves_harms_nobody(tmp_path, process_accel, background):
+def test_a_reader_of_the_console_that_stands_still_or_leaves_does_no_harm(tmp_path, process_accel, background):
     control = tmp_path / "x.sock"
     for leaves in (False, True):
         popen = background("run", *GUEST, "--control", control, "--accel", process_accel, stderr=subprocess.DEVNULL)

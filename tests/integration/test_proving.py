@@ -68,7 +68,7 @@ def test_an_audit_proves_memory_while_the_guest_runs(running, inn, workload):
     stored = expand_runs(*vm.memory.populated())
     zeros = sum(not any(view) for view in vm.memory.page_views(stored))
     assert stored.size - zeros <= report.verified_pages <= stored.size
-    # What nobody wrote after it was sent is proven already, and without a limit not again.
+    # Pages not written after they were sent are proven already, and without a limit not again.
     lay_still = report.verified_pages - report.rounds[-1].sent_pages
     assert max(1, lay_still - zeros) <= report.audited_pages <= lay_still
 

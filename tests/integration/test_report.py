@@ -3,7 +3,7 @@
 ``FIELDS`` is the table: field -> what it is compared with. The counts are the test's own (tests/helpers/onlooker.py):
 the bytes at a proxy, the records on a tape of the wire, what the tracker returned, the guest's own counter of work,
 calls that are noted where they are made, and spans of the test's clock around what is timed: a time in the report must
-lie between the least that it can have been and the most. A field that nobody has put in the table fails a test.
+lie between the least that it can have been and the most. A field that is missing from the table fails a test.
 
 What no count can tell:
 
@@ -540,7 +540,7 @@ def pages_that_vcpus_made_dirty(seen):
 
 
 @counted("throttled_s")
-def for_how_long_somebody_held_it(seen):
+def for_how_long_it_was_held(seen):
     freezes, thaws = (
         [each for each in seen.onlooker.of(name) if each.thread == "throttle"] for name in ("freeze", "thaw")
     )
@@ -696,7 +696,7 @@ def pages_that_went_afterwards(seen, late):
 
 @counted("postcopy.urgent_pages")
 @after_the_switch
-def pages_that_somebody_waited_for(seen, late):
+def pages_that_were_waited_for(seen, late):
     heads = [struct.unpack_from("<II", body) for body in seen.said(FrameType.WANTED)]
     assert sum(count for count, _ in heads) == late.missing_pages
     assert late.urgent_pages == sum(count for count, flags in heads if flags & 1)

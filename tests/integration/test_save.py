@@ -76,7 +76,7 @@ def attempt(vm, path, policy=None, *, on_event=lambda _: None, kind=Save, **opti
 
 
 def expect_as_before(vm, path, save):
-    """The guest runs on, log-dirty off, there is no file, and the next attempt works."""
+    """The guest runs on, log-dirty off, no file is left, and the next attempt works."""
     assert save.job.report.status in ("failed", "cancelled")
     assert save.job.report.guest_at is save.job.guest_at is GuestAt.SOURCE
     assert (save.job.report.downtime_s, save.job.frozen) == (None, False)
@@ -255,7 +255,7 @@ def test_an_earlier_file_stays_until_the_next_is_whole(running, path, restored, 
     assert slots(restored(path, make_vm))[0].work > work
 
 
-def test_a_guest_that_is_stopped_stays_stopped_until_somebody_knows_better(running, path, restored, make_vm):
+def test_a_guest_that_is_stopped_stays_stopped_until_it_is_forced(running, path, restored, make_vm):
     vm = running("kv")
     save = attempt(vm, path, stop=True)
     with pytest.raises(VmError, match="no guest to take back"):

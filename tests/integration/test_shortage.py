@@ -148,9 +148,9 @@ def test_a_socket_s_path_that_is_too_long_is_said_to_be(here, tmp_path, command)
 def test_a_receiver_s_socket_and_a_save_are_told_what_is_wrong_with_their_folders(here, start, tmp_path):
     refused = here("receive", f"unix:{tmp_path}/none/x", "--control", tmp_path / "c", "--accel", "soft")
     assert refused.returncode == 2
-    assert "hint: there is no such file or folder" in refused.stderr
+    assert "hint: no such file or folder" in refused.stderr
     source = start("run", "idle", "--memory", "8M", "--accel", "soft")
     saved = cli("save", tmp_path / "none" / "x", "--control", source.control)
     assert saved.returncode == 3
-    assert "there is no such file or folder" in saved.stderr
+    assert "no such file or folder" in saved.stderr
     assert "where there is room" not in saved.stderr

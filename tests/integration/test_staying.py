@@ -192,7 +192,7 @@ def test_a_peer_that_trickles_is_a_stalled_one(guests, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_cancel_ends_a_connect_that_nobody_answers(guests, inn):
+def test_a_cancel_ends_a_connect_without_an_answer(guests, inn):
     vm = guests()
     vm.resume()
     with socket.socket() as silent:
@@ -309,7 +309,7 @@ def test_a_listener_that_is_not_pageferry(guests, inn, says, match):
     expect_as_before(vm, inn, source)
 
 
-def test_nobody_listens(guests, inn):
+def test_no_process_listens(guests, inn):
     vm = guests()
     vm.resume()
     with socket.create_server(("127.0.0.1", 0)) as listener:

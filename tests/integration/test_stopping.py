@@ -162,7 +162,8 @@ STORM = 40
 
 
 def test_pauses_freezes_and_cleans_from_many_threads(start):
-    """While a thread holds a freeze nobody runs, whoever resumes; when all are done the guest runs on."""
+    """While a thread holds a freeze no vCPU runs, even if another thread resumes; when all are done the guest runs
+    on."""
     vm = start("count", "count", "mmio", "flush")
     assert until(lambda: all(counters(vm)))
     vm.log_dirty.enable()

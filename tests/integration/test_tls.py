@@ -103,7 +103,7 @@ def over_tls(endpoint):
     return Endpoint(host=endpoint.host, port=endpoint.port, tls=True)
 
 
-def test_a_guest_moves_over_two_connections_that_nobody_can_read(running, house, ends):
+def test_a_guest_moves_over_two_connections_that_others_cannot_read(running, house, ends):
     ours, theirs = ends
     there = house(theirs)
     vm = running()
@@ -338,7 +338,7 @@ def test_another_secret_opens_nothing(house):
     channel.close()
 
 
-def test_a_certificate_of_the_same_ca_does_not_let_somebody_join(running, house, ends):
+def test_a_certificate_of_the_same_ca_is_not_enough_to_join(running, house, ends):
     """Any holder of a certificate of the CA can knock; only one who has the migration's token gets in."""
     ours, theirs = ends
     there = house(theirs)

@@ -58,7 +58,7 @@ def test_a_guest_moves_between_processes_with_keys_and_then_with_a_secret(start,
         (["tls://127.0.0.1:0", "--secret", "old"], "takes the word new"),
         (["tcp://127.0.0.1:0", "--peer", "alice"], "--peer goes with --tls-dir|without certificates"),
     ],
-    ids=["nothing", "nobody", "the other end's", "plain", "old", "names"],
+    ids=["nothing", "no peer", "the other end's", "plain", "old", "names"],
 )
 def test_a_destination_that_cannot_be_is_refused_at_once(lab, options, says, tmp_path):
     options = [each.format(lab=lab) for each in options]

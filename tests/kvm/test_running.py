@@ -48,7 +48,7 @@ def test_one_kick_is_enough_once_inside(kvm):
         assert not thread.is_alive(), f"kick {attempt} was lost"
 
 
-def test_a_kick_with_nobody_inside_does_nothing(kvm):
+def test_a_kick_with_no_vcpu_inside_does_nothing(kvm):
     vm = kvm.guest("sync")
     vm.attach_sync(True)
     vm.vcpus[0].kick()
@@ -75,7 +75,7 @@ def test_a_guest_made_and_run_by_another_thread_is_paused_by_this_one(kvm):
 def test_the_kick_signal_is_handled_and_not_by_python(kvm_support):
     number = kick_signal()
     assert number >= signal.SIGRTMIN
-    assert signal.getsignal(number) in (None, signal.SIG_DFL)  # as Python sees it, nobody set one
+    assert signal.getsignal(number) in (None, signal.SIG_DFL)  # as Python sees it, none was set
     signal.pthread_kill(threading.get_ident(), number)  # would end the process if there were none
     assert kick_signal() == number
 

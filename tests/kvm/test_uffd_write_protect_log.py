@@ -45,7 +45,7 @@ def writers(log, by_vcpu):
 def join(threads):
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert not any(thread.is_alive() for thread in threads), "somebody waits for a page for ever"
+    assert not any(thread.is_alive() for thread in threads), "a thread waits for a page for ever"
 
 
 def until_waiting(log, count):
@@ -195,7 +195,7 @@ def test_a_clean_that_fails_half_way_loses_no_bit(log, by_vcpu, monkeypatch):
     assert log.clean().gfns().tolist() == [10, 800, 1600]
 
 
-def test_off_wakes_whoever_waits_even_while_somebody_else_holds_the_descriptor(log, writers):
+def test_off_wakes_waiting_threads_even_while_another_process_holds_the_descriptor(log, writers):
     alter(log, "_resolve", lambda _: lambda uffd, read: None)
     log.enable()
     threads = writers(5, 6, 2000)

@@ -39,7 +39,7 @@ def written_while_it_is_digested(lab: Lab, engine: Engine) -> None:
 
 
 def written_after_it_was_proven(lab: Lab, engine: Engine) -> None:
-    """A page that was proven, and is written and sent again, is proven again; so is one that nobody writes, once."""
+    """A page that was proven, and is written and sent again, is proven again; so is one that is never written, once."""
     with trip_of(lab, engine) as (guest, trip):
         write(guest, 7, 1)
 

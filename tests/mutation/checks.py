@@ -49,7 +49,7 @@ def audit_while_running(lab: Lab) -> None:
 
 
 def exhausted_pool(lab: Lab) -> None:
-    """When there is no frame to split a superpage with, no write is lost silently: all are reported, or CLEAN fails."""
+    """When no frame is left to split a superpage with, no write is lost silently: all are reported, or CLEAN fails."""
     with lab.tracked() as guest:
         assert isinstance(guest.vm, Domain)
         pool = guest.vm.machine.pool

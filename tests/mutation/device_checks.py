@@ -105,7 +105,7 @@ def guest_time_moves(lab: Lab) -> None:
         state = here.vm.save_state()
         there.later(_DOWNTIME_NS)
         there.vm.load_state(state)
-        for pause_ns in (0, _MS // 4, _MS):  # the same period; the next one, which nobody has acknowledged
+        for pause_ns in (0, _MS // 4, _MS):  # the same period; the next one, not acknowledged yet
             here.later(pause_ns)
             there.later(pause_ns)
             _require_same(here, there, "guest time", look)

@@ -35,7 +35,7 @@ def a_disk_comes_back(lab: Lab, engine: Engine) -> None:
 
     def refuse(vm: object) -> None:
         def claim() -> None:
-            raise VmError("somebody has the disk")
+            raise VmError("another process has the disk")
 
         vm.claim_backends = claim  # type: ignore[attr-defined]
 

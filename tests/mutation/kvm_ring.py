@@ -191,7 +191,7 @@ def ring_only_the_kernels_bits(vm: KvmVm) -> None:
 
 
 @fault(
-    "no bug on record: a ring is read once, so whoever reads it must keep what it said",
+    "no bug on record: a ring is read once, so its reader must keep what it said",
     law=None,
     found_by=("peek-changes-nothing", "pausing-is-no-write"),
     tracker=RING,
@@ -243,7 +243,7 @@ def ring_offsets_taken_for_frames(vm: KvmVm) -> None:
     tracker=RING,
 )
 def ring_reset_cut_short(vm: KvmVm) -> None:
-    """KVM frees the last entry of each ring and does not protect its page; nobody notices."""
+    """KVM frees the last entry of each ring and does not protect its page, unnoticed."""
     rings = log_of(vm)._rings
 
     def wrap(sound: Any) -> Any:

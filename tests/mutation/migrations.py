@@ -64,7 +64,7 @@ def a_page_becomes_zero(lab: Lab, engine: Engine) -> None:
 
 
 class _WritesBeforeEnable(Faithful):
-    """Somebody writes a page that had no storage, just before ENABLE takes effect."""
+    """A page that had no storage is written just before ENABLE takes effect."""
 
     def enable(self) -> None:
         """Write, then ENABLE."""

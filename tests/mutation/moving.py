@@ -118,7 +118,7 @@ class _SendsOldPages(PlainCoder):
 
 
 @fault(
-    "QEMU: compressed a page while the guest was changing it, so what was sent was of no one moment",
+    "QEMU: compressed a page while the guest was changing it, so what was sent mixed two moments",
     law=3,
     found_by=("written-right-after-a-read",),
 )

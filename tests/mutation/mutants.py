@@ -25,7 +25,7 @@ from pageferry.testing.lab import Lab
 _HEAD = """\
 # The mutation suite
 
-Bugs that really lost dirty pages, in KVM, QEMU, Xen and others, and some that nobody has reported but that the code
+Bugs that really lost dirty pages, in KVM, QEMU, Xen and others, and some that were never reported but that the code
 invites, put into this implementation one at a time; and what finds each. `make mutants` runs them all and prints this
 table (`python -m mutation.mutants --markdown` in this form).
 

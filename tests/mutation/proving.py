@@ -77,7 +77,7 @@ class _NeverDiffers(ReceivedPages):
 
 
 @fault(
-    "no bug on record: a mismatch that nobody hears of",
+    "no bug on record: a mismatch that is never reported",
     law=7,
     found_by=("an-audit-tells",),
 )

@@ -1,4 +1,4 @@
-"""Machines with a tracker of somebody else's making in front of their own: how a fault is injected."""
+"""Machines with another tracker in front of their own: how a fault is injected."""
 
 from typing import Any, cast
 

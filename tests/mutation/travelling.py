@@ -97,7 +97,7 @@ class _SkipsBorders(Lanes):
     found_by=("both-sides-of-a-border",),
 )
 class BorderPageSkipped(AlteredSource, parts={"source.Lanes": _SkipsBorders}):
-    """Over several connections, the last page of a connection's piece is nobody's."""
+    """Over several connections, the last page of a connection's piece is on none of them."""
 
 
 class _NeverDrains(Lanes):

@@ -1,7 +1,7 @@
 """A whole domain against plain dictionaries: operators, writes of every kind, ballooning, moves, mappings, exhaustion.
 
-The oracle knows, for each frame: what it holds (one byte) or that it is removed; whether it is dirty; whether somebody
-else can write it. It decides what every operator returns and what every access sees. The audit runs after each step.
+The oracle knows, for each frame: what it holds (one byte) or that it is removed; whether it is dirty; whether another
+program can write it. It decides what every operator returns and what every access sees. The audit runs after each step.
 """
 
 import numpy as np
@@ -171,7 +171,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
         self.wrote(gfn)
 
     @rule(marked=some_gfns)
-    def somebody_marks(self, marked):
+    def a_mark(self, marked):
         marked = {self.at(gfn) for gfn in marked}
         self.paging.mark(array(marked))
         self.wrote(*(gfn for gfn in marked if self.is_ram(gfn)))

@@ -38,7 +38,7 @@ class Outlet:
         self.sent_bytes += size
 
     def abort(self):
-        raise AssertionError("nobody gives up")
+        raise AssertionError("the test does not give up")
 
     close = abort
 

@@ -48,7 +48,7 @@ class Line:
 
 
 class Killed(Exception):
-    """This process is no more."""
+    """This process was killed."""
 
 
 class End:
@@ -109,7 +109,7 @@ class HandoffWorld:
         ticks: how often the clock goes on whenever it likes.
         cuts: which ends of lines find them cut, each once.
         kills: which processes may be killed.
-        person: whether somebody takes the guest back.
+        person: whether an operator takes the guest back.
     """
 
     def __init__(

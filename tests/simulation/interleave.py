@@ -1,9 +1,9 @@
 """A deterministic scheduler: explores every order in which a few threads can take their steps, in the real code.
 
 Each *actor* runs on a thread of its own, but only one runs at a time, and only from one *step* to the next: an actor
-calls :func:`step` (or acquires an instrumented lock) to say that somebody else may go first now. What it does before
-its first step nobody else may depend on. Whoever waits for a
-lock, or for anything else, gives ``ready``; an actor that is not ready is not chosen. So an execution is a list of
+calls :func:`step` (or acquires an instrumented lock) to say that another actor may go first now. No other actor may
+depend on what it does before its first step. An actor that waits for a lock, or for anything else, gives ``ready``; one
+that is not ready is not chosen. So an execution is a list of
 choices, and can be repeated.
 
 :func:`explore` walks the tree of choices depth first. Each execution starts anew and replays the choices up to where it
@@ -141,7 +141,7 @@ _this = _This()
 def step(at: str, ready: Callable[[], bool] | None = None) -> None:
     """Let any other actor go first; go on when chosen, which happens only when ``ready()``.
 
-    Does nothing on a thread that is no actor.
+    Does nothing on a thread that is not an actor.
     """
     if _this.actor is not None:
         _this.actor.pause(at, ready)
@@ -219,7 +219,7 @@ class _Execution:
         """Run to the end, or to a state seen before.
 
         Raises:
-            Violated: a law does not hold, or nobody can go.
+            Violated: a law does not hold, or no actor can go on.
         """
         for name, body in self.world.actors():
             actor = _Actor(name, body, self)
@@ -237,7 +237,7 @@ class _Execution:
 
     def hand_over(self, actor: _Actor) -> bool:
         """Choose who goes on and wake it, or ``run`` when it is over; tell whether it is this actor itself."""
-        _this.actor = None  # what the world's checks call is no step of the actor's
+        _this.actor = None  # what the world's checks call is not a step of the actor
         chosen = self._choose() if self._started and self.error is None else None
         _this.actor = actor
         if chosen is actor:

@@ -117,7 +117,7 @@ class Guest:
         """Run a command in the guest's shell; return what it prints. The work may say something in between."""
         mark = f"answer-{secrets.token_hex(4)}"
         before = len(bytes(self.said))
-        apart = f"{mark[:6]}''{mark[6:]}"  # the console may echo what is typed, which is no answer
+        apart = f"{mark[:6]}''{mark[6:]}"  # the console may echo what is typed, which is not an answer
         self.tell(f"({command}) 2>&1 | sed s/^/{apart}:/; echo {apart}.")
         self.said.wait_for(
             lambda: f"{mark}.".encode() in bytes(self.said)[before:], f"answer to {command}", _PATIENCE_S

@@ -56,7 +56,7 @@ class _Gate:
         return not any(self.inside)
 
     def run(self, index: int) -> None:
-        """A vCPU's thread: enter when nobody holds it, until the program has ended."""
+        """A vCPU's thread: enter when no freeze holds it, until the program has ended."""
         ended = False
         while not ended:
             step("enter", lambda: not self.stops)
@@ -277,7 +277,7 @@ class PagingWorld:
         if faults > len(PAGES):
             raise Violated(f"law 8: {faults} faults for {len(PAGES)} pages in one cycle")
         if self._locks["P2M"].held or self._locks["LOG_DIRTY"].held:
-            return  # in the middle of a change: nobody else can look
+            return  # in the middle of a change: no other thread can look
         dirty = paging.are_dirty(np.array(PAGES, np.uint64))
         for gfn, bit in zip(PAGES, dirty.tolist(), strict=True):
             if self._type(gfn) == P2MType.RAM_RW and not bit:

@@ -198,7 +198,7 @@ def qemu_command(image: LinuxImage, log: Path, number: int, part: Part) -> list[
     The machine has processors with SVM, a serial port for the kernel, and one for the tests.
 
     All run on one thread: on two, the machine was seen to hang under QEMU 7.2, it seems while the kernel patched its
-    own code (KVM has the scheduler patched for the first guest). One thread is no slower. ``tsc=reliable`` spares the
+    own code (KVM has the scheduler patched for the first guest). One thread is not slower. ``tsc=reliable`` spares the
     kernel's test of the TSCs, which an emulator fails: KVM would then stop each guest's TSC with its vCPU.
     ``no_timer_check`` spares that of the timer's interrupt: an emulator that has to wait for a processor of a busy host
     fails it, and the kernel panics. A script's machine counts instructions for a clock, so that what it measures is the

@@ -22,7 +22,7 @@ from pageferry.stream.xl import Envelope, Inside
 
 Json = dict[str, Any]
 
-_TRAILING = "bytes follow END; they are no part of the stream"
+_TRAILING = "bytes follow END; they are not part of the stream"
 Libxl = tuple[str, int]
 _PLACE = ("name", "offset", "body_bytes")
 #: Runs of pages and characters of a value that a person is shown.

@@ -44,7 +44,7 @@ def _checked(check: Callable[[Any], object]) -> Callable[[typer.CallbackParam, A
 
 def _expect_positive(value: float) -> None:
     if not 0 < value < math.inf:
-        raise UsageError(f"{value:g} is no positive limit", hint="a finite number above 0")
+        raise UsageError(f"{value:g} is not a positive limit", hint="a finite number above 0")
 
 
 SIZE = _checked(parse_size)
@@ -228,7 +228,7 @@ def policy_options(
         pause_limit: in ms.
 
     Raises:
-        UsageError: there is no such policy, or an option does not belong to it or has no sense.
+        UsageError: no such policy, or an option does not belong to it or makes no sense.
     """
     limit_s = None if downtime_limit is None else downtime_limit / 1e3
     if ":" not in policy:

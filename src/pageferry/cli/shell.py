@@ -98,7 +98,7 @@ def _console(*, stderr: bool) -> "Console":
 
 
 def is_watched(console: "Console") -> bool:
-    """Tell whether somebody looks on while it is written: a terminal, whatever colours were asked for in a log."""
+    """Tell whether a person watches while it is written: a terminal, whatever colours were asked for in a log."""
     return console.is_terminal and console.file.isatty()
 
 

@@ -124,7 +124,7 @@ def _missing(leaves: Leaves, offered: Leaves) -> Iterator[str]:
         yield f"{physical_bits} bits of physical address"
     for entry in leaves:
         if entry.leaf in _DESCRIPTIONS | _FEATURE_LEAVES or entry[:2] in ((0xD, 0), (0xD, 1)):
-            continue  # words of them that are no feature bits describe, too
+            continue  # some of their words are not feature bits but describe, too
         subleaf = 0 if entry.subleaf == NO_SUBLEAF else entry.subleaf
         if any(entry.registers) and entry.registers != find(offered, entry.leaf, subleaf):
             yield f"CPUID {entry.leaf:#x}.{subleaf} as the guest knows it"
@@ -164,7 +164,7 @@ def host(offered: Leaves) -> Leaves:
 
 
 def _describes(entry: CpuidLeaf, components: int) -> bool:
-    """Tell whether a sub-leaf of 0xD is of use to who may enable these components."""
+    """Tell whether a sub-leaf of 0xD is of use to a guest that may enable these components."""
     return bool(components) and (entry.subleaf < _FIRST_COMPONENT or bool(components >> entry.subleaf & 1))
 
 
@@ -219,7 +219,7 @@ def table_for(cpu: CpuModel | Leaves, offered: Leaves, *, where: str) -> Leaves:
 
     Raises:
         UnsupportedError: the machine cannot provide it; names each feature that it lacks.
-        UsageError: it is no table.
+        UsageError: it is not a table.
     """
     if isinstance(cpu, CpuModel):
         table = host(offered) if cpu is CpuModel.HOST else baseline(offered)

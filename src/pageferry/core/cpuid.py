@@ -100,7 +100,7 @@ def check_leaves(leaves: Sequence[CpuidLeaf]) -> None:
     """Check that a table can be a guest's.
 
     Raises:
-        UsageError: it is empty, too long, not ascending, or a field is no u32.
+        UsageError: it is empty, too long, not ascending, or a field is not a u32.
     """
     if not 1 <= len(leaves) <= MAX_LEAVES:
         raise UsageError(f"a table of {len(leaves)} CPUID leaves, not 1 to {MAX_LEAVES}")
@@ -177,9 +177,9 @@ _OF_THE_APIC = {1: (_mask(_X2APIC) | TSC_DEADLINE, APIC), EXTENDED + 1: (_mask(_
 def pc_table(leaves: Leaves, offered: Leaves, *, cpus: int, tsc_khz: int | None) -> Leaves:
     """Return the table of a PC's guest.
 
-    With one CPU there is no local APIC: interrupts come from the PIC, which every machine has. Leaves 15h and 16h then
-    tell the rates of the TSC and of the CPU, which spares an operating system its measuring. With several CPUs there
-    are no such leaves, since systems take the rate of the local APIC's timer from there as well.
+    With one CPU the guest sees no local APIC: interrupts come from the PIC, which every machine has. Leaves 15h and 16h
+    then tell the rates of the TSC and of the CPU, which spares an operating system its measuring. With several CPUs
+    there are no such leaves, since systems take the rate of the local APIC's timer from there as well.
 
     A TSC that always counts at one rate, and one that tells whether it was set, are shown where they are offered.
     Linux trusts no other: it compares it with its ticks or the ACPI timer, and on a loaded host, or after a move, it

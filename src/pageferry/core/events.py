@@ -120,7 +120,7 @@ class PostcopyProgress:
     """Some pages have gone after the switch.
 
     ``missing_pages``: how many had not been sent then, of which ``sent_pages`` have gone by now; ``urgent_pages`` of
-    these because somebody waited for them.
+    these because a thread waited for them.
     """
 
     missing_pages: int
@@ -145,12 +145,12 @@ class PostcopyStats:
     """What came after the switch.
 
     ``missing_pages``: pages that had not been sent when the guest switched. Of these, ``sent_pages`` have gone (all,
-    unless the guest ended or was given up), ``zero_pages`` of them by name only, and ``urgent_pages`` because somebody
+    unless the guest ended or was given up), ``zero_pages`` of them by name only, and ``urgent_pages`` because a thread
     waited for them. ``duration_s``: from when the guest ran at the destination until the end.
     ``cuts``: how often the connection was lost, for ``cut_s`` in all: there the guest stood still.
     ``waits``: how often a vCPU, or a device for it, waited for a page; ``waited_s``: guest time lost so, all vCPUs
     together, a wait during a cut to its end. ``median_wait_s``, ``p99_wait_s``, ``longest_wait_s``: half of them, 99 in
-    100, and all were no longer. None: the destination never told.
+    100, and all of them were no longer than that. None: the destination never told.
     """
 
     missing_pages: int
@@ -199,7 +199,7 @@ class MigrationReport:
     ``postcopy``: what came after the switch; None where nothing was missing then.
     ``explanation``: the same in words; None until they were found (:mod:`pageferry.core.explain`).
     ``warnings``: what was warned of, in lines for a person.
-    ``file``: where to, if it was no migration but a save; the downtime of one that let the guest run on ends there.
+    ``file``: where to, if it was a save and not a migration; the downtime of one that let the guest run on ends there.
     """
 
     status: str

@@ -11,7 +11,7 @@ from pageferry.core.frames import PAGE_SIZE
 
 #: So many rounds are played; a migration that needs more has no end that is worth telling.
 _MAX_ROUNDS = 60
-#: Less than this is left when there is no downtime limit to fit.
+#: Less than this is left when the policy has no downtime limit to fit.
 _FEW_BYTES = 50 * PAGE_SIZE
 #: An end that moves by less than this share of what is left is noise.
 _NOISE = 0.1

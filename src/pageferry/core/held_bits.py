@@ -11,8 +11,8 @@ from pageferry.core.memory import GuestMemory
 class HeldBits:
     """The bits that are a tracker's own and not the kernel's, while log-dirty is on; off at first.
 
-    They are those of writers that are no vCPU (``mark``), and whatever the tracker has taken from
-    the kernel and not yet handed out. All methods may be called from any thread. Their lock is held for moments and
+    They are the bits of writers other than vCPUs (``mark``), and those that the tracker has taken from the kernel and
+    not yet handed out. All methods may be called from any thread. Their lock is held for moments and
     nothing is called under it: a device marks on a vCPU's thread, and must not wait for a long CLEAN.
 
     Args:

@@ -63,7 +63,7 @@ class HostCpu:
 def host_cpu(*, keeps_cpuid: bool) -> HostCpu | None:
     """Return this host's CPU, under a machine that keeps its guests' CPUID tables or does not.
 
-    None where it is no x86-64, or where the host does not let a process run code that it made.
+    None if it is not an x86-64, or if the host does not let a process run code that it made.
     """
     leaves = host_leaves()
     return None if leaves is None else described(leaves, keeps_cpuid=keeps_cpuid)
@@ -115,7 +115,7 @@ def _numbers(cpu: HostCpu) -> tuple[int, int, int, str]:
 @cache
 def host_leaves() -> Leaves | None:
     """Return what CPUID answers here in user mode, feature leaves and names; None: see :func:`host_cpu`."""
-    from pageferry.core.machine_code import executable  # which brings numpy: who only shows a CPU needs none
+    from pageferry.core.machine_code import executable  # imports numpy, which is not needed just to show a CPU
 
     code = executable(_CODE)
     if code is None:

@@ -136,7 +136,8 @@ class MemFd:
         """Return the file that another process made with this size, and handed over; the descriptor is ours then.
 
         Raises:
-            VmError: it is no such file, or could be made smaller under us: to touch it would then kill this process.
+            VmError: it is not such a file, or another process could make it smaller: touching it would then kill this
+                process.
         """
         memfd = cls.__new__(cls)
         memfd.fd, memfd.size_bytes = fd, size_bytes

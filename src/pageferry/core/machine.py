@@ -23,7 +23,7 @@ class RunControlled(Protocol):
         """
 
     def wait(self, timeout_s: float | None = None) -> VmStatus:
-        """Wait until the guest is not running (paused by anyone, at a sync point, or ended); return the status then."""
+        """Wait until the guest is not running (paused, at a sync point, or ended); return the status then."""
 
 
 class Console(Protocol):

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 def executable(code: bytes) -> NDArray[np.uint8] | None:
-    """Return x86-64 code that may be run, uint8[len(code)]; None where this is no such host, or lets no process do so.
+    """Return x86-64 code that may be run, uint8[len(code)]; None if this host cannot run it, or lets no process do so.
 
     It is written through a file and mapped without leave to write: never both at once.
     """

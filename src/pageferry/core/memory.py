@@ -195,7 +195,7 @@ class GuestMemory:
     def map_again(self) -> HostMapping:
         """Return a second mapping of all of RAM, laid out as :attr:`mapping`, for a memory made by :meth:`linear`.
 
-        It can be protected without anybody noticing who uses the first.
+        It can be protected without effect on users of the first.
 
         Raises:
             UnsupportedError: memory of this kind cannot be mapped twice.
@@ -259,11 +259,11 @@ class GuestMemory:
         return bitmap
 
     def removed(self) -> GfnArray:
-        """Return the frames of the regions that are no RAM now, ascending: a destination must remove them as well."""
+        """Return the frames of the regions that are not RAM now, ascending: a destination must remove them as well."""
         return np.empty(0, np.uint64) if self._removed is None else self._removed.gfns()
 
     def remove(self, gfns: GfnArray) -> None:
-        """Make frames of the regions be no RAM any more; for the machine, which has taken them away."""
+        """Stop counting frames of the regions as RAM; for the machine, which has taken them away."""
         if self._removed is None:
             self._removed = DirtyBitmap(self.gfn_limit)
         self._removed.set(gfns)

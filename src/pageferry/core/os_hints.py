@@ -19,8 +19,8 @@ _RESOURCES = {
     errno.EDQUOT: "the user's quota is used up: make room, or choose another file system",
 }
 _FILE = {
-    errno.ENOENT: "there is no such file or folder: check the name",
-    errno.ENOTDIR: "a part of its path is no folder: check the name",
+    errno.ENOENT: "no such file or folder: check the name",
+    errno.ENOTDIR: "a part of its path is not a folder: check the name",
     errno.EISDIR: "it is a folder: give a file in it",
     errno.EACCES: "this user may not: change the permissions, or choose another place",
     errno.EPERM: "this user may not, or the file cannot be changed: choose another place",
@@ -33,7 +33,7 @@ _FILE = {
 }
 _LISTEN = {
     errno.EADDRINUSE: "choose another port, or end what listens there",
-    errno.EADDRNOTAVAIL: "it is no address of this host: ip address shows those",
+    errno.EADDRNOTAVAIL: "this host does not have that address: ip address shows those it has",
     errno.EAFNOSUPPORT: "this host has no such family of addresses",
     errno.EACCES: "this user may not listen there: ports below 1024 are for root",
     errno.ENODEV: "ip link shows the interfaces",

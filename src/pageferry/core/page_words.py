@@ -31,7 +31,7 @@ def zero_pages(words: PageWords, gfns: GfnArray) -> NDArray[np.bool_]:
     """Tell for each of ``gfns`` whether its page is all zeros, as bool[n].
 
     A few words of each page are looked at first, and all of it only where those are zero. Of a page that is written
-    meanwhile the answer may be of no one moment: the caller must hear of the write (law 3) and look again.
+    meanwhile the answer may mix two moments: the caller must hear of the write (law 3) and look again.
 
     Args:
         words: of all of guest memory.

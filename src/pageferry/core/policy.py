@@ -15,7 +15,7 @@ from pageferry.core.page_counts import PageCounts
 
 #: Rounds that moved less than this say more about latency than about the wire.
 RATE_SAMPLE_BYTES = 4 << 20
-#: What remains after a round is no better than this much of the best so far: noise.
+#: Counts within 5 % of the least so far are equal: noise.
 _NEAR = 1.05
 
 

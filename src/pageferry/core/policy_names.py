@@ -139,7 +139,7 @@ def make_policy(
         deadline_s: the time allowed from beginning to end.
 
     Raises:
-        UsageError: there is no such policy, it is a user's own and not among these, an option does not belong to it or
+        UsageError: no such policy, a user's own that is not among these, an option does not belong to it or
             has no sense, or it is none.
     """
     given = {"downtime_limit_s": downtime_limit_s, "max_rounds": max_rounds, "deadline_s": deadline_s}

@@ -184,7 +184,7 @@ class RunControl:
             self._run_on()
 
     def pause(self) -> None:
-        """Set the user's pause; returns when every vCPU has stopped, or when somebody has resumed the guest meanwhile.
+        """Set the user's pause; returns when every vCPU has stopped, or another thread has resumed the guest.
 
         Does nothing to a guest that has ended.
 
@@ -270,7 +270,7 @@ class RunControl:
                 if not self._changed.wait_for(lambda: self._status() is not VmStatus.RUNNING, left_s):
                     return self._status()
                 self._until_outside()
-                if not any(self._inside):  # or somebody has resumed it meanwhile
+                if not any(self._inside):  # or another thread has resumed it meanwhile
                     return self._status()
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ def parse_number(text: str) -> int:
 
 
 def parse_rate(text: str) -> int | None:
-    """Return ``text`` ("100M", "1GiB/s") in bytes a second, None for "0", which is no limit.
+    """Return ``text`` ("100M", "1GiB/s") in bytes a second, None for "0", which means no limit.
 
     Raises:
         UsageError: the text is not a size.

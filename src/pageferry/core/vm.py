@@ -254,20 +254,21 @@ class Vm(Protocol):
         """
 
     def remove_pages(self, gfns: GfnArray) -> None:
-        """Take frames away from the guest: they are no RAM afterwards (``memory.removed``). The guest is paused.
+        """Take frames away from the guest: afterwards they are not RAM (``memory.removed``). The guest is paused.
 
         Raises:
             VmError: this machine cannot, or a frame is not RAM; nothing was removed.
         """
 
     def claim_backends(self) -> None:
-        """Take what stands behind the guest's devices on this host: disks, networks. Any thread.
+        """Take this host's disks and networks for the guest's devices. Any thread.
 
         A machine is made without it, for its guest may still run elsewhere; a guest that runs has it. Nothing happens
         when it is taken already.
 
         Raises:
-            VmError: somebody else has a part of it, whom it names; nothing is taken then, and the guest must not run.
+            VmError: another process has one of them, which the error names; nothing is taken then, and the guest must
+                not run.
         """
 
     def release_backends(self) -> None:

@@ -49,7 +49,7 @@ class ExitPort:
 class SyncPort:
     """Where a guest and a test meet.
 
-    A write of a value pauses the guest *if somebody is attached* (``attached`` is set); the host then answers with
+    A write of a value pauses the guest *if a test is attached* (``attached`` is set); the host then answers with
     ``reply`` and resumes. A read gives the answer; with no host attached it gives 1, 2, 3, ... so that the same program
     runs free. The answer and the count migrate, the attachment does not.
     """

@@ -227,7 +227,7 @@ class Rtc:
         return fields
 
     def _set_time(self, fields: dict[int, int]) -> None:
-        """Let the clock show ``fields``; what is no date counts on as a calendar does (February 30 is in March)."""
+        """Let the clock show ``fields``; an impossible date is carried over (February 30 is in March)."""
         year = self._decode(fields[CENTURY]) % 100 * 100 + self._decode(fields[_YEAR]) % 100
         month = min(max(self._decode(fields[_MONTH]), 1), 12)
         date = (max(year, 1), month, self._decode(fields[_DAY]), self._decode_hour(fields[_HOUR]))

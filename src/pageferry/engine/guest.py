@@ -32,7 +32,7 @@ class TrackedGuest:
         self.devices: tuple[DeviceCost, ...] = ()
         """Each device's part of it."""
         self.stuck: VmError | None = None
-        """Why the guest stands still here although it is not to: what stands behind its devices is somebody else's."""
+        """Why the guest stands still here although it should run: another process has one of its disks or networks."""
         self._tracked = False
 
     def first_records(self) -> tuple[PlainRecord, ...]:
@@ -78,7 +78,7 @@ class TrackedGuest:
             self.frozen = False
 
     def release_backends(self) -> None:
-        """Give back what stands behind the frozen guest's devices, so that somebody else can take it.
+        """Give back the disks and networks of the frozen guest, so that another process can take them.
 
         Raises:
             VmError: what was written could not be put on a disk.
@@ -86,10 +86,10 @@ class TrackedGuest:
         self.vm.release_backends()
 
     def claim_backends(self) -> None:
-        """Take it again, where it was given back.
+        """Take them again, if they were given back.
 
         Raises:
-            VmError: somebody else has it.
+            VmError: another process has one.
         """
         self.vm.claim_backends()
 
@@ -110,7 +110,7 @@ class TrackedGuest:
     def restore(self) -> None:
         """Leave the guest as it was: log-dirty off, running unless its user paused it.
 
-        Whatever fails, it runs on; but not on a disk that somebody else has taken meanwhile: then it is ``stuck``, and
+        Whatever fails, it runs on, unless another process has taken its disk meanwhile: then it is ``stuck``, and
         this may be called again.
         """
         try:

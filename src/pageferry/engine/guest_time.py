@@ -58,7 +58,7 @@ class StallMeter:
             return None
         try:
             work = read_work(self._vm.memory, self._vm.config.cpus)
-        except VmError:  # the page of its counter is no RAM any more
+        except VmError:  # the page of its counter is not RAM any more
             return None
         return WorkSample(at_s=self._now_s(), work=work)
 

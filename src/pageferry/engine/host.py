@@ -1,6 +1,6 @@
 """Host: the clock, the threads and the waits of one end. Whatever in the engine waits does so by this one object.
 
-A lock that nobody holds while it waits for anything else is a plain ``threading.Lock``: it never keeps a thread from
+A lock that no thread holds while it waits for anything else is a plain ``threading.Lock``: it never keeps a thread from
 going on. All else is of the host, so that the simulation can run both ends of a migration on threads, a clock and a
 network of its own.
 """
@@ -40,7 +40,7 @@ class Host:
         return threading.Event()
 
     def queue(self, size: int) -> "queue.Queue[Any]":
-        """Make a queue that holds so many; who puts more waits."""
+        """Make a queue that holds so many; a thread that puts more waits."""
         return queue.Queue(size)
 
     def thread(self, target: Callable[..., object], name: str, args: tuple[Any, ...] = ()) -> threading.Thread:

@@ -224,8 +224,8 @@ class Job:
         The caller knows that it runs nowhere else and never will.
 
         Raises:
-            VmError: there is no such guest, the destination may still start it, or what stands behind its devices is in
-                use elsewhere.
+            VmError: there is no such guest, the destination may still start it, or another process has its disk or
+                network.
         """
         if left_s := self.open_for_s:
             what = f"the destination may start the guest for another {math.ceil(left_s)} s"
@@ -235,15 +235,15 @@ class Job:
         saved = self.file is not None and self.guest_at is GuestAt.DESTINATION
         if self.report is None or not (saved or self.guest_at is GuestAt.UNKNOWN):
             raise VmError("there is no guest to take back")
-        self._guest.claim_backends()  # a lock that somebody holds knows better than the caller
+        self._guest.claim_backends()  # if another process holds a lock, the caller is wrong
         self.handoff.taken_back(self._clock.now_s())
         self._guest.restore()
 
     def go_on_here(self) -> None:
-        """Let a guest run on that stands still because somebody else had its disk when the attempt failed.
+        """Let a guest run on that stands still because another process had its disk when the attempt failed.
 
         Raises:
-            VmError: somebody has it still.
+            VmError: the other process still has it.
         """
         if self._guest.stuck is not None:
             self._guest.restore()
@@ -300,7 +300,7 @@ class Job:
         )
 
     def abort(self, reason: str) -> PolicyAbort:
-        """Return the error that ends it before the commit, for a reason that is no failure."""
+        """Return the error that ends it before the commit although nothing failed."""
         return PolicyAbort(reason, phase=str(self._clock.current), guest_at=GuestAt.SOURCE)
 
     def cut(self) -> None:

@@ -454,7 +454,7 @@ class Source:
                 peer = self._recovered(giver, postcopy, error)
 
     def _recovered(self, giver: Giver[Peer], postcopy: Postcopy, error: Exception) -> Peer:
-        """After a cut, wait until somebody says where to connect, and the destination is there.
+        """After a cut, wait to be told where to connect, and until the destination is there.
 
         Raises:
             PeerFailedError: where the guest is was not known, and it is here.

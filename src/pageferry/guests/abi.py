@@ -108,7 +108,7 @@ def read_work(memory: GuestMemory, cpus: int) -> int:
     """Return how many operations the guest has done by its own count, all vCPUs together; 0 if it does not count.
 
     Raises:
-        VmError: the status page is no RAM.
+        VmError: the status page is not RAM.
     """
     return sum(status.work for status in read_status(memory, cpus))
 

@@ -62,7 +62,7 @@ def linux(kernel: Path, options: KernelOptions) -> Loader:
     """Return the loader of a Linux kernel, a bzImage or a vmlinux.
 
     Raises:
-        UsageError: a file cannot be read, or is no such kernel.
+        UsageError: a file cannot be read, or is not such a kernel.
     """
     return _kernel(boot_linux, load_kernel(kernel), options)
 

@@ -65,7 +65,7 @@ class Placement:
         """Place ``data`` on a page boundary, as high as there is room in ``within``; return its gpa.
 
         Raises:
-            UsageError: there is no room.
+            UsageError: it does not fit.
         """
         low = self._memory.regions[0]
         end_gpa = min(within.stop, low.gpa + low.size_bytes)

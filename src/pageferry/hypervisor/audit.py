@@ -161,7 +161,7 @@ def _check_grants(domain: Domain, found: Leaves) -> None:
     known = domain.physmap.grants()
     granted = np.array([known.get(gfn, 0) for gfn in gfns.tolist()], np.uint64)
     _require_none(granted != mfns, gfns, "not the page that was granted")
-    _require_none(domain.machine.owner[mfns] != FrameOwner.FOREIGN, gfns, "a grant of a page that is nobody else's")
+    _require_none(domain.machine.owner[mfns] != FrameOwner.FOREIGN, gfns, "a grant of a page that no other domain owns")
     _require_none(domain.machine.m2p.gfns(mfns) != INVALID_GFN, gfns, "a granted page is in the reverse map")
 
 

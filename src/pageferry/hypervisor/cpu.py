@@ -401,7 +401,7 @@ class SoftVcpu:
         """See to what ended a slice; return the effect of an access to a port."""
         vector, self._vector = self._vector, None
         call, self._system_call = self._system_call, None
-        engine.cpu.events.old_exception = -1  # it is delivered, or was no exception to the guest
+        engine.cpu.events.old_exception = -1  # it is delivered, or the guest never saw it
         if self._failure is not None:
             self._fail()
         event: Event | None = None

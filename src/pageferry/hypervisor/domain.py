@@ -47,8 +47,8 @@ class Domain(StandardMachine):
     Args:
         config: memory and 1 to 8 vCPUs.
         paging_mode: ``hap`` or ``shadow``.
-        thp: whether to ask the host for transparent huge pages. (Pages of a hugetlb pool are no choice: single frames
-            of 4 KiB come and go in a domain.)
+        thp: whether to ask the host for transparent huge pages. (Pages of a hugetlb pool are not possible:
+            single frames of 4 KiB come and go in a domain.)
 
     Raises:
         UsageError: the memory size or the CPUID table is impossible.

@@ -15,7 +15,7 @@ fault, which ends the guest::
     page fault     second           double fault                 double fault
     double fault   triple fault     triple fault                 triple fault
 
-RF is set in the pushed flags of a fault that is no #DB, so that the instruction is not taken for a breakpoint again.
+RF is set in the pushed flags of a fault other than #DB, so that the instruction is not taken for a breakpoint again.
 
 Simplified: outside long mode nothing is delivered: an exception in 32-bit protected mode is a triple fault.
 

@@ -225,7 +225,7 @@ class P2M:
         self._words[at] = self._words[at] & (ADDRESS if BITS[new] & PRESENT else 0) | BITS[new]
 
     def change_superpage_type(self, gfn: int, new: P2MType) -> tuple[int, int]:
-        """Change the whole superpage that maps ``gfn``, without splitting it (when there is no frame to split).
+        """Change the whole superpage that maps ``gfn``, without splitting it (when no frame is left for the split).
 
         Returns:
             ``(first gfn, pages)`` of what was changed.

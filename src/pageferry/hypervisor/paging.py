@@ -19,7 +19,7 @@ Marking and granting are one step with respect to ``clean()`` (law 1), because b
 lists the frames that became writable in this cycle: exactly those CLEAN must take the right from again, so CLEAN
 costs what is dirty, never what is configured. (The RFC goes through the whole table each time.)
 
-Frames that somebody else has mapped writable (:meth:`Paging.hold_writable`) cannot fault: their bits are set in every
+Frames that another program has mapped writable (:meth:`Paging.hold_writable`) cannot fault: their bits are set in every
 cycle from its beginning, so a CLEAN always reports them, the last one too.
 
 The bitmap is accounted to the domain's paging pool, whole, at ENABLE. Table frames are taken as pages are told apart;
@@ -61,7 +61,7 @@ class Tlb:
     else that the vCPU remembers is as true as before.
 
     ``holds_code``: the vCPU may hold code translated from guest memory. Then ``written`` collects the frames (uint64[n]
-    each) that somebody other than a vCPU has written, and ``hurry`` has the vCPU look at them soon.
+    each) that a writer other than a vCPU has written, and ``hurry`` has the vCPU look at them soon.
     """
 
     __slots__ = ("flush_wanted", "flushes", "holds_code", "hurry", "protected", "written")
@@ -96,7 +96,7 @@ class LogDirtyOps:
     ``enable``: make all RAM NOT WRITABLE. ``disable``: make all RAM WRITABLE. ``clean``: make NOT WRITABLE again the
     frames (uint64[n]) that became writable in the cycle that ends. The caller flushes the TLBs afterwards.
 
-    ``written`` is for a mode that keeps copies of guest memory: somebody other than a vCPU has written these frames.
+    ``written`` is for a mode that keeps copies of guest memory: a writer other than a vCPU has written these frames.
     Called whether log-dirty is on or not, by any thread that may take the SHADOW lock.
     """
 
@@ -274,7 +274,7 @@ class Paging:
                 self._bitmap.set(gfns[self._memory.are_ram(gfns)])
 
     def frames_removed(self, gfns: GfnArray) -> None:
-        """Take note that frames are no RAM any more: they are never dirty; ``memory.removed()`` tells of them.
+        """Take note that frames are not RAM any more: they are never dirty; ``memory.removed()`` tells of them.
 
         Called with the domain stopped and the P2M lock held, after the P2M was changed.
         """
@@ -284,7 +284,7 @@ class Paging:
                 self._bitmap.clear(gfns)
 
     def hold_writable(self, gfns: GfnArray) -> None:
-        """Have frames reported by every CLEAN and PEEK from now on: somebody else can write them without a fault.
+        """Have frames reported by every CLEAN and PEEK from now on: another program can write them without a fault.
 
         May be said several times of a frame; each is undone by one :meth:`let_go`.
 

@@ -6,7 +6,7 @@ forgot pages that were added during a migration):
 
 * a page that is *added* or *moved* in is dirty at once, and NOT WRITABLE until its first write is logged, as all RAM;
 * a page that is *removed* is not RAM any more: it is never dirty again, and ``memory.removed()`` tells of it;
-* a frame that somebody else can write without a nested fault (a writable foreign mapping; a grant, which its owner
+* a frame that another program can write without a nested fault (a writable foreign mapping; a grant, which its owner
   may write at any time) is dirty in every cycle, from its beginning, as long as that lasts.
 
 Source: Xen ``common/memory.c`` and ``p2m.c``; FACTS on ballooning and Xen's LOGDIRTY_FINAL; the RFC's change to
@@ -34,7 +34,7 @@ from pageferry.hypervisor.shadow import ShadowPaging
 
 
 class ForeignMapping:
-    """Guest frames mapped by somebody else (a device model, a toolstack); use as a context, or :meth:`unmap` it.
+    """Guest frames mapped by another program (a device model, a toolstack); use as a context, or :meth:`unmap` it.
 
     ``view`` is a view of the frames, read-only if the mapping is; it is dead after ``unmap``. While a writable mapping
     exists its frames are dirty in every cycle.
@@ -149,7 +149,7 @@ class PhysMap:
     # --- foreign mappings ---
 
     def map_foreign(self, gfn: int, count: int, *, writable: bool) -> ForeignMapping:
-        """Map guest frames for somebody who is not the guest; they cannot be ballooned out meanwhile.
+        """Map guest frames for a program other than the guest; they cannot be ballooned out meanwhile.
 
         Raises:
             VmError: a frame is not RAM.
@@ -197,7 +197,7 @@ class PhysMap:
         """Give a granted page back; the frame is removed again.
 
         Raises:
-            VmError: no grant is mapped there, or somebody has mapped it; nothing changed.
+            VmError: no grant is mapped there, or it has a foreign mapping; nothing changed.
         """
         with self._changing():
             if gfn not in self._grants:
@@ -244,7 +244,7 @@ class PhysMap:
     def _refuse_mapped(self, gfns: GfnArray) -> None:
         for mapping in self._foreign:
             if (both := np.intersect1d(gfns, mapping.gfns)).size:
-                raise VmError(f"gfn {int(both[0]):#x} is mapped by somebody", hint="unmap it first")
+                raise VmError(f"gfn {int(both[0]):#x} has a foreign mapping", hint="unmap it first")
 
     def _holes(self, gfns: ArrayLike) -> GfnArray:
         """Return ``gfns`` ascending, all of them removed."""

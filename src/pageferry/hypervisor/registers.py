@@ -10,8 +10,8 @@ neither a local APIC nor AVX; the state of a local APIC that was never used is a
 
 What it does less strictly than hardware, because the emulator does: RDMSR of an unknown MSR gives 0 and WRMSR to one is
 ignored; unmasked SSE exceptions are never raised; breakpoints on data never hit (those on code do); alignment is not
-checked; MOV to a control register takes reserved bits; CR8 does nothing, since there is no local APIC. The instruction
-pointer, operand and selector of the last x87 instruction stay as they were loaded.
+checked; MOV to a control register takes reserved bits; CR8 does nothing, since the machine has no local APIC. The
+instruction pointer, operand and selector of the last x87 instruction stay as they were loaded.
 
 Source: AMD APM volume 2, chapters 3 (system registers), 4 (segment attributes), 11 (FXSAVE).
 """

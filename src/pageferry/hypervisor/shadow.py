@@ -107,11 +107,11 @@ class ShadowPaging:
         self.tables.blow()
         self.tables.newly_protected.clear()
         self._out_of_sync.clear()
-        for tlb in self._tlbs:  # they may remember what rests on roots that are no more
+        for tlb in self._tlbs:  # they may remember what rests on roots that are gone
             tlb.request_flush()
 
     def written(self, gfns: GfnArray) -> None:
-        """Drop what was made from these frames: somebody other than a vCPU has written them."""
+        """Drop what was made from these frames: a writer other than a vCPU has written them."""
         if not self.tables.protected:
             return
         with self.lock:

@@ -143,7 +143,7 @@ class ShadowMmu:
             return _tlb_entry(mfn, rights | WRITE if write else rights)
 
     def table_read(self, gfn: int) -> int:
-        """Return the mfn of a guest table: here the walker is ours, and reading is no write."""
+        """Return the mfn of a guest table: here the walker is ours, and its reads write nothing."""
         mfn, p2m_type = self._p2m.lookup(gfn)
         if p2m_type not in READABLE:
             raise GuestCrash(f"page table at gpa {gfn << PAGE_SHIFT:#x}, which is not memory")

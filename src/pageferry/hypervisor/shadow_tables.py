@@ -65,7 +65,7 @@ class ShadowTables:
 
     Args:
         machine: where the tables live, and the guest's.
-        budget: how many frames they may take; at least 16. What the P2M needs is no part of it.
+        budget: how many frames they may take; at least 16. What the P2M needs is not part of it.
         window: is told which shadows a guest page has.
     """
 
@@ -77,7 +77,7 @@ class ShadowTables:
         self.frames: dict[Key, int] = {}
         self.protected: dict[int, list[int]] = {}
         self.newly_protected: list[int] = []
-        """Guest pages that got their first shadow since somebody last emptied this list."""
+        """Guest pages that got their first shadow since this list was last emptied."""
         self._keys: dict[int, Key] = {}  # mfn of a shadow -> what it stands for
         self._references: dict[int, int] = {}
         self._writable: dict[int, set[int]] = {}  # gfn -> where (index into words) a leaf maps it writable

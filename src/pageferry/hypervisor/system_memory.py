@@ -48,7 +48,7 @@ class SystemMemory:
 
         Raises:
             GuestPageFault: the guest's tables refuse; its ``gva`` is exact.
-            GuestCrash: there is no memory.
+            GuestCrash: no memory is there.
         """
         data = b"".join(bytes(self._view[start:end]) for start, end in self._pieces(gva, size, write=False))
         return int.from_bytes(data, "little")

@@ -15,7 +15,7 @@ piece at a time, and the guest gets its turn between them. Measured under shadow
 1.7 ms of processor time, 0.15 ms a piece, against 2.3 ms where KVM protects when logging starts. Memory that was never
 touched costs more this way: 16 GiB of it 14 ms against 5.
 
-``_held`` has the bits that are ours and not KVM's: of writers that are no vCPU (``mark``), taken by a PEEK
+``_held`` has the bits that are ours and not KVM's: of writers other than vCPUs (``mark``), taken by a PEEK
 (automatic), or rescued from a CLEAN that failed half way.
 
 **Why no write is lost** (laws 1, 2 and 4)::

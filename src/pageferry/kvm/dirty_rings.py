@@ -74,7 +74,7 @@ class DirtyRing:
         return self._kept
 
     def look(self) -> Entries:
-        """Return the next new entries, up to the end of the mapping at the most; none: there are no new ones.
+        """Return the next new entries, up to the end of the mapping at the most; empty if nothing is new.
 
         They stay new until :meth:`harvested`.
 

@@ -6,7 +6,7 @@ it is made. Without the former KVM settles the payload when the events are read,
 
 A SIPI is none of them: KVM never tells its vector, and settles it when the multiprocessing state is read.
 
-System management mode is no part of a state: no machine here raises an SMI. A vCPU that is in it (a guest's own APIC
+System management mode is not part of a state: no machine here raises an SMI. A vCPU that is in it (a guest's own APIC
 can bring it there) is refused.
 
 Source: kernel ``api.rst``: KVM_GET_VCPU_EVENTS, KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT; AMD APM

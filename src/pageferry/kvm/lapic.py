@@ -3,7 +3,7 @@
 The APIC's base is among KVM's special registers, and its task priority among its own registers (CR8 mirrors it).
 
 A guest whose CPUID table has no local APIC gets one that is switched off: KVM shows in CPUID whether it is on, whatever
-the table says, and one that is off lets the PIC's interrupts through. While the guest leaves it alone it is no part of
+the table says, and one that is off lets the PIC's interrupts through. While the guest leaves it alone it is not part of
 the state, so that such a guest can live on a machine that has none.
 
 Source: kernel ``api.rst``: KVM_GET_LAPIC, KVM_SET_LAPIC, KVM_GET_MP_STATE, KVM_SET_MP_STATE; Intel SDM volume 3, 11.5.4

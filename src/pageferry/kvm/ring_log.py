@@ -8,7 +8,7 @@ their pages again and the ring has room. So each page is in one of four states, 
          ^                                                                                             |
          '------------------------------------- CLEAN takes the bit -----------------------------------'
 
-``_held`` has what was harvested and the bits of writers that are no vCPU (``mark``). (KVM itself writes
+``_held`` has what was harvested and the bits of writers other than vCPUs (``mark``). (KVM itself writes
 guest memory only with a vCPU loaded, in KVM_RUN or a vCPU's ioctl, and pushes into that vCPU's ring. On x86 the
 exceptions are the Xen and Hyper-V interfaces, which no machine here turns on; ITS tables, for which there is
 KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP, are Arm's. KVM_GET_DIRTY_LOG fails on a machine with rings.)

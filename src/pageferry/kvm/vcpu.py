@@ -15,7 +15,7 @@ Finishing may need more than one call: REP and page-crossing accesses exit again
 **Kicks.** ``kick()`` stores ``immediate_exit`` and *then* signals; the kernel blocks nothing in between unseen::
 
     kick falls                                       seen by
-    before run() has noted its thread                nobody: lost; RunControl repeats it
+    before run() has noted its thread                nothing: lost; RunControl repeats it
     while run() is in Python                         immediate_exit, at the next KVM_RUN
     after the kernel looked at immediate_exit        the pending signal, which is checked after it, before entry
     inside the guest                                 the signal's interrupt forces an exit

@@ -160,7 +160,7 @@ def _latest(mentions: Mentions) -> Mentions:
     places = np.arange(ordered.size)
     telling = np.maximum.reduceat(np.where(ordered["kind"] == _ALLOCATED, -1, places), starts)
     result = ordered[np.where(telling < 0, last, telling)]
-    result["kind"][(telling >= 0) & (telling < last)] = _MEMORY  # without content there was no digest
+    result["kind"][(telling >= 0) & (telling < last)] = _MEMORY  # without content it has no digest
     return result
 
 

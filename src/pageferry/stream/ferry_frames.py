@@ -39,7 +39,7 @@ COMMIT_PAUSED = 1 << 0
 COUNT_HEAD = Struct("<II")
 MISSING_RUN = np.dtype([("first_gfn", "<u8"), ("pages", "<u8")])
 MAX_MISSING_RUNS = 1 << 16
-#: Most pages of one WANTED: what somebody who needs another page now may have to wait for.
+#: Most pages of one WANTED: a thread that needs another page now may have to wait for them.
 MAX_WANTED_PAGES = 64
 WANTED_URGENT = 1 << 0
 DIGEST_BYTES = 16
@@ -244,7 +244,7 @@ class Switch:
 class Wanted:
     """The destination asks for missing pages: ``gfns`` uint64[n], strictly ascending, n from 1 to 64.
 
-    ``urgent``: somebody there waits for them.
+    ``urgent``: a thread there waits for them.
     """
 
     gfns: GfnArray
@@ -268,7 +268,7 @@ class Pages:
 class Complete:
     """The destination needs nothing more: every missing page has come, or the guest has ended there.
 
-    ``waits``: how often somebody there had to wait for a page; ``waited_ns``: how long, all of it added up;
+    ``waits``: how often a thread there had to wait for a page; ``waited_ns``: how long, all of it added up;
     ``median_ns``, ``p99_ns``, ``longest_ns``: half of them, 99 in 100 and all of them were no longer than that.
     """
 

@@ -1,4 +1,4 @@
-"""Proofs that an opening frame was made for this connection, by somebody who knows the migration's token.
+"""Proofs that an opening frame was made for this connection, by a peer that knows the migration's token.
 
 Each side's preamble has a nonce, new for each connection. A proof is an HMAC-SHA256 (RFC 2104) over the frame's type
 and both nonces, with the token as the key. So what was recorded on one connection is refused on another, and the token

@@ -1,4 +1,4 @@
-"""What a file is that is no libxc stream, by its first bytes.
+"""Recognises files that are not libxc streams, by their first bytes.
 
 Source: xl, ``xl save`` (32 bytes, "Xen saved domain, xl format"); Xen, ``docs/specs/libxl-migration-stream.pandoc``;
 libvirt, ``qemu_saveimage.h`` and ``libxl_conf.h`` (magic of a saved image); QEMU, ``docs/devel/migration`` ("QEVM", a

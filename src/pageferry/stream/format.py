@@ -49,7 +49,7 @@ XEN_MAJOR, XEN_MINOR = 4, 17
 
 HEADER_BYTES = IMAGE_HEADER.size + DOMAIN_HEADER.size
 RECORD_ALIGN = 8
-#: A record type with this bit may be ignored by who does not know it.
+#: A record type with this bit may be ignored by a reader that does not know it.
 OPTIONAL = 1 << 31
 
 PFN_BITS = 52

@@ -1,7 +1,7 @@
 """The records of a libxc stream as values, and their bodies as bytes.
 
 A body is decoded only after its length was found to be within ``format.BODY_BYTES``. Every ``parse_*`` raises
-:class:`BodyError` with one line on what is wrong; who calls adds the record's name and offset.
+:class:`BodyError` with one line on what is wrong; the caller adds the record's name and offset.
 """
 
 from dataclasses import dataclass, field

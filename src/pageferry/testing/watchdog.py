@@ -37,7 +37,7 @@ class Watch:
         """Call ``action`` on another thread and wait for it; what it raises is raised here.
 
         Raises:
-            Hung: there was no sign of life for ``patience_s``.
+            Hung: nothing happened for ``patience_s``.
         """
         raised: list[BaseException] = []
         over = threading.Event()

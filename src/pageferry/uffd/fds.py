@@ -84,7 +84,7 @@ class UffdFd(Fd):
             except UffdError as error:
                 if error.errno == errno.EEXIST:
                     at += PAGE_SIZE
-                elif error.errno != errno.EAGAIN:  # somebody is changing the address space: soon over
+                elif error.errno != errno.EAGAIN:  # another thread is changing the address space: soon over
                     raise
             at += max(request.copy, 0)
 
@@ -133,7 +133,7 @@ class UffdFd(Fd):
             try:
                 self.ioctl(uapi.UFFDIO_WRITEPROTECT, uapi.UffdioWriteprotect(range=where, mode=mode))
             except UffdError as error:
-                if error.errno != errno.EAGAIN:  # somebody is changing the address space (fork, mremap): soon over
+                if error.errno != errno.EAGAIN:  # another thread changes the address space (fork, mremap): soon over
                     raise
             else:
                 return

@@ -46,7 +46,7 @@ class FaultHandler:
             raise
 
     def stop(self) -> None:
-        """End the thread; faults that come from now on wait for somebody else. Called once, not by the thread."""
+        """End the thread; faults that come from now on wait for another handler. Called once, not by the thread."""
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         os.close(self._wake)

@@ -3,7 +3,7 @@
 While log-dirty is on, all RAM in the vCPUs' view is registered with a userfaultfd and write-protected, pages without
 storage included (the kernel then keeps a marker for each: 2 MiB of page tables per GiB of RAM, touched or not; huge
 page mappings are split). A subclass says which pages are writable again, and protects those again on CLEAN. Bits of
-writers that are no vCPU (``mark``) are in ``_held``.
+writers other than vCPUs (``mark``) are in ``_held``.
 
 **Why no thread deadlocks.** Only vCPUs write through the protected mapping, inside an ioctl that has released the
 interpreter lock. So the thread that resolves a fault may take that lock, and no Python code ever waits for a page.

@@ -34,7 +34,7 @@ class Machines:
     """A kind of machine: its name, why it was chosen, and how to make one.
 
     ``host_cpu``: the CPU under it; None: not known. ``tracker``, ``witness``: what was asked for, if anything.
-    ``choose_for_pc``: chooses again, for a PC; None: there is no other choice.
+    ``choose_for_pc``: chooses again, for a PC; None: this is the only choice.
     """
 
     accel: str
@@ -79,7 +79,7 @@ def choose_machines(
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
-        UsageError: there is no such kind of machine, or the user's own tracker is none.
+        UsageError: no such kind of machine, or the user's own tracker is not a tracker.
     """
     try:
         accel = Accel(accel)
@@ -150,7 +150,7 @@ def _choose(accel: Accel, tracker: str | None, machine: MachineModel | None) -> 
 
 
 def _make_instead(make_vm: Callable[[VmConfig], StandardMachine], reason: str, config: VmConfig) -> StandardMachine:
-    """Make a machine in place of one of KVM; who asks for too many vCPUs is told why there is no other."""
+    """Make a machine in place of one of KVM; an error about too many vCPUs also says why it is not KVM's."""
     try:
         return make_vm(config)
     except UnsupportedError as error:

@@ -110,7 +110,7 @@ def _credentials(args: Arguments) -> Credentials | None:
     if directory is not None:
         return Credentials.from_dir(directory, Side.SOURCE, peer or None)
     if peer:
-        raise QmpError("there are no names without certificates", hint="--peer goes with --tls-dir")
+        raise QmpError("without certificates an end has no name", hint="--peer goes with --tls-dir")
     return None
 
 

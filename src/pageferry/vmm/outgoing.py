@@ -226,7 +226,7 @@ class Outgoing:
         job.go_on()
 
     def info(self) -> dict[str, Any]:
-        """Return the answer to ``query-migrate``; empty when there was no attempt."""
+        """Return the answer to ``query-migrate``; empty if nothing was attempted."""
         job, over = self._job, not self.under_way
         info = {} if job is None else migrate_info(job)
         if over:
@@ -244,9 +244,9 @@ class Outgoing:
             self._thread.join()
 
     def wait_until_told(self, clients: Clients) -> None:
-        """Return when somebody has been told how the latest attempt ended, or no client is there to be, or is too slow.
+        """Return when a client was told how the latest attempt ended, or when none is there or they are too slow.
 
-        An attempt and its guest may end at the same time; who follows the attempt asks only then.
+        An attempt and its guest may end at the same time; a client that follows the attempt asks only then.
         """
         deadline_s = time.monotonic() + _LINGER_S
         while clients.connected and not self._told.wait(_POLL_S) and time.monotonic() < deadline_s:
@@ -277,6 +277,6 @@ class Outgoing:
             self._announcer.migration("failed")
             return
         if report.guest_at is GuestAt.DESTINATION:
-            with self._guest.lock:  # who follows later is refused
+            with self._guest.lock:  # a client that follows later is refused
                 self._guest.console.end(self._where_it_went())
         news.succeeded(report)

@@ -74,7 +74,7 @@ class Parameters:
         args.done()
         for name, state in wanted:
             if name not in (_EVENTS, _HOLD):
-                raise QmpError(f"there is no capability '{name}' here", hint=f"there are: {_EVENTS}, {_HOLD}")
+                raise QmpError(f"no capability '{name}' here", hint=f"there are: {_EVENTS}, {_HOLD}")
             if name == _EVENTS and not state:
                 raise QmpError("events are always sent")
         with self._lock:

@@ -67,7 +67,7 @@ class GuestProcess:
         self._outgoing = Outgoing(self._guest, self._announcer)
         self._queries = Queries(self._guest, self.incoming, self._outgoing)
         self._server = None if control is None else self._make_server(control, users_policies)
-        self._made: Machine | None = None  # here, by boot or restore, to be started; who arrives starts by itself
+        self._made: Machine | None = None  # here, by boot or restore, to be started; one that arrives starts by itself
         self._quit = False
 
     def _make_server(self, control: Path, users_policies: UsersPolicies) -> QmpServer:

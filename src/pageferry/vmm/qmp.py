@@ -76,7 +76,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
     """Return a message as it goes over the wire.
 
     Raises:
-        ValueError: it is no JSON: a number in it is not finite.
+        ValueError: it is not JSON: a number in it is not finite.
     """
     return json.dumps(message, separators=(",", ":"), allow_nan=False).encode() + b"\r\n"
 

@@ -1,4 +1,4 @@
-"""What an answer of QMP says that is no result."""
+"""An error answer of QMP."""
 
 from enum import StrEnum
 

@@ -6,4 +6,4 @@ readings, and :mod:`.ledger` decides from that what is a loss.
 """
 
 DIGESTS = "digests"
-"""The witness that is no tracker."""
+"""The witness that is not a tracker."""

@@ -33,7 +33,7 @@ class Contents:
         The guest may run: a page is read at some instant of this call, or while it changes, and either shows a change.
 
         Args:
-            among: which pages to read; those that are no RAM or have no storage are left out.
+            among: which pages to read; those that are not RAM or have no storage are left out.
             keep: whether later readings are compared with this one.
         """
         stored = DirtyBitmap(self._memory.gfn_limit)

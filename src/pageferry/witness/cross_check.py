@@ -166,7 +166,7 @@ class CrossCheck:
             return reports[0]
 
     def _under_way(self) -> bool:
-        """Tell whether somebody writes who is not a vCPU."""
+        """Tell whether a writer other than a vCPU is writing."""
         return self._memory.unmarked_writes > 0
 
     def _expect_on(self) -> Contents:

@@ -1,6 +1,6 @@
 """Ledger: which pages each tracker must still report, and so which it has lost.
 
-**What is a loss.** That only one of two trackers reports a page is no loss yet: KVM may report a page that was only
+**What is a loss.** It is not a loss yet if only one of two trackers reports a page: KVM may report a page that was only
 read when it was mapped, or that the processor walked. Content decides. A page is read after each CLEAN that reported it
 (against ``digests``: all pages with storage are), and its digest is compared with the reading before. If it differs,
 the page was written between the two readings, and *every* tracker must report it, whenever the trackers were cleaned
@@ -71,7 +71,7 @@ class _Debts:
         self.due = DirtyBitmap(nbits)
 
     def mature(self, removed: GfnArray) -> None:
-        """No write is under way: all that is owed is due, but for frames that are no RAM any more."""
+        """No write is under way: all that is owed is due, except frames that are not RAM any more."""
         if removed.size:
             self.owed.clear(removed)
         self.due = self.owed.copy()
@@ -101,7 +101,7 @@ class Ledger:
         self._witness_only = DirtyBitmap(nbits)
 
     def mature(self, removed: GfnArray) -> None:
-        """Take note that no write is under way: all that is owed is due, but for frames that are no RAM any more."""
+        """Take note that no write is under way: all that is owed is due, except frames that are not RAM any more."""
         for debts in self._debts:
             debts.mature(removed)
 

@@ -85,7 +85,7 @@ def test_a_pause_after_the_switch_ends_the_command():
 
 
 def test_a_pause_that_is_over_already_is_passed_by():
-    """The word of an earlier pause may reach whoever recovers from it."""
+    """The message about an earlier pause may reach the client that recovers from it."""
     client = Client(["postcopy-paused", "completed"], [{"status": "postcopy-active"}, DONE])
     assert follow(client, resume=True) == {"status": "completed"}
 

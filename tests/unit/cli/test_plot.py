@@ -221,7 +221,7 @@ def test_a_folder_is_no_file(tmp_path):
         PlotFile(tmp_path / "a.html")
 
 
-def test_a_file_that_nobody_drew_into_is_left_as_it_was(tmp_path):
+def test_a_file_without_a_drawing_is_left_as_it_was(tmp_path):
     mine, new = tmp_path / "mine.html", tmp_path / "new.html"
     mine.write_text("precious")
     for path in (mine, new):

@@ -119,7 +119,7 @@ def test_where_the_guests_time_went(time, changes, lines):
     assert explain(report((1000, 0), guest_time=time, **changes)).guest_time == lines
 
 
-def test_faults_that_nobody_counted_are_at_least_the_pages_that_cleans_reported():
+def test_faults_that_were_not_counted_are_at_least_the_pages_that_cleans_reported():
     made = report((1000, 70), (70, 30), (30, 0), guest_time=guest_time())
     assert explain(made).guest_time == (
         "Its first writes to 100 protected pages took a fault each, or were marked by a device.",

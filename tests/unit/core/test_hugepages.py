@@ -68,7 +68,7 @@ def test_thp_advice_gives_huge_pages_and_storage_comes_by_2_mib(thp):
     assert not memory.reserved
 
 
-def test_without_it_storage_comes_by_4_kib_and_nobody_counts(thp):
+def test_without_it_storage_comes_by_4_kib_and_is_not_counted(thp):
     memory = GuestMemory.linear(ODD)
     memory.write(SIZE_2M + 5, b"x")
     assert gfns(memory) == [512]
@@ -115,7 +115,7 @@ def test_hugetlb_reserves_at_once_whole_pages_and_gives_them_back(hugetlb_pool, 
     assert gfns(memory) == []
     last = size_bytes // PAGE - 1
     memory.write(last * PAGE + 4095, b"x")
-    assert gfns(memory) == list(range(last & -512, last + 1))  # the rest of the last huge page is no RAM
+    assert gfns(memory) == list(range(last & -512, last + 1))  # the rest of the last huge page is not RAM
     assert memory.huge_bytes() == SIZE_2M
     with pytest.raises(VmError):
         memory.write(size_bytes, b"x")
@@ -138,7 +138,7 @@ def test_a_pool_too_small_is_one_clear_error_and_takes_nothing(hugetlb_pool):
     assert hugetlb_pool() == before
 
 
-def test_a_reserved_page_is_there_whoever_else_comes(hugetlb_pool):
+def test_a_reserved_page_stays_available(hugetlb_pool):
     """Two guests that promise themselves more than there is: the second is refused, the first is never killed."""
     pages = hugetlb_pool() - 1
     first = GuestMemory.linear(pages * SIZE_2M, huge_pages=HugePages.HUGETLB)

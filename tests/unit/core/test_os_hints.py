@@ -40,7 +40,7 @@ def test_each_error_of_a_file_has_a_hint_of_its_own():
         (listen_hint, errno.EACCES, "", "1024"),
         (listen_hint, errno.EACCES, "/x", "permissions"),
         (listen_hint, errno.ENOENT, "/none/x", "no such file or folder"),
-        (listen_hint, errno.EADDRNOTAVAIL, "", "no address of this host"),
+        (listen_hint, errno.EADDRNOTAVAIL, "", "this host does not have that address"),
         (listen_hint, errno.EMFILE, "", "ulimit -n"),
         (connect_hint, errno.ECONNREFUSED, "", "port right"),
         (connect_hint, errno.ECONNREFUSED, "/x", "any more"),

@@ -180,7 +180,7 @@ def test_a_frozen_guest_stays_where_it_is_whatever_the_user_does(control):
 
 
 class Meddler(FakeVcpu):
-    """While somebody waits for it to stop, somebody else resumes the guest, before the kick has its effect."""
+    """While one thread waits for it to stop, another resumes the guest, before the kick has its effect."""
 
     run_control = None
 

@@ -63,7 +63,7 @@ def test_each_step_leads_where_it_may_and_nowhere_else(depth):
             with pytest.raises(AssertionError, match=f"a guest that is {before} cannot"):
                 do(handoff, step)
             assert handoff.custody is before
-        # It may run here only where nobody was told that it may run there, or somebody took that back.
+        # It may run here only if the other end was not told that it may run there, or that was taken back.
         assert handoff.committed == (handoff.custody not in (Custody.HERE, Custody.KEPT))
         assert (handoff.guest_at is GuestAt.DESTINATION) == (handoff.custody is Custody.THERE)
         assert (handoff.guest_at is GuestAt.UNKNOWN) == (handoff.custody is Custody.UNKNOWN)

@@ -144,7 +144,7 @@ def test_a_throttled_guest_works_on(accel, guests):
     vm.resume()
     throttle.set(0.5)
     try:
-        vm.freeze()  # somebody else's: a throttle neither ends it nor is ended by it
+        vm.freeze()  # another's: a throttle neither ends it nor is ended by it
         throttle.set(0.9)
         vm.thaw()
     finally:

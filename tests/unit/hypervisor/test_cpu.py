@@ -143,7 +143,7 @@ def test_an_effect_is_exact_wherever_the_emulator_ends_a_block(machines, before)
     # l: inc edx; nop...; out sync; inc ecx; jmp l
     code = "ffc2" + "90" * before + SYNC + "ffc1"
     vm = machines(code + "e9" + struct.pack("<i", -len(code) // 2 - 5).hex(), rcx=0, rdx=0)
-    while state_of(vm).rdx < 3:  # it runs: nobody is attached yet
+    while state_of(vm).rdx < 3:  # it runs: no test is attached yet
         vm.resume()
         vm.wait(0.002)
         vm.pause()

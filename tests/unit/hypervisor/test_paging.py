@@ -91,7 +91,7 @@ def test_a_range_of_no_whole_words_is_refused_and_takes_nothing(domain):
 def test_one_fault_per_page_per_cycle(domain):
     domain.paging.enable()
     write(domain, 5, 5, 6, 5)
-    assert domain.paging.stats().fault_count == 2  # the second write to 5 is no write fault: the page is writable
+    assert domain.paging.stats().fault_count == 2  # the second write to 5 does not fault: the page is writable
     domain.paging.clean()
     write(domain, 5)
     assert domain.paging.stats().fault_count == 3

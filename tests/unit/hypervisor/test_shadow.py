@@ -343,7 +343,7 @@ def test_shadows_keep_a_walk_to_themselves_when_the_pool_is_exhausted(machines):
     assert set(range(0x600, 0xE00, 0x200)) <= set(domain.log_dirty.clean().gfns().tolist())
 
 
-def test_a_pool_without_room_for_one_walk_ends_the_guest_and_hangs_nobody(machines):
+def test_a_pool_without_room_for_one_walk_ends_the_guest_and_nothing_hangs(machines):
     domain = machines()
     domain.machine.pool.allocation = domain.machine.pool.used
     domain.resume()

@@ -565,7 +565,7 @@ def test_the_longest_hello_there_is_can_be_said(ends):
     assert source.tell(destination, hello) == hello
 
 
-def test_keys_that_nobody_knows_are_ignored():
+def test_unknown_keys_are_ignored():
     assert parse_body(FrameType.SOURCE_HELLO, hello_with(colour="blue")) == HELLO
 
 

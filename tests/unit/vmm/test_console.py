@@ -73,7 +73,7 @@ def test_a_follower_sees_the_tail_and_then_each_byte_once():
     tail(b"early ")
     follower = tail.follow(lambda: woken.append(1))
     tail(b"before the first look")
-    assert woken == []  # whoever follows looks at once
+    assert woken == []  # a client that follows looks at once
     assert taken(follower) == (b"early before the first look", 0, None)
     tail(b"a")
     tail(b"b")
@@ -125,7 +125,7 @@ def test_the_end_wakes_who_sleeps_and_a_closed_follower_gets_nothing():
     assert taken(other) == (b"", 0, None)
 
 
-def test_a_client_that_does_not_read_holds_nobody_up_and_is_told_what_it_missed(tmp_path):
+def test_a_client_that_does_not_read_holds_up_no_other_and_is_told_what_it_missed(tmp_path):
     tail = ConsoleTail()
     server = QmpServer(tmp_path / "x.sock", {}, {"follow": lambda arguments, wake: tail.follow(wake)})
     server.start()

@@ -78,7 +78,7 @@ class World:
         self.number = 0
 
     def store(self, gfn):
-        """A vCPU's store that nobody has noticed yet."""
+        """A vCPU's store that was not noticed yet."""
         self.number += 1
         self.memory.mapping.view[gfn << 12 : (gfn << 12) + 8] = self.number.to_bytes(8, "little")
 
@@ -175,7 +175,7 @@ def test_what_each_reports_alone_is_counted_range_by_range():
     assert (world.counts().spurious_primary, world.counts().spurious_witness) == (0, 0)
 
 
-def test_nobody_is_blamed_while_a_mark_is_still_under_way(world):
+def test_no_tracker_is_blamed_while_a_mark_is_still_under_way(world):
     def two_rounds_before_the_mark(gfns):
         world.log.clean()
         world.log.clean()

@@ -217,7 +217,7 @@ def _credentials(endpoint: Endpoint, tls_dir: Path | None, peer: str | None, sec
         return credentials
     if tls_dir is None:
         if peer is not None:
-            raise UsageError("there are no names without certificates", hint="--peer goes with --tls-dir")
+            raise UsageError("without certificates an end has no name", hint="--peer goes with --tls-dir")
         return None
     return Credentials.from_dir(tls_dir, Side.DESTINATION, peer)
 

@@ -1,6 +1,6 @@
 """PcChips: interrupt controllers and timer of a PC whose CPU is software; on a real CPU they are the kernel's.
 
-There is no IOAPIC here, and no local APIC: a guest that believes in one all the same, as test kernels may, ends at its
+This machine has no IOAPIC and no local APIC: a guest that relies on one all the same, as test kernels may, ends at its
 first store there, rather than wait for an interrupt that never comes. A guest that has left those of another machine
 alone, as one with a single CPU does that was told of none, can come here, and go back.
 """

@@ -52,13 +52,13 @@ _GROUP_ADDRESS = 1
 
 
 class Backend(Protocol):
-    """What stands behind one device; opened, and not this process's to use before it was claimed."""
+    """A disk or network of this host for one device; opened, but not to be used before it is claimed."""
 
     def claim(self) -> None:
         """Take it. Nothing happens when it is taken already.
 
         Raises:
-            VmError: somebody else has it.
+            VmError: another process has it.
         """
 
     def release(self) -> None:
@@ -207,7 +207,7 @@ class VirtioDevices:
         """Take all that stands behind the devices. Nothing happens when it is taken already.
 
         Raises:
-            VmError: somebody else has a part of it; nothing is taken then.
+            VmError: another process has a part of it; nothing is taken then.
         """
         try:
             for _, backend in self._backends:
@@ -259,7 +259,7 @@ class VirtioDevices:
         The bus is locked, and the guest not frozen; what is typed while it is paused waits.
 
         Returns:
-            None: there is no such console.
+            None: the guest has no such console.
         """
         for console, function in self._consoles:
             if function.live:

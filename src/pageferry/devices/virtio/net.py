@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 _QUEUE_SIZE = 256
 RECEIVE, _TRANSMIT = 0, 1
-#: Frames taken from the link before somebody else may have the bus.
+#: Frames taken from the link before other threads may have the bus.
 _BATCH = 64
 
 _F_CSUM, _F_GUEST_CSUM, _F_MAC, _F_GUEST_TSO4, _F_GUEST_TSO6 = 0, 1, 5, 7, 8

@@ -49,7 +49,7 @@ class NetPort:
         """Take the link, tell the network where the guest is, and begin to hand over frames.
 
         Raises:
-            VmError: somebody else has the link.
+            VmError: another process has the link.
         """
         self.link.claim()
         if self._model is not None and self._pump is not None:

@@ -132,8 +132,8 @@ class SplitQueue:
     def drain(self) -> Iterator[Chain]:
         """Yield every chain that waits now; the driver notifies of those that come later.
 
-        They are no more than the queue has entries, even where the driver lets the device's own writes, or another
-        vCPU, make more of them available all the time.
+        There are at most as many as the queue has entries, even where the driver lets the device's own writes, or
+        another vCPU, make more of them available all the time.
 
         Raises:
             RingError, VmError: as :meth:`pop`.

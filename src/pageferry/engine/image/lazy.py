@@ -1,8 +1,8 @@
 """LazyRestore: a guest that runs before its memory was read from its file.
 
-A thread reads: first the pages that somebody waits for, otherwise the rest in the order of the file. When all have come
-nothing of this is left. A page that cannot be read stops the guest where it is, with nothing lost:
-:meth:`LazyRestore.retry` tries again.
+A thread reads: first the pages that another thread waits for, otherwise the rest in the order of the file. When all
+have come, this object has nothing left to do. A page that cannot be read stops the guest where it is, with nothing
+lost: :meth:`LazyRestore.retry` tries again.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pageferry.engine.postcopy.pager import DemandPager
 
 _log = logging.getLogger(__name__)
 
-#: How much is read at once: what somebody who needs another page may have to wait for.
+#: How much is read at once: a thread that needs another page may have to wait for it.
 PIECE_PAGES = PAGES_PER_2M
 
 

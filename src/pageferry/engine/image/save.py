@@ -242,7 +242,7 @@ class Save:
         """Give the file its name; from then on a guest that was to stop is in the file and not here."""
         handoff = self.job.handoff
         if self._stop:
-            self._attempt.guest.release_backends()  # who restores the guest from there takes them
+            self._attempt.guest.release_backends()  # the process that restores the guest takes them
         if not (handoff.commit() if self._stop else handoff.keep()):
             raise self.job.stays()
         try:

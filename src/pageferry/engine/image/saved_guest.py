@@ -49,8 +49,9 @@ class SavedGuest:
         fd: a descriptor of it, which stays the caller's; None: it is opened.
 
     Raises:
-        UsageError: there is no such file, or it is not a regular one.
-        RemoteStreamError: it is no whole stream, or of a guest that no machine here can hold; names record and offset.
+        UsageError: the file does not exist, or is not a regular one.
+        RemoteStreamError: it is not a whole stream, or of a guest that no machine here can hold; names record and
+            offset.
         VmError: it cannot be read.
     """
 

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords
 
-_NOBODY = -1
+_NO_PAGE = -1
 
 
 class PageCache:
@@ -24,7 +24,7 @@ class PageCache:
     def __init__(self, size_bytes: int, gfn_limit: int) -> None:
         slots = size_bytes // PAGE_SIZE
         self._pages = np.empty((slots, WORDS_PER_PAGE), np.uint64)
-        self._owner = np.full(slots, _NOBODY, np.int64)
+        self._owner = np.full(slots, _NO_PAGE, np.int64)
         self._slot_of = np.zeros(gfn_limit, np.int32)  # plus 1; 0: not here
         self._next = 0
         self._unused = slots
@@ -64,7 +64,7 @@ class PageCache:
             gfns: uint64[n].
         """
         slots = self._slot_of[gfns] - 1
-        self._owner[slots[slots >= 0]] = _NOBODY
+        self._owner[slots[slots >= 0]] = _NO_PAGE
         self._slot_of[gfns] = 0
 
     def _insert(self, gfns: GfnArray, pages: PageWords) -> None:
@@ -72,7 +72,7 @@ class PageCache:
         self._next = (self._next + gfns.size) % self._owner.size
         self._unused = max(0, self._unused - gfns.size)
         evicted = self._owner[slots]
-        self._slot_of[evicted[evicted != _NOBODY]] = 0
+        self._slot_of[evicted[evicted != _NO_PAGE]] = 0
         self._owner[slots] = gfns
         self._slot_of[gfns] = slots + 1
         self._pages[slots] = pages

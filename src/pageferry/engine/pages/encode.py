@@ -48,7 +48,7 @@ class PageCoder(Protocol):
             fresh: nothing was sent of these pages before.
 
         Raises:
-            VmError: a frame is no RAM any more; nothing was written to the stream.
+            VmError: a frame is not RAM any more; nothing was written to the stream.
         """
 
     def forget(self, gfns: GfnArray) -> None:

@@ -89,7 +89,7 @@ class Lane:
         return MAX_PAGES_PER_RECORD if self.channel.pacer is None else self.channel.pacer.batch_pages
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> None:
-        """Send pages, a record or two for each batch; frames that are no RAM any more are left out.
+        """Send pages, a record or two for each batch; frames that are not RAM any more are left out.
 
         Args:
             gfns: uint64[n], strictly ascending. Law 3: the CLEAN that reported them has returned.
@@ -114,7 +114,7 @@ class Lane:
             self.channel.send([self._encoder.record(record)])
 
     def send_removed(self, gfns: GfnArray) -> None:
-        """Tell that frames are no RAM of the guest any more (PAGE_DATA of type XTAB, without data).
+        """Tell that frames are not RAM of the guest any more (PAGE_DATA of type XTAB, without data).
 
         Args:
             gfns: uint64[n], strictly ascending; the guest is frozen.
@@ -162,8 +162,8 @@ class Lane:
         return self._encoder.page_data(gfns, np.full(gfns.size, page_type, np.uint8))
 
     def _coded(self, gfns: GfnArray, *, fresh: bool) -> tuple[GfnArray, GfnArray, Coded]:
-        # Returns the frames that are zero, the others, and the records of those. Frames that are no RAM any more are in
-        # neither: the guest may give pages back at any time.
+        # Returns the frames that are zero, the others, and the records of those. Frames that are not RAM any more are
+        # in neither: the guest may give pages back at any time.
         while True:
             present = gfns[self._memory.are_ram(gfns)]
             zero = zero_pages(self._words, present) if fresh or self._says_zero else np.zeros(present.size, np.bool_)

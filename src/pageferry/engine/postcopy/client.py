@@ -3,7 +3,7 @@
 ::
 
     destination                                           source
-      | -- WANTED(urgent): somebody waits for these ------> |
+      | -- WANTED(urgent): a thread waits for these ------> |
       | -- WANTED: others, a few at a time ---------------> |
       | <------------------------------- PAGES, content -- |  and so on
       |    a cut: the guest stands still
@@ -11,8 +11,8 @@
       | -- COMPLETE --------------------------------------> |
       | <------------------------------------- DROPPED -- |
 
-A page that comes twice, unasked or with another digest than its own is no page: the connection is given up, as if it
-had been cut. A cut costs no page: each that has not come is still missing, and the source keeps it.
+A duplicate, unsolicited or corrupt page drops the connection, as if it had been cut. A cut loses no page: each that has
+not come is still missing, and the source keeps it.
 """
 
 import contextlib
@@ -113,7 +113,7 @@ class PostcopyClient:
     def take_all(self, peer: Peer) -> None:
         """Have all missing pages come, first over the connection of the switch; the guest stands still between two.
 
-        On failure no thread waits for pages, and there is no connection.
+        On failure no thread waits for pages, and the connection is closed.
 
         Raises:
             TransportError: it was aborted, and the guest is lost.

@@ -54,7 +54,7 @@ def _bring_nothing(_: GfnArray) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Need:
-    """Frames (uint64[n]) that somebody waits for; ``met``: they have come, or it is over."""
+    """Frames (uint64[n]) that a thread waits for; ``met``: they have come, or it is over."""
 
     gfns: GfnArray
     met: threading.Event
@@ -129,7 +129,7 @@ class DemandPager:
             raise VmError(_GIVEN_UP)
 
     def needed(self, at_most: int) -> GfnArray:
-        """Return missing frames that somebody waits for, uint64[n] ascending; none twice until :meth:`start_over`."""
+        """Return missing frames that threads wait for, uint64[n] ascending; none twice until :meth:`start_over`."""
         with self._lock:
             if not self._needs:
                 return _NONE

@@ -1,11 +1,11 @@
-"""How post-copy goes on at the source after its connection was cut: when somebody says where the destination is."""
+"""How post-copy goes on at the source after its connection was cut: when it is told where the destination is."""
 
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.channel import Endpoint
 
 
 class Recovery:
-    """A migration that was cut after the switch waits here for somebody who says where to connect.
+    """A migration that was cut after the switch waits here until it is told where to connect.
 
     Args:
         host: on which it waits.

@@ -130,7 +130,7 @@ class Postcopy:
 
     @property
     def paused(self) -> str | None:
-        """Why the pages are here without a connection, while somebody must say where to connect; else None."""
+        """Why the pages are here without a connection, while it must be told where to connect; else None."""
         return self.cut_reason if self.recovery.waiting else None
 
     def connected(self) -> None:
@@ -142,7 +142,7 @@ class Postcopy:
         self._connected_s, self._pages_before = now_s, self.missing.sent_pages
 
     def cut(self, reason: str) -> None:
-        """There is no connection; may be said again of the same cut."""
+        """Note that the connection is lost; may be called again for the same cut."""
         self.cut_reason = reason
         if self._cut_at_s is None:
             self._cut_at_s = self._now_s()

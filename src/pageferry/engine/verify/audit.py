@@ -204,7 +204,7 @@ class Auditor:
         starts, lengths = self._piece
         try:
             digests = digest_runs(self._memory, starts, lengths)
-        except VmError:  # the guest gave a frame back meanwhile; what is no RAM is no candidate the next time
+        except VmError:  # the guest gave a frame back meanwhile; it is not RAM, and not a candidate the next time
             with self._changed:
                 self._accounts.is_sent &= self._memory.all_ram()
                 self._piece = None

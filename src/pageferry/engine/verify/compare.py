@@ -179,7 +179,7 @@ class Comparison:
         pages = int(lengths.sum())
         if known.count() != pages + self.missing.count():
             raise VerifyError("a page is proven that is missing", gfn=None)
-        if not self._shared:  # else there is no elsewhere: the memory is one
+        if not self._shared:  # else nothing lies elsewhere: the ends share the memory
             gfn = first_nonzero_outside(self._pages.memory, self._populated, *known.runs())
             if gfn is not None:
                 raise VerifyError("a page is not zero here that is zero at the source", gfn=gfn)

@@ -7,7 +7,7 @@ Those who connect are heard several at a time, each on a thread of its own, unti
                                                            | JOIN, RECOVER: for the guest that is being received
 
 Up to then a caller has a few seconds, whatever it sends, and costs a thread, a descriptor and at most one hello. When
-too many are heard, the one that has taken longest goes: it is no source that is let in at once.
+too many are heard, the one that has taken longest is dropped: a real source is let in at once.
 """
 
 import contextlib
@@ -107,7 +107,8 @@ class Acceptor:
         host: on which it waits.
 
     Raises:
-        UsageError: it is no address, or the address is in use or not ours, or TLS and credentials do not go together.
+        UsageError: it is not an address, or the address is in use or not ours, or TLS and credentials do not go
+            together.
     """
 
     def __init__(

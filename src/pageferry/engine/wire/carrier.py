@@ -137,7 +137,8 @@ class PlainCarrier:
 class TlsCarrier:
     """Encrypts on the way out and decrypts on the way in.
 
-    OpenSSL's object is for one thread at a time, so no call of it blocks: who has to wait does so outside of the lock.
+    OpenSSL's object is for one thread at a time, so no call of it blocks: a thread that has to wait does so outside the
+    lock.
 
     Args:
         sock: connected; no byte of TLS has passed. It is made non-blocking.
@@ -188,7 +189,7 @@ class TlsCarrier:
         return self._until_done(lambda: self._sock.recv(at_most_bytes), deadline_s), []
 
     def readable(self, wait_s: float) -> bool:
-        """Find out by decrypting: what the kernel has may be no data, or not enough to be any."""
+        """Find out by decrypting: what the kernel has may hold no data, or only part of a record."""
         if self._ahead or self._over is not None:
             return True
         try:

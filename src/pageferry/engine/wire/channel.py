@@ -118,7 +118,7 @@ class Endpoint:
         if self.path:
             addresses: list[tuple[int, Any]] = [(socket.AF_UNIX, self.path)]
         elif not self.port:
-            raise OSError(errno.EADDRNOTAVAIL, "port 0 is for one who listens")
+            raise OSError(errno.EADDRNOTAVAIL, "port 0 is for listening only")
         else:
             addresses = resolve(self.host, self.port)
         failure: OSError = OSError("no address")
@@ -367,7 +367,7 @@ class Channel:
         try:
             host, port, *_ = ("this host", 0) if self.local else self._sock.getpeername()
         except OSError:
-            return "somebody who has left"
+            return "a peer that has left"
         return host if self.local else f"{host} port {port}"
 
     def deadline_s(self, within_s: float | None = None) -> float:

@@ -166,7 +166,7 @@ def admit(
     refusal: Refuse,
     fits: Callable[[_Request], bool] = _anything,
 ) -> _Request | None:
-    """Hear what somebody who connected wants, the destination's side; return the request.
+    """Hear what a new connection wants, the destination's side; return the request.
 
     None: it did not ask for this, with a proof that it knows the token. It is refused, and the connection is closed.
 

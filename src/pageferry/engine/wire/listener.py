@@ -238,7 +238,7 @@ def listen_unix(path: Path, backlog: int = 1) -> Listener:
                 probe.setblocking(False)
                 if probe.connect_ex(os.fspath(path)) == errno.ECONNREFUSED:
                     path.unlink()
-        # The name is made with the socket's own mode less the umask, so there is no moment at which others can connect.
+        # The name is made with the socket's own mode less the umask, so others can connect at no moment.
         os.fchmod(sock.fileno(), _SOCKET_MODE)
         sock.bind(os.fspath(path))
         _give_owner_rights(path)

@@ -88,7 +88,7 @@ class Peer:
         return proof_of(TYPE_OF[kind], self._conversation.nonces, token)
 
     def proves(self, frame: Join | Recover | Known, token: str) -> bool:
-        """Tell whether a frame of the peer's was made for this connection, by somebody who knows ``token``."""
+        """Tell whether a frame of the peer's was made for this connection, by a peer that knows ``token``."""
         return proves(frame.proof, TYPE_OF[type(frame)], self._conversation.nonces, token)
 
     def say_known(self, token: str) -> None:

@@ -115,7 +115,7 @@ def test_lengths_of_one_two_and_three_bytes(body, length):
 def iasl(tmp_path):
     """Disassemble a table, compile it again, and return the source and what was said."""
     if (tool := shutil.which("iasl")) is None:
-        pytest.skip("there is no iasl here: install acpica-tools")
+        pytest.skip("iasl is not installed: apt install acpica-tools")
 
     def run(table):
         (tmp_path / "t.aml").write_bytes(table)

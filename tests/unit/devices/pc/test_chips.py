@@ -73,7 +73,7 @@ def test_loopback_takes_the_interrupt_from_the_bus(pc):
     assert pc.take() is None
 
 
-def test_the_timer_ticks_while_somebody_looks(pc):
+def test_the_timer_ticks_while_the_guest_looks(pc):
     assert pc.bus.due_in_ns() is None
     for port, byte in ((0x43, 0x34), (0x40, 0), (0x40, 0x10)):
         pc.bus.port_write(port, 1, byte)

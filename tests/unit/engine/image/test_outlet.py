@@ -67,7 +67,7 @@ def test_one_that_is_given_up_leaves_nothing(path):
     assert os.listdir(path.parent) == []
 
 
-def test_nobody_else_can_read_a_guest_and_no_name_leads_to_it(path):
+def test_other_users_cannot_read_a_guest_and_no_name_leads_to_it(path):
     sink = write(path, b"secret")
     assert os.listdir(path.parent) == []
     assert stat.S_IMODE(os.fstat(sink.fileno()).st_mode) == 0o600

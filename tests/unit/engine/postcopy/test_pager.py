@@ -59,7 +59,7 @@ class Machine:
 
 
 class Toucher:
-    """Somebody who touches pages on a thread of its own."""
+    """Touches pages on a thread of its own."""
 
     def __init__(self, pager, frames):
         self.error = None
@@ -103,7 +103,7 @@ def pager(machine, needs):
 
 @pytest.fixture
 def touch(pager, needs):
-    """Somebody touches missing pages, and has said that it needs them."""
+    """A thread touches missing pages, and has said that it needs them."""
 
     def begin(*numbers):
         toucher = Toucher(pager, gfns(*numbers))
@@ -129,7 +129,7 @@ def test_pages_are_brought_in_the_order_given_each_once(machine, pager):
     assert machine.memory.read(900 * PAGE_SIZE, 8) == (900).to_bytes(8, "little")
 
 
-def test_what_somebody_waits_for_comes_first_and_is_not_brought_again(pager, touch):
+def test_pages_that_are_waited_for_come_first_and_are_not_brought_again(pager, touch):
     toucher = touch(4, 901)
     assert pager.needed(1).tolist() == [4]
     assert pager.needed(100).tolist() == [901]
@@ -232,7 +232,7 @@ def test_a_page_that_comes_is_marked_after_it_is_there(machine, pager):
     assert marked == [([900, 901], [900, 901])]
 
 
-def test_a_guest_that_is_given_up_lets_go_whoever_waits_and_takes_nothing_more(machine, pager, touch, needs):
+def test_a_guest_that_is_given_up_releases_waiting_threads_and_takes_nothing_more(machine, pager, touch, needs):
     toucher = touch(3)
     frames = pager.needed(100)
     pager.close()
@@ -248,7 +248,7 @@ def test_a_guest_that_is_given_up_lets_go_whoever_waits_and_takes_nothing_more(m
     assert machine.arrival.installed == []
 
 
-def test_the_end_comes_once_whoever_says_it(machine, pager):
+def test_the_end_comes_once_however_often_it_is_said(machine, pager):
     closers = [threading.Thread(target=pager.close) for _ in range(4)]
     for closer in closers:
         closer.start()
@@ -257,7 +257,7 @@ def test_the_end_comes_once_whoever_says_it(machine, pager):
     assert machine.arrival.calls == ["finish", "close"]
 
 
-def test_pages_that_all_came_are_waited_for_by_nobody(pager):
+def test_no_thread_waits_when_all_pages_have_come(pager):
     while (frames := pager.ahead(4)).size:
         bring(pager, frames)
     pager.close()

@@ -77,7 +77,7 @@ def test_during_a_cut_no_end_is_in_sight_and_its_length_is_counted_once(postcopy
     postcopy.connected()
     postcopy.cut("gone")
     clock[0] = 103.0
-    postcopy.cut("gone")  # somebody tried to go on, and found nobody
+    postcopy.cut("gone")  # a recovery was tried, and found no destination
     assert tell(postcopy, 1e6)[1:] == (None, "the connection was cut: pageferry migrate --recover goes on")
     clock[0] = 107.0
     postcopy.connected()

@@ -111,7 +111,7 @@ def test_a_page_that_the_source_does_not_have_must_be_zero(pages, memory):
     for shared in (False, True):
         comparison = Comparison(pages, shared=shared)
         comparison.compare(digests(memory, (10, 9)))
-        if shared:  # the memory is one: there is no other page
+        if shared:  # the ends share the memory: no other page exists
             assert comparison.conclude() == 9
         else:
             with pytest.raises(VerifyError, match="not zero here") as wrong:

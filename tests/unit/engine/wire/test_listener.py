@@ -123,7 +123,7 @@ def test_both_ends_try_the_same_addresses_in_the_same_order():
 
 
 def test_port_0_is_for_one_who_listens():
-    with pytest.raises(OSError, match="port 0 is for one who listens"):
+    with pytest.raises(OSError, match="port 0 is for listening only"):
         Endpoint(host="127.0.0.1").connect(10)
 
 
@@ -136,7 +136,7 @@ def test_an_address_in_use_is_an_error_and_leaves_no_socket_behind():
 
 
 def test_a_listener_removes_its_own_path_and_no_other(tmp_path):
-    """Somebody cleaned up, another process listens at the same path, and only then the first one ends."""
+    """The socket's file was removed, another process listens at the same path, and only then the first one ends."""
     path = tmp_path / "x"
     first = listen_unix(path)
     path.unlink()
@@ -197,7 +197,7 @@ print(len(sock.recv(1)))
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can connect as another user")
 def test_another_user_who_can_reach_the_socket_is_not_let_in():
     with tempfile.TemporaryDirectory() as folder, listen_unix(path := Path(folder, "x"), backlog=8) as listener:
         path.parent.chmod(0o755)

@@ -6,7 +6,7 @@ from pageferry.stream.format import MAX_PAGES_PER_RECORD
 MiB = 1 << 20
 
 
-def test_without_a_cap_nobody_waits():
+def test_without_a_cap_no_thread_waits():
     pacer = Pacer(None, lambda: 0.0)
     assert [pacer.reserve(1 << 40) for _ in range(3)] == [0.0] * 3
     assert pacer.batch_pages == MAX_PAGES_PER_RECORD
