@@ -1,0 +1,1 @@
+"""Fuzzing: recorded conversations, files, states and commands, changed by chance, against whatever reads them."""
