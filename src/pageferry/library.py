@@ -96,7 +96,7 @@ def migrate(
         on_event: sees every event, on the calling thread.
 
     Raises:
-        UsageError: the address or the policy is none.
+        UsageError: the address or the policy is wrong.
         MigrationError: the guest did not move and goes on here (``guest_at`` SOURCE), or whether it moved is not known
             and it is frozen here (UNKNOWN).
     """
@@ -134,7 +134,7 @@ def receive(
     Raises:
         MigrationError: the guest has not arrived and is at its source (``guest_at`` SOURCE), or it was lost with its
             source in post-copy (DESTINATION).
-        ConnectionAbortedError: the acceptor was closed before anybody came.
+        ConnectionAbortedError: the acceptor was closed before a source came.
     """
     peer = acceptor.wait()
     destination = Destination(
@@ -173,7 +173,7 @@ def save(
         on_event: sees every event, on the calling thread.
 
     Raises:
-        UsageError: the policy is none for a save.
+        UsageError: the policy is not for a save.
         MigrationError: it was not saved.
     """
     job = Save(

@@ -94,7 +94,7 @@ class Inn:
                 **options,
             )
             self.vm = self.destination.run()
-        except (MigrationError, OSError) as error:  # an OSError: closed before anybody came
+        except (MigrationError, OSError) as error:  # an OSError: closed before a source came
             self.error = error
 
     def open(self, **options):

@@ -47,7 +47,7 @@ def complaint(result, code):
         (("run", "idle", "--hugepages", "giant"), "giant"),
         (("run",), "nothing to run"),
         (("run", "idle", "--kernel", "/boot/vmlinuz"), "two guests"),
-        (("run", "idle", "--append", "quiet"), "--initrd and --append are for a kernel, and idle is none"),
+        (("run", "idle", "--append", "quiet"), "--initrd and --append are for a kernel, and idle is not one"),
         (("run", "--kernel", "/nonexistent/vmlinuz"), "cannot read /nonexistent/vmlinuz"),
         (("run", "--kernel", __file__), "is not a Linux kernel"),
         (("run", __file__), "is nothing that a guest can be"),

@@ -134,7 +134,7 @@ def test_two_may_look_and_both_may_type(echo, attach):
     assert first.read_until(b"2: from two\r\n") == b"1: from one\r\n2: from two\r\n"
 
 
-def test_a_guest_that_never_reads_does_not_keep_anybody(start, attach):
+def test_a_guest_that_never_reads_keeps_no_client_waiting(start, attach):
     guest = start("run", "kv", "--memory", "32M", "--working-set", "1M")
     console = attach(guest)
     console.read_until(b"seed 1\r\n")

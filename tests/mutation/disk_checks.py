@@ -45,7 +45,7 @@ def a_disk_comes_back(lab: Lab, engine: Engine) -> None:
             trip.go()
         except MigrationError as error:
             require(error.guest_at is GuestAt.SOURCE, f"the guest is at {error.guest_at}")
-            require(not _anybody_can_take(str(path)), "the guest is back, and its disk is anybody's")
+            require(not _anybody_can_take(str(path)), "the guest is back, and its disk is not locked")
             return
         raise Violation("a guest went where its disk is not")
 

@@ -198,7 +198,7 @@ class _Forgets(TrackedGuest):
     found_by=("a-disk-comes-back",),
 )
 class DiskLockLost(AlteredSource, parts={"attempt.TrackedGuest": _Forgets}):
-    """After a failure the guest runs on at the source, and its disk is anybody's."""
+    """After a failure the guest runs on at the source, and its disk is not locked."""
 
 
 class _Unmarked(ReceivedPages):

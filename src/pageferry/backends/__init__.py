@@ -1,1 +1,1 @@
-"""What stands behind a guest's devices on this host: files, taps, sockets. Devices are handed them."""
+"""A guest's disks and networks on this host: files, taps, sockets; handed to its devices."""

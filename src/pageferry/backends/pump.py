@@ -1,4 +1,4 @@
-"""Pump: a thread that waits for what comes at a descriptor, and has it taken when it may be.
+"""Pump: a thread that waits for input on a descriptor, and has it taken when that is allowed.
 
 It sleeps on the descriptor and on an event of its own; what makes it possible to go on (a guest that runs again, or
 has room again) wakes it by that event.

@@ -197,7 +197,7 @@ class _Following:
             self._client.execute("migrate_cancel")
         except QmpError as error:
             self._too_late = True
-            self._requests.take()  # what came before anybody could read this
+            self._requests.take()  # signals from before the notice could be read
             self._notice(f"{error}; a later Ctrl-C leaves it to go on by itself")
         else:
             self._cancelling = True

@@ -1,4 +1,4 @@
-"""Options of the commands that need no more than a control socket; what they import is little."""
+"""Options of the commands that need only a control socket; imports little."""
 
 from pathlib import Path
 from typing import Annotated

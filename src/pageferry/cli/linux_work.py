@@ -1,4 +1,4 @@
-"""What a Linux at work says on its console, wherever it is: shown line by line, and its rounds of work counted."""
+"""Follows the console of a Linux at work, wherever it is: shows each line, and counts the rounds of work."""
 
 import base64
 import re

@@ -276,7 +276,7 @@ def wire_options(bandwidth: str | None, connections: int, compress: Packing, del
         delta_cache: a size in words; None: no cache.
 
     Raises:
-        UsageError: a rate or size is none, or the options do not go together.
+        UsageError: a rate or size is wrong, or the options do not go together.
     """
     wire = WireOptions(
         connections=connections,

@@ -1,4 +1,4 @@
-"""How a command behaves as a process: its exit code, its standard streams, signals, and its one JSON object.
+"""A command as a process: its exit code, its standard streams, signals, and its one JSON object.
 
 Every command runs inside :func:`run`, and none handles any of this itself. Results go to standard output, all else to
 standard error. What happened decides the exit code, whatever becomes of the streams: progress and results that cannot

@@ -1,4 +1,4 @@
-"""What a person sees of a migration that is over: facts, rounds and downtime as bars, and what they say in words."""
+"""The summary of a finished migration: facts, rounds and downtime as bars, and an explanation in words."""
 
 from typing import Any
 

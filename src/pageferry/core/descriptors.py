@@ -1,4 +1,4 @@
-"""Writing to a descriptor that somebody else opened: a pipe, a terminal or a file."""
+"""Writing to a descriptor that another program opened: a pipe, a terminal or a file."""
 
 import os
 import select

@@ -1,4 +1,4 @@
-"""DeviceSpec: what a PC's guest has as virtio devices, and how that is told to another host or kept in a file."""
+"""DeviceSpec: the virtio devices of a PC's guest, and how a hello and a file describe them."""
 
 import json
 from collections.abc import Callable
@@ -54,7 +54,7 @@ def decode_specs(data: bytes) -> tuple[DeviceSpec, ...]:
     """Return the devices in such a state.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a state.
     """
     try:
         return specs_from_json(json.loads(data.decode("utf-8")))

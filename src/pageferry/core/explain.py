@@ -1,4 +1,4 @@
-"""Explain: from a report to sentences: why it ended so, where time went, what was hot, what would have helped.
+"""Turns a report into sentences: why it ended as it did, where time went, what was hot, what would have helped.
 
 Pure functions of the report; each number in a sentence is one of the report's, or follows from some of them by what
 the function says.

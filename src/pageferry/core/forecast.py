@@ -1,4 +1,4 @@
-"""When a migration will be over, reckoned from what was measured; pure, the caller tells the time.
+"""Predicts when a migration will be over, from measured rates; pure, the caller tells the time.
 
 A forecast plays the rounds to come: each moves what is left at the wire's rate, and leaves what the guest writes
 meanwhile, until the pause fits. :class:`Eta` is what a person is told: it counts down, and where it has to go back it

@@ -1,4 +1,4 @@
-"""Where the guest's time went besides downtime: the stall that hides inside pre-copy."""
+"""Where the guest's time went besides downtime: the time that pre-copy cost it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""HeldBits: the dirty bits that a tracker over the kernel has in its own hands, and the operators that need no more."""
+"""HeldBits: the dirty bits that a tracker over the kernel holds itself, and the operators that need only those."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""GuestMemory: a guest's RAM as everyone but its vCPUs sees it.
+"""GuestMemory: a guest's RAM, as all but its vCPUs see it.
 
 Guest-physical address ``gpa`` is host address ``hva + gpa``: one linear range of host addresses per guest. RAM is a
 list of regions; a guest of more than 3 GiB has the PCI hole between two of them, and the hole is not mapped. Where
@@ -144,7 +144,7 @@ class GuestMemory:
         self.regions = tuple(regions)
         self.mapping = mapping
         self.storage: MemFd | None = None
-        """The file with all of RAM at offset gpa, which another process may map too; None where there is none such."""
+        """The file with all of RAM at offset gpa, which another process may map too; None if there is no such file."""
         self.huge_pages = huge_pages
         self._populated = populated
         self._vcpu_mapping = vcpu_mapping or mapping

@@ -1,4 +1,4 @@
-"""Names of files as they mean the same in every process."""
+"""File names that mean the same in every process."""
 
 from pathlib import Path
 

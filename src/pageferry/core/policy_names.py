@@ -39,7 +39,7 @@ def load_policies(names: Iterable[str]) -> UsersPolicies:
     Each is made of the module's file as it is when one is made, so an edited policy needs no new process.
 
     Raises:
-        UsageError: one is none, or its module cannot be imported.
+        UsageError: one is not a policy, or its module cannot be imported.
     """
     return {name: _UsersClass(name) for name in names}
 
@@ -140,7 +140,7 @@ def make_policy(
 
     Raises:
         UsageError: no such policy, a user's own that is not among these, an option does not belong to it or
-            has no sense, or it is none.
+            makes no sense, or it is not a policy.
     """
     given = {"downtime_limit_s": downtime_limit_s, "max_rounds": max_rounds, "deadline_s": deadline_s}
     options = {option: value for option, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""How often which pages were sent: what the report says of it."""
+"""How often each page was sent, as the report has it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What a machine is made of besides memory, in no machine's own format.
+"""The state of a machine besides memory, in a format that is the same for all machines.
 
 ``kvm`` and ``hypervisor`` produce and accept these records; ``stream.hvm_context`` turns them into bytes. Register
 names and the packed segment attributes are those of Xen's HVM context (AMD's VMCB).

@@ -1,4 +1,4 @@
-"""Beginning a thread, which may fail as opening a file may: the user, the container or the host may have no more."""
+"""Starts threads. That can fail as opening a file can: user, container and host limit their number."""
 
 import errno
 import threading

@@ -233,7 +233,7 @@ class ConfigAddress:
         """Replace the address.
 
         Raises:
-            VmError: it is none.
+            VmError: it is not an address.
         """
         expect_size(self.name, data, _ADDRESS.size)
         (address,) = _ADDRESS.unpack(data)

@@ -1,4 +1,4 @@
-"""What two ends can agree on beyond the stream as Xen has it; names as in docs/reference/stream.md, part 2."""
+"""Features that two ends can agree on beyond Xen's stream; names as in docs/reference/stream.md, part 2."""
 
 from collections.abc import Collection
 

@@ -1,4 +1,4 @@
-"""What is told of a migration or a save meanwhile: its phases, how far it is, how fast it goes, when it ends."""
+"""The progress of a migration or a save: its phases, how far it is, how fast it goes, when it will end."""
 
 import logging
 import threading

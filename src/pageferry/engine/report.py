@@ -1,4 +1,4 @@
-"""The report of a migration or a save: what becomes known on the way, gathered and summed up."""
+"""Builds the report of a migration or a save from what becomes known on the way."""
 
 import logging
 from dataclasses import replace

@@ -123,7 +123,7 @@ def read_elf(data: bytes, *, name: str) -> ElfFile:
         name: how messages call it.
 
     Raises:
-        UsageError: the file is none, or its headers are malformed or cut short.
+        UsageError: it is not an ELF file, or its headers are malformed or cut short.
     """
     if data[:4] != MAGIC:
         raise UsageError(f"{name} is not an ELF file", hint="pageferry run --help tells what a guest can be")

@@ -1,4 +1,4 @@
-"""How a vCPU begins that no guest ABI of ours provides for: in long mode, in protected mode, or waiting to be started.
+"""Entry states of a vCPU outside our guest ABI: in long mode, in protected mode, or waiting to be started.
 
 Source: AMD APM volume 2, "Processor initialization state" and the descriptor formats of "Segmented virtual memory".
 """

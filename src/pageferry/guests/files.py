@@ -1,4 +1,4 @@
-"""Reads the files that a guest is made of, whole, and none without end."""
+"""Reads the files of a guest whole, up to a limit."""
 
 from os import PathLike
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a kernel finds in a PC's memory besides itself, whichever way it is booted.
+"""What a kernel finds in a PC's memory besides itself, however it is booted.
 
 Below 1 MiB, where a kernel reserves what it needs before it uses the rest::
 
@@ -75,7 +75,7 @@ def pc_placement(vm: Vm, name: str, parts: Iterable[LoadedPart], *, long_mode: b
     """Begin to place a kernel in the memory of a PC: it, a GDT for its first vCPU, BIOS data, and the ACPI tables.
 
     Raises:
-        UsageError: the machine is none that kernels are made for, or the kernel does not fit.
+        UsageError: kernels are not made for this machine model, or the kernel does not fit.
     """
     if vm.config.machine is not MachineModel.PC:
         raise UsageError(f"{name} needs a PC, and the machine is {vm.config.machine}", hint="--machine pc")

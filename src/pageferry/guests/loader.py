@@ -1,4 +1,4 @@
-"""What a user names to be run, by name or file, and how a machine is started with it, whatever it is."""
+"""Finds the guest that a user names, by name or file, and starts a machine with it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,12 +76,12 @@ def named(name_or_path: str, params: GuestParams | None, options: KernelOptions 
         options: what a kernel is given; None: nothing was asked for.
 
     Raises:
-        UsageError: there is none such, it is nothing that a guest can be, or it is given what is not for it.
+        UsageError: no such workload or file, a file that cannot be a guest, or params or options that are not for it.
     """
     loader = _file(name_or_path, params, options) if names_file(name_or_path) else None
     loader = loader or _program(load_workload(name_or_path), params)
     if loader.machine is None and options is not None:
-        raise UsageError(f"--initrd and --append are for a kernel, and {name_or_path} is none")
+        raise UsageError(f"--initrd and --append are for a kernel, and {name_or_path} is not one")
     if loader.machine is not None and params is not None:
         raise UsageError(
             f"--working-set, --rate, --seed and --argument are for a workload, and {name_or_path} is a kernel",

@@ -57,7 +57,7 @@ def load_workload(name: str) -> Program:
     """Return a built-in program.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no workload has that name.
     """
     workload = WORKLOADS.get(name)
     if workload is None:

@@ -1,4 +1,4 @@
-"""How a vCPU is stopped exactly: each block of code looks, before it begins, whether it is to begin.
+"""Stops a vCPU exactly: each block of code checks, before it begins, whether it may.
 
 ``uc_emu_stop`` from another thread is not exact: between chained blocks it leaves RIP behind, and what was executed is
 executed again. A callback before a block is: RIP is up to date there, and a stop asked for by the block's own thread

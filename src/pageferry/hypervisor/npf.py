@@ -1,4 +1,4 @@
-"""The nested page fault: what the P2M denies, and what becomes of it.
+"""The nested page fault: an access that the P2M denies, and how it is resolved.
 
 The RFC, design 2::
 

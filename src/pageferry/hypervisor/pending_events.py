@@ -1,4 +1,4 @@
-"""What a vCPU's state says is pending: an event that was begun to be delivered, an exception, an NMI, a triple fault.
+"""Pending events in a vCPU's state: an event whose delivery has begun, an exception, an NMI, a triple fault.
 
 Only a state from elsewhere has them: here an event is delivered as a whole, between two instructions. A software
 interrupt that was begun is dropped: RIP is at its instruction, which is executed anew.

@@ -100,7 +100,7 @@ class PhysMap:
         """Take RAM away from the guest, which has given it up: an access is its end, the content is gone.
 
         Args:
-            gfns: frames of RAM, distinct, any order; no grants, and not mapped by anybody.
+            gfns: frames of RAM, distinct, any order; no grants, and without foreign mappings.
 
         Raises:
             VmError: a frame is not such; nothing changed.

@@ -1,4 +1,4 @@
-"""What the TLB was told, told again by machine code while the guest's page tables still say the same.
+"""Remembers TLB fills; machine code repeats them as long as the guest's page tables are unchanged.
 
 A guest flushes its TLB at every change of address space, on a kernel with separated page tables twice for each system
 call, and the emulator's TLB knows no global pages: the same few dozen pages are asked for again and again. So each

@@ -1,4 +1,4 @@
-"""Unicorn, as thinly as it goes: one emulator instance, and callbacks without the wrapper's layers.
+"""A thin interface to Unicorn: one emulator instance, and callbacks without the layers of its Python package.
 
 The wrapper of the ``unicorn`` package builds Python objects around every callback. The TLB callback is our nested
 page walk and runs once per page per cycle, so it is registered here directly: it gets plain integers and fills the

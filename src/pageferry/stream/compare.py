@@ -1,4 +1,4 @@
-"""What differs between two streams: pages, the CPU's description, and the state, register by register.
+"""Finds what differs between two streams: pages, the CPU's description, and the state, register by register.
 
 Source: docs/reference/stream.md, part 1.
 """

@@ -49,8 +49,8 @@ class Stage(StrEnum):
 
 
 _P, _S, _D = Stage, Side.SOURCE, Side.DESTINATION
-#: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise, or the
-#: word would be anybody's.
+#: Where a destination can no longer promise that the guest never runs there, or no source waits for the promise, or any
+#: peer could say it.
 _NO_PROMISE = (_P.RUNNING, _P.OVER, _P.CLOSED, _P.JOINED, _P.FETCHING, _P.COMPLETE, _P.RECOVERING)
 
 #: (stage, sender, frame) -> next stage. DIGESTS stands for all but the last; ``LAST_DIGESTS`` has the last.

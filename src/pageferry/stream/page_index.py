@@ -1,4 +1,4 @@
-"""PageIndex: where in a stream the content of each page is that counts in the end.
+"""PageIndex: where in a stream each page's final content is.
 
 Source: docs/reference/stream.md, part 1, PAGE_DATA: the last one of a pfn counts.
 """

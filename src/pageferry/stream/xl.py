@@ -68,7 +68,7 @@ class Inside:
     Args:
         read: where the bytes come from.
 
-    ``envelope`` is known after the first call: None around a bare stream, and around what is none.
+    ``envelope`` is known after the first call: None if the stream is bare, or not a stream.
     """
 
     def __init__(self, read: Read) -> None:

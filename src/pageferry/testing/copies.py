@@ -1,4 +1,4 @@
-"""Conformance checks of the order of things: what a copy holds that is made at the worst possible moment.
+"""Conformance checks of order: a copy that is made at the worst possible moment holds the right content.
 
 Each brings about the interleaving that matters by itself, so it finds a fault on the first try, every time.
 """

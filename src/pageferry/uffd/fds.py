@@ -34,7 +34,7 @@ class UffdFd(Fd):
         features: what it must offer (``UFFD_FEATURE_*``); write protection of shared memory is always asked for.
 
     Raises:
-        UnsupportedError: there is none, it is forbidden, or it lacks a feature; says which.
+        UnsupportedError: the kernel has none, forbids it, or lacks a feature; says which.
         UffdError: the kernel refused for another reason.
     """
 

@@ -1,4 +1,4 @@
-"""Guest: the machine of this process's guest, its name, console and work, and the file it is still read from."""
+"""Guest: this process's guest: its machine, name, console and work, and the file that it is still read from."""
 
 import threading
 from collections.abc import Callable

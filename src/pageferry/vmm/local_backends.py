@@ -1,4 +1,4 @@
-"""LocalBackends: what stands behind a guest's devices on this host, where that is said here; else as at its source.
+"""LocalBackends: this host's disks and networks for a guest, where the user names them; else as at its source.
 
 A source names its backends in the hello, and a peer that may run a guest here could so have any file of this process's
 user opened. A source on this host is that user's or stronger; of one elsewhere each disk and network has to be named

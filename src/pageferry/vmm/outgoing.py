@@ -181,7 +181,7 @@ class Outgoing:
         """Go on at ``endpoint`` with a migration that was cut after the commit or the switch.
 
         Raises:
-            QmpError: there is none.
+            QmpError: no migration was cut there.
         """
         with self._guest.lock:
             attempt = self._attempt
@@ -206,8 +206,8 @@ class Outgoing:
         """Change limits of the attempt under way; see :meth:`~pageferry.engine.job.Job.change_limits`.
 
         Raises:
-            QmpError: there is none.
-            UsageError: its policy has no such limit, or a value has no sense.
+            QmpError: no attempt is under way.
+            UsageError: its policy has no such limit, or a value makes no sense.
         """
         self._current().change_limits(limits, bandwidth)
 
@@ -218,7 +218,7 @@ class Outgoing:
             state: that the caller believes it to be in.
 
         Raises:
-            QmpError: there is none, or it is in another state.
+            QmpError: no attempt is under way, or it is in another state.
         """
         job = self._current()
         if state != JobStatus.HELD or job.status not in (JobStatus.HELD, JobStatus.ACTIVE):

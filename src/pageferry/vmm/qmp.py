@@ -85,7 +85,7 @@ def decode(text: bytes) -> Any:  # noqa: ANN401  # any JSON value
     """Return the JSON value in ``text``, strictly: as RFC 8259 has it, numbers in 64 bits.
 
     Raises:
-        QmpError: it is none.
+        QmpError: it is not JSON.
     """
     try:
         return json.loads(text.decode(), parse_constant=_number, parse_int=_number, parse_float=_number)

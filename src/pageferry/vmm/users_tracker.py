@@ -50,7 +50,7 @@ def tracked_by(
 ) -> Callable[[VmConfig], StandardMachine]:
     """Return what makes the same machines with a user's tracker in the place of their own.
 
-    Making one raises UsageError if the tracker cannot be made, or is none.
+    Making one raises UsageError if the tracker cannot be made, or is not a tracker.
     """
 
     def make(config: VmConfig) -> StandardMachine:
@@ -113,7 +113,7 @@ class UsersTracker:
         return self._bitmap("clean", self._ask("clean", self._log.clean))
 
     def clean_range(self, gfns: range) -> DirtyBitmap:
-        """CLEAN of a range; a ValueError is what the protocol has for a range that is none."""
+        """CLEAN of a range; the protocol has ValueError for a wrong range."""
         return self._bitmap("clean_range", self._ask("clean_range", lambda: self._log.clean_range(gfns), (ValueError,)))
 
     def off(self) -> None:

@@ -207,7 +207,7 @@ def test_a_pause_that_is_resumed_meanwhile_does_not_hunt_the_vcpus_for_ever(cont
 
 
 @pytest.mark.parametrize("effect", [GuestExit(0), SyncPoint(1), GuestCrash("triple fault")])
-def test_what_stops_one_vcpu_stops_all_without_anybody_waiting(control, effect):
+def test_what_stops_one_vcpu_stops_all_without_a_wait(control, effect):
     other = FakeVcpu()
 
     class First(FakeVcpu):

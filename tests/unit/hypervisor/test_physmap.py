@@ -33,7 +33,7 @@ def runs(memory):
     return [gfn for s, n in zip(*(a.tolist() for a in memory.populated()), strict=True) for gfn in range(s, s + n)]
 
 
-def test_a_removed_page_is_no_ram_to_anybody_and_its_content_is_gone(domain):
+def test_a_removed_page_is_not_ram_any_more_and_its_content_is_gone(domain):
     memory = domain.memory
     for gfn in (5, 6, 600):
         memory.write(gfn << 12, b"old")

@@ -1,4 +1,4 @@
-"""What is drawn of a migration: a report's numbers, in the shape of its pictures."""
+"""The numbers of a report, in the shape of the pictures drawn from it."""
 
 from dataclasses import dataclass
 from typing import Any

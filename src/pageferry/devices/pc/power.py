@@ -93,7 +93,7 @@ class PowerManagement:
         """Replace the registers.
 
         Raises:
-            VmError: they are none of this device.
+            VmError: they do not belong to this device.
         """
         expect_size(self.name, data, _STATE.size)
         status, enable, control = _STATE.unpack(data)

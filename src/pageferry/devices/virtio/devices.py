@@ -273,7 +273,7 @@ def _mac(name: str, text: str) -> bytes:
     """Return the bytes of a station's address.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not an address of one station.
     """
     address = bytes.fromhex(text.replace(":", "")) if _MAC.fullmatch(text) else b""
     if not address or address[0] & _GROUP_ADDRESS:

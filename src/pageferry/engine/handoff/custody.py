@@ -189,7 +189,7 @@ class Takeover:
         return max(0.0, self._accepts_until_s - now_s)
 
     def accept(self, now_s: float) -> bool:
-        """A commit has come; return False when the lease is over, and it is none."""
+        """A commit has come; return False when the lease is over, so that the commit does not count."""
         if not self.left_s(now_s):
             return False
         self._move(Claim.ACCEPTED, Claim.READY)

@@ -1,1 +1,1 @@
-"""Guests in files: save, restore, and restore of a guest that runs meanwhile."""
+"""Guests in files: save, restore, and lazy restore, in which the guest runs meanwhile."""

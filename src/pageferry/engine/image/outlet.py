@@ -1,4 +1,4 @@
-"""FileOutlet: a file that comes into being whole or not at all, written as a connection is: gathered, in order.
+"""FileOutlet: writes a file that appears whole or not at all; like a connection, it gathers buffers in order.
 
 While it is written it has no name (``O_TMPFILE``): a process that is killed leaves nothing, and no other user finds
 what holds a guest's memory. Where the file system has no such files it has a name that cannot be guessed. It gets its

@@ -1,4 +1,4 @@
-"""Restoring a guest from a file: all of its memory is read and then it may run, or it runs and its memory is read.
+"""Restores a guest from a file: reads all of its memory and then lets it run, or lets it run and reads meanwhile.
 
 Postcondition on success: the guest is here, paused. On failure none is here, and none ever ran.
 """

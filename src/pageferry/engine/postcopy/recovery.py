@@ -28,7 +28,7 @@ class Recovery:
         return self._abandoned
 
     def ask(self, endpoint: Endpoint) -> bool:
-        """Say where to connect; from any thread. Return whether anybody waited for it."""
+        """Say where to connect; from any thread. Return whether the migration waited for it."""
         with self._changed:
             if not self._waiting:
                 return False

@@ -1,4 +1,4 @@
-"""The source's side of post-copy: pages that were not sent when the guest switched, and go when they are asked for.
+"""The source's side of post-copy: sends the pages that were missing at the switch, when they are asked for.
 
 The guest is frozen here and never runs here again, so a page is what it was at the pause however late it goes.
 """

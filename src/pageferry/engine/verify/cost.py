@@ -1,4 +1,4 @@
-"""What proving at a pause will cost, measured while there is none."""
+"""Predicts what the proof at the pause will cost, by measuring before it."""
 
 from collections.abc import Callable
 

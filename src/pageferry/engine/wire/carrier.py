@@ -19,7 +19,7 @@ _MAX_BUFFERS = 1024  # IOV_MAX
 _PIECE_BYTES = 256 << 10
 #: Smaller buffers are put together, so that a record of TLS (16 KiB) is full.
 _SMALL_BYTES = 16 << 10
-#: Decrypted before anybody else has a turn.
+#: Decrypted before another thread has a turn.
 _TURN_BYTES = 1 << 20
 #: Read at once of what is forgotten.
 _SCRATCH_BYTES = 1 << 20

@@ -68,7 +68,7 @@ class Endpoint:
         ``tcp:HOST:PORT`` is read too, as QEMU writes it.
 
         Raises:
-            UsageError: it is none of them; says what of it cannot be.
+            UsageError: it is not an address; says what is wrong with it.
         """
         try:
             if uri.startswith("unix:"):

@@ -1,4 +1,4 @@
-"""What OpenSSL says when two ends do not come together, in one line and with what to do about it."""
+"""Turns OpenSSL's errors into one line, and a hint on what to do."""
 
 import ssl
 

@@ -1,4 +1,4 @@
-"""Unpacks the kernel proper, which a bzImage carries in one of the kernel's own ways of packing, and never too much.
+"""Unpacks the kernel inside a bzImage, which may be packed in several ways; the size is bounded.
 
 Source: the kernel's ``Documentation/arch/x86/boot.rst``, field ``payload_offset``; LZ4's "legacy frame" in the
 ``lz4_Frame_format.md`` of that project.

@@ -152,7 +152,7 @@ def test_a_source_is_heard_though_there_are_no_more_threads(place, callers):
     assert place.wait().first.migration_id == "x"
 
 
-def test_a_place_that_nobody_can_come_to_is_not_left_open(tmp_path):
+def test_a_place_that_cannot_be_reached_is_not_left_open(tmp_path):
     with no_more_threads(), pytest.raises(OutOfThreadsError):
         Acceptor(f"unix:{tmp_path}/x")
     assert [*tmp_path.iterdir()] == []
