@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pageferry.cli.control_options import path_option
 from pageferry.cli.shell import ERR
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
@@ -76,7 +77,7 @@ BandwidthOption = Annotated[
 ]
 TlsDirOption = Annotated[
     Path | None,
-    typer.Option(
+    path_option(
         help="Certificates for tls://, named as for QEMU: ca-cert.pem, server- or client-cert.pem and -key.pem."
     ),
 ]
@@ -88,7 +89,7 @@ InsecureOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
+    path_option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
 ]
 MemoryOption = Annotated[str, typer.Option(callback=SIZE, help="Guest memory.")]
 CpuOption = Annotated[

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import typer
 
+from pageferry.cli import main
 from pageferry.cli.options import TrackerOption, device_specs, rate_option, wire_options
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.hypervisor.paging import PAGING_MODES
@@ -44,3 +46,16 @@ def test_a_rate_that_is_not_given_leaves_what_is_kept_and_0_overrides_it():
     assert "x-bandwidth" not in wire_options(None, 1, Packing.NONE, None)
     assert wire_options("0", 1, Packing.NONE, None)["x-bandwidth"] == 0
     assert rate_option("1M") == {"x-bandwidth": 1 << 20}
+
+
+def test_who_may_not_read_a_path_hears_so_from_what_reads_it():
+    """The parser would only say that it is not readable, and ``--help`` as the hint."""
+    commands = typer.main.get_command(main.app_with(main.COMMANDS)).commands
+    paths = {
+        (name, parameter.name): parameter.type
+        for name, command in commands.items()
+        for parameter in command.params
+        if parameter.type.name in ("path", "file", "directory")
+    }
+    assert {("status", "control"), ("restore", "file"), ("run", "kernel"), ("migrate", "secret_file")} <= {*paths}
+    assert [where for where, kind in paths.items() if kind.readable] == []

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pageferry.cli.client import MigrationFailedError, cancel_migration, migrate
-from pageferry.cli.control_options import ControlOption, JsonOption
+from pageferry.cli.control_options import ControlOption, JsonOption, path_argument, path_option
 from pageferry.cli.demo import run_demo, run_linux_demo
 from pageferry.cli.options import (
     RATE,
@@ -70,7 +70,7 @@ def demo(
     memory: MemoryOption = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",
     linux: Annotated[
-        Path | None, typer.Option(help="A Linux at work instead: a directory that `make linux-image` made.")
+        Path | None, path_option(help="A Linux at work instead: a directory that `make linux-image` made.")
     ] = None,
     cpus: CpusOption = 1,
     cpu: CpuOption = CpuModel.BASELINE,
@@ -107,7 +107,7 @@ def migrate_guest(
     tls_dir: TlsDirOption = None,
     peer: PeerOption = None,
     secret_file: Annotated[
-        Path | None, typer.Option(help="A file with what `receive --secret new` has printed (tls).")
+        Path | None, path_option(help="A file with what `receive --secret new` has printed (tls).")
     ] = None,
     insecure: InsecureOption = False,
     policy: PolicyOption = "downtime",
@@ -149,7 +149,7 @@ def migrate_guest(
 
 
 def save(
-    file: Annotated[Path, typer.Argument(help="The file to make; an earlier one is replaced when this is whole.")],
+    file: Annotated[Path, path_argument(help="The file to make; an earlier one is replaced when this is whole.")],
     control: ControlOption,
     stop: Annotated[
         bool, typer.Option("--stop", help="Stop the guest here when it is saved; without it, it runs on: a snapshot.")

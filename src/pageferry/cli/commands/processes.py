@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pageferry.cli.console import LocalConsole
-from pageferry.cli.control_options import ControlOption, OwnControlOption
+from pageferry.cli.control_options import ControlOption, OwnControlOption, path_argument, path_option
 from pageferry.cli.options import (
     MAX_CPUS,
     SIZE,
@@ -73,8 +73,8 @@ def run_guest(
             help=f"A workload ({', '.join(WORKLOADS)}), or a file: a program (ELF), or a kernel of any kind."
         ),
     ] = None,
-    kernel: Annotated[Path | None, typer.Option(help="A Linux kernel: a bzImage (vmlinuz) or a vmlinux.")] = None,
-    initrd: Annotated[Path | None, typer.Option(help="The kernel's initrd or initramfs, or its module.")] = None,
+    kernel: Annotated[Path | None, path_option(help="A Linux kernel: a bzImage (vmlinuz) or a vmlinux.")] = None,
+    initrd: Annotated[Path | None, path_option(help="The kernel's initrd or initramfs, or its module.")] = None,
     append: Annotated[str | None, typer.Option(help='The kernel\'s command line, e.g. "console=ttyS0".')] = None,
     disk: DisksOption = None,
     net: NetsOption = None,
@@ -223,7 +223,7 @@ def _credentials(endpoint: Endpoint, tls_dir: Path | None, peer: str | None, sec
 
 
 def restore(
-    file: Annotated[Path, typer.Argument(help="What `pageferry save` made.")],
+    file: Annotated[Path, path_argument(help="What `pageferry save` made.")],
     lazy: Annotated[
         bool, typer.Option("--lazy", help="Let it run at once; its memory is read when it is touched, and meanwhile.")
     ] = False,

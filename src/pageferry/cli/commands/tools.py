@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pageferry.cli.control_options import JsonOption
+from pageferry.cli.control_options import JsonOption, path_argument
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.shell import ERR, OUT, ExitCode, print_object
 from pageferry.cli.streams import STANDARD_INPUT, opened
@@ -37,7 +37,7 @@ def inspect(
 
 
 def keys(
-    directory: Annotated[Path, typer.Argument(help="A new directory, for those of each end and of the CA.")],
+    directory: Annotated[Path, path_argument(help="A new directory, for those of each end and of the CA.")],
     source: Annotated[str, typer.Option(help="Name or address of the source, for its certificate.")] = "source",
     destination: Annotated[
         str, typer.Option(help="Name or address of the destination: what `migrate tls://` connects to.")

@@ -5,6 +5,7 @@ import secrets
 from pathlib import Path
 
 from pageferry.core.errors import UsageError
+from pageferry.core.os_hints import file_hint
 from pageferry.engine.wire.credentials import CA_CERT, FILES, new_authority
 from pageferry.stream.ferry_order import Side
 
@@ -44,7 +45,8 @@ def make_keys(directory: Path, *, source: str, destination: str, days: int) -> d
             _write(made[str(side)] / certificate, issued.certificate)
             _write(made[str(side)] / key, issued.key)
     except OSError as error:
-        raise UsageError(f"{error.filename or directory} cannot be made: {error.strerror}") from error
+        what = f"{error.filename or directory} cannot be made: {error.strerror}"
+        raise UsageError(what, hint=file_hint(error)) from error
     return made
 
 
