@@ -107,7 +107,7 @@ def test_the_fault_is_found_by_the_check(make_vm, fault, check):
 @pytest.mark.parametrize(
     "wrapper", sample([Faithful, tracker_races.HoldsMarks], "the base of the other faults", quick=[Faithful])
 )
-def test_the_wrapper_alone_is_no_fault(make_vm, wrapper):
+def test_the_wrapper_alone_is_not_a_fault(make_vm, wrapper):
     lab = Lab(make_vm=mutated(make_vm, wrapper), memory_bytes=ODD, seed=1)
     assert [run_check(check, lab) for check in CHECKS] == [None] * len(CHECKS)
 

@@ -114,7 +114,7 @@ def test_it_tells_the_hottest_frames_when_log_dirty_ends(users_modules, capsys):
         ),
     ],
 )
-def test_what_is_no_tracker_is_refused_before_a_guest_is_made(users_modules, source, name, told):
+def test_what_is_not_a_tracker_is_refused_before_a_guest_is_made(users_modules, source, name, told):
     (users_modules / "mine.py").write_text(source)
     with pytest.raises(UsageError, match=re.escape(told)) as refused:
         choose_machines("soft", name).make_vm(CONFIG)

@@ -124,7 +124,7 @@ def test_wrong_usage_of_a_process_of_its_own():
     assert "frobnicate" in complaint(cli("frobnicate"), 2)
 
 
-def test_a_file_that_is_no_program(here, tmp_path):
+def test_a_file_that_is_not_a_program(here, tmp_path):
     file = tmp_path / "mine.elf"
     file.write_bytes(b"\x7fELF but not really")
     complaint(here("run", file, "--accel", "soft"), 2)

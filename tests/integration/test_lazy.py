@@ -126,7 +126,7 @@ def test_a_guest_that_does_not_run_gets_all_of_its_memory(saved, restored, machi
 
 
 @pytest.mark.parametrize("accel", ["soft"])
-def test_code_that_is_no_vcpu_finds_what_it_touches(saved, restored, machine):
+def test_code_that_is_not_a_vcpu_finds_what_it_touches(saved, restored, machine):
     """Reads, writes of a part of a page, copies and views; also of pages that have no content."""
     path, original = saved("idle")
     populated = expand_runs(*original.memory.populated()).tolist()

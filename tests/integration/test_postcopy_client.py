@@ -182,7 +182,7 @@ def pages_that_no_guest_has(gfns):
         (ConnectionResetError(), ConnectionResetError),
     ],
 )
-def test_what_is_no_page_of_the_source_is_not_taken_and_the_next_connection_goes_on(vm, client, says, error):
+def test_what_is_not_a_page_of_the_source_is_not_taken_and_the_next_connection_goes_on(vm, client, says, error):
     with pytest.raises(error):
         client.take_from(Source(says))
     assert client.missing_pages == MISSING.size

@@ -179,7 +179,7 @@ def test_a_destination_believes_no_audit_that_it_has_not_seen(running, inn):
     expect_as_before(vm, inn, source)
 
 
-def test_a_destination_that_cannot_audit_is_no_obstacle_unless_it_must(running, inn):
+def test_a_destination_that_cannot_audit_does_not_matter_unless_it_must(running, inn):
     vm = running("idle")
     inn.kind = lacking(features.AUDIT)
     source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT)

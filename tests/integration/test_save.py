@@ -371,7 +371,7 @@ def last_page(content):
     ],
     ids=["page", "end", "state"],
 )
-def test_what_the_disk_wrote_wrongly_is_found_and_is_no_file(running, path, offset_of, says):
+def test_what_the_disk_wrote_wrongly_is_found_and_leaves_no_file(running, path, offset_of, says):
     class Spoiled(FileOutlet):
         def settle(self):
             super().settle()
@@ -476,7 +476,7 @@ def test_a_host_without_room_refuses(running, path, make_vm):
             restore(saved, make_vm)
 
 
-def test_what_cannot_be_read_is_no_guest(running, path, restored, make_vm, monkeypatch):
+def test_a_file_that_cannot_be_read_gives_no_guest(running, path, restored, make_vm, monkeypatch):
     attempt(running("kv"), path).run()
     made = []
 

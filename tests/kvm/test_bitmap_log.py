@@ -206,7 +206,7 @@ def test_dma_marks_what_it_writes_after_it_wrote(kvm, manual_protect):
 
 
 @pytest.mark.parametrize("pages", [513, 575, 576, 577, 1000, 1023])
-def test_sizes_that_are_no_multiple_of_64_pages(kvm, manual_protect, pages):
+def test_sizes_that_are_not_a_multiple_of_64_pages(kvm, manual_protect, pages):
     last = (pages - 1) * PAGE_SIZE
     vm = kvm.guest(
         "touch", memory_bytes=pages * PAGE_SIZE, manual_protect=manual_protect, rdi=last, rsi=0x20_0000, rbp=last

@@ -111,7 +111,7 @@ def test_two_messages_of_one_batch_are_one_fault(log, by_vcpu, monkeypatch):
     assert faults(log) == 2
 
 
-def test_the_count_starts_afresh_with_each_enable_and_marks_are_no_faults(log, by_vcpu):
+def test_the_count_starts_afresh_with_each_enable_and_marks_are_not_faults(log, by_vcpu):
     log.enable()
     by_vcpu(log, 1, 2)
     log._view.memory.write(2 * PAGE_SIZE, b"host")

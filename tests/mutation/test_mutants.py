@@ -57,7 +57,7 @@ def test_without_a_fault_nothing_is_found(room):
         assert [run_check(check, lab) for check in own] == [None] * len(own)
 
 
-def test_the_store_between_two_steps_is_no_fault_by_itself():
+def test_the_store_between_two_steps_is_not_a_fault_by_itself():
     def store_before_clean(domain):
         alter(domain.paging, "clean_range", lambda sound: lambda gfns: (store_from_a_vcpu(domain), sound(gfns))[1])
 
@@ -69,14 +69,14 @@ def test_the_store_between_two_steps_is_no_fault_by_itself():
         assert run_check(check, lab) is None
 
 
-def test_the_stores_beside_a_fault_are_no_fault_by_themselves(kvm_support):
+def test_the_stores_beside_a_fault_are_not_a_fault_by_themselves(kvm_support):
     (fault,) = [fault for fault in FAULTS if fault.name == "uffd-first-of-a-batch-marked"]
     lab = lab_of(replace(fault, inject=store_beside_the_first_fault))
     (check,) = [check for check in checks_of(fault) if check.name in fault.found_by]
     assert run_check(check, lab) is None
 
 
-def test_a_full_ring_before_each_clean_is_no_fault_by_itself(kvm_support):
+def test_a_full_ring_before_each_clean_is_not_a_fault_by_itself(kvm_support):
     (fault,) = [fault for fault in FAULTS if fault.name == "ring-dropped-when-full"]
     lab = lab_of(replace(fault, inject=full_before_clean))
     for check in checks_of(fault):

@@ -28,7 +28,7 @@ def test_zero_pages_are_those_without_a_bit(content, runs, value):
     assert zero.tolist() == [gfn not in content for gfn in frames]
 
 
-def test_no_pages_are_no_answer():
+def test_no_pages_give_an_empty_answer():
     assert zero_pages(page_words(MEMORY), np.empty(0, np.uint64)).tolist() == []
 
 

@@ -159,7 +159,7 @@ def test_a_flipped_bit_is_refused_or_is_in_a_field_that_may_have_it(data):
 
 
 @given(st.binary(max_size=300))
-def test_what_is_no_stream_is_refused(data):
+def test_what_is_not_a_stream_is_refused(data):
     with pytest.raises(RemoteStreamError), opened(data):
         pass
 
@@ -206,7 +206,7 @@ def test_a_file_that_became_shorter_is_found_when_its_pages_are_read(tmp_path):
             contents_of(saved)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_not_a_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, says in (
         ("pipe", "not a regular file"),

@@ -50,7 +50,7 @@ def test_the_ratio_is_to_the_better_one_of_the_same_repetition():
     assert by_measure(compare(rows, 0.49))["total time"].met is False
 
 
-def test_a_move_that_did_not_come_about_is_no_number():
+def test_a_move_that_did_not_come_about_is_not_a_number():
     rows = [(move(1.0), None, move(4.0)), (None, move(2.0), move(2.0)), (move(3.0), None, None)]
     total = by_measure(compare(rows, 0.5))["total time"]
     assert total.ratio.median == 0.25
@@ -229,7 +229,7 @@ def test_the_guests_own_count_is_read_out_of_another_process():
     assert read_count(peer) is None
 
 
-def test_a_page_that_is_only_copied_is_no_running_guest():
+def test_a_page_that_is_only_copied_is_not_a_running_guest():
     source, destination = OwnMemory(), OwnMemory()
     source.says(work=100)
     with GuestWatch(source, destination) as watch:

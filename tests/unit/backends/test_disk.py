@@ -18,7 +18,7 @@ def path(tmp_path):
     return path
 
 
-def test_what_is_no_disk_is_refused_by_name(tmp_path, path):
+def test_what_is_not_a_disk_is_refused_by_name(tmp_path, path):
     odd, empty, fifo = tmp_path / "odd", tmp_path / "empty", tmp_path / "fifo"
     odd.write_bytes(bytes(513))
     empty.touch()

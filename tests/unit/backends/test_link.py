@@ -103,7 +103,7 @@ def test_one_process_has_a_tap_and_another_may_wait_for_it():
 
 
 @needs_tap
-def test_what_is_no_tap_is_refused_by_name():
+def test_what_is_not_a_tap_is_refused_by_name():
     def test():
         for name in ("nosuch", "lo", "a" * 16):
             with pytest.raises(UsageError, match=name):

@@ -169,7 +169,7 @@ def test_what_is_wrong_around_a_stream_is_named(inspect, write, data, says):
 
 
 @pytest.mark.parametrize("config", [b"no JSON", b"[]", b"{}", b'{"c_info": 5}', b"\xff", b""])
-def test_a_configuration_that_is_not_understood_is_no_obstacle(inspect, write, config):
+def test_a_configuration_that_is_not_understood_does_not_matter(inspect, write, config):
     result = inspect(write(xl_file(libxl_stream(LIBXC), config=config)), "--json")
     assert result.returncode == 0
     assert json.loads(result.stdout)["envelope"]["domain"] == {}

@@ -215,7 +215,7 @@ def test_a_file_that_cannot_be_drawn_into_is_refused_at_once(tmp_path, name, say
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_is_not_a_file(tmp_path):
     (tmp_path / "a.html").mkdir()
     with pytest.raises(UsageError, match="cannot write"):
         PlotFile(tmp_path / "a.html")

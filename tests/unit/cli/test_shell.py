@@ -77,7 +77,7 @@ def test_what_was_told_already_stays_the_only_object(capfd):
     assert json.loads(capfd.readouterr().out) == {"status": "half"}
 
 
-def test_an_argument_after_two_dashes_is_no_option(capfd):
+def test_an_argument_after_two_dashes_is_not_an_option(capfd):
     assert ending(failing(UsageError("x")), "inspect", "--", "--json") == 2
     assert capfd.readouterr().out == ""
 

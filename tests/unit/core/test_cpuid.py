@@ -205,7 +205,7 @@ def test_a_table_that_a_guest_has_is_left_as_it_is():
         ((CpuidLeaf(1, 1, 0, 0, 0, 0), CpuidLeaf(1, 0, 0, 0, 0, 0)), "do not ascend"),
     ],
 )
-def test_what_is_no_table(leaves, says):
+def test_what_is_not_a_table(leaves, says):
     with pytest.raises(UsageError, match=says):
         table_for(leaves, RICH, where="here")
     check_leaves(tuple(CpuidLeaf(leaf, 0, 0, 0, 0, 0xFFFF_FFFF) for leaf in range(MAX_LEAVES)))
@@ -282,7 +282,7 @@ def test_many_missing_features_are_counted():
         table_for((CpuidLeaf(1, NO_SUBLEAF, 0, 0, 0, 0xFFFF_FFFF),), poor, where="this host")
 
 
-def test_the_bits_that_only_amd_repeats_are_no_features_of_their_own():
+def test_the_bits_that_only_amd_repeats_are_not_features_of_their_own():
     amd = changed(SOFT_CPU, 0x8000_0001, edx=find(SOFT_CPU, 1)[3] & 0x0183_FBFF | 1 << 29 | 1 << 20 | 1 << 11)
     assert find(baseline(amd), 0x8000_0001)[3] == find(amd, 0x8000_0001)[3]
     assert not missing_features(baseline(amd), SOFT_CPU)

@@ -86,7 +86,7 @@ def test_a_range_is_taken_and_the_others_stay(held):
     assert held.take(range(PAGES)).count() == 4
 
 
-def test_a_mark_that_off_overtakes_is_no_error(held, memory):
+def test_a_mark_that_off_overtakes_is_not_an_error(held, memory):
     alter(memory, "are_ram", lambda are_ram: lambda asked: (held.end(), are_ram(asked))[1])
     held.mark(gfns(3))
     assert not held.on

@@ -135,7 +135,7 @@ def test_a_second_mapping_outside_the_first_is_refused():
         HostMapping(4 * MiB).map_same(memory.mapping, 2 * MiB, PAGE_SIZE)
 
 
-def test_what_is_no_shared_memory_cannot_be_mapped_twice():
+def test_what_is_not_a_shared_memory_cannot_be_mapped_twice():
     with pytest.raises(UnsupportedError, match="mapped a second time"):
         HostMapping(2 * MiB).map_same(HostMapping(2 * MiB), 0, PAGE_SIZE)
 

@@ -272,7 +272,7 @@ def test_the_documented_example_decides(users_module):
 @pytest.mark.parametrize(
     "name", ["users_policy:Nobody", "no_such_module:X", "users_policy:Action", ":X", "users_policy:"]
 )
-def test_what_is_no_policy_is_told_before_anything_moves(users_module, name):
+def test_what_is_not_a_policy_is_told_before_anything_moves(users_module, name):
     with pytest.raises(UsageError, match=r"cannot be loaded|has no method decide"):
         load_policies([name])
 

@@ -21,7 +21,7 @@ def test_a_thread_is_begun_with_its_name_and_arguments():
     assert thread.daemon
 
 
-def test_that_there_are_no_more_is_an_error_of_the_system():
+def test_a_lack_of_threads_is_an_error_of_the_system():
     before = threading.active_count()
     with no_more_threads(), pytest.raises(OutOfThreadsError, match=r"^no more threads can be started$") as told:
         begin(pytest.fail, "never")

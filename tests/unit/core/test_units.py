@@ -13,6 +13,6 @@ def test_rates(text, rate):
 
 
 @pytest.mark.parametrize("text", ["", "fast", "-1", "0M", "1 /s/s", "1.5G"])
-def test_what_is_no_rate(text):
+def test_what_is_not_a_rate(text):
     with pytest.raises(UsageError, match="not a size"):
         parse_rate(text)

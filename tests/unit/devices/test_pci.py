@@ -49,7 +49,7 @@ def test_the_address_is_kept_and_its_reserved_bits_are_not(bus):
     assert bus.port_read(ADDRESS, 4) == 0x80FF_FFFC
 
 
-def test_bytes_and_words_at_the_address_port_are_no_address(bus):
+def test_bytes_and_words_at_the_address_port_are_not_an_address(bus):
     select(bus, 1, 0)
     bus.port_write(ADDRESS + 3, 1, 1)  # as a kernel does before it looks for mechanism 1
     bus.port_write(ADDRESS, 2, 0)

@@ -329,7 +329,7 @@ def test_the_periodic_interrupt(alarm, rate, hz):
     assert steps == pytest.approx([S / hz] * 4, abs=1)
 
 
-def test_no_rate_is_no_periodic_interrupt(alarm):
+def test_without_a_rate_no_periodic_interrupt_comes(alarm):
     put(alarm.rtc, A, 0x20)
     put(alarm.rtc, B, H24 | PIE)
     assert alarm.rtc.due_in_ns() is None

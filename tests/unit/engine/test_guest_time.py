@@ -148,7 +148,7 @@ def test_a_guest_that_does_not_count_has_no_rates(guest):
     assert (time.precopy_s, time.work_before_per_s, time.work_during_per_s, time.lost_s) == (1.0, None, None, None)
 
 
-def test_a_guest_whose_counter_is_no_ram_any_more_has_no_rates(guest):
+def test_a_guest_whose_counter_is_not_ram_any_more_has_no_rates(guest):
     meter = StallMeter(guest, guest.now_s)
     guest.pass_s(1, per_s=1000)
     guest.memory.remove([STATUS_GPA >> 12])

@@ -175,7 +175,7 @@ def test_ports_by_immediate_and_by_dx_and_in_all_sizes(machines):
     assert output == b"A"
 
 
-def test_a_long_slice_of_untrapped_ports_after_a_wait_is_no_exception(machines):
+def test_a_long_slice_of_untrapped_ports_after_a_wait_is_not_an_exception(machines):
     # xor eax, eax; out clock, eax; mov ecx, 100000; mov edx, 0x3fd; l: in al, dx; dec ecx; jne l; out exit 0
     vm = machines("31c0" + "e7f0" + "b9a0860100" + "bafd030000" + "ec" + "ffc9" + "75fb" + "31c0" + EXIT)
     assert finish(vm).crash is None

@@ -208,7 +208,7 @@ def test_an_update_is_announced_only_when_an_entry_changes(tables):
 
 
 @pytest.mark.parametrize("gva", [1 << 47, (1 << 64) - (1 << 47) - 4096, 1 << 63])
-def test_a_non_canonical_address_is_no_page_fault(tables, gva):
+def test_a_non_canonical_address_is_not_a_page_fault(tables, gva):
     with pytest.raises(GuestPageFault) as refused:
         tables.read(gva)
     assert refused.value.error_code is None

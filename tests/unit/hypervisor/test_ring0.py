@@ -686,7 +686,7 @@ def test_a_page_that_was_a_table_may_be_a_handlers_stack(ring0):
     assert [record.cr2 for record in log[1:]] == [0x4080_0000]
 
 
-def test_a_page_that_is_no_table_any_more_is_written_freely(tmp_path):
+def test_a_page_that_is_not_a_table_any_more_is_written_freely(tmp_path):
     program = Ring0(
         tmp_path,
         f"""

@@ -91,7 +91,7 @@ def talk(server, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_command_is_refused_in_strict_json(talk, request_, says):
+def test_what_is_not_a_command_is_refused_in_strict_json(talk, request_, says):
     client = talk()
     error = client.say(request_)["error"]
     assert error["class"] == "GenericError"
@@ -108,7 +108,7 @@ def test_an_id_as_deep_as_can_be_read_is_sent_back(talk):
     assert "nested more" in talk().say(b'{"execute":"echo","id":[' + deep + b"]}")["error"]["desc"]
 
 
-def test_a_client_for_whom_there_is_no_thread_hears_that_and_the_next_is_served(server, tmp_path):
+def test_a_client_without_a_thread_hears_that_and_the_next_is_served(server, tmp_path):
     path = tmp_path / "qmp.sock"
     with QmpClient(path) as first:
         with no_more_threads():
@@ -185,7 +185,7 @@ def test_events_that_are_not_read_are_bounded_and_others_get_theirs(server, talk
         until(lambda: len(server._clients) == 1, "drop of the other")
 
 
-def test_nothing_that_is_no_json_is_ever_sent():
+def test_nothing_that_is_not_json_is_ever_sent():
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON"):
             encode({"return": value})

@@ -140,7 +140,7 @@ def test_digests_find_what_no_tracker_reports():
     assert (lost.value.gfn, lost.value.lost_by, lost.value.seen_by) == (9, "first", "digests")
 
 
-def test_a_report_one_clean_late_is_no_loss(world):
+def test_a_report_one_clean_late_is_not_a_loss(world):
     world.store(9)  # seen by the reading, marked only after the CLEAN
     world.log.clean()
     for tracker in world.trackers:

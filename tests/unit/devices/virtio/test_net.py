@@ -133,7 +133,7 @@ def test_frames_go_out_whatever_their_descriptors(layout):
 
 
 @pytest.mark.parametrize("size", [1, HEADER_BYTES, MAX_FRAME_BYTES + 1])
-def test_what_is_no_frame_is_dropped(size):
+def test_what_is_not_a_frame_is_dropped(size):
     net = Net()
     net.tx.add([(0x20_0000, size)])
     net.tx.notify()

@@ -38,7 +38,7 @@ def test_it_has_its_name_only_when_it_is_committed(path):
 
 
 @pytest.mark.parametrize("content", [b"a letter", b"x" * 4096, bytes(24), Encoder().header()[:23]])
-def test_what_is_no_saved_guest_is_not_replaced(path, content):
+def test_what_is_not_a_saved_guest_is_not_replaced(path, content):
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is not a saved guest"):
         FileOutlet(path)
@@ -161,7 +161,7 @@ def test_a_file_system_without_unnamed_files(path):
     assert len(os.listdir(path.parent)) == 2
 
 
-def test_what_is_no_file_stays_what_it_is(tmp_path):
+def test_what_is_not_a_file_stays_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nothing")
     for path in (tmp_path, tmp_path / "pipe", tmp_path / "link", tmp_path / "/"):
@@ -182,7 +182,7 @@ def test_nothing_stays_open(path):
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_folder_that_cannot_be_written_to_the_disk_is_no_success(path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_the_disk_is_a_failure(path, monkeypatch):
     sink = write(path, b"data")
     fsync = os.fsync
 

@@ -252,7 +252,7 @@ def test_runs_that_are_hinted_at_get_storage_as_far_as_they_are_ram(memory):
     assert page_of(memory, 8) == bytes(PAGE_SIZE)
 
 
-def test_a_host_that_refuses_storage_ahead_is_no_obstacle(memory):
+def test_a_host_that_refuses_storage_ahead_does_not_matter(memory):
     def refuse(starts, lengths):
         raise VmError("no memory")
 

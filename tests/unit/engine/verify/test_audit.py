@@ -248,7 +248,7 @@ def test_more_than_one_piece(piecemeal):
     assert piecemeal.auditor.proven().gfns().tolist() == list(range(0, 2048, 3))
 
 
-def test_what_is_no_whole_piece_waits_until_the_sender_does(piecemeal):
+def test_what_is_not_a_whole_piece_waits_until_the_sender_does(piecemeal):
     for gfn in range(0, 2048, 32):
         piecemeal.write(gfn, gfn + 1)
     piecemeal.auditor.start()

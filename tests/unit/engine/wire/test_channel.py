@@ -59,7 +59,7 @@ def test_addresses(uri, endpoint):
         ("unix:/" + "x" * 107, "at most 107 bytes"),
     ],
 )
-def test_what_is_no_address(uri, why):
+def test_what_is_not_an_address(uri, why):
     with pytest.raises(UsageError, match=re.escape(f"not an address: {uri!r}" + (": " if why else ""))) as refused:
         Endpoint.parse(uri)
     assert why in str(refused.value)

@@ -78,7 +78,7 @@ def test_a_key_that_others_can_read_or_change_is_refused(directory, side, mode):
 
 
 @EACH_END
-def test_what_is_no_certificate_or_not_its_key_is_refused(directory, tmp_path, side):
+def test_what_is_not_a_certificate_or_not_its_key_is_refused(directory, tmp_path, side):
     path = directory(side)
     certificate, key = FILES[side]
     sound = (path / CA_CERT).read_bytes()
@@ -146,7 +146,7 @@ def test_a_secret_is_new_each_time_and_goes_through_a_file(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "x", "pageferry-secret-1.", "pageferry-secret-1." + "A" * 42, "pageferry-secret-1." + "A" * 44, "\xe9"]
 )
-def test_what_is_no_secret_is_refused_and_not_repeated(tmp_path, text):
+def test_what_is_not_a_secret_is_refused_and_not_repeated(tmp_path, text):
     file = tmp_path / "secret"
     file.write_text(text, encoding="utf-8")
     file.chmod(0o600)
