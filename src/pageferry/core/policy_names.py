@@ -170,7 +170,9 @@ def with_limits(policy: Policy, given: dict[str, float | int]) -> Policy:
     if not given:
         return policy
     if policy.name not in POLICIES:
-        raise UsageError(f"the limits of policy {policy.name} are its own", hint="only built-in policies have ours")
+        raise UsageError(
+            f"the limits of policy {policy.name} are its own", hint="only those of built-in policies can be changed"
+        )
     takes = POLICIES[policy.name][1]
     if foreign := given.keys() - takes.keys():
         raise UsageError(f"the {policy.name} policy has no {_in_words(foreign)}", hint=f"it has: {_in_words(takes)}")

@@ -72,7 +72,9 @@ def probe(path: Path = DEV_KVM) -> KvmSupport:
                     tsc_offset = can_offset_tsc(vcpu)
         except VmError as error:
             raise UnsupportedError(
-                "kvm-vm", "KVM is there but makes no machine", hint="another hypervisor may hold the CPU; --accel soft"
+                "kvm-vm",
+                "KVM is there but cannot create a VM",
+                hint="another hypervisor may hold the CPU; use --accel soft",
             ) from error
     try:
         exact_cpuid = _run_guest()

@@ -69,5 +69,5 @@ def crash_of_trial(vm: KvmVm, program: bytes) -> str | None:
         raise VmError("it did nothing for too long")
     end = vm.end
     if end is None or (end.crash is None and end.exit_code != _EXIT_CODE):
-        raise VmError("it ended in a way of its own")
+        raise VmError("it ended in an unexpected way")
     return end.crash

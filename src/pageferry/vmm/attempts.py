@@ -102,10 +102,10 @@ def _credentials(args: Arguments) -> Credentials | None:
     directory, secret = args.path("x-tls-dir"), args.path("x-secret-file")
     peer = args.text("x-peer", "")
     if directory is not None and secret is not None:
-        raise QmpError("certificates and a secret are two ways", hint="--tls-dir or --secret-file")
+        raise QmpError("certificates and a secret exclude each other", hint="--tls-dir or --secret-file")
     if secret is not None:
         if peer:
-            raise QmpError("a secret has no names", hint="--peer goes with --tls-dir")
+            raise QmpError("with a secret an end has no name", hint="--peer goes with --tls-dir")
         return Credentials.from_secret(read_secret(secret), Side.SOURCE)
     if directory is not None:
         return Credentials.from_dir(directory, Side.SOURCE, peer or None)

@@ -98,8 +98,8 @@ def run_guest(
     working_set: Annotated[
         str | None, typer.Option(callback=SIZE, help="Memory the workload writes, e.g. 64M.")
     ] = None,
-    rate: Annotated[int | None, typer.Option(min=0, help="Operations per second; 0: as many as it can.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of what is random in the workload.")] = None,
+    rate: Annotated[int | None, typer.Option(min=0, help="Operations per second; 0: as many as possible.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the workload's random choices.")] = None,
     argument: Annotated[
         list[str] | None, typer.Option(callback=SIZE, help="A number or size for the workload itself; may be repeated.")
     ] = None,

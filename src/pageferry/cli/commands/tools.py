@@ -16,7 +16,7 @@ from pageferry.vmm.doctor import examine
 
 def inspect(
     file: Annotated[str, typer.Argument(help="A stream, also packed by xz or gzip; - is standard input.")],
-    diff: Annotated[str | None, typer.Option(help="Another one: tell what differs.")] = None,
+    diff: Annotated[str | None, typer.Option(help="Compare with this stream: tell what differs.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only check it: no table.")] = False,
     as_json: JsonOption = False,
 ) -> None:

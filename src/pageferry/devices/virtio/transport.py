@@ -379,7 +379,7 @@ class VirtioPci:
         if status & ~(_DRIVERS_STATUS | NEEDS_RESET) or isr & ~(_ISR_QUEUE | _ISR_CONFIG):
             raise VmError(f"the state of device {self.name} has registers that it cannot have")
         if status & FEATURES_OK and not self._acceptable(features):
-            raise VmError(f"the guest uses features of device {self.name} that it has not here: {features:#x}")
+            raise VmError(f"the guest uses features of device {self.name} that it lacks here: {features:#x}")
         saved = [_QUEUE.unpack_from(data, queues_at + _QUEUE.size * n) for n in range(count)]
         for queue, (size, *_, enabled, _, _, _) in zip(self.driver.queues, saved, strict=True):
             if not 0 < size <= queue.max_size or size & size - 1 or enabled > 1:
