@@ -18,7 +18,7 @@ from pageferry.core.vm import VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
-from pageferry.engine.wire.channel import Channel, Endpoint, accept_within
+from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.peer import Peer
 from pageferry.hypervisor import audit
 from pageferry.hypervisor.domain import Domain
@@ -64,10 +64,11 @@ class Inn:
         return self.made[-1]
 
     def _accept(self, wait_s):
-        channel = accept_within(self._listener, wait_s, TIMEOUT_S)
-        if channel is not None:
-            self.channels.append(channel)
-        return channel and Peer(self._watched(channel), Side.DESTINATION)
+        sock = self._listener.accept_within(wait_s)
+        if sock is None:
+            return None
+        self.channels.append(Channel(sock, TIMEOUT_S))
+        return Peer(self._watched(self.channels[-1]), Side.DESTINATION)
 
     def _watched(self, channel):
         """Return a further connection, as the destination is to have it."""

@@ -52,8 +52,9 @@ _CONNECT_UNIX = _FILE | {
     errno.ECONNREFUSED: "nothing listens there any more: is pageferry receive running?",
     errno.EACCES: "this user may not connect to it: use the user whose socket it is",
 }
-_MAX_SOCKET_PATH_BYTES = 107
-_TOO_LONG = f"the path of a socket has at most {_MAX_SOCKET_PATH_BYTES} bytes: choose a shorter one"
+#: What the kernel has room for in a sockaddr_un, less the NUL.
+MAX_SOCKET_PATH_BYTES = 107
+_TOO_LONG = f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes: choose a shorter one"
 _NAME_UNKNOWN = "the name is not known: check it, or give an address"
 
 
@@ -83,7 +84,7 @@ def connect_hint(error: OSError, *, path: str = "") -> str:
 
 
 def _socket_hint(error: OSError, hints: dict[int, str], path: str) -> str:
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         return _TOO_LONG
     if isinstance(error, socket.gaierror):
         return _NAME_UNKNOWN

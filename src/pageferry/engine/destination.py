@@ -68,7 +68,7 @@ from pageferry.stream.ferry_frames import (
 from pageferry.stream.hvm_context import decode_machine_state
 from pageferry.stream.records import CpuidPolicy, Fence, HvmContext, StaticDataEnd
 
-#: While one source says hello no other can.
+#: How long a source may take to say hello that was not heard before; no other is taken in meanwhile.
 _HELLO_TIMEOUT_S = 5.0
 #: How long a source may take to hear that its guest runs here, before we believe that it has not.
 _LAST_WORD_S = 1.0

@@ -59,10 +59,14 @@ class Parameters:
                 self._bandwidth = wire.bandwidth_bytes_per_s or 0
 
     def told(self) -> Json:
-        """Return the answer to ``query-migrate-parameters``: what holds for a migration that says nothing."""
+        """Return the answer to ``query-migrate-parameters``: what holds for a migration that says nothing.
+
+        A whole number of milliseconds is an integer, as QEMU's clients read it.
+        """
         with self._lock:
             default = {"downtime-limit": round(DowntimePolicy().limit_s * 1e3)}
-            return default | self._limits | {"max-bandwidth": self._bandwidth}
+            limits = {name: int(value) if value == int(value) else value for name, value in self._limits.items()}
+            return default | limits | {"max-bandwidth": self._bandwidth}
 
     def set_capabilities(self, args: Arguments) -> None:
         """Take ``migrate-set-capabilities``: all of them or none.

@@ -149,7 +149,7 @@ class _Outbox:
             self._changed.wait_for(lambda: self._bytes < _UNREAD_BYTES or self._closed)
 
     def close(self, *, now: bool = False) -> None:
-        """Take nothing more in; with ``now``, forget what is there."""
+        """Let the writer end when all was taken; with ``now``, forget what is there."""
         with self._changed:
             self._closed = True
             if now:

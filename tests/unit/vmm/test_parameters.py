@@ -1,5 +1,7 @@
 """What clients set for migrations to come."""
 
+import json
+
 import pytest
 
 from pageferry.core.errors import UsageError
@@ -31,6 +33,11 @@ def test_what_is_kept_goes_to_the_policies_that_have_it():
         assert parameters.kept_for(strange, saves=False) == bandwidth
     parameters.keep(*parameters.take(Arguments({"max-bandwidth": 0})))
     assert parameters.kept_for("mine:Policy", saves=False) == {}
+
+
+def test_whole_milliseconds_are_told_as_an_integer():
+    assert json.dumps(kept(downtime_limit=500).told()) == '{"downtime-limit": 500, "max-bandwidth": 0}'
+    assert kept(downtime_limit=0.5).told()["downtime-limit"] == 0.5
 
 
 def test_limits_are_given_to_a_policy_in_its_words():

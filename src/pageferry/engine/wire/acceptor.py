@@ -22,7 +22,7 @@ from pageferry.core.os_hints import listen_hint
 from pageferry.core.threads import OutOfThreadsError
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.channel import DEFAULT_TIMEOUT_S, Channel, Endpoint
-from pageferry.engine.wire.connections import NeverRan
+from pageferry.engine.wire.connections import BUSY, NeverRan
 from pageferry.engine.wire.credentials import Credentials, names_of
 from pageferry.engine.wire.listener import Listener
 from pageferry.engine.wire.peer import Peer
@@ -39,9 +39,6 @@ HELLO_S = 5.0
 MAX_CALLERS, _MAX_WAITING = 32, 16
 #: How long a source waits for an attempt to end, as one that was just cancelled does, and how many may.
 _PATIENCE_S, _MAX_PATIENT = 2.0, 4
-_BUSY = Refuse(
-    reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
-)
 _NOTHING_TO_JOIN = Refuse(reason="no guest is being received here", hint="begin a new migration")
 _NO_MORE = Refuse(reason="no guest is waited for here any more", hint="start another pageferry receive")
 _TLS_ONLY = Refuse(reason="this destination speaks TLS only", hint="pageferry migrate to tls://, with --tls-dir")
@@ -83,11 +80,11 @@ class _Places:
         """Give a caller that was heard its place; return what to tell it instead, if there is none for it."""
         if isinstance(peer.first, SourceHello):
             if self.taken:
-                return _BUSY
+                return BUSY
             self.next.appendleft(peer)
         elif self.busy:
             if len(self.others) >= _MAX_WAITING:
-                return _BUSY
+                return BUSY
             self.others.append(peer)
         elif isinstance(peer.first, Recover) and len(self.next) < _MAX_WAITING:
             self.next.append(peer)

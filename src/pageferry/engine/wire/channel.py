@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.core.errors import UsageError
+from pageferry.core.os_hints import MAX_SOCKET_PATH_BYTES
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.carrier import Carrier, PlainCarrier, TlsCarrier, left_s
 from pageferry.engine.wire.listener import Listener, listen_tcp, listen_unix, parse_host_port, resolve
@@ -43,8 +44,6 @@ DEFAULT_TIMEOUT_S = 30.0
 SILENT_S = 1.0
 MAX_TIMEOUT_S = 86_400.0
 _ADDRESS_HINT = "write tls://HOST:PORT, tcp://HOST:PORT, tcp://[IPV6]:PORT or unix:PATH"
-#: What the kernel has room for in a sockaddr_un, less the NUL.
-_MAX_PATH_BYTES = 107
 
 
 def _never() -> bool:
@@ -161,8 +160,8 @@ def _unix_path(path: str) -> str:
         raise ValueError("the path is missing")
     if "\0" in path:
         raise ValueError("a path has no NUL")
-    if len(os.fsencode(path)) > _MAX_PATH_BYTES:
-        raise ValueError(f"a socket's path has at most {_MAX_PATH_BYTES} bytes")
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        raise ValueError(f"a socket's path has at most {MAX_SOCKET_PATH_BYTES} bytes")
     return path
 
 
@@ -195,16 +194,6 @@ def _notice_silence(sock: socket.socket, timeout_s: float) -> None:
     ):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def accept_within(listener: Listener, wait_s: float, timeout_s: float) -> "Channel | None":
-    """Return the next connection of ``listener``, or None when none came within ``wait_s``.
-
-    Raises:
-        OSError: the listener was shut down.
-    """
-    sock = listener.accept_within(wait_s)
-    return None if sock is None else Channel(sock, timeout_s)
 
 
 class Channel:

@@ -21,10 +21,10 @@ Accept = Callable[[float], Peer | None]
 
 #: How long to wait for a connection before looking at anything else.
 POLL_S = 0.1
-#: While a stranger who connected says nothing, no source can join or come back.
+#: How long a caller may take to say what it wants that was not heard before; no other joins or comes back meanwhile.
 _PATIENCE_S = 2.0
 _TAKEN = Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there")
-_BUSY = Refuse(
+BUSY = Refuse(
     reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
 )
 #: How many migrations a destination remembers whose guest never ran there.
@@ -123,7 +123,7 @@ def take_in(main: Channel, accept: Accept, token: str, connections: int) -> list
             peer = accept(POLL_S)
             if peer is not None:
                 fits = partial(_is_one_of, {*range(1, connections)} - joined.keys())
-                request = admit(peer, Join, token, answer=Joined(), refusal=_BUSY, fits=fits)
+                request = admit(peer, Join, token, answer=Joined(), refusal=BUSY, fits=fits)
                 if request is not None:
                     joined[request.index] = peer.channel
     except BaseException:
