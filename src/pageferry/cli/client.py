@@ -87,7 +87,7 @@ class OutcomeUnknownError(VmError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the guest process went away in the midst of the migration",
+            "the guest process went away during the migration",
             hint="see whether the destination runs the guest: pageferry status",
         )
 

@@ -126,7 +126,7 @@ def _entry(leaves: Leaves, leaf: int, subleaf: int) -> Registers | None:
 def answer(leaves: Leaves, leaf: int, subleaf: int) -> Registers:
     """Return what the CPUID instruction answers for EAX = ``leaf`` and ECX = ``subleaf``, on every machine.
 
-    What the table does not have is zeros, but for a leaf above the highest of its range (basic, or extended from
+    What the table does not have is zeros, except a leaf above the highest of its range (basic, or extended from
     8000_0000h) on the CPUs of most vendors: there it is the highest basic leaf. Ranges that the table does not have at
     all, as the hypervisors' at 4000_0000h, are above the highest.
     """

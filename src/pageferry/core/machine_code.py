@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 def executable(code: bytes) -> NDArray[np.uint8] | None:
     """Return x86-64 code that may be run, uint8[len(code)]; None if this host cannot run it, or lets no process do so.
 
-    It is written through a file and mapped without leave to write: never both at once.
+    It is written through a file and mapped without permission to write: never both at once.
     """
     if platform.machine() != "x86_64":
         return None

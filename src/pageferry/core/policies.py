@@ -125,7 +125,7 @@ class ConvergePolicy:
     """As ``downtime``, but a guest that writes faster than the wire moves is throttled until its memory fits.
 
     It runs freely while rounds shrink by themselves. Then it is throttled for the share of its time that would have
-    made the last round leave half of what it had to send, reckoned anew after every round: the share grows where the
+    made the last round leave half of what it had to send, computed anew after every round: the share grows where the
     guest writes the same few pages again and again, and is 0 again as soon as it is not needed. At most
     ``max_throttle``.
     """

@@ -165,7 +165,7 @@ def with_limits(policy: Policy, given: dict[str, float | int]) -> Policy:
         given: options by the names of :func:`make_policy`.
 
     Raises:
-        UsageError: the policy has no such limit, a value has no sense, or the policy is a user's own.
+        UsageError: the policy has no such limit, a value makes no sense, or the policy is a user's own.
     """
     if not given:
         return policy

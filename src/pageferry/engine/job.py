@@ -175,7 +175,7 @@ class Job:
             bandwidth: with the new cap; None leaves it as it is.
 
         Raises:
-            UsageError: the policy has no such limit, or a value has no sense.
+            UsageError: the policy has no such limit, or a value makes no sense.
         """
         with self._limits_lock:
             self.policy = with_limits(self.policy, given)

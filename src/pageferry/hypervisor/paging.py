@@ -262,7 +262,7 @@ class Paging:
         """Mark frames dirty, *after* writing them by other means than a vCPU (``paging_mark_dirty``).
 
         Frames that are not RAM are ignored; nothing happens while log-dirty is off. The frames stay NOT WRITABLE for
-        vCPUs: their first write faults as ever.
+        vCPUs: their first write faults as usual.
         """
         self._ops.written(gfns)
         for tlb in self._tlbs:

@@ -1,6 +1,6 @@
 """VcpuState into and out of the emulator's CPU.
 
-Every field is written where it lies (:mod:`.unicorn_cpu`), but for what the emulator keeps in a form of its own: the
+Every field is written where it lies (:mod:`.unicorn_cpu`), except what the emulator keeps in a form of its own: the
 arithmetic flags, x87 and SSE registers, MSRs that it only stores. What decides how code is translated is repeated in
 the CPU's ``hflags``, which :func:`mode_flags` makes of the state as the emulator's own instructions would.
 

@@ -75,7 +75,7 @@ class SystemMemory:
         return data
 
     def pages(self, gva: int, size: int) -> set[int]:
-        """Return the machine addresses of the pages that hold a range, but for those that cannot be read."""
+        """Return the machine addresses of the pages that hold a range, except those that cannot be read."""
         found = set()
         try:
             for start, _ in self._pieces(gva, size, write=False):

@@ -51,7 +51,7 @@ def asked_for(uri: str, args: Arguments, users_own: UsersPolicies) -> MakeAttemp
         users_own: the policies that this process was told to allow besides the built-in ones.
 
     Raises:
-        QmpError: an argument is missing, unknown or has no sense.
+        QmpError: an argument is missing, unknown or makes no sense.
         UsageError: as for an address or a policy.
     """
     file = saved_to(uri)

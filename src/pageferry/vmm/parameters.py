@@ -37,7 +37,7 @@ class Parameters:
         """Return the limits that ``migrate-set-parameters`` names, as make_policy calls them, and the bandwidth.
 
         Raises:
-            QmpError: a parameter does not exist here, or has no sense.
+            QmpError: a parameter does not exist here, or makes no sense.
             UsageError: there is too little bandwidth.
         """
         args.expect_only(_NAMES, "migration parameter")

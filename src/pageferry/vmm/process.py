@@ -120,7 +120,7 @@ class GuestProcess:
         self._guest.here().pause()
 
     def start(self, *, paused: bool = False) -> None:
-        """Serve the control socket and let the guest run, if it was booted or restored here and is not to be paused."""
+        """Serve the control socket; run the guest if it was booted or restored here, unless ``paused``."""
         if self._server is not None:
             self._server.start()
         if self._made is not None:
