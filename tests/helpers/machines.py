@@ -1,4 +1,4 @@
-"""Every kind of machine that this project has, by name: what a test goes through that wants them all.
+"""Every kind of machine that this project has, by name, for tests that run on all of them.
 
 A name is ``accel/tracker``. Trackers come from the registries, so a new one joins by itself.
 """

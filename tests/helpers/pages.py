@@ -70,7 +70,7 @@ def shape(line: str) -> str:
 
 
 def expect_printed(shown: str, printed: str) -> None:
-    """Check that each line that a document shows, up to a "…", begins one that was printed, but for figures."""
+    """Check that each line that a document shows, up to a "…", begins one that was printed, except for figures."""
     shapes = [shape(line) for line in printed.splitlines()]
     lines = [(line, shape(line.partition("…")[0]).rstrip("│ ")) for line in shown.splitlines()]
     assert [line for line, begin in lines if not any(each.startswith(begin) for each in shapes)] == [], printed

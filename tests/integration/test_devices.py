@@ -1,4 +1,4 @@
-"""Whose a guest's disk is, at every end that a migration or a save can have; and devices that a destination lacks."""
+"""Which end owns a guest's disk, after every outcome of a migration or save; and devices that a destination lacks."""
 
 import threading
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What was recorded of one migration is worth nothing to another, however it is played again."""
+"""A recording of one migration is worth nothing in another, however it is played again."""
 
 import socket
 import struct

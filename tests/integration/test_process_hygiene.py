@@ -1,4 +1,4 @@
-"""Real commands under shells, terminals and signals as they come: what happened is told, whatever becomes of these."""
+"""Real commands under shells, terminals and signals: the outcome is told, whatever happens to these."""
 
 import json
 import os
@@ -125,7 +125,7 @@ def test_before_anything_is_known_a_migration_is_in_setup_and_all_of_it_remains(
 
 @pytest.mark.parametrize("ends", sample(["exits", "crashes"], "the process ends in the same way", quick=["exits"]))
 def test_a_guest_that_ends_while_it_is_moved_is_told_of(start, wires, background, tmp_path, ends):
-    """It ends in the midst of a round; its process stays until the command has heard how that ended."""
+    """It ends in the middle of a round; its process stays until the command has heard how that ended."""
     program = tmp_path / "ends.elf"
     program.write_bytes(ending_program(exits=ends == "exits"))
     source = start("run", program, "--memory", "8M", "--accel", "soft")

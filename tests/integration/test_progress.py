@@ -1,4 +1,4 @@
-"""What a person sees meanwhile, on real terminals of many widths: no line of the bar is broken, and no word is lost."""
+"""The progress display on real terminals of many widths: no line of the bar is broken, and no word is lost."""
 
 import fcntl
 import os

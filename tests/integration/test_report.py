@@ -233,7 +233,7 @@ def counted(*names):
 
 
 def within(value, least, most):
-    """A time, or a rate, is between what the test's clock says; but for rounding."""
+    """A time, or a rate, is between what the test's clock says, except for rounding."""
     assert least - ROUNDING_S * max(1, abs(least)) <= value <= most + ROUNDING_S * max(1, abs(most))
 
 

@@ -1,4 +1,4 @@
-"""Checks of whose a guest's disk is, when it moves and when that fails."""
+"""Checks of which end owns a guest's disk, when it moves and when that fails."""
 
 from collections.abc import Callable, Sequence
 

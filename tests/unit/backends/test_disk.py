@@ -1,4 +1,4 @@
-"""The disk's file: what is one, and whose it is."""
+"""Disk files: which files are taken, and which process owns one."""
 
 import fcntl
 import os

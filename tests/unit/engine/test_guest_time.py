@@ -1,4 +1,4 @@
-"""What pre-copy cost the guest, on a clock and of a guest that do as they are told."""
+"""What pre-copy cost the guest, with a scripted clock and a scripted guest."""
 
 import struct
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Nine of ten TLB misses of a kernel are told again what they were told before: here all of a loop's but the first."""
+"""The TLB memory answers repeated misses, nine of ten in a kernel: here all of a loop's but the first."""
 
 import pytest
 from altered import alter

@@ -1,4 +1,4 @@
-"""What stands behind a guest's devices here: said, as at its source, or refused."""
+"""Disks and networks for a guest's devices here: named by the user, as at its source, or refused."""
 
 import socket
 from pathlib import Path

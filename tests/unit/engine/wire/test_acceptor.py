@@ -1,4 +1,4 @@
-"""Who connects costs little and delays no guest, whatever it says or does not; the place is for one guest at a time."""
+"""A caller costs little and delays no guest, whatever it says or does not; the place is for one guest at a time."""
 
 import contextlib
 import os
