@@ -154,7 +154,7 @@ def test_a_process_that_goes_away_leaves_the_outcome_unknown():
 
 
 def test_a_client_that_was_dropped_comes_back_for_the_outcome():
-    """The process drops a client that reads nothing for long: on a terminal that was stopped by Ctrl-S, or a stopped command."""
+    """The process drops a client that reads nothing for long: a terminal stopped by Ctrl-S, or a stopped command."""
     assert follow(Client([DROPPED], [DONE])) == {"status": "completed"}
     with pytest.raises(PostcopyPausedError):
         follow(Client([DROPPED], [PAUSED]))
