@@ -228,7 +228,7 @@ class Destination(Generic[AnyVm]):
 
     @property
     def waits_for_source(self) -> bool:
-        """Whether the guest is ours and stands still, for pages of it are at a source that is gone."""
+        """Whether the guest is ours and stands still because pages of it are at a source that is gone."""
         return self._postcopy is not None and self._postcopy.waits_for_source
 
     # -- hello -----------------------------------------------------------------------------------------------------

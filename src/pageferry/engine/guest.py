@@ -28,7 +28,7 @@ class TrackedGuest:
         self.fault_count: int | None = None
         """Write faults that tracking cost the guest; None as long as it is on, or if the tracker cannot know."""
         self.state_bytes: int | None = None
-        """How much state but memory goes with the guest, in the stream; None as long as it was not saved."""
+        """How much state besides memory goes with the guest, in the stream; None as long as it was not saved."""
         self.devices: tuple[DeviceCost, ...] = ()
         """Each device's part of it."""
         self.stuck: VmError | None = None

@@ -48,7 +48,7 @@ class Outlet(Protocol):
         """Have a thread that is sending come back soon, if it can be; from any thread."""
 
     def close(self) -> None:
-        """Send no more. May be called twice."""
+        """Stop sending. May be called twice."""
 
 
 class Lane:

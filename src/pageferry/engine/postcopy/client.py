@@ -96,7 +96,7 @@ class PostcopyClient:
         self._peer: Peer | None = None
         self._asking = host.lock()  # held while what is asked for, and of which peer, changes
         self.waits_for_source = False
-        """Whether the guest stands still, for pages of it are at a source that is gone."""
+        """Whether the guest stands still because pages of it are at a source that is gone."""
         self._pager = DemandPager(vm, missing.gfns(), self._ask_urgently, host)
 
     @property

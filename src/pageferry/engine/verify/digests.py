@@ -73,7 +73,7 @@ def digest_views(views: list[memoryview], lengths: GfnArray) -> DigestArray:
 
 
 def _digests_of(tasks: list[list[memoryview]]) -> list[bytes]:
-    """Work on this thread and on one for each other core, as far as those can be had."""
+    """Work on this thread and on one for each other core, as far as threads are available."""
     digests = [b""] * len(tasks)
     left = deque(enumerate(tasks))
 

@@ -189,7 +189,7 @@ class Acceptor:
             self._aside(self._find_place, peer)
 
     def close(self) -> None:
-        """Listen no more, and wake the thread that waits; from any thread. May be called twice."""
+        """Stop listening, and wake the thread that waits; from any thread. May be called twice."""
         with self._changed:
             listener, self._listener = self._listener, None
             self._changed.notify_all()

@@ -79,7 +79,7 @@ class Credentials:
 
     @classmethod
     def from_secret(cls, secret: str, side: Side) -> "Credentials":
-        """Return the credentials of ``side`` for whom knows ``secret``, as :func:`new_secret` returns it.
+        """Return the credentials of ``side`` for a peer that knows ``secret``, as :func:`new_secret` returns it.
 
         Raises:
             UsageError: it is not a secret.
