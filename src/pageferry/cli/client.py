@@ -154,14 +154,17 @@ class _Following:
             except VmError:  # it drops those who read nothing for long, as on a terminal that was stopped
                 self._client.reconnect()
                 state = dict(self._client.execute("query-migrate"))
+                if not state:
+                    raise VmError("another guest process serves the control socket now") from None
                 if state["status"] in _ENDED or "x-postcopy-paused" in state:
                     return state
 
     def _go_on(self) -> Json | None:
-        for event in self._client.received():
+        events = self._client.received()
+        for event in events:
             if (state := self._happened(event)) is not None:
                 return state
-        if not self._asked:
+        if not self._asked and not events:  # with the answer to a question more may have come than is waited for
             self._client.wait(self._requests)
         if self._requests.take() or self._asked:
             self._asked = True

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pageferry.cli.plain_console import printable
+from pageferry.cli.printable import printable
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
 

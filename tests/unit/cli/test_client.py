@@ -90,6 +90,27 @@ def test_a_pause_that_is_over_already_is_passed_by():
     assert follow(client, resume=True) == {"status": "completed"}
 
 
+def test_an_end_that_comes_with_the_answer_to_a_question_is_seen():
+    """It was recovered and came to its end meanwhile; nothing more is sent, so nothing is to be waited for."""
+
+    class Quick(Client):
+        def execute(self, command, **arguments):
+            answer = super().execute(command, **arguments)
+            if self.executed == ["migrate", "query-migrate"]:
+                self.statuses, self.news = ["completed"], [SIGNAL]
+            return answer
+
+    client = Quick(["postcopy-paused"], [DONE, DONE])
+    assert follow(client)["status"] == "completed"
+    assert client.news == [SIGNAL]
+
+
+def test_another_process_at_the_same_socket_knows_nothing_of_the_migration():
+    client = Client([DROPPED], [{}])
+    with pytest.raises(OutcomeUnknownError):
+        follow(client)
+
+
 def test_the_first_signal_cancels_and_others_change_nothing():
     shown = []
     client = Client([SIGNAL, SIGNAL, [SIGNAL] * 5, "cancelled"], [CANCELLED])

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from pageferry.cli.control_options import ControlOption, JsonOption
+from pageferry.cli.printable import printable
 from pageferry.cli.shell import print_object, standard_input, standard_output, tell
 from pageferry.cli.status import print_status
 from pageferry.vmm.qmp_client import QmpClient
@@ -21,7 +22,7 @@ def status(control: ControlOption, as_json: JsonOption = False) -> None:
     if as_json:
         print_object(state)
         return
-    print_status(state, print)
+    print_status(state, lambda line: print(printable(line)))
 
 
 def console(control: ControlOption) -> None:
