@@ -40,7 +40,7 @@ class Link(Protocol):
     """One guest's way to a network; claimed and released as every backend."""
 
     offloads: int
-    """What it can leave to the receiver of a frame: CHECKSUM, TSO4, TSO6."""
+    """The work that it can leave to the receiver of a frame: CHECKSUM, TSO4, TSO6."""
 
     def claim(self) -> None:
         """Take the link; see :class:`pageferry.devices.virtio.devices.Backend`."""

@@ -50,7 +50,7 @@ def raw_input(fd: int) -> Iterator[None]:
 
 
 class Typed:
-    """What was typed at a terminal, or read from another file, and the guest has not taken yet.
+    """Input, typed at a terminal or read from a file, that the guest has not taken yet.
 
     Args:
         fd: where input comes from; Ctrl-] detaches when it is a terminal.

@@ -1,4 +1,4 @@
-"""What a person sees while pages move: a bar, and a line for each round that ended."""
+"""The progress display: a bar while pages move, and a line for each round that ended."""
 
 from typing import Any
 

@@ -74,7 +74,7 @@ class CpuidLeaf(NamedTuple):
 
     @property
     def registers(self) -> Registers:
-        """What CPUID answers."""
+        """The answer of CPUID."""
         return self[2:]
 
 
@@ -83,7 +83,7 @@ Leaves = tuple[CpuidLeaf, ...]
 
 
 class CpuModel(StrEnum):
-    """What a guest that is started can be given.
+    """The CPU models that a new guest can be given.
 
     BASELINE: x86-64 with SSE2, which every host has and the software machine too. HOST: all that this machine offers.
     """

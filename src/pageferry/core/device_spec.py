@@ -9,7 +9,7 @@ from typing import Any
 MAX_DEVICES = 31
 """As many as a PCI bus has slots besides the host bridge's."""
 DIRECT = ",direct"
-"""What ends the backend of a disk that is to be used past the host's page cache."""
+"""Suffix of the backend of a disk that is used past the host's page cache."""
 _MAX_TEXT_CHARS = 1024
 _MAX_BYTES = 1 << 63
 

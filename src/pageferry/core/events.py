@@ -1,4 +1,4 @@
-"""What happens in a migration, as frozen events, and the report that sums it up.
+"""The events of a migration, frozen records, and the report that sums them up.
 
 One vocabulary for progress bars, the control socket, plots and traces.
 """
@@ -101,7 +101,7 @@ class RoundOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """What a report means, in sentences for a person.
+    """The meaning of a report, in sentences for a person.
 
     ``outcome``: why the migration ended as it did. ``rates``: what the wire moved against what the guest wrote.
     ``guest_time``: where the guest's time went. ``hot``: what was sent again and again. ``advice``: what would have
@@ -142,7 +142,7 @@ class PostcopyRecovered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PostcopyStats:
-    """What came after the switch.
+    """Post-copy in numbers: from the switch on.
 
     ``missing_pages``: pages that had not been sent when the guest switched. Of these, ``sent_pages`` have gone (all,
     unless the guest ended or was given up), ``zero_pages`` of them by name only, and ``urgent_pages`` because a thread
@@ -169,7 +169,7 @@ class PostcopyStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceCost:
-    """What one device added to the downtime at the source: the size of its state and how long saving it took."""
+    """The downtime that one device caused at the source: the size of its state and how long saving it took."""
 
     name: str
     size_bytes: int
@@ -178,7 +178,7 @@ class DeviceCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationReport:
-    """What a migration did, whether it succeeded or not.
+    """The report of a migration, whether it succeeded or not.
 
     ``downtime_s``: from the source's pause to the acknowledgement that the guest runs at the destination, on the
     source's monotonic clock; ``downtime_parts_s`` sums to it. Both None unless the guest moved.

@@ -23,7 +23,7 @@ _CHANGED = 1.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """What was measured.
+    """The measurements.
 
     ``remaining_bytes``: still to be sent now. ``wire_bytes_per_s``: None before anything was sent.
     ``dirty_bytes_per_s``: how fast the guest dirtied memory in the last round that ended; 0 before. ``fixed_s``: what a

@@ -16,7 +16,7 @@ class WorkSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestTime:
-    """What pre-copy cost a guest that ran on.
+    """The cost of pre-copy to a guest that ran on.
 
     ``precopy_s``: from the end of the handshake to the pause, or to the failure.
     ``rehearsal_s``: how long the guest was frozen to measure what saving its state costs.

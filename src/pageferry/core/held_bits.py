@@ -94,7 +94,7 @@ class HeldBits:
 
 
 class HeldLog:
-    """The operators that are a matter of the held bits alone; base of every tracker over the kernel."""
+    """The operators that need only the held bits; base of every tracker over the kernel."""
 
     _held: HeldBits
 

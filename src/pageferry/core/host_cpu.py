@@ -54,7 +54,7 @@ class HostCpu:
 
     @property
     def warning(self) -> str | None:
-        """What a guest that runs here is in danger of, in one line; None: of nothing."""
+        """The danger to a guest that runs here, in one line; None: none known."""
         if self.keeps_cpuid:
             return None
         return f"the guest sees its host's CPU ({self}) and not its CPUID table (doctor: kvm-cpuid)"

@@ -21,7 +21,7 @@ _TRIALS = 8
 
 
 class HugePages(StrEnum):
-    """What can be asked for."""
+    """The kinds of huge pages that a user can ask for."""
 
     OFF = "off"
     THP = "thp"

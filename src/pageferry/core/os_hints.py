@@ -1,4 +1,4 @@
-"""What to do about an error of the operating system, by its number: one line for a person, or ""."""
+"""Hints on errors of the operating system, by number: one line for a person, or ""."""
 
 import errno
 import grp

@@ -79,7 +79,7 @@ class Progress:
 
     @property
     def expected_downtime_s(self) -> float:
-        """What a pause now would cost: what remains at the measured rate, and the fixed part."""
+        """The expected cost of a pause now: what remains at the measured rate, and the fixed part."""
         rate = self.wire_bytes_per_s
         return self.fixed_s + (self.last.remaining_pages * PAGE_SIZE / rate if rate else 0.0)
 
@@ -101,7 +101,7 @@ class Progress:
 
 
 class Action(StrEnum):
-    """What a policy can decide."""
+    """The decisions that a policy can make."""
 
     NEXT_ROUND = "next-round"
     STOP_AND_COPY = "stop-and-copy"
@@ -111,7 +111,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do, and why in words for a person.
+    """An action, and the reason in words for a person.
 
     ``throttle``: the share of its time for which the guest is to be throttled during the next round, 0 (not at all) to
     less than 1. It ends with pre-copy, however that ends.

@@ -29,7 +29,7 @@ POLICIES: dict[str, tuple[type[Any], dict[str, str]]] = {
 _WRITTEN = {"downtime_limit_s": "--downtime-limit", "max_rounds": "--max-rounds", "deadline_s": "--deadline"}
 
 UsersPolicies = Mapping[str, Callable[..., Any]]
-"""What makes a user's own policy, by ``module:Name``: all that may be made."""
+"""The makers of the users' own policies that are allowed, by ``module:Name``."""
 NO_USERS_POLICIES: UsersPolicies = MappingProxyType({})
 
 

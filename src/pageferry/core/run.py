@@ -68,11 +68,11 @@ class InvalidateTlb:
 
 
 Effect = GuestExit | GuestReset | SyncPoint | Wait | InvalidateTlb
-"""What a device asks of the machine, acted on after the instruction that caused it has completed."""
+"""A device's request to the machine, acted on after the instruction that caused it has completed."""
 
 
 class Vcpu(Protocol):
-    """What :class:`RunControl` needs of a vCPU."""
+    """A vCPU as :class:`RunControl` needs it."""
 
     def run(self) -> Effect | None:
         """Run the guest until it is kicked or a device has an effect; called on the vCPU's own thread only.

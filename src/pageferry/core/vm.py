@@ -23,7 +23,7 @@ from pageferry.core.state import MachineState
 
 
 class MachineModel(StrEnum):
-    """What a machine has besides RAM, vCPUs and the standard devices.
+    """Machine models: the devices of a machine besides RAM, vCPUs and the standard devices.
 
     PLAIN: nothing. PC: a PC's interrupt controllers and timer, as an operating system wants them.
     """
@@ -34,7 +34,7 @@ class MachineModel(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmConfig:
-    """What a machine must be given to hold a guest.
+    """The configuration of a machine that is to hold a guest.
 
     ``memory_bytes`` is a multiple of the page size; ``cpus`` is the number of vCPUs. ``cpu`` is what CPUID shows: a
     model, to be made of what the machine offers, or the table of a guest that has one already. A guest keeps its
@@ -52,7 +52,7 @@ class VmConfig:
 
 
 class VmStatus(StrEnum):
-    """What a guest is doing. SHUTDOWN and CRASHED are final."""
+    """The status of a guest. SHUTDOWN and CRASHED are final."""
 
     PAUSED = "paused"
     RUNNING = "running"

@@ -19,7 +19,7 @@ from pageferry.devices.interrupts import InterruptLines
 
 
 class Stateful(Protocol):
-    """What is saved and restored with the devices, under a name of its own."""
+    """State that is saved and restored with the devices, under a name of its own."""
 
     @property
     def name(self) -> str:

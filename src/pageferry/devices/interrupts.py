@@ -18,14 +18,14 @@ ELCR_AT_START = sum(1 << irq for irq in PCI_IRQS)
 
 
 class InterruptController(Protocol):
-    """What the interrupt lines of a machine lead to."""
+    """The controller that the interrupt lines of a machine lead to."""
 
     def set_line(self, irq: int, level: bool) -> None:
         """Drive the input of an IRQ, 0 to 15. The controller decides what an edge or a level means."""
 
 
 class CpuInterrupts(Protocol):
-    """What a vCPU in software asks of the interrupt controllers; on a real CPU the kernel does that."""
+    """The interrupt controllers as a vCPU in software uses them; on a real CPU the kernel does that."""
 
     on_raise: Callable[[], None]
     """Called when ``pending`` becomes true, on any thread and with the bus's lock held: wakes a halted vCPU."""

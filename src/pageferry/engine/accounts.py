@@ -1,4 +1,4 @@
-"""What the source knows of each page: whether it has storage, was sent and is proven; how often it was sent."""
+"""The source's knowledge of each page: whether it has storage, was sent and is proven; how often it was sent."""
 
 import threading
 

@@ -64,7 +64,7 @@ class Attempt:
         self.throttle = Throttle(vm, host)
         self.stall = StallMeter(vm, self.clock.now_s, work_before)
         self.state_s = 0.0
-        """What saving the state here and loading it there will take, as rehearsed."""
+        """The time that saving the state here and loading it there will take, as rehearsed."""
         self.job = Job(
             self.guest,
             policy,

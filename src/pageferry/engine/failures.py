@@ -1,4 +1,4 @@
-"""What went wrong, in the words of a migration: the phase, where the guest is, and one line for a person."""
+"""Turns failures into the words of a migration: the phase, where the guest is, and one line for a person."""
 
 from pageferry.core.errors import (
     GuestAt,

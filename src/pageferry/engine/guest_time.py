@@ -11,7 +11,7 @@ from pageferry.guests.abi import read_work
 
 
 class Stall(StrEnum):
-    """What the guest may have to wait for while it runs."""
+    """The causes for which the guest may have to wait while it runs."""
 
     REHEARSAL = "rehearsal"
     ENABLE = "enable"

@@ -72,7 +72,7 @@ class Job:
         self.postcopy: Postcopy | None = None
         """Made at the pause when the guest is to switch before all its pages have gone."""
         self.report: MigrationReport | None = None
-        """What it did, once it has ended."""
+        """The report, once it has ended."""
         self.error: MigrationError | None = None
         """Why it failed, if it did."""
         self._pause_limit_s = pause_limit_s

@@ -1,4 +1,4 @@
-"""What a user may ask of a migration."""
+"""The options of a migration."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -58,7 +58,7 @@ class Sink(Protocol):
 
 
 class Verifier(Protocol):
-    """What proves memory equal while the guest runs, and knows what a proof at the pause would cost."""
+    """Proves memory equal while the guest runs, and knows what a proof at the pause would cost."""
 
     def begin_round(self, dirty: DirtyBitmap) -> None:
         """A round begins; ``dirty`` is the bitmap when the last one ended."""

@@ -189,7 +189,7 @@ class Rounds:
     def __init__(self, memory_pages: int, on_event: Callable[[Event], None], now_s: Callable[[], float]) -> None:
         self.ended: tuple[RoundStats, ...] = ()
         self.fixed_s = 0.0
-        """What a pause takes besides the pages, when the last round ended."""
+        """The time that a pause takes besides the pages, as of the end of the last round."""
         self._on_event = on_event
         self._now_s = now_s
         self._expected_pages = memory_pages

@@ -40,7 +40,7 @@ _SLOT = struct.Struct("<16Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestInfo:
-    """What the information page tells the guest; see docs/reference/guest-abi.md for each field."""
+    """The content of the information page; see docs/reference/guest-abi.md for each field."""
 
     memory_bytes: int
     ram_regions: tuple[tuple[int, int], ...]

@@ -16,7 +16,7 @@ _U64_MAX = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestParams:
-    """What a workload is told.
+    """The parameters of a workload.
 
     Args:
         working_set_bytes: RAM that it works on, rounded up to pages; None: the program's default, bounded by memory.

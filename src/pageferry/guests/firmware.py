@@ -1,4 +1,4 @@
-"""What a kernel finds in a PC's memory besides itself, however it is booted.
+"""The data that a kernel finds in a PC's memory, however it is booted.
 
 Below 1 MiB, where a kernel reserves what it needs before it uses the rest::
 

@@ -25,7 +25,7 @@ _MAX_INITRD_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelOptions:
-    """What a kernel is given besides the machine: a file for its initrd or module, and a command line."""
+    """The options of a kernel: a file for its initrd or module, and a command line."""
 
     initrd: Path | None = None
     command_line: str = ""

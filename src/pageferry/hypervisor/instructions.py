@@ -1,4 +1,4 @@
-"""What an instruction does to memory, as far as a fault depends on it and the emulator does not tell.
+"""Decodes what an instruction does to memory, as far as a fault depends on it and the emulator does not tell.
 
 - A program may load a segment register although it may not read the table that the descriptor is in: the processor
   reads it as a supervisor. The emulator asks the MMU for that read as for any other.

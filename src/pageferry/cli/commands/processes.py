@@ -60,7 +60,7 @@ _CONSOLE = "the guest's console"
 
 
 class ConsoleMode(StrEnum):
-    """What standard input is to a guest whose console is standard output."""
+    """How standard input serves a guest whose console is standard output."""
 
     OUTPUT = "output"
     STDIO = "stdio"

@@ -49,7 +49,7 @@ class PcChips:
 
     @property
     def on_raise(self) -> Callable[[], None]:
-        """What is called when ``pending`` becomes true, on any thread and with the bus's lock held."""
+        """Called when ``pending`` becomes true, on any thread and with the bus's lock held."""
         return self._pics.on_raise
 
     @on_raise.setter

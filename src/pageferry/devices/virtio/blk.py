@@ -44,7 +44,7 @@ _STATE = Struct("<QB")
 
 
 class Disk(Protocol):
-    """What holds the content; offsets and sizes are in bytes, of whole sectors, inside ``size_bytes``.
+    """The storage of a disk; offsets and sizes are in bytes, of whole sectors, inside ``size_bytes``.
 
     Each method raises OSError when it cannot.
     """

@@ -73,7 +73,7 @@ class Backend(Protocol):
 
 
 class SpecList:
-    """What the guest has as devices, as a state of its own: it tells a restore what to make.
+    """The list of the guest's devices, as a state of its own: it tells a restore what to make.
 
     Args:
         specs: as they are here.

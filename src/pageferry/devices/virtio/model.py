@@ -1,4 +1,4 @@
-"""What a kind of virtio device is to its transport: identity, features, queues, and what it does with them."""
+"""A kind of virtio device as its transport sees it: identity, features, queues, and how it serves them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pageferry.devices.virtio.queue import SplitQueue
 
 @dataclass(slots=True)
 class Driver:
-    """What the guest's driver has agreed on and set up: the features in use, and the queues."""
+    """The settings of the guest's driver: the features in use, and the queues."""
 
     features: int
     queues: Sequence[SplitQueue]

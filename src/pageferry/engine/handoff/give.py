@@ -29,7 +29,7 @@ _LAST_WORDS = 3
 
 
 class Talk(Protocol):
-    """What the handoff needs of a :class:`~pageferry.engine.wire.peer.Peer`."""
+    """A :class:`~pageferry.engine.wire.peer.Peer`, as the handoff needs it."""
 
     def send(self, frame: Frame) -> None:
         """Send a frame; after an OSError it has not left whole, and will not."""

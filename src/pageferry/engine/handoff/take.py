@@ -19,7 +19,7 @@ from pageferry.stream.ferry_frames import Commit, Dropped, Failed, Frame, Ready,
 
 
 class Talk(Protocol):
-    """What the handoff needs of a :class:`~pageferry.engine.wire.peer.Peer`."""
+    """A :class:`~pageferry.engine.wire.peer.Peer`, as the handoff needs it."""
 
     def send(self, frame: Frame) -> None:
         """Send a frame; raises OSError."""

@@ -49,7 +49,7 @@ class MissingPages:
         self.zero_pages = 0
         """How many were zero, and went by name."""
         self.waits: Complete | None = None
-        """What the destination told of its waiting when it had everything."""
+        """The destination's account of its waits, told when it had everything."""
 
     @property
     def left_pages(self) -> int:
@@ -105,7 +105,7 @@ class MissingPages:
 
 
 class Postcopy:
-    """What the source knows of a guest that switches: its missing pages, cuts, and how to go on after one.
+    """The source's state for a guest that switches: its missing pages, cuts, and how to go on after one.
 
     All but :meth:`outlook` and ``recovery`` for the thread of the migration.
 

@@ -34,7 +34,7 @@ class AuditMismatchError(VerifyError):
 
 
 class ReceivedPages:
-    """What the destination knows of each page: arrived, proven equal since, or removed. For threads of any number.
+    """The destination's knowledge of each page: arrived, proven equal since, or removed. For threads of any number.
 
     It knows this from what it received and digested itself; no claim of the source's enters.
 
@@ -111,7 +111,7 @@ class ReceivedPages:
 
 
 class Comparison:
-    """What one guest's source says of its memory at the pause, against what is here. The guest has not run.
+    """Compares what the source says of the guest's memory at the pause with the memory here. The guest has not run.
 
     Args:
         pages: what arrived.

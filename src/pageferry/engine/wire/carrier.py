@@ -27,7 +27,7 @@ _R = TypeVar("_R")
 
 
 class Carrier(Protocol):
-    """What a channel needs of its socket."""
+    """A socket as a channel needs it."""
 
     def send(self, buffers: Sequence[memoryview], deadline_s: float, fd: int | None) -> int:
         """Send some of ``buffers``, none of them empty; return how many bytes.

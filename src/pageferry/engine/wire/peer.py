@@ -49,7 +49,7 @@ class Peer:
         self._encoder = FerryEncoder(self._conversation)
         self._decoder = FerryDecoder(self._conversation)
         self.first: Frame | None = None
-        """What the peer has said first, once :meth:`hear` has heard it."""
+        """The peer's first frame, once :meth:`hear` has heard it."""
         self._greeted = False
         self._sending = channel.host.lock()  # frames leave in the order in which they were encoded
         self._turn = threading.Lock()

@@ -120,7 +120,7 @@ def in_order(names: Iterable[str], needs: Callable[[str], Sequence[str]]) -> lis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinuxImage:
-    """What a guest boots: two files."""
+    """The two files that a guest boots."""
 
     kernel: Path
     initramfs: Path
