@@ -4,12 +4,22 @@ Numbers are the specification's, said here once more, so that a wrong one in the
 """
 
 import struct
+import time
 from dataclasses import dataclass
 
 VERSION_1, EVENT_IDX, INDIRECT = 1 << 32, 1 << 29, 1 << 28
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 0x40
 NEXT, WRITE, IN_TABLE = 1, 2, 4
+_PATIENCE_S = 60
 COMMON, NOTIFY, ISR, DEVICE, PCI_WINDOW = 1, 2, 3, 4, 5
+
+
+def wait_until(condition):
+    """Wait until ``condition()``, for what a device does by itself."""
+    give_up_s = time.monotonic() + _PATIENCE_S
+    while not condition():
+        assert time.monotonic() < give_up_s, f"not so after {_PATIENCE_S} s"
+        time.sleep(0.0005)
 
 
 class Pci:
@@ -106,6 +116,12 @@ class Ring:
 
     def notify(self):
         self._driver.notify(self.index)
+
+    def wait(self):
+        """Wait until the device, which works by itself, has given something back; return all that it has."""
+        wait_until(lambda: self.seen != self.u16(self.used + 2))
+        with self._driver.bus.locked():  # it has interrupted by then
+            return self.collect()
 
     def collect(self):
         """Return what the device has given back: (head, length) each."""

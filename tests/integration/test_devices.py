@@ -48,8 +48,8 @@ def is_free(disk):
 
 def holds(vm):
     """Whether this machine may use its disk: a claim that has it already does nothing."""
-    probe = vm.virtio._backends[0][1]
-    return probe._claimed
+    (_, port), *_ = vm.virtio._disks
+    return port.disk._claimed
 
 
 def test_a_disk_goes_with_its_guest_there_and_back(vm, inn, disk):
@@ -106,6 +106,23 @@ def test_a_destination_that_cannot_take_the_disk_gives_the_guest_back(vm, inn, d
     assert isinstance(inn.outcome(), MigrationError)
     assert holds(vm)
     inn.make_vm = make_vm
+    expect_as_before(vm, inn, source)
+
+
+def test_a_guest_whose_disk_does_not_answer_at_the_pause_runs_on_here(vm, inn):
+    finish = vm.virtio.finish
+
+    def does_not_answer(patience_s):
+        raise VmError("disk0 has not ended a request of the guest")
+
+    source = source_of(vm, inn.open())
+    vm.virtio.finish = does_not_answer
+    with pytest.raises(MigrationError, match="disk0 has not ended") as caught:
+        source.run()
+    assert caught.value.guest_at is GuestAt.SOURCE
+    assert isinstance(inn.outcome(), MigrationError)
+    vm.virtio.finish = finish
+    assert holds(vm)
     expect_as_before(vm, inn, source)
 
 

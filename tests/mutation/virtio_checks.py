@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from virtio_driver import VERSION_1, VirtioDriver
+from virtio_driver import VERSION_1, Pci, VirtioDriver
 
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.vm import MachineModel
@@ -17,9 +17,12 @@ from pageferry.testing.lab import Lab, require
 
 _SECTORS = 64
 _IN = 0
-#: RAM that no guest of the kit touches.
+#: RAM that no guest of the kit touches, and what of it the driver uses.
+_BEGIN, _END = 0x10_0000, 0x20_0000
 _TARGET, _STATUS, _HEADER = 0x13_0000, 0x13_1000, 0x13_2000
 _RINGS = 0x14_0000
+_COMMAND, _MEMORY, _MASTER, _NO_INTX = 4, 1 << 1, 1 << 2, 1 << 10
+_SLOW_S, _PATIENCE_S = 1.0, 60.0
 
 
 @contextmanager
@@ -47,6 +50,7 @@ class _Reader:
         """Set the device up, with a small queue, so that its indices pass its end."""
         self.driver._area_start = _RINGS
         require(self.driver.begin(VERSION_1, sizes={0: 4}), "the disk takes no driver")
+        self.driver.pci.write(_COMMAND, 2, _MEMORY | _MASTER | _NO_INTX)  # the guest has no handler
 
     def ask(self, sector: int) -> None:
         """Ask for a sector, whose first bytes become other ones; the device does not hear of it yet."""
@@ -57,6 +61,24 @@ class _Reader:
     def answer(self) -> tuple[list[tuple[int, int]], bytes]:
         """Let the device work; return what it gave back, and what it wrote."""
         self.driver.rings[0].notify()
+        return self.driver.rings[0].wait(), self._memory.read(_TARGET, 4)
+
+    def memory(self) -> bytes:
+        """Return all that is the driver's."""
+        data: bytes = self._memory.read(_BEGIN, _END - _BEGIN)
+        return data
+
+    def go_on(self, vm: Any, memory: bytes) -> None:
+        """Be the driver of the same device on another machine, with that memory; the device does what waits."""
+        vm.memory.write(_BEGIN, memory)
+        driver = self.driver
+        driver.bus, driver.memory, driver.pci = vm.platform.bus, vm.memory, Pci(vm.platform.bus, 1)
+        driver.rings[0].memory = self._memory = vm.memory
+        vm.resume()
+        vm.release_backends()
+
+    def answered(self) -> tuple[list[tuple[int, int]], bytes]:
+        """Return what the device gave back by itself, and what it wrote."""
         return self.driver.rings[0].collect(), self._memory.read(_TARGET, 4)
 
 
@@ -64,38 +86,62 @@ def disk_moves(lab: Lab) -> None:
     """A disk that was at work goes on elsewhere where it was: it answers what was asked, once, in the same rings."""
     with with_disk(lab) as (pcs, _), pcs.guest("idle") as here, pcs.guest("idle") as there:
         reader = _Reader(here.vm)
-        here.vm.claim_backends()
+        here.vm.resume()
         reader.begin()
         for sector in range(6):
             reader.ask(sector)
             reader.answer()
+        here.vm.pause()
         reader.ask(7)
         there.vm.load_state(here.vm.save_state())
         here.vm.release_backends()
-        there.vm.claim_backends()
-        there.memory.write(0x10_0000, here.memory.read(0x10_0000, 0x10_0000))
-        elsewhere = _Reader(there.vm)
-        elsewhere.driver.rings = reader.driver.rings
-        elsewhere.driver.rings[0].memory, elsewhere.driver.rings[0]._driver = there.memory, elsewhere.driver
-        used, data = elsewhere.answer()
+        reader.go_on(there.vm, reader.memory())
+        used, data = reader.answered()
         require([length for _, length in used] == [513], f"the disk gave back {used} after the move")
         require(data == (7).to_bytes(4, "little"), f"the disk wrote {data!r} after the move")
-        require(not elsewhere.driver.broken, "the disk needs a reset after the move")
+        require(not reader.driver.broken, "the disk needs a reset after the move")
+
+
+def disk_finishes_before_a_freeze_holds(lab: Lab) -> None:
+    """A request that is in flight at a freeze is answered, here or elsewhere, once."""
+    with with_disk(lab) as (pcs, _), pcs.guest("idle") as here, pcs.guest("idle") as there:
+        reader = _Reader(here.vm)
+        here.vm.resume()
+        reader.begin()
+        disk = _disk_of(here.vm)
+        sound, begun, saved = disk.read, threading.Event(), threading.Event()
+
+        def read(views: Any, offset: int) -> None:
+            begun.set()
+            saved.wait(_SLOW_S)  # the state is only saved meanwhile where the freeze does not wait for this
+            sound(views, offset)
+
+        disk.read = read
+        reader.ask(5)
+        reader.driver.rings[0].notify()
+        require(begun.wait(_PATIENCE_S), "the disk was not asked")
+        here.vm.freeze()
+        there.vm.load_state(here.vm.save_state())
+        memory = reader.memory()
+        saved.set()
+        here.vm.release_backends()
+        reader.go_on(there.vm, memory)
+        used, data = reader.answered()
+        require([length for _, length in used] == [513], f"the disk gave back {used} of what was in flight")
+        require(data == (5).to_bytes(4, "little"), f"the disk wrote {data!r} of what was in flight")
 
 
 def disk_marks_after_the_write(lab: Lab) -> None:
     """What a disk reads into memory is dirty after a CLEAN that comes in the middle of the transfer."""
     with with_disk(lab) as (pcs, _), pcs.guest("idle") as guest:
         reader = _Reader(guest.vm)
-        guest.vm.claim_backends()
+        guest.vm.resume()
         reader.begin()
-        (_, disk), *_ = guest.vm.virtio._backends
+        disk = _disk_of(guest.vm)
         sound, log_dirty = disk.read, guest.log_dirty
 
         def read(views: Any, offset: int) -> None:
-            cleaner = threading.Thread(target=log_dirty.clean)  # a vCPU, which a transfer is on, may not call it
-            cleaner.start()
-            cleaner.join()
+            log_dirty.clean()
             sound(views, offset)
 
         disk.read = read
@@ -108,4 +154,13 @@ def disk_marks_after_the_write(lab: Lab) -> None:
         require(bool(dirty.test(_TARGET >> 12)), "the page that the disk wrote is clean")
 
 
-CHECKS: tuple[Check, ...] = (check_of(None, disk_moves), check_of(4, disk_marks_after_the_write))
+def _disk_of(vm: Any) -> Any:
+    (_, port), *_ = vm.virtio._disks
+    return port.disk
+
+
+CHECKS: tuple[Check, ...] = (
+    check_of(None, disk_moves),
+    check_of(None, disk_finishes_before_a_freeze_holds),
+    check_of(4, disk_marks_after_the_write),
+)

@@ -20,6 +20,8 @@ from pageferry.devices.virtio.devices import VirtioDevices
 
 _NOTICED_NS = 10**9
 _NS_PER_MS = 10**6
+#: How long a guest that is to stand still waits for a device; as long as many a disk's own time-out.
+_DEVICE_PATIENCE_S = 30.0
 
 
 class StandardMachine(ABC):
@@ -129,7 +131,11 @@ class StandardMachine(ABC):
     def freeze(self) -> None:
         """Hold every vCPU at an instruction boundary until thawed."""
         self.run_control.freeze()
-        self._let_devices_finish()
+        try:
+            self._let_devices_finish()
+        except BaseException:
+            self.thaw()
+            raise
 
     def thaw(self) -> None:
         """Undo one freeze."""
@@ -147,9 +153,14 @@ class StandardMachine(ABC):
         self._set_tsc_back(ns * khz // _NS_PER_MS)
 
     def _let_devices_finish(self) -> None:
-        """Return when no device that began before the guest was held touches memory any more."""
+        """Return when no device that began before the guest was held touches memory any more.
+
+        Raises:
+            VmError: one has not ended what it does in :data:`_DEVICE_PATIENCE_S`.
+        """
         with self.platform.bus.locked():
             pass
+        self.virtio.finish(_DEVICE_PATIENCE_S)
 
     def claim_backends(self) -> None:
         """Take what stands behind the guest's devices."""
@@ -203,6 +214,7 @@ class StandardMachine(ABC):
         """Return everything but memory."""
         self._expect_paused("saved")
         with self.run_control.stopped():
+            self._let_devices_finish()
             self.run_control.count_standing()
             # Devices first: an interrupt that goes from one to a vCPU meanwhile is then in both states, not in neither.
             devices = self.platform.bus.save()

@@ -1,13 +1,14 @@
 """A block device over a :class:`Disk`: read, write, flush, discard, write zeroes, get the identity.
 
-A request is done while the driver notifies of it, so at a freeze none is under way. Its size is bounded by what the
-device offers (``SEG_MAX`` times ``SIZE_MAX``): what is larger fails.
+Requests are taken, done and given back one at a time, by a :class:`~pageferry.devices.virtio.disk_port.DiskPort`. The
+size of one is bounded by what the device offers (``SEG_MAX`` times ``SIZE_MAX``): what is larger fails.
 
 Source: VIRTIO 1.2, section 5.2.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct
 from typing import Protocol
@@ -15,12 +16,14 @@ from typing import Protocol
 from pageferry.core.errors import VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.devices.virtio.model import Driver
-from pageferry.devices.virtio.queue import Chain, Ranges, RingError, gather, part_of, scatter, size_of
+from pageferry.devices.virtio.queue import Chain, Ranges, RingError, SplitQueue, gather, part_of, scatter, size_of
 
 _log = logging.getLogger(__name__)
 
 _SECTOR_BYTES = 512
 _QUEUE_SIZE = 256
+#: The queue's index.
+REQUESTS = 0
 SEG_MAX, SIZE_MAX = 126, 64 << 10
 _MAX_REQUEST_BYTES = SEG_MAX * SIZE_MAX
 _BLOCK_BYTES = 512
@@ -88,6 +91,21 @@ class _Refused(Exception):  # an answer to the driver, no error of ours
         self.status = status
 
 
+@dataclass(slots=True)
+class BlkRequest:
+    """A request; ``written`` bytes of its writable part and ``status`` once it was done, or why it could not be."""
+
+    chain: Chain
+    written: int = 0
+    status: int = _OK
+    failure: VmError | None = None
+
+    @property
+    def data_bytes(self) -> int:
+        """How much of the writable part comes before the status."""
+        return size_of(self.chain.writable) - 1
+
+
 class VirtioBlk:
     """The device; implements :class:`~pageferry.devices.virtio.model.VirtioModel`.
 
@@ -95,16 +113,28 @@ class VirtioBlk:
         name: the disk's among the guest's devices, which is also its identity for the driver.
         memory: the guest's.
         disk: the content.
+        on_requests: has requests looked for, on another thread.
+        on_reset: returns when no request is being done; the driver does not wait for it any more.
     """
 
     device_id = 2
     pci_class = 0x01_00_00
     queue_sizes = (_QUEUE_SIZE,)
 
-    def __init__(self, name: str, memory: GuestMemory, disk: Disk) -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: GuestMemory,
+        disk: Disk,
+        *,
+        on_requests: Callable[[], None],
+        on_reset: Callable[[], None],
+    ) -> None:
         self.name = name
         self._memory = memory
         self._disk = disk
+        self._on_requests = on_requests
+        self._on_reset = on_reset
         features = [_F_SIZE_MAX, _F_SEG_MAX, _F_BLK_SIZE, _F_FLUSH]
         features += [_F_RO] if disk.readonly else [_F_DISCARD, _F_WRITE_ZEROES]
         self.features = sum(1 << feature for feature in features)
@@ -126,31 +156,55 @@ class VirtioBlk:
         )
 
     def reset(self) -> None:
-        """Do nothing: no request outlives its notification."""
+        """Touch no memory of the driver's any more."""
+        self._on_reset()
 
     def serve(self, index: int, driver: Driver) -> None:
-        """Do every request that waits (section 5.2.6)."""
-        queue = driver.queues[index]
-        for chain in queue.drain():
-            queue.push((chain.head, self._request(chain)))
+        """Have every request done that waits (section 5.2.6)."""
+        self._on_requests()
 
-    def _request(self, chain: Chain) -> int:
-        """Do one request; return how many bytes of the chain's writable part were written, from its first on."""
-        data_bytes = size_of(chain.writable) - 1
-        if data_bytes < 0:
+    def take(self, queue: SplitQueue) -> BlkRequest | None:
+        """Take the next request; None: none waits, and the driver will tell of the next one.
+
+        Raises:
+            RingError: the driver broke the rules.
+        """
+        chain = queue.pop()
+        if chain is None:
+            queue.ask_for_notification()
+            chain = queue.pop()  # it may have come before the driver saw that
+        if chain is None:
+            return None
+        request = BlkRequest(chain)
+        if request.data_bytes < 0:
             raise RingError("a request has no place for its status")
+        return request
+
+    def perform(self, request: BlkRequest) -> None:
+        """Do a request that was taken; nothing is locked."""
         try:
-            written = self._perform(chain, part_of(chain.writable, 0, data_bytes))
-            status = _OK
+            request.written = self._perform(request.chain, part_of(request.chain.writable, 0, request.data_bytes))
         except _Refused as refusal:
-            written, status = 0, refusal.status
+            request.status = refusal.status
+        except VmError as error:
+            request.failure = error
         except OSError as error:
-            if isinstance(error, VmError):
-                raise
             _log.warning("%s: %s", self.name, error)
-            written, status = 0, _IOERR
-        scatter(self._memory, part_of(chain.writable, data_bytes, 1), bytes((status,)))
-        return written + 1 if written == data_bytes else written
+            request.status = _IOERR
+
+    def give_back(self, queue: SplitQueue, request: BlkRequest) -> None:
+        """Give a request that was done back to the driver.
+
+        Raises:
+            VmError: it could not be done, for the driver broke the rules.
+        """
+        if request.failure is not None:
+            raise request.failure
+        status = part_of(request.chain.writable, request.data_bytes, 1)
+        scatter(self._memory, status, bytes((request.status,)))
+        # What was written is told from the first byte on: the status is among it where all before it was.
+        written = request.written + 1 if request.written == request.data_bytes else request.written
+        queue.push((request.chain.head, written))
 
     def _perform(self, chain: Chain, target: Ranges) -> int:
         """Do what the header says, with ``target`` for what is read; return how much was written there."""

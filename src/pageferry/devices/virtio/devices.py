@@ -5,7 +5,8 @@ What stands behind a device is opened when the machine is made, and belongs to t
 
 **Who touches guest memory when.** A vCPU's notification is served on its own thread; what comes from a network, on a
 :class:`~pageferry.backends.pump.Pump`'s. Both hold the bus's lock, and the pump looks under it whether the guest is
-held. So once a freeze holds and that lock was free, nothing here touches memory; frames wait in the link meanwhile::
+held. So once a freeze holds and that lock was free, nothing here touches memory but what a disk has in flight
+(:mod:`.disk_port`), which is waited for; frames wait in the link meanwhile::
 
     pump                          freeze
     takes the bus's lock          .
@@ -40,6 +41,7 @@ from pageferry.devices.pci import ConfigAddress, ConfigData, bar_of_slot, irq_of
 from pageferry.devices.virtio.balloon import VirtioBalloon
 from pageferry.devices.virtio.blk import VirtioBlk
 from pageferry.devices.virtio.console import RECEIVE, VirtioConsole
+from pageferry.devices.virtio.disk_port import DiskPort
 from pageferry.devices.virtio.model import VirtioModel
 from pageferry.devices.virtio.net import VirtioNet
 from pageferry.devices.virtio.net_port import NetPort
@@ -135,7 +137,8 @@ class VirtioDevices:
         self._bus = bus
         self._held = held
         self._backends: list[tuple[str, Backend]] = []
-        self._ports: list[NetPort] = []
+        self._ports: list[NetPort | DiskPort] = []
+        self._disks: list[tuple[str, DiskPort]] = []
         self._consoles: list[tuple[VirtioConsole, VirtioPci]] = []
         self.specs: tuple[DeviceSpec, ...] = ()
         """As given, with what was found out about them here."""
@@ -176,14 +179,20 @@ class VirtioDevices:
 
     def _make_disk(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
         disk = DiskFile.named(spec.backend, readonly=spec.readonly)
-        self._backends.append((name, disk))
+        port = DiskPort(disk, self._bus, self._held)
+        self._backends.append((name, port))
         if spec.size_bytes not in (0, disk.size_bytes):
             raise UsageError(
                 f"{name} of the guest has {spec.size_bytes} bytes, {disk.path} has {disk.size_bytes}",
                 hint=f"name the guest's own disk: --disk {name.removeprefix(spec.kind)}=PATH",
             )
         self.specs += (replace(spec, size_bytes=disk.size_bytes),)
-        return self._function(VirtioBlk(name, self._memory, disk), slot)
+        model = VirtioBlk(name, self._memory, disk, on_requests=port.wake, on_reset=port.abandon)
+        function = self._function(model, slot)
+        port.connect(model, function)
+        self._ports.append(port)
+        self._disks.append((name, port))
+        return function
 
     def _make_net(self, name: str, spec: DeviceSpec, slot: int) -> VirtioPci:
         mac = _mac(name, spec.mac)
@@ -235,8 +244,21 @@ class VirtioDevices:
 
     # -- what the host does ------------------------------------------------------------------------------------------
 
+    def finish(self, patience_s: float) -> None:
+        """Return when no request that was in flight still is; the guest is held, so that none begins.
+
+        Raises:
+            VmError: a disk has not ended one in so long.
+        """
+        for name, port in self._disks:
+            if not port.finish(patience_s):
+                raise VmError(
+                    f"{name} has not ended a request of the guest in {patience_s:.0f} s",
+                    hint="look after what its disk is on; the guest cannot stand still before that answers",
+                )
+
     def wake(self) -> None:
-        """Hand the guest, which may run again, what came meanwhile."""
+        """Hand the guest, which may run again, what came meanwhile, and do what it has asked for."""
         for port in self._ports:
             port.wake()
         if self._consoles:

@@ -21,6 +21,7 @@ import logging
 from collections.abc import Callable
 from struct import Struct
 from struct import error as StructError
+from typing import TypeVar
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
@@ -30,6 +31,7 @@ from pageferry.devices.virtio.model import Driver, VirtioModel
 from pageferry.devices.virtio.queue import SplitQueue
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 VENDOR_ID = 0x1AF4
 _FIRST_DEVICE_ID = 0x1040
@@ -312,19 +314,26 @@ class VirtioPci:
 
     def serve(self, index: int) -> None:
         """Have the device do what there is to do with a queue, and interrupt its driver if that is wanted."""
-        if not self.live or index >= len(self.driver.queues) or not self.driver.queues[index].enabled:
-            return
-        self._do(lambda: self.model.serve(index, self.driver))
+        self.work(index, lambda _: self.model.serve(index, self.driver))
 
-    def _do(self, work: Callable[[], None]) -> None:
+    def work(self, index: int, work: Callable[[SplitQueue], _Result]) -> _Result | None:
+        """Have something done with a queue, and interrupt its driver if that is wanted; the bus is locked.
+
+        Returns:
+            None: nothing was done, for no driver runs the queue; or the driver has broken the rules, as a VmError of
+            ``work`` says, and its device has ended.
+        """
+        if not self.live or index >= len(self.driver.queues) or not self.driver.queues[index].enabled:
+            return None
         try:
-            work()
+            result = work(self.driver.queues[index])
             wanted = [queue.wants_interrupt() for queue in self.driver.queues if queue.enabled]
         except VmError as error:
             self._end(str(error))
-            return
+            return None
         if any(wanted):
             self._interrupt(_ISR_QUEUE)
+        return result
 
     def _end(self, why: str) -> None:
         """Touch no memory until the driver has reset the device (section 2.1.2)."""

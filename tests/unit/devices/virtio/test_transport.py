@@ -103,6 +103,7 @@ def test_an_interrupt_is_level_and_reading_the_status_takes_it_back(blk):
     lines = blk.machine.lines
     read_sector(blk, blk.rings[0], 5)
     blk.notify(0)
+    blk.rings[0].wait()
     assert lines == {11: True}
     assert blk.pci.read(6, 2) & 8
     assert blk.isr() == 1
@@ -116,6 +117,7 @@ def test_intx_disable_holds_the_line_down_and_the_cause_stays(blk):
     blk.pci.write(4, 2, 0x0406)
     read_sector(blk, blk.rings[0], 5)
     blk.notify(0)
+    blk.rings[0].wait()
     assert not any(blk.machine.lines.values())
     blk.pci.write(4, 2, 0x0006)
     assert blk.machine.lines == {11: True}
@@ -131,6 +133,7 @@ def test_the_rings_before_driver_ok_are_served_at_driver_ok(blk):
     assert not blk.rings[0].collect()
     _, data, status = read_sector(blk, blk.rings[0], 7)
     blk.notify(0)
+    blk.rings[0].wait()
     assert blk.memory.read(data, 4) == (7).to_bytes(4, "little")
 
 
@@ -187,6 +190,7 @@ def test_what_it_knows_moves_to_another_machine(blk, machine, disk):
     ring.set_used_event(0)
     read_sector(blk, ring, 5)
     blk.notify(0)
+    ring.wait()
     state = blk.bus.save()
     there = machine(disk)
     there.memory.write(0, blk.memory.read(0, blk.memory.size_bytes))

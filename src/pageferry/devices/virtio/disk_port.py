@@ -1,0 +1,165 @@
+"""DiskPort: the host's side of one disk: what holds its content, and the thread that does the guest's requests.
+
+A disk may be slow; a request of it holds up no vCPU and no other device. It is taken from its queue and given back to
+it under the bus's lock, and done in between without, one at a time::
+
+    port's thread                            freeze
+    takes the lock: not held                 .
+    takes a request, which is in flight      holds the guest, waits for its vCPUs
+    transfers; marks what it wrote (law 4)   waits for what is in flight
+    takes the lock: gives the request back   .
+    nothing is in flight                     returns: memory stands still
+    takes the lock: held, sleeps             .
+
+What is in flight is in no state that could be saved, so a freeze waits for it: for one request, of bounded size. Those
+behind it stay in the queue, and move with it. A driver that resets its device waits for it too, and gets no answer.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from pageferry.backends.disk import DiskFile
+from pageferry.core.threads import begin
+from pageferry.devices.bus import DeviceBus
+from pageferry.devices.virtio.blk import REQUESTS, BlkRequest, VirtioBlk
+from pageferry.devices.virtio.transport import VirtioPci
+
+_log = logging.getLogger(__name__)
+
+
+class DiskPort:
+    """The port; claimed and released as what stands behind a device.
+
+    Args:
+        disk: the content.
+        bus: the guest's.
+        held: tells whether the guest stands still.
+    """
+
+    def __init__(self, disk: DiskFile, bus: DeviceBus, held: Callable[[], bool]) -> None:
+        self.disk = disk
+        self._bus = bus
+        self._held = held
+        self._model: VirtioBlk | None = None
+        self._function: VirtioPci | None = None
+        self._changed = threading.Condition()
+        self._wanted = False
+        self._stopping = False
+        self._in_flight: BlkRequest | None = None
+        self._transferring = False
+        self._thread: threading.Thread | None = None
+
+    def connect(self, model: VirtioBlk, function: VirtioPci) -> None:
+        """Be the port of a device; before anything else."""
+        self._model, self._function = model, function
+
+    def wake(self) -> None:
+        """Look for requests; any thread."""
+        with self._changed:
+            self._wanted = True
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Return when no transfer is under way; the request in flight is not given back. The bus is locked."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._transferring)
+            self._in_flight = None
+
+    def finish(self, patience_s: float) -> bool:
+        """Wait until what is in flight now no longer is, so long at the most; tell whether it is not.
+
+        While the guest is held nothing begins.
+        """
+        with self._changed:
+            request = self._in_flight
+            return self._changed.wait_for(lambda: self._in_flight is not request or request is None, patience_s)
+
+    # -- whose it is -------------------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Take the disk, and begin to do requests.
+
+        Raises:
+            VmError: another process has it.
+            OutOfThreadsError: it is not taken.
+        """
+        self.disk.claim()
+        try:
+            self._start()
+        except BaseException:
+            self.disk.release()
+            raise
+
+    def release(self) -> None:
+        """Do what there is to do, unless the guest is held, have all of it on the disk, and give the disk back.
+
+        Raises:
+            OSError: it could not be written; the disk is taken still.
+        """
+        if self._thread is None:
+            return
+        self._stop()
+        try:
+            self.disk.release()
+        except BaseException:
+            self._start()
+            raise
+
+    def close(self) -> None:
+        """Let go of the disk for good, when what is in flight has ended. May be called twice."""
+        self._stop()
+        self.disk.close()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._stopping, self._wanted = False, True
+            self._thread = begin(self._main, f"{self.disk.path.name}-requests")
+
+    def _stop(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            thread.join()
+
+    # -- the thread --------------------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        assert self._model is not None
+        assert self._function is not None
+        try:
+            while self._awake():
+                while (request := self._take(self._model, self._function)) is not None:
+                    self._model.perform(request)
+                    with self._changed:
+                        self._transferring = False
+                        self._changed.notify_all()
+                    self._give_back(request, self._model, self._function)
+        except Exception:
+            _log.exception("the requests of disk %s ended by a defect", self.disk.path)
+
+    def _awake(self) -> bool:
+        """Wait until there may be requests; False: the port is to stop, and there are none."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._wanted or self._stopping)
+            wanted, self._wanted = self._wanted, False
+            return wanted
+
+    def _take(self, model: VirtioBlk, function: VirtioPci) -> BlkRequest | None:
+        with self._bus.locked():
+            if self._held():
+                return None
+            request = function.work(REQUESTS, model.take)
+            with self._changed:
+                self._in_flight, self._transferring = request, request is not None
+            return request
+
+    def _give_back(self, request: BlkRequest, model: VirtioBlk, function: VirtioPci) -> None:
+        with self._bus.locked():
+            if self._in_flight is request:
+                function.work(REQUESTS, lambda queue: model.give_back(queue, request))
+            with self._changed:
+                self._in_flight = None
+                self._changed.notify_all()
