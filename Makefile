@@ -63,7 +63,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Exit code 5: this machine lacks what a script needs, and it has said what.
+# Exit code 5: this host lacks what a script needs, and it has said what.
 bench: $(READY)
 	@for script in benchmarks/[a-z]*.py; do \
 	  echo "== $$script"; $(BIN)/python $$script || [ $$? -eq 5 ] || exit 1; done

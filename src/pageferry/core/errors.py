@@ -102,7 +102,7 @@ class UffdError(_OsVmError):
 
 
 class UnsupportedError(VmError):
-    """This machine, kernel or build lacks a capability; ``capability`` names it."""
+    """This host, kernel or build lacks a capability; ``capability`` names it."""
 
     def __init__(self, capability: str, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
