@@ -47,13 +47,13 @@ def test_linux_is_taken_by_its_64_bit_entry(image, tmp_path):
 
 def test_what_is_not_for_it_is_refused(tmp_path):
     (tmp_path / "k").write_bytes(bzimage())
-    with pytest.raises(UsageError, match="--initrd and --append are for a kernel, and kv is none"):
+    with pytest.raises(UsageError, match="--initrd and --append are for a kernel, and kv is not one"):
         named("kv", None, KernelOptions(command_line="quiet"))
     with pytest.raises(UsageError, match="are for a workload"):
         named(str(tmp_path / "k"), GuestParams(), None)
 
 
-def test_an_initrd_that_is_none_is_refused(tmp_path):
+def test_an_empty_initrd_is_refused(tmp_path):
     (tmp_path / "k").write_bytes(bzimage())
     (tmp_path / "empty").touch()
     with pytest.raises(UsageError, match="empty is empty"):
