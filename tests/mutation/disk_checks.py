@@ -50,7 +50,29 @@ def a_disk_comes_back(lab: Lab, engine: Engine) -> None:
         raise Violation("a guest went where its disk is not")
 
 
+def a_disk_is_given_back_first(lab: Lab, engine: Engine) -> None:
+    """A guest that cannot be started where it arrived has its disk again when its source hears of that."""
+
+    def refuse(vm: object) -> None:
+        def resume() -> None:
+            raise VmError("it does not start")
+
+        vm.resume = resume  # type: ignore[attr-defined]
+
+    with with_disk(lab) as (pcs, _), trip_of(pcs, engine, on_made=refuse) as (guest, trip):
+        guest.vm.claim_backends()
+        guest.vm.resume()
+        try:
+            trip.go()
+        except MigrationError as error:
+            require(error.guest_at is GuestAt.SOURCE, f"the guest is at {error.guest_at}")
+            require(trip.source is not None and trip.source.job.frozen is False, "the guest stands still at its source")
+            return
+        raise Violation("a guest went where it does not start")
+
+
 FUNCTIONS: Sequence[tuple[int | None, Callable[..., None]]] = (
     (6, a_disk_goes_with_its_guest),
     (6, a_disk_comes_back),
+    (6, a_disk_is_given_back_first),
 )

@@ -16,6 +16,7 @@ from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.handoff.take import take
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lanes
 from pageferry.engine.precopy import Precopy, Sink, stop_and_copy
@@ -199,6 +200,19 @@ class _Forgets(TrackedGuest):
 )
 class DiskLockLost(AlteredSource, parts={"attempt.TrackedGuest": _Forgets}):
     """After a failure the guest runs on at the source, and its disk is not locked."""
+
+
+def _keeps(peer: Any, takeover: Any, ready: Any, word: Any, claim: Any, release: Any, *rest: Any) -> None:
+    take(peer, takeover, ready, word, claim, lambda: None, *rest)
+
+
+@fault(
+    "this project: a guest that could not be started at the destination stood still at its source for want of its disk",
+    law=6,
+    found_by=("a-disk-is-given-back-first",),
+)
+class DiskGivenBackLater(AlteredDestination, parts={"destination.take": _keeps}):
+    """A destination that cannot start the guest says so while it still has the guest's disk."""
 
 
 class _Unmarked(ReceivedPages):

@@ -131,7 +131,7 @@ class HandoffWorld:
         self._waits: list[Callable[[], bool] | None] = [None, None]
         self._alive = [True, True]
         self._done = [False, False]
-        self._runs_there = self._said_never = self._has_heard = self._disturbed = False
+        self._runs_there = self._has_disks = self._said_never = self._has_heard = self._disturbed = False
         alter(self)
 
     # -- for the scheduler -----------------------------------------------------------------------------------------
@@ -186,6 +186,7 @@ class HandoffWorld:
             *self._alive,
             *self._done,
             self._runs_there,
+            self._has_disks,
             self._said_never,
             self._has_heard,
             self._disturbed,
@@ -225,7 +226,7 @@ class HandoffWorld:
         peer = End(self, line, DESTINATION)
         try:
             ready = Ready(verified_pages=0)
-            take(peer, self.takeover, ready, Commit, self._claim, self._start, lambda: self.now)
+            take(peer, self.takeover, ready, Commit, self._claim, self._release, self._start, lambda: self.now)
         except (OSError, PageferryError) as error:
             self.takeover.give_up()
             with contextlib.suppress(OSError):
@@ -242,6 +243,10 @@ class HandoffWorld:
 
     def _claim(self) -> None:
         self.wait(DESTINATION, "claim the disks")
+        self._has_disks = True
+
+    def _release(self) -> None:
+        self._has_disks = False
 
     def _start(self, paused: bool) -> None:
         self._runs_there = True
@@ -300,6 +305,8 @@ class HandoffWorld:
         if isinstance(frame, Failed):
             if self.takeover.claim is not Claim.NEVER:
                 raise Violated("FAILED is said of a guest that may run yet")
+            if self._has_disks:
+                raise Violated("FAILED is said while the disks are kept")
             self._said_never = True
         if isinstance(frame, Dropped) and self.handoff.custody is not Custody.THERE:
             raise Violated("DROPPED is said of a guest that may be here")

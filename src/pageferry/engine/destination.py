@@ -179,7 +179,8 @@ class Destination(Generic[AnyVm]):
 
             with self._clock.phase(Phase.HANDOFF):
                 word, ready = Commit if self._postcopy is None else Switch, Ready(verified_pages=verified_pages)
-                take(self._peer, takeover, ready, word, vm.claim_backends, start, self._clock.now_s)
+                disks = vm.claim_backends, vm.release_backends
+                take(self._peer, takeover, ready, word, *disks, start, self._clock.now_s)
         if self._postcopy is not None:
             with self._clock.phase(Phase.POSTCOPY):
                 self._postcopy.take_all(self._peer)

@@ -43,6 +43,7 @@ def take(
     ready: Ready,
     word: type[Commit | Switch],
     claim: Callable[[], None],
+    release: Callable[[], None],
     start: Callable[[bool], None],
     now_s: Callable[[], float],
 ) -> None:
@@ -54,6 +55,7 @@ def take(
         ready: what to say.
         word: which word is due.
         claim: takes the guest's disks.
+        release: gives them back where the guest is not started after all, before the source hears of that.
         start: lets the guest run, or not if it is told that its user had paused it. If it raises, it has not run.
         now_s: a monotonic clock in seconds.
 
@@ -72,9 +74,13 @@ def take(
     if not takeover.accept(now_s()):
         raise _too_late()
     claim()
-    if not takeover.left_s(now_s()):  # the disks were long in coming
-        raise _too_late()
-    start(given.paused)
+    try:
+        if not takeover.left_s(now_s()):  # the disks were long in coming
+            raise _too_late()
+        start(given.paused)
+    except Exception:
+        release()
+        raise
     takeover.run()
     with contextlib.suppress(OSError):
         peer.send(Running())
