@@ -187,6 +187,19 @@ def expect_as_before(vm, move):
     trip.expect_equal()
 
 
+@pytest.mark.parametrize("connections", [1, 3])
+def test_a_guest_moves_that_has_no_page_on_the_first_connection(guests, move, connections):
+    vm = guests("idle")
+    assert vm.memory.release([(0, vm.memory.size_bytes)])
+    fill(vm, np.array([600], np.uint64), 1)  # of the second connection, if there are more
+    trip = move(vm)
+    report = trip.run(
+        Rounds(2, lambda _: fill(vm, np.array([3], np.uint64), 0)), wire=WireOptions(connections=connections)
+    )
+    trip.expect_equal()
+    assert report.verified
+
+
 @pytest.mark.parametrize("connections", sample([2, 3, 4], "three are neither a pair nor a power of two", quick=[3]))
 def test_every_page_travels_on_its_own_connection_in_order(guests, move, connections):
     vm = guests("idle")

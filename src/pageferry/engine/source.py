@@ -59,7 +59,7 @@ from pageferry.engine.progress import Rounds
 from pageferry.engine.verify.digests import hint_runs
 from pageferry.engine.verify.prove import MemoryProof
 from pageferry.engine.wire.channel import Channel, Endpoint
-from pageferry.engine.wire.connections import come_back, join
+from pageferry.engine.wire.connections import come_back, connection_of, join
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.ferry_frames import (
@@ -72,11 +72,12 @@ from pageferry.stream.ferry_frames import (
     Switch,
 )
 from pageferry.stream.ferry_order import Side
-from pageferry.stream.format import PageType, RecordType
+from pageferry.stream.format import RecordType
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, packer
 from pageferry.stream.records import StaticDataEnd
 
+_FIRST_GFN = np.zeros(1, np.uint64)
 #: How long the destination may take COMMIT or SWITCH at its word, at most: a moment, unless the network holds it up.
 _LEASE_S = 10.0
 #: A destination that fails may cut further connections before it says why; so long we listen.
@@ -106,7 +107,9 @@ class DestinationSink:
         self._fences = fences
 
     def begin(self, gfns: GfnArray) -> None:
-        """Pages that are not sent are zeros at the destination already."""
+        """Pages that are not sent are zeros at the destination already; the format demands one all the same."""
+        if not (connection_of(gfns, len(self.lanes.all)) == 0).any():
+            self.lanes.all[0].name_untouched(_FIRST_GFN)
 
     def check(self, wait_s: float = 0.0) -> None:
         """Raise what the destination says, if it says anything within ``wait_s``."""
@@ -204,7 +207,7 @@ class Source:
                         attempt.expect_alive()
                         peer.channel.send(self._stream_begin(features.records_of(agreed)))
                         if report.shared_memory:
-                            switches = self._wait_while_held(peer, sink)
+                            switches = self._wait_while_held(sink)
                         else:
                             switches = self._precopy(sink, may_switch=features.POSTCOPY in agreed)
                     with phase(Phase.PAUSE):
@@ -360,11 +363,10 @@ class Source:
         self._attempt.report.stop_reason = decision.reason
         return decision.action is Action.POST_COPY
 
-    def _wait_while_held(self, peer: Peer, sink: DestinationSink) -> bool:
+    def _wait_while_held(self, sink: DestinationSink) -> bool:
         """Stand in for pre-copy where the destination has our memory: nothing of it is sent, not even what is dirty."""
         self._attempt.rounds.expect(0)
-        xalloc = np.array([PageType.XALLOC], np.uint8)  # the format demands a page: one that is there
-        peer.channel.send([self._encoder.page_data([0], xalloc)])
+        sink.begin(_FIRST_GFN[:0])
         if not self.job.may_go_on:
             self.job.status = JobStatus.HELD
         while not self.job.wait_to_go_on(HELD_ROUND_S):
