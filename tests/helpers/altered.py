@@ -15,6 +15,14 @@ from pageferry.engine.image.save import Save
 from pageferry.engine.source import Source
 
 
+def replaced(parts: Mapping[str, Any]) -> ExitStack:
+    """Return a context in which all of the engine has other parts, named as in :class:`AlteredSource`."""
+    with ExitStack() as stack:
+        for place, part in parts.items():
+            stack.enter_context(patch(f"pageferry.engine.{place}", part))
+        return stack.pop_all()
+
+
 class _Altered:
     """Is made and runs with other parts; before the class of the engine among the bases.
 
@@ -44,10 +52,7 @@ class _Altered:
             return super().run()
 
     def _replaced(self) -> ExitStack:
-        with ExitStack() as stack:
-            for place, part in self._parts.items():
-                stack.enter_context(patch(f"pageferry.engine.{place}", part))
-            return stack.pop_all()
+        return replaced(self._parts)
 
 
 class AlteredSource(_Altered, Source):

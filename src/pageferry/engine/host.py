@@ -1,8 +1,8 @@
 """Host: the clock, the threads and the waits of one end. Whatever in the engine waits does so by this one object.
 
-A lock that no thread holds while it waits for anything else is a plain ``threading.Lock``: it never keeps a thread from
-going on. All else is of the host, so that the simulation can run both ends of a migration on threads, a clock and a
-network of its own.
+A lock under which nothing of the host's is used is a plain ``threading.Lock``: it never keeps a thread from going on.
+All else is of the host, so that the simulation can run both ends of a migration on threads, a clock and a network of
+its own.
 """
 
 import queue

@@ -78,7 +78,7 @@ class DemandPager:
         self._host = host
         self._memory = vm.memory
         self._on_need = on_need
-        self._lock = threading.Lock()
+        self._lock = host.lock()
         self._order = missing
         self._next = 0
         self._missing = DirtyBitmap.of(vm.memory.gfn_limit, missing)
