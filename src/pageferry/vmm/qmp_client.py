@@ -75,12 +75,19 @@ class QmpClient:
         self._connect()
 
     def _connect(self) -> None:
-        path = self._path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sock.settimeout(self._timeout_s)
         self._unread = bytearray()
         self._events: list[dict[str, Any]] = []
         self._next_id = 0
+        try:
+            self._negotiate()
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _negotiate(self) -> None:
+        path = self._path
         try:
             self._sock.connect(os.fspath(path))
             greeting = self._message()
@@ -88,13 +95,10 @@ class QmpClient:
             if "QMP" not in greeting and not isinstance(turned_away, dict):
                 raise ValueError("no greeting")
         except OSError as error:
-            self._sock.close()
             raise VmError(f"no guest process answers at {path}{_why(error)}", hint=_hint(error, path)) from error
         except ValueError as error:
-            self._sock.close()
             raise VmError(f"what answers at {path} does not speak QMP", hint="is it a control socket?") from error
         if turned_away is not None:
-            self._sock.close()
             why = _refusal(turned_away)
             raise VmError(f"the guest process at {path} turned the connection away: {why}", hint=why.hint)
         self.execute("qmp_capabilities")

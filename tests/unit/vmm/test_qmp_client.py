@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import socket
 import threading
 
@@ -47,3 +48,22 @@ def test_a_report_of_very_many_rounds_arrives(answering):
 def test_an_answer_without_end_is_refused(answering):
     with QmpClient(answering("x" * (17 << 20))) as client, pytest.raises(VmError):
         client.execute("query-migrate")
+
+
+def test_a_process_that_ends_before_its_first_answer_leaves_no_descriptor(tmp_path):
+    def greet_and_leave(listener):
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(b'{"QMP": {}}\n')
+            connection.recv(1 << 10)
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "qmp.sock"))
+        listener.listen()
+        server = threading.Thread(target=greet_and_leave, args=(listener,))
+        before = os.listdir("/proc/self/fd")
+        server.start()
+        with pytest.raises(VmError) as gone:
+            QmpClient(tmp_path / "qmp.sock")
+        server.join()
+        assert os.listdir("/proc/self/fd") == before, gone  # whose traceback keeps the client alive
