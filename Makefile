@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if
 # Else each of the hundreds of processes that the tests start compiles all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-linux test test-all test-npt linux-image soak soak-linux simulate fuzz lint bench mutants guests clean
+.PHONY: demo demo-linux test test-all test-npt linux-image soak soak-linux simulate chaos fuzz lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -54,6 +54,12 @@ soak-linux: $(READY) build/linux/cloud
 # Whole migrations on simulated hosts. COUNT=200: fewer than 10,000. SEED=1 COUNT=1: that run again.
 simulate: $(READY)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.migrations $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
+
+# 500 migrations, saves and restores by real processes that are killed, stopped, cut off or left without disk. COUNT= and
+# SEED= as for soak; RUN= is only that one of them.
+chaos: $(READY)
+	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.chaos $(if $(SEED),--seed $(SEED)) \
+	  $(if $(COUNT),--count $(COUNT)) $(if $(RUN),--run $(RUN))
 
 # Recorded conversations, files, states and commands, changed by chance, against whatever reads them. SECONDS=3600: an
 # hour of it. SEED=, TARGET= and CASE= repeat a failure, which says them.

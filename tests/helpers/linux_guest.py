@@ -11,6 +11,12 @@ _TROUBLE = re.compile(rb"WRONG|BUG:|WARNING:|Oops|Kernel panic|nobody cared|inva
 _LOOK_S = 0.5
 
 
+def trouble_in(said):
+    """Return what the work or the kernel has complained of, or None."""
+    trouble = _TROUBLE.search(said)
+    return None if trouble is None else trouble[0]
+
+
 class Said:
     """What a guest says on its console, wherever it is: machines are given to :meth:`listen_to` one after another."""
 
@@ -62,8 +68,8 @@ class Said:
 
     def expect_no_trouble(self):
         """Check that neither the work nor the kernel has complained."""
-        trouble = _TROUBLE.search(bytes(self))
-        assert trouble is None, f"{trouble[0]!r} in what the guest said:\n{self._tail()}"
+        trouble = trouble_in(bytes(self))
+        assert trouble is None, f"{trouble!r} in what the guest said:\n{self._tail()}"
 
     def _tail(self):
         return self._said[-4000:].decode(errors="replace")

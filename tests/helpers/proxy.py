@@ -100,6 +100,114 @@ class Wire:
             sock.close()
 
 
+class Line:
+    """A TCP proxy for any number of connections, on which all may stand still, or which may be down for a time.
+
+    When ``after_bytes`` have gone over it both ways together, or ``at``, the bytes of a marker, are about to, it stands
+    still by itself, and ``reached`` is set.
+    """
+
+    def __init__(self, target, *, after_bytes=None, at=None):
+        self._target = target
+        self._left_bytes = after_bytes
+        self._at = at
+        self.reached = threading.Event()
+        self._flows = threading.Event()
+        self._flows.set()
+        self._lock = threading.Lock()
+        self._down = False
+        self._sockets = []
+        self._threads = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._begin(self._accept)
+
+    def _begin(self, run, *arguments):
+        self._threads.append(threading.Thread(target=run, args=arguments))
+        self._threads[-1].start()
+
+    def _accept(self):
+        while True:
+            try:
+                inner, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                if self._down:
+                    raise ConnectionRefusedError
+                outer = socket.create_connection((self._target.host, self._target.port))
+            except OSError:
+                inner.close()
+                continue
+            self._sockets += [inner, outer]
+            self._begin(self._pump, inner, outer)
+            self._begin(self._pump, outer, inner)
+
+    def _pump(self, source, sink):
+        tail = b""
+        try:
+            while data := source.recv(1 << 16):
+                while (size := self._now(tail, data)) is not None:
+                    sink.sendall(data[:size])
+                    tail, data = (tail + data[:size])[-3:], data[size:]
+                    self._flows.wait()
+                sink.sendall(data)
+                tail = (tail + data)[-3:]
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            for sock in (source, sink):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _now(self, tail, data):
+        """Return how much of ``data`` passes before it all stands still; None: all."""
+        with self._lock:
+            if not self._flows.is_set():
+                return 0
+            if self._at is not None and (at := (tail + data).find(self._at)) >= 0:
+                self._at = None
+                return self._stand_still(max(at - len(tail), 0))
+            if self._left_bytes is not None:
+                self._left_bytes -= len(data)
+                if self._left_bytes < 0:
+                    size, self._left_bytes = max(len(data) + self._left_bytes, 0), None
+                    return self._stand_still(size)
+            return None
+
+    def _stand_still(self, size):
+        self._flows.clear()
+        self.reached.set()
+        return size
+
+    def flow(self):
+        """Let it all go on; one that is down is up again."""
+        self._down = False
+        self._flows.set()
+
+    def stall(self):
+        """Let it all stand still."""
+        with self._lock:
+            self._flows.clear()
+
+    def cut(self):
+        """Cut all connections, and refuse others until :meth:`flow`."""
+        self._down = True
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        self._flows.set()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in list(self._threads):
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+
 class Recorder:
     """A TCP proxy for any number of connections that keeps what the source said on each, in ``tapes``, in order.
 
