@@ -6,7 +6,7 @@ import os
 import socket
 
 import pytest
-from at_work import runs_on, work
+from at_work import runs_on, until, work
 from trips import Running, source_of
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
@@ -143,6 +143,18 @@ def test_one_that_is_held_waits_and_can_be_cancelled(guest, inn):
     source.job.cancel()
     assert moving.end().status == "cancelled"
     assert runs_on(vm)
+
+
+def test_one_that_is_held_does_not_fall_silent(guest, inn):
+    vm, there = guest(), inn()
+    source = move(vm, there, hold=True)
+    moving = Running(source)
+    moving.status("pre-switchover")
+    heard = len(there.said)
+    until(lambda: len(there.said) > heard, "an answer of the destination's, which is asked now and then")
+    source.job.go_on()
+    assert moving.end().status == "completed"
+    assert runs_on(there.outcome())
 
 
 @pytest.mark.parametrize("size", [0, 4096, 64 << 20])

@@ -80,6 +80,8 @@ from pageferry.stream.records import StaticDataEnd
 _FIRST_GFN = np.zeros(1, np.uint64)
 #: How long the destination may take COMMIT or SWITCH at its word, at most: a moment, unless the network holds it up.
 _LEASE_S = 10.0
+#: So much of the time for which a connection may stand still passes between two rounds of a migration that is held.
+_HELD_SHARE = 0.25
 #: A destination that fails may cut further connections before it says why; so long we listen.
 _LAST_WORDS_S = 1.0
 
@@ -164,6 +166,7 @@ class Source:
         self._host_cpu = host_cpu
         self._wire = options.wire
         self._lease_s = min(_LEASE_S, options.timeout_s)
+        self._held_round_s = min(HELD_ROUND_S, _HELD_SHARE * options.timeout_s)
         self._attempt = Attempt(
             vm,
             policy,
@@ -359,7 +362,8 @@ class Source:
 
     def _precopy(self, sink: DestinationSink, *, may_switch: bool) -> bool:
         """Copy the running guest; return whether it switches before all of its pages have gone."""
-        decision = Precopy(self._attempt, sink, self._proof, may_switch=may_switch).run()
+        precopy = Precopy(self._attempt, sink, self._proof, may_switch=may_switch, held_round_s=self._held_round_s)
+        decision = precopy.run()
         self._attempt.report.stop_reason = decision.reason
         return decision.action is Action.POST_COPY
 
@@ -369,8 +373,9 @@ class Source:
         sink.begin(_FIRST_GFN[:0])
         if not self.job.may_go_on:
             self.job.status = JobStatus.HELD
-        while not self.job.wait_to_go_on(HELD_ROUND_S):
+        while not self.job.wait_to_go_on(self._held_round_s):
             sink.check()
+            sink.fence(self._attempt.rounds.index)  # or the destination takes us for gone
             self._attempt.expect_alive()
         self.job.status = JobStatus.ACTIVE
         self.job.check()
