@@ -72,6 +72,7 @@ class SourceProcess(Process):
             self._run.note(f"{self.name} ended: {error}")
             self._run.expect_no_defect(error)
             self._run.expect_knows(error)
+            self._run.expect_reason(error)
             self._run.is_told(self, error.guest_at)
         else:
             self.told.append(f"{report.guest_at}: {report.reason}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pageferry.core.errors import GuestAt, MigrationError
+from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policies import ConvergePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.policy import Action, Decision, Policy, Progress
@@ -98,7 +98,7 @@ class Run:
         self.holder: Machine | None = None
         self._before: Machine | None = None
         self.may_lose: str | None = None
-        self.cancelled = False
+        self.cancelled = self.disturbed = False
         self.host = self.network.host_of(self.people)
         self.seen: dict[str, int] = {}
 
@@ -114,6 +114,12 @@ class Run:
         """Check that an error is one that is raised on purpose."""
         if "internal error" in str(error):
             raise Violated(f"a defect: {error}") from error
+
+    def expect_reason(self, error: MigrationError) -> None:
+        """Check that a migration does not fail for nothing."""
+        decided = isinstance(error, PolicyAbort) or "the pause was given up" in error.reason
+        if not (self.disturbed or decided or not self.waits):
+            raise Violated(f"nothing was wrong, and it failed: {error}") from error
 
     def expect_knows(self, error: MigrationError) -> None:
         """Check that a receiver which has not ended since knows what became of the guest."""
@@ -139,10 +145,11 @@ class Run:
         self.as_given = self.ledger.snapshot()
 
     def not_moved(self, machine: Machine) -> None:
-        """It could not be started there."""
-        if self.holder is machine:
+        """It could not be started where it has arrived."""
+        if self.holder is machine and machine is not self.source.machine:
             self.note(f"the guest is not {machine.name}'s after all")
             self.holder = self._before
+            machine.host.process.machine = None
 
     def lost(self, why: str) -> None:
         """The guest is lost, with a good reason."""
@@ -200,7 +207,8 @@ class Run:
         policy, self.options = self._policy(), self._options()
         self.note(f"{policy}, {self.options}")
         self.source = SourceProcess(self)
-        self.receiver = ReceiverProcess(self, "receiver", draw.choice((self.options.timeout_s, 2.0, 30.0)))
+        timeout_s = max(draw.choice((self.options.timeout_s, 2.0, 30.0)), 2 * self._copy_s)
+        self.receiver = ReceiverProcess(self, "receiver", timeout_s)
         self.receivers = [self.receiver]
         self.there = SimulatedEndpoint(self.network, self.source, "there")
         machine = self.holder = self.source.machine
@@ -210,6 +218,7 @@ class Run:
             machine.resume()
         if draw.random() < 0.2:
             self.refusals.left[draw.choice(_REFUSALS)] = 1
+            self.disturbed = True
         self.troubles.plan()
         self.host.thread(self.troubles.run, "troubles").start()
         self.host.sleep(draw.random() * 0.1)

@@ -117,6 +117,7 @@ class Troubles:
             return
         self._run.note(f"{plan.kind} {plan.details}")
         self._run.seen[plan.kind] = 1
+        self._run.disturbed = True
         plan.do()
 
     def run(self) -> None:
