@@ -20,8 +20,8 @@ from simulation.migrations import main, simulate, simulate_some
 from simulation.simulated_run import Run
 from simulation.troubles import Kind
 
-#: So many runs find each fault.
-ENOUGH = 400
+#: So many runs find each fault; most of them a few dozen.
+ENOUGH = 1500
 
 
 @pytest.mark.parametrize("count", sample([6, 200], "`make simulate` does ten thousand", quick=[6]))
