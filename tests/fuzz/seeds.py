@@ -248,7 +248,17 @@ def state_seeds() -> tuple[dict[str, Seed], dict[str, VmConfig]]:
     (context,) = [c for turn in read_script("plain-source.xz") for c in cut(turn.said) if c.name == "HVM_CONTEXT"]
     seeds["a plain machine"] = _one(joined(context.body), "loaded", recorded="plain")
     configs["plain"] = VmConfig(memory_bytes=4 << 20, machine=MachineModel.PLAIN)
+    seeds["a time that soon does not fit"] = _one(_with_device(context.body, "clock", b"\xff" * 8), "cannot have")
     return seeds, configs
+
+
+def _with_device(entries: bytes | list[Chunk], name: str, data: bytes) -> bytes:
+    """Return a machine's state with another state of one device."""
+    assert not isinstance(entries, bytes)
+    for entry in entries:
+        if not isinstance(entry.body, bytes) and entry.body[0].name == f"device {name}":
+            entry.body[0].body = data
+    return joined(entries)
 
 
 def _config_of(data: bytes) -> VmConfig:

@@ -429,7 +429,7 @@ class StateTarget(_InProcess):
         with self._nothing_left():
             try:
                 state = decode_machine_state(b"".join(turn.said for turn in turns))
-                config = replace(self.configs[seed.recorded], cpus=min(len(state.vcpus), 4))
+                config = replace(self.configs[seed.recorded or "plain"], cpus=min(len(state.vcpus), 4))
                 vm = guest(make_vm=machines, machine=config.machine, devices=config.devices, cpus=config.cpus)
                 vm.load_state(state)
                 encode_machine_state(vm.save_state())

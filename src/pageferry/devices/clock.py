@@ -20,6 +20,7 @@ TIMER_PORT = 0xE0
 _NO_MMIO = range(0)
 _MAX_WAIT_S = 10.0
 _NS_PER_US = 1000
+_MAX_US = (1 << 63) - 1
 
 _PERIOD_OR_LEFT, _PERIODS = 0, 4
 _ENDED = 1 << 31
@@ -69,9 +70,16 @@ class Clock:
         return struct.pack("<Q", self.now_us())
 
     def load(self, data: bytes) -> None:
-        """Go on from a saved guest time."""
+        """Go on from a saved guest time.
+
+        Raises:
+            VmError: it is none that a guest can have lived to see, and would soon not fit its 64 bits.
+        """
         expect_size(self.name, data, 8)
-        self._zero_ns = self._now_ns() - struct.unpack("<Q", data)[0] * _NS_PER_US
+        saved_us: int = struct.unpack("<Q", data)[0]
+        if saved_us > _MAX_US:
+            raise VmError(f"the state of device {self.name} shows a time that it cannot have")
+        self._zero_ns = self._now_ns() - saved_us * _NS_PER_US
 
 
 class Timer:

@@ -56,6 +56,15 @@ def test_guest_time_goes_on_where_it_was():
     assert [other.read(at, 1) for at in range(4)] == list((3_500_000).to_bytes(4, "little"))
 
 
+@pytest.mark.parametrize("saved_us", [1 << 63, (1 << 64) - 1])
+def test_a_clock_that_would_soon_not_fit_its_state_is_refused(saved_us):
+    clock = Clock(lambda: 0)
+    with pytest.raises(VmError, match="shows a time that it cannot have"):
+        clock.load(saved_us.to_bytes(8, "little"))
+    clock.load((saved_us // 2 - 1).to_bytes(8, "little"))
+    assert int.from_bytes(clock.save(), "little") == saved_us // 2 - 1
+
+
 @pytest.fixture
 def timer():
     """A timer, and the guest time that it counts in."""
