@@ -55,8 +55,8 @@ soak-linux: $(READY) build/linux/cloud
 simulate: $(READY)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.migrations $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT))
 
-# 500 migrations, saves and restores by real processes that are killed, stopped, cut off or left without disk. COUNT= and
-# SEED= as for soak; RUN= is only that one of them.
+# 500 migrations, saves and restores by real processes that are killed, stopped, cut off or left without disk. COUNT=
+# and SEED= as for soak; RUN= is only that one of them.
 chaos: $(READY)
 	PYTHONPATH=tests:tests/helpers $(BIN)/python -m simulation.chaos $(if $(SEED),--seed $(SEED)) \
 	  $(if $(COUNT),--count $(COUNT)) $(if $(RUN),--run $(RUN))

@@ -401,10 +401,10 @@ class Run:
             what = f"code {code}"
             if code == 0:
                 require(cli("inspect", "--check", file).returncode == 0, "the file is not whole")
-                self._comes_to(source, *(("postmigrate",) if plan.stop else ("running",)))
+                self._comes_to(source, "postmigrate" if plan.stop else "running", "dead")
                 copy = self._start("copy", "restore", file, "--accel", plan.accels[1])
                 self._works(copy)
-                if plan.stop:
+                if plan.stop or not self._lives(source):
                     return f"{what}, in the file", copy
                 self._quit(copy)
                 return f"{what}, at the source, and a copy in the file", source
