@@ -149,7 +149,7 @@ class Weighed:
 @pytest.mark.exhaustive("a thousand attempts take a minute; that each closes what it opened is tested one by one")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kinds", [TCP, UNIX], ids=["tcp", "unix"])
-def test_law_9_a_thousand_failed_attempts_leave_nothing(start, process_accel, tmp_path, dice, kinds):
+def test_a_thousand_failed_attempts_leave_nothing(start, process_accel, tmp_path, dice, kinds):
     uri = "tcp://127.0.0.1:0" if kinds is TCP else f"unix:{tmp_path / 'wire'}"
     there = start("receive", uri, "--accel", process_accel, "--max-memory", "32M")
     endpoint, weighed = there.endpoint(), Weighed(there.popen.pid)
