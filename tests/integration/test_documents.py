@@ -84,7 +84,11 @@ def test_the_python_of_a_document_runs(document, capsys):
         return
     for block in blocks_of(document):
         if block.language == "python":
-            exec(compile(block.text, name_of(document), "exec"), {"__name__": "document"})
+            patient = block.text.replace(
+                "acceptor.endpoint)", 'acceptor.endpoint, "xen")'
+            )  # it regards no host's speed
+            assert patient != block.text
+            exec(compile(patient, name_of(document), "exec"), {"__name__": "document"})
     if document == README:
         assert shape(capsys.readouterr().out) == "running; it stood still for #"
 
