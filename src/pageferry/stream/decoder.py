@@ -151,12 +151,15 @@ class Decoder:
 
         Raises:
             TruncatedError: END was not taken.
+            RecordError: it is a file of another tool, shorter than an image header.
             RemoteStreamError: the error that was raised before.
         """
         if self._failure is not None:
             raise self._failure
         if not self._ended:
             had = self._intake.offset + len(self._intake)
+            if self._step == self._image_header:
+                self._refuse_foreign(self._intake.peek(had))
             if had == self._record_offset and had:
                 raise TruncatedError(f"the stream stops after {had} bytes, before END")
             raise TruncatedError(f"the stream stops after {had} bytes", record=self._record, offset=self._record_offset)
@@ -192,11 +195,8 @@ class Decoder:
     def _image_header(self, data: bytes) -> None:
         marker, image_id, version, options, reserved_16, reserved_32 = fmt.IMAGE_HEADER.unpack(data)
         if marker != fmt.MARKER or image_id != fmt.IMAGE_ID:
-            foreign = recognised(data)
-            if foreign is None:
-                raise BodyError("this is not a libxc migration stream: the first 12 bytes are not its marker")
-            why = f"this is {foreign.name}, no libxc migration stream"
-            raise RecordError(why, record=self._record, offset=self._record_offset, hint=foreign.hint)
+            self._refuse_foreign(data)
+            raise BodyError("this is not a libxc migration stream: the first 12 bytes are not its marker")
         if not fmt.OLDEST_VERSION <= version <= fmt.VERSION:
             raise VersionError(
                 f"stream version {version} is not one we read ({fmt.OLDEST_VERSION} to {fmt.VERSION})",
@@ -209,6 +209,12 @@ class Decoder:
             raise BodyError("a reserved field or option is not 0")
         self._version = version
         self._expect("domain header", fmt.DOMAIN_HEADER.size, self._domain_header)
+
+    def _refuse_foreign(self, begin: bytes) -> None:
+        foreign = recognised(begin)
+        if foreign is not None:
+            why = f"this is {foreign.name}, no libxc migration stream"
+            raise RecordError(why, record=self._record, offset=self._record_offset, hint=foreign.hint)
 
     def _domain_header(self, data: bytes) -> Event:
         domain_type, page_shift, reserved, xen_major, xen_minor = fmt.DOMAIN_HEADER.unpack(data)

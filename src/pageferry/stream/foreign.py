@@ -50,7 +50,7 @@ def recognised(begin: bytes) -> Foreign | None:
     """Return what a file is that begins like this, or None: it is not known.
 
     Args:
-        begin: its first bytes, as many as a libxc stream's first header has, or more.
+        begin: its first bytes, as many as a libxc stream's first header has, or more; all of a shorter file.
     """
     for magic, foreign in _BY_MAGIC:
         if begin.startswith(magic[: IMAGE_HEADER.size]):

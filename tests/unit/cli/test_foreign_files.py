@@ -90,6 +90,16 @@ def test_restore_names_what_it_does_not_restore(here, write, name):
     assert one_line(result).startswith(f"pageferry: this is {name}, no libxc migration stream")
 
 
+@pytest.mark.parametrize("bytes_after", [0, 3])
+def test_a_file_shorter_than_our_header_is_named_once_its_magic_is_whole(inspect, here, write, bytes_after):
+    file = write(b"QEVM" + bytes(bytes_after))
+    for result in (inspect(file), here("restore", file, "--accel", "soft")):
+        assert result.returncode == 7
+        assert ": this is a QEMU migration stream, no libxc migration stream" in result.stderr
+        assert "hint: QEMU reads it, by -incoming" in result.stderr
+    assert "the stream stops after 3 bytes" in inspect(write(b"QEV")).stderr
+
+
 @pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs Debian's qemu-system-x86")
 def test_a_stream_of_a_real_qemu_is_named(inspect, here, tmp_path):
     file = tmp_path / "stream"
