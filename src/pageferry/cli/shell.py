@@ -37,6 +37,7 @@ from pageferry.vmm.qmp_error import ErrorKind, QmpError
 
 _log = logging.getLogger(__name__)
 Json = dict[str, Any]
+_MAX_EXIT_CODE = 255
 
 
 class ExitCode(IntEnum):
@@ -78,6 +79,8 @@ class ExitCode(IntEnum):
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from pageferry.core.vm import GuestEnd
 
     OUT: Console
     ERR: Console
@@ -127,6 +130,16 @@ def exit_code_of(error: BaseException) -> ExitCode:
     if isinstance(error, RemoteStreamError):
         return ExitCode.STREAM
     return ExitCode.PROCESS if isinstance(error, PageferryError) else ExitCode.DEFECT
+
+
+def exit_code_of_guest(end: "GuestEnd | None") -> int:
+    """Return the exit code of a guest process by how its guest ended; None: it was told to quit before."""
+    if end is None:
+        return ExitCode.DONE
+    if end.crash is not None:
+        return ExitCode.GUEST_CRASHED
+    code = end.exit_code or 0
+    return ExitCode.GUEST_FAILED if code > _MAX_EXIT_CODE else code
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from pageferry.vmm.qmp import QmpServer
 from pageferry.vmm.queries import Queries
 
 _POLL_S = 0.05
-_GUEST_FAILED, _GUEST_CRASHED, _MAX_EXIT_CODE = 8, 9, 255
 
 
 class GuestProcess:
@@ -128,21 +127,19 @@ class GuestProcess:
                 self._made.resume()
             self._guest.read_ahead()
 
-    def wait(self) -> int:
-        """Wait until the guest ends here or the process is told to quit; return its exit code.
-
-        0: quit; 9: the guest crashed; else the guest's own code, and 8 for one that no process can end with.
-        """
+    def wait(self) -> GuestEnd | None:
+        """Wait until the guest ends here or the process is told to quit; return how it ended, None if it did not."""
         while not self._quit:
             time.sleep(_POLL_S)
             vm = self._guest.vm
             if vm is None or self._outgoing.under_way:
                 continue
             if vm.end is not None:
-                return self._guest_ended(vm.end)
+                self._guest_ended(vm.end)
+                return vm.end
             if not self._guest.being_read and not self.incoming.missing_pages:  # to look might be to wait
                 self._guest.work.sample(vm)
-        return 0
+        return None
 
     def quit(self) -> None:
         """End the process's work; from any thread, also a signal handler's."""
@@ -171,17 +168,13 @@ class GuestProcess:
             self._server.close()
         self._guest.close()
 
-    def _guest_ended(self, end: GuestEnd) -> int:
+    def _guest_ended(self, end: GuestEnd) -> None:
         if end.crash is not None:
             self._announcer.event("GUEST_PANICKED", {"action": "shutdown", "x-reason": end.crash})
-            why, code = f"the guest crashed: {end.crash}", _GUEST_CRASHED
+            why = f"the guest crashed: {end.crash}"
         else:
             reason = "guest-reset" if end.reset else "guest-shutdown"
             self._announcer.event("SHUTDOWN", {"guest": True, "reason": reason})
-            how = "asked to be started anew" if end.reset else f"ended with exit code {end.exit_code}"
-            why, code = f"the guest {how}", end.exit_code or 0
-            if code > _MAX_EXIT_CODE:
-                code = _GUEST_FAILED
+            why = f"the guest {'asked to be started anew' if end.reset else f'ended with exit code {end.exit_code}'}"
         self._guest.console.end(why)
         self._announcer.say(why)
-        return code

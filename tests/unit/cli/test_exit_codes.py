@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pageferry.cli.shell import ExitCode, exit_code_of
+from pageferry.cli.shell import ExitCode, exit_code_of, exit_code_of_guest
 from pageferry.core.errors import (
     GuestAt,
     KvmError,
@@ -15,6 +15,7 @@ from pageferry.core.errors import (
     UnsupportedError,
     UsageError,
 )
+from pageferry.core.vm import GuestEnd
 
 ROOT = Path(__file__).parents[3]
 
@@ -41,3 +42,18 @@ def test_a_document_lists_every_code_with_its_meaning(document):
 )
 def test_an_error_ends_the_command_with_its_code(error, code):
     assert exit_code_of(error) == code
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (None, 0),
+        (GuestEnd(exit_code=0), 0),
+        (GuestEnd(exit_code=255), 255),
+        (GuestEnd(exit_code=256), 8),
+        (GuestEnd(crash="triple fault"), 9),
+        (GuestEnd(exit_code=0, reset=True), 0),
+    ],
+)
+def test_a_guest_process_ends_with_the_code_of_its_guest_s_end(end, code):
+    assert exit_code_of_guest(end) == code

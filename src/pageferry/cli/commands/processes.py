@@ -35,7 +35,7 @@ from pageferry.cli.options import (
     warn_if_exposed,
 )
 from pageferry.cli.progress import ReadingView
-from pageferry.cli.shell import ERR, SIGNALS, standard_input, standard_output, tell
+from pageferry.cli.shell import ERR, SIGNALS, exit_code_of_guest, standard_input, standard_output, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
 from pageferry.core.hostmem import total_bytes
@@ -162,7 +162,7 @@ def _lived(process: GuestProcess, *, paused: bool = False) -> int:
     """Let a process live to its end, which a signal asks for; return its exit code."""
     with SIGNALS.calling(process.quit):
         process.start(paused=paused)
-        return process.wait()
+        return exit_code_of_guest(process.wait())
 
 
 def receive(
