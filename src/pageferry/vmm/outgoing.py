@@ -59,7 +59,8 @@ class Outgoing:
         self._announcer = announcer
         self._attempt: Source | Save | None = None
         self._thread: threading.Thread | None = None
-        self._told = threading.Event()  # how the latest attempt ended, to a client that asked
+        self._follower: threading.Thread | None = None  # serves the client that began the latest attempt, see qmp
+        self._told = threading.Event()  # how that attempt ended, to that client
         self._told.set()
 
     @property
@@ -169,7 +170,7 @@ class Outgoing:
         )
         self._start(attempt.run, attempt.job, news)
         self._attempt = attempt
-        self._told.clear()
+        self._has_follower()
         self._guest.work.forget()
         self._announcer.migration("setup")
 
@@ -190,8 +191,12 @@ class Outgoing:
             if self.under_way or self.guest_at is not GuestAt.UNKNOWN or not isinstance(attempt, Source):
                 raise QmpError("no migration here was cut after its commit", hint="start one without --recover")
             self._start(partial(attempt.find_out, endpoint), attempt.job, AttemptNews(self._guest, self._announcer))
-            self._told.clear()
+            self._has_follower()
             attempt.job.begun()
+
+    def _has_follower(self) -> None:
+        self._follower = threading.current_thread()
+        self._told.clear()
 
     def cancel(self) -> None:
         """Cancel the attempt under way, if there is one.
@@ -229,9 +234,14 @@ class Outgoing:
         """Return the answer to ``query-migrate``; empty if nothing was attempted."""
         job, over = self._job, not self.under_way
         info = {} if job is None else migrate_info(job)
-        if over:
+        if over and self._is_follower():
             self._told.set()
         return info
+
+    def _is_follower(self) -> bool:
+        # One whose connection is gone may ask again on another, so then it may be any client.
+        follower = self._follower
+        return follower is None or follower is threading.current_thread() or not follower.is_alive()
 
     def abandon(self) -> None:
         """Give up the attempt under way, if there is one; a guest that has switched without all its pages is lost."""
@@ -244,9 +254,9 @@ class Outgoing:
             self._thread.join()
 
     def wait_until_told(self, clients: Clients) -> None:
-        """Return when a client was told how the latest attempt ended, or when none is there or they are too slow.
+        """Return when the client that began the latest attempt has asked how it ended, or is gone or too slow.
 
-        An attempt and its guest may end at the same time; a client that follows the attempt asks only then.
+        An attempt and its guest may end at the same time; the client asks only then.
         """
         deadline_s = time.monotonic() + _LINGER_S
         while clients.connected and not self._told.wait(_POLL_S) and time.monotonic() < deadline_s:

@@ -29,6 +29,8 @@ _UNREAD_BYTES, _MAX_UNREAD_BYTES = 1 << 20, 16 << 20
 _MAX_INTEGER_CHARACTERS = 21
 _MEMBERS = {"execute", "arguments", "id"}
 _ACCEPT_RETRY_S = 0.1
+#: How long the end of a process waits for a client's command, and for a client to read.
+_FINISH_S = 1.0
 
 Handler = Callable[[dict[str, Any]], Any]
 
@@ -159,7 +161,10 @@ class _Outbox:
 
 
 class _Client:
-    """One connected client: a thread that reads commands, and one that writes answers and events in order."""
+    """One connected client: a thread that reads and runs its commands, and one that writes answers and events in order.
+
+    No command of another client runs on its thread.
+    """
 
     def __init__(self, server: "QmpServer", sock: socket.socket) -> None:
         self.negotiated = False
@@ -167,6 +172,7 @@ class _Client:
         self._sock = sock
         self._subscription: Subscription | None = None
         self._outbox = _Outbox()
+        self._answering = threading.Lock()
         self._writer: threading.Thread | None = None
 
     def begin(self) -> None:
@@ -193,14 +199,17 @@ class _Client:
             self.drop()
 
     def finish(self) -> None:
-        """Let what is queued out, then close."""
+        """Let the command that runs be answered and what is queued out, then close."""
+        answered = self._answering.acquire(timeout=_FINISH_S)
         self._outbox.close()
+        if answered:
+            self._answering.release()
         self._join()
         self.drop()
 
     def _join(self) -> None:
         if self._writer is not None:
-            self._writer.join(1)
+            self._writer.join(_FINISH_S)
 
     def drop(self) -> None:
         """Close now; the reading thread ends."""
@@ -220,7 +229,8 @@ class _Client:
             while data := self._sock.recv(1 << 16):
                 for request in framer.feed(data):
                     self._outbox.wait_for_room()
-                    self._answer(request)
+                    with self._answering:
+                        self._answer(request)
         except (OSError, ValueError) as error:
             _log.debug("a control client was dropped: %s", error)  # nothing of ours depends on it
         finally:

@@ -143,6 +143,23 @@ def test_an_error_has_its_hint_and_whose_fault_it_is(server, tmp_path):
             assert str(told.value) == str(error)  # the hint is not in the text
 
 
+def test_a_command_that_runs_when_the_server_closes_is_answered(tmp_path):
+    closer = threading.Thread(target=lambda: closing.close())
+
+    def close_meanwhile(arguments):
+        closer.start()
+        closer.join(0.1)  # as long as it would take if it did not wait for this
+
+    closing = QmpServer(tmp_path / "closing.sock", {"close": close_meanwhile})
+    closing.start()
+    client = Talk(tmp_path / "closing.sock")
+    assert client.say(b'{"execute":"close"}') == {"return": {}}
+    assert client.lines.readline() == b""
+    closer.join()
+    client.lines.close()
+    client.sock.close()
+
+
 def test_a_client_that_reads_nothing_is_not_listened_to(talk):
     """Commands with an id of most of 1 MiB: what is kept of them is bounded, and all are answered at last."""
     client, count = talk(), 60
