@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from at_work import until
-from processes import GIVE_UP_S, PAGEFERRY, cli, launch, reap
+from processes import GIVE_UP_S, PAGEFERRY, POLL_S, cli, launch, reap
 from tiers import sample
 
 from pageferry.stream.ferry_frames import FrameType
+from pageferry.vmm.qmp_client import QmpClient
 
 GUEST = ("kv", "--memory", "16M", "--working-set", "1M", "--rate", "5000", "--accel", "soft")
 EASY = ("--downtime-limit", "60000")
@@ -71,6 +73,46 @@ def test_signals_cancel_and_what_came_of_it_is_told(held, background, storm):
     assert err.decode().splitlines()[-1] == "pageferry: cancelled; the guest stays at the source"
     assert source.runs_on()
     assert destination.status() == "inmigrate"
+
+
+def test_signals_cancel_a_save_and_leave_the_file_that_was_there(start, background, tmp_path):
+    source, file = start("run", *GUEST), tmp_path / "guest.bin"
+    assert source.runs_on()
+    earlier = (GOLDEN / "pageferry-v3-1.bin").read_bytes()
+    file.write_bytes(earlier)
+    client = background("save", file, "--control", source.control, "--bandwidth", "64K", "--json")
+    source.until(lambda: source.ask("query-migrate").get("status") == "active", "save under way")
+    for number in STORMS["two"]:
+        client.send_signal(number)
+    out, err = client.communicate(timeout=GIVE_UP_S)
+    assert client.returncode == 130, err
+    report = json.loads(out)
+    assert (report["status"], report["guest_at"], report["file"]) == ("cancelled", "source", str(file))
+    assert err.decode().splitlines()[-1] == "pageferry: cancelled; the guest stays at the source"
+    assert source.runs_on()
+    assert file.read_bytes() == earlier
+    assert [each.name for each in tmp_path.glob("*guest.bin*")] == [file.name]
+
+
+@pytest.mark.exhaustive("it follows by what migrate follows by")
+def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(background, tmp_path):
+    client = background(
+        "demo", "--accel", "soft", "--memory", "16M", "--json", env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    (source,) = until(lambda: [*tmp_path.glob("*/source.sock")], "control socket")
+    with QmpClient(source) as control:
+        control.execute("migrate-set-parameters", **{"max-bandwidth": 64 << 10})
+        until(lambda: control.execute("query-migrate").get("status") == "active", "migration", POLL_S)
+    for number in STORMS["two"]:
+        client.send_signal(number)
+    out, err = client.communicate(timeout=GIVE_UP_S)
+    assert client.returncode == 130, err
+    report = json.loads(out)
+    assert (report["status"], report["guest_at"]) == ("cancelled", "source")
+    assert err.decode().splitlines()[-1] == "pageferry: cancelled; the guest stays at the source"
+    assert [*tmp_path.iterdir()] == []
+    for pid in re.findall(rb"process (\d+)", err):
+        assert not Path("/proc", pid.decode()).exists()
 
 
 @pytest.mark.exhaustive("tests/unit/cli/test_client.py has the same without a guest")
