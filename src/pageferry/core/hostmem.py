@@ -97,6 +97,12 @@ def atomic_or_u32(hva: int, bits: int) -> None:
 _FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
+def _size_hint(error: OSError) -> str:
+    if error.errno == errno.EFBIG:
+        return "to the kernel it is a file, and this process may have none so long: raise ulimit -f"
+    return resource_hint(error)
+
+
 class MemFd:
     """An anonymous, sparse, page-granular file: the storage of guest RAM.
 
@@ -129,7 +135,8 @@ class MemFd:
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _FIXED_SIZE)
         except (OSError, OverflowError) as error:
             self._close()
-            raise UsageError(f"the host cannot hold {size_bytes} bytes of guest memory") from error
+            hint = _size_hint(error) if isinstance(error, OSError) else ""
+            raise UsageError(f"the host cannot hold {size_bytes} bytes of guest memory", hint=hint) from error
 
     @classmethod
     def adopt(cls, fd: int, size_bytes: int) -> Self:

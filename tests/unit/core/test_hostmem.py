@@ -1,10 +1,11 @@
+import resource
 import threading
 
 import numpy as np
 import pytest
 
-from pageferry.core.errors import VmError
-from pageferry.core.hostmem import atomic_or_u32
+from pageferry.core.errors import UsageError, VmError
+from pageferry.core.hostmem import MemFd, atomic_or_u32
 
 
 def test_an_atomic_or_sets_bits_and_touches_nothing_else():
@@ -33,3 +34,14 @@ def test_threads_that_set_bits_of_one_word_lose_none():
 def test_an_address_that_is_not_mapped_is_an_error():
     with pytest.raises(VmError, match="futex"):
         atomic_or_u32(0x10, 1)
+
+
+def test_a_limit_of_files_that_guest_memory_meets_is_named():
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(UsageError, match="cannot hold 2097152 bytes of guest memory") as refused:
+            MemFd("ram", 2 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "raise ulimit -f" in refused.value.hint
