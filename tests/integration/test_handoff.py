@@ -1,12 +1,13 @@
 """Law 6: whatever is lost around the commit, there are never two guests, and never none by our doing."""
 
 import pytest
-from altered import ShortLeased
+from altered import ShortLeased, alter
 from at_work import runs_on, work
 from proxy import marker
 from trips import TIMEOUT_S, expect_as_before, out_of_lease, source_of
 
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, TransportError, VmError
+from pageferry.core.vm import VmStatus
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.connections import NeverRan
 from pageferry.stream.ferry_frames import FrameType
@@ -166,3 +167,10 @@ def test_a_commit_that_did_not_leave_whole_is_none(running, inn):
     assert caught.value.guest_at is GuestAt.SOURCE
     inn.outcome()
     expect_as_before(vm, inn, source)
+
+
+def test_a_guest_that_its_user_stops_just_before_the_commit_arrives_stopped(running, inn):
+    vm = running()
+    alter(vm, "release_backends", lambda sound: lambda: (vm.pause(), sound()))
+    source_of(vm, inn.open()).run()
+    assert inn.outcome().status is VmStatus.PAUSED

@@ -423,10 +423,10 @@ class Source:
     def _hand_over(self, peer: Peer, giver: Giver[Peer]) -> Peer:
         """Hand the guest over; return the connection on which the destination may ask for pages."""
         handoff, postcopy = self.job.handoff, self.job.postcopy
-        paused = self._vm.status is VmStatus.PAUSED
         self._attempt.guest.release_backends()  # before the destination hears that it may take them
         if not handoff.commit(self._ready_at_s + self._lease_s):
             raise self.job.stays()
+        paused = self._vm.status is VmStatus.PAUSED  # only now: up to the commit its user may stop it
         try:
             return giver.give(peer, Commit(paused=paused) if postcopy is None else Switch(paused=paused))
         except (OSError, PageferryError) as error:
