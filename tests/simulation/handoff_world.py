@@ -370,7 +370,7 @@ class HandoffWorld:
         step("take back")
         self._person = False
         if self._may_take_back():
-            self.handoff.taken_back(self.now)
+            self.handoff.taken_back(self.now, Custody.UNKNOWN)
 
     def _may_take_back(self) -> bool:
         unknown = self.handoff.custody is Custody.UNKNOWN and self._done[SOURCE]  # it asks no more

@@ -232,11 +232,15 @@ class Job:
             raise VmError(what, hint="wait; or ask it: pageferry migrate --recover")
         if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
             self._ended.wait()
+        custody = self.handoff.custody
         saved = self.file is not None and self.guest_at is GuestAt.DESTINATION
         if self.report is None or not (saved or self.guest_at is GuestAt.UNKNOWN):
             raise VmError("there is no guest to take back")
         self._guest.claim_backends()  # if another process holds a lock, the caller is wrong
-        self.handoff.taken_back(self._clock.now_s())
+        if not self.handoff.taken_back(self._clock.now_s(), custody):
+            if self.guest_at is not GuestAt.SOURCE:
+                self._guest.release_backends()
+            raise VmError("the destination has just answered", hint="see where the guest is: pageferry status")
         self._guest.restore()
 
     def go_on_here(self) -> None:

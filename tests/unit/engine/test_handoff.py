@@ -27,7 +27,7 @@ LEGAL = {
 
 def do(handoff, step):
     """Take one step; the lease is always over."""
-    return handoff.taken_back(1.0) if step == "taken_back" else getattr(handoff, step)()
+    return handoff.taken_back(1.0, handoff.custody) if step == "taken_back" else getattr(handoff, step)()
 
 
 def explored(depth):
@@ -94,9 +94,11 @@ def test_a_guest_is_taken_back_only_when_its_commit_can_no_longer_be_accepted():
     handoff.lost()
     assert handoff.open_for_s(9.5) == 0.5
     with pytest.raises(AssertionError, match="may still be accepted"):
-        handoff.taken_back(9.9)
+        handoff.taken_back(9.9, Custody.UNKNOWN)
     assert handoff.open_for_s(10.0) == 0.0
-    handoff.taken_back(10.0)
+    assert not handoff.taken_back(10.0, Custody.THERE)
+    assert handoff.custody is Custody.UNKNOWN
+    assert handoff.taken_back(10.0, Custody.UNKNOWN)
     assert handoff.custody is Custody.HERE
 
 

@@ -59,7 +59,7 @@ class Handoff:
     """The handoff of one guest, at its source. Any thread may look or cancel; one drives it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # between cancel and commit
+        self._lock = threading.Lock()  # between cancel and commit, and between an answer and a person
         self._custody = Custody.HERE
         self._cancelled = False
         self._given_up = False
@@ -119,11 +119,13 @@ class Handoff:
 
     def running(self) -> None:
         """The destination runs the guest."""
-        self._move(Custody.THERE, Custody.COMMITTED, Custody.UNKNOWN)
+        with self._lock:
+            self._move(Custody.THERE, Custody.COMMITTED, Custody.UNKNOWN)
 
     def refused(self) -> None:
         """The guest does not run at the destination and never will."""
-        self._move(Custody.HERE, Custody.COMMITTED, Custody.UNKNOWN)
+        with self._lock:
+            self._move(Custody.HERE, Custody.COMMITTED, Custody.UNKNOWN)
 
     def lost(self) -> None:
         """No answer to the commit was heard."""
@@ -133,11 +135,23 @@ class Handoff:
         """Return how long the commit may still be accepted, on the clock of :meth:`commit`; 0: it cannot be."""
         return max(0.0, self._open_until_s - now_s) if self._custody in (Custody.COMMITTED, Custody.UNKNOWN) else 0.0
 
-    def taken_back(self, now_s: float) -> None:
-        """A person knows that the guest runs nowhere else; :meth:`open_for_s` is 0 by then."""
+    def taken_back(self, now_s: float, custody: Custody) -> bool:
+        """A person knows that the guest runs nowhere else; :meth:`open_for_s` is 0 by then.
+
+        Args:
+            now_s: on the clock of :meth:`commit`.
+            custody: what it was when the person was asked to be sure.
+
+        Returns:
+            False when it is not that any more: the destination has answered meanwhile, and nothing was taken back.
+        """
         if self.open_for_s(now_s):
             raise AssertionError("a guest whose commit may still be accepted cannot be taken back")
-        self._move(Custody.HERE, Custody.UNKNOWN, Custody.THERE)
+        with self._lock:
+            if self._custody is not custody:
+                return False
+            self._move(Custody.HERE, Custody.UNKNOWN, Custody.THERE)
+            return True
 
     def _leave(self, custody: Custody) -> bool:
         with self._lock:
