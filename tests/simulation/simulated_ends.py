@@ -11,8 +11,9 @@ from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.acceptor import Acceptor
 from pageferry.engine.wire.peer import Peer
+from simulation.interleave import Violated
 from simulation.simulated_guest import Machine
-from simulation.simulated_host import Process, Violated
+from simulation.simulated_host import Process
 from simulation.simulated_network import SimulatedEndpoint
 
 

@@ -18,7 +18,8 @@ from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import MachineState, ring_3_state
 from pageferry.core.vm import GuestEnd, LogDirtyStats, VmConfig, VmStatus
-from simulation.simulated_host import SimulatedHost, Simulation, Violated
+from simulation.interleave import Violated
+from simulation.simulated_host import SimulatedHost, Simulation
 
 MEMORY_BYTES = 8 << 20
 _REGIONS = MEMORY_BYTES // PAGE_SIZE // PAGES_PER_2M
@@ -27,9 +28,14 @@ _LONGEST_REST_S = 5.0
 
 
 class Disk:
-    """What stands behind the guest's devices: one machine has it at a time."""
+    """What stands behind the guest's devices: one machine has it at a time.
 
-    def __init__(self) -> None:
+    Args:
+        slow_s: how long taking it or giving it back may take.
+    """
+
+    def __init__(self, slow_s: float) -> None:
+        self.slow_s = slow_s
         self.holder: Machine | None = None
 
 
@@ -247,9 +253,9 @@ class Machine:
         self.closed = False
         self.refusals = refusals
         self._ledger = ledger
-        self._disk = disk
+        self.disk = disk
         self._waits = waits
-        self._frozen = 0
+        self.frozen = 0
         self._absent: Absent | None = None
         self._busy = self._claimed = False
         self._changed = host.condition()
@@ -262,7 +268,7 @@ class Machine:
     def runs(self) -> bool:
         """Whether the guest runs here."""
         alive = not self.closed and not self.host.process.dead
-        return alive and self.status is VmStatus.RUNNING and not self._frozen
+        return alive and self.status is VmStatus.RUNNING and not self.frozen
 
     def touch(self, gfn: int) -> None:
         """Wait for a page, if it is missing."""
@@ -303,40 +309,40 @@ class Machine:
 
     # -- the machine's ---------------------------------------------------------------------------------------------
 
-    def resume(self):
-        """Let the guest run."""
+    def resume(self, *, by_user=False):
+        """Let the guest run; what fails, fails where it has arrived."""
         try:
-            self.refusals.meet("resume")
+            if not by_user:
+                self.refusals.meet("resume")
         except VmError:
             self._ledger.on_refused(self)
             raise
         if self.end is not None:
             raise VmError("the guest has ended")
+        self.status = VmStatus.RUNNING
+        self._ledger.expect_alone()
         with self._changed:
-            self.status = VmStatus.RUNNING
-            self._ledger.expect_alone()
             self._changed.notify_all()
         if self._vcpu.ident is None:
             self._vcpu.start()
 
     def pause(self):
         """Let it stand still for its user."""
-        with self._changed:
-            if self.status is VmStatus.RUNNING:
-                self.status = VmStatus.PAUSED
+        if self.status is VmStatus.RUNNING:
+            self.status = VmStatus.PAUSED
 
     def freeze(self):
         """Let it stand still for the engine."""
         with self._changed:
-            self._frozen += 1
+            self.frozen += 1
             self._changed.wait_for(lambda: not self._busy)
 
     def thaw(self):
         """Undo that."""
         with self._changed:
-            if not self._frozen:
+            if not self.frozen:
                 raise VmError("the guest is not frozen")
-            self._frozen -= 1
+            self.frozen -= 1
             self._ledger.expect_alone()
             self._changed.notify_all()
 
@@ -367,17 +373,23 @@ class Machine:
     def claim_backends(self):
         """Take the disk."""
         self.refusals.meet("claim_backends")
-        if self._disk is None:
+        if self.disk is None or self.disk.holder is self:
             return
-        if self._disk.holder not in (None, self):
-            raise VmError(f"the disk is in use by {self._disk.holder.name}")
-        self._disk.holder = self
+        self._wait_for_disk(self.disk)
+        if self.disk.holder not in (None, self):
+            raise VmError(f"the disk is in use by {self.disk.holder.name}")
+        self.disk.holder = self
 
     def release_backends(self):
         """Give it back."""
         self.refusals.meet("release_backends")
-        if self._disk is not None and self._disk.holder is self:
-            self._disk.holder = None
+        if self.disk is not None and self.disk.holder is self:
+            self._wait_for_disk(self.disk)
+            self.disk.holder = None
+
+    def _wait_for_disk(self, disk: Disk) -> None:
+        if disk.slow_s:
+            self.host.sleep(disk.slow_s * self.host.simulation.draw.random())
 
     def close(self):
         """End it."""
@@ -391,8 +403,8 @@ class Machine:
     def lose(self) -> None:
         """Free what it has; nothing of it runs any more."""
         self.closed = True
-        if self._disk is not None and self._disk.holder is self:
-            self._disk.holder = None
+        if self.disk is not None and self.disk.holder is self:
+            self.disk.holder = None
         self.memory.close()
         if self._storage is not None:
             self._storage.close()

@@ -16,15 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pageferry.engine.host import Host
+from simulation.interleave import Violated
 
 _LOOK_S = 1e-6
 #: A run that takes more steps than this has no end.
 _MAX_TURNS = 100_000
 _NEVER_S = 1e12
-
-
-class Violated(Exception):
-    """Something does not hold that must."""
 
 
 class Abandoned(BaseException):

@@ -14,9 +14,10 @@ from pageferry.core.vm import VmStatus
 from pageferry.engine.job import JobStatus
 from pageferry.engine.options import MigrationOptions, VerifyMode, WireOptions
 from pageferry.stream.packing import Packing
+from simulation.interleave import Violated
 from simulation.simulated_ends import ReceiverProcess, SourceProcess
 from simulation.simulated_guest import Disk, Ledger, Machine, Refusals
-from simulation.simulated_host import Process, Simulation, Violated
+from simulation.simulated_host import Process, Simulation
 from simulation.simulated_network import Network, Pace, SimulatedEndpoint
 from simulation.troubles import TROUBLES_S, Kind, Troubles
 
@@ -91,7 +92,7 @@ class Run:
             pace_s=copy_s * draw.choice((0.005, 0.02, 0.1)),
             moved=lambda: self.network.moved_bytes,
         )
-        self.disk = Disk() if draw.random() < 0.5 else None
+        self.disk = Disk(draw.choice((0.0, 0.1, 3.0))) if draw.random() < 0.5 else None
         self.refusals = Refusals({})
         self.waits = draw.random() < 0.95
         self.healed = False
@@ -99,6 +100,9 @@ class Run:
         self._before: Machine | None = None
         self.may_lose: str | None = None
         self.cancelled = self.disturbed = False
+        self.stopped = True
+        if self.disk is not None and self.disk.slow_s > 1.0:
+            self.disturbed = True  # the lease may be over before somebody has it
         self.host = self.network.host_of(self.people)
         self.seen: dict[str, int] = {}
 
@@ -215,7 +219,8 @@ class Run:
         self.ledger.fill(machine)
         machine.claim_backends()
         if draw.random() < 0.9:
-            machine.resume()
+            machine.resume(by_user=True)
+            self.stopped = False
         if draw.random() < 0.2:
             self.refusals.left[draw.choice(_REFUSALS)] = 1
             self.disturbed = True
@@ -357,12 +362,14 @@ class Run:
             names = [machine.name for machine in has]
             raise Violated(f"the guest is said to be with {names}, and is with {holder and holder.name}")
         self.seen[f"with {holder.name}"] = 1
-        if holder._frozen:
+        if holder.frozen:
             raise Violated(f"the guest stands still on {holder.name}")
         if self.disk is not None and self.disk.holder is not holder:
             raise Violated("the guest has no disk")
         if holder.log_dirty.enabled:
             raise Violated("log-dirty is on")
+        if holder.end is None and (holder.status is VmStatus.PAUSED) != self.stopped:
+            raise Violated(f"the guest is {holder.status}, and its user has {'' if self.stopped else 'not '}stopped it")
         count = self.ledger.count
         if holder.status is VmStatus.RUNNING:
             for _ in range(100):

@@ -12,8 +12,10 @@ from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Join, Recover
 from pageferry.stream.ferry_order import Side
+from simulation.interleave import Violated
 from simulation.simulated_ends import ReceiverProcess, SourceProcess
-from simulation.simulated_host import Process, Violated
+from simulation.simulated_guest import Machine
+from simulation.simulated_host import Process
 from simulation.simulated_network import Connection, SimulatedEndpoint
 
 #: For how long there are troubles, on the simulated clock.
@@ -23,7 +25,7 @@ _PAUSED, _UNKNOWN = "post-copy is cut", "it is not known where the guest is"
 _MOMENTS = (
     (str(Phase.HELLO), 1),
     (str(Phase.PRECOPY), 1),
-    (str(Phase.PAUSE), 1),
+    (str(Phase.PAUSE), 2),
     (str(Phase.STATE), 1),
     (str(Phase.VERIFY), 2),
     (str(Phase.HANDOFF), 5),
@@ -196,7 +198,7 @@ class Troubles:
             (2, lambda: Plan("go on", self.go_on)),
             (2, lambda: Plan("recover", self.recover)),
             (2, lambda: Plan("resume --force", self.take_back)),
-            (2, lambda: Plan("stop and cont", self._stop_and_cont)),
+            (5, lambda: Plan("stop and cont", self._stop_and_cont)),
             (1, lambda: Plan("bandwidth", self._bandwidth)),
             (3, lambda: Plan("stranger", self._stranger)),
             (1, lambda: Plan("abandon", self._abandon)),
@@ -269,8 +271,8 @@ class Troubles:
         process.dead = True
         self._run.network.lose_process(process, power=power)
         for machine in machines:
-            if machine._disk is not None and machine._disk.holder is machine:
-                machine._disk.holder = None
+            if machine.disk is not None and machine.disk.holder is machine:
+                machine.disk.holder = None
         if again:
             starter = self._run.host.thread(self._receive_again, "starter")
             starter.start()
@@ -321,12 +323,24 @@ class Troubles:
                 self._run.holder = source.machine
 
     def _stop_and_cont(self) -> None:
-        for machine in [machine for machine in self._run.ledger.machines if machine.runs]:
+        if (machine := self._to_command()) is not None:
             machine.pause()
-            self._run.host.sleep(self._run.draw.random())
-            if not machine.closed and not machine.host.process.dead and machine is self._run.holder:
-                with contextlib.suppress(VmError):
-                    machine.resume()
+            self._run.stopped = True
+            self._run.note(f"stopped on {machine.name}")
+        self._run.host.sleep(10 ** self._run.draw.uniform(-3, 1))
+        if (machine := self._to_command()) is not None and machine.end is None:
+            machine.resume(by_user=True)
+            self._run.stopped = False
+            self._run.note(f"runs on, on {machine.name}")
+
+    def _to_command(self) -> Machine | None:
+        """Return the machine whose guest may be stopped and resumed; None: that is refused."""
+        source, receiver = self._run.source, self._run.receiver
+        if receiver.has_guest and self._run.holder is receiver.machine:
+            waits = receiver.attempt is not None and receiver.attempt.waits_for_source
+            return None if waits else receiver.machine
+        here = source.job is None or (source.job.guest_at is GuestAt.SOURCE and not source.job.handing_over)
+        return source.machine if here and not source.dead else None
 
     def _bandwidth(self) -> None:
         if not self._run.source.dead and self._run.source.job is not None:
