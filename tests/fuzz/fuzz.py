@@ -120,7 +120,10 @@ def watched(name: str, seed: int, case: int | None, seconds: float, say: Callabl
     command = [sys.executable, "-m", "fuzz.fuzz", "--seed", str(seed), "--seconds", str(seconds), "--target", name]
     command += ["--progress", str(writes), *([] if case is None else ["--case", str(case)])]
     number, hangs = _SEEDS_THEMSELVES, False
-    popen = subprocess.Popen(command, pass_fds=[writes], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    popen = subprocess.Popen(
+        command, pass_fds=[writes], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
     os.close(writes)
     with popen, contextlib.closing(os.fdopen(reads, "rb", buffering=0)) as progress:
         while not hangs:
