@@ -8,6 +8,7 @@ from enum import Enum
 
 from pageferry.core.errors import GuestAt, PageferryError, VmError
 from pageferry.core.events import Event, MigrationEnded, Phase, PhaseBegan, PostcopyPaused
+from pageferry.core.vm import VmStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_frames import Join, Recover
@@ -145,6 +146,8 @@ class Troubles:
                 yield self._plan(self._thing())
             return
         phase = Phase.HANDOFF if self._run.kind is Kind.HANDOFF else Phase.POSTCOPY
+        if phase is Phase.HANDOFF and draw.random() < 0.3:
+            yield self._late_word()
         for _ in range(draw.choice((1, 1, 2, 3))):
             make = draw.choice((self._cut, self._cut, self._stall, self._stall, self._partition, self._stop_process))
             plan = self._kill() if draw.random() < 0.1 else make()
@@ -223,6 +226,18 @@ class Troubles:
                     connection.stand_still(each, late_s)
 
         return Plan("cut", cut, f"at {side}, loses {loses}, late {late_s:.4f}")
+
+    def _late_word(self) -> Plan:
+        """The source finds its connection cut, and what it said last arrives late."""
+        late_s = min(10.0, self._run.options.timeout_s) * self._run.draw.uniform(0.2, 1.3)
+
+        def cut() -> None:
+            connection = self._run.network.connections[0]
+            connection.cut(0, loses=False)
+            connection.stand_still(1, late_s)
+
+        after_s = self._run.network.pace.latency_s * self._run.draw.uniform(0.1, 1)
+        return Plan("late word", cut, f"by {late_s:.4f}", moment=("source", str(Phase.HANDOFF), after_s))
 
     def _stall(self) -> Plan:
         side, duration_s = self._run.draw.choice((0, 1)), self._duration_s()
@@ -321,6 +336,7 @@ class Troubles:
             if self._run.holder is None:  # what it did there is lost with the process there
                 self._run.ledger.go_back(self._run.as_given)
                 self._run.holder = source.machine
+                self._run.stopped = source.machine.status is VmStatus.PAUSED
 
     def _stop_and_cont(self) -> None:
         if (machine := self._to_command()) is not None:
