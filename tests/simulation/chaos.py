@@ -49,6 +49,8 @@ _LINUX_PART = 0.05
 #: Room for any guest, until something else fills it.
 _DISK_KIB = 256 << 10
 _FILLER = "filler"
+#: States of a guest that has found something wrong; its process may stay, for a source that has not heard yet.
+_ENDED = ("shutdown", "guest-panicked", "io-error")
 #: After so many operations ``kv`` checks the next page of its working set.
 _WORK_PER_PAGE = 4
 _ROUND = re.compile(r"work: round (\d+)")
@@ -237,7 +239,9 @@ class Run:
         if not self._lives(process):
             require(process in self._killed, f"{process.control.stem} ended by itself: {process.popen.returncode}")
             return "dead"
-        return str(process.status())
+        state = str(process.status())
+        require(state not in _ENDED, f"{process.control.stem} ended by itself: {state}")
+        return state
 
     def _comes_to(self, process: Process, *states: str, never: str = "") -> None:
         """Wait for a state; it is in no instant ``never``."""
