@@ -56,7 +56,8 @@ SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4- or whatever_the_seed o
 _KIT = "tests/conformance/test_log_dirty.py"
 _LINUX = "tests/kvm/test_linux.py"
 _BY_KVM, _NOT_KIT_BY_KVM = "not (uffd or pagemap)", "(uffd or pagemap or not test_log_dirty)"
-_OPTIONS = ("--timeout", "900")
+#: A test that takes long is no news there, and to print where each thread of a running process is may crash it.
+_OPTIONS = ("--timeout", "900", "-o", "faulthandler_timeout=0")
 #: One machine for each, at once, with about as much to do: emulated processors share one thread of the host. They take
 #: turns of up to 100 ms, for which a guest of KVM waits that is on the one and needs the other: so Linux has one.
 PARTS = (
