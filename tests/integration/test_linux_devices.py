@@ -97,10 +97,11 @@ def test_linux_works_on_its_devices_and_moves_with_them(vm, make_vm, inns, disk,
     fill = f"dd if=/dev/urandom of=/tmp/x bs=1M count={FREED_MIB} 2>/dev/null; stat -c %s /tmp/x; rm /tmp/x"
     assert terminal.run(fill) == [str(FREED_MIB * MiB)]
     terminal.run("mke2fs -q /dev/vda; mkdir -p /mnt; mount -t ext2 /dev/vda /mnt")
-    terminal.run("seq 100000 > /mnt/file; sync")
+    terminal.run("dd if=/dev/urandom of=/mnt/file bs=64k count=16 2>/dev/null; sync")
     ours = terminal.run("sha256sum < /mnt/file")
     terminal.run("echo 3 > /proc/sys/vm/drop_caches; sleep 5")  # free pages are reported after two seconds
-    terminal.run("(while :; do seq 20000 > /mnt/busy; sync; done) & echo $! > /tmp/busy")
+    busy = "dd if=/dev/urandom of=/mnt/busy bs=64k count=4 2>/dev/null; sync"
+    terminal.run(f"(while :; do {busy}; done) & echo $! > /tmp/busy")
     with pinging(peer) as ping:
         assert terminal.run(ping) == [f"{PINGS} packets received"]
     inn = inns(make_vm)

@@ -26,6 +26,9 @@ pytestmark = pytest.mark.kvm
 
 MEMORY_BYTES = 128 << 20
 PATIENCE_S = 900
+#: An emulated host on a busy one gives a CPU of the guest no time for half a minute, which a kernel calls a lockup. The
+#: guest must go on working all the same.
+COMMAND_LINE = "console=ttyS0 quiet nosoftlockup rcupdate.rcu_cpu_stall_suppress=1 pageferry=work"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def at_work(request, kernel_and_initrd, tmp_path_factory):
     vm = KvmVm(VmConfig(memory_bytes=MEMORY_BYTES, cpus=request.param, machine=MachineModel.PC))
     try:
         said.listen_to(vm)
-        boot_linux(vm, kernel, initrd=initrd, command_line="console=ttyS0 quiet pageferry=work")
+        boot_linux(vm, kernel, initrd=initrd, command_line=COMMAND_LINE)
         vm.resume()
         said.wait_for(lambda: READY in bytes(said), "first process", PATIENCE_S)
         said.works_on()
