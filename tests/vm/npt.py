@@ -54,7 +54,7 @@ class Part:
 #: be one emulator in another. On a busy host everything takes long: the time-out is for what is stuck.
 SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4- or whatever_the_seed or soft or small-ring)"
 _KIT = "tests/conformance/test_log_dirty.py"
-_LINUX, _DEVICES = "tests/kvm/test_linux.py", "tests/integration/test_linux_devices.py"
+_LINUX = "tests/kvm/test_linux.py"
 _BY_KVM, _NOT_KIT_BY_KVM = "not (uffd or pagemap)", "(uffd or pagemap or not test_log_dirty)"
 #: A test that takes long is no news there, and to print where each thread of a running process is may crash it.
 _OPTIONS = ("--timeout", "900", "-o", "faulthandler_timeout=0")
@@ -63,7 +63,7 @@ _OPTIONS = ("--timeout", "900", "-o", "faulthandler_timeout=0")
 PARTS = (
     Part(("tests/kvm", f"--ignore={_LINUX}", _KIT, *_OPTIONS, "-k", f"{SELECTION} and {_NOT_KIT_BY_KVM}")),
     Part((_KIT, *_OPTIONS, "-k", f"{SELECTION} and {_BY_KVM}")),
-    Part((_LINUX, _DEVICES, *_OPTIONS, "-k", "not soft"), processors=1),
+    Part((_LINUX, *_OPTIONS), processors=1),
 )
 MEMORY_BYTES = 3 << 30
 GIVE_UP_S = 7200
