@@ -265,6 +265,38 @@ def test_the_process_tells_of_it_and_goes_on_when_told(saved, tmp_path, disk):
 
 
 @pytest.mark.parametrize("accel", ["soft"])
+def test_a_guest_that_is_resumed_before_its_failure_has_paused_it_runs_on(saved, tmp_path, disk):
+    path, _ = saved("kv")
+    told, may_go_on = threading.Event(), threading.Event()
+
+    def on_message(_):
+        told.set()
+        may_go_on.wait(60)
+
+    process = GuestProcess(
+        choose_machines(Accel.SOFT), tmp_path / "control", on_console=lambda _: None, on_message=on_message
+    )
+    try:
+        process.restore_lazily(SavedGuest(path))
+        disk.broken = True
+        process.start()
+        assert told.wait(60)  # and the pause comes only after that
+        disk.broken = False
+        with QmpClient(tmp_path / "control") as client:
+            resumption = threading.Thread(target=client.execute, args=("cont",))
+            resumption.start()
+            resumption.join(0.2)
+            may_go_on.set()
+            resumption.join()
+            until(lambda: client.execute("x-query-guest")["unread_pages"] == 0, "end of the restore")
+            before = client.execute("x-query-guest")["work"]
+            until(lambda: client.execute("x-query-guest")["work"] > before, "work")
+    finally:
+        may_go_on.set()
+        process.close()
+
+
+@pytest.mark.parametrize("accel", ["soft"])
 def test_a_process_that_ends_in_the_middle_of_it_ends(saved, tmp_path, disk):
     path, _ = saved("kv")
     process = GuestProcess(choose_machines(Accel.SOFT), None, on_console=lambda _: None, on_message=lambda _: None)

@@ -89,6 +89,7 @@ class Commands:
         args = Arguments(arguments)
         force = args.flag("x-force")
         args.done()
+        self._guest.wait_for_pause()
         self._guest.read_again()  # before the lock: its holder may wait for a page
         with self._guest.lock:
             vm = self._guest.here()

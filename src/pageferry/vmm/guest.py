@@ -1,6 +1,7 @@
 """Guest: this process's guest: its machine, name, console and work, and the file that it is still read from."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from pageferry.core.machine import Machine
@@ -10,6 +11,9 @@ from pageferry.vmm.accel import Machines
 from pageferry.vmm.console import ConsoleTail
 from pageferry.vmm.qmp_error import QmpError
 from pageferry.vmm.work_meter import WorkMeter
+
+_PAUSE_PATIENCE_S = 5.0
+_POLL_S = 0.001
 
 
 class Guest:
@@ -88,6 +92,15 @@ class Guest:
         """Begin to read what no vCPU waits for, too; after :meth:`Machine.resume`, for a failure pauses the guest."""
         if self.lazy is not None:
             self.lazy.read_ahead()
+
+    def wait_for_pause(self) -> None:
+        """Return when a failure to read, if there was one, has paused the guest, which it does on another thread.
+
+        Who resumes the guest before that would see it paused after.
+        """
+        give_up_s = time.monotonic() + _PAUSE_PATIENCE_S  # for want of a thread it never comes
+        while self.unreadable and self.running and time.monotonic() < give_up_s:
+            time.sleep(_POLL_S)
 
     def read_again(self) -> None:
         """Try again to read what could not be read, if there is such a page."""
