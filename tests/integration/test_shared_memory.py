@@ -7,6 +7,7 @@ import socket
 
 import pytest
 from at_work import runs_on, until, work
+from descriptors import open_descriptors
 from trips import Running, source_of
 
 from pageferry.core.errors import GuestAt, MigrationError, VmError
@@ -179,9 +180,6 @@ def test_a_file_that_can_shrink_is_not_taken_over(tmp_path):
 
 
 def test_what_is_handed_over_and_not_taken_is_closed():
-    def open_descriptors():
-        return set(os.listdir("/proc/self/fd"))
-
     before = open_descriptors()
     left, right = (Channel(sock) for sock in socket.socketpair())
     made = MemFd("x", PAGE_SIZE)

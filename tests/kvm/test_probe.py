@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 
 from pageferry.core.confined import FORBIDDEN
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
@@ -16,10 +17,6 @@ from pageferry.kvm.probe_abi import expect_forbidden
 from pageferry.kvm.tss import does_port_io, tss_attributes
 from pageferry.kvm.vm import KvmVm
 from pageferry.vmm import doctor
-
-
-def open_descriptors():
-    return sorted(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.kvm
@@ -69,7 +66,7 @@ def test_a_guest_that_does_not_run(kvm_support, monkeypatch):
 
 @pytest.mark.kvm
 def test_a_machine_that_cannot_be_made_leaves_nothing_open(kvm_support, monkeypatch):
-    before = open_descriptors()
+    before = kvm_descriptors()
 
     def refuse(*_):
         raise VmError("no")
@@ -77,7 +74,7 @@ def test_a_machine_that_cannot_be_made_leaves_nothing_open(kvm_support, monkeypa
     monkeypatch.setattr("pageferry.kvm.vm.set_cpuid", refuse)
     with pytest.raises(VmError, match="no"):
         KvmVm(VmConfig(memory_bytes=2 << 20, cpus=2))
-    assert [fd for fd in open_descriptors() if "kvm" in _target(fd)] == [fd for fd in before if "kvm" in _target(fd)]
+    assert kvm_descriptors() == before
 
 
 def _target(fd):
@@ -87,12 +84,22 @@ def _target(fd):
         return ""
 
 
+def kvm_descriptors():
+    return {fd for fd in open_descriptors() if "kvm" in _target(fd)}
+
+
+def mapped_vcpus():
+    return {line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if "kvm-vcpu" in line}
+
+
 @pytest.mark.kvm
 def test_a_closed_machine_is_gone_from_the_kernel(kvm_support):
+    kvm_descriptors()  # or another test's machine might still be there
     vm = KvmVm(VmConfig(memory_bytes=2 << 20))
+    assert mapped_vcpus()
     vm.close()
-    assert "kvm-vcpu" not in Path("/proc/self/maps").read_text()
-    assert not any("kvm" in _target(fd) for fd in open_descriptors())
+    assert not mapped_vcpus()
+    assert not kvm_descriptors()
 
 
 @pytest.mark.kvm

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from descriptors import open_descriptors
 
 from pageferry.core.errors import KvmError, LogDirtyError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
@@ -447,7 +448,8 @@ def test_a_collector_that_fails_is_silent_from_then_on_and_the_operators_tell(kv
 
 def kvm_descriptors():
     """How many descriptors of KVM this process has; a mapping keeps one."""
-    return sum("kvm" in os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+    entries = (Path("/proc/self/fd") / fd for fd in open_descriptors())
+    return sum("kvm" in os.readlink(entry) for entry in entries if entry.is_symlink())
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -6,6 +6,7 @@ import re
 import stat
 
 import pytest
+from descriptors import open_descriptors
 
 from pageferry.core.errors import UsageError
 from pageferry.engine.image.outlet import FileOutlet
@@ -171,7 +172,7 @@ def test_what_is_not_a_file_stays_what_it_is(tmp_path):
 
 
 def test_nothing_stays_open(path):
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for end in (FileOutlet.commit, FileOutlet.close):
         sink = write(path, Encoder().header())
         end(sink)
@@ -179,7 +180,7 @@ def test_nothing_stays_open(path):
     path.write_bytes(b"a letter")
     with pytest.raises(UsageError):
         FileOutlet(path)
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_a_folder_that_cannot_be_written_to_the_disk_is_a_failure(path, monkeypatch):

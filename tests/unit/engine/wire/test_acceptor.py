@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from at_work import until
+from descriptors import open_descriptors
 from shortage import no_more_threads
 
 from pageferry.core.cpuid import SOFT_CPU
@@ -248,7 +249,7 @@ def test_a_place_that_is_closed_wakes_all_who_wait(place):
 
 
 def test_a_place_that_is_closed_keeps_nothing(place, callers):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     for _ in range(5):
         callers()
     saying(callers(), Recover(proof="p"))

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 from at_work import until
+from descriptors import open_descriptors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -220,18 +221,18 @@ def test_a_peer_has_one_descriptor_open_here_however_many_it_hands_over():
     left, right = socket.socketpair()
     sender, receiver = Channel(left, 10), Channel(right, 10)
     first, other = os.pipe()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     for index in range(50):
         sender.send([b"x"], fd=other if index else first)
         assert receiver.receive_some(1) == b"x"
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(open_descriptors()) == before + 1
     taken = receiver.take_fd()
     assert os.path.samestat(os.fstat(taken), os.fstat(first))
     assert receiver.take_fd() is None
     sender.send([b"x"], fd=other)
     receiver.receive_some(1)
     receiver.close()
-    assert len(os.listdir("/proc/self/fd")) == before  # the receiver's socket is gone, `taken` is there
+    assert len(open_descriptors()) == before  # the receiver's socket is gone, `taken` is there
     for fd in (taken, first, other):
         os.close(fd)
     sender.close()

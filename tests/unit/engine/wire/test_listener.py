@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 from processes import GIVE_UP_S
 
 from pageferry.engine.wire.channel import Endpoint
@@ -129,10 +130,10 @@ def test_port_0_is_for_one_who_listens():
 
 def test_an_address_in_use_is_an_error_and_leaves_no_socket_behind():
     with listen_tcp("127.0.0.1", 0) as listener:
-        before = set(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         with pytest.raises(OSError, match="in use"):
             listen_tcp("127.0.0.1", listener.port)
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
 
 
 def test_a_listener_removes_its_own_path_and_no_other(tmp_path):
