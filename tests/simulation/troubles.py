@@ -318,10 +318,11 @@ class Troubles:
         source, job = self._run.source, self._run.source.job
         if source.dead or job is None or job.guest_at is not GuestAt.UNKNOWN:
             return
-        if not self._run.receiver.dead and self._run.receiver.machine is not None:
+        if self._runs_there():
             return
+        looked_too_early = job.open_for_s > 0
         self._run.host.sleep(self._run.draw.choice((0.0, 1.0)))
-        if source.dead:
+        if source.dead or (looked_too_early and not job.open_for_s and self._runs_there()):
             return
         try:
             job.take_back()
@@ -337,6 +338,9 @@ class Troubles:
                 self._run.ledger.go_back(self._run.as_given)
                 self._run.holder = source.machine
                 self._run.stopped = source.machine.status is VmStatus.PAUSED
+
+    def _runs_there(self) -> bool:
+        return not self._run.receiver.dead and self._run.receiver.machine is not None
 
     def _stop_and_cont(self) -> None:
         if (machine := self._to_command()) is not None:
