@@ -83,7 +83,7 @@ def planted(host, tmp_path):
 
 #: A commit that is not answered is taken for one that is refused.
 TWO_GUESTS = "Handoff.lost = Handoff.refused"
-#: What has arrived and is proven is damaged.
+#: What has arrived and is proven is damaged, by zeros: entries are missed at once. Garbage might be searched for ever.
 DAMAGED = """
 sound = Comparison.conclude
 def conclude(self):
@@ -91,7 +91,7 @@ def conclude(self):
     starts, lengths = memory.populated()
     end = int(starts[-1] + lengths[-1])  # of the working set
     for gfn in range(end - 16, end):
-        memory.write(gfn << 12, bytes([255]) * 4096)
+        memory.write(gfn << 12, bytes(4096))
     return verified_pages
 Comparison.conclude = conclude
 """
