@@ -17,6 +17,13 @@ from tiers import sample
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.vmm.qmp_client import QmpClient
 
+ENDLESS = """
+from pageferry.core.policy import Action, Decision
+
+class Endless:
+    def decide(self, progress):
+        return Decision(action=Action.NEXT_ROUND, reason="for ever")
+"""
 GUEST = ("kv", "--memory", "16M", "--working-set", "1M", "--rate", "5000", "--accel", "soft")
 EASY = ("--downtime-limit", "60000")
 
@@ -96,12 +103,14 @@ def test_signals_cancel_a_save_and_leave_the_file_that_was_there(start, backgrou
 
 @pytest.mark.exhaustive("it follows by what migrate follows by")
 def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(background, tmp_path):
-    client = background(
-        "demo", "--accel", "soft", "--memory", "16M", "--json", env=os.environ | {"TMPDIR": str(tmp_path)}
-    )
-    (source,) = until(lambda: [*tmp_path.glob("*/source.sock")], "control socket")
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "endless.py").write_text(ENDLESS)
+    (tmp_path / "made").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "made"), "PYTHONPATH": str(tmp_path / "modules")}
+    command = ("demo", "--accel", "soft", "--memory", "16M", "--policy", "endless:Endless", "--json")
+    client = background(*command, env=environment)
+    (source,) = until(lambda: [*tmp_path.glob("made/*/source.sock")], "control socket")
     with QmpClient(source) as control:
-        control.execute("migrate-set-parameters", **{"max-bandwidth": 64 << 10})
         until(lambda: control.execute("query-migrate").get("status") == "active", "migration", POLL_S)
     for number in STORMS["two"]:
         client.send_signal(number)
@@ -110,7 +119,7 @@ def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(backgr
     report = json.loads(out)
     assert (report["status"], report["guest_at"]) == ("cancelled", "source")
     assert err.decode().splitlines()[-1] == "pageferry: cancelled; the guest stays at the source"
-    assert [*tmp_path.iterdir()] == []
+    assert [*(tmp_path / "made").iterdir()] == []
     for pid in re.findall(rb"process (\d+)", err):
         assert not Path("/proc", pid.decode()).exists()
 
