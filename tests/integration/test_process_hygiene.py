@@ -1,5 +1,6 @@
 """Real commands under shells, terminals and signals: the outcome is told, whatever happens to these."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from at_work import until
 from processes import GIVE_UP_S, PAGEFERRY, POLL_S, cli, launch, reap
 from tiers import sample
 
+from pageferry.core.errors import VmError
 from pageferry.stream.ferry_frames import FrameType
 from pageferry.vmm.qmp_client import QmpClient
 
@@ -110,7 +112,12 @@ def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(backgr
     command = ("demo", "--accel", "soft", "--memory", "16M", "--policy", "endless:Endless", "--json")
     client = background(*command, env=environment)
     (source,) = until(lambda: [*tmp_path.glob("made/*/source.sock")], "control socket")
-    with QmpClient(source) as control:
+
+    def connected():
+        with contextlib.suppress(VmError):  # it is there before it listens
+            return QmpClient(source)
+
+    with until(connected, "answer at the control socket") as control:
         until(lambda: control.execute("query-migrate").get("status") == "active", "migration", POLL_S)
     for number in STORMS["two"]:
         client.send_signal(number)
