@@ -173,7 +173,7 @@ def test_before_anything_is_known_a_migration_is_in_setup_and_all_of_it_remains(
     assert wire.held.wait(GIVE_UP_S)
     info = source.ask("query-migrate")
     assert info["status"] == "setup"
-    assert 1 << 20 < info["ram"]["remaining"] < info["ram"]["total"] == 16 << 20  # what it has touched
+    assert 0 < info["ram"]["remaining"] < info["ram"]["total"] == 16 << 20  # what it has touched
     assert "migration setup: " in cli("status", "--control", source.control).stdout
     wire.release()
     out, err = client.communicate(timeout=GIVE_UP_S)
