@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 from pageferry.core.version import __version__
 
 if TYPE_CHECKING:
+    from pageferry.api import boot, migrate, receive, restore, save
     from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UnsupportedError, UsageError
     from pageferry.core.events import MigrationReport
     from pageferry.core.hugepages import HugePages
@@ -56,7 +57,6 @@ if TYPE_CHECKING:
     from pageferry.engine.wire.channel import Endpoint
     from pageferry.guests.boot import GuestParams
     from pageferry.guests.loader import KernelOptions
-    from pageferry.library import boot, migrate, receive, restore, save
     from pageferry.stream.packing import Packing
     from pageferry.vmm.accel import Accel, Machines, choose_machines
 
@@ -108,7 +108,7 @@ _MODULES = {
     "engine.wire.acceptor": ("Acceptor",),
     "guests.boot": ("GuestParams",),
     "guests.loader": ("KernelOptions",),
-    "library": ("boot", "migrate", "receive", "restore", "save"),
+    "api": ("boot", "migrate", "receive", "restore", "save"),
     "stream.packing": ("Packing",),
     "vmm.accel": ("Accel", "Machines", "choose_machines"),
 }
