@@ -73,17 +73,25 @@ def digest_views(views: list[memoryview], lengths: GfnArray) -> DigestArray:
 
 
 def _digests_of(tasks: list[list[memoryview]]) -> list[bytes]:
-    """Work on this thread and on one for each other core, as far as threads are available."""
+    """Work on this thread and on one for each other core, as far as threads are available.
+
+    Whatever fails on one of them is raised here, when all have ended.
+    """
     digests = [b""] * len(tasks)
     left = deque(enumerate(tasks))
+    failures: list[BaseException] = []
 
     def work() -> None:
-        while True:
-            try:
-                index, views = left.popleft()
-            except IndexError:
-                return
-            digests[index] = _digest_all(views)
+        try:
+            while True:
+                try:
+                    index, views = left.popleft()
+                except IndexError:
+                    return
+                digests[index] = _digest_all(views)
+        except BaseException as error:
+            left.clear()
+            failures.append(error)
 
     helpers = []
     with contextlib.suppress(OutOfThreadsError):
@@ -92,6 +100,8 @@ def _digests_of(tasks: list[list[memoryview]]) -> list[bytes]:
     work()
     for helper in helpers:
         helper.join()
+    if failures:
+        raise failures[0]
     return digests
 
 

@@ -46,6 +46,13 @@ def test_without_threads_to_be_had_one_digests_all(memory):
     assert lengths.size > 1
 
 
+def test_what_fails_on_a_thread_that_helps_is_raised():
+    views = [memoryview(bytes(64)), "no memory"]
+    for _ in range(50):  # now one thread takes the second, now the other
+        with pytest.raises(TypeError):
+            verify.digest_views(views, u64(512, 512))
+
+
 def test_the_first_difference_is_found(memory):
     starts, lengths = verify.populated_runs(memory)
     digests = verify.digest_runs(memory, starts, lengths)
