@@ -270,7 +270,7 @@ def wires():
     made = []
 
     def make(endpoint, **options):
-        made.append(Wire((endpoint.host, endpoint.port), **options))
+        made.append(Wire(endpoint, **options))
         return made[-1]
 
     yield make

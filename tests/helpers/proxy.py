@@ -13,7 +13,64 @@ def marker(frame_type):
     return struct.pack("<I", frame_type)
 
 
-class Wire:
+class _Proxy:
+    """What the proxies here share: a listener, connections in pairs, and a thread for all that waits.
+
+    Attributes:
+        endpoint: where it listens.
+    """
+
+    def __init__(self, target):
+        self._target = target
+        self._sockets = []
+        self._threads = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
+        self._begin(self._accept)
+
+    @property
+    def uri(self):
+        return f"tcp://127.0.0.1:{self.endpoint.port}"
+
+    def _begin(self, run, *arguments):
+        self._threads.append(threading.Thread(target=run, args=arguments))
+        self._threads[-1].start()
+
+    def _accept(self):
+        while True:
+            try:
+                inner, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                outer = self._connect()
+            except OSError:
+                inner.close()
+                continue
+            self._sockets += [inner, outer]
+            self._forward(inner, outer)
+
+    def _connect(self):
+        return socket.create_connection((self._target.host, self._target.port))
+
+    def cut(self):
+        """Cut all connections that there are."""
+        for sock in list(self._sockets):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self.cut()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in list(self._threads):
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+
+class Wire(_Proxy):
     """A TCP proxy: what goes in at ``uri`` comes out at the target, until the test decides otherwise.
 
     ``cut_after_bytes``: both connections are cut when so many bytes went from source to destination.
@@ -22,29 +79,20 @@ class Wire:
     """
 
     def __init__(self, target, *, cut_after_bytes=None, hold_at=None):
-        self.target = target
         self.cut_after_bytes = cut_after_bytes
         self.hold_at = hold_at
         self.held = threading.Event()
         self.forwarded_bytes = 0
         self._released = threading.Event()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._sockets = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        super().__init__(target)
 
-    def _accept(self):
-        try:
-            inner, _ = self._listener.accept()
-        except OSError:
-            return
+    def _connect(self):
         self._listener.close()  # a source that comes back finds it closed
-        outer = socket.create_connection(self.target)
-        self._sockets = [inner, outer]
-        for forward, pair in ((True, (inner, outer)), (False, (outer, inner))):
-            self._threads.append(threading.Thread(target=self._pump, args=(*pair, forward)))
-            self._threads[-1].start()
+        return super()._connect()
+
+    def _forward(self, inner, outer):
+        self._begin(self._pump, inner, outer, True)
+        self._begin(self._pump, outer, inner, False)
 
     def _pump(self, source, sink, forward):
         tail = b""
@@ -81,26 +129,12 @@ class Wire:
         yield
         cutter.join()
 
-    def cut(self):
-        for sock in self._sockets:
-            try:
-                sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-
     def close(self):
         self.release()
-        self.cut()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in list(self._threads):
-            thread.join()
-        for sock in self._sockets:
-            sock.close()
+        super().close()
 
 
-class Line:
+class Line(_Proxy):
     """A TCP proxy for any number of connections, on which all may stand still, or which may be down for a time.
 
     When ``after_bytes`` have gone over it both ways together, or ``at``, the bytes of a marker, are about to, it stands
@@ -108,7 +142,6 @@ class Line:
     """
 
     def __init__(self, target, *, after_bytes=None, at=None):
-        self._target = target
         self._left_bytes = after_bytes
         self._at = at
         self.reached = threading.Event()
@@ -116,32 +149,16 @@ class Line:
         self._flows.set()
         self._lock = threading.Lock()
         self._down = False
-        self._sockets = []
-        self._threads = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.uri = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._begin(self._accept)
+        super().__init__(target)
 
-    def _begin(self, run, *arguments):
-        self._threads.append(threading.Thread(target=run, args=arguments))
-        self._threads[-1].start()
+    def _connect(self):
+        if self._down:
+            raise ConnectionRefusedError
+        return super()._connect()
 
-    def _accept(self):
-        while True:
-            try:
-                inner, _ = self._listener.accept()
-            except OSError:
-                return
-            try:
-                if self._down:
-                    raise ConnectionRefusedError
-                outer = socket.create_connection((self._target.host, self._target.port))
-            except OSError:
-                inner.close()
-                continue
-            self._sockets += [inner, outer]
-            self._begin(self._pump, inner, outer)
-            self._begin(self._pump, outer, inner)
+    def _forward(self, inner, outer):
+        self._begin(self._pump, inner, outer)
+        self._begin(self._pump, outer, inner)
 
     def _pump(self, source, sink):
         tail = b""
@@ -192,49 +209,25 @@ class Line:
     def cut(self):
         """Cut all connections, and refuse others until :meth:`flow`."""
         self._down = True
-        for sock in list(self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        super().cut()
 
     def close(self):
         self.cut()
         self._flows.set()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in list(self._threads):
-            thread.join()
-        for sock in self._sockets:
-            sock.close()
+        super().close()
 
 
-class Recorder:
-    """A TCP proxy for any number of connections that keeps what the source said on each, in ``tapes``, in order.
-
-    ``cut()`` cuts all that there are.
-    """
+class Recorder(_Proxy):
+    """A TCP proxy for any number of connections that keeps what the source said on each, in ``tapes``, in order."""
 
     def __init__(self, target):
-        self._target = target
         self.tapes = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint(host="127.0.0.1", port=self._listener.getsockname()[1])
-        self._sockets = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
+        super().__init__(target)
 
-    def _accept(self):
-        while True:
-            try:
-                inner, _ = self._listener.accept()
-            except OSError:
-                return
-            outer = socket.create_connection((self._target.host, self._target.port))
-            self._sockets += [inner, outer]
-            self.tapes.append(bytearray())
-            for pair, tape in (((inner, outer), self.tapes[-1]), ((outer, inner), bytearray())):
-                self._threads.append(threading.Thread(target=self._pump, args=(*pair, tape)))
-                self._threads[-1].start()
+    def _forward(self, inner, outer):
+        self.tapes.append(bytearray())
+        self._begin(self._pump, inner, outer, self.tapes[-1])
+        self._begin(self._pump, outer, inner, bytearray())
 
     @staticmethod
     def _pump(source, sink, tape):
@@ -245,28 +238,13 @@ class Recorder:
         with contextlib.suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
 
-    def cut(self):
-        for sock in list(self._sockets):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.cut()
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in list(self._threads):
-            thread.join()
-        for sock in self._sockets:
-            sock.close()
-
 
 def played_again(tape, target):
     """Say to ``target`` what is on a tape, without listening; return what it answered in the end."""
     with socket.create_connection((target.host, target.port), timeout=60) as sock:
         answer = bytearray()
         with contextlib.suppress(OSError):
-            sock.sendall(tape)
+            sock.sendall(bytes(tape))  # a copy: the tape may still be growing, which it cannot while it is lent
             sock.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):
             while piece := sock.recv(1 << 16):

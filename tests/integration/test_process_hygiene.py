@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,15 +104,20 @@ def test_signals_cancel_a_save_and_leave_the_file_that_was_there(start, backgrou
     assert [each.name for each in tmp_path.glob("*guest.bin*")] == [file.name]
 
 
+@pytest.fixture
+def short_path():
+    """A directory whose path leaves room for a socket's; pytest's own grows with the test's name and its worker's."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.exhaustive("it follows by what migrate follows by")
-def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(background, tmp_path):
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "endless.py").write_text(ENDLESS)
-    (tmp_path / "made").mkdir()
-    environment = os.environ | {"TMPDIR": str(tmp_path / "made"), "PYTHONPATH": str(tmp_path / "modules")}
+def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(background, tmp_path, short_path):
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    environment = os.environ | {"TMPDIR": str(short_path), "PYTHONPATH": str(tmp_path)}
     command = ("demo", "--accel", "soft", "--memory", "16M", "--policy", "endless:Endless", "--json")
     client = background(*command, env=environment)
-    (source,) = until(lambda: [*tmp_path.glob("made/*/source.sock")], "control socket")
+    (source,) = until(lambda: [*short_path.glob("*/source.sock")], "control socket")
 
     def connected():
         with contextlib.suppress(VmError):  # it is there before it listens
@@ -126,7 +132,7 @@ def test_signals_cancel_the_migration_of_a_demo_and_leave_neither_process(backgr
     report = json.loads(out)
     assert (report["status"], report["guest_at"]) == ("cancelled", "source")
     assert err.decode().splitlines()[-1] == "pageferry: cancelled; the guest stays at the source"
-    assert [*(tmp_path / "made").iterdir()] == []
+    assert [*short_path.iterdir()] == []
     for pid in re.findall(rb"process (\d+)", err):
         assert not Path("/proc", pid.decode()).exists()
 

@@ -110,7 +110,7 @@ class Seen:
     def _move(self):
         here, onlooker = self.inn.open(before_run=self._before_run), self.onlooker
         if self.scenario.wire.connections == 1 and not self.scenario.unix:
-            self.wire = Wire((here.host, here.port))
+            self.wire = Wire(here)
             here = Endpoint.parse(self.wire.uri)
         onlooker.taped = Taped(here)
         self.source = source_of(
