@@ -46,7 +46,7 @@ def test_a_guest_that_says_that_it_holds_nothing_and_names_more_than_there_is_ha
         made.append(Domain(config))
         return made[-1]
 
-    pages = available_bytes() // 4096 + 1
+    pages = total_bytes() // 4096 + 1
     with pytest.raises(UsageError, match="this host has"):
         make_machine(hello(populated_pages=0, populated=((0, pages),)), Handed(), make)
     assert made[0].closed
