@@ -11,7 +11,9 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
+from pageferry.core.vm import VmConfig
 from pageferry.testing import check_log_dirty
+from pageferry.vmm.accel import choose_machines
 
 ODD = (4 << 20) + 7 * 4096
 FREE_RUNNING = [f"free-running-{name}" for name in ("stamp", "sweep", "random", "hotset", "kv", "smp", "dma")]
@@ -20,7 +22,9 @@ CHECKS = [
     *("peeking-thread", "writing-thread", "two-cleaners", "on-and-off-while-running"),
     *FREE_RUNNING,
 ]
+IN_PLACE = ("kvm/kvm-bitmap", "kvm/kvm-ring")  # they leave the guest's only mapping as it is
 MADV_DONTNEED = 4
+MADV_PAGEOUT = 21
 MADV_COLLAPSE = 25
 UNTOUCHED_BYTE = 0x320 << 12  # RAM that no guest of the kit touches
 
@@ -28,6 +32,25 @@ UNTOUCHED_BYTE = 0x320 << 12  # RAM that no guest of the kit touches
 def test_a_tracker_is_exact_over_transparent_huge_pages(kind, thp):
     option = {"huge_pages": HugePages.THP} if kind.accel == "kvm" else {"thp": True}
     check_log_dirty(partial(kind.make_vm, **option), memory_bytes=[ODD], seeds=[1], cpus=2, checks=CHECKS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], ids=str, indirect=True)
+def test_a_tracker_is_exact_over_a_file_of_small_pages(kind):
+    make_vm = partial(kind.make_vm, huge_pages=HugePages.OFF)
+    check_log_dirty(make_vm, memory_bytes=[ODD], seeds=[1], cpus=2, checks=CHECKS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in IN_PLACE], ids=str, indirect=True)
+def test_a_tracker_is_exact_over_private_memory(kind):
+    make_vm = partial(kind.make_vm, huge_pages=HugePages.ANONYMOUS)
+    check_log_dirty(make_vm, memory_bytes=[ODD], seeds=[1], cpus=2, checks=CHECKS)
+
+
+@pytest.mark.parametrize("tracker", ["uffd-wp", "pagemap-scan"])
+def test_a_tracker_that_maps_memory_twice_refuses_private_memory(kvm_support, tracker):
+    with pytest.raises(UnsupportedError, match="private memory cannot be mapped a second time") as refused:
+        choose_machines("kvm", tracker, HugePages.ANONYMOUS).make_vm(VmConfig(memory_bytes=ODD))
+    assert refused.value.hint == "use --hugepages auto, thp or off"
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], ids=str, indirect=True)
@@ -53,6 +76,8 @@ class Storm:
 
     def __init__(self, vm):
         self.mapping = vm.memory.mapping
+        # Of a file only the mapping of a page goes; private memory would lose the page, and is asked for it instead.
+        self.split = MADV_DONTNEED if vm.memory.huge_pages is not HugePages.ANONYMOUS else MADV_PAGEOUT
         self.ends = range(0, vm.memory.size_bytes & -SIZE_2M, SIZE_2M)
         self.calm = threading.Event()
         self.thread = threading.Thread(target=self.rage)
@@ -62,8 +87,8 @@ class Storm:
         while not self.calm.wait(0.0005):  # the guest must come by its memory too
             for at in self.ends:
                 collapses(self.mapping, at)
-                for page in (1, 255, 511):  # the mapping of one page goes: the huge one is split, the content stays
-                    self.mapping.advise(at + (page << 12), 4096, MADV_DONTNEED)
+                for page in (1, 255, 511):  # the huge page is split, the content stays
+                    self.mapping.advise(at + (page << 12), 4096, self.split)
 
     def end(self):
         self.calm.set()
@@ -108,6 +133,17 @@ STORMY = ["changed-between-cleans", "two-cleaners", *FREE_RUNNING]
 )
 def test_no_dirty_bit_is_lost_while_pages_are_joined_and_split(kind, collapsible, check):
     weathered = []
-    check_log_dirty(stormy(kind.make_vm, weathered), memory_bytes=[ODD], seeds=[1], cpus=2, checks=[check])
+    make_vm = partial(kind.make_vm, huge_pages=HugePages.OFF) if kind.accel == "kvm" else kind.make_vm
+    check_log_dirty(stormy(make_vm, weathered), memory_bytes=[ODD], seeds=[1], cpus=2, checks=[check])
+    assert weathered
+    assert any(weathered)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in IN_PLACE], ids=str, indirect=True)
+@pytest.mark.parametrize("check", ["two-cleaners", "free-running-kv"])
+def test_nor_while_those_of_private_memory_are(kind, check):
+    weathered = []
+    make_vm = partial(kind.make_vm, huge_pages=HugePages.ANONYMOUS)
+    check_log_dirty(stormy(make_vm, weathered), memory_bytes=[ODD], seeds=[1], cpus=2, checks=[check])
     assert weathered
     assert any(weathered)

@@ -165,7 +165,9 @@ def test_a_guest_that_sees_the_cpu_of_its_host_is_warned_of(start, process_accel
 def test_huge_pages_at_each_end_are_its_own_affair(start, thp, hugetlb_pool, kvm_support):
     kvm = ("--accel", "kvm", "--hugepages")
     stops = ((*kvm, "hugetlb"), ("--accel", "soft", "--hugepages", "thp"), kvm[:2], (*kvm, "hugetlb"))
-    for process, expected in zip(tour(start, *stops), ("hugetlb", "thp", "off", "hugetlb"), strict=True):
+    stops += ((*kvm, "off"), (*kvm, "anonymous"))
+    kinds = ("hugetlb", "thp", "thp", "hugetlb", "off", "anonymous")  # auto, where the kernel gives memfds huge pages
+    for process, expected in zip(tour(start, *stops), kinds, strict=True):
         state = process.ask("x-query-guest")
         text = cli("status", "--control", process.control).stdout
         assert state["huge_pages"] == expected

@@ -36,6 +36,7 @@ from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationReport, Phase
 from pageferry.core.explain import explain
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.hugepages import HugePages
 from pageferry.core.policy import Action
 from pageferry.core.vm import VmConfig
 from pageferry.engine.options import DEFAULT_WIRE, VerifyMode, WireOptions
@@ -95,7 +96,8 @@ class Seen:
     def __init__(self, scenario, folder):
         self.scenario = scenario
         make = {(kind.accel, kind.tracker): kind.make_vm for kind in KINDS}
-        self.vm = make[scenario.accel, scenario.tracker](VmConfig(memory_bytes=MEMORY_BYTES))
+        option = {"huge_pages": HugePages.OFF} if scenario.unix else {}  # a file, which can be handed over
+        self.vm = make[scenario.accel, scenario.tracker](VmConfig(memory_bytes=MEMORY_BYTES), **option)
         endpoint = Endpoint(path=str(folder / "inn.sock")) if scenario.unix else LOOPBACK
         self.inn = Inn({"kvm": KvmVm, "soft": Domain}[scenario.there], endpoint)
         self.wire = None

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import socket
+from functools import partial
 
 import pytest
 from at_work import runs_on, until, work
@@ -13,6 +14,7 @@ from trips import Running, source_of
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MemFd
+from pageferry.core.hugepages import HugePages
 from pageferry.core.policies import XenPolicy
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.wire.channel import Channel, Endpoint
@@ -24,6 +26,9 @@ from pageferry.kvm.vm import KvmVm
 pytestmark = pytest.mark.kvm
 
 
+in_a_file = partial(KvmVm, huge_pages=HugePages.OFF)
+
+
 @pytest.fixture
 def stack():
     with contextlib.ExitStack() as made:
@@ -32,7 +37,7 @@ def stack():
 
 @pytest.fixture
 def guest(kvm_support, stack):
-    def make(workload="kv", make_vm=KvmVm, **params):
+    def make(workload="kv", make_vm=in_a_file, **params):
         vm = make_vm(VmConfig(memory_bytes=32 << 20))
         stack.callback(vm.close)
         boot(vm, load_workload(workload), params=GuestParams(**{"working_set_bytes": 4 << 20, **params}))
@@ -62,7 +67,7 @@ def move(vm, inn, **options):
 
 @pytest.mark.parametrize("tracker", ["kvm-bitmap", "kvm-ring", "pagemap-scan"])
 def test_no_page_is_copied_and_the_guest_runs_on(guest, inn, tracker):
-    vm = guest(make_vm=lambda config: KvmVm(config, tracker=tracker))
+    vm = guest(make_vm=partial(in_a_file, tracker=tracker))
     there = inn()
     report = move(vm, there).run()
     arrived = there.outcome()
@@ -91,6 +96,14 @@ def test_a_guest_goes_on_from_hand_to_hand_and_is_then_copied(guest, inn):
     report = move(vm, soft).run()
     assert (report.shared_memory, report.verified) == (False, True)
     assert runs_on(soft.outcome())
+
+
+def test_private_memory_is_copied_and_that_is_said(guest, inn):
+    vm, there = guest(make_vm=partial(KvmVm, huge_pages=HugePages.ANONYMOUS)), inn()
+    report = move(vm, there).run()
+    assert (report.shared_memory, report.verified) == (False, True)
+    assert report.warnings == ("the guest's memory is private and is copied: --hugepages thp or off hands it over",)
+    assert runs_on(there.outcome())
 
 
 def test_a_paused_guest_stays_paused(guest, inn):

@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 
+from pageferry.core import pagemap
 from pageferry.kvm import uapi
 from pageferry.uffd import uapi as uffd_uapi
 
@@ -94,8 +95,8 @@ UFFD_SIZES = {
     "UffdioRegister": 32,
     "UffdioCopy": 40,
     "UffdioWriteprotect": 24,
-    "PmScanArg": 96,
 }
+PAGEMAP_SIZES = {"PmScanArg": 96}
 UFFD_NUMBERS = {
     "UFFDIO_API": 0xC018AA3F,
     "UFFDIO_REGISTER": 0xC020AA00,
@@ -104,27 +105,29 @@ UFFD_NUMBERS = {
     "UFFDIO_COPY": 0xC028AA03,
     "UFFDIO_WRITEPROTECT": 0xC018AA06,
     "USERFAULTFD_IOC_NEW": 0xAA00,
-    "PAGEMAP_SCAN": 0xC0606610,
 }
-
-
-@pytest.mark.parametrize(("module", "name"), [*((uapi, name) for name in SIZES), *((uffd_uapi, n) for n in UFFD_SIZES)])
-def test_structure_size(module, name):
-    assert ctypes.sizeof(getattr(module, name)) == (SIZES | UFFD_SIZES)[name]
+PAGEMAP_NUMBERS = {"PAGEMAP_SCAN": 0xC0606610}
+MODULES = ((uapi, SIZES, NUMBERS), (uffd_uapi, UFFD_SIZES, UFFD_NUMBERS), (pagemap, PAGEMAP_SIZES, PAGEMAP_NUMBERS))
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [*((uapi, name) for name in NUMBERS), *((uffd_uapi, n) for n in UFFD_NUMBERS)]
+    ("module", "name", "size_bytes"), [(module, *size) for module, sizes, _ in MODULES for size in sizes.items()]
 )
-def test_ioctl_number(module, name):
-    number = (NUMBERS | UFFD_NUMBERS)[name]
+def test_structure_size(module, name, size_bytes):
+    assert ctypes.sizeof(getattr(module, name)) == size_bytes
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "number"), [(module, *each) for module, _, numbers in MODULES for each in numbers.items()]
+)
+def test_ioctl_number(module, name, number):
     assert getattr(module, name) == number
     assert module.IOCTL_NAMES[number] == name
 
 
-def test_every_ioctl_number_is_checked():
-    assert set(uapi.IOCTL_NAMES.values()) == set(NUMBERS)
-    assert set(uffd_uapi.IOCTL_NAMES.values()) == set(UFFD_NUMBERS)
+@pytest.mark.parametrize(("module", "numbers"), [(module, numbers) for module, _, numbers in MODULES])
+def test_every_ioctl_number_is_checked(module, numbers):
+    assert set(module.IOCTL_NAMES.values()) == set(numbers)
 
 
 def test_offsets_inside_kvm_run_and_variable_length_heads():
@@ -149,7 +152,7 @@ def test_every_structure_of_userfaultfd_is_checked():
 
 
 def test_arrays_of_userfaultfd_have_the_kernels_layout():
-    assert uffd_uapi.PAGE_REGION.itemsize == 24
+    assert pagemap.PAGE_REGION.itemsize == 24
     assert uffd_uapi.UFFD_MSG.itemsize == 32
     assert {name: field[1] for name, field in uffd_uapi.UFFD_MSG.fields.items()} == {
         "event": 0,

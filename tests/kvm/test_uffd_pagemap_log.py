@@ -6,11 +6,12 @@ from functools import partial
 import pytest
 from altered import alter
 
+from pageferry.core import pagemap
 from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.vm import VmConfig
 from pageferry.kvm.vm import KvmVm
-from pageferry.uffd import fds, uapi
+from pageferry.uffd import fds
 from pageferry.uffd.pagemap_log import PagemapScanLog
 from pageferry.uffd.view import SPAN_GAP_WORDS
 
@@ -26,7 +27,7 @@ def made(make_uffd_log):
 
 
 def test_more_regions_than_fit_into_one_scan(made, by_vcpu, monkeypatch):
-    monkeypatch.setattr(fds, "_REGIONS", 3)
+    monkeypatch.setattr(pagemap, "_REGIONS", 3)
     log = made()
     log.enable()
     gfns = [*range(0, 40, 2), 700, 701, 2047]
@@ -81,7 +82,7 @@ def test_a_clean_that_fails_half_way_loses_no_bit(made, by_vcpu, monkeypatch):
         def refuse(request, argument, passed=passed, calls=calls):
             calls.append(argument.flags)
             result = ioctl(request, argument)
-            if len(calls) > passed and argument.flags & uapi.PM_SCAN_WP_MATCHING:
+            if len(calls) > passed and argument.flags & pagemap.PM_SCAN_WP_MATCHING:
                 raise UffdError("PAGEMAP_SCAN", errno.ENOMEM)  # after the work: as it is when the copy to us fails
             return result
 
@@ -104,13 +105,13 @@ def test_a_clean_that_fails_half_way_loses_no_bit(made, by_vcpu, monkeypatch):
 def test_what_is_missing_is_named(made, monkeypatch):
     made()
     with monkeypatch.context() as patch:
-        patch.setattr(uapi, "PAGEMAP_SCAN", 0xC0606611)
-        patch.setitem(uapi.IOCTL_NAMES, 0xC0606611, "PAGEMAP_SCAN")
+        patch.setattr(pagemap, "PAGEMAP_SCAN", 0xC0606611)
+        patch.setitem(pagemap.IOCTL_NAMES, 0xC0606611, "PAGEMAP_SCAN")
         with pytest.raises(UnsupportedError, match="no PAGEMAP_SCAN") as missing:
             KvmVm(VmConfig(memory_bytes=4 << 20), tracker="pagemap-scan")
         assert missing.value.capability == "PAGEMAP_SCAN"
     with monkeypatch.context() as patch:
-        patch.setattr(fds, "PAGEMAP", "/nonexistent/pagemap")
+        patch.setattr(pagemap, "PAGEMAP", "/nonexistent/pagemap")
         with pytest.raises(UnsupportedError, match="cannot be opened: No such file") as missing:
             fds.check_pagemap_scan()
         assert missing.value.capability == "pagemap"

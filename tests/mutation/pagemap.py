@@ -11,8 +11,8 @@ from mutation.fault import BEHIND_THE_HOLE, Faults, Room
 from mutation.uffd import log_of, store_from_a_vcpu
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
+from pageferry.core.pagemap import PAGE_REGION
 from pageferry.kvm.vm import KvmVm
-from pageferry.uffd import uapi
 from pageferry.uffd.view import VcpuView, spans_of
 
 fault = Faults(Room.UFFD)
@@ -47,7 +47,7 @@ def pagemap_peek_protects(vm: KvmVm) -> None:
 def pagemap_first_buffer_only(vm: KvmVm) -> None:
     """A scan does not go on where the first full buffer ended; the buffer has room for four regions."""
     pagemap = log_of(vm)._pagemap
-    pagemap._regions = np.zeros(4, uapi.PAGE_REGION)
+    pagemap._regions = np.zeros(4, PAGE_REGION)
 
     def wrap(sound: Any) -> Any:
         def written(hva: int, size_bytes: int, *, protect: bool) -> Iterator[NDArray[np.void]]:

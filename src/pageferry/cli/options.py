@@ -69,7 +69,11 @@ WitnessOption = Annotated[
 ]
 HugePagesOption = Annotated[
     HugePages,
-    typer.Option("--hugepages", help="Host pages of 2 MiB: thp (advice), hugetlb (a reserved pool; kvm), or off."),
+    typer.Option(
+        "--hugepages",
+        help="Host memory under the guest: auto; private memory in pages of 2 MiB (anonymous; kvm); a memfd, in such "
+        "pages by advice (thp) or in small ones (off); or a reserved pool (hugetlb; kvm).",
+    ),
 ]
 RATE = _checked(lambda text: WireOptions(bandwidth_bytes_per_s=parse_rate(text)))
 BandwidthOption = Annotated[

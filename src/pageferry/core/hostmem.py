@@ -1,4 +1,4 @@
-"""Host address space for guest memory: one reservation into which pieces of a memfd are mapped.
+"""Host address space for guest memory: one reservation into which pieces of a memfd, or memory of its own, are mapped.
 
 Reservations begin at a multiple of 2 MiB, so that wherever gpa and file offset agree modulo 2 MiB the host may use huge
 pages, if it is asked to (:mod:`.hugepages`).
@@ -32,10 +32,12 @@ _MREMAP_MAYMOVE_FIXED = 1 | 2
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _MFD_HUGE_2MB = 21 << 26
+MADV_DONTNEED = 4
 MADV_REMOVE = 9
 MADV_HUGEPAGE = 14
+MADV_NOHUGEPAGE = 15
 MADV_POPULATE_WRITE = 23
-_HUGE_FIELDS = ("ShmemPmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
+_HUGE_FIELDS = ("AnonHugePages", "ShmemPmdMapped", "Shared_Hugetlb", "Private_Hugetlb")
 
 _SYS_FUTEX = 202 if platform.machine() == "x86_64" else 98  # asm-generic
 _FUTEX_WAKE_OP_PRIVATE = 5 | 128
@@ -211,7 +213,7 @@ class _Reservation:
 
 
 class HostMapping:
-    """A contiguous range of host addresses, at first inaccessible, into which memfd ranges are mapped.
+    """A contiguous range of host addresses, at first inaccessible, into which memory is mapped.
 
     ``view`` is a writable ``memoryview`` of bytes over the whole range. Touching a part of it where nothing is mapped
     kills the process, as any wild pointer does: callers check addresses first.
@@ -273,16 +275,16 @@ class HostMapping:
                 )
             _raise("mremap")
 
-    def map_nothing(self, at: int, size_bytes: int) -> None:
-        """Put memory of its own into a range: a late access reads zeros there and harms nothing."""
+    def map_private(self, at: int, size_bytes: int) -> None:
+        """Put memory of its own into a range: zeros, which no file has and no other process can map."""
         self._check(at, size_bytes)
-        self._map_nothing(at, size_bytes)
+        self._map_private(at, size_bytes)
 
     def clear(self) -> None:
-        """Give back all that is mapped. Views may live on: they read as zeros."""
-        self._map_nothing(0, -(-self.size_bytes // SIZE_2M) * SIZE_2M)  # a huge page goes only as a whole
+        """Give back all that is mapped. Views may live on: they read as zeros, and a late write harms nothing."""
+        self._map_private(0, -(-self.size_bytes // SIZE_2M) * SIZE_2M)  # a huge page goes only as a whole
 
-    def _map_nothing(self, at: int, size_bytes: int) -> None:
+    def _map_private(self, at: int, size_bytes: int) -> None:
         prot = mmap.PROT_READ | mmap.PROT_WRITE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
         # SAFETY: MAP_FIXED lands inside our own reservation, which ends with a whole 2 MiB.

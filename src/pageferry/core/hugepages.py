@@ -1,7 +1,10 @@
-"""Huge pages of the host under guest memory: what can be asked for, and whether this kernel gives it.
+"""What lies under guest memory: a memfd or private memory, in huge pages of the host where it gives them.
 
-``thp`` is advice: the kernel gives a 2 MiB page at the first touch where it can, and splits and joins pages as it
-likes. What it gives has storage, so ``GuestMemory.populated()`` grows in steps of 2 MiB.
+``thp`` and ``anonymous`` are advice: the kernel gives a 2 MiB page at the first touch where it can, and splits and
+joins pages as it likes. What it gives has storage, so ``GuestMemory.populated()`` grows in steps of 2 MiB.
+
+A memfd can be mapped a second time and handed to another process. Private memory cannot; most kernels give huge pages
+to it alone, and then it is four to six times cheaper to touch for the first time.
 
 ``hugetlb`` is a pool that the administrator has set aside. Guest memory reserves its pages when it is made, so that a
 pool too small is an error then and never a SIGBUS later.
@@ -15,17 +18,53 @@ from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, SIZE_2M
 from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping, MemFd
 
+_ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 _TRIALS = 8
 
 
 class HugePages(StrEnum):
-    """The kinds of huge pages that a user can ask for."""
+    """What a user can ask for.
 
+    ``auto``: the best of what follows that this kernel gives and this guest can have. ``off``: a memfd of small pages.
+    ``thp``: a memfd, with advice. ``anonymous``: private memory, with advice. ``hugetlb``: the pool.
+    """
+
+    AUTO = "auto"
     OFF = "off"
     THP = "thp"
+    ANONYMOUS = "anonymous"
     HUGETLB = "hugetlb"
+
+
+def chosen(
+    asked: HugePages, *, needs_file: bool, enabled: str | None = None, shmem_enabled: str | None = None
+) -> HugePages:
+    """Return what to use for a guest; never ``auto``.
+
+    Args:
+        asked: what was asked for.
+        needs_file: whether its memory is to be mapped a second time, or another process's.
+        enabled: the kernel's setting for private memory; None: as it is now.
+        shmem_enabled: its setting for memfds; None: as it is now.
+
+    Raises:
+        UnsupportedError: what was asked for cannot be a file, and must be.
+
+    Source: kernel ``admin-guide/mm/transhuge.rst``.
+    """
+    if asked is HugePages.ANONYMOUS and needs_file:
+        raise UnsupportedError(
+            "anonymous", "private memory cannot be mapped a second time", hint="use --hugepages auto, thp or off"
+        )
+    if asked is not HugePages.AUTO:
+        return asked
+    if _gives(_setting(_SHMEM_ENABLED) if shmem_enabled is None else shmem_enabled):
+        return HugePages.THP
+    if not needs_file and _gives(_setting(_ENABLED) if enabled is None else enabled):
+        return HugePages.ANONYMOUS
+    return HugePages.OFF
 
 
 def expect_offered(kind: HugePages) -> None:
@@ -36,6 +75,8 @@ def expect_offered(kind: HugePages) -> None:
     """
     if kind is HugePages.THP:
         _try_thp()
+    if kind is HugePages.ANONYMOUS:
+        _try_anonymous()
     if kind is HugePages.HUGETLB:
         try:
             HostMapping(SIZE_2M).map_fd(MemFd("pageferry-trial", SIZE_2M, hugetlb=True), 0, 0, SIZE_2M)
@@ -49,26 +90,51 @@ def _try_thp() -> None:
     memfd = MemFd("pageferry-trial", _TRIALS * SIZE_2M)
     mapping = HostMapping(memfd.size_bytes)
     mapping.map_fd(memfd, 0, 0, memfd.size_bytes)
+    if not _is_given(mapping):
+        raise none_given(_setting(_SHMEM_ENABLED))
+
+
+def _try_anonymous() -> None:
+    mapping = HostMapping(_TRIALS * SIZE_2M)
+    mapping.map_private(0, mapping.size_bytes)
+    if not _is_given(mapping):
+        raise none_given(_setting(_ENABLED), setting=_ENABLED, what="private memory", advice="madvise")
+
+
+def _is_given(mapping: HostMapping) -> bool:
     try:
-        mapping.advise(0, memfd.size_bytes, MADV_HUGEPAGE)
+        mapping.advise(0, mapping.size_bytes, MADV_HUGEPAGE)
     except VmError as error:
         raise UnsupportedError(
             "thp", "this kernel has no transparent huge pages", hint="use --hugepages off"
         ) from error
     for page in range(_TRIALS):  # one may fail: a host short of memory in one piece
         mapping.view[page * SIZE_2M + PAGE_SIZE] = 1
-        if int(np.max(memfd.populated()[1])) >= PAGES_PER_2M:
-            return
-    raise none_given(_setting(_SHMEM_ENABLED))
+        if int(np.max(mapping.resident(0, mapping.size_bytes)[1])) >= PAGES_PER_2M:
+            return True
+    return False
 
 
-def none_given(shmem_enabled: str | None) -> UnsupportedError:
-    """Return the error for a kernel that takes the advice and gives no 2 MiB page, by its setting ``shmem_enabled``."""
-    if shmem_enabled is None or "[never]" in shmem_enabled or "[deny]" in shmem_enabled:
-        hint = f"as root: echo advise > {_SHMEM_ENABLED}"
+def none_given(
+    value: str | None, *, setting: str = _SHMEM_ENABLED, what: str = "memfds", advice: str = "advise"
+) -> UnsupportedError:
+    """Return the error for a kernel that takes the advice and gives no 2 MiB page.
+
+    Args:
+        value: of the setting; None: there is none.
+        setting: the file in sysfs.
+        what: is given none.
+        advice: the value to set.
+    """
+    if value is None or not _gives(value):
+        hint = f"as root: echo {advice} > {setting}"
     else:
         hint = "the host has no 2 MiB of memory in one piece: free some, or echo 1 > /proc/sys/vm/compact_memory"
-    return UnsupportedError("thp", "the kernel gives memfds no transparent huge pages", hint=hint)
+    return UnsupportedError("thp", f"the kernel gives {what} no transparent huge pages", hint=hint)
+
+
+def _gives(setting: str | None) -> bool:
+    return setting is not None and "[never]" not in setting and "[deny]" not in setting
 
 
 def pool_too_small(pages: int, pool: str = _POOL) -> UnsupportedError:

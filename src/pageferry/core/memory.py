@@ -1,9 +1,9 @@
 """GuestMemory: a guest's RAM, as all but its vCPUs see it.
 
 Guest-physical address ``gpa`` is host address ``hva + gpa``: one linear range of host addresses per guest. RAM is a
-list of regions; a guest of more than 3 GiB has the PCI hole between two of them, and the hole is not mapped. Where
-the bytes lie inside the memfd is the machine's business: on ``kvm`` at offset ``gpa``, on ``soft`` wherever the P2M
-says. Frames of a region may be *removed* for a time (ballooning): they are not RAM then.
+list of regions; a guest of more than 3 GiB has the PCI hole between two of them, and the hole is not mapped. What lies
+underneath is the machine's business: on ``kvm`` private memory, or a memfd at offset ``gpa``; on ``soft`` a memfd
+wherever the P2M says. Frames of a region may be *removed* for a time (ballooning): they are not RAM then.
 
 Law 4: a writer here is not a vCPU, so nested paging does not see it; every writing method marks the frames
 dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import (
     PAGE_SHIFT,
     PAGE_SIZE,
+    PAGES_PER_2M,
     PCI_HOLE_END,
     PCI_HOLE_START,
     SIZE_2M,
@@ -30,11 +32,22 @@ from pageferry.core.frames import (
     Gpa,
     gfns_touched,
 )
-from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_POPULATE_WRITE, MADV_REMOVE, HostMapping, MemFd
-from pageferry.core.hugepages import HugePages, pool_too_small
+from pageferry.core.hostmem import (
+    MADV_DONTNEED,
+    MADV_HUGEPAGE,
+    MADV_NOHUGEPAGE,
+    MADV_POPULATE_WRITE,
+    MADV_REMOVE,
+    HostMapping,
+    MemFd,
+)
+from pageferry.core.hugepages import HugePages, chosen, pool_too_small
+from pageferry.core.pagemap import filled_runs
 
 #: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
 _COPY = "let it be copied: migrate over TCP"
+#: So many parts of a guest's memory may be advised each by itself: a process has 65,530 mappings, and each may be one.
+_MAX_PIECES = 8192
 MIN_MEMORY_BYTES = 2 << 20
 #: The identity map of the guest ABI ends here.
 MAX_MEMORY_BYTES = 127 << 30
@@ -95,6 +108,12 @@ def storage_bytes(memory_bytes: int) -> int:
     return last.gpa + last.size_bytes
 
 
+def _filled(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[GfnArray, GfnArray]:
+    runs = [filled_runs(mapping.hva + region.gpa, region.size_bytes) for region in regions]
+    first = [starts + np.uint64(region.first_gfn) for region, (starts, _) in zip(regions, runs, strict=True)]
+    return np.concatenate(first), np.concatenate([lengths for _, lengths in runs])
+
+
 def _touched(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[GfnArray, GfnArray]:
     # A hugetlb file does not tell what has storage. Guest memory is touched through this mapping only.
     runs = [mapping.resident(region.gpa, region.size_bytes) for region in regions]
@@ -128,7 +147,7 @@ class GuestMemory:
         regions: RAM, ascending and disjoint.
         mapping: host addresses with all of RAM mapped at offset gpa; at least ``gfn_limit`` pages.
         populated: returns the page runs (gfns) that have storage; the rest reads as zero.
-        huge_pages: what was asked of the host.
+        huge_pages: what lies underneath; not ``auto``.
         vcpu_mapping: where vCPUs touch this memory; None: in ``mapping`` too.
     """
 
@@ -152,45 +171,63 @@ class GuestMemory:
         self._writes = _WritesUnderWay()
         self._fetch: Callable[[GfnArray], None] | None = None
         self._removed: DirtyBitmap | None = None  # made at the first removal
+        self._small: NDArray[np.bool_] | None = None  # which 2 MiB get no huge page, while a guest arrives
+        self._pieces = 0
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
         """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
         self.size_bytes = sum(region.size_bytes for region in self.regions)
 
     @classmethod
     def linear(
-        cls, memory_bytes: int, *, huge_pages: HugePages = HugePages.OFF, storage: MemFd | None = None
+        cls,
+        memory_bytes: int,
+        *,
+        huge_pages: HugePages = HugePages.OFF,
+        storage: MemFd | None = None,
+        needs_file: bool = False,
     ) -> "GuestMemory":
-        """Make RAM over one memfd whose offset is the gpa (the hole costs nothing: the file is sparse).
+        """Make RAM in one piece: private memory, or a memfd whose offset is the gpa (the hole costs nothing).
 
         Args:
             memory_bytes: how much.
             huge_pages: what to ask of the host.
             storage: of another process, with its content; None makes a new one.
+            needs_file: whether :meth:`map_again` will be called.
 
         Raises:
             UsageError: see :func:`ram_layout`, or the host refuses the size.
-            UnsupportedError: the host's pool of huge pages is too small.
+            UnsupportedError: the host's pool of huge pages is too small, or what is asked for cannot be a file.
         """
         regions = ram_layout(memory_bytes)
         end = regions[-1].gpa + regions[-1].size_bytes
         hugetlb = huge_pages is HugePages.HUGETLB
-        if storage is not None and (hugetlb or storage.size_bytes != end):
+        if storage is not None and (hugetlb or huge_pages is HugePages.ANONYMOUS or storage.size_bytes != end):
             raise UnsupportedError("shared-memory", "memory of another kind cannot be taken over", hint=_COPY)
-        memfd = storage or MemFd("pageferry-ram", end, hugetlb=hugetlb)
+        kind = chosen(huge_pages, needs_file=needs_file or storage is not None)
         mapping = HostMapping(end)
-        for region in regions:
-            try:
-                mapping.map_fd(memfd, region.gpa, region.gpa, region.size_bytes)
-            except VmError as error:
-                if not hugetlb:
-                    raise
-                raise pool_too_small(sum(-(-region.size_bytes // SIZE_2M) for region in regions)) from error
-            if huge_pages is HugePages.THP:
-                mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
-        populated = partial(_touched, regions, mapping) if hugetlb else memfd.populated
-        memory = cls(regions, mapping, populated, huge_pages=huge_pages)
-        memory.storage = None if hugetlb else memfd
+        if kind is HugePages.ANONYMOUS:
+            memory = cls(regions, mapping, partial(_filled, regions, mapping), huge_pages=kind)
+            for region in regions:
+                mapping.map_private(region.gpa, region.size_bytes)
+        else:
+            memfd = storage or MemFd("pageferry-ram", end, hugetlb=hugetlb)
+            populated = partial(_touched, regions, mapping) if hugetlb else memfd.populated
+            memory = cls(regions, mapping, populated, huge_pages=kind)
+            memory.storage = None if hugetlb else memfd
+            memory._map(memfd)
+        if memory.advised:
+            memory._advise_all(MADV_HUGEPAGE)
         return memory
+
+    def _map(self, memfd: MemFd) -> None:
+        for region in self.regions:
+            try:
+                self.mapping.map_fd(memfd, region.gpa, region.gpa, region.size_bytes)
+            except VmError as error:
+                if not self.reserved:
+                    raise
+                pages = sum(-(-region.size_bytes // SIZE_2M) for region in self.regions)
+                raise pool_too_small(pages) from error
 
     def map_again(self) -> HostMapping:
         """Return a second mapping of all of RAM, laid out as :attr:`mapping`, for a memory made by :meth:`linear`.
@@ -215,6 +252,11 @@ class GuestMemory:
     def reserved(self) -> bool:
         """Whether the host has set all of this memory aside already."""
         return self.huge_pages is HugePages.HUGETLB
+
+    @property
+    def advised(self) -> bool:
+        """Whether the host is advised to use huge pages, and may."""
+        return self.huge_pages in (HugePages.THP, HugePages.ANONYMOUS)
 
     def huge_bytes(self) -> int | None:
         """Return how many bytes the host maps by huge pages now, or None where it was not asked for any."""
@@ -380,8 +422,37 @@ class GuestMemory:
         """
         if not self.are_ram(expand_runs(starts, lengths)).all():
             raise VmError("a run of frames is not inside guest memory")
+        self.make_huge(starts, lengths)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
+
+    def begin_arrival(self) -> None:
+        """Give no huge pages from now on but where :meth:`make_huge` says so: a guest that comes thin stays thin."""
+        if self.advised:
+            self._advise_all(MADV_NOHUGEPAGE)
+            self._small = np.ones(-(-self.gfn_limit // PAGES_PER_2M), np.bool_)
+
+    def make_huge(self, starts: GfnArray, lengths: GfnArray) -> None:
+        """Let the host use huge pages for each whole 2 MiB of these runs of RAM, while a guest arrives."""
+        small = self._small
+        if small is None:
+            return
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            first, end = -(-start // PAGES_PER_2M), (start + length) // PAGES_PER_2M
+            if first < end and self._pieces < _MAX_PIECES and small[first:end].any():
+                small[first:end] = False
+                self._pieces += 1
+                self.mapping.advise(first * SIZE_2M, (end - first) * SIZE_2M, MADV_HUGEPAGE)
+
+    def end_arrival(self) -> None:
+        """Let the host use huge pages wherever it can again: the guest has come, and is about to run."""
+        if self._small is not None:
+            self._small = None
+            self._advise_all(MADV_HUGEPAGE)
+
+    def _advise_all(self, advice: int) -> None:
+        for region in self.regions:
+            self.mapping.advise(region.gpa, region.size_bytes, advice)
 
     def release(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Give the storage of ranges ``(gpa, size_bytes)`` back to the host: they read as zeros then, and are dirty.
@@ -401,9 +472,18 @@ class GuestMemory:
             return False
         with self._writes:
             for gpa, size_bytes in ranges:
-                self.mapping.advise(gpa, size_bytes, MADV_REMOVE)
+                self._drop(gpa, size_bytes)
                 self.wrote(gfns_touched(gpa, size_bytes))
         return True
+
+    def drop(self, starts: GfnArray, lengths: GfnArray) -> None:
+        """Take the storage of runs of RAM away, in every mapping of it, and mark nothing: their content comes later."""
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            self._drop(start << PAGE_SHIFT, length << PAGE_SHIFT)
+
+    def _drop(self, gpa: int, size_bytes: int) -> None:
+        private = self.huge_pages is HugePages.ANONYMOUS
+        self.mapping.advise(gpa, size_bytes, MADV_DONTNEED if private else MADV_REMOVE)
 
     def close(self) -> None:
         """Give all storage back to the host at once. A view that is still held reads as zeros."""

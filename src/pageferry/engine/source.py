@@ -40,6 +40,7 @@ from pageferry.core.events import Event, MigrationReport, Phase, PostcopyPaused,
 from pageferry.core.frames import GfnArray
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.host_cpu import HostCpu, cpu_warning
+from pageferry.core.hugepages import HugePages
 from pageferry.core.policy import Action, Policy, may_switch
 from pageferry.core.version import __version__
 from pageferry.core.vm import Vm, VmStatus
@@ -298,6 +299,8 @@ class Source:
         self._attempt.rounds.expect(int(lengths.sum()))
         shares = peer.channel.local and self._wire == DEFAULT_WIRE
         storage = self._vm.memory.storage if shares else None
+        if shares and self._vm.memory.huge_pages is HugePages.ANONYMOUS:
+            self._attempt.warn("the guest's memory is private and is copied: --hugepages thp or off hands it over")
         offered = features.offer(
             self._wire,
             audit=self._proof.may_audit,

@@ -274,7 +274,7 @@ class PhysMap:
         self._machine.m2p.set_pages(mfns, np.full_like(mfns, INVALID_GFN))
         self._paging.frames_removed(gfns)
         for start, count in zip(*(part.tolist() for part in runs_of(gfns)), strict=True):
-            self._memory.mapping.map_nothing(start << PAGE_SHIFT, count << PAGE_SHIFT)
+            self._memory.mapping.map_private(start << PAGE_SHIFT, count << PAGE_SHIFT)
         return mfns
 
     def _put(self, gfns: GfnArray, mfns: GfnArray, p2m_type: P2MType) -> None:

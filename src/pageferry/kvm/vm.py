@@ -73,7 +73,7 @@ class KvmVm(StandardMachine):
         config: VmConfig,
         *,
         tracker: str | Tracker = DEFAULT_TRACKER,
-        huge_pages: HugePages = HugePages.OFF,
+        huge_pages: HugePages = HugePages.AUTO,
     ) -> None:
         kind = find_tracker(tracker) if isinstance(tracker, str) else tracker
         with ExitStack() as undo:  # what was opened is closed again, the last first, if a later step fails
@@ -92,7 +92,9 @@ class KvmVm(StandardMachine):
                 where="this host",
                 tsc_khz=tsc.rate_khz(vcpu_fds[0]),
             )
-            memory = GuestMemory.linear(config.memory_bytes, huge_pages=huge_pages, storage=config.storage)
+            memory = GuestMemory.linear(
+                config.memory_bytes, huge_pages=huge_pages, storage=config.storage, needs_file=kind.own_mapping
+            )
             undo.callback(memory.close)
             super().__init__(config, memory, cpuid)
             self.platform.bus.elsewhere = chips
@@ -101,7 +103,7 @@ class KvmVm(StandardMachine):
             self.vcpu_mapping = self.memory.mapping
             if kind.own_mapping:
                 self.vcpu_mapping = self.memory.map_again()
-                undo.callback(self.vcpu_mapping.map_nothing, 0, self.vcpu_mapping.size_bytes)
+                undo.callback(self.vcpu_mapping.map_private, 0, self.vcpu_mapping.size_bytes)
             self.slots = slots_of(self.memory.regions, self.vcpu_mapping)
             for slot in self.slots:
                 slot.set(self.vm_fd)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import DirtyBitmap, runs_of
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
-from pageferry.core.hostmem import MADV_REMOVE, HostMapping
+from pageferry.core.hostmem import HostMapping
 from pageferry.core.memory import GuestMemory
 from pageferry.uffd import uapi
 from pageferry.uffd.fds import UffdFd
@@ -99,9 +99,8 @@ class UffdAbsentPages:
         return [(m.hva + region.gpa, region.size_bytes) for m in self._mappings for region in self._memory.regions]
 
     def _empty(self, absent: DirtyBitmap) -> None:
-        """Take their storage from frames, in the file: no mapping of it has them any more."""
-        for start, length in zip(*(part.tolist() for part in absent.runs()), strict=True):
-            self._memory.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_REMOVE)
+        """Take their storage from frames: no mapping of the memory has them any more."""
+        self._memory.drop(*absent.runs())
         kept = DirtyBitmap(absent.nbits)
         kept.set_runs(*self._memory.populated())
         kept &= absent

@@ -1,12 +1,11 @@
-"""Owners of the ``userfaultfd`` and pagemap descriptors; none survives ``exec``.
+"""The owner of a ``userfaultfd``, which does not survive ``exec``, and what this kernel must have for each tracker.
 
-Source: userfaultfd(2), ioctl_userfaultfd(2), PAGEMAP_SCAN(2const); kernel ``admin-guide/mm/userfaultfd.rst``.
+Source: userfaultfd(2), ioctl_userfaultfd(2); kernel ``admin-guide/mm/userfaultfd.rst``.
 """
 
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,13 @@ from numpy.typing import NDArray
 from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.libc import Fd, libc
+from pageferry.core.pagemap import PagemapFd
 from pageferry.uffd import uapi
 
 DEV_USERFAULTFD = Path("/dev/userfaultfd")
-PAGEMAP = Path("/proc/self/pagemap")
 
 #: Messages taken by one read: every vCPU waits for one fault at the most.
 _BATCH = 256
-#: Regions returned by one PAGEMAP_SCAN (384 KiB); a scan that finds more goes on where it stopped.
-_REGIONS = 1 << 14
 _WP_FEATURES = uapi.UFFD_FEATURE_PAGEFAULT_FLAG_WP | uapi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 
 
@@ -152,69 +149,6 @@ class UffdFd(Fd):
         except OSError as error:
             raise UffdError("read of userfaultfd", error.errno or errno.EIO) from error
         return np.frombuffer(self._messages, uapi.UFFD_MSG, size_bytes // uapi.UFFD_MSG.itemsize).copy()
-
-
-class PagemapFd(Fd):
-    """This process's pagemap, for PAGEMAP_SCAN.
-
-    Raises:
-        UnsupportedError: the kernel has no PAGEMAP_SCAN, or ``/proc`` does not show the pagemap.
-    """
-
-    def __init__(self) -> None:
-        try:
-            super().__init__(os.open(PAGEMAP, os.O_RDONLY | os.O_CLOEXEC), UffdError, uapi.IOCTL_NAMES)
-        except OSError as error:
-            raise UnsupportedError(
-                "pagemap",
-                f"{PAGEMAP} cannot be opened: {os.strerror(error.errno or errno.EIO)}",
-                hint="mount /proc, or use --tracker kvm-bitmap",
-            ) from error
-        self._regions = np.zeros(_REGIONS, uapi.PAGE_REGION)
-        try:
-            self._scan(0, 0, 0)
-        except UffdError as error:
-            self.close()
-            raise UnsupportedError(
-                "PAGEMAP_SCAN", "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 has it; or use --tracker kvm-bitmap"
-            ) from error
-
-    def written(self, hva: int, size_bytes: int, *, protect: bool) -> Iterator[NDArray[np.void]]:
-        """Yield the parts of a range that were written since they were protected: ``PAGE_REGION[n]``, ascending.
-
-        Each array is valid until the next is asked for.
-
-        Args:
-            hva: first byte, registered with a ``userfaultfd`` that has WP_ASYNC.
-            size_bytes: multiple of the page size.
-            protect: protect each page again in the moment in which it is found written, and flush as
-                :meth:`UffdFd.protect` does.
-
-        Raises:
-            UffdError: the kernel refused. With ``protect``, pages may be protected that were not yielded.
-        """
-        flags = uapi.PM_SCAN_CHECK_WPASYNC | (uapi.PM_SCAN_WP_MATCHING if protect else 0)
-        at, end = hva, hva + size_bytes
-        while at < end:
-            found, at = self._scan(at, end, flags)
-            if found:
-                yield self._regions[:found]
-
-    def _scan(self, start: int, end: int, flags: int) -> tuple[int, int]:
-        # Asking for nothing but PAGE_IS_WRITTEN is a promise of its own: with another category in the masks, a page
-        # that was written and whose entry was then reclaimed counts as not written in some kernels.
-        request = uapi.PmScanArg(
-            size=ctypes.sizeof(uapi.PmScanArg),
-            flags=flags,
-            start=start,
-            end=end,
-            vec=self._regions.ctypes.data,
-            vec_len=self._regions.size,
-            category_mask=uapi.PAGE_IS_WRITTEN,
-            return_mask=uapi.PAGE_IS_WRITTEN,
-        )
-        # SAFETY: the kernel writes at most vec_len regions into our array during the call.
-        return self.ioctl(uapi.PAGEMAP_SCAN, request), request.walk_end
 
 
 def check_userfaultfd(features: int = 0) -> None:

@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import UffdError
 from pageferry.core.frames import PAGE_SHIFT
+from pageferry.core.pagemap import PagemapFd
 from pageferry.uffd import uapi
-from pageferry.uffd.fds import PagemapFd, UffdFd
+from pageferry.uffd.fds import UffdFd
 from pageferry.uffd.log import UffdLog
 from pageferry.uffd.view import VcpuView, spans_of
 

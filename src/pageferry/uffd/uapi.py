@@ -1,6 +1,6 @@
 """The kernel's interface as it is: ioctl numbers, constants and structures. Transcription only; names are the kernel's.
 
-Source: ``include/uapi/linux/userfaultfd.h``; ``include/uapi/linux/fs.h`` (PAGEMAP_SCAN).
+Source: ``include/uapi/linux/userfaultfd.h``.
 """
 
 import ctypes
@@ -25,10 +25,6 @@ UFFD_FEATURE_WP_ASYNC = 1 << 15
 UFFDIO_REGISTER_MODE_MISSING = 1 << 0
 UFFDIO_REGISTER_MODE_WP = 1 << 1
 UFFDIO_WRITEPROTECT_MODE_WP = 1 << 0
-
-PAGE_IS_WRITTEN = 1 << 1
-PM_SCAN_WP_MATCHING = 1 << 0
-PM_SCAN_CHECK_WPASYNC = 1 << 1
 
 
 class UffdioApi(ctypes.Structure):
@@ -61,27 +57,6 @@ class UffdioCopy(ctypes.Structure):
     _fields_ = (("dst", u64), ("src", u64), ("len", u64), ("mode", u64), ("copy", ctypes.c_int64))
 
 
-class PmScanArg(ctypes.Structure):
-    """``struct pm_scan_arg``; ``start``, ``end``, ``walk_end`` and ``vec`` are user addresses."""
-
-    _fields_ = (
-        ("size", u64),
-        ("flags", u64),
-        ("start", u64),
-        ("end", u64),
-        ("walk_end", u64),
-        ("vec", u64),
-        ("vec_len", u64),
-        ("max_pages", u64),
-        ("category_inverted", u64),
-        ("category_mask", u64),
-        ("category_anyof_mask", u64),
-        ("return_mask", u64),
-    )
-
-
-#: ``struct page_region``, for arrays.
-PAGE_REGION = np.dtype([("start", "u8"), ("end", "u8"), ("categories", "u8")])
 #: ``struct uffd_msg`` of a page fault, for arrays.
 UFFD_MSG = np.dtype(
     {
@@ -105,11 +80,10 @@ UFFDIO_WAKE = _ioc(_READ, UFFD_API, 0x02, ctypes.sizeof(UffdioRange))
 UFFDIO_COPY = _ioc(_READ | _WRITE, UFFD_API, 0x03, ctypes.sizeof(UffdioCopy))
 UFFDIO_WRITEPROTECT = _ioc(_READ | _WRITE, UFFD_API, 0x06, ctypes.sizeof(UffdioWriteprotect))
 USERFAULTFD_IOC_NEW = _ioc(0, UFFD_API, 0x00, 0)
-PAGEMAP_SCAN = _ioc(_READ | _WRITE, ord("f"), 16, ctypes.sizeof(PmScanArg))
 
 IOCTL_NAMES = {
     value: name
     for name, value in list(globals().items())
-    if name.startswith(("UFFDIO_", "USERFAULTFD_IOC", "PAGEMAP_")) and "_MODE_" not in name
+    if name.startswith(("UFFDIO_", "USERFAULTFD_IOC")) and "_MODE_" not in name
 }
 FEATURE_NAMES = {value: name for name, value in list(globals().items()) if name.startswith("UFFD_FEATURE_")}

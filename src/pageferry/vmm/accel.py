@@ -42,7 +42,7 @@ class Machines:
     make_vm: Callable[[VmConfig], Machine]
     host_cpu: HostCpu | None = None
     tracker: str | None = None
-    huge_pages: HugePages = HugePages.OFF
+    huge_pages: HugePages = HugePages.AUTO
     witness: str | None = None
     choose_for_pc: Callable[[], "Machines"] | None = None
 
@@ -63,7 +63,7 @@ class Machines:
 def choose_machines(
     accel: Accel | str = Accel.AUTO,
     tracker: str | None = None,
-    huge_pages: HugePages = HugePages.OFF,
+    huge_pages: HugePages = HugePages.AUTO,
     witness: str | None = None,
     machine: MachineModel | None = None,
 ) -> Machines:
@@ -174,6 +174,10 @@ def _make_soft(
     if huge_pages is HugePages.HUGETLB:
         raise UnsupportedError(
             "hugetlb", "the soft machine gives memory back by single 4 KiB frames", hint="use --hugepages thp"
+        )
+    if huge_pages is HugePages.ANONYMOUS:
+        raise UnsupportedError(
+            "anonymous", "the soft machine maps its memory twice, so it is a file", hint="use --hugepages thp"
         )
     make = partial(Domain, paging_mode=tracker or PAGING_MODES[0], thp=huge_pages is HugePages.THP)
     return _watched(make, witness, where="on soft")

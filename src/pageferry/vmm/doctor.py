@@ -46,6 +46,7 @@ def examine() -> list[Finding]:
     return [
         _try("memfd", _memfd, "pageferry needs Linux with memfd_create"),
         _try("populate-ahead", _populate, "slower receiving without it; Linux 5.14 has it"),
+        _try("hugepages-anonymous", lambda: _huge_pages(HugePages.ANONYMOUS), ""),
         _try("hugepages-thp", lambda: _huge_pages(HugePages.THP), ""),
         _try("hugepages-hugetlb", lambda: _huge_pages(HugePages.HUGETLB), ""),
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),

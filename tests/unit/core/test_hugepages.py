@@ -11,7 +11,7 @@ from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import SIZE_2M
 from pageferry.core.hostmem import HostMapping
-from pageferry.core.hugepages import HugePages, expect_offered
+from pageferry.core.hugepages import HugePages, chosen, expect_offered
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import boot
@@ -103,6 +103,85 @@ def test_what_vcpus_of_the_software_machine_touch_is_huge(thp):
     domain.wait(60)
     assert domain.memory.huge_bytes() >= SIZE_2M
     domain.close()
+
+
+NEVER, ADVISE, ALWAYS = "always madvise [never]\n", "always within_size [advise] never\n", "[always] madvise never\n"
+
+
+@pytest.mark.parametrize(
+    ("enabled", "shmem_enabled", "needs_file", "expected"),
+    [
+        ("always [madvise] never\n", NEVER, False, HugePages.ANONYMOUS),
+        (ALWAYS, NEVER, False, HugePages.ANONYMOUS),
+        (ALWAYS, NEVER, True, HugePages.OFF),
+        (NEVER, NEVER, False, HugePages.OFF),
+        (ALWAYS, ADVISE, False, HugePages.THP),
+        (NEVER, ADVISE, True, HugePages.THP),
+        (ALWAYS, "always within_size advise never [deny] force\n", False, HugePages.ANONYMOUS),
+    ],
+)
+def test_auto_is_a_file_where_that_costs_nothing_or_must_be(enabled, shmem_enabled, needs_file, expected):
+    settings = {"enabled": enabled, "shmem_enabled": shmem_enabled}
+    assert chosen(HugePages.AUTO, needs_file=needs_file, **settings) is expected
+    assert chosen(HugePages.HUGETLB, needs_file=needs_file, **settings) is HugePages.HUGETLB
+
+
+@pytest.fixture
+def private():
+    try:
+        expect_offered(HugePages.ANONYMOUS)
+    except UnsupportedError as error:
+        pytest.skip(f"no 2 MiB page to be had: {error} ({error.hint})")
+    return GuestMemory.linear(ODD, huge_pages=HugePages.ANONYMOUS)
+
+
+def test_private_memory_is_huge_and_gives_back_what_it_is_told_to(private):
+    assert private.storage is None
+    assert gfns(private) == []
+    private.write(SIZE_2M + 5, b"x")
+    assert gfns(private) == list(range(512, 1024))
+    assert private.huge_bytes() == SIZE_2M
+    assert private.release([(SIZE_2M, SIZE_2M // 2)])
+    assert gfns(private) == list(range(768, 1024))
+    assert private.read(SIZE_2M, 8) == bytes(8)
+    private.drop(u64(768), u64(256))
+    assert gfns(private) == []
+    private.close()
+    assert gfns(private) == []
+
+
+def test_private_memory_behind_the_hole_is_found_at_its_frames():
+    memory = GuestMemory.linear((3 << 30) + ODD, huge_pages=HugePages.ANONYMOUS)
+    memory.write((4 << 30) + 4 * SIZE_2M, b"x")  # the last three pages, which no huge page has
+    assert gfns(memory) == [(1 << 20) + 2048]
+
+
+@pytest.mark.parametrize("kind", [HugePages.ANONYMOUS, HugePages.THP], ids=str)
+def test_a_guest_that_comes_thin_stays_thin(thp, kind):
+    memory = GuestMemory.linear(ODD, huge_pages=kind)
+    memory.begin_arrival()
+    memory.write(SIZE_2M + 5, b"x")
+    assert gfns(memory) == [512]
+    memory.make_huge(u64(500, 1030), u64(500, 500))  # no whole 2 MiB
+    memory.write(2 * SIZE_2M, b"x")
+    assert gfns(memory) == [512, 1024]
+    memory.drop(u64(1024), u64(1))
+    memory.make_huge(u64(1000), u64(600))
+    memory.write(0, b"x")
+    assert memory.huge_bytes() == 0
+    memory.populate(u64(1536), u64(512))
+    assert gfns(memory) == [0, 512, *range(1536, 2048)]
+    assert memory.huge_bytes() == SIZE_2M
+
+
+@pytest.mark.parametrize("kind", [HugePages.ANONYMOUS, HugePages.THP], ids=str)
+def test_one_that_has_come_gets_huge_pages_again(thp, kind):
+    memory = GuestMemory.linear(ODD, huge_pages=kind)
+    memory.begin_arrival()
+    memory.write(5, b"x")
+    memory.end_arrival()
+    memory.write(SIZE_2M + 5, b"x")
+    assert gfns(memory) == [0, *range(512, 1024)]
 
 
 @pytest.mark.parametrize("size_bytes", [ODD, 2 * SIZE_2M, 2 * SIZE_2M - PAGE])

@@ -65,7 +65,7 @@ from pageferry.vmm.qmp_client import QmpClient
 def demo(
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,
-    huge_pages: HugePagesOption = HugePages.OFF,
+    huge_pages: HugePagesOption = HugePages.AUTO,
     witness: WitnessOption = None,
     memory: MemoryOption = "256M",
     workload: Annotated[str, typer.Option(help=f"Guest program: {', '.join(WORKLOADS)}, or an ELF file.")] = "kv",

@@ -86,7 +86,7 @@ class AtPause:
         gfns = saved.data_pages
         if not gfns.size:
             return
-        digested = DirtyBitmap(int(max(gfns.max(), (self.starts + self.lengths).max())) + 1)
+        digested = DirtyBitmap(int(max(gfns.max(), (self.starts + self.lengths).max(initial=0))) + 1)
         digested.set_runs(self.starts, self.lengths)
         gfns = gfns[~digested.test_many(gfns)]
         for at in range(0, gfns.size, _BATCH_PAGES):

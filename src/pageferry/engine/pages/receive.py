@@ -97,7 +97,7 @@ class PageWriter:
         gfns = header.pfns[carries_data(header.types)]
         self._check(np.concatenate([gfns, allocated]), "PAGE_DATA", header.offset)
         ascending = gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all())
-        self._channel.receive_into(self._memory.views(*runs_of(gfns)) if ascending else self._memory.page_views(gfns))
+        self._channel.receive_into(self._whole_runs(gfns) if ascending else self._memory.page_views(gfns))
         self._pages.arrived(gfns)
         self._pages.arrived(allocated)
 
@@ -140,6 +140,11 @@ class PageWriter:
         lengths = record.pages.astype(np.uint64)
         self._check(np.concatenate([record.first_gfns, record.first_gfns + lengths - np.uint64(1)]), "AUDIT")
         self._pages.audit(record.first_gfns, lengths, record.digests)
+
+    def _whole_runs(self, gfns: GfnArray) -> list[memoryview]:
+        runs = runs_of(gfns)
+        self._memory.make_huge(*runs)
+        return self._memory.views(*runs)
 
     def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:
         if self._packer is None:
