@@ -62,6 +62,27 @@ class Envelope:
         return {"kind": self.kind, "begins_at": self.begins_at, "domain": self.domain}
 
 
+def xl_head(configuration: bytes) -> bytes:
+    """Return what ``xl save`` writes before a libxc stream: xl header, configuration, libxl header, LIBXC_CONTEXT.
+
+    Args:
+        configuration: the domain's, as JSON.
+    """
+    optional = _LENGTH.pack(len(configuration)) + configuration
+    header = XL_MAGIC + _XL_HEADER.pack(_BYTE_ORDER, _XL_JSON | _XL_STREAM_V2, 0, len(optional))
+    return header + optional + libxl_head()
+
+
+def libxl_head() -> bytes:
+    """Return what a libxl stream has before its libxc stream."""
+    return LIBXL_MAGIC + _LIBXL_HEADER.pack(_LIBXL_VERSION, 0) + _RECORD.pack(LibxlRecord.LIBXC_CONTEXT, 0)
+
+
+def libxl_tail() -> bytes:
+    """Return what a libxl stream has after its libxc stream, of a domain without a device model."""
+    return _RECORD.pack(LibxlRecord.END, 0)
+
+
 class Inside:
     """Reads the libxc stream of a file, whatever is around it; called as what it reads from.
 

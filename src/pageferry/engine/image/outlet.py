@@ -20,6 +20,7 @@ from pathlib import Path
 from pageferry.core.errors import UsageError
 from pageferry.core.libc import libc
 from pageferry.engine.wire.pacer import Pacer
+from pageferry.stream.foreign import XL_MAGIC
 from pageferry.stream.format import IMAGE_HEADER, IMAGE_ID, MARKER
 
 _MAX_BUFFERS = 1024  # IOV_MAX
@@ -55,7 +56,7 @@ class FileOutlet:
             raise
 
     def _expect_replaceable(self) -> None:
-        """Check that what is there, if anything, is empty or a libxc stream, as far as its first bytes tell.
+        """Check that what is there, if anything, is empty or a saved guest, as far as its first bytes tell.
 
         Raises:
             UsageError: it is something else.
@@ -68,8 +69,10 @@ class FileOutlet:
         except FileNotFoundError:
             return
         with open(fd, "rb") as file:
-            begin = file.read(IMAGE_HEADER.size)
-        is_save = len(begin) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(begin)[:2] == (MARKER, IMAGE_ID)
+            begin = file.read(len(XL_MAGIC))
+        image = begin[: IMAGE_HEADER.size]
+        is_save = len(image) == IMAGE_HEADER.size and IMAGE_HEADER.unpack(image)[:2] == (MARKER, IMAGE_ID)
+        is_save = is_save or begin == XL_MAGIC
         if begin and not is_save:
             raise UsageError(
                 f"{self.path} is there and is not a saved guest", hint="choose another name, or remove it first"

@@ -11,6 +11,7 @@ from descriptors import open_descriptors
 from pageferry.core.errors import UsageError
 from pageferry.engine.image.outlet import FileOutlet
 from pageferry.stream.encoder import Encoder
+from pageferry.stream.xl import xl_head
 
 
 @pytest.fixture
@@ -38,13 +39,21 @@ def test_it_has_its_name_only_when_it_is_committed(path):
     sink.close()
 
 
-@pytest.mark.parametrize("content", [b"a letter", b"x" * 4096, bytes(24), Encoder().header()[:23]])
+@pytest.mark.parametrize("content", [b"a letter", b"x" * 4096, bytes(24), Encoder().header()[:23], xl_head(b"")[:31]])
 def test_what_is_not_a_saved_guest_is_not_replaced(path, content):
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is not a saved guest"):
         FileOutlet(path)
     assert path.read_bytes() == content
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_xens_tools_saved_is_replaced(path):
+    path.write_bytes(xl_head(b"{}"))
+    sink = write(path, b"one")
+    sink.commit()
+    sink.close()
+    assert path.read_bytes() == b"one"
 
 
 def test_an_empty_file_is_replaced(path):
