@@ -101,6 +101,10 @@ class UffdError(_OsVmError):
     """A ``userfaultfd`` or ``PAGEMAP_SCAN`` call failed; ``call`` names it."""
 
 
+class XenError(_OsVmError):
+    """A hypercall, or a call of one of Xen's devices, failed; ``call`` names it."""
+
+
 class UnsupportedError(VmError):
     """This host, kernel or build lacks a capability; ``capability`` names it."""
 

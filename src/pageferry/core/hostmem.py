@@ -251,6 +251,18 @@ class HostMapping:
         if libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, memfd.fd, offset) == _MAP_FAILED:
             _raise("mmap")
 
+    def map_device(self, fd: int, at: int, size_bytes: int, *, writable: bool) -> None:
+        """Map a device from its beginning at byte ``at``, shared; both are multiples of the page size.
+
+        Raises:
+            VmError: the device or the host refused.
+        """
+        self._check(at, size_bytes)
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        # SAFETY: MAP_FIXED lands inside our own reservation (checked above).
+        if libc.mmap(self.hva + at, size_bytes, prot, mmap.MAP_SHARED | _MAP_FIXED, fd, 0) == _MAP_FAILED:
+            _raise("mmap")
+
     def map_same(self, other: "HostMapping", at: int, size_bytes: int) -> None:
         """Map at byte ``at`` the very memory that ``other`` has there, shared and writable.
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pageferry.core.errors import UsageError, VmError
-from pageferry.core.hostmem import MemFd, atomic_or_u32
+from pageferry.core.hostmem import HostMapping, MemFd, atomic_or_u32
 
 
 def test_an_atomic_or_sets_bits_and_touches_nothing_else():
@@ -45,3 +45,18 @@ def test_a_limit_of_files_that_guest_memory_meets_is_named():
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "raise ulimit -f" in refused.value.hint
+
+
+def test_a_device_is_mapped_where_it_is_told_and_nowhere_else(tmp_path):
+    mapping = HostMapping(3 << 12)
+    mapping.map_private(0, 3 << 12)
+    (tmp_path / "device").write_bytes(b"x" * 4096)
+    with (tmp_path / "device").open("r+b") as device:
+        mapping.map_device(device.fileno(), 1 << 12, 1 << 12, writable=True)
+        assert bytes(mapping.view) == bytes(4096) + b"x" * 4096 + bytes(4096)
+        mapping.view[1 << 12] = ord("y")
+        assert (tmp_path / "device").read_bytes()[:2] == b"yx"
+        with pytest.raises(IndexError):
+            mapping.map_device(device.fileno(), 3 << 12, 1 << 12, writable=False)
+    with pytest.raises(VmError, match="mmap"):
+        mapping.map_device(-1, 0, 1 << 12, writable=False)

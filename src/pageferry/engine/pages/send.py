@@ -61,6 +61,8 @@ class Lane:
         coder: makes records of pages with content.
         says_zero: whether a page that became zero may be named as such.
         on_sent: told of the frames of each batch when they are on the wire, on the thread that sends.
+        begins_zero: whether memory begins as zeros where the stream goes, so that a fresh page of zeros need not be
+            sent.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Lane:
         *,
         says_zero: bool,
         on_sent: Callable[[GfnArray], None],
+        begins_zero: bool = True,
     ) -> None:
         self.channel = channel
         self.counts = NO_PAGES
@@ -81,6 +84,7 @@ class Lane:
         self._encoder = encoder
         self._coder = coder
         self._says_zero = says_zero
+        self._begins_zero = begins_zero
         self._on_sent = on_sent
 
     @property
@@ -166,7 +170,8 @@ class Lane:
         # in neither: the guest may give pages back at any time.
         while True:
             present = gfns[self._memory.are_ram(gfns)]
-            zero = zero_pages(self._words, present) if fresh or self._says_zero else np.zeros(present.size, np.bool_)
+            looks = self._says_zero or (fresh and self._begins_zero)
+            zero = zero_pages(self._words, present) if looks else np.zeros(present.size, np.bool_)
             others = present[~zero]
             try:
                 return present[zero], others, self._coder.code(others, fresh=fresh) if others.size else NOTHING

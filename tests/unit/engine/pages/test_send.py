@@ -92,3 +92,15 @@ def test_nothing_overtakes_what_another_thread_still_sends(memory, lanes, say):
     assert not second.overtaken.is_set()
     assert len(second.calls[before:]) == 2
     assert lanes.counts.sent_bytes == sum(lane.channel.sent_bytes for lane in lanes.all)
+
+
+@pytest.mark.parametrize(("begins_zero", "payload_pages"), [(True, 1), (False, 3)])
+def test_fresh_zeros_are_sent_where_memory_may_begin_as_anything(memory, begins_zero, payload_pages):
+    memory.write(1 << 12, b"content")
+    outlet, encoder = Outlet(), Encoder()
+    outlet.send([encoder.header(), encoder.record(StaticDataEnd())])
+    coder = PlainCoder(memory, encoder)
+    lane = Lane(memory, outlet, encoder, coder, says_zero=False, begins_zero=begins_zero, on_sent=lambda gfns: None)
+    before = outlet.sent_bytes
+    lane.send(np.arange(3, dtype=np.uint64), fresh=True)
+    assert (outlet.sent_bytes - before) // 4096 == payload_pages

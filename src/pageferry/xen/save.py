@@ -1,0 +1,210 @@
+"""Saving a domain of Xen to a file, live: what ``xl restore`` takes.
+
+::
+
+    domain                   file
+      |                      xl header, configuration, libxl header; libxc headers, CPU policies
+      |  ENABLE
+      | == pre-copy, round by round, as of any guest =========> a file without a name
+      |  suspend the domain .................................. downtime begins
+      | == stop-and-copy: the final bitmap ===================>
+      |  take its state; map all of memory anew, compare it with the file
+      | == what the log missed ===============================>
+      | == TSC_INFO, HVM_CONTEXT, HVM_PARAMS, END, libxl END ==>
+      |  let it run on (a snapshot) .......................... downtime ends
+      |                            on the disk; read back; named FILE
+
+Postcondition on success: FILE is whole, and held all of the domain's memory as it was at the pause; the domain runs on
+here, or with ``stop`` stays suspended here. Postcondition on failure: the domain is here, running or paused as it was,
+log-dirty is off, its entries in xenstore are as before, and FILE is what it was.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
+from pageferry.core.events import Event, MigrationReport, Phase
+from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.os_hints import file_hint
+from pageferry.core.policy import Policy, may_switch
+from pageferry.core.units import format_size
+from pageferry.engine.attempt import Attempt
+from pageferry.engine.image.outlet import FileOutlet
+from pageferry.engine.options import WireOptions
+from pageferry.engine.pages.send import Lane
+from pageferry.engine.precopy import Precopy, stop_and_copy
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.format import MAX_PAGES_PER_RECORD
+from pageferry.stream.records import HvmContext
+from pageferry.stream.walk import Walk
+from pageferry.stream.xl import Inside, libxl_tail, xl_head
+from pageferry.xen.domain import XenDomain
+from pageferry.xen.live import SecondReading, XenSink, missed_in_words, suspend
+from pageferry.xen.missed import PlacedCoder, missed_pages
+
+
+class XenSave:
+    """One attempt to save a domain.
+
+    Args:
+        domain: which; it stays the caller's.
+        configuration: its, as JSON.
+        path: of the file, absolute.
+        policy: decides after each round.
+        stop: leave it suspended when the file is whole.
+        bandwidth_bytes_per_s: a cap on what is written.
+        pause_limit_s: how long a pause may take, as :class:`~pageferry.engine.options.MigrationOptions` has it.
+        on_event: sees every event, on the thread that calls :meth:`run`.
+
+    Raises:
+        UsageError: the policy may switch before all pages are saved.
+    """
+
+    def __init__(
+        self,
+        domain: XenDomain,
+        configuration: bytes,
+        path: Path,
+        policy: Policy,
+        *,
+        stop: bool = False,
+        bandwidth_bytes_per_s: int | None = None,
+        pause_limit_s: float | None = None,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        if may_switch(policy):
+            hint = "a guest in a file cannot ask for its pages; choose another policy"
+            raise UsageError(f"a save cannot follow the {policy.name} policy", hint=hint)
+        self._domain = domain
+        self._configuration = configuration
+        self._path = path
+        self._stop = stop
+        wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
+        self._attempt = Attempt(
+            domain, policy, wire=wire, pause_limit_s=pause_limit_s, file=path, on_event=on_event, work_before=None
+        )
+        self.job = self._attempt.job
+        self._encoder = Encoder()
+
+    def run(self) -> MigrationReport:
+        """Save the domain; call once. ``job.report`` is set afterwards, also when this raises.
+
+        Raises:
+            MigrationError: it was not saved; the domain is here.
+        """
+        attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
+        domain, encoder = self._domain, self._encoder
+        with attempt.under_way(self._as_migration_error):
+            with phase(Phase.CONNECT):
+                file = self._open()
+                begun = [encoder.header(domain.header()), *map(encoder.record, domain.first_records())]
+                file.send([xl_head(self._configuration), *begun])
+            with attempt.precopy():
+                attempt.expect_alive()
+                coder = PlacedCoder(domain.memory, encoder, file)
+                lane = Lane(
+                    domain.memory,
+                    file,
+                    encoder,
+                    coder,
+                    says_zero=False,
+                    begins_zero=False,
+                    on_sent=attempt.accounts.sent,
+                )
+                sink = XenSink(domain, lane)
+                report.stop_reason = Precopy(attempt, sink, SecondReading(domain)).run().reason
+            with phase(Phase.PAUSE):
+                suspend(attempt, domain)
+            with phase(Phase.STOP_AND_COPY):
+                dirty = domain.log_dirty.peek_final()
+                attempt.accounts.reported(dirty)
+                stop_and_copy(attempt, sink, dirty.gfns())
+            with phase(Phase.STATE):
+                records = domain.last_records()
+                attempt.guest.state_bytes = sum(len(each.data) for each in records if isinstance(each, HvmContext))
+            with phase(Phase.VERIFY):
+                self._send_missed(file, coder)
+                file.send([*map(encoder.record, records), libxl_tail()])
+            if not self._stop:
+                attempt.pause.end()
+                attempt.guest.thaw()
+                report.running_at_s = attempt.clock.now_s()
+            attempt.guest.release()
+            with phase(Phase.HANDOFF):
+                file.settle()
+                self._expect_whole(file)
+                self._commit(file)
+        assert self.job.report is not None
+        return self.job.report
+
+    def _send_missed(self, file: FileOutlet, coder: PlacedCoder) -> None:
+        """Compare the suspended domain's memory with the file, and write what differs.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        memory = self._domain.map_again()
+        try:
+            missed = missed_pages(memory, coder.places, file.fileno(), file.sent_bytes)
+            again = PlacedCoder(memory, self._encoder, file)
+            for at in range(0, missed.size, MAX_PAGES_PER_RECORD):
+                file.send(again.code(missed[at : at + MAX_PAGES_PER_RECORD], fresh=False).buffers)
+            self._attempt.report.verified_pages = memory.all_ram().count()
+        finally:
+            memory.close()
+        if missed.size:
+            self._attempt.warn(missed_in_words(missed, "saved"))
+
+    def _expect_whole(self, file: FileOutlet) -> None:
+        """Read the file back from the disk, and check that it is a whole stream.
+
+        Raises:
+            RemoteStreamError: it is not.
+        """
+        with open(os.dup(file.fileno()), "rb") as again:
+            again.seek(0)
+            inside = Inside(again.readinto)
+            for _ in Walk(inside):
+                self.job.check()
+            inside.finish()
+
+    def _open(self) -> FileOutlet:
+        file = FileOutlet(self._path)
+        file.pacer = self.job.pacer
+        self.job.opened(file)
+        pages = self._domain.memory.all_ram().count()
+        self._attempt.rounds.expect(pages)
+        needed_bytes, free_bytes = pages * PAGE_SIZE, file.free_bytes()
+        if needed_bytes > free_bytes:
+            needed, free = format_size(needed_bytes), format_size(free_bytes)
+            raise UsageError(
+                f"the domain holds {needed}, and {self._path.parent} has {free} free",
+                hint="make room there, or save elsewhere",
+            )
+        return file
+
+    def _commit(self, file: FileOutlet) -> None:
+        """Give the file its name; from then on a domain that was to stop is in the file and not here."""
+        handoff = self.job.handoff
+        if not (handoff.commit() if self._stop else handoff.keep()):
+            raise self.job.stays()
+        try:
+            file.commit()
+        except (OSError, UsageError):
+            if self._stop:
+                handoff.refused()
+            raise
+        file.close()
+        if self._stop:
+            handoff.running()
+
+    def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
+        if isinstance(error, PageferryError):  # before OSError: a XenError is both, and no fault of the disk
+            reason, hint = str(error), error.hint
+        elif isinstance(error, OSError):
+            reason = f"cannot write {self._path}: {error.strerror or error}"
+            hint = f"nothing is left of it; {file_hint(error) or 'choose another place'}"
+        else:
+            reason, hint = f"internal error: {error!r}", ""
+        return MigrationError(reason, phase=str(self._attempt.clock.current), guest_at=guest_at, hint=hint)

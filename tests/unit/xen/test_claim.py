@@ -1,0 +1,76 @@
+"""A claim keeps others out, and what a killed process left behind is undone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from fake_xen import FakePrivcmd
+
+from pageferry.core.errors import UsageError
+from pageferry.xen import uapi
+from pageferry.xen.claim import claim, claimed, sweep
+from pageferry.xen.domctl import Control
+
+
+@pytest.fixture
+def xen():
+    return FakePrivcmd()
+
+
+@pytest.fixture
+def control(xen):
+    return Control(xen)
+
+
+def killed(folder, control, **steps):
+    """Have a process note steps, and end without a word."""
+    info = control.info(5)
+    script = (
+        "import os, sys; from pathlib import Path; from types import SimpleNamespace\n"
+        "from pageferry.xen.claim import claim\n"
+        f"info = SimpleNamespace(domid=5, uuid={info.uuid!r})\n"
+        f"claim(None, info, Path(sys.argv[1])).note(**{steps!r}); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(folder)], check=False).returncode == 9
+
+
+def test_the_second_is_refused_and_told_who_has_it(tmp_path, control):
+    with claimed(control, control.info(5), tmp_path) as mine:
+        mine.note(log_dirty=1)
+        with pytest.raises(UsageError, match=f"process {os.getpid()}, a pageferry, works on domain 5 already"):
+            claim(control, control.info(5), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    claim(control, control.info(5), tmp_path).release()
+
+
+def test_what_was_left_on_is_turned_off(tmp_path, xen, control):
+    killed(tmp_path, control, log_dirty=1, paused=2, suspended=1)
+    xen.log_dirty, xen.paused, xen.shutdown_reason = True, 2, uapi.SHUTDOWN_suspend
+    assert sweep(control, tmp_path) == [5]
+    assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (False, 0, None)
+    assert list(tmp_path.iterdir()) == []
+    assert sweep(control, tmp_path) == []
+
+
+def test_what_was_undone_in_time_is_not_undone_again(tmp_path, xen, control):
+    killed(tmp_path, control, log_dirty=0, paused=0, suspended=0)
+    xen.log_dirty, xen.paused = True, 1  # by someone else
+    sweep(control, tmp_path)
+    assert (xen.log_dirty, xen.paused) == (True, 1)
+
+
+def test_a_domain_that_has_its_number_since_is_left_alone(tmp_path, xen, control):
+    (tmp_path / "xen-5-99999999-9999-9999-9999-999999999999.claim").write_text('{"log_dirty": 1}')
+    xen.log_dirty = True
+    assert sweep(control, tmp_path) == []
+    assert xen.log_dirty
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_living_process_does_is_not_undone(tmp_path, xen, control):
+    with claimed(control, control.info(5), tmp_path) as mine:
+        mine.note(log_dirty=1)
+        xen.log_dirty = True
+        assert sweep(control, tmp_path) == []
+        assert xen.log_dirty

@@ -1,0 +1,179 @@
+"""Which domains are refused and why; how one is paused, suspended and let go on."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from fake_xen import FakePrivcmd
+
+from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.vm import VmStatus
+from pageferry.xen import domain as module
+from pageferry.xen import uapi
+from pageferry.xen.domain import XenDomain, expect_movable, find_domain, present_frames, read_configuration
+from pageferry.xen.domctl import Control
+from pageferry.xen.hypercall import Privcmd, expect_dom0
+
+PVH = json.dumps({"c_info": {"type": "pvh", "name": "guest"}}).encode() + b"\n\0"
+
+
+class Store:
+    def __init__(self):
+        self.values = {"/local/domain/5/name": "guest"}
+        self.on_write = lambda path, value: None
+
+    def directory(self, path):
+        return ["0", "5"]
+
+    def read(self, path):
+        return self.values.get(path)
+
+    def write(self, path, value):
+        self.values[path] = value
+        self.on_write(path, value)
+
+
+@pytest.fixture
+def xen():
+    return FakePrivcmd()
+
+
+@pytest.fixture
+def guest(xen, monkeypatch, tmp_path):
+    """A domain whose memory is not mapped: there is no kernel to do it here."""
+    monkeypatch.setattr(module, "map_foreign", lambda *_, **__: SimpleNamespace(size_bytes=0, gfn_limit=0, close=list))
+    monkeypatch.setattr(module, "claim", lambda *_: SimpleNamespace(note=notes.append_all, release=list))
+    notes = SimpleNamespace(all={}, append_all=lambda **steps: notes.all.update(steps))
+    clock = iter(range(10**6))
+    control = Control(xen)
+    made = XenDomain(control, Store(), control.info(5), now_s=lambda: next(clock), sleep=lambda s: None)
+    made.notes = notes.all
+    return made
+
+
+def test_a_domain_is_found_by_name_and_number(xen):
+    control = Control(xen)
+    assert find_domain(control, Store(), "guest").domid == find_domain(control, Store(), "5").domid == 5
+    with pytest.raises(UsageError, match="there is no domain 'other'"):
+        find_domain(control, Store(), "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "configuration", "why"),
+    [
+        ({"hvm": False}, PVH, "domain 5 is a PV guest"),
+        ({"dying": True}, PVH, "domain 5 is being destroyed"),
+        ({"shutdown_reason": 0}, PVH, "domain 5 has shut down"),
+        ({}, b"", "Xen's tools keep no configuration of domain 5"),
+        ({}, b"not json", "Xen's tools keep no configuration of domain 5"),
+        ({}, PVH.replace(b"pvh", b"hvm"), "domain 5 is of type hvm: its device model's state is not read here"),
+        ({}, b'{"c_info": {"type": "pvh"}, "pcidevs": [{}]}', "domain 5 has a passed-through device"),
+    ],
+)
+def test_a_domain_that_cannot_be_moved_is_refused_with_a_reason(xen, change, configuration, why):
+    for name, value in change.items():
+        setattr(xen, name, value)
+    with pytest.raises(UnsupportedError, match=why):
+        expect_movable(Control(xen).info(5), configuration)
+
+
+def test_domain_0_is_refused(xen):
+    with pytest.raises(UnsupportedError, match="domain 0 is this one"):
+        expect_movable(Control(xen).info(0), PVH)
+
+
+def test_a_pvh_domain_can_be_moved(xen):
+    expect_movable(Control(xen).info(5), PVH)
+
+
+def test_its_configuration_lies_where_xens_tools_keep_it(xen, tmp_path):
+    info = Control(xen).info(5)
+    assert read_configuration(info, tmp_path) == b""
+    (tmp_path / f"userdata-d.5.{info.uuid}.libxl-json").write_bytes(PVH)
+    assert read_configuration(info, tmp_path) == PVH
+
+
+def test_frames_are_looked_for_from_both_ends_until_all_are_found(xen):
+    xen.pages, asked = 100_000, []
+    control = Control(xen)
+    control.present = lambda domid, gfns: asked.append(gfns.start) or [gfns.start in (0, 99328)] * len(gfns)
+    xen._getdomaininfo = lambda request, u, before=xen._getdomaininfo: (
+        before(request, u),
+        setattr(u.getdomaininfo, "tot_pages", 1024 + 672),
+    )
+    assert present_frames(control, 5).count() == 1024 + 672
+    assert asked == [0, 99328]
+
+
+def test_pauses_nest_and_are_written_down_before_they_are_made(guest, xen):
+    guest.freeze()
+    guest.freeze()
+    assert (xen.paused, guest.notes["paused"]) == (2, 2)
+    guest.thaw()
+    guest.thaw()
+    assert (xen.paused, guest.notes["paused"], guest.status) == (0, 0, VmStatus.RUNNING)
+    with pytest.raises(VmError, match="not frozen"):
+        guest.thaw()
+
+
+def test_a_guest_without_xens_drivers_is_shut_down_to_suspend(guest, xen):
+    guest.suspends = True
+    guest.freeze()
+    assert (xen.shutdown_reason, xen.paused, guest.end) == (uapi.SHUTDOWN_suspend, 1, None)
+    guest.thaw()
+    assert (xen.shutdown_reason, xen.paused, guest.notes["suspended"]) == (None, 0, 0)
+    assert "setvcpucontext" not in xen.calls
+
+
+def test_a_guest_with_xens_drivers_suspends_itself_and_is_told_when_that_is_cancelled(guest, xen):
+    xen.params[uapi.HVM_PARAM_CALLBACK_IRQ] = 2 << 56 | 0xF3
+    xen._getvcpucontext = lambda request, u: None
+    xen._setvcpucontext = lambda request, u: answers.append(_rax(u))
+    answers = []
+
+    def suspends(path, value):
+        assert (path, value) == ("/local/domain/5/control/shutdown", "suspend")
+        xen.shutdown_reason = uapi.SHUTDOWN_suspend
+
+    guest.store.on_write, guest.suspends = suspends, True
+    guest.freeze()
+    guest.thaw()
+    assert answers == [1]
+    assert xen.shutdown_reason is None
+
+
+def test_a_guest_that_does_not_suspend_runs_on_and_the_store_is_as_before(guest, xen):
+    xen.params[uapi.HVM_PARAM_CALLBACK_IRQ] = 1
+    guest.suspends = True
+    with pytest.raises(VmError, match="did not suspend itself within 60 s"):
+        guest.freeze()
+    assert (xen.paused, guest.notes["suspended"]) == (0, 0)
+    assert guest.store.read("/local/domain/5/control/shutdown") == ""
+
+
+@pytest.mark.parametrize(("reason", "status"), [(0, VmStatus.SHUTDOWN), (3, VmStatus.CRASHED)])
+def test_a_domain_that_ended_by_itself_has_an_end(guest, xen, reason, status):
+    assert guest.end is None
+    xen.shutdown_reason = reason
+    assert guest.status is status
+    assert guest.end is not None
+
+
+def test_a_host_without_xen_is_told_so(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"does not run on Xen|cannot be opened") as refused:
+        Privcmd(tmp_path)
+    assert refused.value.hint
+
+
+def test_a_guest_of_xen_is_no_dom0(tmp_path):
+    (tmp_path / "capabilities").write_text("\n")
+    with pytest.raises(UnsupportedError, match="this is a guest of Xen, and no dom0"):
+        expect_dom0(tmp_path / "capabilities")
+    (tmp_path / "capabilities").write_text("control_d\n")
+    expect_dom0(tmp_path / "capabilities")
+
+
+def _rax(u):
+    import ctypes
+
+    return ctypes.c_uint64.from_address(u.vcpucontext.ctxt + 600).value
