@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(if
 # Else each of the hundreds of processes that the tests start compiles all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-linux test test-all test-npt linux-image soak soak-linux simulate chaos fuzz lint bench mutants guests clean
+.PHONY: demo demo-linux test test-all test-npt test-xen linux-image soak soak-linux simulate chaos fuzz lint bench mutants guests clean
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pageferry needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
@@ -35,6 +35,10 @@ test-all: test
 
 test-npt: $(READY) $(if $(PAGEFERRY_LINUX_IMAGE),,build/linux/cloud)
 	$(BIN)/python tests/vm/npt.py
+
+# Real Xen with nested paging, of Debian's packages, in an emulated machine: its log-dirty, and domains that are saved.
+test-xen: $(READY)
+	PYTHONPATH=tests/helpers $(BIN)/python tests/vm/xen.py
 
 # COUNT=20: fewer round trips than 200. SEED=1: the trips of that seed.
 soak: $(READY)

@@ -43,7 +43,7 @@ def debian_root(cache: Path, *, packages: Sequence[str] = WORK_PACKAGES, size_mi
         with TemporaryDirectory(dir=cache) as folder:
             root = Path(folder) / "root"
             for deb in _downloaded(cache / "archives", packages):
-                _unpack(deb, root)
+                unpack(deb, root)
             for name in _EMPTY:
                 (root / name).mkdir(parents=True, exist_ok=True)
             unready = Path(folder) / "image"
@@ -64,7 +64,8 @@ def _downloaded(archives: Path, packages: Sequence[str]) -> list[Path]:
     return sorted(archives.glob("*.deb"))
 
 
-def _unpack(deb: Path, root: Path) -> None:
+def unpack(deb: Path, root: Path) -> None:
+    """Put the files of a package into a directory."""
     for name in _MERGED:
         (root / "usr" / name).mkdir(parents=True, exist_ok=True)
         if not (root / name).is_symlink():

@@ -62,7 +62,8 @@ class FakePrivcmd:
     def _getdomaininfo(self, request, u):
         info = u.getdomaininfo
         info.domain, info.tot_pages, info.nr_online_vcpus = request.domain, self.pages, 1
-        info.flags = self.hvm * uapi.XEN_DOMINF_hvm_guest | self.hap * uapi.XEN_DOMINF_hap
+        hvm = self.hvm and request.domain == 5
+        info.flags = hvm * uapi.XEN_DOMINF_hvm_guest | self.hap * uapi.XEN_DOMINF_hap
         info.flags |= (self.paused > 0) * uapi.XEN_DOMINF_paused | self.dying * uapi.XEN_DOMINF_dying
         if self.shutdown_reason is not None:
             info.flags |= uapi.XEN_DOMINF_shutdown | self.shutdown_reason << uapi.XEN_DOMINF_shutdownshift

@@ -71,9 +71,9 @@ NOT_RUN = 2
 _machines: list[subprocess.Popen[bytes]] = []
 #: When the machine writes n to the debug exit device, QEMU ends with 2n + 1; the base tells that from its own errors.
 #: A process ends with one byte, so there is room for codes up to the one that stands for any signal.
-_EXIT_PORT = 0xF4
-_EXIT_BASE = 0x40
-_EXIT_BY_SIGNAL = 0x3F
+EXIT_PORT = 0xF4
+EXIT_BASE = 0x40
+EXIT_BY_SIGNAL = 0x3F
 
 _INIT = """
 export PATH=/bin
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
     return run_machines(commands, CACHE)
 
 
-def run_machines(commands: Sequence[Sequence[str]], folder: Path) -> int:
+def run_machines(commands: Sequence[Sequence[str]], folder: Path, name: str = "test-npt") -> int:
     """Run each part's machine, all at once, with its files in ``folder``; return the worst exit code."""
     began = time.monotonic()
     with ThreadPoolExecutor() as pool:
@@ -137,7 +137,7 @@ def run_machines(commands: Sequence[Sequence[str]], folder: Path) -> int:
                 machine.kill()
             raise
     code = max(codes)
-    print(f"test-npt: exit code {code} after {time.monotonic() - began:.0f} s")
+    print(f"{name}: exit code {code} after {time.monotonic() - began:.0f} s")
     return code
 
 
@@ -159,7 +159,7 @@ def init_script(parts: Sequence[Part]) -> str:
         f"case $(cat /proc/cmdline) in {' '.join(cases)} esac",
     )
     command = shlex.quote(" && ".join(steps))
-    return _INIT.format(command=command, base=_EXIT_BASE, port=_EXIT_PORT, most=_EXIT_BY_SIGNAL)
+    return _INIT.format(command=command, base=EXIT_BASE, port=EXIT_PORT, most=EXIT_BY_SIGNAL)
 
 
 def kernel_log(folder: Path, part: int) -> Path:
@@ -179,17 +179,17 @@ def run_machine(command: Sequence[str], folder: Path, part: int, give_up_s: floa
         try:
             ended = machine.wait(give_up_s)
         except subprocess.TimeoutExpired:
-            print(f"test-npt: no result after {give_up_s} s; given up")
+            print(f"{folder.name}: no result after {give_up_s} s; given up")
             return NOT_RUN
         finally:
             machine.kill()
             machine.wait()
     if part:
         print(output.read_text(errors="replace"))
-    code = (ended >> 1) - _EXIT_BASE
+    code = (ended >> 1) - EXIT_BASE
     if ended & 1 and code >= 0:
         return code
-    print(f"test-npt: the machine ended without a result ({QEMU}: {ended}); its kernel said:")
+    print(f"{folder.name}: the machine ended without a result ({QEMU}: {ended}); its kernel said:")
     print(*kernel_log(folder, part).read_text(errors="replace").splitlines()[-20:], sep="\n")
     return NOT_RUN
 
@@ -222,7 +222,7 @@ def qemu_command(image: LinuxImage, log: Path, number: int, part: Part) -> list[
         *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append"),
         f"console=ttyS0 panic=-1 tsc=reliable no_timer_check part={number}",
         *("-serial", f"file:{log}", "-serial", "stdio"),
-        *("-device", f"isa-debug-exit,iobase={_EXIT_PORT:#x},iosize=1"),
+        *("-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1"),
         *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
     ]
 

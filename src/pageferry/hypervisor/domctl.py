@@ -2,16 +2,16 @@
 
 Numbers, arguments and return codes are Xen's; :class:`~pageferry.core.vm.LogDirty` is the Pythonic face of the same
 operators. Where Xen's meaning differs from ours this face follows Xen: CLEAN and PEEK while log-dirty is off return an
-empty bitmap, a second OFF is fine, a missing bitmap buffer asks for the counts only, and CLEAN over fewer pages than
-the domain has leaves the bits beyond them set. Four differences remain:
+empty bitmap, a second OFF is fine, and a missing bitmap buffer asks for the counts only. Differences remain:
 
-* ``dirty_count`` is always the number of bits that were set, in the whole domain; Xen's starts again at a short CLEAN
-  though bits stay set.
+* CLEAN over fewer pages than the domain has leaves the bits beyond them set. Xen 4.17 loses bits: it clears all of each
+  leaf of its bitmap (32,768 frames) of which it returned a part.
+* CLEAN without a buffer clears the bits. Xen's starts its counters again and leaves the bits set.
 * ``fault_count`` counts since ENABLE, not since the last CLEAN.
 * Frames that others have mapped writable are reported in every round; LOGDIRTY_FINAL asks for them, and is accepted.
 * There is no shadow test mode: ENABLE means log-dirty, or is refused.
 
-Source: Xen ``public/domctl.h`` and ``paging_domctl``; FACTS on what a real Xen answers.
+Source: Xen ``public/domctl.h``; docs/internals/hypervisor.md, "On real Xen".
 """
 
 import errno

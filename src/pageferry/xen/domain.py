@@ -182,7 +182,7 @@ class XenDomain:
         store: its store.
         info: which domain.
         writable: whether its memory may be written through ``memory``, for tests.
-        now_s: a monotonic clock.
+        now_s: a monotonic clock in seconds.
         sleep: waits some seconds.
 
     Raises:
@@ -203,7 +203,7 @@ class XenDomain:
         self.control = control
         self.store = store
         self.info = info
-        self._now_s = now_s
+        self.now_s = now_s
         self._sleep = sleep
         self._lock = threading.Lock()
         self._frozen = 0
@@ -214,10 +214,7 @@ class XenDomain:
         self._closed = False
         self._claim: Claim = claim(control, info)
         try:
-            began_s = now_s()
-            self.memory = self.map_again(writable=writable)
-            self.mapped_s = now_s() - began_s
-            """How long it took to find and map its memory."""
+            self.memory = self._map(writable=writable)
             self.log_dirty = XenLogDirty(
                 control, info.domid, self.memory, hap=info.hap, note=lambda on: self._claim.note(log_dirty=on)
             )
@@ -228,8 +225,22 @@ class XenDomain:
         self.cpuid: Leaves = leaves
         self.config = VmConfig(memory_bytes=self.memory.size_bytes, cpus=info.vcpus, cpu=leaves)
 
-    def map_again(self, *, writable: bool = False) -> GuestMemory:
-        """Return the domain's memory as it is now, by a mapping of its own."""
+    def map_again(self) -> GuestMemory:
+        """Return the domain's memory as it is now, by a mapping of its own; the domain stands still.
+
+        Where it was before it is looked for first: the kernel tells which frames have no page. All others are looked
+        through only if the domain has pages that were not found there.
+        """
+        before = DirtyBitmap(self.memory.gfn_limit)
+        for region in self.memory.regions:
+            before.set_range(region.first_gfn, region.pages)
+        memory = map_foreign(self.control, self.info.domid, before)
+        if memory.all_ram().count() >= self.control.info(self.info.domid).memory_pages:
+            return memory
+        memory.close()
+        return self._map()
+
+    def _map(self, *, writable: bool = False) -> GuestMemory:
         present = present_frames(self.control, self.info.domid)
         return map_foreign(self.control, self.info.domid, present, writable=writable)
 
@@ -306,8 +317,8 @@ class XenDomain:
 
     def _ask_to_suspend(self, path: str) -> None:
         self.store.write(path, "suspend")
-        until_s = self._now_s() + SUSPEND_S
-        while self._now_s() < until_s:
+        until_s = self.now_s() + SUSPEND_S
+        while self.now_s() < until_s:
             if self.control.info(self.info.domid).shutdown_reason == uapi.SHUTDOWN_suspend:
                 return
             self._sleep(_POLL_S)

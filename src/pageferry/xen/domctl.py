@@ -212,7 +212,7 @@ class Control:
         try:
             done = self._do(uapi.XEN_DOMCTL_shadow_op, domid, fill).shadow_op
         except XenError as error:
-            name = uapi.SHADOW_OP_NAMES[op]
+            name = uapi.SHADOW_OP_NAMES.get(op, f"shadow_op {op}")
             if error.errno == errno.ENOMEM:
                 raise LogDirtyError(f"{name}: Xen had no memory for all of the domain's dirty bitmap") from error
             raise XenError(name, error.errno or errno.EIO) from error

@@ -26,6 +26,8 @@ from pageferry.stream.records import Audit, End, Fence, ZeroPages
 
 #: How much waits for a connection: enough that it never idles, little enough that CLEAN and copy stay close.
 _WAITING_TASKS = 2
+#: How many frames that carry no data are named by one call: 512 KiB.
+_NAMED_AT_ONCE = 64 * MAX_PAGES_PER_RECORD
 
 
 class Outlet(Protocol):
@@ -159,8 +161,10 @@ class Lane:
         self._on_sent(gfns)
 
     def _name(self, gfns: GfnArray, page_type: PageType) -> None:
-        for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-            self.channel.send([self._named(gfns[at : at + MAX_PAGES_PER_RECORD], page_type)])
+        for begin in range(0, gfns.size, _NAMED_AT_ONCE):
+            some = gfns[begin : begin + _NAMED_AT_ONCE]
+            pieces = range(0, some.size, MAX_PAGES_PER_RECORD)
+            self.channel.send([self._named(some[at : at + MAX_PAGES_PER_RECORD], page_type) for at in pieces])
 
     def _named(self, gfns: GfnArray, page_type: PageType) -> bytes:
         return self._encoder.page_data(gfns, np.full(gfns.size, page_type, np.uint8))

@@ -153,14 +153,14 @@ def build_image(
     """
     folder.mkdir(parents=True, exist_ok=True)
     packages.mkdir(parents=True, exist_ok=True)
-    with _opened(_downloaded(BUSYBOX_PACKAGE, packages)) as package:
+    with _opened(downloaded(BUSYBOX_PACKAGE, packages)) as package:
         busybox = package.read("bin/busybox")
     files = [(name, DIRECTORY, b"") for name in ("bin", "modules", *MOUNT_POINTS)]
     files.append(("bin/busybox", PROGRAM, busybox))
     scripts = {"init": init} | {f"bin/{name}": text for name, text in programs.items()}
     files += [(path, PROGRAM, f"#!/bin/busybox sh\n{text}".encode()) for path, text in scripts.items()]
     image = LinuxImage.of(folder)
-    with _opened(_downloaded(_newest(kernel), packages)) as package:
+    with _opened(downloaded(_newest(kernel), packages)) as package:
         image.kernel.write_bytes(package.read(package.find(r"boot/vmlinuz-.*")[0]))
         available = Modules(package)
         for number, name in enumerate(available.load_order(modules)):
@@ -205,6 +205,17 @@ def _opened(deb: Path) -> Iterator[PackageFiles]:
             yield PackageFiles(tar)
 
 
+def needed_packages(packages: Sequence[str]) -> list[str]:
+    """Return the names of packages and of all that they depend on, directly or not.
+
+    Raises:
+        UnsupportedError: apt does not know them.
+    """
+    only = ("--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks", "--no-replaces", "--no-enhances")
+    told = _apt("apt-cache", "depends", "--recurse", *only, *packages)
+    return [line for line in told.splitlines() if re.fullmatch(r"[a-z0-9][a-z0-9+.-]*", line)]
+
+
 def _newest(metapackage: str) -> str:
     """Return the name of the package with the kernel that a metapackage stands for today."""
     depends = _apt("apt-cache", "depends", "--important", metapackage)
@@ -214,7 +225,7 @@ def _newest(metapackage: str) -> str:
     return found[1]
 
 
-def _downloaded(package: str, cache: Path) -> Path:
+def downloaded(package: str, cache: Path) -> Path:
     """Return the package's file in ``cache``, downloaded if it is not there."""
     if not (found := sorted(cache.glob(f"{package}_*.deb"))):
         print(f"downloading {package}", flush=True)

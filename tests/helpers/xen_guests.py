@@ -1,0 +1,127 @@
+"""Domains of real Xen for tests: made by ``xl``, then filled with a program of the guest ABI.
+
+``xl`` makes a PVH domain of a kernel that does nothing, and leaves it paused. Its memory is then replaced by a
+program's, and its vCPU's state by the ABI's entry state. Without a device model the ports of the ABI read all ones:
+programs that need no answer run, and count their work in the status page.
+"""
+
+import struct
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from kernels import elf, note
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.policy_names import make_policy
+from pageferry.guests import abi
+from pageferry.guests.boot import GuestParams, plan
+from pageferry.guests.workloads import load_workload
+from pageferry.stream.hvm_context import encode_cpu
+from pageferry.stream.hvm_entries import Typecode, join_entries, split_entries
+from pageferry.xen.domain import XenDomain, read_configuration
+from pageferry.xen.foreign import map_foreign
+from pageferry.xen.save import XenSave
+
+_ENTRY = 0x20_0000
+_HALT = b"\xfa\xf4\xeb\xfc"  # cli; hlt; again
+GIVE_UP_S = 120.0
+
+
+def idle_kernel(folder):
+    """Write a kernel with a PVH note that halts; return its path."""
+    path = Path(folder) / "halts"
+    notes = note(b"Xen", 18, struct.pack("<I", _ENTRY))
+    path.write_bytes(elf((_ENTRY, _HALT, 0x1000), bits=32, entry=_ENTRY, notes=notes))
+    return path
+
+
+def xl(*arguments, check=True):
+    """Run ``xl``; return what it prints on standard output."""
+    done = subprocess.run(["xl", *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert not check or not done.returncode, f"xl {arguments} failed: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def create(folder, name, *, memory_mib=16, vcpus=1, kernel=None, more="", paused=True):
+    """Make a domain; return its number."""
+    config = Path(folder) / f"{name}.cfg"
+    config.write_text(
+        f'name = "{name}"\ntype = "pvh"\nkernel = "{kernel or idle_kernel(folder)}"\nmemory = {memory_mib}\n'
+        f'vcpus = {vcpus}\non_crash = "preserve"\non_reboot = "preserve"\non_poweroff = "preserve"\n{more}\n'
+    )
+    xl("create", *(["-p"] if paused else []), config)
+    return domid_of(name)
+
+
+def domid_of(name):
+    """The number of the domain of that name."""
+    return int(xl("domid", name))
+
+
+def destroy(name):
+    """Destroy a domain, if it is there."""
+    xl("destroy", name, check=False)
+
+
+def low_memory(control, domid, memory_bytes, *, writable=True):
+    """The first so many bytes of a domain's memory."""
+    pages = memory_bytes >> 12
+    present = DirtyBitmap(pages)
+    present.set_range(0, pages)
+    return map_foreign(control, domid, present, writable=writable)
+
+
+def load_vcpus(control, domid, vcpus):
+    """Replace the vCPUs' registers of a paused domain."""
+    entries = []
+    states = {index: encode_cpu(vcpu) for index, vcpu in enumerate(vcpus)}
+    for entry in split_entries(control.hvm_context(domid)):
+        if entry.typecode == Typecode.CPU:
+            entry = replace(entry, body=states[entry.instance])
+        if entry.typecode in (Typecode.HEADER, Typecode.CPU, Typecode.END):
+            entries.append(entry)
+    control.set_hvm_context(domid, join_entries(entries))
+
+
+def entry_state(entry):
+    """The ABI's entry state, as QEMU's emulation of SVM wants the task state segment (see pageferry.kvm.tss)."""
+    state = abi.entry_state(entry, 0)
+    return replace(state, tr=replace(state.tr, attributes=0x89))
+
+
+def load_program(control, domid, workload, memory_bytes, *, params=None):
+    """Put a program into a paused domain of one vCPU; return its memory (writable) and what it was told."""
+    memory = low_memory(control, domid, memory_bytes)
+    np.frombuffer(memory.mapping.view, np.uint8)[:memory_bytes] = 0
+    program = load_workload(workload)
+    info = plan(program, memory, cpus=1, params=params or GuestParams())
+    for segment in program.segments:
+        memory.write(segment.gpa, segment.data)
+    memory.write(abi.PAGE_TABLES_GPA, abi.page_tables(memory_bytes))
+    memory.write(abi.INFO_GPA, info.pack())
+    load_vcpus(control, domid, [entry_state(program.entry)])
+    return memory, info
+
+
+def wait_for_work(memory, more=1):
+    """Wait until the guest has done some more of its work; return its status."""
+    begun = abi.read_work(memory, 1)
+    until = time.monotonic() + GIVE_UP_S
+    while abi.read_work(memory, 1) < begun + more:
+        assert time.monotonic() < until, f"the guest makes no progress: {abi.read_status(memory, 1)}"
+        time.sleep(0.01)
+    (status,) = abi.read_status(memory, 1)
+    assert status.error == 0, status
+    return status
+
+
+def saving(control, store, domid, path, *, on_event=lambda event: None, policy="xen", stop=False):
+    """A domain, and an attempt to save it."""
+    info = control.info(domid)
+    domain = XenDomain(control, store, info)
+    configuration = read_configuration(info)
+    attempt = XenSave(domain, configuration, path, make_policy(policy), stop=stop, on_event=on_event)
+    return domain, attempt
