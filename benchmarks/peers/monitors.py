@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.core.errors import UnsupportedError
+from pageferry.core.frames import PCI_HOLE_START, SIZE_2M
 
 from .image import PROGRAM, Load, assemble_shim, build_image
 from .process import Peer
@@ -16,6 +17,8 @@ from .process import Peer
 QEMU = "qemu-system-x86_64"
 _NO_LIMIT_BYTES_PER_S = 1 << 40
 _ANY_PORT = "127.0.0.1:0"
+#: Of the kernel's list, what may be written from offset 0 of nothing, or of a file: first and last address, name.
+_MAPPING = re.compile(r"^(\w+)-(\w+) rw\S+ 0+ \S+ \d+ *(.*)$", re.M)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,15 +31,32 @@ class Result:
 
 
 class PageferryPeer(Peer):
-    """A ``pageferry`` process, as a user starts it."""
+    """A ``pageferry`` process, as a user starts it.
+
+    Args:
+        memory_bytes: of the guest that it runs, or waits for.
+        others: as for :class:`Peer`.
+    """
+
+    def __init__(self, name: str, argv: Sequence[str], folder: Path, memory_bytes: int) -> None:
+        super().__init__(name, argv, folder)
+        self._low_bytes = min(memory_bytes, PCI_HOLE_START)
 
     def _control_options(self, control: Path) -> Sequence[str]:
         return ["--control", str(control)]
 
     def hva(self, gpa: int) -> int | None:
-        """Return where guest memory lies: the memfd's mapping, below the hole."""
-        mapping = re.search(r"^(\w+)-\w+ \S+ 0+ .*memfd:pageferry-ram", self.maps(), re.M)
-        return None if mapping is None else int(mapping[1], 16) + gpa
+        """Return where guest memory lies: a memfd, or as much private memory, to the byte, as it has below the hole."""
+        begins: list[int] = []  # where it may begin: at a mapping from which on there is no gap
+        last = 0
+        for first, end, name in _MAPPING.findall(self.maps()):
+            if "memfd:pageferry-ram" in name:
+                return int(first, 16) + gpa
+            begins = [*(begins if int(first, 16) == last else []), int(first, 16)]
+            last = int(end, 16)
+            if last - self._low_bytes in begins and not (last - self._low_bytes) % SIZE_2M:
+                return last - self._low_bytes + gpa
+        return None
 
 
 class QemuPeer(Peer):
@@ -74,13 +94,13 @@ class Pageferry:
         if load.rewritten_bytes:
             sizes["argument"] = load.rewritten_bytes
         options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
-        return PageferryPeer("pageferry-source", [*_PAGEFERRY, "run", PROGRAM, "--accel", "kvm", *options], folder)
+        argv = [*_PAGEFERRY, "run", PROGRAM, "--accel", "kvm", *options]
+        return PageferryPeer("pageferry-source", argv, folder, load.memory_bytes)
 
     def destination(self, load: Load, folder: Path) -> Peer:
         """Return a process that can receive it."""
-        return PageferryPeer(
-            "pageferry-destination", [*_PAGEFERRY, "receive", f"tcp://{_ANY_PORT}", "--accel", "kvm"], folder
-        )
+        argv = [*_PAGEFERRY, "receive", f"tcp://{_ANY_PORT}", "--accel", "kvm"]
+        return PageferryPeer("pageferry-destination", argv, folder, load.memory_bytes)
 
     def listen(self, destination: Peer) -> str:
         """Return where the destination waits."""

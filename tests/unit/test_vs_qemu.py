@@ -260,7 +260,7 @@ def test_a_guest_that_does_not_fill_its_memory_is_told():
 
 def test_a_process_that_does_not_start_is_told_with_its_last_words(tmp_path):
     program = [sys.executable, "-c", "print('no such thing here'); raise SystemExit(1)"]
-    with PageferryPeer("mine", program, tmp_path) as peer:
+    with PageferryPeer("mine", program, tmp_path, 8 << 20) as peer:
         with pytest.raises(VmError, match=r"mine was not started"):
             peer.cpu_s()
         with pytest.raises(VmError, match=r"mine did not start: no such thing here"):
@@ -278,7 +278,7 @@ def test_an_interruption_in_the_middle_of_starting_a_process_leaves_none(tmp_pat
             signal.raise_signal(number)
 
     monkeypatch.setattr(subprocess, "Popen", Popen)
-    peer = PageferryPeer("mine", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path)
+    peer = PageferryPeer("mine", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path, 8 << 20)
     with pytest.raises(KeyboardInterrupt), peer:
         peer.start()
     assert started[0].poll() == -signal.SIGTERM
@@ -286,8 +286,19 @@ def test_an_interruption_in_the_middle_of_starting_a_process_leaves_none(tmp_pat
 
 @pytest.fixture
 def guest_process(tmp_path):
-    command = [sys.executable, "-m", "pageferry", "run", PROGRAM, "--accel", "kvm", "--memory", "8M"]
-    return PageferryPeer("source", [*command, "--working-set", "16K", "--argument", "12K", "--argument", "7"], tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "pageferry",
+        "run",
+        PROGRAM,
+        "--accel",
+        "kvm",
+        "--memory",
+        "14M",
+    ]  # no stack is as large
+    command += ["--working-set", "16K", "--argument", "12K", "--argument", "7"]
+    return PageferryPeer("source", command, tmp_path, 14 << 20)
 
 
 @pytest.mark.kvm
