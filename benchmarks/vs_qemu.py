@@ -34,7 +34,17 @@ from peers.host import host_line
 from peers.image import Load
 from peers.monitors import Monitor, Pageferry, Qemu, qemu_shim
 from peers.move import Move, move
-from peers.table import PLAIN_TARGET, Spread, compare, growth_table, header, lines
+from peers.table import (
+    PLAIN_TARGET,
+    Spread,
+    Targets,
+    compare,
+    growth_table,
+    header,
+    lines,
+    short_header,
+    short_line,
+)
 from wire import plain_copy
 
 _MIB = 1 << 20
@@ -49,22 +59,23 @@ _LACKING = 5
 class Terms:
     """What is the same in all scenarios: repetitions, downtime limit, more arguments of pageferry's ``migrate``.
 
-    ``warm``: as for :func:`peers.move.move`.
+    ``warm``: as for :func:`peers.move.move`. ``quick``: no warm-up, and only what the README shows.
     """
 
     pairs: int
     limit_s: float
     options: tuple[tuple[str, Any], ...]
     warm: bool
+    quick: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A guest to move. ``converge``: whether it may be throttled."""
+    """A guest to move. ``converge``: whether it may be throttled. ``warm``: the targets in warm memory."""
 
     title: str
     load: Load
-    total_target: float = 0.5
+    warm: Targets
     converge: bool = False
 
 
@@ -73,15 +84,27 @@ def _load(memory_mib: int, filled_mib: int, rewritten_mib: int) -> Load:
 
 
 SCENARIOS = {
-    "busy": Scenario(title="1 GiB, 960 MiB filled, 64 MiB rewritten in a loop", load=_load(1024, 960, 64)),
-    "idle": Scenario(title="8 GiB, 256 MiB filled, idle", load=_load(8192, 256, 0), total_target=0.2),
+    "busy": Scenario(
+        title="1 GiB, 960 MiB filled, 64 MiB rewritten in a loop",
+        load=_load(1024, 960, 64),
+        warm=Targets(total=0.9, downtime=0.25, cpu=1.0),
+    ),
+    "idle": Scenario(
+        title="8 GiB, 256 MiB filled, idle",
+        load=_load(8192, 256, 0),
+        warm=Targets(total=0.3, downtime=1.0, cpu=0.6),
+    ),
     "hot": Scenario(
         title="2 GiB, 1 GiB filled, 512 MiB of it rewritten faster than the wire moves them",
         load=_load(2048, 1024, 512),
+        warm=Targets(total=0.9, downtime=0.5, cpu=1.0),
         converge=True,
     ),
 }
+#: In memory that the host below must first fetch, of any guest.
+COLD = Targets(total=0.5, downtime=0.5, cpu=0.6)
 GROWTH = "growth"
+_QUICK_PAIRS = 2
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -135,7 +158,8 @@ class Bench:
                 monitors = _monitors(SCENARIOS[name], shim, self.terms)
                 text, numbers = self.run_scenario(SCENARIOS[name], monitors)
                 if not results:
-                    text = f"{header([monitor.name for monitor in monitors])}\n{text}"
+                    begin = short_header() if self.terms.quick else header([monitor.name for monitor in monitors])
+                    text = f"{begin}\n{text}"
             results.append(numbers)
             if show:
                 print(text, flush=True)
@@ -144,12 +168,14 @@ class Bench:
     def run_scenario(self, scenario: Scenario, monitors: Sequence[Monitor]) -> tuple[str, dict[str, Any]]:
         """Move the guest by each monitor in turn, after a warm-up; return lines of a table, and all numbers."""
         rows = []
-        for number in range(self.terms.pairs + 1):
+        for number in range(self.terms.quick, self.terms.pairs + 1):
             _say(f"{scenario.title}: {f'repetition {number} of {self.terms.pairs}' if number else 'warm-up'}")
             rows.append([self._attempt(monitor, scenario.load) for monitor in monitors])
-        rows = rows[1:]
-        comparisons = compare(rows, scenario.total_target)
-        return lines(scenario.title, rows, comparisons), {
+        rows = rows[-self.terms.pairs :]
+        comparisons = compare(rows, scenario.warm if self.terms.warm else COLD)
+        quick = self.terms.quick
+        text = short_line(scenario.title, comparisons) if quick else lines(scenario.title, rows, comparisons)
+        return text, {
             "scenario": scenario.title,
             "monitors": [monitor.name for monitor in monitors],
             "comparisons": [comparison.to_json() for comparison in comparisons],
@@ -199,7 +225,8 @@ def main(arguments: Sequence[str] | None = None, bench: Callable[..., Bench] = B
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*SCENARIOS, GROWTH]
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"which of {', '.join(known)}; all if none")
-    parser.add_argument("--pairs", type=int, default=7, help="repetitions after the warm-up (default 7)")
+    parser.add_argument("--pairs", type=int, help=f"repetitions after the warm-up (default 7; {_QUICK_PAIRS} if quick)")
+    parser.add_argument("--quick", action="store_true", help="no warm-up and no growth; prints what the README shows")
     parser.add_argument("--downtime-limit", type=float, default=300.0, metavar="MS", help="of both (default 300)")
     parser.add_argument("--largest", type=int, default=_GROW_MIB[-1], metavar="MIB", help="the last size of growth")
     parser.add_argument(
@@ -215,14 +242,21 @@ def main(arguments: Sequence[str] | None = None, bench: Callable[..., Bench] = B
     options = parser.parse_args(arguments)
     if unknown := set(options.scenarios) - set(known):
         parser.error(f"unknown scenario {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if options.pairs < 1:
+    if options.quick and GROWTH in options.scenarios:
+        parser.error(f"--quick has no {GROWTH}")
+    pairs = (_QUICK_PAIRS if options.quick else 7) if options.pairs is None else options.pairs
+    if pairs < 1:
         parser.error("at least one pair is needed")
     if not 1 <= options.downtime_limit <= 2_000_000:
         parser.error("the downtime limit is between 1 ms and 2000 s, as QEMU has it")
     terms = Terms(
-        pairs=options.pairs, limit_s=options.downtime_limit / 1e3, options=tuple(options.set), warm=not options.cold
+        pairs=pairs,
+        limit_s=options.downtime_limit / 1e3,
+        options=tuple(options.set),
+        warm=not options.cold,
+        quick=options.quick,
     )
-    wanted = options.scenarios or known
+    wanted = options.scenarios or (list(SCENARIOS) if options.quick else known)
     try:
         results = bench(terms=terms).run(wanted, options.largest, show=not options.json)
     except PageferryError as error:

@@ -10,6 +10,7 @@ from pageferry.core.units import format_duration, format_size
 from .move import Move
 
 UNKNOWN = "-"
+TOTAL, DOWNTIME, CPU = "total time", "downtime, at the guest", "processor time without vCPUs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,14 +23,23 @@ class Measure:
     target: float | None = None
 
 
-def measures(total_target: float) -> tuple[Measure, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """The most that our total time, downtime at the guest and processor time may be of the best other's."""
+
+    total: float
+    downtime: float
+    cpu: float
+
+
+def measures(targets: Targets) -> tuple[Measure, ...]:
     """Return what is compared, in the order of the table."""
     return (
-        Measure(name="total time", of=lambda m: m.total_s, show=format_duration, target=total_target),
-        Measure(name="downtime, at the guest", of=lambda m: m.gap_s, show=format_duration, target=0.25),
+        Measure(name=TOTAL, of=lambda m: m.total_s, show=format_duration, target=targets.total),
+        Measure(name=DOWNTIME, of=lambda m: m.gap_s, show=format_duration, target=targets.downtime),
         Measure(name="downtime, as reported", of=lambda m: m.downtime_s, show=format_duration),
         Measure(name="of it verification", of=lambda m: m.verify_s, show=format_duration),
-        Measure(name="processor time without vCPUs", of=lambda m: m.cpu_s, show=format_duration, target=1.0),
+        Measure(name=CPU, of=lambda m: m.cpu_s, show=format_duration, target=targets.cpu),
         Measure(name="processor time of vCPUs", of=lambda m: m.vcpu_s, show=format_duration),
         Measure(name="sent", of=lambda m: m.sent_bytes, show=format_size),
         Measure(name="peak memory, both ends", of=lambda m: m.peak_bytes, show=format_size),
@@ -80,15 +90,15 @@ class Comparison:
         return {"measure": self.measure, "spreads": spreads, "ratio": ratio, "target": self.target, "met": self.met}
 
 
-def compare(rows: Sequence[Sequence[Move | None]], total_target: float) -> list[Comparison]:
+def compare(rows: Sequence[Sequence[Move | None]], targets: Targets) -> list[Comparison]:
     """Compare monitors.
 
     Args:
         rows: one per repetition: a move by each monitor, ours first; None where it did not come about.
-        total_target: of the total time.
+        targets: of this guest.
     """
     return [
-        *(_compare(rows, measure) for measure in measures(total_target)),
+        *(_compare(rows, measure) for measure in measures(targets)),
         _verification_share(rows, "total time", lambda move: move.total_s, VERIFY_SHARE_TARGET),
         _verification_share(rows, "downtime", lambda move: move.downtime_s, None),
     ]
@@ -157,6 +167,22 @@ def lines(title: str, rows: Sequence[Sequence[Move | None]], comparisons: Sequen
         verdict = {True: "met", False: "missed", None: ""}[line.met]
         table.append(["", line.measure, *line.cells, ratio, target, verdict])
     return _markdown(table)
+
+
+def short_header() -> str:
+    """Return the beginning of the README's table; :func:`short_line` are the rest."""
+    return _markdown([["guest", "total time", "downtime at the guest", "processor time"], ["---"] * 4])
+
+
+def short_line(title: str, comparisons: Sequence[Comparison]) -> str:
+    """Return a scenario's line of the README's table: what has a target of QEMU's, and whether it is met."""
+    cells = []
+    for name in (TOTAL, DOWNTIME, CPU):
+        (line,) = (each for each in comparisons if each.measure == name)
+        ratio = UNKNOWN if line.ratio is None else f"{line.ratio.median:.2f}"
+        verdict = {True: "met", False: "missed", None: "not measured"}[line.met]
+        cells.append(f"{ratio} ({line.target:g}: {verdict})")
+    return _markdown([[title, *cells]])
 
 
 def _markdown(table: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import compare_results
 import vs_qemu
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.host_cpu import host_cpu
@@ -22,10 +23,11 @@ from peers.host import host_line
 from peers.image import PROGRAM, Load, build_image
 from peers.monitors import QEMU, PageferryPeer, QemuPeer, qemu_shim
 from peers.move import Move
-from peers.table import Spread, compare, growth_table, header, lines
+from peers.table import Spread, Targets, compare, growth_table, header, lines, short_header, short_line
 from peers.watch import GuestWatch, read_count, wait_filled
 
 MIB = 1 << 20
+HALF = Targets(total=0.5, downtime=0.5, cpu=0.5)
 LOAD = Load(memory_bytes=64 * MIB, filled_bytes=2 * MIB, rewritten_bytes=64 << 10)
 
 
@@ -43,25 +45,25 @@ def by_measure(comparisons):
 
 def test_the_ratio_is_to_the_better_one_of_the_same_repetition():
     rows = [(move(1.0), move(4.0), move(2.0)), (move(2.0), move(5.0), move(8.0)), (move(9.0), move(10.0), move(30.0))]
-    total = by_measure(compare(rows, 0.5))["total time"]
+    total = by_measure(compare(rows, HALF))["total time"]
     assert (total.ratio.median, total.ratio.low, total.ratio.high) == (0.5, 0.4, 0.9)
     assert [spread.median for spread in total.spreads] == [2.0, 5.0, 8.0]
     assert total.met is True
-    assert by_measure(compare(rows, 0.49))["total time"].met is False
+    assert by_measure(compare(rows, Targets(total=0.49, downtime=0.5, cpu=0.5)))["total time"].met is False
 
 
 def test_a_move_that_did_not_come_about_is_not_a_number():
     rows = [(move(1.0), None, move(4.0)), (None, move(2.0), move(2.0)), (move(3.0), None, None)]
-    total = by_measure(compare(rows, 0.5))["total time"]
+    total = by_measure(compare(rows, HALF))["total time"]
     assert total.ratio.median == 0.25
     assert [spread.median for spread in total.spreads] == [2.0, 2.0, 3.0]
-    nothing = by_measure(compare([(None, None, None)], 0.5))["total time"]
+    nothing = by_measure(compare([(None, None, None)], HALF))["total time"]
     assert (nothing.ratio, nothing.met, nothing.spreads) == (None, None, (None, None, None))
 
 
 def test_verification_is_a_share_of_our_own_time():
     rows = [(move(2.0, verify_s=0.3, downtime_s=0.4), move(1.0), move(1.0))]
-    shares = by_measure(compare(rows, 0.5))
+    shares = by_measure(compare(rows, HALF))
     total, downtime = shares["verification, share of total time"], shares["verification, share of downtime"]
     assert (total.ratio.median, total.met) == (0.15, True)
     assert total.cells == ("15.0% (15.0% to 15.0%)", "-", "-")
@@ -71,14 +73,14 @@ def test_verification_is_a_share_of_our_own_time():
 
 def test_the_table_has_a_verdict_where_there_is_a_target():
     rows = [(move(1.0, gap_s=0.2), move(4.0, gap_s=0.1), None)]
-    text = f"{header(['a', 'b', 'c'])}\n{lines('the guest', rows, compare(rows, 0.5))}"
+    text = f"{header(['a', 'b', 'c'])}\n{lines('the guest', rows, compare(rows, HALF))}"
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert len({len(cells) for cells in table}) == 1
     assert table[0][2:5] == ["a", "b", "c"]
     assert table[2] == ["the guest", "moved", "1 of 1", "1 of 1", "0 of 1", "", "", ""]
     verdicts = {cells[1]: cells[5:] for cells in table}
     assert verdicts["total time"] == ["0.25 (0.25 to 0.25)", "0.5", "met"]
-    assert verdicts["downtime, at the guest"] == ["2.00 (2.00 to 2.00)", "0.25", "missed"]
+    assert verdicts["downtime, at the guest"] == ["2.00 (2.00 to 2.00)", "0.5", "missed"]
     assert verdicts["sent"][1:] == ["", ""]
 
 
@@ -110,6 +112,61 @@ def test_growth_says_which_sizes_keep_up_with_a_copy():
     assert Spread.of([]) is None
 
 
+def test_the_short_table_has_what_has_a_target():
+    comparisons = compare([(move(1.0, gap_s=0.2), move(4.0), None)], HALF)
+    table = f"{short_header()}\n{short_line('the guest', comparisons)}".splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert table[-1] == "| the guest | 0.25 (0.5: met) | 2.00 (0.5: missed) | 1.00 (0.5: missed) |"
+    nothing = short_line("none", compare([(None, None, None)], HALF))
+    assert nothing.count("- (0.5: not measured)") == 3
+
+
+# -- two results -------------------------------------------------------------------------------------------------------
+
+
+def result_of(path, host="a host", **ratios):
+    lines = [
+        {"measure": name, "ratio": ratio and dict(zip(("min", "median", "max"), ratio, strict=True))}
+        for name, ratio in ratios.items()
+    ]
+    path.write_text(json.dumps({"host": host, "results": [{"scenario": "busy", "comparisons": lines}, {"sizes": []}]}))
+    return str(path)
+
+
+def test_what_changed_by_more_than_the_noise_is_told_and_only_that(tmp_path, capsys):
+    before = result_of(
+        tmp_path / "1", total=(1.0, 1.1, 1.2), downtime=(0.5, 0.6, 0.7), cpu=(1.0, 1.0, 1.0), only=(1, 1, 1), none=None
+    )
+    now = result_of(
+        tmp_path / "2",
+        total=(1.3, 1.4, 1.5),
+        downtime=(0.2, 0.3, 0.4),
+        cpu=(1.01, 1.05, 1.09),
+        new=(1, 1, 1),
+        none=None,
+    )
+    assert compare_results.main([before, now]) == 1
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "worse: busy: total: 1.10 before, 1.40 now",
+        "better: busy: downtime: 0.60 before, 0.30 now",
+    ]
+    assert said.err == ""
+    assert compare_results.main([now, result_of(tmp_path / "3", host="another", total=(1.2, 1.9, 2.0))]) == 0
+    said = capsys.readouterr()
+    assert said.out == "no ratio changed by more than the noise\n"
+    assert said.err == "two hosts: a host\n           another\n"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": [{"comparisons": [{}]}]}', '{"results": 3}'])
+def test_what_is_no_result_is_refused(tmp_path, capsys, content):
+    (tmp_path / "x").write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        compare_results.main([str(tmp_path / "x"), str(tmp_path / "x")])
+    assert caught.value.code == 2
+    assert "is no result of vs_qemu.py --json" in capsys.readouterr().err
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -123,7 +180,14 @@ def test_without_qemu_one_line_says_what_to_install(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["nonesuch"], ["busy", "--pairs", "0"], ["--pairs", "many"], ["--set", "x-verify"], ["--downtime-limit", "nan"]],
+    [
+        ["nonesuch"],
+        ["growth", "--quick"],
+        ["busy", "--pairs", "0"],
+        ["--pairs", "many"],
+        ["--set", "x-verify"],
+        ["--downtime-limit", "nan"],
+    ],
 )
 def test_wrong_usage_is_refused_before_anything_is_started(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -157,6 +221,22 @@ def test_memory_is_warm_where_it_is_not_to_be_cold(capsys, flags, warm):
     assert vs_qemu.main(["idle", "--pairs", "1", *flags], bench) == 0
     assert set(seen) == {warm}
     assert "| total time |" in capsys.readouterr().out
+
+
+def test_quick_is_what_the_readme_shows_without_a_warm_up(capsys):
+    seen = []
+    bench = pretended(lambda monitor, load, warm: seen.append(monitor.name) or move(1.0))
+    assert vs_qemu.main(["--quick"], bench) == 0
+    assert len(seen) == 2 * 3 * len(vs_qemu.SCENARIOS)
+    table, title = capsys.readouterr().out.splitlines()[2:], vs_qemu.SCENARIOS["busy"].title
+    assert len(table) == 2 + len(vs_qemu.SCENARIOS)
+    assert table[2] == f"| {title} | 1.00 (0.9: missed) | 1.00 (0.25: missed) | 1.00 (1: met) |"
+
+
+def test_cold_memory_has_targets_of_its_own(capsys):
+    bench = pretended(lambda monitor, load, warm: move(1.0))
+    assert vs_qemu.main(["busy", "--quick", "--cold"], bench) == 0
+    assert "| 1.00 (0.5: missed) | 1.00 (0.5: missed) | 1.00 (0.6: missed) |" in capsys.readouterr().out
 
 
 def test_the_warm_up_is_not_counted_and_a_failure_is_told(capsys):
