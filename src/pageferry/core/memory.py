@@ -402,8 +402,7 @@ class GuestMemory:
         Raises:
             VmError: a frame is not RAM.
         """
-        if starts.size and not (self._inside(starts, lengths) and self._none_removed(starts, lengths)):
-            raise VmError("a run of frames is not inside guest memory")
+        self._expect_runs(starts, lengths)
         self._expect_there(lambda: expand_runs(starts, lengths))
         view = self.mapping.view
         begins = (starts << np.uint64(PAGE_SHIFT)).tolist()
@@ -420,8 +419,7 @@ class GuestMemory:
         Raises:
             VmError: a frame is not RAM, or the host is out of memory.
         """
-        if not self.are_ram(expand_runs(starts, lengths)).all():
-            raise VmError("a run of frames is not inside guest memory")
+        self._expect_runs(starts, lengths)
         self.make_huge(starts, lengths)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
@@ -492,6 +490,10 @@ class GuestMemory:
         self.mapping.clear()
         if self.storage is not None:  # else the file, and all that it holds, would last until this object is collected
             self.storage.close()
+
+    def _expect_runs(self, starts: GfnArray, lengths: GfnArray) -> None:
+        if starts.size and not (self._inside(starts, lengths) and self._none_removed(starts, lengths)):
+            raise VmError("a run of frames is not inside guest memory")
 
     def _inside(self, starts: GfnArray, lengths: GfnArray) -> bool:
         fits = [

@@ -38,8 +38,12 @@ def zero_pages(words: PageWords, gfns: GfnArray) -> NDArray[np.bool_]:
         gfns: uint64[n], strictly ascending, RAM.
     """
     zero = np.zeros(gfns.size, np.bool_)
+    if not gfns.size:
+        return zero
     rows = gfns.astype(np.intp)
-    suspects = np.flatnonzero(words[rows, _SAMPLES[0]] == 0)
+    first, last = int(rows[0]), int(rows[-1])
+    sampled = words[first : last + 1, _SAMPLES[0]] if last - first == rows.size - 1 else words[rows, _SAMPLES[0]]
+    suspects = np.flatnonzero(sampled == 0)
     for sample in _SAMPLES[1:]:
         suspects = suspects[words[rows[suspects], sample] == 0]
     if suspects.size:

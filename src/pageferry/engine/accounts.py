@@ -130,8 +130,10 @@ class SendCounts:
                 self._halve_rows()
             row = self._rows[index // self._rounds_per_row]
             row[first : first + pages.size] += pages.astype(np.uint32)
-            counts = self._sent[where]
-            self._sent[where] = counts + (counts < _MOST)
+            one_run = int(where[-1]) - int(where[0]) == where.size - 1
+            at = slice(int(where[0]), int(where[-1]) + 1) if one_run else where
+            counts = self._sent[at]
+            self._sent[at] = counts + (counts < _MOST)
 
     def result(self) -> SentPages:
         """Return what was counted so far."""

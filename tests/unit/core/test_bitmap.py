@@ -48,6 +48,24 @@ def test_storage_of_the_wrong_shape_is_refused():
         DirtyBitmap(65).set([0.5])
 
 
+RUN = list(range(37, 537))
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [RUN, RUN[::-1], [*RUN[:100], 700, *RUN[101:]], [*RUN[:100], RUN[99], *RUN[101:]], [*RUN[:9], 11, 10, *RUN[11:]]],
+    ids=["one run", "backwards", "one elsewhere", "one twice", "out of order"],
+)
+def test_many_frames_are_set_and_cleared_as_single_ones_are(frames):
+    bitmap = DirtyBitmap(1000)
+    bitmap.set_range(0, 1000)
+    bitmap.clear(u64(*frames))
+    assert set(bitmap.gfns().tolist()) == set(range(1000)) - set(frames)
+    bitmap = DirtyBitmap(1000)
+    bitmap.set(u64(*frames))
+    assert set(bitmap.gfns().tolist()) == set(frames)
+
+
 sizes = st.integers(1, 300)
 
 
