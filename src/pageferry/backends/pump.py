@@ -1,4 +1,4 @@
-"""Pump: a thread that waits for input on a descriptor, and has it taken when that is allowed.
+"""Pump: a thread that waits for input on a descriptor, or to be woken, and has done what there is to do.
 
 It sleeps on the descriptor and on an event of its own; what makes it possible to go on (a guest that runs again, or
 has room again) wakes it by that event.

@@ -199,7 +199,7 @@ class VirtioDevices:
         port = NetPort(open_link(spec.backend), mac, self._bus, self._held)
         self._backends.append((name, port))
         self._ports.append(port)
-        model = VirtioNet(name, self._memory, port.link, mac=mac, on_room=port.wake)
+        model = VirtioNet(name, self._memory, port.link, mac=mac, wake=port.wake)
         function = self._function(model, slot)
         port.connect(model, function)
         self.specs += (spec,)

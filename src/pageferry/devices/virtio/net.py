@@ -1,8 +1,10 @@
 """A network device over a :class:`~pageferry.backends.link.Link`.
 
-Frames that the guest sends go out while it notifies of them; one that the link does not take is dropped, as on a wire.
-Frames for the guest wait in the link until the guest has room, one of them here: it is part of the state, so that a
-frame that was taken from the link is not lost at a move.
+Frames that the guest sends are put on the link by its port's thread, not while the guest notifies of them: the answer
+to a frame would else be there before the guest can add to it, and a stream of small writes would become as many small
+frames. One that the link does not take is dropped, as on a wire. Those that wait stay in the guest's queue, and move
+with it. Frames for the guest wait in the link until the guest has room, one of them here: it is part of the state, so
+that a frame that was taken from the link is not lost at a move.
 
 Source: VIRTIO 1.2, section 5.1.
 """
@@ -20,7 +22,7 @@ from pageferry.devices.virtio.queue import Chain, SplitQueue, scatter, size_of
 _log = logging.getLogger(__name__)
 
 _QUEUE_SIZE = 256
-RECEIVE, _TRANSMIT = 0, 1
+RECEIVE, TRANSMIT = 0, 1
 #: Frames taken from the link before other threads may have the bus.
 _BATCH = 64
 
@@ -47,19 +49,20 @@ class VirtioNet:
         memory: the guest's.
         link: to the network.
         mac: the guest's address.
-        on_room: called when there is room again for frames, after there was none.
+        wake: called when there is something to do for the port's thread: frames to send, or room again for those that
+            come.
     """
 
     device_id = 1
     pci_class = 0x02_00_00
     queue_sizes = (_QUEUE_SIZE, _QUEUE_SIZE)
 
-    def __init__(self, name: str, memory: GuestMemory, link: Link, *, mac: bytes, on_room: Callable[[], None]) -> None:
+    def __init__(self, name: str, memory: GuestMemory, link: Link, *, mac: bytes, wake: Callable[[], None]) -> None:
         self.name = name
         self._memory = memory
         self._link = link
         self._mac = mac
-        self._on_room = on_room
+        self._wake = wake
         self.has_room = False
         """Whether frames that come can be taken: the guest has buffers, as far as was seen."""
         self._broken = False
@@ -73,19 +76,25 @@ class VirtioNet:
         return _CONFIG.pack(self._mac, _LINK_UP, 1, 0)
 
     def serve(self, index: int, driver: Driver) -> None:
-        """Send what the guest has for the network, or hand over what the network has for the guest."""
-        if index == _TRANSMIT:
-            self._transmit(driver.queues[index])
+        """Have sent what the guest has for the network, or hand over what the network has for the guest."""
+        if index == TRANSMIT:
+            driver.queues[index].want_no_notification()
+            self._wake()
             return
         self._link.leave(sum(offload for feature, offload in _LEFT_TO_GUEST if driver.has(feature)))
         had_room = self.has_room
         self.has_room = self._receive(driver.queues[index], mergeable=driver.has(_F_MRG_RXBUF))
         if self.has_room and not had_room:
-            self._on_room()
+            self._wake()
 
     # -- to the network: section 5.1.6.2 -----------------------------------------------------------------------------
 
-    def _transmit(self, queue: SplitQueue) -> None:
+    def transmit(self, queue: SplitQueue) -> None:
+        """Send the frames that wait in the queue, and have the driver notify of the next.
+
+        Raises:
+            VmError: the driver broke the rules.
+        """
         for chain in queue.drain():
             if HEADER_BYTES < size_of(chain.readable) <= MAX_FRAME_BYTES:
                 self._send(chain)

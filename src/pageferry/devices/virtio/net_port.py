@@ -1,4 +1,4 @@
-"""NetPort: the host's side of one network device: its link, and the pump that hands the guest what comes there."""
+"""NetPort: the host's side of one network device: its link, and the pump that carries frames both ways."""
 
 import logging
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from functools import partial
 from pageferry.backends.link import Link, rarp
 from pageferry.backends.pump import Pump
 from pageferry.devices.bus import DeviceBus
-from pageferry.devices.virtio.net import RECEIVE, VirtioNet
+from pageferry.devices.virtio.net import RECEIVE, TRANSMIT, VirtioNet
 from pageferry.devices.virtio.transport import VirtioPci
 
 _log = logging.getLogger(__name__)
@@ -38,15 +38,15 @@ class NetPort:
         """Be the port of a device; before anything else."""
         self._model = model
         take, announce = partial(self._take, model, function), self._announce
-        self._pump = Pump(f"{model.name}-receive", take, announce=announce, pauses_s=_ANNOUNCEMENTS_S)
+        self._pump = Pump(f"{model.name}-frames", take, announce=announce, pauses_s=_ANNOUNCEMENTS_S)
 
     def wake(self) -> None:
-        """Look again whether frames can be handed over, on the pump's thread."""
+        """Look again whether frames can be carried, on the pump's thread."""
         if self._pump is not None:
             self._pump.wake()
 
     def claim(self) -> None:
-        """Take the link, tell the network where the guest is, and begin to hand over frames.
+        """Take the link, tell the network where the guest is, and begin to carry frames.
 
         Raises:
             VmError: another process has the link.
@@ -57,7 +57,7 @@ class NetPort:
             self._pump.start(self.link.fileno())
 
     def release(self) -> None:
-        """Hand over no more, and give the link back."""
+        """Carry no more, and give the link back."""
         if self._pump is not None:
             self._pump.stop()
         self.link.release()
@@ -72,6 +72,7 @@ class NetPort:
         with self._bus.locked():
             if self._held():
                 return False
+            function.work(TRANSMIT, model.transmit)
             function.serve(RECEIVE)
             return function.live and model.has_room
 

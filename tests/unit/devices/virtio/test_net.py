@@ -69,8 +69,8 @@ class Net:
         self.memory = GuestMemory.linear(16 << 20)
         self.bus = DeviceBus()
         self.link = FakeLink(offloads)
-        self.rooms = 0
-        self.model = VirtioNet("net0", self.memory, self.link, mac=MAC, on_room=self.room)
+        self.wakes = 0
+        self.model = VirtioNet("net0", self.memory, self.link, mac=MAC, wake=self.wake)
         queues = tuple(SplitQueue(self.memory, size) for size in self.model.queue_sizes)
         self.function = VirtioPci(self.model, queues, bar_gpa=0xE000_0000, irq=10, line=self.bus.lines.line(10))
         address = ConfigAddress()
@@ -80,8 +80,13 @@ class Net:
         assert self.driver.begin(features, sizes=sizes)
         self.rx, self.tx = self.driver.rings
 
-    def room(self):
-        self.rooms += 1
+    def wake(self):
+        self.wakes += 1
+
+    def send(self):
+        """Have the driver notify of its frames, and do what the port then does."""
+        self.tx.notify()
+        self.function.work(TX, self.model.transmit)
 
     def post(self, *sizes):
         """Make buffers of these sizes available; return where they are."""
@@ -127,7 +132,11 @@ def test_frames_go_out_whatever_their_descriptors(layout):
     net.memory.write(place, frame)
     starts = [sum(layout[:n]) for n in range(len(layout))]
     net.tx.add([(place + start, size) for start, size in zip(starts, layout, strict=True)])
+    wakes = net.wakes
     net.tx.notify()
+    assert net.wakes == wakes + 1
+    assert not net.link.outbound  # not on the vCPU's thread
+    net.send()
     assert net.link.outbound == [frame]
     assert net.tx.collect() == [(0, 0)]
 
@@ -136,7 +145,7 @@ def test_frames_go_out_whatever_their_descriptors(layout):
 def test_what_is_not_a_frame_is_dropped(size):
     net = Net()
     net.tx.add([(0x20_0000, size)])
-    net.tx.notify()
+    net.send()
     assert not net.link.outbound
     assert net.tx.collect() == [(0, 0)]
     assert not net.driver.broken
@@ -159,7 +168,7 @@ def test_a_frame_waits_for_room_and_is_not_lost():
     net.come(b"x" * 1000, b"later")
     assert not net.rx.collect()
     assert not net.model.has_room
-    rooms = net.rooms
+    wakes = net.wakes
     assert net.rx.avail_event == 1  # it is told of the next buffer
     places = net.post(500, 500)
     net.rx.notify()
@@ -169,7 +178,7 @@ def test_a_frame_waits_for_room_and_is_not_lost():
     net.rx.notify()
     assert [length for _, length in net.rx.collect()] == [17]
     assert net.model.has_room
-    assert net.rooms == rooms + 1
+    assert net.wakes == wakes + 1
     assert net.memory.read(places[0], 500) == b"x" * 500
 
 
@@ -205,7 +214,7 @@ def test_a_broken_link_is_dead_until_it_is_claimed_again():
     net.link.failure = ConnectionResetError(104, "gone")
     net.come(b"lost")
     net.tx.add([(0x20_0000, 100)])
-    net.tx.notify()
+    net.send()
     assert not net.driver.broken
     assert not net.model.has_room
     net.link.failure = None
@@ -265,7 +274,7 @@ class Port:
         self.wire = sockets[1]
         self.port = NetPort(net.link, MAC, net.bus, lambda: self.held)
         self.port.connect(net.model, net.function)
-        net.model._on_room = self.port.wake
+        net.model._wake = self.port.wake
         self.arrived = threading.Event()
         receive = net.link.receive
 
@@ -308,6 +317,35 @@ def test_a_port_tells_the_network_at_once_and_hands_over_what_comes(port):
     assert port.arrived.wait(10)
     with net.bus.locked():
         assert [length for _, length in net.rx.collect()] == [17]
+
+
+def test_a_port_sends_what_the_guest_has_and_only_while_it_may_run(port):
+    net = port.net
+    net.memory.write(0x20_0000, bytes(range(72)))
+    port.port.claim()
+    assert port.turn()
+
+    def sent():
+        with net.bus.locked():
+            return [frame for frame in net.link.outbound if frame != rarp(MAC)]
+
+    with net.bus.locked():
+        port.held = True
+    net.tx.add([(0x20_0000, 72)])
+    net.tx.notify()
+    assert not port.turn()
+    assert sent() == []
+    with net.bus.locked():
+        port.held = False
+    assert port.turn()
+    assert sent() == [bytes(range(72))]
+    with net.bus.locked():
+        assert net.tx.collect() == [(0, 0)]
+    port.arrived.clear()
+    net.tx.add([(0x20_0000, 20)])
+    net.tx.notify()  # wakes the pump by itself
+    assert port.arrived.wait(10)
+    assert sent() == [bytes(range(72)), bytes(range(20))]
 
 
 def test_nothing_is_handed_over_while_the_guest_is_held_and_nothing_lost(port):
