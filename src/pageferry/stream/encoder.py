@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pageferry.core.errors import LocalStreamError
-from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
+from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
 from pageferry.stream import format as fmt
-from pageferry.stream.format import RecordType
+from pageferry.stream.format import PageType, RecordType
 from pageferry.stream.order import Order, Role
 from pageferry.stream.records import TYPE_OF, PlainRecord, StreamHeader, body_of
 
@@ -117,6 +117,37 @@ class Encoder:
         self._offset += fmt.RECORD_HEADER.size + body_bytes
         head = fmt.RECORD_HEADER.pack(RecordType.PAGE_DATA, body_bytes) + fmt.PAGE_DATA_HEAD.pack(words.size, 0)
         return head + words.tobytes()
+
+    def named(self, pfns: GfnArray, page_type: PageType) -> bytes:
+        """Return PAGE_DATA records that name pages and carry no data, as many as it takes, all but the last full.
+
+        Args:
+            pfns: uint64[n], each below 2**52.
+            page_type: of all of them; one that carries no data.
+
+        Raises:
+            LocalStreamError: PAGE_DATA may not come now, or the arguments are not as above.
+        """
+        full = pfns.size // fmt.MAX_PAGES_PER_RECORD
+        if full < 2:
+            pieces = range(0, pfns.size, fmt.MAX_PAGES_PER_RECORD)
+            types = np.full(fmt.MAX_PAGES_PER_RECORD, page_type, np.uint8)
+            some = [pfns[at : at + fmt.MAX_PAGES_PER_RECORD] for at in pieces]
+            return b"".join(self.page_data(each, types[: each.size]) for each in some)
+        order = self._in_order(RecordType.PAGE_DATA)
+        if int(pfns.max()) > fmt.PFN_MASK or fmt.carries_data(np.array([page_type], np.uint8)).any():
+            raise self._refusal(RecordType.PAGE_DATA, "these pages cannot be named without data")
+        whole = full * fmt.MAX_PAGES_PER_RECORD
+        records = np.empty((full, 2 + fmt.MAX_PAGES_PER_RECORD), "<u8")
+        body_bytes = fmt.PAGE_DATA_HEAD.size + 8 * fmt.MAX_PAGES_PER_RECORD
+        records[:, 0] = int.from_bytes(fmt.RECORD_HEADER.pack(RecordType.PAGE_DATA, body_bytes), "little")
+        records[:, 1] = int.from_bytes(fmt.PAGE_DATA_HEAD.pack(fmt.MAX_PAGES_PER_RECORD, 0), "little")
+        np.bitwise_or(
+            pfns[:whole].reshape(full, -1), np.uint64(page_type) << np.uint64(fmt.PAGE_TYPE_SHIFT), out=records[:, 2:]
+        )
+        order.passed(RecordType.PAGE_DATA)
+        self._offset += records.nbytes
+        return records.tobytes() + self.named(pfns[whole:], page_type)
 
     def _in_order(self, record_type: RecordType) -> Order:
         why = "the headers come first" if self._order is None else self._order.check(record_type)

@@ -140,6 +140,36 @@ class Walk:
         )
 
 
+def pass_over(read: Read, check: Callable[[], None]) -> None:
+    """Read a stream to its end, and look at nothing but that it is one.
+
+    Args:
+        read: where the bytes come from.
+        check: called between records; raises to give up.
+
+    Raises:
+        RemoteStreamError: the stream is wrong.
+    """
+    decoder, payload = Decoder(zero_copy=True), memoryview(bytearray(_MAX_PAYLOAD_BYTES))
+    while not decoder.ended:
+        event = decoder.next_event()
+        if isinstance(event, Need):
+            data = payload[: decoder.wanted_bytes]
+            got = read(data)
+            if not got:
+                decoder.eof()
+            decoder.feed(data[:got])
+        elif isinstance(event, PageDataHeader):
+            check()
+            at = 0
+            while at < event.payload_bytes:
+                got = read(payload[at : event.payload_bytes])
+                if not got:
+                    raise TruncatedError("the stream stops within its pages", record="PAGE_DATA", offset=event.offset)
+                at += got
+            decoder.payload_received()
+
+
 def page_counts(types: NDArray[np.uint8]) -> dict[str, int]:
     """Return how many pages of each type there are, by name; types that do not occur are left out."""
     numbers, counts = np.unique(types, return_counts=True)

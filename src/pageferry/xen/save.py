@@ -37,7 +37,7 @@ from pageferry.engine.precopy import Precopy, stop_and_copy
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.records import HvmContext
-from pageferry.stream.walk import Walk
+from pageferry.stream.walk import pass_over
 from pageferry.stream.xl import Inside, libxl_tail, xl_head
 from pageferry.xen.domain import XenDomain
 from pageferry.xen.live import SecondReading, XenSink, missed_in_words, suspend
@@ -165,8 +165,7 @@ class XenSave:
         with open(os.dup(file.fileno()), "rb") as again:
             again.seek(0)
             inside = Inside(again.readinto)
-            for _ in Walk(inside):
-                self.job.check()
+            pass_over(inside, self.job.check)
             inside.finish()
 
     def _open(self) -> FileOutlet:

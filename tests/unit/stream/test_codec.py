@@ -559,3 +559,32 @@ def audit_body(rows, reserved=0):
 def test_a_malformed_audit_is_refused(body, match):
     with pytest.raises(BodyError, match=match):
         parse_body(RecordType.AUDIT, body)
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 2047, 2048, 5000])
+@pytest.mark.parametrize("page_type", [PageType.XTAB, PageType.XALLOC])
+def test_many_pages_are_named_at_once_as_one_record_after_another_would(count, page_type):
+    def begun():
+        encoder = Encoder()
+        encoder.header()
+        encoder.record(StaticDataEnd())
+        return encoder
+
+    one, other = begun(), begun()
+    pfns = np.arange(7, 7 + count, dtype=np.uint64)
+    types = np.full(count, page_type, np.uint8)
+    pieces = [slice(at, at + 1024) for at in range(0, count, 1024)]
+    expected = b"".join(one.page_data(pfns[piece], types[piece]) for piece in pieces)
+    assert other.named(pfns, page_type) == expected
+    assert other.offset == one.offset
+
+
+@pytest.mark.parametrize(("pfn", "page_type"), [(1 << 52, PageType.XTAB), (5, PageType.NOTAB)])
+def test_what_cannot_be_named_without_data_is_refused_and_nothing_was_written(pfn, page_type):
+    encoder = Encoder()
+    encoder.header()
+    encoder.record(StaticDataEnd())
+    before = encoder.offset
+    with pytest.raises(LocalStreamError):
+        encoder.named(np.full(3000, pfn, np.uint64), page_type)
+    assert encoder.offset == before

@@ -125,6 +125,17 @@ def test_a_guest_without_xens_drivers_is_shut_down_to_suspend(guest, xen):
     assert "setvcpucontext" not in xen.calls
 
 
+def test_a_suspended_domain_goes_on_with_the_last_thaw_only(guest, xen):
+    guest.suspends = True
+    guest.freeze()
+    guest.suspends = False
+    guest.freeze()
+    guest.thaw()
+    assert (xen.shutdown_reason, xen.paused) == (uapi.SHUTDOWN_suspend, 1)
+    guest.thaw()
+    assert (xen.shutdown_reason, xen.paused) == (None, 0)
+
+
 def test_a_guest_with_xens_drivers_suspends_itself_and_is_told_when_that_is_cancelled(guest, xen):
     xen.params[uapi.HVM_PARAM_CALLBACK_IRQ] = 2 << 56 | 0xF3
     xen._getvcpucontext = lambda request, u: None

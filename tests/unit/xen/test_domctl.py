@@ -46,6 +46,15 @@ def test_an_unknown_domain_is_refused_with_a_hint():
     assert refused.value.hint == "pageferry xen list shows the domains"
 
 
+def test_a_xen_that_answers_with_the_next_domain_is_not_believed():
+    privcmd = FakePrivcmd()
+    answer = privcmd._getdomaininfo
+    privcmd._getdomaininfo = lambda request, u: (answer(request, u), setattr(u.getdomaininfo, "domain", 7))
+    control = Control(privcmd)
+    with pytest.raises(UsageError, match="there is no domain 5"):
+        control.info(5)
+
+
 def test_the_bitmap_is_copied_out_bit_for_bit():
     privcmd = FakePrivcmd(pages=200)
     privcmd.dirty = {0, 63, 64, 199}

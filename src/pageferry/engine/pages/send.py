@@ -154,7 +154,7 @@ class Lane:
         zero, others, coded = self._coded(gfns, fresh=fresh)
         if zero.size:
             self._coder.forget(zero)
-            name = self._named(zero, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=zero))
+            name = self._encoder.named(zero, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=zero))
             self.channel.send([name])
         self.channel.send(coded.buffers)
         self.counts += coded.counts + PageCounts(sent_pages=zero.size + others.size, zero_pages=zero.size)
@@ -162,12 +162,7 @@ class Lane:
 
     def _name(self, gfns: GfnArray, page_type: PageType) -> None:
         for begin in range(0, gfns.size, _NAMED_AT_ONCE):
-            some = gfns[begin : begin + _NAMED_AT_ONCE]
-            pieces = range(0, some.size, MAX_PAGES_PER_RECORD)
-            self.channel.send([self._named(some[at : at + MAX_PAGES_PER_RECORD], page_type) for at in pieces])
-
-    def _named(self, gfns: GfnArray, page_type: PageType) -> bytes:
-        return self._encoder.page_data(gfns, np.full(gfns.size, page_type, np.uint8))
+            self.channel.send([self._encoder.named(gfns[begin : begin + _NAMED_AT_ONCE], page_type)])
 
     def _coded(self, gfns: GfnArray, *, fresh: bool) -> tuple[GfnArray, GfnArray, Coded]:
         # Returns the frames that are zero, the others, and the records of those. Frames that are not RAM any more are
