@@ -45,11 +45,11 @@ def xl(*arguments, check=True):
     return done.stdout
 
 
-def create(folder, name, *, memory_mib=16, vcpus=1, kernel=None, more="", paused=True):
+def create(folder, name, *, memory_mib=16, vcpus=1, kernel=None, more="", kind="pvh", paused=True):
     """Make a domain; return its number."""
     config = Path(folder) / f"{name}.cfg"
     config.write_text(
-        f'name = "{name}"\ntype = "pvh"\nkernel = "{kernel or idle_kernel(folder)}"\nmemory = {memory_mib}\n'
+        f'name = "{name}"\ntype = "{kind}"\nkernel = "{kernel or idle_kernel(folder)}"\nmemory = {memory_mib}\n'
         f'vcpus = {vcpus}\non_crash = "preserve"\non_reboot = "preserve"\non_poweroff = "preserve"\n{more}\n'
     )
     xl("create", *(["-p"] if paused else []), config)

@@ -46,7 +46,13 @@ MODULES = (
 )
 MEMORY_BYTES = 3 << 30
 DOM0_MEMORY = "1536M"
-TESTS = ("tests/xen", "--timeout", "1800", "-o", "faulthandler_timeout=0")
+_OPTIONS = ("--timeout", "1800", "-o", "faulthandler_timeout=0")
+_OPERATORS = ("tests/xen/test_kit.py", "tests/xen/test_operators.py", "tests/xen/test_differential.py")
+#: One machine for each, at once, with about as much to do.
+PARTS = (
+    (*_OPERATORS, *_OPTIONS),
+    ("tests/xen", *(f"--ignore={each}" for each in _OPERATORS), *_OPTIONS),
+)
 
 _INIT = """
 export PATH=/bin
@@ -89,21 +95,33 @@ def main(arguments: Sequence[str]) -> int:
     """Run the tests; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shell", help="run this command instead of pytest")
-    parser.add_argument("tests", nargs="*", help=f"arguments (after --) instead of: {shlex.join(TESTS)}")
+    parser.add_argument("tests", nargs="*", help="arguments (after --) for pytest, instead of all of tests/xen")
     asked = parser.parse_args(arguments)
     if missing := [package for tool, package in TOOLS.items() if shutil.which(tool) is None]:
         print(f"test-xen: {', '.join(missing)} not installed: sudo apt-get install {' '.join(missing)}")
         return NOT_RUN
-    program = asked.shell or shlex.join([sys.executable, "-m", "pytest", *(asked.tests or TESTS)])
+    parts = [asked.tests] if asked.tests else PARTS
+    programs = [shlex.join([sys.executable, "-m", "pytest", *tests]) for tests in parts]
+    if asked.shell:
+        programs = [asked.shell]
     try:
         xen, root = unpacked_xen(CACHE)
-        image = build_image(
-            CACHE, PACKAGES, kernel=KERNELS["standard"], modules=MODULES, init=init_script(program), programs={}
-        )
+        images = [
+            build_image(
+                CACHE / f"part{number}",
+                PACKAGES,
+                kernel=KERNELS["standard"],
+                modules=MODULES,
+                init=init_script(program),
+                programs={},
+            )
+            for number, program in enumerate(programs)
+        ]
     except (UnsupportedError, NoRootError) as error:
         print(f"test-xen: {error}\n  hint: {getattr(error, 'hint', '')}")
         return NOT_RUN
-    return run_machines([qemu_command(xen, root, image, kernel_log(CACHE, 0))], CACHE, "test-xen")
+    commands = [qemu_command(xen, root, image, kernel_log(CACHE, at)) for at, image in enumerate(images)]
+    return run_machines(commands, CACHE, "test-xen")
 
 
 def unpacked_xen(cache: Path) -> tuple[Path, Path]:
@@ -113,6 +131,7 @@ def unpacked_xen(cache: Path) -> tuple[Path, Path]:
         UnsupportedError: the packages cannot be had.
     """
     xen, root = cache / "xen", cache / "root"
+    cache.mkdir(parents=True, exist_ok=True)
     if not xen.exists():
         shutil.rmtree(root, ignore_errors=True)
         for package in needed_packages(XEN_PACKAGES):

@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("control:resume", "Let a paused guest run on."),
     "shutdown": ("control:shut_down", "Ask a guest's operating system to shut down, as by its power button."),
     "quit": ("control:quit_guest", "End a guest process, and the guest with it."),
+    "xen": ("xen:group", "In a dom0 of Xen: list its domains, watch what one of them writes."),
     "keys": (
         "tools:keys",
         "Make a small CA and the certificates of two hosts, for a lab: each end's --tls-dir, ready to copy.",
@@ -65,7 +66,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 #: These only tell something: they fail where standard output cannot be written.
-_TELL = {"inspect", "status", "doctor"}
+_TELL = {"inspect", "status", "doctor", "xen"}
+#: These have commands of their own.
+_GROUPS = {"xen"}
 
 
 def app_with(loaded: Collection[str]) -> typer.Typer:
@@ -79,7 +82,9 @@ def app_with(loaded: Collection[str]) -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_main)
     for name, (where, help_line) in COMMANDS.items():
-        if name in loaded:
+        if name in loaded and name in _GROUPS:
+            app.add_typer(load_group(where), name=name, help=help_line)
+        elif name in loaded:
             app.command(name)(load(where))
         else:
             app.command(name, help=help_line)(_not_named)
@@ -96,6 +101,13 @@ def load(where: str) -> Callable[..., None]:
     module, _, function = where.partition(":")
     command: Callable[..., None] = getattr(importlib.import_module(f"pageferry.cli.commands.{module}"), function)
     return command
+
+
+def load_group(where: str) -> typer.Typer:
+    """Return the commands that are grouped under a name, which ``module:function`` makes."""
+    module, _, function = where.partition(":")
+    group: typer.Typer = getattr(importlib.import_module(f"pageferry.cli.commands.{module}"), function)()
+    return group
 
 
 def _not_named() -> None:

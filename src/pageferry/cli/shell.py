@@ -15,6 +15,7 @@ import locale
 import logging
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -317,6 +318,10 @@ class Requests:
             return len(os.read(self._readable, 4096))
         except BlockingIOError:
             return 0
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for one, or for so long; return whether one has come."""
+        return bool(select.select([self], [], [], timeout_s)[0])
 
     def close(self) -> None:
         """Note nothing more."""

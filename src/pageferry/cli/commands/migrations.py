@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pageferry.cli.client import MigrationFailedError, cancel_migration, migrate
-from pageferry.cli.control_options import ControlOption, JsonOption, path_argument, path_option
+from pageferry.cli.control_options import ControlOption, JsonOption, path_option
 from pageferry.cli.demo import run_demo, run_linux_demo
 from pageferry.cli.options import (
     RATE,
@@ -48,6 +48,7 @@ from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
+from pageferry.core.policy_names import make_policy
 from pageferry.core.units import parse_rate
 from pageferry.core.vm import MachineModel
 from pageferry.engine.job import JobStatus
@@ -60,6 +61,12 @@ from pageferry.stream.packing import Packing
 from pageferry.vmm.accel import Accel, choose_machines
 from pageferry.vmm.arguments import file_uri
 from pageferry.vmm.qmp_client import QmpClient
+
+if TYPE_CHECKING:
+    from pageferry.cli.xen_source import Asked
+
+#: What a domain of Xen is written as: ``xen:NAME`` or ``xen:NUMBER``.
+XEN_PREFIX = "xen:"
 
 
 def demo(
@@ -149,8 +156,17 @@ def migrate_guest(
 
 
 def save(
-    file: Annotated[Path, path_argument(help="The file to make; an earlier one is replaced when this is whole.")],
-    control: ControlOption,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|xen:DOMAIN",
+            help="The file to make; an earlier one is replaced when this is whole. Or a domain of Xen.",
+        ),
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Of a domain: the file.", readable=False)
+    ] = None,
+    control: Annotated[Path | None, path_option(help="The guest process's control socket.")] = None,
     stop: Annotated[
         bool, typer.Option("--stop", help="Stop the guest here when it is saved; without it, it runs on: a snapshot.")
     ] = False,
@@ -164,10 +180,45 @@ def save(
     plot: PlotOption = None,
 ) -> None:
     """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
+    if file is not None and what.startswith(XEN_PREFIX):
+        from pageferry.cli import xen_source  # only where it is wanted: it brings the whole engine
+
+        domain, asked = _of_xen(what, control, policy, downtime_limit, max_rounds, deadline, bandwidth, pause_limit)
+        with _plot_file(plot) as picture:
+            _report(lambda: xen_source.save_domain(domain, file, asked, stop=stop), as_json, picture)
+        return
+    if file is not None:
+        raise UsageError(f"{what} is no guest", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE")
+    if control is None:
+        raise UsageError("which guest?", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE")
     options = policy_options(policy, downtime_limit, max_rounds, deadline, None, pause_limit)
     options |= {"x-stop": True} if stop else {}
     options |= rate_option(bandwidth)
-    _migrate(control, file_uri(file), options, as_json, plot)
+    _migrate(control, file_uri(Path(what)), options, as_json, plot)
+
+
+def _of_xen(
+    what: str,
+    control: Path | None,
+    policy: str,
+    downtime_limit: float | None,
+    max_rounds: int | None,
+    deadline: float | None,
+    bandwidth: str | None,
+    pause_limit: float | None,
+) -> "tuple[str, Asked]":
+    """Return the domain that ``xen:DOMAIN`` names, and what is asked of its source."""
+    from pageferry.cli.xen_source import Asked
+
+    if control is not None:
+        raise UsageError("a domain of Xen has no control socket", hint="leave --control out")
+    limit_s = None if downtime_limit is None else downtime_limit / 1e3
+    asked = Asked(
+        policy=make_policy(policy, downtime_limit_s=limit_s, max_rounds=max_rounds, deadline_s=deadline),
+        bandwidth_bytes_per_s=None if bandwidth is None else parse_rate(bandwidth),
+        pause_limit_s=None if pause_limit is None else pause_limit / 1e3,
+    )
+    return what.removeprefix(XEN_PREFIX), asked
 
 
 def switch(control: ControlOption) -> None:

@@ -1,0 +1,18 @@
+"""Xen as the commands use it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pageferry.cli.shell import tell
+from pageferry.xen.claim import sweep
+from pageferry.xen.domctl import Control
+from pageferry.xen.store import XenStore
+
+
+@contextmanager
+def dom0() -> Iterator[tuple[Control, XenStore]]:
+    """Lend Xen and its store; what killed processes left behind on domains is undone first."""
+    with Control() as control, XenStore() as store:
+        for domid in sweep(control):
+            tell(f"domain {domid}: undone what a killed process left behind (log-dirty on, or a pause)")
+        yield control, store

@@ -1,0 +1,83 @@
+"""What the commands of Xen refuse, and how they say it; what log-dirty shows."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pageferry.cli.commands.xen import _watch
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import UnsupportedError
+from pageferry.xen.domctl import Control
+
+
+@pytest.fixture
+def no_xen():
+    """Only for hosts that do not run on Xen."""
+    try:
+        Control().close()
+    except UnsupportedError:
+        return
+    pytest.skip("this host runs on Xen")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("xen", "list"),
+        ("xen", "log-dirty", "1"),
+        ("save", "xen:1", "file"),
+    ],
+)
+def test_a_host_without_xen_is_told_so(here, no_xen, arguments):
+    result = here(*arguments)
+    assert result.returncode == 5
+    assert result.stderr.startswith("pageferry: ")
+    assert "xen" in result.stderr.lower()
+    assert len(result.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("save", "xen:1", "file", "--control", "x"), "a domain of Xen has no control socket"),
+        (("save", "guest", "file"), "guest is no guest"),
+        (("save", "file"), "which guest?"),
+        (("xen",), "Missing command"),
+        (("xen", "nonsense"), "No such command 'nonsense'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_a_hint(here, arguments, why):
+    result = here(*arguments)
+    assert result.returncode == 2
+    first, second = result.stderr.splitlines()
+    assert why in first
+    assert second.startswith("hint: ")
+
+
+class Log:
+    def __init__(self):
+        self.enabled, self.rounds = False, iter([3, 0, 700])
+
+    def enable(self):
+        self.enabled = True
+
+    def clean(self):
+        return DirtyBitmap.of(1000, np.arange(next(self.rounds)))
+
+
+def requests(*answers):
+    left = iter(answers)
+    return SimpleNamespace(wait=lambda s: next(left))
+
+
+def test_each_round_tells_what_was_written_in_it():
+    guest = SimpleNamespace(log_dirty=Log())
+    seen = list(_watch(guest, 3, 0.5, requests(False, False, False)))
+    assert [each["dirty_pages"] for each in seen] == [3, 0, 700]
+    assert [each["index"] for each in seen] == [0, 1, 2]
+    assert seen[0]["dirty_bytes_per_s"] == pytest.approx(3 * 4096 / seen[0]["duration_s"])
+
+
+def test_a_signal_ends_it_after_the_round_before():
+    assert len(list(_watch(SimpleNamespace(log_dirty=Log()), 3, 0.5, requests(False, True)))) == 1

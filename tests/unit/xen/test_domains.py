@@ -1,0 +1,81 @@
+"""The list of domains, and that looking changes nothing."""
+
+import errno
+
+import pytest
+from fake_xen import FakePrivcmd
+
+from pageferry.core.errors import XenError
+from pageferry.xen import uapi
+from pageferry.xen.claim import claimed
+from pageferry.xen.domains import list_domains
+from pageferry.xen.domctl import Control
+
+
+class Store:
+    def directory(self, path):
+        return ["0", "5", "7", "name"]
+
+    def read(self, path):
+        return {"/local/domain/5/name": "guest"}.get(path)
+
+
+@pytest.fixture
+def xen():
+    return FakePrivcmd()
+
+
+@pytest.fixture
+def listed(xen, tmp_path):
+    def do():
+        return list_domains(Control(xen), Store(), claims=tmp_path, userdata=tmp_path)[1]
+
+    return do
+
+
+def test_a_domain_is_listed_with_what_xen_and_its_tools_know(xen, listed, tmp_path):
+    info = Control(xen).info(5)
+    assert listed().kind == "hvm or pvh"
+    (tmp_path / f"userdata-d.5.{info.uuid}.libxl-json").write_bytes(b'{"c_info": {"type": "pvh"}}\n\0')
+    seen = listed()
+    assert (seen.domid, seen.name, seen.kind, seen.paging, seen.status) == (5, "guest", "pvh", "hap", "running")
+    assert (seen.memory_bytes, seen.vcpus, seen.log_dirty) == (200 << 12, 1, False)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_whether_log_dirty_is_on_is_found_without_a_change(xen, listed, on):
+    xen.log_dirty = on
+    assert listed().log_dirty is on
+    assert xen.log_dirty is on
+
+
+def test_a_domain_that_another_works_on_is_left_alone(xen, listed, tmp_path):
+    with claimed(Control(xen), Control(xen).info(5), tmp_path):
+        xen.calls.clear()
+        seen = listed()
+    assert (seen.log_dirty, xen.calls) == (None, [])
+    assert "works on domain 5 already" in seen.by
+
+
+def test_a_refusal_of_xen_is_not_an_answer(xen, listed):
+    xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)] = errno.ENOMEM
+    with pytest.raises(Exception, match="ENABLE_LOGDIRTY"):
+        listed()
+    xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)] = errno.EBUSY
+    with pytest.raises(XenError, match="EBUSY"):
+        listed()
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [({"paused": 1}, "paused"), ({"shutdown_reason": 2}, "suspended"), ({"shutdown_reason": 0}, "shut down")],
+)
+def test_the_state_is_in_words(xen, listed, change, status):
+    for name, value in change.items():
+        setattr(xen, name, value)
+    assert listed().status == status
+
+
+def test_a_pv_domain_has_no_log_of_this_kind(xen, listed):
+    xen.hvm = False
+    assert (listed().paging, listed().kind, listed().log_dirty) == ("pv", "pv", None)
