@@ -38,7 +38,7 @@ from pageferry.core.errors import (
 from pageferry.core.events import PostcopyPaused
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
-from pageferry.core.vm import VmConfig
+from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.engine.destination import Destination
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -253,7 +253,8 @@ class DestinationTarget(_InProcess):
             require(lost or not machines.made, f"a machine is left: {outcome}")
             return
         require(ran, "the guest is here, and it was never told")
-        if seed.recorded and not touched & _PROVE_MEMORY:
+        stands_still = vm.status is VmStatus.PAUSED  # a COMMIT that was changed may have set it going
+        if seed.recorded and stands_still and not touched & _PROVE_MEMORY:
             memory = contents_of(vm.memory)
             if not touched:
                 self._memory_of.setdefault(seed.recorded, memory)
