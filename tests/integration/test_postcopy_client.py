@@ -338,3 +338,24 @@ def test_a_pool_of_huge_pages_is_refused(accel, kvm_support, hugetlb_pool):
     vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.HUGETLB)
     assert not can_wait(vm)
     vm.close()
+
+
+@pytest.mark.parametrize("accel", ["kvm"], indirect=True)
+def test_pages_come_across_what_advice_has_divided(accel, kvm_support):
+    """Private memory that was touched in pieces, some huge and some not, stays several mappings for ever."""
+    vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.ANONYMOUS)
+    try:
+        memory, across = vm.memory, np.arange(500, 1030, dtype=np.uint64)
+        memory.begin_arrival()
+        memory.make_huge(np.array([512], np.uint64), np.array([512], np.uint64))
+        for gfn in (5, 700, 1100):
+            memory.write(gpa_of(gfn), b"x")
+        memory.end_arrival()
+        absent = vm.await_memory(lambda _: None, DirtyBitmap.of(memory.gfn_limit, across))
+        content = np.repeat(across, PAGE_SIZE // 8)
+        absent.install(across, content.view(np.uint8))
+        absent.finish()
+        absent.close()
+        assert [memory.read_u64(gpa_of(gfn)) for gfn in across.tolist()] == across.tolist()
+    finally:
+        vm.close()

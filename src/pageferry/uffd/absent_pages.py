@@ -58,9 +58,9 @@ class UffdAbsentPages:
         except UnsupportedError as error:
             raise UnsupportedError(error.capability, str(error), hint=_HINT) from error
         try:
-            self._empty(absent)
-            for hva, size_bytes in self._ranges():
+            for hva, size_bytes in self._ranges():  # first: then the kernel fills no hole to make a huge page
                 self._uffd.register(hva, size_bytes, uapi.UFFDIO_REGISTER_MODE_MISSING)
+            self._empty(absent)
             self._handler = FaultHandler(self._uffd, self._resolve, self._failed)
         except BaseException:
             self._uffd.close()

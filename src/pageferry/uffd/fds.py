@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.errors import UffdError, UnsupportedError
-from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.frames import PAGE_SIZE, SIZE_2M
 from pageferry.core.libc import Fd, libc
 from pageferry.core.pagemap import PagemapFd
 from pageferry.uffd import uapi
@@ -74,8 +74,10 @@ class UffdFd(Fd):
         """
         at = 0
         while at < content.size:
-            # SAFETY: the kernel reads the rest of the array during the call; this frame holds it.
-            request = uapi.UffdioCopy(dst=hva + at, src=content.ctypes.data + at, len=content.size - at)
+            # Advice on huge pages divides memory into mappings at multiples of 2 MiB, and no call may go across two.
+            size_bytes = min(content.size - at, SIZE_2M - (hva + at) % SIZE_2M)
+            # SAFETY: the kernel reads this part of the array during the call; this frame holds it.
+            request = uapi.UffdioCopy(dst=hva + at, src=content.ctypes.data + at, len=size_bytes)
             try:
                 self.ioctl(uapi.UFFDIO_COPY, request)
             except UffdError as error:
