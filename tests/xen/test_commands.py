@@ -59,3 +59,12 @@ def test_a_session_in_dom0(control, domain_name, working, tmp_path):
     restored = low_memory(control, domid_of(domain_name), MEMORY_BYTES - (1 << 20))
     wait_for_work(restored, 100)
     restored.close()
+
+    moved = json.loads(
+        pageferry("migrate", f"xen:{domain_name}", "--through", "xl migrate-receive", "--policy", "xen", "--json")
+    )
+    assert (moved["status"], moved["guest_at"]) == ("completed", "destination")
+    destroy(f"{domain_name}--migratedaway")
+    there = low_memory(control, domid_of(domain_name), MEMORY_BYTES - (1 << 20))
+    wait_for_work(there, 100)
+    there.close()

@@ -1,6 +1,6 @@
-"""Saving a domain of Xen, in this very process: there is no guest process to ask."""
+"""Saving or moving a domain of Xen, in this very process: there is no guest process to ask."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from pageferry.core.policy import Policy
 from pageferry.core.threads import begin
 from pageferry.engine.job import JobStatus
 from pageferry.xen.domain import XenDomain, expect_movable, find_domain, read_configuration
+from pageferry.xen.migrate import XenMigration
 from pageferry.xen.save import XenSave
 
 _LOOK_S = 0.1
@@ -23,7 +24,7 @@ _LOOK_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a save of a domain is asked for."""
+    """What a save or a migration of a domain is asked for."""
 
     policy: Policy
     bandwidth_bytes_per_s: int | None
@@ -53,9 +54,32 @@ def save_domain(name: str, file: Path, asked: Asked, *, stop: bool) -> dict[str,
         )
 
 
+def migrate_domain(name: str, command: Sequence[str], asked: Asked, *, timeout_s: float) -> dict[str, Any]:
+    """Move a domain to the ``xl migrate-receive`` that a command leads to; return the report as JSON-ready values.
+
+    Raises:
+        PageferryError: there is no such domain, or it cannot be moved here.
+        MigrationFailedError: it was not moved, or that is not known.
+        Interrupted: it was cancelled by a signal.
+    """
+    with _movable(name) as (domain, configuration, on_event):
+        return _run(
+            XenMigration(
+                domain,
+                configuration,
+                command,
+                asked.policy,
+                bandwidth_bytes_per_s=asked.bandwidth_bytes_per_s,
+                pause_limit_s=asked.pause_limit_s,
+                timeout_s=timeout_s,
+                on_event=on_event,
+            )
+        )
+
+
 @contextmanager
 def _movable(name: str) -> Iterator[tuple[XenDomain, bytes, Callable[[Event], None]]]:
-    """Lend a domain that can be saved, its configuration, and what shows the events of its attempt."""
+    """Lend a domain that can be moved, its configuration, and what shows the events of its attempt."""
     with dom0() as (control, store), ProgressView(ERR) as view:
         info = find_domain(control, store, name)
         configuration = read_configuration(info)
@@ -71,7 +95,7 @@ def _json(event: Event) -> dict[str, Any]:
     return {"type": type(event).__name__, **asdict(event)}
 
 
-def _run(attempt: XenSave) -> dict[str, Any]:
+def _run(attempt: XenSave | XenMigration) -> dict[str, Any]:
     """Run an attempt on a thread of its own; a signal cancels it, until it is too late."""
     failures: list[BaseException] = []
 

@@ -2,7 +2,8 @@
 
 Xen turns nothing off when the process ends that asked for it: log-dirty stays on, a paused domain paused. So each such
 step is written down before it is done, in a file that this process holds a lock on. A file whose lock is free was left
-behind, and tells what to undo; each step may be undone although it never happened.
+behind, and tells what to undo; each step may be undone although it never happened. A domain that was given to another
+host is left as it is: it may run there.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from typing import Any
 from pageferry.core.errors import PageferryError, UsageError
 from pageferry.xen import uapi
 from pageferry.xen.domctl import Control, DomainInfo
+from pageferry.xen.store import XenStore
 
 DIRECTORY = Path("/run/pageferry")
 _NAME = re.compile(r"xen-(\d+)-([0-9a-f-]{36})\.claim")
@@ -33,12 +35,13 @@ class Claim:
     def __init__(self, fd: int, path: Path) -> None:
         self._fd = fd
         self._path = path
-        self._steps: dict[str, int] = {}
+        self._steps: dict[str, int | str] = {}
 
-    def note(self, **steps: int) -> None:
+    def note(self, **steps: int | str) -> None:
         """Write down steps before they are done, or when they are undone (0).
 
-        ``log_dirty`` and ``suspended`` are 1 or 0, ``paused`` is how often this process paused the domain.
+        ``log_dirty``, ``suspended`` and ``given_away`` are 1 or 0, ``paused`` is how often this process paused the
+        domain, ``name`` what it was called before this process renamed it, or "".
         """
         self._steps |= steps
         data = json.dumps({"pid": os.getpid()} | self._steps).encode()
@@ -131,9 +134,18 @@ def _read(fd: int) -> dict[str, Any]:
 
 
 def _undo(control: Control, domid: int, steps: dict[str, Any]) -> None:
+    if steps.get("given_away"):
+        raise UsageError(
+            f"domain {domid} was given to another host by a process that was killed before it had an answer",
+            hint="see whether it runs there; if so: xl destroy it here; if it surely does not: remove its file in "
+            f"{DIRECTORY}, then xl unpause",
+        )
     if steps.get("log_dirty"):
         control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)
     if steps.get("suspended") and control.info(domid).shutdown_reason == uapi.SHUTDOWN_suspend:
         control.resume(domid)
     for _ in range(int(steps.get("paused", 0))):
         control.unpause(domid)
+    if name := steps.get("name"):
+        with XenStore() as store:
+            store.write(f"/local/domain/{domid}/name", str(name))

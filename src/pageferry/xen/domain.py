@@ -341,6 +341,18 @@ class XenDomain:
         self._suspended = self._asked = False
         self._claim.note(suspended=0)
 
+    def rename(self, suffix: str, name: str | None = None) -> str:
+        """Give the domain another name: what it has, or ``name``, and a suffix; return what it had."""
+        path = f"/local/domain/{self.info.domid}/name"
+        before = self.store.read(path) or ""
+        self._claim.note(name=before if name is None else "")
+        self.store.write(path, (before if name is None else name) + suffix)
+        return before
+
+    def given_away(self, *, is_so: bool = True) -> None:
+        """Write down that the domain may run elsewhere from now on, or that it does not: nothing is undone then."""
+        self._claim.note(given_away=int(is_so))
+
     # -- what goes into a stream -------------------------------------------------------------------------------------
 
     def header(self) -> StreamHeader:

@@ -107,10 +107,20 @@ def demo(
 
 
 def migrate_guest(
-    uri: Annotated[
-        str, typer.Argument(help="Where the destination waits: tls://HOST:PORT, tcp://HOST:PORT or unix:PATH.")
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="URI|xen:DOMAIN",
+            help="Where the destination waits: tls://HOST:PORT, tcp://HOST:PORT or unix:PATH. Or a domain of Xen.",
+        ),
     ],
-    control: ControlOption,
+    uri: Annotated[
+        str | None, typer.Argument(metavar="[ssh://HOST]", help="Of a domain: where xl migrate-receive is run.")
+    ] = None,
+    control: Annotated[Path | None, path_option(help="The guest process's control socket.")] = None,
+    through: Annotated[
+        str | None, typer.Option(help="A command that leads to `xl migrate-receive`, instead of ssh://HOST (xen:).")
+    ] = None,
     tls_dir: TlsDirOption = None,
     peer: PeerOption = None,
     secret_file: Annotated[
@@ -147,6 +157,22 @@ def migrate_guest(
     as_json: JsonOption = False,
 ) -> None:
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
+    if what.startswith(XEN_PREFIX):
+        from pageferry.cli import xen_source  # only where it is wanted: it brings the whole engine
+        from pageferry.xen.migrate import ssh_command, through_command
+
+        if (uri is None) == (through is None):
+            raise UsageError("where to?", hint="pageferry migrate xen:DOMAIN ssh://HOST, or --through COMMAND")
+        command = ssh_command(uri) if uri is not None else through_command(through or "")
+        domain, asked = _of_xen(what, control, policy, downtime_limit, max_rounds, deadline, bandwidth, pause_limit)
+        with _plot_file(plot) as picture:
+            _report(lambda: xen_source.migrate_domain(domain, command, asked, timeout_s=timeout), as_json, picture)
+        return
+    if uri is not None or through is not None:
+        raise UsageError(f"{what} is no domain", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST")
+    if control is None:
+        raise UsageError("which guest?", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST")
+    uri = what
     warn_if_exposed(Endpoint.parse(uri), insecure=insecure)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify, pause_limit)
     options |= {"x-timeout-s": timeout}

@@ -1,0 +1,289 @@
+"""Moving a domain of Xen live to another host, where ``xl migrate-receive`` takes it.
+
+::
+
+    domain                   receiver (:mod:`pageferry.xen.receiver`)
+      |  <== its banner
+      |                      xl header, configuration, libxl header; libxc headers, CPU policies
+      |  ENABLE
+      | == pre-copy, round by round, as of any guest =========>
+      |  suspend the domain .................................. downtime begins
+      | == stop-and-copy: the final bitmap ===================>
+      |  take its state; map all of memory anew, compare it with digests of what was sent
+      | == what the log missed ===============================>
+      | == TSC_INFO, HVM_CONTEXT, HVM_PARAMS, END, libxl END ==>
+      |  <== ready; the domain here is renamed
+      | == it is yours ========================================>
+      |  <== it runs ......................................... downtime ends
+
+What is sent is copied first and the copy digested, so the second reading compares with the very bytes that went out.
+The receiver proves nothing: what it was sent is what it has as far as its transport keeps it.
+
+Postcondition on success: the domain runs there; here it is suspended for good, named NAME--migratedaway as Xen's tools
+do it, to be destroyed. On failure before it was given away: as for a save. Without an answer after that: it stays
+suspended here and ``guest_at`` is UNKNOWN.
+"""
+
+import shlex
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, PeerError, TransportError, UsageError
+from pageferry.core.events import Event, MigrationReport, Phase
+from pageferry.core.frames import PAGE_SIZE, GfnArray
+from pageferry.core.memory import GuestMemory
+from pageferry.core.page_words import WORDS_PER_PAGE, page_words
+from pageferry.core.policy import Policy, may_switch
+from pageferry.engine.attempt import Attempt
+from pageferry.engine.options import WireOptions
+from pageferry.engine.pages.encode import Coded
+from pageferry.engine.pages.send import Lane
+from pageferry.engine.precopy import Precopy, stop_and_copy
+from pageferry.engine.verify.digests import DIGEST_BYTES, DigestArray, digest_views
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.format import MAX_PAGES_PER_RECORD
+from pageferry.stream.records import HvmContext
+from pageferry.stream.xl import libxl_tail, xl_head
+from pageferry.xen.domain import XenDomain
+from pageferry.xen.live import SecondReading, XenSink, missed_in_words, suspend
+from pageferry.xen.receiver import BANNER, GO, READY, REPORT, Receiver
+
+TIMEOUT_S = 60.0
+_AWAY = "--migratedaway"
+
+
+def ssh_command(uri: str) -> list[str]:
+    """Return the command that reaches the receiver at ``ssh://[USER@]HOST[:PORT]``.
+
+    Raises:
+        UsageError: it is no such address.
+    """
+    where, port = uri.removeprefix("ssh://"), ""
+    host, colon, last = where.rpartition(":")
+    if colon and last.isdecimal():
+        where, port = host, last
+    if not uri.startswith("ssh://") or not where or where.startswith("-") or "/" in where or where.isspace():
+        raise UsageError(f"{uri} is no address of another dom0", hint="ssh://HOST, or --through COMMAND")
+    return ["ssh", *(["-p", port] if port else []), "--", where, "xl", "migrate-receive"]
+
+
+def through_command(command: str) -> list[str]:
+    """Return the words of a command that a user gave.
+
+    Raises:
+        UsageError: they cannot be told apart, or there are none.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"--through {command!r}: {error}") from error
+    if not words:
+        raise UsageError("--through has no command")
+    return words
+
+
+class DigestedCoder:
+    """Pages as copies, digested; remembers the digest of the last content of each that was sent.
+
+    Args:
+        memory: the guest's.
+        encoder: of the stream.
+    """
+
+    def __init__(self, memory: GuestMemory, encoder: Encoder) -> None:
+        self._memory = memory
+        self._words = page_words(memory)
+        self._encoder = encoder
+        self._copies = np.empty((MAX_PAGES_PER_RECORD, WORDS_PER_PAGE), np.uint64)
+        self.sent = DirtyBitmap(memory.gfn_limit)
+        self.digests: DigestArray = np.zeros((memory.gfn_limit, DIGEST_BYTES), np.uint8)
+
+    def code(self, gfns: GfnArray, *, fresh: bool) -> Coded:
+        """Return one PAGE_DATA record of the copies; they are valid until the next call."""
+        self._memory.page_views(gfns)  # or a frame that is gone would be read
+        copies = self._copies[: gfns.size]
+        np.take(self._words, gfns.astype(np.intp), axis=0, out=copies, mode="clip")
+        self.digests[gfns.astype(np.intp)] = digests_of(copies)
+        self.sent.set(gfns)
+        return Coded(buffers=[self._encoder.page_data(gfns), copies.data.cast("B")])
+
+    def forget(self, gfns: GfnArray) -> None:
+        """Nothing is sent but by :meth:`code`."""
+
+
+def digests_of(pages: "np.typing.NDArray[np.uint64]") -> DigestArray:
+    """Return the digest of each page, of uint64[n, 512]."""
+    held = pages.data.cast("B")
+    views = [held[at : at + PAGE_SIZE] for at in range(0, len(held), PAGE_SIZE)]
+    return digest_views(views, np.ones(len(views), np.uint64))
+
+
+def differing_pages(memory: GuestMemory, coder: DigestedCoder) -> GfnArray:
+    """Return the frames (uint64[n], ascending) of a domain that stands still whose content is not what was sent."""
+    gfns, words = memory.all_ram().gfns(), page_words(memory)
+    known = np.zeros(gfns.size, np.bool_)
+    inside = gfns < coder.sent.nbits
+    known[inside] = coder.sent.test_many(gfns[inside])
+    missed = DirtyBitmap.of(memory.gfn_limit, gfns[~known])
+    gfns = gfns[known]
+    for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+        some = gfns[at : at + MAX_PAGES_PER_RECORD]
+        rows = some.astype(np.intp)
+        now = digests_of(np.ascontiguousarray(words[rows]))
+        missed.set(some[(now != coder.digests[rows]).any(axis=1)])
+    return missed.gfns()
+
+
+class XenMigration:
+    """One attempt to move a domain.
+
+    Args:
+        domain: which; it stays the caller's.
+        configuration: its, as JSON.
+        command: that is, or leads to, ``xl migrate-receive`` on the destination.
+        policy: decides after each round.
+        bandwidth_bytes_per_s: a cap on what is sent.
+        pause_limit_s: how long a pause may take, as :class:`~pageferry.engine.options.MigrationOptions` has it.
+        timeout_s: how long the receiver may stand still.
+        on_event: sees every event, on the thread that calls :meth:`run`.
+
+    Raises:
+        UsageError: the policy may switch before all pages are sent.
+    """
+
+    def __init__(
+        self,
+        domain: XenDomain,
+        configuration: bytes,
+        command: Sequence[str],
+        policy: Policy,
+        *,
+        bandwidth_bytes_per_s: int | None = None,
+        pause_limit_s: float | None = None,
+        timeout_s: float = TIMEOUT_S,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        if may_switch(policy):
+            hint = "Xen's receiver cannot ask for pages; choose another policy"
+            raise UsageError(f"a domain cannot move by the {policy.name} policy", hint=hint)
+        self._domain = domain
+        self._configuration = configuration
+        self._command = command
+        self._timeout_s = timeout_s
+        wire = WireOptions(bandwidth_bytes_per_s=bandwidth_bytes_per_s)
+        self._attempt = Attempt(
+            domain, policy, wire=wire, pause_limit_s=pause_limit_s, on_event=on_event, work_before=None
+        )
+        self.job = self._attempt.job
+        self._encoder = Encoder()
+
+    def run(self) -> MigrationReport:
+        """Move the domain; call once. ``job.report`` is set afterwards, also when this raises.
+
+        Raises:
+            MigrationError: it did not move (``guest_at`` SOURCE), or that is not known (UNKNOWN).
+        """
+        attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
+        domain, encoder = self._domain, self._encoder
+        with attempt.under_way(self._as_migration_error):
+            with phase(Phase.CONNECT):
+                receiver = Receiver(self._command, self._timeout_s)
+                receiver.pacer = self.job.pacer
+                self.job.opened(receiver)
+                receiver.expect(BANNER)
+            with phase(Phase.HELLO):
+                attempt.rounds.expect(domain.memory.all_ram().count())
+                begun = [encoder.header(domain.header()), *map(encoder.record, domain.first_records())]
+                receiver.send([xl_head(self._configuration), *begun])
+            with attempt.precopy():
+                attempt.expect_alive()
+                coder = DigestedCoder(domain.memory, encoder)
+                lane = Lane(
+                    domain.memory,
+                    receiver,
+                    encoder,
+                    coder,
+                    says_zero=False,
+                    begins_zero=False,
+                    on_sent=attempt.accounts.sent,
+                )
+                sink = XenSink(domain, lane)
+                report.stop_reason = Precopy(attempt, sink, SecondReading(domain)).run().reason
+            with phase(Phase.PAUSE):
+                suspend(attempt, domain)
+            with phase(Phase.STOP_AND_COPY):
+                dirty = domain.log_dirty.peek_final()
+                attempt.accounts.reported(dirty)
+                stop_and_copy(attempt, sink, dirty.gfns())
+            with phase(Phase.STATE):
+                records = domain.last_records()
+                attempt.guest.state_bytes = sum(len(each.data) for each in records if isinstance(each, HvmContext))
+            with phase(Phase.VERIFY):
+                self._send_missed(receiver, coder)
+                receiver.send([*map(encoder.record, records), libxl_tail()])
+            with phase(Phase.HANDOFF):
+                self._hand_over(receiver)
+                report.running_at_s = attempt.clock.now_s()
+                report.destination_accel = domain.accel
+            attempt.guest.release()
+            self.job.close()
+        assert self.job.report is not None
+        return self.job.report
+
+    def _send_missed(self, receiver: Receiver, coder: DigestedCoder) -> None:
+        """Compare the suspended domain's memory with what was sent, and send what differs."""
+        memory = self._domain.map_again()
+        try:
+            missed = differing_pages(memory, coder)
+            again = DigestedCoder(memory, self._encoder)
+            for at in range(0, missed.size, MAX_PAGES_PER_RECORD):
+                receiver.send(again.code(missed[at : at + MAX_PAGES_PER_RECORD], fresh=False).buffers)
+        finally:
+            memory.close()
+        if missed.size:
+            self._attempt.warn(missed_in_words(missed, "sent"))
+
+    def _hand_over(self, receiver: Receiver) -> None:
+        """Give the domain to the receiver, once it has said that it has all of it.
+
+        Raises:
+            MigrationError: it was cancelled, or does not run there.
+            OSError: the receiver is gone.
+        """
+        handoff, domain = self.job.handoff, self._domain
+        receiver.expect(READY)
+        name = domain.rename(_AWAY)
+        if not handoff.commit():
+            domain.rename("", name)
+            raise self.job.stays()
+        self._attempt.pause.end()
+        domain.given_away()
+        receiver.send([GO])
+        receiver.expect(REPORT)
+        (code,) = receiver.read(1)
+        if not code:
+            handoff.running()
+            return
+        receiver.expect(GO)
+        handoff.refused()
+        domain.rename("", name)
+        domain.given_away(is_so=False)
+        raise PeerError(
+            "the domain could not be started there, and its copy was destroyed",
+            phase=str(self._attempt.clock.current),
+            guest_at=GuestAt.SOURCE,
+            hint="the destination's /var/log/xen tells why",
+        )
+
+    def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
+        phase = str(self._attempt.clock.current)
+        if isinstance(error, PageferryError):
+            return MigrationError(str(error), phase=phase, guest_at=guest_at, hint=error.hint)
+        if isinstance(error, OSError):
+            hint = "try the command by itself: it should print a banner"
+            if guest_at is not GuestAt.SOURCE:
+                hint = f"see whether it runs there: xl list; if it surely does not: xl unpause NAME{_AWAY} here"
+            return TransportError(str(error), phase=phase, guest_at=guest_at, hint=hint)
+        return MigrationError(f"internal error: {error!r}", phase=phase, guest_at=guest_at)

@@ -1,0 +1,152 @@
+"""Receiver: ``xl migrate-receive`` on another host, behind a command that carries its standard streams.
+
+::
+
+    source                                receiver
+      | <== "xl migration receiver ready, send binary domain data." and a newline
+      | == xl header, configuration, libxl stream ==>
+      | <== "domain received, ready to unpause"
+      | == "domain is yours, you are cleared to unpause" ==>    from here on it may run there
+      | <== "my copy unpause results are as follows", one byte: 0 it runs
+      |                                                         else it does not, and is destroyed there:
+      | <== "domain is yours, you are cleared to unpause"
+
+Each of these but the banner ends with a NUL. A receiver whose input ends before it was given the domain destroys its
+copy.
+
+Source: Xen, ``xl migrate-receive`` of 4.17; the words are its protocol.
+"""
+
+import os
+import select
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+
+from pageferry.core.errors import UsageError
+from pageferry.engine.wire.pacer import Pacer
+
+BANNER = b"xl migration receiver ready, send binary domain data.\n"
+READY = b"domain received, ready to unpause\0"
+GO = b"domain is yours, you are cleared to unpause\0"
+REPORT = b"my copy unpause results are as follows\0"
+_MAX_BUFFERS = 1024  # IOV_MAX
+_LAST_BYTES = 2000
+_END_S = 10.0
+
+
+class ReceiverError(OSError):
+    """The receiver ended, said something else, or nothing for too long; the text is for a person."""
+
+
+class Receiver:
+    """One receiver; an :class:`~pageferry.engine.pages.send.Outlet`.
+
+    Args:
+        command: what to run; its standard input and output are the receiver's.
+        timeout_s: how long it may neither take nor say anything that is waited for.
+
+    Raises:
+        UsageError: there is no such program.
+    """
+
+    def __init__(self, command: Sequence[str], timeout_s: float) -> None:
+        self.pacer: Pacer | None = None
+        self.sent_bytes = 0
+        self._command = command[0]
+        self._timeout_s = timeout_s
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        self._aborted = threading.Event()
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, start_new_session=True
+            )
+        except OSError as error:
+            self._said.close()
+            raise UsageError(f"cannot run {command[0]}: {error.strerror}") from error
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._to, False)
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Send all of ``buffers`` in order, when the pacer allows it.
+
+        Raises:
+            ReceiverError: it ended, or takes nothing.
+        """
+        queue = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if self.pacer is not None:
+            self._aborted.wait(self.pacer.reserve(sum(map(len, queue))))
+        at = 0
+        while at < len(queue):
+            self._wait([], [self._to])
+            try:
+                written = os.writev(self._to, queue[at : at + _MAX_BUFFERS])
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise self._failure("ended") from error
+            self.sent_bytes += written
+            while at < len(queue) and written >= len(queue[at]):
+                written -= len(queue[at])
+                at += 1
+            if written:
+                queue[at] = queue[at][written:]
+
+    def expect(self, words: bytes) -> None:
+        """Read what it says next, which is to be this.
+
+        Raises:
+            ReceiverError: it is not.
+        """
+        said = self.read(len(words))
+        if said != words:
+            raise ReceiverError(f"{self._command} answers what no xl migrate-receive does: {said[:40]!r}")
+
+    def read(self, size_bytes: int) -> bytes:
+        """Read so many bytes of what it says.
+
+        Raises:
+            ReceiverError: it ended, or says nothing.
+        """
+        said = b""
+        while len(said) < size_bytes:
+            self._wait([self._from], [])
+            more = os.read(self._from, size_bytes - len(said))
+            if not more:
+                raise self._failure("ended")
+            said += more
+        return said
+
+    def abort(self) -> None:
+        """Have a thread that sends or waits come back soon; from any thread."""
+        self._aborted.set()
+        self._process.terminate()
+
+    def close(self) -> None:
+        """End it, unless it ends by itself now. May be called twice."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None and not stream.closed:
+                stream.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._said.close()
+
+    def _wait(self, readable: list[int], writable: list[int]) -> None:
+        until_s = time.monotonic() + self._timeout_s
+        found = select.select(readable, writable, [], self._timeout_s)
+        if not any(found) and time.monotonic() >= until_s:
+            raise self._failure(f"said or took nothing for {self._timeout_s:g} s")
+
+    def _failure(self, what: str) -> ReceiverError:
+        """Return an error with the last line that the receiver has written on its standard error."""
+        self._said.seek(0, os.SEEK_END)
+        self._said.seek(max(0, self._said.tell() - _LAST_BYTES))
+        lines = self._said.read().decode("utf-8", "replace").strip().splitlines()
+        return ReceiverError(f"{self._command} {what}" + (f", its last words: {lines[-1].strip()}" if lines else ""))
