@@ -34,13 +34,22 @@ def test_a_tracker_is_exact_over_transparent_huge_pages(kind, thp):
     check_log_dirty(partial(kind.make_vm, **option), memory_bytes=[ODD], seeds=[1], cpus=2, checks=CHECKS)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], ids=str, indirect=True)
+ON_KVM = [kind for kind in KINDS if kind.accel == "kvm"]
+BY_DEFAULT = "the kit's other tests run over it by default, on most kernels"
+
+
+@pytest.mark.parametrize("kind", sample(ON_KVM, BY_DEFAULT, quick=ON_KVM[:1]), ids=str, indirect=True)
 def test_a_tracker_is_exact_over_a_file_of_small_pages(kind):
     make_vm = partial(kind.make_vm, huge_pages=HugePages.OFF)
     check_log_dirty(make_vm, memory_bytes=[ODD], seeds=[1], cpus=2, checks=CHECKS)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in IN_PLACE], ids=str, indirect=True)
+@pytest.mark.parametrize(
+    "kind",
+    sample([kind for kind in ON_KVM if kind.name in IN_PLACE], BY_DEFAULT, quick=ON_KVM[1:2]),
+    ids=str,
+    indirect=True,
+)
 def test_a_tracker_is_exact_over_private_memory(kind):
     make_vm = partial(kind.make_vm, huge_pages=HugePages.ANONYMOUS)
     check_log_dirty(make_vm, memory_bytes=[ODD], seeds=[1], cpus=2, checks=CHECKS)
@@ -53,7 +62,7 @@ def test_a_tracker_that_maps_memory_twice_refuses_private_memory(kvm_support, tr
     assert refused.value.hint == "use --hugepages auto, thp or off"
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], ids=str, indirect=True)
+@pytest.mark.parametrize("kind", ON_KVM, ids=str, indirect=True)
 def test_a_tracker_is_exact_over_a_hugetlb_pool_or_refuses_it(kind, hugetlb_pool):
     make_vm = partial(kind.make_vm, huge_pages=HugePages.HUGETLB)
     try:
