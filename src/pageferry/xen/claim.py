@@ -49,10 +49,14 @@ class Claim:
         os.ftruncate(self._fd, len(data))
 
     def release(self) -> None:
-        """Give it back; nothing is left to be undone. May be called twice."""
+        """Give it back; nothing is left to be undone. May be called twice.
+
+        What was given away without an answer stays written down: the next start says so.
+        """
         if self._fd >= 0:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+            if not self._steps.get("given_away"):
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
             os.close(self._fd)
             self._fd = -1
 
@@ -136,7 +140,7 @@ def _read(fd: int) -> dict[str, Any]:
 def _undo(control: Control, domid: int, steps: dict[str, Any]) -> None:
     if steps.get("given_away"):
         raise UsageError(
-            f"domain {domid} was given to another host by a process that was killed before it had an answer",
+            f"domain {domid} was given to another host by a process that had no answer from there",
             hint="see whether it runs there; if so: xl destroy it here; if it surely does not: remove its file in "
             f"{DIRECTORY}, then xl unpause",
         )

@@ -350,7 +350,7 @@ class XenDomain:
         return before
 
     def given_away(self, *, is_so: bool = True) -> None:
-        """Write down that the domain may run elsewhere from now on, or that it does not: nothing is undone then."""
+        """Write down that the domain may run elsewhere from now on, so nothing is undone; or that this is known."""
         self._claim.note(given_away=int(is_so))
 
     # -- what goes into a stream -------------------------------------------------------------------------------------

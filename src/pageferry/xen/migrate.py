@@ -264,6 +264,7 @@ class XenMigration:
         receiver.expect(REPORT)
         (code,) = receiver.read(1)
         if not code:
+            domain.given_away(is_so=False)  # it runs there: nothing is to be found out any more
             handoff.running()
             return
         receiver.expect(GO)

@@ -76,11 +76,24 @@ def test_what_a_living_process_does_is_not_undone(tmp_path, xen, control):
         assert xen.log_dirty
 
 
+def test_one_whose_move_ended_without_an_answer_is_remembered(tmp_path, control):
+    with claimed(control, control.info(5), tmp_path) as mine:
+        mine.note(suspended=1, given_away=1)
+    with pytest.raises(UsageError, match="had no answer"):
+        claim(control, control.info(5), tmp_path)
+    (left,) = tmp_path.iterdir()
+    left.unlink()  # as the hint says
+    with claimed(control, control.info(5), tmp_path) as mine:
+        mine.note(suspended=1, given_away=1)
+        mine.note(given_away=0)  # it came
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_domain_that_was_given_away_is_not_undone_and_every_start_says_so(tmp_path, xen, control):
     killed(tmp_path, control, log_dirty=1, paused=1, suspended=1, given_away=1)
     xen.log_dirty, xen.paused, xen.shutdown_reason = True, 1, uapi.SHUTDOWN_suspend
     for _ in range(2):
         assert sweep(control, tmp_path) == []
-        with pytest.raises(UsageError, match="was given to another host by a process that was killed"):
+        with pytest.raises(UsageError, match="was given to another host by a process that had no answer"):
             claim(control, control.info(5), tmp_path)
     assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (True, 1, uapi.SHUTDOWN_suspend)
