@@ -44,11 +44,11 @@ def test_a_host_without_xen_is_told_so(here, no_xen, arguments):
     [
         (("save", "xen:1", "file", "--control", "x"), "a domain of Xen has no control socket"),
         (("save", "guest", "file"), "guest is no guest"),
-        (("save", "file"), "which guest?"),
+        (("save", "file"), "which guest? --control is missing"),
         (("migrate", "xen:1"), "where to?"),
         (("migrate", "xen:1", "ssh://host", "--through", "x"), "where to?"),
         (("migrate", "xen:1", "tcp://host:1"), "tcp://host:1 is no address of another dom0"),
-        (("migrate", "tcp://host:1"), "which guest?"),
+        (("migrate", "tcp://host:1"), "which guest? --control is missing"),
         (("migrate", "tcp://host:1", "ssh://host"), "tcp://host:1 is no domain"),
         (("xen",), "Missing command"),
         (("xen", "nonsense"), "No such command 'nonsense'"),

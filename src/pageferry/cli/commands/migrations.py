@@ -171,7 +171,9 @@ def migrate_guest(
     if uri is not None or through is not None:
         raise UsageError(f"{what} is no domain", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST")
     if control is None:
-        raise UsageError("which guest?", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST")
+        raise UsageError(
+            "which guest? --control is missing", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST"
+        )
     uri = what
     warn_if_exposed(Endpoint.parse(uri), insecure=insecure)
     options = policy_options(policy, downtime_limit, max_rounds, deadline, verify, pause_limit)
@@ -216,7 +218,9 @@ def save(
     if file is not None:
         raise UsageError(f"{what} is no guest", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE")
     if control is None:
-        raise UsageError("which guest?", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE")
+        raise UsageError(
+            "which guest? --control is missing", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE"
+        )
     options = policy_options(policy, downtime_limit, max_rounds, deadline, None, pause_limit)
     options |= {"x-stop": True} if stop else {}
     options |= rate_option(bandwidth)
