@@ -381,7 +381,7 @@ def test_what_the_disk_wrote_wrongly_is_found_and_leaves_no_file(running, path, 
 
     vm = running("kv")
     vm.pause()  # so that every content in the file counts
-    save = attempt(vm, path, kind=AlteredSave.having({"image.save.FileOutlet": Spoiled}))
+    save = attempt(vm, path, kind=AlteredSave.having({"image.save_file.FileOutlet": Spoiled}))
     with pytest.raises(MigrationError, match=says):
         save.run()
     assert not save.job.report.verified

@@ -23,14 +23,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
+from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationReport, Phase
-from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.os_hints import file_hint
-from pageferry.core.policy import Policy, may_switch
-from pageferry.core.units import format_size
+from pageferry.core.policy import Policy
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.image.outlet import FileOutlet
+from pageferry.engine.image.save_file import as_save_error, commit, expect_all_pages, open_file
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.send import Lane
 from pageferry.engine.precopy import Precopy, stop_and_copy
@@ -73,9 +71,7 @@ class XenSave:
         pause_limit_s: float | None = None,
         on_event: Callable[[Event], None],
     ) -> None:
-        if may_switch(policy):
-            hint = "a guest in a file cannot ask for its pages; choose another policy"
-            raise UsageError(f"a save cannot follow the {policy.name} policy", hint=hint)
+        expect_all_pages(policy)
         self._domain = domain
         self._configuration = configuration
         self._path = path
@@ -97,7 +93,8 @@ class XenSave:
         domain, encoder = self._domain, self._encoder
         with attempt.under_way(self._as_migration_error):
             with phase(Phase.CONNECT):
-                file = self._open()
+                pages = domain.memory.all_ram().count()
+                file = open_file(attempt, self._path, what="domain", pages=pages)
                 begun = [encoder.header(domain.header()), *map(encoder.record, domain.first_records())]
                 file.send([xl_head(self._configuration), *begun])
             with attempt.precopy():
@@ -134,7 +131,7 @@ class XenSave:
             with phase(Phase.HANDOFF):
                 file.settle()
                 self._expect_whole(file)
-                self._commit(file)
+                commit(attempt, file, stop=self._stop)
         assert self.job.report is not None
         return self.job.report
 
@@ -168,42 +165,5 @@ class XenSave:
             pass_over(inside, self.job.check)
             inside.finish()
 
-    def _open(self) -> FileOutlet:
-        file = FileOutlet(self._path)
-        file.pacer = self.job.pacer
-        self.job.opened(file)
-        pages = self._domain.memory.all_ram().count()
-        self._attempt.rounds.expect(pages)
-        needed_bytes, free_bytes = pages * PAGE_SIZE, file.free_bytes()
-        if needed_bytes > free_bytes:
-            needed, free = format_size(needed_bytes), format_size(free_bytes)
-            raise UsageError(
-                f"the domain holds {needed}, and {self._path.parent} has {free} free",
-                hint="make room there, or save elsewhere",
-            )
-        return file
-
-    def _commit(self, file: FileOutlet) -> None:
-        """Give the file its name; from then on a domain that was to stop is in the file and not here."""
-        handoff = self.job.handoff
-        if not (handoff.commit() if self._stop else handoff.keep()):
-            raise self.job.stays()
-        try:
-            file.commit()
-        except (OSError, UsageError):
-            if self._stop:
-                handoff.refused()
-            raise
-        file.close()
-        if self._stop:
-            handoff.running()
-
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
-        if isinstance(error, PageferryError):  # before OSError: a XenError is both, and no fault of the disk
-            reason, hint = str(error), error.hint
-        elif isinstance(error, OSError):
-            reason = f"cannot write {self._path}: {error.strerror or error}"
-            hint = f"nothing is left of it; {file_hint(error) or 'choose another place'}"
-        else:
-            reason, hint = f"internal error: {error!r}", ""
-        return MigrationError(reason, phase=str(self._attempt.clock.current), guest_at=guest_at, hint=hint)
+        return as_save_error(error, self._path, phase=self._attempt.clock.current, guest_at=guest_at)

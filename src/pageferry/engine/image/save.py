@@ -24,19 +24,18 @@ from pathlib import Path
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.device_spec import DeviceKind, device_names
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError, UsageError
+from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationReport, Phase
-from pageferry.core.frames import PAGE_SIZE, GfnArray
+from pageferry.core.frames import GfnArray
 from pageferry.core.guest_time import WorkSample
 from pageferry.core.host_cpu import HostCpu
 from pageferry.core.memory import GuestMemory
-from pageferry.core.os_hints import file_hint
-from pageferry.core.policy import Policy, may_switch
-from pageferry.core.units import format_size
+from pageferry.core.policy import Policy
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.proof import AtPause
+from pageferry.engine.image.save_file import as_save_error, commit, expect_all_pages, open_file
 from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.encode import PlainCoder
@@ -137,9 +136,7 @@ class Save:
         on_event: Callable[[Event], None],
         work_before: WorkSample | None = None,
     ) -> None:
-        if may_switch(policy):
-            hint = "a guest in a file cannot ask for its pages; choose another policy"
-            raise UsageError(f"a save cannot follow the {policy.name} policy", hint=hint)
+        expect_all_pages(policy)
         self._vm = vm
         self._path = path
         self._stop = stop
@@ -160,7 +157,8 @@ class Save:
         attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
         with attempt.under_way(self._as_migration_error):
             with phase(Phase.CONNECT):
-                file = self._open()
+                pages = int(self._vm.memory.populated()[1].sum())
+                file = open_file(attempt, self._path, what="guest", pages=pages)
                 if self._host_cpu is not None and (warning := self._host_cpu.warning) is not None:
                     attempt.warn(f"{warning}; restore it on a host with the same CPU")
                 self._warn_of_disks()
@@ -188,7 +186,9 @@ class Save:
             attempt.guest.release()
             with phase(Phase.HANDOFF):
                 self._prove(file, at_pause)
-                self._commit(file)
+                if self._stop:
+                    attempt.guest.release_backends()  # the process that restores the guest takes them
+                commit(attempt, file, stop=self._stop)
         assert self.job.report is not None
         return self.job.report
 
@@ -206,30 +206,7 @@ class Save:
             )
 
     def _as_migration_error(self, error: Exception, guest_at: GuestAt) -> MigrationError:
-        if isinstance(error, PageferryError):  # before OSError: a KvmError is both, and no fault of the disk
-            reason, hint = str(error), error.hint
-        elif isinstance(error, OSError):
-            reason = f"cannot write {self._path}: {error.strerror or error}"
-            hint = f"nothing is left of it; {file_hint(error) or 'choose another place'}"
-        else:
-            reason, hint = f"internal error: {error!r}", ""
-        return MigrationError(reason, phase=str(self._attempt.clock.current), guest_at=guest_at, hint=hint)
-
-    def _open(self) -> FileOutlet:
-        file = FileOutlet(self._path)
-        file.pacer = self.job.pacer
-        self.job.opened(file)
-        pages = int(self._vm.memory.populated()[1].sum())
-        self._attempt.rounds.expect(pages)
-        needed_bytes = pages * PAGE_SIZE
-        free_bytes = file.free_bytes()
-        if needed_bytes > free_bytes:
-            needed, free = format_size(needed_bytes), format_size(free_bytes)
-            raise UsageError(
-                f"the guest holds {needed}, and {self._path.parent} has {free} free",
-                hint="make room there, or save elsewhere",
-            )
-        return file
+        return as_save_error(error, self._path, phase=self._attempt.clock.current, guest_at=guest_at)
 
     def _prove(self, file: FileOutlet, at_pause: AtPause) -> None:
         """Read the file back and compare it with the guest at the pause."""
@@ -237,20 +214,3 @@ class Save:
         with SavedGuest(self._path, file.fileno()) as saved:
             at_pause.expect_in(saved, self.job.check)
         self._attempt.report.verified_pages = at_pause.pages
-
-    def _commit(self, file: FileOutlet) -> None:
-        """Give the file its name; from then on a guest that was to stop is in the file and not here."""
-        handoff = self.job.handoff
-        if self._stop:
-            self._attempt.guest.release_backends()  # the process that restores the guest takes them
-        if not (handoff.commit() if self._stop else handoff.keep()):
-            raise self.job.stays()
-        try:
-            file.commit()
-        except (OSError, UsageError):
-            if self._stop:
-                handoff.refused()
-            raise
-        file.close()
-        if self._stop:
-            handoff.running()
