@@ -1,10 +1,17 @@
 """What a save and a migration of a domain have in common besides the engine's parts."""
 
+from collections.abc import Sequence
+
 from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.events import Phase
 from pageferry.core.frames import GfnArray
 from pageferry.engine.attempt import Attempt
-from pageferry.engine.pages.send import Lane, Lanes
+from pageferry.engine.pages.encode import PageCoder
+from pageferry.engine.pages.send import Lane, Lanes, Outlet
+from pageferry.engine.precopy import Precopy, stop_and_copy
 from pageferry.engine.verify.digests import RunDigests
+from pageferry.stream.encoder import Encoder
+from pageferry.stream.records import HvmContext, PlainRecord
 from pageferry.xen.domain import XenDomain
 
 #: So many frames are named in a warning.
@@ -70,6 +77,44 @@ class SecondReading:
 
     def close(self) -> None:
         """End nothing."""
+
+
+def copy_and_suspend(
+    attempt: Attempt, domain: XenDomain, outlet: Outlet, encoder: Encoder, coder: PageCoder
+) -> Sequence[PlainRecord]:
+    """Copy a running domain round by round, suspend it, and copy what is left; return the last records of its stream.
+
+    What its log has missed is still to be sent, before these.
+
+    Raises:
+        VmError: its guest does not suspend itself; it runs on.
+        PolicyAbort: the policy gives up, it was cancelled, or the domain has ended.
+        OSError: cut or stalled, or the disk is full.
+    """
+    phase = attempt.clock.phase
+    with attempt.precopy():
+        attempt.expect_alive()
+        lane = Lane(
+            domain.memory,
+            outlet,
+            encoder,
+            coder,
+            says_zero=False,
+            begins_zero=False,
+            on_sent=attempt.accounts.sent,
+        )
+        sink = XenSink(domain, lane)
+        attempt.report.stop_reason = Precopy(attempt, sink, SecondReading(domain)).run().reason
+    with phase(Phase.PAUSE):
+        suspend(attempt, domain)
+    with phase(Phase.STOP_AND_COPY):
+        dirty = domain.log_dirty.peek_final()
+        attempt.accounts.reported(dirty)
+        stop_and_copy(attempt, sink, dirty.gfns())
+    with phase(Phase.STATE):
+        records = domain.last_records()
+        attempt.guest.state_bytes = sum(len(each.data) for each in records if isinstance(each, HvmContext))
+    return records
 
 
 def suspend(attempt: Attempt, domain: XenDomain) -> None:

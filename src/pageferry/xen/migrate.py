@@ -39,15 +39,12 @@ from pageferry.core.policy import Policy, may_switch
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.encode import Coded
-from pageferry.engine.pages.send import Lane
-from pageferry.engine.precopy import Precopy, stop_and_copy
 from pageferry.engine.verify.digests import DIGEST_BYTES, DigestArray, digest_views
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
-from pageferry.stream.records import HvmContext
 from pageferry.stream.xl import libxl_tail, xl_head
 from pageferry.xen.domain import XenDomain
-from pageferry.xen.live import SecondReading, XenSink, missed_in_words, suspend
+from pageferry.xen.live import copy_and_suspend, missed_in_words
 from pageferry.xen.receiver import BANNER, GO, READY, REPORT, Receiver
 
 TIMEOUT_S = 60.0
@@ -197,29 +194,8 @@ class XenMigration:
                 attempt.rounds.expect(domain.memory.all_ram().count())
                 begun = [encoder.header(domain.header()), *map(encoder.record, domain.first_records())]
                 receiver.send([xl_head(self._configuration), *begun])
-            with attempt.precopy():
-                attempt.expect_alive()
-                coder = DigestedCoder(domain.memory, encoder)
-                lane = Lane(
-                    domain.memory,
-                    receiver,
-                    encoder,
-                    coder,
-                    says_zero=False,
-                    begins_zero=False,
-                    on_sent=attempt.accounts.sent,
-                )
-                sink = XenSink(domain, lane)
-                report.stop_reason = Precopy(attempt, sink, SecondReading(domain)).run().reason
-            with phase(Phase.PAUSE):
-                suspend(attempt, domain)
-            with phase(Phase.STOP_AND_COPY):
-                dirty = domain.log_dirty.peek_final()
-                attempt.accounts.reported(dirty)
-                stop_and_copy(attempt, sink, dirty.gfns())
-            with phase(Phase.STATE):
-                records = domain.last_records()
-                attempt.guest.state_bytes = sum(len(each.data) for each in records if isinstance(each, HvmContext))
+            coder = DigestedCoder(domain.memory, encoder)
+            records = copy_and_suspend(attempt, domain, receiver, encoder, coder)
             with phase(Phase.VERIFY):
                 self._send_missed(receiver, coder)
                 receiver.send([*map(encoder.record, records), libxl_tail()])

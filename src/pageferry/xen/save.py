@@ -30,15 +30,12 @@ from pageferry.engine.attempt import Attempt
 from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.save_file import as_save_error, commit, expect_all_pages, open_file
 from pageferry.engine.options import WireOptions
-from pageferry.engine.pages.send import Lane
-from pageferry.engine.precopy import Precopy, stop_and_copy
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
-from pageferry.stream.records import HvmContext
 from pageferry.stream.walk import pass_over
 from pageferry.stream.xl import Inside, libxl_tail, xl_head
 from pageferry.xen.domain import XenDomain
-from pageferry.xen.live import SecondReading, XenSink, missed_in_words, suspend
+from pageferry.xen.live import copy_and_suspend, missed_in_words
 from pageferry.xen.missed import PlacedCoder, missed_pages
 
 
@@ -97,29 +94,8 @@ class XenSave:
                 file = open_file(attempt, self._path, what="domain", pages=pages)
                 begun = [encoder.header(domain.header()), *map(encoder.record, domain.first_records())]
                 file.send([xl_head(self._configuration), *begun])
-            with attempt.precopy():
-                attempt.expect_alive()
-                coder = PlacedCoder(domain.memory, encoder, file)
-                lane = Lane(
-                    domain.memory,
-                    file,
-                    encoder,
-                    coder,
-                    says_zero=False,
-                    begins_zero=False,
-                    on_sent=attempt.accounts.sent,
-                )
-                sink = XenSink(domain, lane)
-                report.stop_reason = Precopy(attempt, sink, SecondReading(domain)).run().reason
-            with phase(Phase.PAUSE):
-                suspend(attempt, domain)
-            with phase(Phase.STOP_AND_COPY):
-                dirty = domain.log_dirty.peek_final()
-                attempt.accounts.reported(dirty)
-                stop_and_copy(attempt, sink, dirty.gfns())
-            with phase(Phase.STATE):
-                records = domain.last_records()
-                attempt.guest.state_bytes = sum(len(each.data) for each in records if isinstance(each, HvmContext))
+            coder = PlacedCoder(domain.memory, encoder, file)
+            records = copy_and_suspend(attempt, domain, file, encoder, coder)
             with phase(Phase.VERIFY):
                 self._send_missed(file, coder)
                 file.send([*map(encoder.record, records), libxl_tail()])
