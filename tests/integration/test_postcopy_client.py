@@ -346,11 +346,11 @@ def test_pages_come_across_what_advice_has_divided(accel, kvm_support):
     vm = KvmVm(VmConfig(memory_bytes=8 << 20), huge_pages=HugePages.ANONYMOUS)
     try:
         memory, across = vm.memory, np.arange(500, 1030, dtype=np.uint64)
-        memory.begin_arrival()
-        memory.make_huge(np.array([512], np.uint64), np.array([512], np.uint64))
+        memory.advice.begin_arrival()
+        memory.advice.make_huge(np.array([512], np.uint64), np.array([512], np.uint64))
         for gfn in (5, 700, 1100):
             memory.write(gpa_of(gfn), b"x")
-        memory.end_arrival()
+        memory.advice.end_arrival()
         absent = vm.await_memory(lambda _: None, DirtyBitmap.of(memory.gfn_limit, across))
         content = np.repeat(across, PAGE_SIZE // 8)
         absent.install(across, content.view(np.uint8))

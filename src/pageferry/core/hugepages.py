@@ -10,18 +10,22 @@ to it alone, and then it is four to six times cheaper to touch for the first tim
 pool too small is an error then and never a SIGBUS later.
 """
 
+from collections.abc import Sequence
 from enum import StrEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pageferry.core.errors import UnsupportedError, VmError
-from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, SIZE_2M
-from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping, MemFd
+from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, SIZE_2M, GfnArray
+from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_NOHUGEPAGE, HostMapping, MemFd
 
 _ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB"
 _TRIALS = 8
+#: So many parts of a guest's memory may be advised each by itself: a process has 65,530 mappings, and each may be one.
+_MAX_PIECES = 8192
 
 
 class HugePages(StrEnum):
@@ -36,6 +40,58 @@ class HugePages(StrEnum):
     THP = "thp"
     ANONYMOUS = "anonymous"
     HUGETLB = "hugetlb"
+
+
+class HugeAdvice:
+    """What the host is told of one guest's memory. Does nothing where it is not to be told anything.
+
+    A guest runs with huge pages wherever the host gives them. One that arrives, from a source or a file, gets them only
+    where whole 2 MiB of it come: one that comes thin stays thin.
+
+    Args:
+        mapping: of its RAM at offset gpa.
+        regions: of it, in bytes.
+        kind: of memory.
+    """
+
+    def __init__(self, mapping: HostMapping, regions: Sequence[range], kind: HugePages) -> None:
+        self._mapping = mapping
+        self._regions = tuple(regions) if kind in (HugePages.THP, HugePages.ANONYMOUS) else ()
+        self._small: NDArray[np.bool_] | None = None  # which 2 MiB get no huge page, while a guest arrives
+        self._pieces = 0
+
+    def everywhere(self) -> None:
+        """Let the host use huge pages wherever it can."""
+        self._small = None
+        self._advise(MADV_HUGEPAGE)
+
+    def begin_arrival(self) -> None:
+        """Give none from now on but where :meth:`make_huge` says so."""
+        if self._regions:
+            self._small = np.ones(-(-self._regions[-1].stop // SIZE_2M), np.bool_)
+            self._advise(MADV_NOHUGEPAGE)
+
+    def make_huge(self, starts: GfnArray, lengths: GfnArray) -> None:
+        """Let the host use them for each whole 2 MiB of these runs of RAM; nothing to do unless a guest arrives."""
+        small = self._small
+        long = lengths >= PAGES_PER_2M  # most runs are not
+        if small is None or not long.any():
+            return
+        for start, length in zip(starts[long].tolist(), lengths[long].tolist(), strict=True):
+            first, end = -(-start // PAGES_PER_2M), (start + length) // PAGES_PER_2M
+            if first < end and self._pieces < _MAX_PIECES and small[first:end].any():
+                small[first:end] = False
+                self._pieces += 1
+                self._mapping.advise(first * SIZE_2M, (end - first) * SIZE_2M, MADV_HUGEPAGE)
+
+    def end_arrival(self) -> None:
+        """Let the host use them wherever it can again: the guest has come, and is about to run."""
+        if self._small is not None:
+            self.everywhere()
+
+    def _advise(self, advice: int) -> None:
+        for region in self._regions:
+            self._mapping.advise(region.start, len(region), advice)
 
 
 def chosen(

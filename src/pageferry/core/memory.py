@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import (
     PAGE_SHIFT,
     PAGE_SIZE,
-    PAGES_PER_2M,
     PCI_HOLE_END,
     PCI_HOLE_START,
     SIZE_2M,
@@ -34,20 +32,16 @@ from pageferry.core.frames import (
 )
 from pageferry.core.hostmem import (
     MADV_DONTNEED,
-    MADV_HUGEPAGE,
-    MADV_NOHUGEPAGE,
     MADV_POPULATE_WRITE,
     MADV_REMOVE,
     HostMapping,
     MemFd,
 )
-from pageferry.core.hugepages import HugePages, chosen, pool_too_small
+from pageferry.core.hugepages import HugeAdvice, HugePages, chosen, pool_too_small
 from pageferry.core.pagemap import filled_runs
 
 #: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
 _COPY = "let it be copied: migrate over TCP"
-#: So many parts of a guest's memory may be advised each by itself: a process has 65,530 mappings, and each may be one.
-_MAX_PIECES = 8192
 MIN_MEMORY_BYTES = 2 << 20
 #: The identity map of the guest ABI ends here.
 MAX_MEMORY_BYTES = 127 << 30
@@ -165,14 +159,14 @@ class GuestMemory:
         self.storage: MemFd | None = None
         """The file with all of RAM at offset gpa, which another process may map too; None if there is no such file."""
         self.huge_pages = huge_pages
+        self.advice = HugeAdvice(mapping, [range(r.gpa, r.gpa + r.size_bytes) for r in self.regions], huge_pages)
+        """Where the host is told to use huge pages."""
         self._populated = populated
         self._vcpu_mapping = vcpu_mapping or mapping
         self._on_write: Callable[[GfnArray], None] | None = None
         self._writes = _WritesUnderWay()
         self._fetch: Callable[[GfnArray], None] | None = None
         self._removed: DirtyBitmap | None = None  # made at the first removal
-        self._small: NDArray[np.bool_] | None = None  # which 2 MiB get no huge page, while a guest arrives
-        self._pieces = 0
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
         """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
         self.size_bytes = sum(region.size_bytes for region in self.regions)
@@ -215,8 +209,7 @@ class GuestMemory:
             memory = cls(regions, mapping, populated, huge_pages=kind)
             memory.storage = None if hugetlb else memfd
             memory._map(memfd)
-        if memory.advised:
-            memory._advise_all(MADV_HUGEPAGE)
+        memory.advice.everywhere()
         return memory
 
     def _map(self, memfd: MemFd) -> None:
@@ -252,11 +245,6 @@ class GuestMemory:
     def reserved(self) -> bool:
         """Whether the host has set all of this memory aside already."""
         return self.huge_pages is HugePages.HUGETLB
-
-    @property
-    def advised(self) -> bool:
-        """Whether the host is advised to use huge pages, and may."""
-        return self.huge_pages in (HugePages.THP, HugePages.ANONYMOUS)
 
     def huge_bytes(self) -> int | None:
         """Return how many bytes the host maps by huge pages now, or None where it was not asked for any."""
@@ -420,37 +408,9 @@ class GuestMemory:
             VmError: a frame is not RAM, or the host is out of memory.
         """
         self._expect_runs(starts, lengths)
-        self.make_huge(starts, lengths)
+        self.advice.make_huge(starts, lengths)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             self.mapping.advise(start << PAGE_SHIFT, length << PAGE_SHIFT, MADV_POPULATE_WRITE)
-
-    def begin_arrival(self) -> None:
-        """Give no huge pages from now on but where :meth:`make_huge` says so: a guest that comes thin stays thin."""
-        if self.advised:
-            self._advise_all(MADV_NOHUGEPAGE)
-            self._small = np.ones(-(-self.gfn_limit // PAGES_PER_2M), np.bool_)
-
-    def make_huge(self, starts: GfnArray, lengths: GfnArray) -> None:
-        """Let the host use huge pages for each whole 2 MiB of these runs of RAM, while a guest arrives."""
-        small = self._small
-        if small is None:
-            return
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-            first, end = -(-start // PAGES_PER_2M), (start + length) // PAGES_PER_2M
-            if first < end and self._pieces < _MAX_PIECES and small[first:end].any():
-                small[first:end] = False
-                self._pieces += 1
-                self.mapping.advise(first * SIZE_2M, (end - first) * SIZE_2M, MADV_HUGEPAGE)
-
-    def end_arrival(self) -> None:
-        """Let the host use huge pages wherever it can again: the guest has come, and is about to run."""
-        if self._small is not None:
-            self._small = None
-            self._advise_all(MADV_HUGEPAGE)
-
-    def _advise_all(self, advice: int) -> None:
-        for region in self.regions:
-            self.mapping.advise(region.gpa, region.size_bytes, advice)
 
     def release(self, ranges: Sequence[tuple[int, int]]) -> bool:
         """Give the storage of ranges ``(gpa, size_bytes)`` back to the host: they read as zeros then, and are dirty.

@@ -173,7 +173,7 @@ class Destination(Generic[AnyVm]):
 
             def start(paused: bool) -> None:
                 self._before_run(vm, hello.name)
-                vm.memory.end_arrival()
+                vm.memory.advice.end_arrival()
                 if not paused:
                     vm.resume()
                 undo.pop_all()  # the guest is ours, whether or not the source hears of it

@@ -122,7 +122,7 @@ def _make(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConfig], An
     except UsageError:
         vm.close()
         raise
-    vm.memory.begin_arrival()
+    vm.memory.advice.begin_arrival()
     return vm, False
 
 

@@ -14,7 +14,7 @@ from pageferry.core.cpuid import SOFT_CPU, CpuModel, Leaves, of_vcpu
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER_2M, GfnArray
 from pageferry.core.host_tsc import expect_rate, host_tsc_khz
-from pageferry.core.hostmem import MADV_HUGEPAGE, HostMapping
+from pageferry.core.hostmem import HostMapping
 from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
 from pageferry.core.state import VcpuState
@@ -174,15 +174,15 @@ class Domain(StandardMachine):
         self._populate(mapping, regions)
         if not thp:
             return GuestMemory(regions, mapping, self._stored_runs)
-        for region in regions:
-            mapping.advise(region.gpa, region.size_bytes, MADV_HUGEPAGE)
-        return GuestMemory(
+        memory = GuestMemory(
             regions,
             mapping,
             self._stored_runs,
             huge_pages=HugePages.THP,
             vcpu_mapping=self.machine.mapping,
         )
+        memory.advice.everywhere()
+        return memory
 
     def _stored_runs(self) -> tuple[GfnArray, GfnArray]:
         return self.physmap.populated()

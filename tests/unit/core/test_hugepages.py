@@ -159,14 +159,14 @@ def test_private_memory_behind_the_hole_is_found_at_its_frames():
 @pytest.mark.parametrize("kind", [HugePages.ANONYMOUS, HugePages.THP], ids=str)
 def test_a_guest_that_comes_thin_stays_thin(thp, kind):
     memory = GuestMemory.linear(ODD, huge_pages=kind)
-    memory.begin_arrival()
+    memory.advice.begin_arrival()
     memory.write(SIZE_2M + 5, b"x")
     assert gfns(memory) == [512]
-    memory.make_huge(u64(500, 1030), u64(500, 500))  # no whole 2 MiB
+    memory.advice.make_huge(u64(500, 1030), u64(500, 500))  # no whole 2 MiB
     memory.write(2 * SIZE_2M, b"x")
     assert gfns(memory) == [512, 1024]
     memory.drop(u64(1024), u64(1))
-    memory.make_huge(u64(1000), u64(600))
+    memory.advice.make_huge(u64(1000), u64(600))
     memory.write(0, b"x")
     assert memory.huge_bytes() == 0
     memory.populate(u64(1536), u64(512))
@@ -177,9 +177,9 @@ def test_a_guest_that_comes_thin_stays_thin(thp, kind):
 @pytest.mark.parametrize("kind", [HugePages.ANONYMOUS, HugePages.THP], ids=str)
 def test_one_that_has_come_gets_huge_pages_again(thp, kind):
     memory = GuestMemory.linear(ODD, huge_pages=kind)
-    memory.begin_arrival()
+    memory.advice.begin_arrival()
     memory.write(5, b"x")
-    memory.end_arrival()
+    memory.advice.end_arrival()
     memory.write(SIZE_2M + 5, b"x")
     assert gfns(memory) == [0, *range(512, 1024)]
 

@@ -43,7 +43,7 @@ def restore(
             saved.load(vm.memory, gfns[at : at + _STEP_PAGES])
             on_progress(min(at + _STEP_PAGES, gfns.size), gfns.size)
         vm.load_state(saved.state)
-        vm.memory.end_arrival()
+        vm.memory.advice.end_arrival()
         undo.pop_all()
     return vm
 
@@ -69,7 +69,7 @@ def restore_lazily(
         lazy = LazyRestore(saved, vm, on_failure=on_failure)
         undo.callback(lazy.close)
         vm.load_state(saved.state)
-        vm.memory.end_arrival()
+        vm.memory.advice.end_arrival()
         undo.pop_all()
     return vm, lazy
 
@@ -79,7 +79,7 @@ def _machine(saved: SavedGuest, make_vm: Callable[[VmConfig], AnyVm], undo: cont
     vm = make_vm(saved.config)
     undo.callback(vm.close)
     expect_room(vm.memory, saved.data_pages.size)
-    vm.memory.begin_arrival()
+    vm.memory.advice.begin_arrival()
     if (removed := saved.removed).size:
         vm.remove_pages(removed)
     return vm

@@ -111,7 +111,7 @@ class SavedGuest:
 
     def load(self, memory: GuestMemory, gfns: GfnArray) -> None:
         """Read pages into a guest's memory; arguments and errors as for :meth:`read`."""
-        memory.make_huge(*runs_of(gfns))
+        memory.advice.make_huge(*runs_of(gfns))
         self.read(gfns, lambda piece: memory.views(*runs_of(gfns[piece])))
         memory.wrote(gfns)
 

@@ -143,7 +143,7 @@ class PageWriter:
 
     def _whole_runs(self, gfns: GfnArray) -> list[memoryview]:
         runs = runs_of(gfns)
-        self._memory.make_huge(*runs)
+        self._memory.advice.make_huge(*runs)
         return self._memory.views(*runs)
 
     def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:
