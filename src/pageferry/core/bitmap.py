@@ -41,6 +41,15 @@ def runs_of(gfns: GfnArray, *, max_pages: int | None = None) -> tuple[GfnArray, 
     return (starts, lengths) if max_pages is None else split_runs(starts, lengths, max_pages)
 
 
+def places_of(gfns: GfnArray) -> "slice | NDArray[np.intp]":
+    """Return what picks these frames (uint64[n], strictly ascending, n at least 1) out of an array with one row each.
+
+    A slice where they are one run: that takes no look-up, and no copy to read.
+    """
+    first, last = int(gfns[0]), int(gfns[-1])
+    return slice(first, last + 1) if last - first == gfns.size - 1 else gfns.astype(np.intp)
+
+
 def split_runs(starts: GfnArray, lengths: GfnArray, max_pages: int) -> tuple[GfnArray, GfnArray]:
     """Cut runs into pieces of at most ``max_pages`` pages, in order.
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, SIZE_2M, GfnArray
 from pageferry.core.hostmem import MADV_HUGEPAGE, MADV_NOHUGEPAGE, HostMapping, MemFd
+from pageferry.core.pagemap import can_tell
 
 _ENABLED = "/sys/kernel/mm/transparent_hugepage/enabled"
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -118,7 +119,7 @@ def chosen(
         return asked
     if _gives(_setting(_SHMEM_ENABLED) if shmem_enabled is None else shmem_enabled):
         return HugePages.THP
-    if not needs_file and _gives(_setting(_ENABLED) if enabled is None else enabled):
+    if not needs_file and can_tell() and _gives(_setting(_ENABLED) if enabled is None else enabled):
         return HugePages.ANONYMOUS
     return HugePages.OFF
 

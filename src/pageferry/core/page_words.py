@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from pageferry.core.bitmap import runs_of
+from pageferry.core.bitmap import places_of, runs_of
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
 
@@ -40,12 +40,9 @@ def zero_pages(words: PageWords, gfns: GfnArray) -> NDArray[np.bool_]:
     zero = np.zeros(gfns.size, np.bool_)
     if not gfns.size:
         return zero
-    rows = gfns.astype(np.intp)
-    first, last = int(rows[0]), int(rows[-1])
-    sampled = words[first : last + 1, _SAMPLES[0]] if last - first == rows.size - 1 else words[rows, _SAMPLES[0]]
-    suspects = np.flatnonzero(sampled == 0)
+    suspects = np.flatnonzero(words[places_of(gfns), _SAMPLES[0]] == 0)
     for sample in _SAMPLES[1:]:
-        suspects = suspects[words[rows[suspects], sample] == 0]
+        suspects = suspects[words[gfns[suspects], sample] == 0]
     if suspects.size:
         zero[suspects] = _or_of_pages(words, gfns[suspects]) == 0
     return zero

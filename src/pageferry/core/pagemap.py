@@ -136,6 +136,15 @@ class PagemapFd(Fd):
         return self.ioctl(PAGEMAP_SCAN, request), request.walk_end
 
 
+def can_tell() -> bool:
+    """Tell whether this process may see its own page tables, without which private memory is of no use to a guest."""
+    try:
+        os.close(_open())
+    except UnsupportedError:
+        return False
+    return True
+
+
 def filled_runs(hva: int, size_bytes: int) -> tuple[GfnArray, GfnArray]:
     """Return the runs of pages of a range of private memory that have storage, swapped out or not.
 
@@ -191,5 +200,5 @@ def _open() -> int:
         raise UnsupportedError(
             "pagemap",
             f"{PAGEMAP} cannot be opened: {os.strerror(error.errno or errno.EIO)}",
-            hint="mount /proc, or use --tracker kvm-bitmap",
+            hint="mount /proc; or use --hugepages off, and another tracker than pagemap-scan",
         ) from error

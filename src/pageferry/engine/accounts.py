@@ -5,7 +5,7 @@ import threading
 import numpy as np
 from numpy.typing import NDArray
 
-from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.bitmap import DirtyBitmap, places_of
 from pageferry.core.frames import GfnArray
 from pageferry.core.sent_pages import HeatMap, HotRange, SentPages
 from pageferry.engine.host import THIS_HOST, Host
@@ -120,8 +120,8 @@ class SendCounts:
         """
         if not gfns.size:
             return
-        where = gfns.astype(np.intp)
-        cells = where >> self._cell_shift
+        where = places_of(gfns)
+        cells = gfns.astype(np.intp) >> self._cell_shift
         first = int(cells[0])
         pages = np.bincount(cells - first)
         with self._lock:
@@ -130,10 +130,8 @@ class SendCounts:
                 self._halve_rows()
             row = self._rows[index // self._rounds_per_row]
             row[first : first + pages.size] += pages.astype(np.uint32)
-            one_run = int(where[-1]) - int(where[0]) == where.size - 1
-            at = slice(int(where[0]), int(where[-1]) + 1) if one_run else where
-            counts = self._sent[at]
-            self._sent[at] = counts + (counts < _MOST)
+            counts = self._sent[where]
+            self._sent[where] = counts + (counts < _MOST)
 
     def result(self) -> SentPages:
         """Return what was counted so far."""

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of, split_runs, subtract_runs
+from pageferry.core.bitmap import DirtyBitmap, expand_runs, places_of, runs_of, split_runs, subtract_runs
 
 
 def u64(*values):
@@ -64,6 +64,14 @@ def test_many_frames_are_set_and_cleared_as_single_ones_are(frames):
     bitmap = DirtyBitmap(1000)
     bitmap.set(u64(*frames))
     assert set(bitmap.gfns().tolist()) == set(frames)
+
+
+@pytest.mark.parametrize("gfns", [u64(7), u64(3, 4, 5), u64(3, 5), u64(3, 4, 6, 7)])
+def test_frames_pick_their_rows_and_one_run_does_so_without_a_copy(gfns):
+    rows = np.arange(10)
+    picked = rows[places_of(gfns)]
+    assert picked.tolist() == gfns.tolist()
+    assert np.shares_memory(picked, rows) == (runs_of(gfns)[0].size == 1)
 
 
 sizes = st.integers(1, 300)

@@ -7,6 +7,7 @@ from pageferry.core import pagemap
 from pageferry.core.errors import UffdError, UnsupportedError
 from pageferry.core.frames import PAGE_SIZE, SIZE_2M
 from pageferry.core.hostmem import MADV_DONTNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE, HostMapping
+from pageferry.core.hugepages import HugePages, chosen
 
 PAGES = 1024
 SIZE = PAGES * PAGE_SIZE
@@ -81,6 +82,9 @@ def test_a_kernel_without_the_scan_is_asked_the_older_way(mapping, monkeypatch):
 
 def test_no_pagemap_is_said(mapping, monkeypatch, tmp_path):
     monkeypatch.setattr(pagemap, "PAGEMAP", tmp_path / "none")
+    assert not pagemap.can_tell()
+    settings = {"enabled": "[always] madvise never\n", "shmem_enabled": "[never]\n"}
+    assert chosen(HugePages.AUTO, needs_file=False, **settings) is HugePages.OFF
     with pytest.raises(UnsupportedError, match="cannot be opened: No such file"):
         runs(mapping)
     monkeypatch.setattr(pagemap, "PAGEMAP", tmp_path / "empty")
