@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import xxhash
-from altered import AlteredSource
+from altered import AlteredSource, alter
 from processes import Process, cli
 
 from fuzz.guarded import Guarded
@@ -38,7 +38,7 @@ from pageferry.core.errors import (
 from pageferry.core.events import PostcopyPaused
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
-from pageferry.core.vm import VmConfig, VmStatus
+from pageferry.core.vm import VmConfig
 from pageferry.engine.destination import Destination
 from pageferry.engine.image.restore import restore, restore_lazily
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -227,7 +227,9 @@ class DestinationTarget(_InProcess):
     def _take(self, machines: Guarded, player: Player, ran: list[str]) -> tuple[str, Any]:
         def make_vm(config: VmConfig) -> Any:
             _LIMITS.check(config)
-            return machines(config)
+            vm = machines(config)
+            alter(vm, "resume", lambda _: lambda: None)  # or a COMMIT that was changed would set it going
+            return vm
 
         def accept(_: float) -> Peer:
             return Peer(player.connect(), Side.DESTINATION)
@@ -253,8 +255,7 @@ class DestinationTarget(_InProcess):
             require(lost or not machines.made, f"a machine is left: {outcome}")
             return
         require(ran, "the guest is here, and it was never told")
-        stands_still = vm.status is VmStatus.PAUSED  # a COMMIT that was changed may have set it going
-        if seed.recorded and stands_still and not touched & _PROVE_MEMORY:
+        if seed.recorded and not touched & _PROVE_MEMORY:
             memory = contents_of(vm.memory)
             if not touched:
                 self._memory_of.setdefault(seed.recorded, memory)
