@@ -24,113 +24,23 @@ do it, to be destroyed. On failure before it was given away: as for a save. With
 suspended here and ``guest_at`` is UNKNOWN.
 """
 
-import shlex
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, PeerError, TransportError, UsageError
 from pageferry.core.events import Event, MigrationReport, Phase
-from pageferry.core.frames import PAGE_SIZE, GfnArray
-from pageferry.core.memory import GuestMemory
-from pageferry.core.page_words import WORDS_PER_PAGE, page_words
 from pageferry.core.policy import Policy, may_switch
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.options import WireOptions
-from pageferry.engine.pages.encode import Coded
-from pageferry.engine.verify.digests import DIGEST_BYTES, DigestArray, digest_views
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.xl import libxl_tail, xl_head
 from pageferry.xen.domain import XenDomain
 from pageferry.xen.live import copy_and_suspend, missed_in_words
+from pageferry.xen.missed import DigestedCoder, differing_pages
 from pageferry.xen.receiver import BANNER, GO, READY, REPORT, Receiver
 
 TIMEOUT_S = 60.0
 _AWAY = "--migratedaway"
-
-
-def ssh_command(uri: str) -> list[str]:
-    """Return the command that reaches the receiver at ``ssh://[USER@]HOST[:PORT]``.
-
-    Raises:
-        UsageError: it is no such address.
-    """
-    where, port = uri.removeprefix("ssh://"), ""
-    host, colon, last = where.rpartition(":")
-    if colon and last.isdecimal():
-        where, port = host, last
-    if not uri.startswith("ssh://") or not where or where.startswith("-") or "/" in where or where.isspace():
-        raise UsageError(f"{uri} is no address of another dom0", hint="ssh://HOST, or --through COMMAND")
-    return ["ssh", *(["-p", port] if port else []), "--", where, "xl", "migrate-receive"]
-
-
-def through_command(command: str) -> list[str]:
-    """Return the words of a command that a user gave.
-
-    Raises:
-        UsageError: they cannot be told apart, or there are none.
-    """
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise UsageError(f"--through {command!r}: {error}") from error
-    if not words:
-        raise UsageError("--through has no command")
-    return words
-
-
-class DigestedCoder:
-    """Pages as copies, digested; remembers the digest of the last content of each that was sent.
-
-    Args:
-        memory: the guest's.
-        encoder: of the stream.
-    """
-
-    def __init__(self, memory: GuestMemory, encoder: Encoder) -> None:
-        self._memory = memory
-        self._words = page_words(memory)
-        self._encoder = encoder
-        self._copies = np.empty((MAX_PAGES_PER_RECORD, WORDS_PER_PAGE), np.uint64)
-        self.sent = DirtyBitmap(memory.gfn_limit)
-        self.digests: DigestArray = np.zeros((memory.gfn_limit, DIGEST_BYTES), np.uint8)
-
-    def code(self, gfns: GfnArray, *, fresh: bool) -> Coded:
-        """Return one PAGE_DATA record of the copies; they are valid until the next call."""
-        self._memory.page_views(gfns)  # or a frame that is gone would be read
-        copies = self._copies[: gfns.size]
-        np.take(self._words, gfns.astype(np.intp), axis=0, out=copies, mode="clip")
-        self.digests[gfns.astype(np.intp)] = digests_of(copies)
-        self.sent.set(gfns)
-        return Coded(buffers=[self._encoder.page_data(gfns), copies.data.cast("B")])
-
-    def forget(self, gfns: GfnArray) -> None:
-        """Nothing is sent but by :meth:`code`."""
-
-
-def digests_of(pages: "np.typing.NDArray[np.uint64]") -> DigestArray:
-    """Return the digest of each page, of uint64[n, 512]."""
-    held = pages.data.cast("B")
-    views = [held[at : at + PAGE_SIZE] for at in range(0, len(held), PAGE_SIZE)]
-    return digest_views(views, np.ones(len(views), np.uint64))
-
-
-def differing_pages(memory: GuestMemory, coder: DigestedCoder) -> GfnArray:
-    """Return the frames (uint64[n], ascending) of a domain that stands still whose content is not what was sent."""
-    gfns, words = memory.all_ram().gfns(), page_words(memory)
-    known = np.zeros(gfns.size, np.bool_)
-    inside = gfns < coder.sent.nbits
-    known[inside] = coder.sent.test_many(gfns[inside])
-    missed = DirtyBitmap.of(memory.gfn_limit, gfns[~known])
-    gfns = gfns[known]
-    for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-        some = gfns[at : at + MAX_PAGES_PER_RECORD]
-        rows = some.astype(np.intp)
-        now = digests_of(np.ascontiguousarray(words[rows]))
-        missed.set(some[(now != coder.digests[rows]).any(axis=1)])
-    return missed.gfns()
 
 
 class XenMigration:

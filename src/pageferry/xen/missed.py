@@ -1,8 +1,9 @@
-"""A second reading: the suspended domain's memory, mapped anew, against what was written of it.
+"""A second reading: the suspended domain's memory, mapped anew, against what was written or sent of it.
 
 Xen's log-dirty does not see every writer: it misses writes through foreign mappings (by a backend, a device model, a
-tool), and pages that came or were exchanged meanwhile. So at the pause all of memory is compared with the file, byte by
-byte, through a mapping that is made then. What differs, or is not there, was missed: it is written again, and counted.
+tool), and pages that came or were exchanged meanwhile. So at the pause all of memory is compared, through a mapping
+made then: with a file byte by byte, or with digests of what was sent. What differs, or is not there, was missed: it
+goes again, and is counted.
 """
 
 import mmap
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
+from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
 from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.pages.encode import Coded, PlainCoder
+from pageferry.engine.verify.digests import DIGEST_BYTES, DigestArray, digest_views
 from pageferry.stream.encoder import Encoder
+from pageferry.stream.format import MAX_PAGES_PER_RECORD
 
 
 class PlacedCoder(PlainCoder):
@@ -83,3 +87,55 @@ def _different(
             pages = (ours.reshape(count, -1) != theirs.reshape(count, -1)).any(axis=1)
             different += (np.flatnonzero(pages) + first).tolist()
     return different
+
+
+class DigestedCoder:
+    """Pages as copies, digested; remembers the digest of the last content of each that was sent.
+
+    Args:
+        memory: the guest's.
+        encoder: of the stream.
+    """
+
+    def __init__(self, memory: GuestMemory, encoder: Encoder) -> None:
+        self._memory = memory
+        self._words = page_words(memory)
+        self._encoder = encoder
+        self._copies = np.empty((MAX_PAGES_PER_RECORD, WORDS_PER_PAGE), np.uint64)
+        self.sent = DirtyBitmap(memory.gfn_limit)
+        self.digests: DigestArray = np.zeros((memory.gfn_limit, DIGEST_BYTES), np.uint8)
+
+    def code(self, gfns: GfnArray, *, fresh: bool) -> Coded:
+        """Return one PAGE_DATA record of the copies; they are valid until the next call."""
+        self._memory.page_views(gfns)  # or a frame that is gone would be read
+        copies = self._copies[: gfns.size]
+        np.take(self._words, gfns.astype(np.intp), axis=0, out=copies, mode="clip")
+        self.digests[gfns.astype(np.intp)] = digests_of(copies)
+        self.sent.set(gfns)
+        return Coded(buffers=[self._encoder.page_data(gfns), copies.data.cast("B")])
+
+    def forget(self, gfns: GfnArray) -> None:
+        """Nothing is sent but by :meth:`code`."""
+
+
+def digests_of(pages: PageWords) -> DigestArray:
+    """Return the digest of each page."""
+    held = pages.data.cast("B")
+    views = [held[at : at + PAGE_SIZE] for at in range(0, len(held), PAGE_SIZE)]
+    return digest_views(views, np.ones(len(views), np.uint64))
+
+
+def differing_pages(memory: GuestMemory, coder: DigestedCoder) -> GfnArray:
+    """Return the frames (uint64[n], ascending) of a domain that stands still whose content is not what was sent."""
+    gfns, words = memory.all_ram().gfns(), page_words(memory)
+    known = np.zeros(gfns.size, np.bool_)
+    inside = gfns < coder.sent.nbits
+    known[inside] = coder.sent.test_many(gfns[inside])
+    missed = DirtyBitmap.of(memory.gfn_limit, gfns[~known])
+    gfns = gfns[known]
+    for at in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+        some = gfns[at : at + MAX_PAGES_PER_RECORD]
+        rows = some.astype(np.intp)
+        now = digests_of(np.ascontiguousarray(words[rows]))
+        missed.set(some[(now != coder.digests[rows]).any(axis=1)])
+    return missed.gfns()

@@ -19,6 +19,7 @@ Source: Xen, ``xl migrate-receive`` of 4.17; the words are its protocol.
 
 import os
 import select
+import shlex
 import subprocess
 import tempfile
 import threading
@@ -150,3 +151,33 @@ class Receiver:
         self._said.seek(max(0, self._said.tell() - _LAST_BYTES))
         lines = self._said.read().decode("utf-8", "replace").strip().splitlines()
         return ReceiverError(f"{self._command} {what}" + (f", its last words: {lines[-1].strip()}" if lines else ""))
+
+
+def ssh_command(uri: str) -> list[str]:
+    """Return the command that reaches the receiver at ``ssh://[USER@]HOST[:PORT]``.
+
+    Raises:
+        UsageError: it is no such address.
+    """
+    where, port = uri.removeprefix("ssh://"), ""
+    host, colon, last = where.rpartition(":")
+    if colon and last.isdecimal():
+        where, port = host, last
+    if not uri.startswith("ssh://") or not where or where.startswith("-") or "/" in where or where.isspace():
+        raise UsageError(f"{uri} is no address of another dom0", hint="ssh://HOST, or --through COMMAND")
+    return ["ssh", *(["-p", port] if port else []), "--", where, "xl", "migrate-receive"]
+
+
+def through_command(command: str) -> list[str]:
+    """Return the words of a command that a user gave.
+
+    Raises:
+        UsageError: they cannot be told apart, or there are none.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UsageError(f"--through {command!r}: {error}") from error
+    if not words:
+        raise UsageError("--through has no command")
+    return words

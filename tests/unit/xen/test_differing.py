@@ -7,7 +7,7 @@ from pageferry.core.errors import VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.records import StaticDataEnd
-from pageferry.xen.migrate import DigestedCoder, differing_pages
+from pageferry.xen.missed import DigestedCoder, differing_pages
 
 PAGES = 1500
 

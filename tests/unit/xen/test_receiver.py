@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from pageferry.core.errors import UsageError
-from pageferry.xen.migrate import ssh_command, through_command
-from pageferry.xen.receiver import BANNER, GO, READY, Receiver, ReceiverError
+from pageferry.xen.receiver import BANNER, GO, READY, Receiver, ReceiverError, ssh_command, through_command
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def migrate_guest(
     """Migrate a guest live; Ctrl-C cancels and leaves it running where it is, until the handoff has begun."""
     if what.startswith(XEN_PREFIX):
         from pageferry.cli import xen_source  # only where it is wanted: it brings the whole engine
-        from pageferry.xen.migrate import ssh_command, through_command
+        from pageferry.xen.receiver import ssh_command, through_command
 
         if (uri is None) == (through is None):
             raise UsageError("where to?", hint="pageferry migrate xen:DOMAIN ssh://HOST, or --through COMMAND")
