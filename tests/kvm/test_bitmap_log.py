@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 from altered import alter
+from stores import stored
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import KvmError, LogDirtyError, VmError
@@ -18,18 +19,6 @@ from pageferry.testing import check_log_dirty
 pytestmark = pytest.mark.kvm
 
 MANUAL, INITIALLY_SET = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
-
-# Where a test expects an exact set, the guest's stores and its program lie in different 2 MiB pages of the guest: KVM
-# maps a page that is first *read* writable, and says that it is dirty. Under shadow paging it does so when the guest's
-# entry for the page has its dirty bit, under nested paging always.
-
-#: Pages that may be reported besides the guest's own stores: its page tables (accessed bits, AMD nested paging), and
-#: under nested paging the page of its program, which it reads.
-NO_STORES = set(range(0x10, 0x19)) | {0x100}
-
-
-def gfns(bitmap):
-    return set(bitmap.gfns().tolist()) - NO_STORES
 
 
 def gfn(*gpas):
@@ -68,7 +57,7 @@ def test_state_errors(kvm, manual_protect):
     with pytest.raises(LogDirtyError, match="on already"):
         log.enable()
     assert log.enabled
-    assert gfns(log.clean()) == set()  # the mark before did not count
+    assert stored(log.clean()) == set()  # the mark before did not count
     log.off()
     log.off()
     assert not log.enabled
@@ -80,11 +69,11 @@ def test_enable_starts_all_clear_and_all_protected(kvm, manual_protect):
     kvm.wait_for(vm, lambda: vm.memory.read_u64(0x20_0000 + 63 * PAGE_SIZE))
     vm.pause()
     vm.log_dirty.enable()
-    assert gfns(vm.log_dirty.peek()) == set()
+    assert stored(vm.log_dirty.peek()) == set()
     assert vm.log_dirty.stats().dirty_count == 0
     vm.resume()
-    kvm.wait_for(vm, lambda: len(gfns(vm.log_dirty.peek())) == 64)
-    assert gfns(vm.log_dirty.clean()) == set(range(0x200, 0x240))
+    kvm.wait_for(vm, lambda: len(stored(vm.log_dirty.peek())) == 64)
+    assert stored(vm.log_dirty.clean()) == set(range(0x200, 0x240))
 
 
 def test_peek_changes_nothing_and_clean_clears(kvm, manual_protect):
@@ -94,7 +83,7 @@ def test_peek_changes_nothing_and_clean_clears(kvm, manual_protect):
     log.enable()
     run_to_end(vm)
     first = log.peek()
-    assert gfns(first) == gfn(*at)
+    assert stored(first) == gfn(*at)
     assert log.peek() == first
     assert log.stats().dirty_count == first.count()
     assert log.stats().fault_count is None
@@ -119,8 +108,8 @@ def test_writes_after_clean_are_seen_again(kvm, manual_protect):
     vm.log_dirty.enable()
     vm.resume()
     for _ in range(20):
-        kvm.wait_for(vm, lambda: len(gfns(vm.log_dirty.peek())) == 64)
-        assert gfns(vm.log_dirty.clean()) == set(range(0x200, 0x240))
+        kvm.wait_for(vm, lambda: len(stored(vm.log_dirty.peek())) == 64)
+        assert stored(vm.log_dirty.clean()) == set(range(0x200, 0x240))
 
 
 def test_off_stops_logging(kvm, manual_protect):
@@ -183,9 +172,9 @@ def test_marks_through_memory_and_those_that_are_not_ram(kvm, manual_protect):
     vm.log_dirty.enable()
     vm.memory.write(0x20_0FFF, b"ab")
     vm.log_dirty.mark(np.array([0x3FF, 0x400, 1 << 40], np.uint64))
-    assert gfns(vm.log_dirty.peek()) == {0x200, 0x201, 0x3FF}
-    assert gfns(vm.log_dirty.clean()) == {0x200, 0x201, 0x3FF}
-    assert gfns(vm.log_dirty.clean()) == set()
+    assert stored(vm.log_dirty.peek()) == {0x200, 0x201, 0x3FF}
+    assert stored(vm.log_dirty.clean()) == {0x200, 0x201, 0x3FF}
+    assert stored(vm.log_dirty.clean()) == set()
 
 
 def test_dma_marks_what_it_writes_after_it_wrote(kvm, manual_protect):
@@ -216,7 +205,7 @@ def test_sizes_that_are_not_a_multiple_of_64_pages(kvm, manual_protect, pages):
     for take in (vm.log_dirty.peek, vm.log_dirty.clean):
         bitmap = take()
         assert bitmap.nbits == pages
-        assert gfns(bitmap) == gfn(last, 0x20_0000)
+        assert stored(bitmap) == gfn(last, 0x20_0000)
         assert bitmap.gfns().max() < pages
     assert vm.log_dirty.clean().count() == 0
 
@@ -231,10 +220,10 @@ def test_above_the_pci_hole(kvm, manual_protect):
     assert [vm.memory.read_u64(gpa) for gpa in at] == [0x55] * 3
     bitmap = vm.log_dirty.clean()
     assert bitmap.nbits == (6 << 18) + 1
-    assert gfns(bitmap) == gfn(*at)
+    assert stored(bitmap) == gfn(*at)
     assert vm.log_dirty.peek().count() == 0
     vm.memory.write((6 << 30), b"x")
-    assert gfns(vm.log_dirty.clean()) == {6 << 18}
+    assert stored(vm.log_dirty.clean()) == {6 << 18}
 
 
 def test_a_range_is_cleaned_and_asked_of_its_own_slots_only(kvm, manual_protect):
@@ -250,17 +239,17 @@ def test_a_range_is_cleaned_and_asked_of_its_own_slots_only(kvm, manual_protect)
         return real(number, argument)
 
     alter(vm.vm_fd, "ioctl", lambda _: ioctl)
-    assert gfns(vm.log_dirty.clean_range(range(0x240, 0x280))) == {0x240, 0x243}
+    assert stored(vm.log_dirty.clean_range(range(0x240, 0x280))) == {0x240, 0x243}
     taken = ["KVM_GET_DIRTY_LOG", "KVM_CLEAR_DIRTY_LOG"][: 2 if manual_protect else 1]
     assert asked == [(name, 0) for name in taken]
-    assert gfns(vm.log_dirty.peek()) == {3, 0x200, (4 << 18) + 1}
+    assert stored(vm.log_dirty.peek()) == {3, 0x200, (4 << 18) + 1}
     asked.clear()
-    assert gfns(vm.log_dirty.clean_range(range(4 << 18, 1 << 40))) == {(4 << 18) + 1}
+    assert stored(vm.log_dirty.clean_range(range(4 << 18, 1 << 40))) == {(4 << 18) + 1}
     assert asked == [(name, 3) for name in taken]
     asked.clear()
     assert not vm.log_dirty.clean_range(range(3 << 18, 4 << 18)).any()  # nothing but the hole
     assert asked == []
-    assert gfns(vm.log_dirty.clean()) == {3, 0x200}
+    assert stored(vm.log_dirty.clean()) == {3, 0x200}
 
 
 def test_a_range_of_no_whole_words_is_refused_and_takes_nothing(kvm, manual_protect):
@@ -270,7 +259,7 @@ def test_a_range_of_no_whole_words_is_refused_and_takes_nothing(kvm, manual_prot
     for wrong in (range(0x200, 0x210), range(0x201, 0x240), range(-64, 0x400)):
         with pytest.raises(ValueError, match="whole words"):
             vm.log_dirty.clean_range(wrong)
-    assert gfns(vm.log_dirty.clean()) == {0x200, 0x210, 0x220}
+    assert stored(vm.log_dirty.clean()) == {0x200, 0x210, 0x220}
 
 
 def refuse(vm, monkeypatch, request, *, after):
@@ -301,8 +290,8 @@ def test_a_clean_that_fails_half_way_loses_no_bit(kvm, manual_protect, monkeypat
                 vm.log_dirty.clean()
             assert vm.log_dirty.enabled
     if request_number == uapi.KVM_GET_DIRTY_LOG or manual_protect:
-        assert gfns(vm.log_dirty.peek()) == gfn(*at) | {3}
-        assert gfns(vm.log_dirty.clean()) == gfn(*at) | {3}
+        assert stored(vm.log_dirty.peek()) == gfn(*at) | {3}
+        assert stored(vm.log_dirty.clean()) == gfn(*at) | {3}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from descriptors import open_descriptors
+from stores import NO_STORES, stored
 
 from pageferry.core.errors import KvmError, LogDirtyError, UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
@@ -25,9 +26,6 @@ from pageferry.kvm.trackers import ring_tracker
 pytestmark = pytest.mark.kvm
 
 FIRST_GPA, FIRST_GFN = 0x20_0000, 0x200
-#: Pages that may be written besides the guest's own stores: its page tables (accessed bits, AMD nested paging), and
-#: under nested paging the page of its program, which KVM maps writable when it is first read.
-NO_STORES = set(range(0x10, 0x19)) | {0x100}
 
 
 @pytest.fixture
@@ -51,10 +49,6 @@ def asleep(monkeypatch):
             super().__init__(lambda: None, period_s)
 
     monkeypatch.setattr(ring_log, "_Collector", Asleep)
-
-
-def gfns(bitmap):
-    return set(bitmap.gfns().tolist()) - NO_STORES
 
 
 def span(first, count):
@@ -114,7 +108,7 @@ def test_state_errors(small):
     with pytest.raises(LogDirtyError, match="on already"):
         log.enable()
     assert log.enabled
-    assert gfns(log.clean()) == set()
+    assert stored(log.clean()) == set()
     assert log.stats().fault_count is None
 
 
@@ -125,9 +119,9 @@ def test_far_more_pages_than_entries(kvm, small, room, asleep):
         before = vm.log_dirty.full_exits
         stamp_once(kvm, vm, 0, 4 * room)
         assert vm.log_dirty.full_exits - before >= 3
-        assert gfns(vm.log_dirty.peek()) == span(0, 4 * room)
-        assert gfns(vm.log_dirty.clean()) == span(0, 4 * room)
-        assert gfns(vm.log_dirty.clean()) == set()
+        assert stored(vm.log_dirty.peek()) == span(0, 4 * room)
+        assert stored(vm.log_dirty.clean()) == span(0, 4 * room)
+        assert stored(vm.log_dirty.clean()) == set()
 
 
 def test_rounds_that_wrap_around_are_exact(kvm, small, room, asleep):
@@ -138,7 +132,7 @@ def test_rounds_that_wrap_around_are_exact(kvm, small, room, asleep):
     while len(entries) < 5 * room:
         first, count = 37 * number % 500, 29 + number % 23
         stamp_once(kvm, vm, first, count)
-        assert gfns(vm.log_dirty.clean()) == span(first, count)
+        assert stored(vm.log_dirty.clean()) == span(first, count)
         number += 1
     assert vm.log_dirty.full_exits == 0
 
@@ -153,7 +147,7 @@ def test_one_fault_per_page_as_long_as_the_ring_has_room(kvm, small, asleep):
         vm.log_dirty.peek()
         vm.log_dirty.stats()
         stamp_once(kvm, vm, 0, 100)
-        assert gfns(take()) == span(0, 100)
+        assert stored(take()) == span(0, 100)
         assert Counter(gfn for gfn in entries if gfn not in NO_STORES) == Counter(span(0, 100))
 
 
@@ -167,7 +161,7 @@ def test_a_ring_that_was_full_costs_a_page_one_fault_more_and_no_more(kvm, small
     for _ in range(2):
         stamp_once(kvm, vm, 0, 10)
     stamp_once(kvm, vm, 20, 10)
-    assert gfns(vm.log_dirty.clean()) == span(0, 10) | span(20, 10)
+    assert stored(vm.log_dirty.clean()) == span(0, 10) | span(20, 10)
     counts = Counter(gfn for gfn in entries if gfn not in NO_STORES)
     assert counts == Counter([*span(0, 10), *span(0, 10), *span(20, 10)])
 
@@ -176,8 +170,8 @@ def test_the_collector_harvests_while_the_guest_runs(kvm, small):
     vm = small("stamp", memory_bytes=8 << 20, rdi=FIRST_GPA, rsi=64)
     vm.log_dirty.enable()
     vm.resume()
-    kvm.wait_for(vm, lambda: gfns(vm.log_dirty._held.copy()) >= span(0, 64))
-    assert gfns(vm.log_dirty.clean()) == span(0, 64)
+    kvm.wait_for(vm, lambda: stored(vm.log_dirty._held.copy()) >= span(0, 64))
+    assert stored(vm.log_dirty.clean()) == span(0, 64)
 
 
 def test_the_collector_makes_room_only_when_a_ring_is_half_full(kvm, small, room, asleep):
@@ -189,10 +183,10 @@ def test_the_collector_makes_room_only_when_a_ring_is_half_full(kvm, small, room
     stamp_once(kvm, vm, room, 20)
     vm.log_dirty._collect()
     assert kept(vm) == [0]
-    assert gfns(vm.log_dirty.peek()) == span(0, room // 2 - 20) | span(room, 20)
+    assert stored(vm.log_dirty.peek()) == span(0, room // 2 - 20) | span(room, 20)
     stamp_once(kvm, vm, 0, 1)
-    assert gfns(vm.log_dirty.clean()) == span(0, room // 2 - 20) | span(room, 20)
-    assert gfns(vm.log_dirty.clean()) == set()
+    assert stored(vm.log_dirty.clean()) == span(0, room // 2 - 20) | span(room, 20)
+    assert stored(vm.log_dirty.clean()) == set()
 
 
 def test_every_vcpu_has_its_ring(kvm, small, room):
@@ -252,12 +246,12 @@ def test_clean_of_a_range_leaves_the_bits_beside_it(kvm, small, asleep):
     vm = small("stamp", memory_bytes=8 << 20)
     vm.log_dirty.enable()
     stamp_once(kvm, vm, 0, 128)
-    assert gfns(vm.log_dirty.clean_range(range(FIRST_GFN + 64, FIRST_GFN + 128))) == span(64, 64)
-    assert gfns(vm.log_dirty.peek()) == span(0, 64)
+    assert stored(vm.log_dirty.clean_range(range(FIRST_GFN + 64, FIRST_GFN + 128))) == span(64, 64)
+    assert stored(vm.log_dirty.peek()) == span(0, 64)
     stamp_once(kvm, vm, 70, 3)
-    assert gfns(vm.log_dirty.clean_range(range(FIRST_GFN + 64, FIRST_GFN + 128))) == span(70, 3)
+    assert stored(vm.log_dirty.clean_range(range(FIRST_GFN + 64, FIRST_GFN + 128))) == span(70, 3)
     stamp_once(kvm, vm, 0, 1)
-    assert gfns(vm.log_dirty.clean()) == span(0, 64)
+    assert stored(vm.log_dirty.clean()) == span(0, 64)
     with pytest.raises(ValueError, match="whole words"):
         vm.log_dirty.clean_range(range(3, 64))
 
@@ -266,9 +260,9 @@ def test_clean_of_a_range_without_a_dirty_page_protects_nothing(kvm, small, asle
     vm = small("stamp", memory_bytes=8 << 20)
     vm.log_dirty.enable()
     stamp_once(kvm, vm, 0, 10)
-    assert gfns(vm.log_dirty.clean_range(range(FIRST_GFN + 64, vm.memory.gfn_limit))) == set()
+    assert stored(vm.log_dirty.clean_range(range(FIRST_GFN + 64, vm.memory.gfn_limit))) == set()
     assert kept(vm)[0] >= 10
-    assert gfns(vm.log_dirty.clean_range(range(FIRST_GFN, FIRST_GFN + 64))) == span(0, 10)
+    assert stored(vm.log_dirty.clean_range(range(FIRST_GFN, FIRST_GFN + 64))) == span(0, 10)
     assert kept(vm) == [0]
 
 
@@ -279,7 +273,7 @@ def test_several_slots(kvm, small):
     vm.resume()
     vm.wait(60)
     assert vm.end == GuestEnd(exit_code=0)
-    assert gfns(vm.log_dirty.clean()) == {gpa >> PAGE_SHIFT for gpa in at}
+    assert stored(vm.log_dirty.clean()) == {gpa >> PAGE_SHIFT for gpa in at}
 
 
 def test_enable_drops_what_an_earlier_cycle_has_left(kvm, small, asleep, monkeypatch):
@@ -294,9 +288,9 @@ def test_enable_drops_what_an_earlier_cycle_has_left(kvm, small, asleep, monkeyp
     stamp_once(kvm, vm, 20, 10)  # that slot is logged still
     assert len(vm.log_dirty._rings._rings[0].look()[0]) >= 10
     vm.log_dirty.enable()
-    assert gfns(vm.log_dirty.peek()) == set()
+    assert stored(vm.log_dirty.peek()) == set()
     stamp_once(kvm, vm, 20, 3)  # and every page is protected again
-    assert gfns(vm.log_dirty.clean()) == span(20, 3)
+    assert stored(vm.log_dirty.clean()) == span(20, 3)
 
 
 def refuse(vm, patch, refused):
@@ -345,7 +339,7 @@ def test_an_enable_that_fails_half_way_is_off(kvm, small, monkeypatch):
     kvm.wait_for(vm, lambda: threading.active_count() == threads)
     vm.log_dirty.enable()
     stamp_once(kvm, vm, 0, 3)
-    assert gfns(vm.log_dirty.clean()) == span(0, 3)
+    assert stored(vm.log_dirty.clean()) == span(0, 3)
 
 
 def test_a_reset_that_the_kernel_refuses_loses_no_bit(kvm, small, asleep, monkeypatch):
@@ -357,10 +351,10 @@ def test_a_reset_that_the_kernel_refuses_loses_no_bit(kvm, small, asleep, monkey
         refuse(vm, patch, uapi.KVM_RESET_DIRTY_RINGS)
         with pytest.raises(VmError, match="KVM_RESET_DIRTY_RINGS"):
             vm.log_dirty.clean()
-    assert gfns(vm.log_dirty.peek()) == span(0, 10) | {3}
-    assert gfns(vm.log_dirty.clean()) == span(0, 10) | {3}
+    assert stored(vm.log_dirty.peek()) == span(0, 10) | {3}
+    assert stored(vm.log_dirty.clean()) == span(0, 10) | {3}
     stamp_once(kvm, vm, 0, 2)
-    assert gfns(vm.log_dirty.clean()) == span(0, 2)
+    assert stored(vm.log_dirty.clean()) == span(0, 2)
 
 
 def cut_short(vm, monkeypatch):
@@ -385,7 +379,7 @@ def test_after_a_reset_cut_short_all_of_ram_is_dirty_and_protected(kvm, small, a
         cut_short(vm, patch)
         assert vm.log_dirty.clean() == vm.memory.all_ram()
     stamp_once(kvm, vm, 0, 10)
-    assert gfns(vm.log_dirty.clean()) == span(0, 10)
+    assert stored(vm.log_dirty.clean()) == span(0, 10)
 
 
 def test_after_a_reset_cut_short_that_cannot_be_mended_log_dirty_refuses_until_off(kvm, small, asleep, monkeypatch):
@@ -404,7 +398,7 @@ def test_after_a_reset_cut_short_that_cannot_be_mended_log_dirty_refuses_until_o
     vm.log_dirty.off()
     vm.log_dirty.enable()
     stamp_once(kvm, vm, 0, 10)
-    assert gfns(vm.log_dirty.clean()) == span(0, 10)
+    assert stored(vm.log_dirty.clean()) == span(0, 10)
 
 
 def test_an_entry_that_names_no_page_makes_log_dirty_refuse_until_off(kvm, small, asleep):
@@ -420,7 +414,7 @@ def test_an_entry_that_names_no_page_makes_log_dirty_refuse_until_off(kvm, small
     vm.log_dirty.off()
     vm.log_dirty.enable()
     stamp_once(kvm, vm, 0, 10)
-    assert gfns(vm.log_dirty.clean()) == span(0, 10)
+    assert stored(vm.log_dirty.clean()) == span(0, 10)
 
 
 def test_a_collector_that_fails_is_silent_from_then_on_and_the_operators_tell(kvm, small, monkeypatch, caplog):
@@ -443,7 +437,7 @@ def test_a_collector_that_fails_is_silent_from_then_on_and_the_operators_tell(kv
         "the dirty rings are not collected any more: the ring is on fire"
     ]
     stamp_once(kvm, vm, 0, 10)
-    assert gfns(vm.log_dirty.clean()) == span(0, 10)
+    assert stored(vm.log_dirty.clean()) == span(0, 10)
 
 
 def kvm_descriptors():
@@ -486,7 +480,7 @@ def test_a_kernel_that_knows_the_older_capability_only(kvm, monkeypatch):
     vm = kvm.guest("stamp", tracker="kvm-ring", memory_bytes=8 << 20)
     vm.log_dirty.enable()
     stamp_once(kvm, vm, 0, 3)
-    assert gfns(vm.log_dirty.clean()) == span(0, 3)
+    assert stored(vm.log_dirty.clean()) == span(0, 3)
 
 
 def test_by_default_the_rings_are_as_large_as_they_get(kvm):
