@@ -9,11 +9,10 @@ Law 4: a writer here is not a vCPU, so nested paging does not see it; every writ
 dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -42,6 +41,7 @@ from pageferry.core.pagemap import filled_runs
 
 #: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
 _COPY = "let it be copied: migrate over TCP"
+_FEW_FRAMES = 32
 MIN_MEMORY_BYTES = 2 << 20
 #: The identity map of the guest ABI ends here.
 MAX_MEMORY_BYTES = 127 << 30
@@ -118,20 +118,39 @@ def _nothing() -> tuple[GfnArray, GfnArray]:
     return np.empty(0, np.uint64), np.empty(0, np.uint64)
 
 
-class _WritesUnderWay:
-    """Counts the writes that have begun and are not marked yet; a context manager around each."""
+class _Lent:
+    """Views that a caller writes through: a context manager, which marks the frames of their ranges when it ends."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.count = 0
+    __slots__ = ("_memory", "_ranges", "_views")
 
-    def __enter__(self) -> None:
-        with self._lock:
-            self.count += 1
+    def __init__(self, memory: "GuestMemory", ranges: Sequence[tuple[int, int]]) -> None:
+        self._memory = memory
+        self._ranges = ranges
+        self._views = memory._byte_views(ranges)
+
+    def __enter__(self) -> list[memoryview]:
+        self._memory._under_way.append(None)
+        return self._views
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self.count -= 1
+        try:
+            self._memory._mark(self._ranges)
+        finally:
+            self._memory._under_way.pop()
+
+
+def _frames(gpa: int, size_bytes: int) -> GfnArray:
+    """Return the frames of a range that is not empty, to be looked at only."""
+    first, last = gpa >> PAGE_SHIFT, gpa + size_bytes - 1 >> PAGE_SHIFT
+    return _few(first, last) if last - first < _FEW_FRAMES else np.arange(first, last + 1, dtype=np.uint64)
+
+
+@lru_cache(maxsize=256)
+def _few(first: int, last: int) -> GfnArray:
+    # Devices write the same few frames again and again, their rings' above all.
+    gfns = np.arange(first, last + 1, dtype=np.uint64)
+    gfns.setflags(write=False)
+    return gfns
 
 
 class GuestMemory:
@@ -164,9 +183,11 @@ class GuestMemory:
         self._populated = populated
         self._vcpu_mapping = vcpu_mapping or mapping
         self._on_write: Callable[[GfnArray], None] | None = None
-        self._writes = _WritesUnderWay()
+        self._under_way: list[None] = []  # one for each write not marked yet; append and pop need no lock
         self._fetch: Callable[[GfnArray], None] | None = None
         self._removed: DirtyBitmap | None = None  # made at the first removal
+        self._low_bytes = self.regions[0].size_bytes if self.regions[0].gpa == 0 else 0
+        self._plain_bytes = self._low_bytes  # what ends here may be touched without a further look
         self.gfn_limit = self.regions[-1].first_gfn + self.regions[-1].pages
         """One more than the last frame: the size of every dirty bitmap of this guest. Frames in the hole never set."""
         self.size_bytes = sum(region.size_bytes for region in self.regions)
@@ -257,11 +278,15 @@ class GuestMemory:
     def on_touch(self, fetch: Callable[[GfnArray], None] | None) -> None:
         """Set what brings the content of frames before they are touched here; None: all of it is there."""
         self._fetch = fetch
+        self._look()
+
+    def _look(self) -> None:
+        self._plain_bytes = self._low_bytes if self._fetch is None and self._removed is None else 0
 
     @property
     def unmarked_writes(self) -> int:
         """How many :meth:`write` and :meth:`copy_within` are under way: their bytes may have landed without a mark."""
-        return self._writes.count
+        return len(self._under_way)
 
     def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
         """Tell whether every byte of a range is RAM of one region."""
@@ -296,6 +321,7 @@ class GuestMemory:
         """Stop counting frames of the regions as RAM; for the machine, which has taken them away."""
         if self._removed is None:
             self._removed = DirtyBitmap(self.gfn_limit)
+            self._look()
         self._removed.set(gfns)
 
     def restore(self, gfns: GfnArray) -> None:
@@ -325,10 +351,15 @@ class GuestMemory:
         Raises:
             VmError: the range is not RAM; nothing was written.
         """
-        self._check(gpa, len(data))
-        with self._writes:
-            self.mapping.view[gpa : gpa + len(data)] = data
-            self.wrote(gfns_touched(gpa, len(data)))
+        size_bytes = len(data)
+        self._check(gpa, size_bytes)
+        self._under_way.append(None)
+        try:
+            self.mapping.view[gpa : gpa + size_bytes] = data
+            if self._on_write is not None and size_bytes:
+                self._on_write(_frames(gpa, size_bytes))
+        finally:
+            self._under_way.pop()
 
     def copy_within(self, source_gpa: int, target_gpa: int, size_bytes: int) -> None:
         """Copy a range inside the guest (overlap allowed), then mark the target's frames dirty.
@@ -337,11 +368,9 @@ class GuestMemory:
             VmError: a range is not RAM; nothing was written.
         """
         self._check(source_gpa, size_bytes)
-        self._check(target_gpa, size_bytes)
         view = np.frombuffer(self.mapping.view, np.uint8)
-        with self._writes:
+        with self.writing(((target_gpa, size_bytes),)):
             view[target_gpa : target_gpa + size_bytes] = view[source_gpa : source_gpa + size_bytes]
-            self.wrote(gfns_touched(target_gpa, size_bytes))
 
     def reading(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """Return one read-only view per range ``(gpa, size_bytes)``, straight onto guest memory: for gather I/O.
@@ -351,8 +380,7 @@ class GuestMemory:
         """
         return [view.toreadonly() for view in self._byte_views(ranges)]
 
-    @contextmanager
-    def writing(self, ranges: Sequence[tuple[int, int]]) -> Iterator[list[memoryview]]:
+    def writing(self, ranges: Sequence[tuple[int, int]]) -> AbstractContextManager[list[memoryview]]:
         """Lend one writable view per range ``(gpa, size_bytes)``: for scatter I/O.
 
         When the block ends, however it does, the frames of all ranges are marked dirty.
@@ -360,13 +388,15 @@ class GuestMemory:
         Raises:
             VmError: a range is not RAM; the block was not entered.
         """
-        views = self._byte_views(ranges)
-        with self._writes:
-            try:
-                yield views
-            finally:
-                touched = [gfns_touched(gpa, size_bytes) for gpa, size_bytes in ranges]
-                self.wrote(np.concatenate(touched) if touched else np.empty(0, np.uint64))
+        return _Lent(self, ranges)
+
+    def _mark(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Mark the frames of ranges that were written."""
+        if self._on_write is None:
+            return
+        touched = [_frames(gpa, size_bytes) for gpa, size_bytes in ranges if size_bytes]
+        if touched:
+            self._on_write(touched[0] if len(touched) == 1 else np.concatenate(touched))
 
     def _byte_views(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         for gpa, size_bytes in ranges:
@@ -424,14 +454,12 @@ class GuestMemory:
         Raises:
             VmError: a range is not RAM; nothing was released.
         """
-        for gpa, size_bytes in ranges:
-            self._check(gpa, size_bytes)
+        lent = self.writing(ranges)
         if self.reserved or self._fetch is not None:
             return False
-        with self._writes:
+        with lent:
             for gpa, size_bytes in ranges:
                 self._drop(gpa, size_bytes)
-                self.wrote(gfns_touched(gpa, size_bytes))
         return True
 
     def drop(self, starts: GfnArray, lengths: GfnArray) -> None:
@@ -466,9 +494,12 @@ class GuestMemory:
         return self._removed is None or not self._removed.test_many(expand_runs(starts, lengths)).any()
 
     def _check(self, gpa: int, size_bytes: int) -> None:
+        if gpa >= 0 <= size_bytes and gpa + size_bytes <= self._plain_bytes:
+            return
         if gpa < 0 or size_bytes < 0 or not self.is_ram(gpa, size_bytes):
             raise VmError(f"guest-physical range {gpa:#x}+{size_bytes:#x} is not RAM")
-        self._expect_there(lambda: gfns_touched(gpa, size_bytes))
+        if self._fetch is not None:
+            self._expect_there(lambda: gfns_touched(gpa, size_bytes))
 
     def _expect_there(self, gfns: Callable[[], GfnArray]) -> None:
         fetch = self._fetch  # looked at once: it may be over in the next moment

@@ -178,7 +178,7 @@ def test_nothing_is_due_while_a_write_may_be_unmarked(migration):
     migration.write(3, 1)
     migration.send(migration.clean())
     migration.auditor.start()
-    with migration.memory._writes:
+    with migration.memory.writing([(900 * PAGE_SIZE, 8)]):
         migration.auditor.wait(_GIVE_UP_S)
         assert migration.auditor.due() is None
     assert migration.auditor.due() is not None
