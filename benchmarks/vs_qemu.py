@@ -9,8 +9,8 @@ faster than the wire moves, both may hold it back (`--policy converge`, `auto-co
 * total time: from the command until the source says that it is over and the guest works at the destination;
 * downtime at the guest: how long the guest's own counter stands still, read from outside, for both alike; and what each
   source reports;
-* the destination's memory was in use a moment before, in huge pages and in small ones: else a virtual machine's host
-  may take seconds to hand it out again, and that is what one measures (`--cold`);
+* memory is warm, as hardware has it: all that is free was in use a moment before (benchmarks/peers/warm.py); else a
+  virtual machine's host may take seconds to hand it out again, and that is what one measures (`--cold`);
 * processor time: of all threads of both processes, those that run vCPUs apart; peak memory: resident, both processes.
 
 Ratios are ours to the better QEMU of the same repetition: the median, and in brackets the least and the most.
@@ -45,13 +45,14 @@ from peers.table import (
     short_header,
     short_line,
 )
+from peers.warm import WarmMemory
 from wire import plain_copy
 
 _MIB = 1 << 20
 _MULTIFD_CHANNELS = 2
 _GROW_MIB = (256, 512, 1024, 2048, 4096, 8192)
 _GROW_SPARE_MIB = 32
-_GROW_ROOM = 2.5
+_GROW_ROOM = 3
 _LACKING = 5
 
 
@@ -59,7 +60,7 @@ _LACKING = 5
 class Terms:
     """What is the same in all scenarios: repetitions, downtime limit, more arguments of pageferry's ``migrate``.
 
-    ``warm``: as for :func:`peers.move.move`. ``quick``: no warm-up, and only what the README shows.
+    ``warm``: all free memory was in use a moment before. ``quick``: no warm-up, and only what the README shows.
     """
 
     pairs: int
@@ -131,13 +132,21 @@ def _monitors(scenario: Scenario, shim: bytes, terms: Terms) -> tuple[Monitor, .
     )
 
 
+def _plain_copy(size_bytes: int, warm: WarmMemory | None) -> float:
+    if warm is not None:
+        warm.hold()
+        warm.give_back(_GROW_ROOM * size_bytes)
+    return plain_copy(size_bytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
     """Runs scenarios by these terms. The other fields are what it does on this host, and knows of it."""
 
     terms: Terms
+    warm: WarmMemory
     move: Callable[..., Move] = move
-    plain_copy: Callable[[int], float] = plain_copy
+    plain_copy: Callable[[int, WarmMemory | None], float] = _plain_copy
     qemu_shim: Callable[[Path], bytes] = qemu_shim
     available_bytes: Callable[[], int | None] = available_bytes
 
@@ -184,7 +193,7 @@ class Bench:
 
     def _attempt(self, monitor: Monitor, load: Load) -> Move | None:
         try:
-            return self.move(monitor, load, warm=self.terms.warm)
+            return self.move(monitor, load, warm=self.warm if self.terms.warm else None)
         except UnsupportedError:
             raise
         except PageferryError as error:
@@ -197,19 +206,19 @@ class Bench:
         for memory_mib in sizes_mib:
             load = _load(memory_mib, memory_mib - _GROW_SPARE_MIB, 0)
             available = self.available_bytes()
-            if available is not None and available < _GROW_ROOM * load.memory_bytes:
+            if available is not None and available + self.warm.held_bytes < _GROW_ROOM * load.memory_bytes:
                 _say(f"{format_size(load.memory_bytes)}: left out, this host has {format_size(available)} available")
                 continue
             sizes.append(self._grow(load))
         return growth_table(sizes), {"scenario": GROWTH, "target": PLAIN_TARGET, "sizes": sizes}
 
     def _grow(self, load: Load) -> dict[str, Any]:
-        terms, moves, shares = self.terms, [], []
+        terms, warm, moves, shares = self.terms, self.warm if self.terms.warm else None, [], []
         for number in range(terms.pairs + 1):
             step = f"repetition {number} of {terms.pairs}" if number else "warm-up"
             _say(f"growth, {format_size(load.memory_bytes)}: {step}")
-            plain_s = self.plain_copy(load.filled_bytes)
-            moved = self.move(Pageferry(policy="xen", limit_s=None, options=terms.options), load, warm=terms.warm)
+            plain_s = self.plain_copy(load.filled_bytes, warm)
+            moved = self.move(Pageferry(policy="xen", limit_s=None, options=terms.options), load, warm=warm)
             if number:
                 moves.append(moved)
                 shares.append(plain_s / moved.total_s)
@@ -258,7 +267,8 @@ def main(arguments: Sequence[str] | None = None, bench: Callable[..., Bench] = B
     )
     wanted = options.scenarios or (list(SCENARIOS) if options.quick else known)
     try:
-        results = bench(terms=terms).run(wanted, options.largest, show=not options.json)
+        with WarmMemory() as warm:
+            results = bench(terms=terms, warm=warm).run(wanted, options.largest, show=not options.json)
     except PageferryError as error:
         _say(f"vs_qemu: {error}; {error.hint}" if error.hint else f"vs_qemu: {error}")
         return _LACKING if isinstance(error, UnsupportedError) else 1

@@ -1,26 +1,23 @@
 """One move of a guest, measured: the same steps and the same clocks for every monitor."""
 
-import mmap
-import multiprocessing
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from pageferry.core.errors import VmError
-from pageferry.core.hostmem import MADV_POPULATE_WRITE
-from pageferry.core.memory import GuestMemory
 
 from .image import Load
 from .monitors import Monitor
 from .process import Peer
+from .warm import WarmMemory
 from .watch import GuestWatch, read_count, wait_filled
 
 _FILL_S = 60.0
 _MOVE_S = 180.0
+#: What a monitor may use besides the guest's memory.
+_PROCESS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,16 +41,18 @@ class Move:
     peak_bytes: int
 
 
-def move(monitor: Monitor, load: Load, *, warm: bool = True) -> Move:
+def move(monitor: Monitor, load: Load, *, warm: WarmMemory | None) -> Move:
     """Start a guest, move it, measure, end both processes.
 
-    ``warm``: memory for the destination was in use a moment before (:func:`warm_up`).
+    ``warm``: holds what is free here, and gives back enough for the destination; None: memory is as the host has it.
 
     Raises:
         VmError: the guest did not start or did not move, or found an error in its memory.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vs-qemu-")))
+        if warm is not None:
+            warm.give_back(_needed_bytes(load))
         source = stack.enter_context(monitor.source(load, folder))
         source.start()
         wait_filled(source, time.monotonic() + _FILL_S)
@@ -63,8 +62,9 @@ def move(monitor: Monitor, load: Load, *, warm: bool = True) -> Move:
         uri = monitor.listen(destination)
         for peer in peers:
             peer.reset_peak()
-        if warm:
-            warm_up(load.filled_bytes)
+        if warm is not None:
+            warm.hold()
+            warm.give_back(_needed_bytes(load))
         total_s, gap_s, cpu_s, vcpu_s = _measured(monitor, peers, uri)
         result = monitor.result(source)
         peak_bytes = sum(peer.peak_bytes() for peer in peers)
@@ -96,6 +96,11 @@ def _measured(monitor: Monitor, peers: tuple[Peer, Peer], uri: str) -> tuple[flo
     return max(completed_s, watch.first_at_destination_s) - began_s, watch.gap_s, cpu_s, vcpu_s
 
 
+def _needed_bytes(load: Load) -> int:
+    """Return how much memory one end may take."""
+    return load.filled_bytes * 5 // 4 + _PROCESS_BYTES
+
+
 def _expect_whole(destination: Peer) -> None:
     """Let the guest go on for a while and check all of its memory that it can.
 
@@ -112,23 +117,3 @@ def _expect_whole(destination: Peer) -> None:
             return
         time.sleep(0.02)
     raise VmError(f"the guest is not whole at {destination.name}: {destination.last_words()}")
-
-
-def warm_up(size_bytes: int) -> None:
-    """Have a process touch so much memory, in huge pages and in small ones, and give it back.
-
-    A virtual machine may give free memory back to its host, mostly where 2 MiB and more are free together; getting it
-    again can take seconds per GiB, on hosts of today most of all for huge pages. Hardware has no such thing.
-    """
-    process = multiprocessing.get_context("spawn").Process(target=_warm_up_here, args=(size_bytes,), daemon=True)
-    process.start()
-    process.join()
-
-
-def _warm_up_here(size_bytes: int) -> None:
-    with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as huge:
-        huge.madvise(mmap.MADV_HUGEPAGE)
-        huge.madvise(MADV_POPULATE_WRITE)
-    memory = GuestMemory.linear(size_bytes)
-    starts = np.array([region.first_gfn for region in memory.regions], np.uint64)
-    memory.populate(starts, np.array([region.pages for region in memory.regions], np.uint64))

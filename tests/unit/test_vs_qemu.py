@@ -24,6 +24,7 @@ from peers.image import PROGRAM, Load, build_image
 from peers.monitors import QEMU, PageferryPeer, QemuPeer, qemu_shim
 from peers.move import Move
 from peers.table import Spread, Targets, compare, growth_table, header, lines, short_header, short_line
+from peers.warm import WarmMemory, free_bytes
 from peers.watch import GuestWatch, read_count, wait_filled
 
 MIB = 1 << 20
@@ -214,10 +215,32 @@ def test_arguments_of_migrate_are_passed_on_and_shown(capsys):
     assert {monitor.limit_s for monitor in seen} == {0.03}
 
 
+def test_warm_memory_is_in_use_until_it_is_given_back():
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident_bytes()
+    with WarmMemory(lambda: (1 << 30) + 4 * 64 * MIB - 1) as warm:
+        warm.hold()
+        assert warm.held_bytes == 3 * 64 * MIB
+        assert resident_bytes() - before > 170 * MIB
+        warm.give_back(65 * MIB)
+        assert warm.held_bytes == 64 * MIB
+        assert resident_bytes() - before < 100 * MIB
+    assert warm.held_bytes == 0
+
+
+def test_what_is_free_is_read_from_the_kernel(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 100 kB\nMemFree:    7 kB\nMemAvailable: 50 kB\n")
+    assert free_bytes(meminfo) == 7 << 10
+    assert free_bytes() > 0
+
+
 @pytest.mark.parametrize(("flags", "warm"), [([], True), (["--cold"], False)])
 def test_memory_is_warm_where_it_is_not_to_be_cold(capsys, flags, warm):
     seen = []
-    bench = pretended(lambda monitor, load, warm: seen.append(warm) or move(1.0))
+    bench = pretended(lambda monitor, load, warm: seen.append(warm is not None) or move(1.0))
     assert vs_qemu.main(["idle", "--pairs", "1", *flags], bench) == 0
     assert set(seen) == {warm}
     assert "| total time |" in capsys.readouterr().out
@@ -258,7 +281,7 @@ def test_the_warm_up_is_not_counted_and_a_failure_is_told(capsys):
 def test_scenarios_are_lines_of_one_table_and_growth_is_another(capsys):
     bench = pretended(
         lambda monitor, load, warm: move(1.0, verify_s=0.1),
-        plain_copy=lambda size_bytes: 0.5,
+        plain_copy=lambda size_bytes, warm: 0.5,
         available_bytes=lambda: 2 << 30,
     )
     assert vs_qemu.main(["growth", "idle", "busy", "--pairs", "1"], bench) == 0
