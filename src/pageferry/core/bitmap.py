@@ -74,34 +74,6 @@ def expand_runs(starts: GfnArray, lengths: GfnArray) -> GfnArray:
     return np.repeat(starts, counts) + offsets.astype(np.uint64)
 
 
-def subtract_runs(
-    starts: GfnArray, lengths: GfnArray, minus_starts: GfnArray, minus_lengths: GfnArray
-) -> tuple[GfnArray, GfnArray]:
-    """Return the frames of the first runs that are in none of the second, as runs.
-
-    Args:
-        starts: uint64[m], first frames of disjoint runs.
-        lengths: uint64[m], their lengths in pages.
-        minus_starts: uint64[k], first frames of disjoint runs.
-        minus_lengths: uint64[k], their lengths in pages.
-
-    Returns:
-        ``(starts, lengths)``, ascending; neighbouring pieces are not joined. Cost grows with the number of runs.
-    """
-    edges = np.concatenate((starts, starts + lengths, minus_starts, minus_starts + minus_lengths))
-    m, k = starts.size, minus_starts.size
-    wanted = np.concatenate((np.ones(m, np.int64), -np.ones(m, np.int64), np.zeros(2 * k, np.int64)))
-    unwanted = np.concatenate((np.zeros(2 * m, np.int64), np.ones(k, np.int64), -np.ones(k, np.int64)))
-    order = np.argsort(edges, kind="stable")
-    edges = edges[order]
-    if edges.size == 0:
-        return edges, edges
-    kept = (np.cumsum(wanted[order]) > 0) & (np.cumsum(unwanted[order]) == 0)
-    size = np.diff(edges, append=edges[-1:])
-    kept &= size > 0
-    return edges[kept], size[kept]
-
-
 def _is_one_run(gfns: GfnArray) -> bool:
     """Tell whether frames are neighbours, in order and each once, where that saves work."""
     if gfns.size < _LONG_RUN or int(gfns[-1]) - int(gfns[0]) != gfns.size - 1:
@@ -302,19 +274,23 @@ class DirtyBitmap:
         """
         part = slice(0, self.words.size) if within is None else self.words_of(within)
         where = np.flatnonzero(self.words[part]) + part.start
-        bits = np.unpackbits(self.words[where].astype("<u8", copy=False).view(np.uint8), bitorder="little")
-        nth = np.flatnonzero(bits)
-        gfns: GfnArray = (where[nth >> 6].astype(np.uint64) << np.uint64(6)) | (nth & 63).astype(np.uint64)
-        return gfns
+        return _gfns_of(where, self.words[where])
 
     def runs(self, *, max_pages: int | None = None) -> tuple[GfnArray, GfnArray]:
         """Return the set frames as runs; see :func:`runs_of`. Cost grows with words and runs, not with frames."""
-        # A bit that differs from the one before it begins a run or ends one, in turn.
-        shifted = np.zeros(self.words.size + 1, np.uint64)
-        shifted[:-1] = self.words << np.uint64(1)
-        shifted[1:] |= self.words >> np.uint64(_WORD_BITS - 1)
-        shifted[:-1] ^= self.words
-        edges = DirtyBitmap(shifted.size * _WORD_BITS, shifted).gfns()
+        # A bit that differs from the one before it begins or ends a run, in turn: in a word with a bit, or the next.
+        used = np.zeros(self.words.size + 1, np.bool_)
+        np.not_equal(self.words, 0, out=used[:-1])
+        used[1:] |= used[:-1].copy()
+        where = np.flatnonzero(used)
+        words = self.words.take(where, mode="clip")
+        if where.size and where[-1] == self.words.size:
+            words[-1] = 0
+        before = words[:-1] >> np.uint64(_WORD_BITS - 1)
+        before[np.diff(where) != 1] = 0
+        edged = words ^ (words << np.uint64(1))
+        edged[1:] ^= before
+        edges = _gfns_of(where, edged)
         starts, lengths = edges[::2], edges[1::2] - edges[::2]
         return (starts, lengths) if max_pages is None else split_runs(starts, lengths, max_pages)
 
@@ -359,3 +335,11 @@ class DirtyBitmap:
     def _same_size(self, other: "DirtyBitmap") -> None:
         if self.nbits != other.nbits:
             raise ValueError(f"bitmaps of {self.nbits} and {other.nbits} frames do not combine")
+
+
+def _gfns_of(where: NDArray[np.int64], words: NDArray[np.uint64]) -> GfnArray:
+    """Return the frames of the bits set in ``words``, which are at ``where`` in their bitmap, ascending."""
+    bits = np.unpackbits(words.astype("<u8", copy=False).view(np.uint8), bitorder="little")
+    nth = np.flatnonzero(bits)
+    gfns: GfnArray = (where[nth >> 6].astype(np.uint64) << np.uint64(6)) | (nth & 63).astype(np.uint64)
+    return gfns

@@ -74,16 +74,21 @@ class HugeAdvice:
 
     def make_huge(self, starts: GfnArray, lengths: GfnArray) -> None:
         """Let the host use them for each whole 2 MiB of these runs of RAM; nothing to do unless a guest arrives."""
-        small = self._small
-        long = lengths >= PAGES_PER_2M  # most runs are not
-        if small is None or not long.any():
+        if self._small is None:
             return
-        for start, length in zip(starts[long].tolist(), lengths[long].tolist(), strict=True):
-            first, end = -(-start // PAGES_PER_2M), (start + length) // PAGES_PER_2M
-            if first < end and self._pieces < _MAX_PIECES and small[first:end].any():
-                small[first:end] = False
-                self._pieces += 1
-                self._mapping.advise(first * SIZE_2M, (end - first) * SIZE_2M, MADV_HUGEPAGE)
+        long = lengths >= PAGES_PER_2M  # most runs are not
+        if long.any():
+            for start, length in zip(starts[long].tolist(), lengths[long].tolist(), strict=True):
+                self.make_run_huge(range(start, start + length))
+
+    def make_run_huge(self, run: range) -> None:
+        """As :meth:`make_huge`, of one run."""
+        small, first, end = self._small, -(-run.start // PAGES_PER_2M), run.stop // PAGES_PER_2M
+        if small is None or first >= end or self._pieces >= _MAX_PIECES or not small[first:end].any():
+            return
+        small[first:end] = False
+        self._pieces += 1
+        self._mapping.advise(first * SIZE_2M, (end - first) * SIZE_2M, MADV_HUGEPAGE)
 
     def end_arrival(self) -> None:
         """Let the host use them wherever it can again: the guest has come, and is about to run."""

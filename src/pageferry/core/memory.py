@@ -427,6 +427,20 @@ class GuestMemory:
         ends = ((starts + lengths) << np.uint64(PAGE_SHIFT)).tolist()
         return [view[begin:end] for begin, end in zip(begins, ends, strict=True)]
 
+    def holds(self, run: range) -> bool:
+        """Tell whether all frames of a run are RAM of one region."""
+        for region in self.regions:
+            if region.first_gfn <= run.start and run.stop <= region.first_gfn + region.pages:
+                return self._removed is None or not self._removed.test_many(np.array(run, np.uint64)).any()
+        return False
+
+    def view(self, run: range) -> memoryview:
+        """Return one view, of a run of frames; as :meth:`views` otherwise."""
+        if not self.holds(run):
+            raise VmError("a run of frames is not inside guest memory")
+        self._expect_there(lambda: np.array(run, np.uint64))
+        return self.mapping.view[run.start << PAGE_SHIFT : run.stop << PAGE_SHIFT]
+
     def page_views(self, gfns: GfnArray) -> list[memoryview]:
         """Return one view per frame; as :meth:`views` otherwise."""
         return self.views(gfns, np.ones_like(gfns))

@@ -43,13 +43,15 @@ class PageAccounts:
     def __init__(self, gfn_limit: int, host: Host = THIS_HOST) -> None:
         self.host = host
         self.changed = host.condition()
-        """Notified when pages are sent."""
+        """Notified when as many pages are sent as are waited for."""
         self.send_counts = SendCounts(gfn_limit)
         self.populated = DirtyBitmap(gfn_limit)
         """What had storage at the last look, and all that was reported since."""
         self.is_sent = DirtyBitmap(gfn_limit)
         self.is_proven = DirtyBitmap(gfn_limit)
         self.was_reported = DirtyBitmap(gfn_limit)
+        self.awaited_sendings = 0
+        """How many of these are waited for; of fewer no other thread is told."""
         self.sendings = 0
         """How many pages were sent in all, each as often as it was."""
         self._round = 0
@@ -67,13 +69,14 @@ class PageAccounts:
             dirty: what was reported.
             gfns: outside of this range nothing was; None: all of memory.
         """
-        words = slice(None) if gfns is None else dirty.words_of(gfns)
-        reported = dirty.words[words]
+        words = slice(0, dirty.words.size) if gfns is None else dirty.words_of(gfns)
+        which = np.flatnonzero(dirty.words[words]) + words.start
+        reported = dirty.words[which]
         with self.changed:
-            self.populated.words[words] |= reported
-            self.is_sent.words[words] &= ~reported
-            self.is_proven.words[words] &= ~reported
-            self.was_reported.words[words] |= reported
+            self.populated.words[which] |= reported
+            self.is_sent.words[which] &= ~reported
+            self.is_proven.words[which] &= ~reported
+            self.was_reported.words[which] |= reported
 
     def begin_round(self, index: int) -> None:
         """Count what is sent from now on as sent in round ``index``; all of the rounds before is on the wire."""
@@ -85,7 +88,8 @@ class PageAccounts:
         with self.changed:
             self.is_sent.set(gfns)
             self.sendings += gfns.size
-            self.changed.notify_all()
+            if self.sendings >= self.awaited_sendings:
+                self.changed.notify_all()
 
     def proven(self) -> DirtyBitmap:
         """Return which frames are proven; a copy."""

@@ -39,6 +39,10 @@ from pageferry.stream.records import (
     parse_body,
 )
 
+#: The types of the pages of a run, which all carry data.
+_ALL_NOTAB = np.full(fmt.MAX_PAGES_PER_RECORD, fmt.PageType.NOTAB, np.uint8)
+_ALL_NOTAB.flags.writeable = False
+
 
 class Decoder:
     """Reads one stream: feed bytes in any pieces, take records.
@@ -288,21 +292,32 @@ class Decoder:
 
     def _pfn_array(self, data: bytes) -> Event | None:
         words = np.frombuffer(data, "<u8")
-        types = (words >> np.uint64(fmt.PAGE_TYPE_SHIFT)).astype(np.uint8)
-        pfns = words & np.uint64((1 << fmt.PAGE_TYPE_SHIFT) - 1)
-        self._check_pages(pfns, types)
-        due = fmt.payload_bytes(types)
+        pfns, types, run = words, _ALL_NOTAB[: words.size], self._run_of(words)
+        if run is None:
+            types = (words >> np.uint64(fmt.PAGE_TYPE_SHIFT)).astype(np.uint8)
+            pfns = words & np.uint64((1 << fmt.PAGE_TYPE_SHIFT) - 1)
+            self._check_pages(pfns, types)
+            pfns.flags.writeable = types.flags.writeable = False
+        due = fmt.payload_bytes(types) if run is None else len(run) * PAGE_SIZE
         expected = fmt.PAGE_DATA_HEAD.size + len(data) + due
         if self._length != expected:
             raise BodyError(f"a body of {self._length} bytes where its pages make {expected}")
-        pfns.flags.writeable = types.flags.writeable = False
-        head = PageDataHeader(pfns=pfns, types=types, payload_bytes=due, offset=self._record_offset)
+        head = PageDataHeader(pfns=pfns, types=types, payload_bytes=due, offset=self._record_offset, run=run)
         self._order.passed(self._type)
         if self._zero_copy:
             self._due = head
             return head
         self._then(due, lambda payload: self._payload(head, payload))
         return None
+
+    def _run_of(self, words: NDArray[np.uint64]) -> range | None:
+        """Return the frames of a pfn array, if they are neighbours in the guest, ascend and are of type NOTAB."""
+        first, last = int(words[0]), int(words[-1])
+        if last > fmt.PFN_MASK or last - first != words.size - 1:
+            return None
+        if self._gfn_limit is not None and last >= self._gfn_limit:
+            return None
+        return range(first, last + 1) if bool((words[1:] - words[:-1] == 1).all()) else None
 
     def _payload(self, head: PageDataHeader, payload: bytes) -> Event:
         self._expect_record()

@@ -61,13 +61,15 @@ class PageDataHeader:
 
     ``pfns`` is uint64[n] and ``types`` uint8[n] (:class:`~pageferry.stream.format.PageType`), n at most 1,024, both
     read-only. ``payload_bytes`` bytes follow: 4,096 for each page with ``carries_data(types)``, in order.
-    ``offset`` is the record's first byte in the stream.
+    ``offset`` is the record's first byte in the stream. ``run``: the same frames, where they are neighbours, ascend and
+    all carry data; None: they may not.
     """
 
     pfns: GfnArray
     types: NDArray[np.uint8]
     payload_bytes: int
     offset: int
+    run: range | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pageferry.core.bitmap import DirtyBitmap, expand_runs, places_of, runs_of, split_runs, subtract_runs
+from pageferry.core.bitmap import DirtyBitmap, expand_runs, places_of, runs_of, split_runs
 
 
 def u64(*values):
@@ -161,13 +161,6 @@ def test_runs_are_as_long_as_they_can_be():
     assert (starts.tolist(), lengths.tolist()) == ([1, 7, 9], [3, 1, 2])
     starts, lengths = split_runs(u64(0, 100), u64(5, 2), 2)
     assert (starts.tolist(), lengths.tolist()) == ([0, 2, 4, 100], [2, 2, 1, 2])
-
-
-@given(sets(count=2))
-def test_subtract_runs_is_set_difference(data):
-    nbits, first, second = data
-    a, b = DirtyBitmap.of(nbits, sorted(first)), DirtyBitmap.of(nbits, sorted(second))
-    assert expand_runs(*subtract_runs(*a.runs(max_pages=3), *b.runs())).tolist() == sorted(first - second)
 
 
 @given(

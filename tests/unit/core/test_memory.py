@@ -85,6 +85,27 @@ def test_views_are_the_memory_and_outlive_it():
     assert bytes(first[0:3]) == b"abc"
 
 
+def test_a_run_is_ram_if_one_region_has_all_of_it():
+    memory = GuestMemory.linear(4 * GiB)
+    hole = (3 * GiB) >> 12
+    assert memory.holds(range(hole - 2, hole))
+    assert not memory.holds(range(hole - 2, hole + 1))
+    assert not memory.holds(range(hole - 2, (4 * GiB >> 12) + 1))
+    assert memory.holds(range(4 * GiB >> 12, 5 * GiB >> 12))
+    assert not memory.holds(range(4 * GiB >> 12, (5 * GiB >> 12) + 1))
+    memory.remove(u64(5))
+    assert memory.holds(range(3, 5))
+    assert not memory.holds(range(3, 6))
+
+
+def test_the_view_of_a_run_is_the_memory():
+    memory = GuestMemory.linear(4 * MiB)
+    memory.view(range(3, 5))[4095:4098] = b"abc"
+    assert memory.read(3 * PAGE_SIZE + 4095, 3) == b"abc"
+    with pytest.raises(VmError):
+        memory.view(range(1023, 1025))
+
+
 def test_frames_touched():
     assert gfns_touched(0, 0).size == 0
     assert gfns_touched(0xFFF, 1).tolist() == [0]

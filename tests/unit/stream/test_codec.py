@@ -278,6 +278,47 @@ def test_zero_copy_never_wants_a_byte_of_page_data():
     decoder.eof()
 
 
+@pytest.mark.parametrize(
+    ("entries", "run"),
+    [
+        ([5], range(5, 6)),
+        ([5, 6, 7], range(5, 8)),
+        ([5, 7, 8], None),
+        ([5, 5, 7], None),
+        ([5, 7, 6, 8], None),
+        ([7, 6, 5], None),
+        ([5, 0xF << 60 | 6], None),
+        ([0xE << 60 | 5, 0xE << 60 | 6], None),
+    ],
+)
+def test_neighbours_that_all_carry_data_are_told_as_a_run(entries, run):
+    carried = sum(not entry >> 60 for entry in entries)
+    decoder = Decoder(zero_copy=True)
+    decoder.feed(b"")
+    stream, at = HEADER + STATIC + page_record(entries, PAGE * carried), 0
+    while not isinstance(event := decoder.next_event(), PageDataHeader):
+        if event is NEED_DATA:
+            piece = stream[at : at + decoder.wanted_bytes]
+            decoder.feed(piece)
+            at += len(piece)
+    assert event.run == run
+    assert event.pfns.tolist() == [entry & (1 << 60) - 1 for entry in entries]
+    assert event.types.tolist() == [entry >> 60 for entry in entries]
+    assert event.payload_bytes == 4096 * carried
+    for array in (event.pfns, event.types):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_a_run_outside_the_guest_is_refused():
+    decoder = Decoder(gfn_limit=7)
+    decoder.feed(HEADER + STATIC + page_record([5, 6, 7], PAGE * 3))
+    for _ in range(2):
+        decoder.next_event()
+    with pytest.raises(RecordError, match="gfn 0x7 is outside the guest"):
+        decoder.next_event()
+
+
 def test_zero_copy_misuse_is_the_callers_error():
     decoder = Decoder(zero_copy=True)
     with pytest.raises(ValueError, match="25 bytes fed where 24 are wanted"):

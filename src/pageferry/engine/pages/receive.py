@@ -92,6 +92,12 @@ class PageWriter:
         Raises:
             OSError: cut or stalled.
         """
+        if header.run is not None and self._is_ours(header.run):
+            self._expect_room(header.pfns.size)
+            self._memory.advice.make_run_huge(header.run)
+            self._channel.receive_into([self._memory.view(header.run)])
+            self._pages.arrived(header.pfns, header.run)
+            return
         self._pages.remove(header.pfns[header.types == PageType.XTAB])
         allocated = header.pfns[header.types == PageType.XALLOC]  # zeros, as they are from the beginning
         gfns = header.pfns[carries_data(header.types)]
@@ -155,11 +161,22 @@ class PageWriter:
             raise RecordError(str(error), record=record) from error
         return np.frombuffer(unpacked, np.uint64).reshape(-1, WORDS_PER_PAGE)
 
-    def _check(self, gfns: GfnArray, record: str, offset: int | None = None) -> None:
-        self._unseen_pages += gfns.size
+    def _expect_room(self, pages: int) -> None:
+        self._unseen_pages += pages
         if self._unseen_pages >= _AHEAD_PAGES:
             self._unseen_pages = 0
             self._expect_more_room(self._memory)
+
+    def _is_ours(self, run: range) -> bool:
+        """Tell whether a run is RAM in one piece, and of this connection."""
+        if self._connections > 1:
+            piece = run.start // PAGES_PER_2M
+            if piece % self._connections != self._index or (run.stop - 1) // PAGES_PER_2M != piece:
+                return False
+        return self._memory.holds(run)
+
+    def _check(self, gfns: GfnArray, record: str, offset: int | None = None) -> None:
+        self._expect_room(gfns.size)
         inside = self._memory.are_ram(gfns)
         if not inside.all():
             raise RecordError(f"gfn {int(gfns[~inside][0]):#x} is outside the guest", record=record, offset=offset)

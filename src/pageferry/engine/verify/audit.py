@@ -133,6 +133,8 @@ class Auditor:
 
     def oldest(self, at_most_pages: int) -> DirtyBitmap:
         """Return proven frames, at most so many: those of the 2 MiB regions that were proven longest ago."""
+        if at_most_pages < 1:
+            return DirtyBitmap(self._memory.gfn_limit)
         chosen = self.proven()
         per_word = np.bitwise_count(chosen.words)
         regions = np.arange(per_word.size) // _REGION_WORDS
@@ -182,6 +184,7 @@ class Auditor:
                         return True
                     self._begun, self._hurried_at = self._accounts.sendings, None
                     self._changed.notify_all()
+                self._accounts.awaited_sendings = self._begun + self._piece_pages
                 self._changed.wait()
             return False
 

@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pageferry.core.bitmap import split_runs, subtract_runs
+from pageferry.core.bitmap import DirtyBitmap, split_runs
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.threads import OutOfThreadsError, begin
@@ -24,6 +24,8 @@ from pageferry.stream.ferry_frames import MAX_POPULATED_RUNS
 
 DIGEST_BYTES = 16
 _SAMPLE_PAGES = 8 * PAGES_PER_2M
+#: A thread is begun for so many pieces of 2 MiB: for fewer it costs more time than it saves.
+_PIECES_PER_THREAD = 4
 #: How much one DIGESTS frame covers: enough to keep all cores busy, little enough that both sides work at once.
 FRAME_PAGES = 64 * PAGES_PER_2M
 
@@ -73,7 +75,7 @@ def digest_views(views: list[memoryview], lengths: GfnArray) -> DigestArray:
 
 
 def _digests_of(tasks: list[list[memoryview]]) -> list[bytes]:
-    """Work on this thread and on one for each other core, as far as threads are available.
+    """Work on this thread and on others, one a core at the most, as far as there is work and threads are available.
 
     Whatever fails on one of them is raised here, when all have ended.
     """
@@ -95,7 +97,7 @@ def _digests_of(tasks: list[list[memoryview]]) -> list[bytes]:
 
     helpers = []
     with contextlib.suppress(OutOfThreadsError):
-        for _ in range(min(len(tasks), os.cpu_count() or 1) - 1):
+        for _ in range(min(len(tasks) // _PIECES_PER_THREAD, os.cpu_count() or 1) - 1):
             helpers.append(begin(work, "digest"))  # noqa: PERF401  # those before one that fails are there
     work()
     for helper in helpers:
@@ -148,15 +150,9 @@ def different_pages(memory: GuestMemory, first_gfn: int, theirs: NDArray[np.uint
     return np.uint64(first_gfn) + different.astype(np.uint64)
 
 
-def first_nonzero_outside(
-    memory: GuestMemory, populated: tuple[GfnArray, GfnArray], starts: GfnArray, lengths: GfnArray
-) -> int | None:
-    """Return the first frame outside the runs that is not zero, or None: where the source never had storage.
-
-    ``populated`` is ``memory.populated()`` of a moment since which nothing was written: finding it takes a while.
-    """
-    rest_starts, rest_lengths = subtract_runs(*populated, starts, lengths)
-    run_starts, run_lengths = split_runs(rest_starts, rest_lengths, PAGES_PER_2M)
+def first_nonzero(memory: GuestMemory, gfns: DirtyBitmap) -> int | None:
+    """Return the first of these frames of RAM that is not zero, or None."""
+    run_starts, run_lengths = gfns.runs(max_pages=PAGES_PER_2M)
     for start, view in zip(run_starts.tolist(), memory.views(run_starts, run_lengths), strict=True):
         pages = np.frombuffer(view, np.uint64).reshape(-1, PAGE_SIZE // 8).any(axis=1)
         if pages.any():

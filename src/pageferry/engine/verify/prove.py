@@ -42,7 +42,8 @@ _LOOKED_AT = 64
 #: Digesting at the pause is the default when it is expected to take no more than this share of the downtime limit.
 _FULL_SHARE = 0.5
 #: How much of the time that the limit leaves is spent on proving audited pages again, for the other end may be slower;
-#: and how much of the time that the pause takes in any case, for downtime under the limit is downtime too.
+#: and how much of the time that the pause takes in any case, for downtime under the limit is downtime too. The
+#: ends digest few pages one after the other, so each has half of it.
 _AGAIN_SHARE = 0.25
 
 
@@ -238,7 +239,7 @@ class MemoryProof:
             return audited
         spent_s += self._cost.digest_s((populated - audited).count())
         again_s = _AGAIN_SHARE * min(spent_s, limit_s - spent_s)
-        return audited - self._auditor.oldest(max(0, int(again_s * pages_per_s)))
+        return audited - self._auditor.oldest(max(0, int(again_s / 2 * pages_per_s)))
 
     def _difference(self, peer: Peer, mismatch: Mismatch) -> PeerError:
         gfns = different_pages(self._vm.memory, mismatch.first_gfn, mismatch.page_digests)

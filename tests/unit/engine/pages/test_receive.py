@@ -4,6 +4,7 @@ import contextlib
 import socket
 import struct
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.pages.receive import Activity, PageWriter, Populator, Receiver, read_stream
 from pageferry.engine.verify.compare import ReceivedPages
+from pageferry.engine.verify.digests import digest_runs
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.decoder import Decoder
 from pageferry.stream.encoder import Encoder
@@ -78,6 +80,31 @@ def page_data(*pfns, types=None):
 def test_page_data_lands_where_it_belongs_in_any_order(memory, pages):
     PageWriter(Content(), pages).page_data(page_data(7, 3, 4))
     assert [page_of(memory, gfn)[0] for gfn in (7, 3, 4)] == [1, 2, 3]
+
+
+def test_a_run_lands_where_it_belongs_and_is_proven_no_longer(memory):
+    pages = ReceivedPages(memory, audits=True)
+    runs = gfns(20), gfns(4)
+    pages.audit(*runs, digest_runs(memory, *runs))
+    pages.remove(gfns(22))
+    marked = []
+    memory.on_write(lambda written: marked.extend(written.tolist()))
+    PageWriter(Content(), pages).page_data(replace(page_data(22, 23), run=range(22, 24)))
+    assert [page_of(memory, gfn)[0] for gfn in (22, 23)] == [1, 2]
+    assert marked == [22, 23]
+    assert pages.arrived_pages == 2
+    assert pages.populated().gfns().tolist() == [22, 23]
+    assert pages.removed().size == 0
+    assert pages.all_proven(gfns(20), gfns(2))
+    assert not pages.all_proven(gfns(23), gfns(1))
+
+
+@pytest.mark.parametrize(
+    ("run", "why"), [(range(2047, 2049), "outside the guest"), (range(511, 513), "another connection")]
+)
+def test_a_run_that_is_not_all_ours_is_refused(pages, run, why):
+    with pytest.raises(RecordError, match=why):
+        PageWriter(Content(), pages, index=0, connections=2).page_data(replace(page_data(*run), run=run))
 
 
 def test_pages_without_content_and_removed_ones_are_told_apart(memory, pages):

@@ -274,6 +274,19 @@ def test_a_whole_piece_is_begun_while_the_sender_goes_on(piecemeal):
     assert piecemeal.auditor.proven().count() == 64
 
 
+def test_the_auditor_is_not_woken_before_a_whole_piece_was_sent(piecemeal):
+    accounts, told = piecemeal.accounts, []
+    piecemeal.auditor.start()
+    until(lambda: accounts.awaited_sendings == 64, "auditor")
+    notify_all = accounts.changed.notify_all
+    accounts.changed.notify_all = lambda: told.append(accounts.sendings) or notify_all()
+    for gfn in range(64):
+        piecemeal.write(gfn, gfn + 1)
+    for gfn in piecemeal.clean():
+        piecemeal.send(gfns_of(gfn))
+    assert told[0] == 64
+
+
 def test_pieces_grow_with_the_guest():
     assert [piece_pages(gibibytes << 18) for gibibytes in (1, 8, 16, 1024)] == [8192, 8192, 16384, 1 << 20]
 

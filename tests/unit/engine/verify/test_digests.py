@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shortage import no_more_threads
 
-from pageferry.core.bitmap import expand_runs
+from pageferry.core.bitmap import DirtyBitmap, expand_runs
 from pageferry.core.errors import VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify import digests as verify
@@ -72,14 +72,16 @@ def test_a_run_is_narrowed_to_the_pages_that_differ(memory):
         verify.different_pages(memory, memory.gfn_limit - 1, theirs)
 
 
-def test_nonzero_pages_outside_the_runs_are_found(memory):
-    starts, lengths = verify.populated_runs(memory)
-    assert verify.first_nonzero_outside(memory, memory.populated(), starts, lengths) is None
+def test_the_first_page_that_is_not_zero_is_found(memory):
+    populated = DirtyBitmap(memory.gfn_limit)
+    populated.set_runs(*memory.populated())
+    assert verify.first_nonzero(memory, populated) == 5
+    fresh = DirtyBitmap(memory.gfn_limit)
+    fresh.set_range(3000, 100)
     memory.populate(u64(3000), u64(100))
-    assert verify.first_nonzero_outside(memory, memory.populated(), starts, lengths) is None
+    assert verify.first_nonzero(memory, fresh) is None
     memory.write(3050 * 4096 + 4095, b"\1")
-    assert verify.first_nonzero_outside(memory, memory.populated(), starts, lengths) == 3050
-    assert verify.first_nonzero_outside(memory, memory.populated(), u64(), u64()) == 5
+    assert verify.first_nonzero(memory, fresh) == 3050
 
 
 def test_the_hint_is_of_the_longest_runs_and_never_more_than_there_is():
