@@ -7,7 +7,7 @@ from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PAGE_SIZE, PCI_HOLE_START, gfn_of, gpa_of
 from pageferry.core.memory import byte_ranges
 from pageferry.core.state import MachineState
-from pageferry.testing.lab import Guest, Lab, Violation, require
+from pageferry.testing.lab import Extra, Guest, Lab, Violation, require
 
 
 def off_at_first(lab: Lab) -> None:
@@ -54,8 +54,8 @@ def enable_starts_clear(lab: Lab) -> None:
         guest.memory.write(gpa_of(STRAY_GFN), b"before")
         guest.log_dirty.enable()
         peeked = guest.log_dirty.peek()
-        require(not peeked.any(), f"{peeked.count()} bits are set right after ENABLE")
-        require(guest.log_dirty.stats().dirty_count == 0, "dirty_count is not 0 right after ENABLE")
+        require(not peeked.any(), f"{peeked.count()} bits are set right after ENABLE", Extra)
+        require(guest.log_dirty.stats().dirty_count == 0, "dirty_count is not 0 right after ENABLE", Extra)
         guest.played.clear()
         guest.require_exact(guest.log_dirty.clean())
 
@@ -93,7 +93,7 @@ def clean_clears(lab: Lab) -> None:
         guest.log_dirty.clean()
         guest.played.clear()
         for name, bitmap in (("PEEK", guest.log_dirty.peek()), ("CLEAN", guest.log_dirty.clean())):
-            require(not bitmap.any(), f"{name} after CLEAN shows {bitmap.count()} bits of a paused guest")
+            require(not bitmap.any(), f"{name} after CLEAN shows {bitmap.count()} bits of a paused guest", Extra)
 
 
 def clean_protects_again(lab: Lab) -> None:
@@ -131,7 +131,7 @@ def bitmaps_are_the_callers(lab: Lab) -> None:
         cleaned = guest.log_dirty.clean()
         kept = cleaned.copy()
         cleaned.set(STRAY_GFN)
-        require(not guest.log_dirty.peek().any(), "setting bits of a returned bitmap sets them inside")
+        require(not guest.log_dirty.peek().any(), "setting bits of a returned bitmap sets them inside", Extra)
         guest.play(5)
         guest.log_dirty.clean()
         cleaned.clear(STRAY_GFN)
@@ -148,7 +148,7 @@ def off_and_on_again(lab: Lab) -> None:
         guest.play(8)
         guest.log_dirty.enable()
         guest.played.clear()
-        require(not guest.log_dirty.peek().any(), "bits of an earlier tracking are set after OFF and ENABLE")
+        require(not guest.log_dirty.peek().any(), "bits of an earlier tracking are set after OFF and ENABLE", Extra)
         for number in (13, 1):
             guest.play(number)
             guest.require_exact(guest.log_dirty.clean())
@@ -162,7 +162,7 @@ def stats_count_the_bits(lab: Lab) -> None:
             counts = {guest.log_dirty.stats().dirty_count, guest.log_dirty.peek().count()}
             require(len(counts) == 1, f"stats and PEEK count differently: {sorted(counts)}")
         guest.require_exact(guest.log_dirty.clean())
-        require(guest.log_dirty.stats().dirty_count == 0, "dirty_count is not 0 after CLEAN")
+        require(guest.log_dirty.stats().dirty_count == 0, "dirty_count is not 0 after CLEAN", Extra)
 
 
 def one_fault_per_page(lab: Lab) -> None:
