@@ -54,6 +54,14 @@ class TrackedGuest:
         )
         return TscInfo(), HvmParams(), HvmContext(data=context), End()
 
+    def rehearse_state(self) -> None:
+        """Do as :meth:`last_records` does, of a guest that stands still for that long, and forget the result."""
+        self.vm.freeze()
+        try:
+            encode_machine_state(self.vm.save_state())
+        finally:
+            self.vm.thaw()
+
     def enable(self) -> None:
         """Turn log-dirty on."""
         self.vm.log_dirty.enable()

@@ -18,8 +18,8 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.events import RoundEnded, RoundOutcome
 from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
-from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
+from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.guest_time import Stall
 from pageferry.engine.job import JobStatus
 from pageferry.engine.pages.send import Lanes
@@ -121,7 +121,7 @@ class Precopy:
         attempt, stall = self._attempt, self._attempt.stall
         stall.begin()
         with stall.spent_on(Stall.REHEARSAL):
-            attempt.state_s = _state_s(self._vm, attempt.clock.now_s)
+            attempt.state_s = _state_s(attempt.guest, attempt.clock.now_s)
         with stall.spent_on(Stall.ENABLE):
             attempt.guest.enable()
         dirty = DirtyBitmap(self._vm.memory.gfn_limit)
@@ -271,15 +271,11 @@ def stop_and_copy(attempt: Attempt, sink: Sink, gfns: GfnArray) -> None:
     attempt.on_event(RoundEnded(stats=stats, decision=None))
 
 
-def _state_s(vm: Vm, now_s: Callable[[], float]) -> float:
+def _state_s(guest: TrackedGuest, now_s: Callable[[], float]) -> float:
     """Return what the state will cost at a pause: saving it here, and as long again for loading it there.
 
     The guest stands still meanwhile, for about half of the result.
     """
     began_s = now_s()
-    vm.freeze()
-    try:
-        vm.save_state()
-    finally:
-        vm.thaw()
+    guest.rehearse_state()
     return 2 * (now_s() - began_s)

@@ -136,14 +136,13 @@ class Auditor:
         if at_most_pages < 1:
             return DirtyBitmap(self._memory.gfn_limit)
         chosen = self.proven()
-        per_word = np.bitwise_count(chosen.words)
-        regions = np.arange(per_word.size) // _REGION_WORDS
-        counts = np.add.reduceat(per_word, np.arange(0, per_word.size, _REGION_WORDS), dtype=np.int64)
-        order = np.argsort(self._proven_at, kind="stable")
-        order = order[counts[order] > 0]
-        wanted = np.zeros(counts.size, np.bool_)
-        wanted[order[np.cumsum(counts[order]) <= at_most_pages]] = True
-        chosen.words[~wanted[regions]] = 0
+        words = np.zeros((self._proven_at.size, _REGION_WORDS), np.uint64)
+        words.reshape(-1)[: chosen.words.size] = chosen.words
+        regions = np.flatnonzero(words.any(axis=1))
+        regions = regions[np.argsort(self._proven_at[regions], kind="stable")]
+        counts = np.bitwise_count(words[regions]).sum(axis=1, dtype=np.int64)
+        words[regions[np.cumsum(counts) > at_most_pages]] = 0
+        chosen.words[:] = words.reshape(-1)[: chosen.words.size]
         return chosen
 
     def _nothing_more_by_waiting(self) -> bool:
