@@ -5,7 +5,7 @@ import ctypes
 import pytest
 
 from pageferry.core import pagemap
-from pageferry.kvm import uapi
+from pageferry.kvm import uapi, vcpu
 from pageferry.uffd import uapi as uffd_uapi
 
 SIZES = {
@@ -16,6 +16,7 @@ SIZES = {
     "KvmDirtyGfn": 16,
     "KvmDeviceAttr": 24,
     "KvmIrqLevel": 8,
+    "KvmIoeventfd": 64,
     "KvmCpuidEntry2": 40,
     "KvmMsrEntry": 16,
     "KvmRegs": 144,
@@ -51,6 +52,7 @@ NUMBERS = {
     "KVM_IRQ_LINE": 0x4008AE61,
     "KVM_SET_IRQCHIP": 0x8208AE63,
     "KVM_CREATE_PIT2": 0x4040AE77,
+    "KVM_IOEVENTFD": 0x4040AE79,
     "KVM_SET_CLOCK": 0x4030AE7B,
     "KVM_GET_CLOCK": 0x8030AE7C,
     "KVM_RUN": 0xAE80,
@@ -165,3 +167,10 @@ def test_arrays_of_userfaultfd_have_the_kernels_layout():
 def test_features_of_userfaultfd_have_the_kernels_names():
     assert uffd_uapi.FEATURE_NAMES[1 << 12] == "UFFD_FEATURE_WP_HUGETLBFS_SHMEM"
     assert uffd_uapi.FEATURE_NAMES[1 << 15] == "UFFD_FEATURE_WP_ASYNC"
+
+
+def test_the_plain_bytes_of_an_exit_are_the_structures():
+    mmio = uapi.KvmRunMmio(phys_addr=0x1_2345_6789, data=(1, 2, 3, 4, 5, 6, 7, 8), len=4, is_write=1)
+    assert vcpu._MMIO.unpack_from(bytes(mmio)) == (0x1_2345_6789, bytes(range(1, 9)), 4, 1)
+    io = uapi.KvmRunIo(direction=1, size=2, port=0x3F8, count=9, data_offset=0x1000)
+    assert vcpu._IO.unpack(bytes(io)) == (1, 2, 0x3F8, 9, 0x1000)

@@ -39,8 +39,9 @@ class Pump:
         self._take = take
         self._announce = announce
         self._pauses_s = tuple(pauses_s)
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._close = weakref.finalize(self, os.close, self._event)
+        self.event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """The eventfd that wakes it."""
+        self._close = weakref.finalize(self, os.close, self.event)
         self._stopping = False
         self._thread: threading.Thread | None = None
 
@@ -52,7 +53,7 @@ class Pump:
 
     def wake(self) -> None:
         """Have it look again, from any thread."""
-        os.eventfd_write(self._event, 1)
+        os.eventfd_write(self.event, 1)
 
     def stop(self) -> None:
         """Return when nothing more is taken; does nothing when it was not started."""
@@ -70,24 +71,27 @@ class Pump:
     def _main(self, fd: int) -> None:
         began_s = time.monotonic()
         due_s = [began_s, *(began_s + pause_s for pause_s in self._pauses_s)]
+        poll, waits = select.poll(), False
+        poll.register(self.event, select.POLLIN)
         try:
             while True:
                 while due_s and due_s[0] <= time.monotonic():
                     due_s.pop(0)
                     self._announce()
-                waits = self._take()
-                self._sleep(fd if waits else None, due_s[0] if due_s else None)
+                if self._take() != waits:
+                    waits = not waits
+                    if waits:
+                        poll.register(fd, select.POLLIN)
+                    else:
+                        poll.unregister(fd)
+                self._sleep(poll, due_s[0] if due_s else None)
                 if self._stopping:
                     return
         except Exception:
             _log.exception("%s ended by a defect", self._name)
 
-    def _sleep(self, fd: int | None, until_s: float | None) -> None:
-        poll = select.poll()
-        poll.register(self._event, select.POLLIN)
-        if fd is not None:
-            poll.register(fd, select.POLLIN)
+    def _sleep(self, poll: select.poll, until_s: float | None) -> None:
         timeout_ms = None if until_s is None else max(0.0, until_s - time.monotonic()) * 1e3
-        events = dict(poll.poll(timeout_ms))
-        if self._event in events:
-            os.eventfd_read(self._event)
+        for fd, _ in poll.poll(timeout_ms):
+            if fd == self.event:
+                os.eventfd_read(self.event)

@@ -79,6 +79,7 @@ class DeviceBus:
         self.elsewhere: tuple[Stateful, ...] = ()
         self.timed: tuple[Timed, ...] = ()
         self._claims: tuple[Claim, ...] = ()
+        self._last: Claim | None = None
         self._lock: AbstractContextManager[object] = threading.Lock()
 
     def add(self, *devices: Device) -> None:
@@ -117,18 +118,20 @@ class DeviceBus:
     def mmio_read(self, gpa: int, size: int) -> int:
         """Return what a load from device space reads."""
         with self._lock:
-            for device in self._claims:
-                if gpa in device.mmio:
-                    return device.read(gpa - device.mmio.start, size)
-        return _all_ones(size)
+            device = self._at(gpa)
+            return _all_ones(size) if device is None else device.read(gpa - device.mmio.start, size)
 
     def mmio_write(self, gpa: int, size: int, value: int) -> Effect | None:
         """Perform a store to device space."""
         with self._lock:
-            for device in self._claims:
-                if gpa in device.mmio:
-                    return device.write(gpa - device.mmio.start, size, value)
-        return None
+            device = self._at(gpa)
+            return None if device is None else device.write(gpa - device.mmio.start, size, value)
+
+    def _at(self, gpa: int) -> Claim | None:
+        """Return what answers at an address; that of the last access is looked at first."""
+        if self._last is None or gpa not in self._last.mmio:
+            self._last = next((device for device in self._claims if gpa in device.mmio), None)
+        return self._last
 
     def due_in_ns(self) -> int | None:
         """Return in how much guest time a device has something to do by itself; None: none ever will as it is."""

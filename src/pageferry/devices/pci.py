@@ -144,12 +144,12 @@ class ConfigSpace:
     @property
     def bus_master(self) -> bool:
         """Whether the function may read and write memory."""
-        return bool(self.get(_COMMAND, 2) & _COMMAND_MASTER)
+        return bool(self._data[_COMMAND] & _COMMAND_MASTER)
 
     @property
     def intx(self) -> bool:
         """Whether the function pulls its pin now."""
-        return self.pending and not self.get(_COMMAND, 2) & _COMMAND_NO_INTX
+        return self.pending and not self._data[_COMMAND + 1] & _COMMAND_NO_INTX >> 8
 
     def save(self) -> bytes:
         """Return what the guest may have written, CONFIG_BYTES bytes; all else is 0."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.state import PIC_NAME
 from pageferry.devices.bus import Stateful, expect_size
-from pageferry.devices.interrupts import ELCR_AT_START
+from pageferry.devices.interrupts import ELCR_AT_START, IRQS
 from pageferry.devices.pc.pit import PIT_HZ
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
@@ -56,6 +56,8 @@ _PIT_FLAGS = 3
 _NS_PER_S = 1_000_000_000
 #: In place of the time of loading: a counter that waits for its count; see devices/pc/pit.py.
 _PIT_WAITS = -1
+#: What tells KVM that the input of an IRQ is low, and that it is high.
+_LEVELS = [[uapi.KvmIrqLevel(irq=irq, level=level) for level in (False, True)] for irq in range(IRQS)]
 
 
 def create_irqchip(vm: VmFd) -> tuple[Stateful, ...]:
@@ -101,7 +103,7 @@ class KvmInterrupts:
         Raises:
             KvmError: the kernel refused.
         """
-        self.vm.ioctl(uapi.KVM_IRQ_LINE, uapi.KvmIrqLevel(irq=irq, level=level))
+        self.vm.ioctl(uapi.KVM_IRQ_LINE, _LEVELS[irq][level])
 
 
 @dataclass(frozen=True, slots=True)

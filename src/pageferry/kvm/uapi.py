@@ -46,6 +46,7 @@ KVM_CAP_MP_STATE = 14
 KVM_CAP_SYNC_MMU = 16
 KVM_CAP_PIT2 = 33
 KVM_CAP_PIT_STATE2 = 35
+KVM_CAP_IOEVENTFD = 36
 KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
 KVM_CAP_ADJUST_CLOCK = 39
 KVM_CAP_VCPU_EVENTS = 41
@@ -56,6 +57,7 @@ KVM_CAP_TSC_CONTROL = 60
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_READONLY_MEM = 81
+KVM_CAP_IOEVENTFD_ANY_LENGTH = 122
 KVM_CAP_VCPU_ATTRIBUTES = 127
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_EXCEPTION_PAYLOAD = 164
@@ -99,6 +101,8 @@ KVM_EXIT_INTR = 10
 KVM_EXIT_INTERNAL_ERROR = 17
 KVM_EXIT_DIRTY_RING_FULL = 31
 KVM_EXIT_IO_OUT = 1
+
+KVM_IOEVENTFD_FLAG_DEASSIGN = 4
 
 KVM_INTERNAL_ERROR_EMULATION = 1
 KVM_INTERNAL_ERROR_SIMUL_EX = 2
@@ -146,6 +150,19 @@ class KvmIrqLevel(ctypes.Structure):
     """``struct kvm_irq_level``."""
 
     _fields_ = (("irq", u32), ("level", u32))
+
+
+class KvmIoeventfd(ctypes.Structure):
+    """``struct kvm_ioeventfd``; a ``len`` of 0 stands for any."""
+
+    _fields_ = (
+        ("datamatch", u64),
+        ("addr", u64),
+        ("len", u32),
+        ("fd", ctypes.c_int32),
+        ("flags", u32),
+        ("pad", u8 * 36),
+    )
 
 
 class KvmDeviceAttr(ctypes.Structure):
@@ -244,6 +261,7 @@ KVM_IRQ_LINE = _iow(0x61, ctypes.sizeof(KvmIrqLevel))
 KVM_GET_IRQCHIP = _iowr(0x62, ctypes.sizeof(KvmIrqchip))
 KVM_SET_IRQCHIP = _ior(0x63, ctypes.sizeof(KvmIrqchip))  # the kernel's numbers, wrong direction and all
 KVM_CREATE_PIT2 = _iow(0x77, ctypes.sizeof(KvmPitConfig))
+KVM_IOEVENTFD = _iow(0x79, ctypes.sizeof(KvmIoeventfd))
 KVM_SET_CLOCK = _iow(0x7B, ctypes.sizeof(KvmClockData))
 KVM_GET_CLOCK = _ior(0x7C, ctypes.sizeof(KvmClockData))
 KVM_RUN = _io(0x80)

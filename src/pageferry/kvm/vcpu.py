@@ -27,7 +27,7 @@ import errno
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from struct import Struct
 
 from pageferry.core import confined
 from pageferry.core.errors import GuestCrash, KvmError, VmError
@@ -46,6 +46,11 @@ ExitHandler = Callable[[], Effect | None]
 _CR0_PG = 1 << 31
 _CR3_PWT = 1 << 3
 _BUS_SIZES = (1, 2, 4, 8)
+#: What an access tells in ``kvm_run``, as plain bytes: to read a structure's fields one by one takes far longer.
+_EXIT_AT = uapi.KvmRun.exit.offset
+_IO = Struct("<BBHIQ")
+_MMIO = Struct("<Q8sIB")
+_MMIO_DATA_AT = _EXIT_AT + uapi.KvmRunMmio.data.offset
 _SUBERRORS = {
     uapi.KVM_INTERNAL_ERROR_EMULATION: "an instruction that KVM cannot emulate",
     uapi.KVM_INTERNAL_ERROR_SIMUL_EX: "simultaneous exceptions",
@@ -56,11 +61,13 @@ _SUBERRORS = {
 
 def _stronger(first: Effect | None, second: Effect | None) -> Effect | None:
     """Of two effects of one instruction return the one to act on: an end before a meeting before a wait."""
+    if first is None or second is None:
+        return second or first
     for kind in (GuestExit, GuestReset, SyncPoint):
         for effect in (first, second):
             if isinstance(effect, kind):
                 return effect
-    return first or second
+    return first
 
 
 class KvmVcpu:
@@ -175,11 +182,11 @@ class KvmVcpu:
         self._sealed = vcpu_state.load(self.fd, state, self._parts, host_tsc_now)
 
     def _on_io(self) -> Effect | None:
-        io = self.fd.run.io
-        area, at, size, port = self.fd.area, io.data_offset, io.size, io.port
+        area = self.fd.area
+        direction, size, port, count, at = _IO.unpack_from(area, _EXIT_AT)
         effect: Effect | None = None
-        for start in range(at, at + io.count * size, size):  # one element, or several of a string instruction
-            if io.direction == uapi.KVM_EXIT_IO_OUT:
+        for start in range(at, at + count * size, size):  # one element, or several of a string instruction
+            if direction == uapi.KVM_EXIT_IO_OUT:
                 value = int.from_bytes(area[start : start + size], "little")
                 effect = _stronger(effect, self._bus.port_write(port, size, value))
                 self._timer.notice()
@@ -188,17 +195,18 @@ class KvmVcpu:
         return effect
 
     def _on_mmio(self) -> Effect | None:
-        mmio: Any = self.fd.run.mmio
-        gpa, length = mmio.phys_addr, mmio.len
+        area = self.fd.area
+        gpa, data, length, is_write = _MMIO.unpack_from(area, _EXIT_AT)
         # An access that crosses a page arrives in parts of any length; the bus takes powers of two.
         size = length if length in _BUS_SIZES else 1
         effect: Effect | None = None
         for at in range(0, length, size):
-            if mmio.is_write:
-                value = int.from_bytes(bytes(mmio.data[at : at + size]), "little")
+            if is_write:
+                value = int.from_bytes(data[at : at + size], "little")
                 effect = _stronger(effect, self._bus.mmio_write(gpa + at, size, value))
             else:
-                mmio.data[at : at + size] = self._bus.mmio_read(gpa + at, size).to_bytes(size, "little")
+                start = _MMIO_DATA_AT + at
+                area[start : start + size] = self._bus.mmio_read(gpa + at, size).to_bytes(size, "little")
         return effect
 
     def _on_halt(self) -> Effect | None:

@@ -28,6 +28,7 @@ from pageferry.devices.machine import StandardMachine
 from pageferry.kvm import tsc, uapi, vcpu_state
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid, withhold_paravirtual
 from pageferry.kvm.device_timer import DeviceTimer
+from pageferry.kvm.doorbells import doorbells_of
 from pageferry.kvm.events import enable_events
 from pageferry.kvm.fds import SystemFd, VcpuFd
 from pageferry.kvm.irqchip import KvmInterrupts, create_irqchip
@@ -100,6 +101,8 @@ class KvmVm(StandardMachine):
             self.platform.bus.elsewhere = chips
             if irqchip:
                 self.platform.bus.lines.connect(KvmInterrupts(self.vm_fd))
+            if (doorbells := doorbells_of(self.vm_fd)) is not None:
+                self.virtio.use_doorbells(doorbells)
             self.vcpu_mapping = self.memory.mapping
             if kind.own_mapping:
                 self.vcpu_mapping = self.memory.map_again()

@@ -93,17 +93,16 @@ class _Refused(Exception):  # an answer to the driver, no error of ours
 
 @dataclass(slots=True)
 class BlkRequest:
-    """A request; ``written`` bytes of its writable part and ``status`` once it was done, or why it could not be."""
+    """A request; ``written`` bytes of its writable part and ``status`` once it was done, or why it could not be.
+
+    ``data_bytes``: how much of the writable part comes before the status.
+    """
 
     chain: Chain
+    data_bytes: int
     written: int = 0
     status: int = _OK
     failure: VmError | None = None
-
-    @property
-    def data_bytes(self) -> int:
-        """How much of the writable part comes before the status."""
-        return size_of(self.chain.writable) - 1
 
 
 class VirtioBlk:
@@ -175,10 +174,10 @@ class VirtioBlk:
             chain = queue.pop()  # it may have come before the driver saw that
         if chain is None:
             return None
-        request = BlkRequest(chain)
-        if request.data_bytes < 0:
+        data_bytes = size_of(chain.writable) - 1
+        if data_bytes < 0:
             raise RingError("a request has no place for its status")
-        return request
+        return BlkRequest(chain, data_bytes)
 
     def perform(self, request: BlkRequest) -> None:
         """Do a request that was taken; nothing is locked."""
@@ -200,28 +199,30 @@ class VirtioBlk:
         """
         if request.failure is not None:
             raise request.failure
-        status = part_of(request.chain.writable, request.data_bytes, 1)
-        scatter(self._memory, status, bytes((request.status,)))
+        ((status_gpa, _),) = part_of(request.chain.writable, request.data_bytes, 1)
+        self._memory.write(status_gpa, bytes((request.status,)))
         # What was written is told from the first byte on: the status is among it where all before it was.
         written = request.written + 1 if request.written == request.data_bytes else request.written
         queue.push((request.chain.head, written))
 
     def _perform(self, chain: Chain, target: Ranges) -> int:
         """Do what the header says, with ``target`` for what is read; return how much was written there."""
-        if size_of(chain.readable) < _HEADER.size:
+        source_bytes = size_of(chain.readable) - _HEADER.size
+        if source_bytes < 0:
             raise _Refused(_IOERR)
         kind, _, sector = _HEADER.unpack(gather(self._memory, part_of(chain.readable, 0, _HEADER.size)))
-        source = part_of(chain.readable, _HEADER.size, size_of(chain.readable) - _HEADER.size)
+        source = part_of(chain.readable, _HEADER.size, source_bytes)
         if self._disk.readonly and kind in _WRITES:
             raise _Refused(_IOERR)
         match kind:
             case _Request.IN:
-                offset = self._offset(sector, size_of(target))
+                target_bytes = size_of(target)
+                offset = self._offset(sector, target_bytes)
                 with self._memory.writing(target) as views:
                     self._disk.read(views, offset)
-                return size_of(target)
+                return target_bytes
             case _Request.OUT:
-                self._disk.write(self._memory.reading(source), self._offset(sector, size_of(source)))
+                self._disk.write(self._memory.reading(source), self._offset(sector, source_bytes))
             case _Request.FLUSH:
                 self._disk.flush()
             case _Request.GET_ID:

@@ -3,10 +3,11 @@
 What stands behind a device is opened when the machine is made, and belongs to this process from :meth:`claim` to
 :meth:`release` only: so a machine can be made for a guest that still runs elsewhere.
 
-**Who touches guest memory when.** A vCPU's notification is served on its own thread; what comes from a network, on a
-:class:`~pageferry.backends.pump.Pump`'s. Both hold the bus's lock, and the pump looks under it whether the guest is
-held. So once a freeze holds and that lock was free, nothing here touches memory but what a disk has in flight
-(:mod:`.disk_port`), which is waited for; frames wait in the link meanwhile::
+**Who touches guest memory when.** A vCPU's notification is served on its own thread, or wakes that of a disk or network
+(:mod:`pageferry.devices.doorbells`); what comes from a network, on a :class:`~pageferry.backends.pump.Pump`'s. All of
+them hold the bus's lock, and the threads look under it whether the guest is held. So once a freeze holds and that lock
+was free, nothing here touches memory but what a disk has in flight (:mod:`.disk_port`), which is waited for; frames
+wait in the link meanwhile::
 
     pump                          freeze
     takes the bus's lock          .
@@ -37,6 +38,7 @@ from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import Effect
 from pageferry.devices.bus import DeviceBus
+from pageferry.devices.doorbells import Doorbells
 from pageferry.devices.pci import ConfigAddress, ConfigData, bar_of_slot, irq_of_slot
 from pageferry.devices.virtio.balloon import VirtioBalloon
 from pageferry.devices.virtio.blk import VirtioBlk
@@ -155,6 +157,11 @@ class VirtioDevices:
         address = ConfigAddress()
         self._bus.add(address, SpecList(self.specs), *self._functions)
         self._bus.add_ports(ConfigData(address, self._functions))
+
+    def use_doorbells(self, doorbells: Doorbells) -> None:
+        """Have drivers wake the threads of their devices by themselves; before anything runs."""
+        for port in self._ports:
+            port.use_doorbells(doorbells)
 
     # -- making them -------------------------------------------------------------------------------------------------
 

@@ -8,20 +8,22 @@ it under the bus's lock, and done in between without, one at a time::
     takes a request, which is in flight      holds the guest, waits for its vCPUs
     transfers; marks what it wrote (law 4)   waits for what is in flight
     takes the lock: gives the request back   .
-    nothing is in flight                     returns: memory stands still
-    takes the lock: held, sleeps             .
+    held: takes no other, sleeps             returns: memory stands still
 
 What is in flight is in no state that could be saved, so a freeze waits for it: for one request, of bounded size. Those
 behind it stay in the queue, and move with it. A driver that resets its device waits for it too, and gets no answer.
 """
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable
 
 from pageferry.backends.disk import DiskFile
 from pageferry.core.threads import begin
 from pageferry.devices.bus import DeviceBus
+from pageferry.devices.doorbells import Doorbells
 from pageferry.devices.virtio.blk import REQUESTS, BlkRequest, VirtioBlk
 from pageferry.devices.virtio.transport import VirtioPci
 
@@ -43,9 +45,10 @@ class DiskPort:
         self._held = held
         self._model: VirtioBlk | None = None
         self._function: VirtioPci | None = None
+        self._event = os.eventfd(0, os.EFD_CLOEXEC)
+        self._close_event = weakref.finalize(self, os.close, self._event)
         self._changed = threading.Condition()
-        self._wanted = False
-        self._stopping = False
+        self._stopping = self._closed = False
         self._in_flight: BlkRequest | None = None
         self._transferring = False
         self._thread: threading.Thread | None = None
@@ -54,11 +57,16 @@ class DiskPort:
         """Be the port of a device; before anything else."""
         self._model, self._function = model, function
 
+    def use_doorbells(self, doorbells: Doorbells) -> None:
+        """Have the driver wake the thread by itself where the machine can; before anything runs."""
+        assert self._function is not None
+        self._function.use_doorbells(doorbells, self._event)
+
     def wake(self) -> None:
         """Look for requests; any thread."""
         with self._changed:
-            self._wanted = True
-            self._changed.notify_all()
+            if not self._closed:
+                os.eventfd_write(self._event, 1)
 
     def abandon(self) -> None:
         """Return when no transfer is under way; the request in flight is not given back. The bus is locked."""
@@ -110,18 +118,21 @@ class DiskPort:
         """Let go of the disk for good, when what is in flight has ended. May be called twice."""
         self._stop()
         self.disk.close()
+        with self._changed:
+            self._closed = True
+            self._close_event()
 
     def _start(self) -> None:
         if self._thread is None:
-            self._stopping, self._wanted = False, True
+            self._stopping = False
+            self.wake()
             self._thread = begin(self._main, f"{self.disk.path.name}-requests")
 
     def _stop(self) -> None:
         thread, self._thread = self._thread, None
         if thread is not None:
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
+            self._stopping = True
+            self.wake()
             thread.join()
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -130,36 +141,27 @@ class DiskPort:
         assert self._model is not None
         assert self._function is not None
         try:
-            while self._awake():
-                while (request := self._take(self._model, self._function)) is not None:
+            stopping = False
+            while not stopping:
+                os.eventfd_read(self._event)
+                stopping = self._stopping  # looked at first: what was asked for before that is done
+                request = self._next(None, self._model, self._function)
+                while request is not None:
                     self._model.perform(request)
                     with self._changed:
                         self._transferring = False
                         self._changed.notify_all()
-                    self._give_back(request, self._model, self._function)
+                    request = self._next(request, self._model, self._function)
         except Exception:
             _log.exception("the requests of disk %s ended by a defect", self.disk.path)
 
-    def _awake(self) -> bool:
-        """Wait until there may be requests; False: the port is to stop, and there are none."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._wanted or self._stopping)
-            wanted, self._wanted = self._wanted, False
-            return wanted
-
-    def _take(self, model: VirtioBlk, function: VirtioPci) -> BlkRequest | None:
+    def _next(self, done: BlkRequest | None, model: VirtioBlk, function: VirtioPci) -> BlkRequest | None:
+        """Give a request back, unless it was abandoned, and take the next one; None: there is none to be done now."""
         with self._bus.locked():
-            if self._held():
-                return None
-            request = function.work(REQUESTS, model.take)
+            if done is not None and self._in_flight is done:
+                function.work(REQUESTS, lambda queue: model.give_back(queue, done))
+            request = None if self._held() else function.work(REQUESTS, model.take)
             with self._changed:
                 self._in_flight, self._transferring = request, request is not None
-            return request
-
-    def _give_back(self, request: BlkRequest, model: VirtioBlk, function: VirtioPci) -> None:
-        with self._bus.locked():
-            if self._in_flight is request:
-                function.work(REQUESTS, lambda queue: model.give_back(queue, request))
-            with self._changed:
-                self._in_flight = None
                 self._changed.notify_all()
+            return request

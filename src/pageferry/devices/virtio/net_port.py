@@ -7,6 +7,7 @@ from functools import partial
 from pageferry.backends.link import Link, rarp
 from pageferry.backends.pump import Pump
 from pageferry.devices.bus import DeviceBus
+from pageferry.devices.doorbells import Doorbells
 from pageferry.devices.virtio.net import RECEIVE, TRANSMIT, VirtioNet
 from pageferry.devices.virtio.transport import VirtioPci
 
@@ -33,12 +34,19 @@ class NetPort:
         self._held = held
         self._pump: Pump | None = None
         self._model: VirtioNet | None = None
+        self._function: VirtioPci | None = None
 
     def connect(self, model: VirtioNet, function: VirtioPci) -> None:
         """Be the port of a device; before anything else."""
-        self._model = model
+        self._model, self._function = model, function
         take, announce = partial(self._take, model, function), self._announce
         self._pump = Pump(f"{model.name}-frames", take, announce=announce, pauses_s=_ANNOUNCEMENTS_S)
+
+    def use_doorbells(self, doorbells: Doorbells) -> None:
+        """Have the driver wake the pump by itself where the machine can; before anything runs."""
+        assert self._function is not None
+        assert self._pump is not None
+        self._function.use_doorbells(doorbells, self._pump.event)
 
     def wake(self) -> None:
         """Look again whether frames can be carried, on the pump's thread."""

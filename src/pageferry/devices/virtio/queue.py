@@ -10,8 +10,8 @@ Source: Virtual I/O Device (VIRTIO) Version 1.2, section 2.7.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from struct import Struct
+from typing import NamedTuple
 
 from pageferry.core.errors import VmError
 from pageferry.core.memory import GuestMemory
@@ -38,7 +38,10 @@ class RingError(VmError):
 
 def size_of(ranges: Ranges) -> int:
     """Return how many bytes the ranges have."""
-    return sum(size_bytes for _, size_bytes in ranges)
+    total = 0
+    for _, size_bytes in ranges:  # no sum() of a generator here: every request asks several times
+        total += size_bytes
+    return total
 
 
 def part_of(ranges: Ranges, start: int, size_bytes: int) -> Ranges:
@@ -57,8 +60,7 @@ def part_of(ranges: Ranges, start: int, size_bytes: int) -> Ranges:
     return tuple(part)
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(NamedTuple):
     """A chain of buffers that the driver has made available: what the device may read, then what it may write."""
 
     head: int
@@ -158,11 +160,11 @@ class SplitQueue:
         Raises:
             VmError: the used ring is not RAM.
         """
+        write, ring = self.memory.write, self.device + _RING
         for head, written in used:
-            at = self.device + _RING + _USED.size * (self.next_used % self.size)
-            self.memory.write(at, _USED.pack(head, written))
+            write(ring + _USED.size * (self.next_used % self.size), _USED.pack(head, written))
             self.next_used = (self.next_used + 1) & 0xFFFF
-        self.memory.write(self.device + _IDX, _U16.pack(self.next_used))
+        write(self.device + _IDX, _U16.pack(self.next_used))
 
     # -- notifications: sections 2.7.7 and 2.7.10 --------------------------------------------------------------------
 
@@ -200,7 +202,7 @@ class SplitQueue:
     def _walk(self, head: int) -> Chain:
         readable: list[tuple[int, int]] = []
         writable: list[tuple[int, int]] = []
-        for gpa, size_bytes, flags in self._buffers(head):
+        for gpa, size_bytes, flags, _ in self._buffers(head):
             if not self.memory.is_ram(gpa, size_bytes):
                 raise RingError(f"a buffer of {size_bytes} bytes at gpa {gpa:#x} is not RAM")
             if flags & _WRITE:
@@ -216,30 +218,31 @@ class SplitQueue:
         return lambda index: _DESCRIPTOR.unpack(self.memory.read(gpa + _DESCRIPTOR.size * index, _DESCRIPTOR.size))
 
     def _copied(self, gpa: int, size_bytes: int) -> _Table:
-        """Return what reads descriptors from a copy, which is made at once: for a table that is used whole."""
-        copy = self.memory.read(gpa, size_bytes)
-        return lambda index: _DESCRIPTOR.unpack_from(copy, _DESCRIPTOR.size * index)
+        """Return what gives descriptors of a copy, which is made at once: for a table that is used whole."""
+        return list(_DESCRIPTOR.iter_unpack(self.memory.read(gpa, size_bytes))).__getitem__
 
-    def _buffers(self, head: int) -> Iterator[tuple[int, int, int]]:
-        """Yield address, size and flags of each descriptor of a chain: at most as many as the queue has entries."""
+    def _buffers(self, head: int) -> list[tuple[int, int, int, int]]:
+        """Return the descriptors of a chain with buffers: at most as many as the queue has entries."""
         table, entries, index = self._table(self.descriptors), self.size, head
         in_table = False
         left = self.size
+        buffers = []
         while True:
             if index >= entries:
                 raise RingError(f"descriptor {index} is outside a table of {entries}")
             if not left:
                 raise RingError("a chain is longer than its queue")
-            gpa, size_bytes, flags, following = table(index)
+            descriptor = table(index)
+            gpa, size_bytes, flags, following = descriptor
             if flags & _INDIRECT:
                 if in_table or not self.indirect or flags & _NEXT or size_bytes % _DESCRIPTOR.size or not size_bytes:
                     raise RingError(f"an indirect table of {size_bytes} bytes with flags {flags:#x}")
                 entries, index, in_table = size_bytes // _DESCRIPTOR.size, 0, True
                 table = self._table(gpa) if entries > self.size else self._copied(gpa, size_bytes)
                 continue
-            yield gpa, size_bytes, flags
+            buffers.append(descriptor)
             if not flags & _NEXT:
-                return
+                return buffers
             index = following
             left -= 1
 
@@ -250,6 +253,8 @@ def gather(memory: GuestMemory, ranges: Ranges) -> bytes:
     Raises:
         VmError: a range is not RAM.
     """
+    if len(ranges) == 1:
+        return memory.read(*ranges[0])
     return b"".join(memory.reading(ranges))
 
 

@@ -25,6 +25,7 @@ from typing import TypeVar
 
 from pageferry.core.errors import VmError
 from pageferry.core.run import Effect
+from pageferry.devices.doorbells import Doorbells
 from pageferry.devices.interrupts import Line
 from pageferry.devices.pci import CONFIG_BYTES, ConfigSpace
 from pageferry.devices.virtio.model import Driver, VirtioModel
@@ -141,6 +142,9 @@ class VirtioPci:
         self._isr = 0
         self._level = False
         self._complained = False
+        self._doorbells: Doorbells | None = None
+        self._event = -1
+        self._bells: tuple[int, ...] = ()
         self._reset()
 
     # -- the guest's accesses ------------------------------------------------------------------------------------------
@@ -161,6 +165,7 @@ class VirtioPci:
             return
         self._config.write(offset, size, value)
         self.mmio = self._config.bar
+        self._place_bells()
         self._drive()
 
     def _in_window(self, offset: int, size: int) -> bool:
@@ -285,6 +290,7 @@ class VirtioPci:
             else:
                 self._status &= ~FEATURES_OK
         if self._status & ~before & DRIVER_OK:
+            self._place_bells()
             for index in range(len(self.driver.queues)):  # what was made available before
                 self.serve(index)
 
@@ -302,7 +308,30 @@ class VirtioPci:
             queue.reset()
         self.model.reset()
         self._isr = 0
+        self._place_bells()
         self._drive()
+
+    # -- notifications -------------------------------------------------------------------------------------------------
+
+    def use_doorbells(self, doorbells: Doorbells, event: int) -> None:
+        """Have notifications of any queue signal an eventfd at which the device's thread sleeps; before anything runs.
+
+        They come to the bus all the same while no driver runs the device, and where the machine refuses.
+        """
+        self._doorbells, self._event = doorbells, event
+        self._place_bells()
+
+    def _place_bells(self) -> None:
+        """Have the bells where the driver notifies now."""
+        if self._doorbells is None:
+            return
+        notified = range(self.mmio.start + NOTIFY, self.mmio.stop, NOTIFY_STRIDE) if self._status & DRIVER_OK else ()
+        bells = tuple(notified[: len(self.driver.queues)])
+        if bells == self._bells:
+            return
+        for gpa in self._bells:
+            self._doorbells.remove(gpa, self._event)
+        self._bells = tuple(gpa for gpa in bells if self._doorbells.install(gpa, self._event))
 
     # -- work and interrupts -------------------------------------------------------------------------------------------
 
@@ -327,11 +356,14 @@ class VirtioPci:
             return None
         try:
             result = work(self.driver.queues[index])
-            wanted = [queue.wants_interrupt() for queue in self.driver.queues if queue.enabled]
+            wanted = False
+            for queue in self.driver.queues:
+                if queue.enabled and queue.wants_interrupt():
+                    wanted = True
         except VmError as error:
             self._end(str(error))
             return None
-        if any(wanted):
+        if wanted:
             self._interrupt(_ISR_QUEUE)
         return result
 
@@ -350,9 +382,10 @@ class VirtioPci:
 
     def _drive(self) -> None:
         self._config.pending = self._isr != 0
-        if self._level != self._config.intx:
-            self._level = self._config.intx
-            self._line(self._level)
+        level = self._config.intx
+        if level != self._level:
+            self._level = level
+            self._line(level)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -405,6 +438,7 @@ class VirtioPci:
         if status & FEATURES_OK:
             self._apply_features()
         self.mmio = self._config.bar
+        self._place_bells()
         self._drive()
 
 

@@ -1,5 +1,8 @@
 """The PCI transport, register by register, and the handshake of section 3.1.1."""
 
+import os
+import socket
+
 import pytest
 from virtio_driver import (
     ACKNOWLEDGE,
@@ -13,7 +16,10 @@ from virtio_driver import (
     VERSION_1,
 )
 
+from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.errors import VmError
+
+MAC = "52:54:00:12:34:56"
 
 
 @pytest.fixture
@@ -228,3 +234,75 @@ def test_features_that_are_not_here_are_refused_by_name(blk):
     data[14:22] = (VERSION_1 | 1 << 5).to_bytes(8, "little")
     with pytest.raises(VmError, match="disk0"):
         function.load(bytes(data))
+
+
+class Bells:
+    """Doorbells that note where they are; ``full``: no more can be installed."""
+
+    def __init__(self):
+        self.at = {}
+        self.full = False
+
+    def install(self, gpa, event):
+        if self.full:
+            return False
+        assert gpa not in self.at
+        self.at[gpa] = event
+        return True
+
+    def remove(self, gpa, event):
+        assert self.at.pop(gpa) == event
+
+
+@pytest.fixture
+def bells(blk):
+    bells = Bells()
+    blk.machine.virtio.use_doorbells(bells)
+    return bells
+
+
+def test_doorbells_are_where_a_driver_notifies(blk, bells, machine, disk):
+    assert not bells.at
+    blk.begin()
+    assert list(bells.at) == [blk.bar + 0x3000]
+    blk.pci.write(4, 2, 4)  # decodes no memory
+    assert not bells.at
+    blk.bar += 0x10_0000
+    blk.pci.write(0x10, 4, blk.bar)
+    blk.pci.write(4, 2, 6)
+    assert list(bells.at) == [blk.bar + 0x3000]
+    saved = blk.machine.function("disk0").save()
+    blk.status = 0
+    assert not bells.at
+    there, its_bells = machine(disk), Bells()
+    there.virtio.use_doorbells(its_bells)
+    there.function("disk0").load(saved)
+    assert list(its_bells.at) == [blk.bar + 0x3000]
+
+
+def test_each_queue_has_a_doorbell(machine, tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "net.sock"))
+        made, bells = machine(DeviceSpec(kind=DeviceKind.NET, backend=f"unix:{tmp_path}/net.sock", mac=MAC)), Bells()
+        made.virtio.use_doorbells(bells)
+        driver = made.driver()
+        driver.begin()
+        assert list(bells.at) == [driver.bar + 0x3000, driver.bar + 0x3004]
+
+
+def test_a_doorbell_has_requests_done_and_is_no_access_to_the_device(blk, bells):
+    blk.begin()
+    _, data, _ = read_sector(blk, blk.rings[0], 7)
+    (event,) = bells.at.values()
+    os.eventfd_write(event, 1)
+    assert blk.rings[0].wait()
+    assert blk.memory.read(data, 4) == (7).to_bytes(4, "little")
+
+
+def test_where_no_doorbell_can_be_notifications_come_by_the_bus(blk, bells):
+    bells.full = True
+    blk.begin()
+    _, data, _ = read_sector(blk, blk.rings[0], 7)
+    blk.rings[0].notify()
+    assert blk.rings[0].wait()
+    assert blk.memory.read(data, 4) == (7).to_bytes(4, "little")
