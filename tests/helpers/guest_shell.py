@@ -3,7 +3,8 @@
 import threading
 from itertools import count
 
-PATIENCE_S = 300
+#: A guest may be emulated twice over, on a busy host.
+PATIENCE_S = 1200
 
 
 class Terminal:

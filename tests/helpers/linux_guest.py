@@ -60,7 +60,7 @@ class Said:
         with self._changed:
             self._changed.wait_for(lambda: len(self._said) > size, timeout_s)
 
-    def works_on(self, rounds=2, timeout_s=600):
+    def works_on(self, rounds=2, timeout_s=1800):
         """Wait for so many rounds more; nothing went wrong."""
         goal = self.rounds() + rounds
         self.wait_for(lambda: self.rounds() >= goal, f"{rounds} more rounds of work", timeout_s)

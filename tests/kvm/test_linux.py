@@ -25,7 +25,7 @@ from pageferry.kvm.vm import KvmVm
 pytestmark = pytest.mark.kvm
 
 MEMORY_BYTES = 128 << 20
-PATIENCE_S = 900
+PATIENCE_S = 1800
 #: An emulated host on a busy one gives a CPU of the guest no time for half a minute, which a kernel calls a lockup. The
 #: guest must go on working all the same.
 COMMAND_LINE = "console=ttyS0 quiet nosoftlockup rcupdate.rcu_cpu_stall_suppress=1 pageferry=work"

@@ -1,5 +1,6 @@
 """The parts of ``make test-npt`` that need no emulator."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -61,3 +62,12 @@ def test_each_machine_does_its_part_and_the_worst_exit_code_counts(tmp_path, cap
     assert "part 0" in said
     assert "part 1" in said
     assert "exit code 1 after" in said
+
+
+def test_a_run_that_is_interrupted_begins_no_other_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(npt.os, "sched_getaffinity", lambda _: {0})
+    endless = python(f"import os, signal, time; os.kill({os.getpid()}, signal.SIGINT); time.sleep(600)")
+    with pytest.raises(KeyboardInterrupt):
+        npt.run_machines([endless, python(f"open({str(tmp_path / 'begun')!r}, 'w')")], tmp_path)
+    assert npt._machines[-1].returncode == -signal.SIGKILL
+    assert not (tmp_path / "begun").exists()
