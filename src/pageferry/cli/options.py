@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pageferry.cli.control_options import path_option
-from pageferry.cli.shell import ERR
+from pageferry.cli.shell import say
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
 from pageferry.core.errors import UsageError
@@ -253,7 +253,7 @@ def warn_if_exposed(endpoint: Endpoint, *, insecure: bool) -> None:
     """Warn of an address at which others can read and change what passes, unless the user knows."""
     if endpoint.exposed and not insecure:
         text = f"at {endpoint} others on the network can read and change the guest"
-        ERR.print(f"warning: {text}; use tls:// (docs/guide/security.md), or --insecure", markup=False, soft_wrap=True)
+        say(f"warning: {text}; use tls:// (docs/guide/security.md), or --insecure")
 
 
 def tls_options(tls_dir: Path | None, peer: str | None, secret_file: Path | None) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
+from pageferry.cli.printable import printable
 from pageferry.core.descriptors import write_all
 from pageferry.core.errors import (
     GuestAt,
@@ -155,7 +156,12 @@ def complain(message: str, hint: str = "") -> None:
 
 def tell(message: str) -> None:
     """Print one line of news on standard error."""
-    _console(stderr=True).print(f"pageferry: {message}", markup=False, soft_wrap=True)
+    say(f"pageferry: {message}")
+
+
+def say(line: str) -> None:
+    """Print one line on standard error, without rich: a guest's process begins before that would be loaded."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def print_object(value: Json) -> None:

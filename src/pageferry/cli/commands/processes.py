@@ -34,8 +34,7 @@ from pageferry.cli.options import (
     vm_config,
     warn_if_exposed,
 )
-from pageferry.cli.progress import ReadingView
-from pageferry.cli.shell import ERR, SIGNALS, exit_code_of_guest, standard_input, standard_output, tell
+from pageferry.cli.shell import SIGNALS, exit_code_of_guest, say, standard_input, standard_output, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
 from pageferry.core.hostmem import total_bytes
@@ -200,7 +199,7 @@ def receive(
     machines = choose_machines(accel, tracker, huge_pages, witness)
     with _guest_process(machines, control, policies, backends) as process:
         bound = process.incoming.listen(endpoint, credentials, limits, timeout)
-        ERR.print(f"waiting for a guest at {bound}", markup=False)
+        say(f"waiting for a guest at {bound}")
         code = _lived(process)
     raise typer.Exit(code)
 
@@ -213,7 +212,7 @@ def _credentials(endpoint: Endpoint, tls_dir: Path | None, peer: str | None, sec
         text = new_secret()
         credentials = Credentials.from_secret(text, Side.DESTINATION)
         endpoint.expect_suits(credentials)
-        ERR.print(f"secret: {text}", markup=False, soft_wrap=True)
+        say(f"secret: {text}")
         return credentials
     if tls_dir is None:
         if peer is not None:
@@ -249,6 +248,9 @@ def restore(
             if lazy:
                 process.restore_lazily(saved)
             else:
+                from pageferry.cli.progress import ReadingView  # loads rich, which takes as long as all else of `run`
+                from pageferry.cli.shell import ERR
+
                 with ReadingView(ERR) as view:
                     process.restore(saved, view.show)
                 saved.close()
@@ -267,9 +269,9 @@ def _guest_process(
     policies: UsersPolicies,
     backends: LocalBackends = AS_AT_THE_SOURCE,
 ) -> Iterator[GuestProcess]:
-    ERR.print(f"machine: {machines.accel} ({machines.reason})", markup=False, soft_wrap=True)
+    say(f"machine: {machines.accel} ({machines.reason})")
     if machines.warning is not None:
-        ERR.print(f"warning: {machines.warning}", markup=False, soft_wrap=True)
+        say(f"warning: {machines.warning}")
     output = ConsoleOutput(standard_output(_CONSOLE), _console_lost)
     process = GuestProcess(
         machines, control, backends=backends, users_policies=policies, on_console=output, on_message=tell
