@@ -47,7 +47,9 @@ class DiskPort:
         self._function: VirtioPci | None = None
         self._event = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_event = weakref.finalize(self, os.close, self._event)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._waiting = 0  # who is to be told of a change: for most requests, none
         self._stopping = self._closed = False
         self._in_flight: BlkRequest | None = None
         self._transferring = False
@@ -64,14 +66,14 @@ class DiskPort:
 
     def wake(self) -> None:
         """Look for requests; any thread."""
-        with self._changed:
+        with self._lock:
             if not self._closed:
                 os.eventfd_write(self._event, 1)
 
     def abandon(self) -> None:
         """Return when no transfer is under way; the request in flight is not given back. The bus is locked."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._transferring)
+        with self._lock:
+            self._wait_for(lambda: not self._transferring, None)
             self._in_flight = None
 
     def finish(self, patience_s: float) -> bool:
@@ -79,9 +81,16 @@ class DiskPort:
 
         While the guest is held nothing begins.
         """
-        with self._changed:
+        with self._lock:
             request = self._in_flight
-            return self._changed.wait_for(lambda: self._in_flight is not request or request is None, patience_s)
+            return self._wait_for(lambda: self._in_flight is not request or request is None, patience_s)
+
+    def _wait_for(self, condition: Callable[[], bool], patience_s: float | None) -> bool:
+        self._waiting += 1
+        try:
+            return self._changed.wait_for(condition, patience_s)
+        finally:
+            self._waiting -= 1
 
     # -- whose it is -------------------------------------------------------------------------------------------------
 
@@ -118,7 +127,7 @@ class DiskPort:
         """Let go of the disk for good, when what is in flight has ended. May be called twice."""
         self._stop()
         self.disk.close()
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._close_event()
 
@@ -148,9 +157,7 @@ class DiskPort:
                 request = self._next(None, self._model, self._function)
                 while request is not None:
                     self._model.perform(request)
-                    with self._changed:
-                        self._transferring = False
-                        self._changed.notify_all()
+                    self._set_in_flight(request, transferring=False)
                     request = self._next(request, self._model, self._function)
         except Exception:
             _log.exception("the requests of disk %s ended by a defect", self.disk.path)
@@ -161,7 +168,11 @@ class DiskPort:
             if done is not None and self._in_flight is done:
                 function.work(REQUESTS, lambda queue: model.give_back(queue, done))
             request = None if self._held() else function.work(REQUESTS, model.take)
-            with self._changed:
-                self._in_flight, self._transferring = request, request is not None
-                self._changed.notify_all()
+            self._set_in_flight(request, transferring=request is not None)
             return request
+
+    def _set_in_flight(self, request: BlkRequest | None, *, transferring: bool) -> None:
+        with self._lock:
+            self._in_flight, self._transferring = request, transferring
+            if self._waiting:
+                self._changed.notify_all()
