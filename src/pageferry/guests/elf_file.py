@@ -56,7 +56,7 @@ class ElfFile:
     """An ELF file's headers. ``bits`` is 32 or 64; ``kind`` and ``machine`` are ET_ and EM_ numbers."""
 
     name: str
-    data: bytes
+    data: bytes | memoryview
     bits: int
     kind: int
     machine: int
@@ -97,7 +97,7 @@ class ElfFile:
 
     def content(self, segment: ElfSegment) -> bytes:
         """Return the bytes of a segment that are in the file, those of them that are there."""
-        return self.data[segment.place]
+        return bytes(self.data[segment.place])
 
     def note(self, owner: bytes, kind: int) -> bytes | None:
         """Return the content of the first note of ``owner`` with the number ``kind``; None if there is none."""
@@ -115,7 +115,7 @@ class ElfFile:
         return None
 
 
-def read_elf(data: bytes, *, name: str) -> ElfFile:
+def read_elf(data: bytes | memoryview, *, name: str) -> ElfFile:
     """Read the headers of a little-endian ELF file.
 
     Args:

@@ -110,7 +110,7 @@ def _bzimage(data: bytes, name: str) -> LinuxKernel:
             f"{name} is truncated: it has {len(data):,} bytes, its header says {kernel_end:,}", hint=_AGAIN
         )
     header = data[HEADER_AT : _MAGIC_AT + data[0x201]]
-    kernel = data[setup_end:kernel_end]
+    kernel = memoryview(data)[setup_end:kernel_end]
     payload_at, payload_bytes = _u32(data, 0x248), _u32(data, 0x24C)
     if payload_at + payload_bytes > len(kernel):
         raise UsageError(f"{name} is damaged: its payload reaches beyond its end", hint=_AGAIN)
@@ -134,7 +134,7 @@ def _bzimage(data: bytes, name: str) -> LinuxKernel:
     )
 
 
-def _vmlinux(data: bytes, name: str) -> tuple[int, tuple[LoadedPart, ...]]:
+def _vmlinux(data: bytes | memoryview, name: str) -> tuple[int, tuple[LoadedPart, ...]]:
     # The 64-bit entry point, and what is loaded. A kernel has its physical addresses in its program headers.
     elf = read_elf(data, name=name)
     if elf.bits != 64 or elf.machine != EM_X86_64:

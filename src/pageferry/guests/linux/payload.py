@@ -5,7 +5,9 @@ Source: the kernel's ``Documentation/arch/x86/boot.rst``, field ``payload_offset
 """
 
 import bz2
+import contextlib
 import lzma
+import mmap
 import zlib
 from collections.abc import Callable
 from importlib import import_module
@@ -20,7 +22,7 @@ class PayloadError(Exception):
     """The payload is damaged; the message says how."""
 
 
-def unpack(payload: bytes, *, limit_bytes: int) -> bytes | None:
+def unpack(payload: memoryview, *, limit_bytes: int) -> bytes | memoryview | None:
     """Return what a payload holds; None if it is packed in a way that cannot be unpacked here.
 
     gzip, bzip2, xz and lzma always can, LZ4 and zstd where the ``compress`` extra is installed.
@@ -32,9 +34,9 @@ def unpack(payload: bytes, *, limit_bytes: int) -> bytes | None:
     Raises:
         PayloadError: it is damaged, or larger than ``limit_bytes``.
     """
-    if payload[:4] == b"\x7fELF":
+    if bytes(payload[:4]) == b"\x7fELF":
         return payload
-    unpacker = next((unpacker for magic, unpacker in _UNPACKERS if payload.startswith(magic)), None)
+    unpacker = next((unpacker for magic, unpacker in _UNPACKERS if bytes(payload[: len(magic)]) == magic), None)
     if unpacker is None:
         return None
     announced_bytes = int.from_bytes(payload[-4:], "little")
@@ -52,44 +54,46 @@ def unpack(payload: bytes, *, limit_bytes: int) -> bytes | None:
 # Each returns what it can unpack, a little more than ``size_bytes`` at the most.
 
 
-def _gzip(payload: bytes, size_bytes: int) -> bytes:
+def _gzip(payload: memoryview, size_bytes: int) -> bytes:
     try:
         return zlib.decompressobj(wbits=31).decompress(payload, size_bytes + 1)
     except zlib.error as error:
         raise PayloadError("gzip cannot unpack it") from error
 
 
-def _bzip2(payload: bytes, size_bytes: int) -> bytes:
+def _bzip2(payload: memoryview, size_bytes: int) -> bytes:
     try:
         return bz2.BZ2Decompressor().decompress(payload, size_bytes + 1)
     except OSError as error:
         raise PayloadError("bzip2 cannot unpack it") from error
 
 
-def _xz(payload: bytes, size_bytes: int) -> bytes:
+def _xz(payload: memoryview, size_bytes: int) -> bytes:
     try:
         return lzma.LZMADecompressor(memlimit=_XZ_MEMORY_BYTES).decompress(payload, size_bytes + 1)
     except lzma.LZMAError as error:
         raise PayloadError("xz cannot unpack it") from error
 
 
-def _lz4(payload: bytes, size_bytes: int) -> bytes:
+def _lz4(payload: memoryview, size_bytes: int) -> memoryview:
     block: Any = import_module("lz4.block")
-    unpacked: list[bytes] = []
-    left, at, end = size_bytes, 4, len(payload) - 4
-    while at < end and left >= 0:
+    # Huge pages, filled block by block: most of what this takes is else the first touch of memory.
+    unpacked = mmap.mmap(-1, size_bytes + _LZ4_BLOCK_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        unpacked.madvise(mmap.MADV_HUGEPAGE)
+    at, end = 4, len(payload) - 4
+    while at < end and unpacked.tell() <= size_bytes:
         packed_bytes = int.from_bytes(payload[at : at + 4], "little")
         at += 4
         try:
-            unpacked.append(block.decompress(payload[at : at + packed_bytes], uncompressed_size=_LZ4_BLOCK_BYTES))
+            unpacked.write(block.decompress(payload[at : at + packed_bytes], uncompressed_size=_LZ4_BLOCK_BYTES))
         except block.LZ4BlockError as error:
             raise PayloadError("LZ4 cannot unpack it") from error
         at += packed_bytes
-        left -= len(unpacked[-1])
-    return b"".join(unpacked)
+    return memoryview(unpacked)[: unpacked.tell()]
 
 
-def _zstd(payload: bytes, size_bytes: int) -> bytes:
+def _zstd(payload: memoryview, size_bytes: int) -> bytes:
     zstandard: Any = import_module("zstandard")
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).stream_reader(payload)
@@ -99,7 +103,7 @@ def _zstd(payload: bytes, size_bytes: int) -> bytes:
     return unpacked
 
 
-_UNPACKERS: tuple[tuple[bytes, Callable[[bytes, int], bytes]], ...] = (
+_UNPACKERS: tuple[tuple[bytes, Callable[[memoryview, int], bytes | memoryview]], ...] = (
     (b"\x1f\x8b", _gzip),
     (b"BZh", _bzip2),
     (b"\xfd7zXZ\0", _xz),
