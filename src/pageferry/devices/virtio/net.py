@@ -66,6 +66,7 @@ class VirtioNet:
         self.has_room = False
         """Whether frames that come can be taken: the guest has buffers, as far as was seen."""
         self._broken = False
+        self._heeded = -1  # the features that the link was told of
         self._buffer = bytearray(MAX_FRAME_BYTES)
         self._frame = memoryview(b"")
         self.features = sum(1 << bit for bit in (*_PLAIN, *(_OFFLOADS if link.offloads else ())))
@@ -81,7 +82,9 @@ class VirtioNet:
             driver.queues[index].want_no_notification()
             self._wake()
             return
-        self._link.leave(sum(offload for feature, offload in _LEFT_TO_GUEST if driver.has(feature)))
+        if driver.features != self._heeded:
+            self._link.leave(sum(offload for feature, offload in _LEFT_TO_GUEST if driver.has(feature)))
+            self._heeded = driver.features
         had_room = self.has_room
         self.has_room = self._receive(driver.queues[index], mergeable=driver.has(_F_MRG_RXBUF))
         if self.has_room and not had_room:
@@ -138,10 +141,9 @@ class VirtioNet:
 
     def _deliver(self, queue: SplitQueue, *, mergeable: bool) -> bool:
         """Put the frame that waits into buffers of the guest; return False, having used none, when it has too few."""
-        chains = self._buffers(queue, len(self._frame), most=queue.size if mergeable else 1)
+        chains, room = self._buffers(queue, len(self._frame), most=queue.size if mergeable else 1)
         if not chains:
             return False
-        room = sum(size_of(chain.writable) for chain in chains)
         if room < len(self._frame):  # it will never fit: a driver that does not merge has buffers for all frames
             queue.put_back(len(chains))
             self._frame = memoryview(b"")
@@ -157,8 +159,11 @@ class VirtioNet:
         self._frame = memoryview(b"")
         return True
 
-    def _buffers(self, queue: SplitQueue, wanted_bytes: int, *, most: int) -> list[Chain]:
-        """Take chains for so many bytes, ``most`` at the most; if there are too few, none, and ask to be notified."""
+    def _buffers(self, queue: SplitQueue, wanted_bytes: int, *, most: int) -> tuple[list[Chain], int]:
+        """Take chains for so many bytes, ``most`` at the most; if there are too few, none, and ask to be notified.
+
+        Return them, and how many bytes they have room for.
+        """
         chains: list[Chain] = []
         room = 0
         while room < wanted_bytes and len(chains) < most:
@@ -168,10 +173,10 @@ class VirtioNet:
                 chain = queue.pop()  # it may have come before the driver saw that
             if chain is None:
                 queue.put_back(len(chains))
-                return []
+                return [], 0
             chains.append(chain)
             room += size_of(chain.writable)
-        return chains
+        return chains, room
 
     # -- the host's side ---------------------------------------------------------------------------------------------
 

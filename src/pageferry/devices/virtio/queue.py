@@ -264,6 +264,9 @@ def scatter(memory: GuestMemory, ranges: Ranges, data: bytes | memoryview) -> No
     Raises:
         VmError: a range is not RAM; nothing was written.
     """
+    if len(ranges) == 1 and len(data) <= ranges[0][1]:
+        memory.write(ranges[0][0], data)
+        return
     at = 0
     with memory.writing(part_of(ranges, 0, len(data))) as views:
         for view in views:
