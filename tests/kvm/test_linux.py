@@ -25,6 +25,8 @@ from pageferry.kvm.vm import KvmVm
 pytestmark = pytest.mark.kvm
 
 MEMORY_BYTES = 128 << 20
+ON_KVM = [kind for kind in KINDS if kind.accel == "kvm"]
+TWO_CPUS = pytest.mark.parametrize("at_work", [2], indirect=True, ids=["2-cpus"])
 PATIENCE_S = 1800
 #: An emulated host on a busy one gives a CPU of the guest no time for half a minute, which a kernel calls a lockup. The
 #: guest must go on working all the same.
@@ -41,7 +43,7 @@ def kernel_and_initrd(kvm_support):
     return load_kernel(image.kernel), image.initramfs.read_bytes()
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids="{}-cpus".format)
+@pytest.fixture(scope="module")
 def at_work(request, kernel_and_initrd, tmp_path_factory):
     """A file with a guest that has booted and works on all of its CPUs."""
     kernel, initrd = kernel_and_initrd
@@ -85,7 +87,24 @@ def moved(vm, inn, said, policy=None):
     return there
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.accel == "kvm"], indirect=True, ids=str)
+# The tests that share a guest follow each other: it is booted once.
+@pytest.mark.parametrize("at_work", [1], indirect=True, ids=["1-cpus"])
+def test_with_one_cpu_it_works_on_under_the_emulator_and_back(guest, inns):
+    said, vm = Said(), guest()
+    said.listen_to(vm)
+    vm.resume()
+    said.works_on()
+    for make_vm in (Domain, KvmVm):
+        vm = moved(vm, inns(make_vm), said)
+        said.works_on(1)
+
+
+@pytest.mark.parametrize(
+    ("at_work", "kind"),
+    [(1, ON_KVM[0]), *((2, kind) for kind in ON_KVM)],
+    indirect=True,
+    ids=lambda value: f"{value}-cpus" if isinstance(value, int) else str(value),
+)
 def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, kind):
     said, vm, inn = Said(), guest(kind.make_vm), inns(kind.make_vm)
     said.listen_to(vm)
@@ -96,6 +115,7 @@ def test_it_works_on_there_and_back_whatever_the_tracker(guest, inns, kind):
         said.works_on()
 
 
+@TWO_CPUS
 def test_it_works_on_when_its_pages_follow_it(guest, inns):
     said, vm = Said(), guest()
     said.listen_to(vm)
@@ -105,6 +125,7 @@ def test_it_works_on_when_its_pages_follow_it(guest, inns):
     said.works_on()
 
 
+@TWO_CPUS
 def test_it_works_on_from_a_file_whose_pages_are_read_when_they_are_touched(at_work):
     said = Said()
     with SavedGuest(at_work) as saved:
@@ -117,14 +138,3 @@ def test_it_works_on_from_a_file_whose_pages_are_read_when_they_are_touched(at_w
         finally:
             vm.close()
             lazy.close()
-
-
-@pytest.mark.parametrize("at_work", [1], indirect=True, ids=["1-cpus"])
-def test_with_one_cpu_it_works_on_under_the_emulator_and_back(guest, inns):
-    said, vm = Said(), guest()
-    said.listen_to(vm)
-    vm.resume()
-    said.works_on()
-    for make_vm in (Domain, KvmVm):
-        vm = moved(vm, inns(make_vm), said)
-        said.works_on(1)

@@ -49,22 +49,27 @@ class Part:
         return [sys.executable, *(["-m", "pytest"] if self.script is None else [self.script]), *self.tests]
 
 
-#: Every KVM test, and the conformance kit over each tracker of a KVM machine, 1 and 2 vCPUs (3, 4, other seeds and the
-#: smallest rings take too long). Nothing on the software machine, which does not care what processor this is, and would
-#: be one emulator in another. On a busy host everything takes long: the time-out is for what is stuck.
-SELECTION = "(kvm or uffd or pagemap) and not (-3- or -4- or whatever_the_seed or soft or small-ring)"
+#: The KVM tests of the quick tier, and the conformance kit over each tracker of a KVM machine, 1 and 2 vCPUs. Of the
+#: programs that run freely those with an oracle of their own, page tables that change, and two vCPUs: how the others
+#: spread their writes is no matter of paging, and each takes a minute here. Nothing on the software machine, which does
+#: not care what processor this is, and would be one emulator in another. On a busy host everything takes long: the
+#: time-out is for what is stuck.
+_ALIKE = "free-running-sweep or free-running-random or free-running-hotset or free-running-kv or free-running-idle"
+_LEFT_OUT = f"-3- or -4- or whatever_the_seed or soft or small-ring or {_ALIKE} or free-running-dma or by-range-dma"
+SELECTION = f"(kvm or uffd or pagemap) and not ({_LEFT_OUT})"
 _KIT = "tests/conformance/test_log_dirty.py"
 _LINUX = ("tests/kvm/test_linux.py", "tests/integration/test_linux_devices.py")
 _BY_KVM, _NOT_KIT_BY_KVM = "not (uffd or pagemap)", "(uffd or pagemap or not test_log_dirty)"
 #: A test that takes long is no news there, and to print where each thread of a running process is may crash it.
 _OPTIONS = ("--timeout", "3600", "-o", "faulthandler_timeout=0", "--durations=10")
+_QUICK = ("-m", "not exhaustive")
 #: What the kernel's headers say is the same on each machine.
 _IGNORED = (f"--ignore={_LINUX[0]}", "--ignore=tests/kvm/test_uapi.py")
 #: One machine for each, with about as much to do: emulated processors share one thread of the host. They take turns of
 #: up to 100 ms, for which a guest of KVM waits that is on the one and needs the other: so Linux has one.
 PARTS = (
-    Part(("tests/kvm", *_IGNORED, _KIT, *_OPTIONS, "-k", f"{SELECTION} and {_NOT_KIT_BY_KVM}")),
-    Part((_KIT, *_OPTIONS, "-k", f"{SELECTION} and {_BY_KVM}")),
+    Part(("tests/kvm", *_IGNORED, _KIT, *_OPTIONS, *_QUICK, "-k", f"{SELECTION} and {_NOT_KIT_BY_KVM}")),
+    Part((_KIT, *_OPTIONS, *_QUICK, "-k", f"{SELECTION} and {_BY_KVM}")),
     Part((*_LINUX, *_OPTIONS, "-k", "not soft"), processors=1),
 )
 MEMORY_BYTES = 3 << 30
