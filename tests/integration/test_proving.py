@@ -11,11 +11,12 @@ from mutation.fault import injected
 from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import MigrationError, PeerError, VerifyError
-from pageferry.core.events import RoundBegan
+from pageferry.core.events import Phase, PhaseBegan, RoundBegan
 from pageferry.core.frames import gpa_of
 from pageferry.engine import features
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.options import VerifyMode
+from pageferry.engine.verify import prove
 from pageferry.engine.verify.cost import ProofCost
 from pageferry.engine.verify.digests import digest_runs
 from pageferry.testing.operators import STRAY_GFN
@@ -75,7 +76,7 @@ def test_an_audit_proves_memory_while_the_guest_runs(running, inn, workload):
 
 def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(running, inn):
     vm = running("idle")
-    fast = AlteredSource.having({"verify.cost.digest_pages_per_s": lambda *_: 1e6})
+    fast = AlteredSource.having({"verify.cost.digest_pages_per_s": lambda *_: 1e9})
     report = source_of(vm, inn.open(), Rounds(2, limit_s=3600.0), verify=VerifyMode.AUDIT, kind=fast).run()
     assert isinstance(inn.outcome(), type(vm))
     assert (report.verified, report.audited_pages) == (True, 0)
@@ -84,6 +85,28 @@ def test_audited_pages_are_proven_again_as_far_as_the_limit_allows(running, inn)
 def noting(calls, name):
     """Wrap a function: each call of it adds ``name``."""
     return lambda sound: lambda *args: (calls.append(name), sound(*args))[1]
+
+
+@pytest.mark.parametrize(("gfn", "workings"), [(None, 1), ("proven", 2), ("never touched", 2)])
+def test_what_the_pause_proves_is_worked_out_before_and_anew_if_something_was_written(guests, inn, gfn, workings):
+    vm, calls = guests("idle"), []
+    stored = expand_runs(*vm.memory.populated())
+    at = {None: None, "proven": int(stored[-1]), "never touched": int(stored[-1]) + 9}[gfn]
+
+    def on_event(event):
+        if at is not None and isinstance(event, PhaseBegan) and event.phase is Phase.PAUSE:
+            vm.memory.write(gpa_of(at), b"late")
+
+    kind = AlteredSource.having({"verify.prove._merged": noting(calls, "merged")(prove._merged)})
+    options = {"verify": VerifyMode.AUDIT, "on_event": on_event, "kind": kind}
+    report = source_of(vm, inn.open(), Rounds(2), **options).run()
+    there = inn.outcome()
+    assert report.verified
+    assert len(calls) == workings
+    assert report.rounds[-1].sent_pages == (at is not None)
+    if at is not None:
+        assert there.memory.read(gpa_of(at), 4) == b"late"
+    assert report.audited_pages == report.verified_pages - (at is not None)
 
 
 def test_the_destination_finds_what_has_storage_while_the_source_does(running, inn):

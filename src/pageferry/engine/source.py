@@ -368,7 +368,10 @@ class Source:
         precopy = Precopy(self._attempt, sink, self._proof, may_switch=may_switch, held_round_s=self._held_round_s)
         decision = precopy.run()
         self._attempt.report.stop_reason = decision.reason
-        return decision.action is Action.POST_COPY
+        switches = decision.action is Action.POST_COPY
+        if not switches:
+            self._proof.foresee(self._attempt.state_s)
+        return switches
 
     def _wait_while_held(self, sink: DestinationSink) -> bool:
         """Stand in for pre-copy where the destination has our memory: nothing of it is sent, not even what is dirty."""

@@ -110,7 +110,8 @@ class ReceivedPages:
         if self._proven is None or (first_gfns + pages > wanted.nbits).any():
             return False
         wanted.set_runs(first_gfns, pages)
-        return not (wanted - self._proven).any()
+        wanted -= self._proven
+        return not wanted.any()
 
     def populated(self) -> DirtyBitmap:
         """Return which frames of RAM may hold something; as soon as anything was audited, those that ever arrived."""
@@ -120,7 +121,7 @@ class ReceivedPages:
                 populated.set_runs(*self.memory.populated())  # takes a while
             else:
                 populated = self._arrived.copy()
-                populated &= self.memory.all_ram()
+                populated.clear(self.memory.removed())
             return populated
 
 

@@ -10,6 +10,7 @@ all that the tracker reported since.
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,21 @@ _FULL_SHARE = 0.5
 _AGAIN_SHARE = 0.25
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Plan:
+    """What is proven at the pause, and how.
+
+    ``populated`` has storage; of it the frames in ``audited`` are proven already. ``starts``, ``lengths`` and
+    ``is_audited``: the runs of both kinds, ascending.
+    """
+
+    populated: DirtyBitmap
+    audited: DirtyBitmap
+    starts: GfnArray
+    lengths: GfnArray
+    is_audited: NDArray[np.bool_]
+
+
 class MemoryProof:
     """Proves one migration's memory equal.
 
@@ -78,6 +94,7 @@ class MemoryProof:
         self._cost = ProofCost(vm.memory, accounts, now_s)
         self._auditor: Auditor | None = None
         self._audits = False
+        self._foreseen: _Plan | None = None
 
     @property
     def may_audit(self) -> bool:
@@ -160,6 +177,19 @@ class MemoryProof:
         if self._auditor is not None:
             self._auditor.close()
 
+    def foresee(self, spent_s: float) -> None:
+        """Work out what the pause, which comes next, will have to prove, as if the guest wrote nothing until then.
+
+        Args:
+            spent_s: how long the pause is expected to take without the proof.
+        """
+        if not self._audits:
+            return
+        self.close()
+        dirty = self._vm.log_dirty.peek()
+        self._accounts.was_reported = DirtyBitmap(dirty.nbits)
+        self._foreseen = self._plan(self._populated() | dirty, spent_s, dirty)
+
     # -- at the pause ----------------------------------------------------------------------------------------------
 
     def prove(self, peer: Peer, spent_s: float, missing: DirtyBitmap | None = None) -> None:
@@ -174,11 +204,13 @@ class MemoryProof:
             PeerError: the destination's memory is not ours.
             RemoteStreamError: it answers something else.
         """
-        populated = self._populated()
-        if missing is not None:
-            populated -= missing
-        audited = self._not_again(populated, spent_s)
-        starts, lengths, is_audited = _merged(populated - audited, audited)
+        plan = self._foreseen
+        if plan is None or missing is not None or not self._holds(plan):
+            populated = self._populated()
+            if missing is not None:
+                populated -= missing
+            plan = self._plan(populated, spent_s)
+        starts, lengths, is_audited = plan.starts, plan.lengths, plan.is_audited
         if not starts.size:
             none, pages = NO_DIGESTS, lengths.astype(np.uint32)
             peer.send(Digests(first_gfns=starts, pages=pages, digests=none, audited=is_audited, last=True))
@@ -195,7 +227,7 @@ class MemoryProof:
                     last=piece.stop == starts.size,
                 )
             )
-        self.audited_pages = audited.count()
+        self.audited_pages = plan.audited.count()
         self._expect_ready(peer, int(lengths.sum()))
 
     def look(self, peer: Peer) -> None:
@@ -227,6 +259,19 @@ class MemoryProof:
         populated = self._accounts.populated.copy()
         populated &= self._vm.memory.all_ram()
         return populated
+
+    def _plan(self, populated: DirtyBitmap, spent_s: float, dirty: DirtyBitmap | None = None) -> _Plan:
+        """Return what to do about these frames, of which those that are dirty were not sent as they are."""
+        audited = self._not_again(populated if dirty is None else populated - dirty, spent_s)
+        starts, lengths, is_audited = _merged(populated - audited, audited)
+        return _Plan(populated=populated, audited=audited, starts=starts, lengths=lengths, is_audited=is_audited)
+
+    def _holds(self, plan: _Plan) -> bool:
+        """Tell whether a plan is right, after what was reported since: a page more, or one that was proven, is not."""
+        reported = self._accounts.was_reported.words
+        where = np.flatnonzero(reported)
+        wrong = reported[where] & (plan.audited.words[where] | ~plan.populated.words[where])
+        return not wrong.any() and not self._vm.memory.removed().size
 
     def _not_again(self, populated: DirtyBitmap, spent_s: float) -> DirtyBitmap:
         """Return the frames whose audit is proof enough."""
