@@ -132,7 +132,8 @@ def marks_need_a_vcpu(domain: Domain) -> None:
 )
 def first_page_marked(domain: Domain) -> None:
     """A write over two pages marks the first."""
-    alter(domain.memory, "wrote", lambda sound: lambda gfns: sound(gfns[:1]))
+    mark = domain.paging.mark
+    domain.memory.on_write(lambda gfns: mark(gfns[:1]))
 
 
 @fault(
