@@ -1,5 +1,6 @@
 """Faults of the writers that are not a guest's own stores: devices, the VMM, the page walker, the balloon driver."""
 
+from collections.abc import Callable
 from typing import Any
 
 from altered import alter
@@ -132,8 +133,15 @@ def marks_need_a_vcpu(domain: Domain) -> None:
 )
 def first_page_marked(domain: Domain) -> None:
     """A write over two pages marks the first."""
-    mark = domain.paging.mark
-    domain.memory.on_write(lambda gfns: mark(gfns[:1]))
+
+    def wrap(sound: Any) -> Any:
+        def on_write(mark: Callable[[GfnArray], None]) -> None:
+            sound(lambda gfns: mark(gfns[:1]))
+
+        return on_write
+
+    alter(domain.memory, "on_write", wrap)
+    domain.memory.on_write(domain.paging.mark)
 
 
 @fault(
