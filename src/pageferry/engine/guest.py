@@ -55,10 +55,15 @@ class TrackedGuest:
         return TscInfo(), HvmParams(), HvmContext(data=context), End()
 
     def rehearse_state(self) -> None:
-        """Do as :meth:`last_records` does, of a guest that stands still for that long, and forget the result."""
+        """Do as :meth:`last_records` does, of a guest that stands still for that long, and forget the result.
+
+        A domain of Xen has no vCPUs of ours: its state is an HVM context of Xen's, which goes as it is.
+        """
         self.vm.freeze()
         try:
-            encode_machine_state(self.vm.save_state())
+            state = self.vm.save_state()
+            if state.vcpus:
+                encode_machine_state(state)
         finally:
             self.vm.thaw()
 

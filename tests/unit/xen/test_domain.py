@@ -8,6 +8,7 @@ from fake_xen import FakePrivcmd
 
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.vm import VmStatus
+from pageferry.engine.guest import TrackedGuest
 from pageferry.xen import domain as module
 from pageferry.xen import uapi
 from pageferry.xen.domain import XenDomain, expect_movable, find_domain, present_frames, read_configuration
@@ -103,6 +104,12 @@ def test_frames_are_looked_for_from_both_ends_until_all_are_found(xen):
     )
     assert present_frames(control, 5).count() == 1024 + 672
     assert asked == [0, 99328]
+
+
+def test_the_engine_rehearses_the_state_as_xen_has_it(guest, xen):
+    TrackedGuest(guest).rehearse_state()
+    assert "gethvmcontext" in xen.calls
+    assert xen.paused == 0
 
 
 def test_pauses_nest_and_are_written_down_before_they_are_made(guest, xen):
