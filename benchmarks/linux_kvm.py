@@ -119,6 +119,9 @@ def qemu(image: LinuxImage, disk: Path) -> list[str]:
     ]
 
 
+VMMS = {"pageferry": pageferry, "qemu": qemu}
+
+
 def measure(command: Sequence[str]) -> Iterator[tuple[str, float]]:
     """Yield what one of the two does, as it is measured: the name of the measurement, and seconds or MiB a second."""
     guest = Guest(command)
@@ -189,6 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--image", default="cloud", help="which image of make linux-image (default cloud)")
+    parser.add_argument("--only", choices=VMMS, help="measure this one alone")
     options = parser.parse_args()
     image = LinuxImage.of(IMAGES / options.image)
     try:
@@ -200,12 +204,13 @@ def main() -> int:
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as disk, tap():
         disk.write(os.urandom(_MIB) * (_DISK_BYTES // _MIB))
         disk.flush()
-        for vmm, command in (("pageferry", pageferry), ("qemu", qemu)):
+        for vmm in [options.only] if options.only else VMMS:
+            command = VMMS[vmm]
             found[vmm] = {}
             for name, value in measure(command(image, Path(disk.name))):
                 found[vmm][name] = value
                 print(f"{vmm}: {name}: {value:.2f}", file=sys.stderr, flush=True)  # an emulated host takes its time
-    if options.json:
+    if options.json or options.only:
         print(json.dumps(found))
         return 0
     print(f"{'':<26}{'pageferry':>12}{'QEMU':>12}{'ratio':>8}")

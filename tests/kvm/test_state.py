@@ -10,7 +10,7 @@ from pageferry.core.cpuid import SOFT_CPU, baseline, find, of_vcpu
 from pageferry.core.errors import VmError
 from pageferry.core.state import MachineState, VcpuState
 from pageferry.core.vm import GuestEnd
-from pageferry.kvm import msrs
+from pageferry.kvm import msrs, uapi, vcpu_state
 from pageferry.kvm.cpuid import supported_cpuid
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.msrs import MSR_FIELDS, MSR_IA32_CR_PAT, listed_msrs, read_msrs, travels, write_msrs
@@ -270,3 +270,26 @@ def test_cpuid_is_the_baseline_and_nothing_more(kvm_support):
     assert {leaf.leaf for leaf in leaves} == {0, 1, 0x8000_0000, 0x8000_0001, 0x8000_0008}
     assert find(leaves, 0)[0] == 1
     assert find(leaves, 0x8000_0001)[3] >> 29 & 1, "long mode"
+
+
+class Heard:
+    """A vCPU's descriptor that keeps the special registers that were set, and sets none."""
+
+    def __init__(self, fd):
+        self._fd = fd
+        self.set = []
+
+    def ioctl(self, request, argument):
+        if request != uapi.KVM_SET_SREGS:
+            return self._fd.ioctl(request, argument)
+        self.set.append((argument.cr3, argument.tr.type))
+        return 0
+
+
+@pytest.mark.parametrize("tss", [0x8B, 0x89], ids=["busy", "available"])
+def test_translations_are_forgotten_and_the_kind_of_tss_is_not(kvm, tss):
+    (vcpu,) = kvm.guest("spin").vcpus
+    assert vcpu._sealed is not None
+    cr3, fd = vcpu.save().cr3, Heard(vcpu.fd)
+    vcpu_state.forget_translations(fd, vcpu._sealed, dataclasses.replace(vcpu._parts, tss=tss))
+    assert fd.set == [(cr3 ^ 8, tss & 15), (cr3, tss & 15)]

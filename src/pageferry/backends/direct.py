@@ -115,11 +115,15 @@ def transfer_all(transfer: Transfer, fd: int, views: Sequence[memoryview], offse
         OSError: it cannot be done, or the file ends before.
     """
     left = list(views)
+    wanted_bytes = sum(map(len, left))
     while left:
         moved = transfer(fd, left, offset)
+        if moved == wanted_bytes:  # nearly always, at once
+            return
         if not moved:
             raise OSError(errno.EIO, "the disk has become shorter")
         offset += moved
+        wanted_bytes -= moved
         while left and moved >= len(left[0]):
             moved -= len(left.pop(0))
         if moved:

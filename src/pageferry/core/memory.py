@@ -290,6 +290,8 @@ class GuestMemory:
 
     def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
         """Tell whether every byte of a range is RAM of one region."""
+        if gpa >= 0 <= size_bytes and gpa + size_bytes <= self._plain_bytes:
+            return True
         for region in self.regions:  # no any() here: every access of a device asks
             if region.gpa <= gpa and gpa + size_bytes <= region.gpa + region.size_bytes:
                 return self._removed is None or not self._removed.test_many(gfns_touched(gpa, size_bytes)).any()
@@ -399,9 +401,11 @@ class GuestMemory:
             self._on_write(touched[0] if len(touched) == 1 else np.concatenate(touched))
 
     def _byte_views(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        view, plain_bytes = self.mapping.view, self._plain_bytes
         for gpa, size_bytes in ranges:
-            self._check(gpa, size_bytes)
-        return [self.mapping.view[gpa : gpa + size_bytes] for gpa, size_bytes in ranges]
+            if gpa < 0 or size_bytes < 0 or gpa + size_bytes > plain_bytes:
+                self._check(gpa, size_bytes)
+        return [view[gpa : gpa + size_bytes] for gpa, size_bytes in ranges]
 
     def read_u64(self, gpa: int) -> int:
         """Return the little-endian u64 at ``gpa``."""

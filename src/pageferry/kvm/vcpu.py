@@ -44,7 +44,6 @@ from pageferry.kvm.kick import kick_signal
 ExitHandler = Callable[[], Effect | None]
 
 _CR0_PG = 1 << 31
-_CR3_PWT = 1 << 3
 _BUS_SIZES = (1, 2, 4, 8)
 #: What an access tells in ``kvm_run``, as plain bytes: to read a structure's fields one by one takes far longer.
 _EXIT_AT = uapi.KvmRun.exit.offset
@@ -143,7 +142,7 @@ class KvmVcpu:
             code = fd.try_run()
             if code == errno.EINTR:
                 if isinstance(pending, InvalidateTlb):
-                    self._invalidate_tlb()
+                    vcpu_state.forget_translations(fd, self._sealed, self._parts)
                     return None  # and RunControl enters again
                 return pending
             if code == errno.EAGAIN:
@@ -157,14 +156,6 @@ class KvmVcpu:
             if effect is not None:
                 pending = _stronger(pending, effect)
                 run.immediate_exit = 1  # finish the instruction, go no further
-
-    def _invalidate_tlb(self) -> None:
-        """Load CR3 anew. KVM does nothing for the same value, so its PWT bit (a cache hint) changes to and fro."""
-        sregs = uapi.KvmSregs()
-        self.fd.ioctl(uapi.KVM_GET_SREGS, sregs)
-        for _ in range(2):
-            sregs.cr3 ^= _CR3_PWT
-            self.fd.ioctl(uapi.KVM_SET_SREGS, sregs)
 
     def kick(self) -> None:
         """Make ``run()`` return soon; from any thread, any number of times. Lost if ``run()`` is not under way."""

@@ -58,6 +58,8 @@ _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr")  # LDTR and the tables ha
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "efer")
 
 _ATTRIBUTE_PRESENT = 1 << 7
+_SEGMENT_TYPE = 0xF
+_CR3_PWT = 1 << 3
 _BUSY_TSS = 0x8B  # present, system, type 11
 _RFLAGS_IOPL = 3 << 12
 
@@ -232,6 +234,25 @@ def _load_msrs(fd: VcpuFd, state: VcpuState, others: OtherMsrs) -> None:
     if not state.tsc_aux:
         del own[MSR_TSC_AUX]  # a CPU without RDTSCP has it not, and then it reads as 0
     write_msrs(fd, own)
+
+
+def forget_translations(fd: VcpuFd, sealed: Sealed | None, parts: Parts) -> None:
+    """Load CR3 anew. KVM does nothing for the same value, so its PWT bit (a cache hint) changes to and fro.
+
+    Args:
+        fd: the vCPU; it is not inside the guest and has no I/O under way.
+        sealed: what the last :func:`load` returned.
+        parts: what it has.
+
+    Raises:
+        KvmError: the kernel refused.
+    """
+    sregs = _special(fd)
+    if sealed is not None:
+        sregs.tr.type = parts.tss & _SEGMENT_TYPE  # KVM tells of any TSS as a busy one
+    for _ in range(2):
+        sregs.cr3 ^= _CR3_PWT
+        fd.ioctl(uapi.KVM_SET_SREGS, sregs)
 
 
 def begin(fd: VcpuFd, state: VcpuState, *, tss: int) -> None:

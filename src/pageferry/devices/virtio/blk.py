@@ -105,6 +105,12 @@ class BlkRequest:
     failure: VmError | None = None
 
 
+def _all_but_status(chain: Chain) -> Ranges:
+    """Return where data may be written: all but the last byte, which drivers have a range of its own for."""
+    *data, (gpa, size_bytes) = chain.writable
+    return (*data, (gpa, size_bytes - 1)) if size_bytes > 1 else tuple(data)
+
+
 class VirtioBlk:
     """The device; implements :class:`~pageferry.devices.virtio.model.VirtioModel`.
 
@@ -177,12 +183,14 @@ class VirtioBlk:
         data_bytes = size_of(chain.writable) - 1
         if data_bytes < 0:
             raise RingError("a request has no place for its status")
+        if not chain.writable[-1][1]:  # the status is the last byte of all that follows
+            chain = chain._replace(writable=tuple(place for place in chain.writable if place[1]))
         return BlkRequest(chain, data_bytes)
 
     def perform(self, request: BlkRequest) -> None:
         """Do a request that was taken; nothing is locked."""
         try:
-            request.written = self._perform(request.chain, part_of(request.chain.writable, 0, request.data_bytes))
+            request.written = self._perform(request)
         except _Refused as refusal:
             request.status = refusal.status
         except VmError as error:
@@ -199,14 +207,15 @@ class VirtioBlk:
         """
         if request.failure is not None:
             raise request.failure
-        ((status_gpa, _),) = part_of(request.chain.writable, request.data_bytes, 1)
-        self._memory.write(status_gpa, bytes((request.status,)))
+        gpa, size_bytes = request.chain.writable[-1]
+        self._memory.write(gpa + size_bytes - 1, bytes((request.status,)))
         # What was written is told from the first byte on: the status is among it where all before it was.
         written = request.written + 1 if request.written == request.data_bytes else request.written
         queue.push((request.chain.head, written))
 
-    def _perform(self, chain: Chain, target: Ranges) -> int:
-        """Do what the header says, with ``target`` for what is read; return how much was written there."""
+    def _perform(self, request: BlkRequest) -> int:
+        """Do what the header says; return how much was written to the chain."""
+        chain, target, target_bytes = request.chain, _all_but_status(request.chain), request.data_bytes
         source_bytes = size_of(chain.readable) - _HEADER.size
         if source_bytes < 0:
             raise _Refused(_IOERR)
@@ -216,7 +225,6 @@ class VirtioBlk:
             raise _Refused(_IOERR)
         match kind:
             case _Request.IN:
-                target_bytes = size_of(target)
                 offset = self._offset(sector, target_bytes)
                 with self._memory.writing(target) as views:
                     self._disk.read(views, offset)
@@ -226,7 +234,7 @@ class VirtioBlk:
             case _Request.FLUSH:
                 self._disk.flush()
             case _Request.GET_ID:
-                identity = self.name.encode()[:_ID_BYTES].ljust(_ID_BYTES, b"\0")[: size_of(target)]
+                identity = self.name.encode()[:_ID_BYTES].ljust(_ID_BYTES, b"\0")[:target_bytes]
                 scatter(self._memory, target, identity)
                 return len(identity)
             case _Request.DISCARD:

@@ -215,3 +215,13 @@ def test_another_disk_is_refused_by_name(blk, machine, disk, tmp_path):
     assert spec.size_bytes == 1 << 20
     with pytest.raises(UsageError, match="disk0"):
         machine(replace(spec, backend=str(other)))
+
+
+def test_the_status_is_the_last_byte_whatever_comes_after_it(blk):
+    head, target = blk.area.take(16), blk.area.take(1024)
+    blk.memory.write(head, struct.pack("<IIQ", 0, 0, 3))
+    blk.memory.write(target, b"\xff" * 1024)
+    blk.ring.add([(head, 16)], [(target, 0), (target + 1, 512), (target + 513, 1), (target + 700, 0)])
+    blk.ring.notify()
+    assert [length for _, length in blk.ring.wait()] == [513]
+    assert blk.memory.read(target, 1024) == b"\xff" + (3).to_bytes(4, "little") * 128 + b"\0" + b"\xff" * 510
