@@ -16,6 +16,7 @@ from pageferry.stream.xl import libxl_head, libxl_tail, xl_head
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STREAMS = sorted(path.name for path in GOLDEN.glob("*.bin*"))
+FILES = sorted(path.name for path in GOLDEN.glob("*.xl.xz"))
 OURS = (GOLDEN / "pageferry-v3-1.bin").read_bytes()
 
 
@@ -36,6 +37,12 @@ def content(name):
 def test_a_golden_stream_is_accepted(tools, tmp_path, name):
     (tmp_path / "stream").write_bytes(content(name))
     assert verify_stream(tools, tmp_path / "stream", "libxc") == ""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_golden_file_is_accepted(tools, tmp_path, name):
+    (tmp_path / "file").write_bytes(content(name))
+    assert verify_stream(tools, tmp_path / "file", "xl") == ""
 
 
 @pytest.mark.parametrize(
