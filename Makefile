@@ -37,7 +37,7 @@ test-npt: $(READY) $(if $(PAGEFERRY_LINUX_IMAGE),,build/linux/cloud)
 	$(BIN)/python tests/vm/npt.py
 
 # Real Xen with nested paging, of Debian's packages, in an emulated machine: its log-dirty, and domains that are saved.
-test-xen: $(READY)
+test-xen: $(READY) build/linux/cloud
 	PYTHONPATH=tests/helpers $(BIN)/python tests/vm/xen.py
 
 # COUNT=20: fewer round trips than 200. SEED=1: the trips of that seed.

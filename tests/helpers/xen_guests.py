@@ -5,9 +5,14 @@ program's, and its vCPU's state by the ABI's entry state. Without a device model
 programs that need no answer run, and count their work in the status page.
 """
 
+import errno
+import os
+import signal
 import struct
 import subprocess
+import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,19 +20,33 @@ import numpy as np
 from kernels import elf, note
 
 from pageferry.core.bitmap import DirtyBitmap
+from pageferry.core.errors import XenError
+from pageferry.core.events import PhaseBegan, RoundEnded
 from pageferry.core.policy_names import make_policy
 from pageferry.guests import abi
 from pageferry.guests.boot import GuestParams, plan
 from pageferry.guests.workloads import load_workload
 from pageferry.stream.hvm_context import encode_cpu
 from pageferry.stream.hvm_entries import Typecode, join_entries, split_entries
+from pageferry.xen import uapi
+from pageferry.xen.claim import sweep
 from pageferry.xen.domain import XenDomain, read_configuration
+from pageferry.xen.domains import list_domains
+from pageferry.xen.domctl import Control
 from pageferry.xen.foreign import map_foreign
+from pageferry.xen.migrate import XenMigration
+from pageferry.xen.receiver import GO, Receiver
 from pageferry.xen.save import XenSave
+from pageferry.xen.store import XenStore
 
 _ENTRY = 0x20_0000
 _HALT = b"\xfa\xf4\xeb\xfc"  # cli; hlt; again
-GIVE_UP_S = 120.0
+GIVE_UP_S = 300.0
+#: What most tests call their domain.
+NAME = "pageferry-test"
+#: Of the domains that most tests make.
+MEMORY_BYTES = 12 << 20
+RECEIVE = ["xl", "migrate-receive"]
 
 
 def idle_kernel(folder):
@@ -43,6 +62,27 @@ def xl(*arguments, check=True):
     done = subprocess.run(["xl", *map(str, arguments)], capture_output=True, text=True, check=False)
     assert not check or not done.returncode, f"xl {arguments} failed: {done.stdout}{done.stderr}"
     return done.stdout
+
+
+def pageferry(*arguments, code=0):
+    """Run a command; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pageferry", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout if not code else done.stderr
+
+
+def log_dirty_is_off(control, domid):
+    """Find out by turning it on."""
+    try:
+        control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)
+    except XenError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)
+    return True
 
 
 def create(folder, name, *, memory_mib=16, vcpus=1, kernel=None, more="", kind="pvh", paused=True):
@@ -64,6 +104,13 @@ def domid_of(name):
 def destroy(name):
     """Destroy a domain, if it is there."""
     xl("destroy", name, check=False)
+
+
+def destroy_all():
+    """Destroy the domain of that name, and what a migration of it left."""
+    for line in xl("list").splitlines()[1:]:
+        if line.startswith(NAME):
+            destroy(line.split()[0])
 
 
 def low_memory(control, domid, memory_bytes, *, writable=True):
@@ -118,10 +165,80 @@ def wait_for_work(memory, more=1):
     return status
 
 
-def saving(control, store, domid, path, *, on_event=lambda event: None, policy="xen", stop=False):
+def saving(control, store, domid, path, *, on_event=lambda event: None, rounds=None, stop=False):
     """A domain, and an attempt to save it."""
     info = control.info(domid)
     domain = XenDomain(control, store, info)
     configuration = read_configuration(info)
-    attempt = XenSave(domain, configuration, path, make_policy(policy), stop=stop, on_event=on_event)
+    attempt = XenSave(domain, configuration, path, make_policy("xen", max_rounds=rounds), stop=stop, on_event=on_event)
     return domain, attempt
+
+
+def moving(control, store, domid, command=RECEIVE, *, on_event=lambda event: None, rounds=None):
+    """A domain, and an attempt to move it."""
+    info = control.info(domid)
+    domain = XenDomain(control, store, info)
+    configuration = read_configuration(info)
+    return domain, XenMigration(
+        domain, configuration, command, make_policy("xen", max_rounds=rounds), on_event=on_event
+    )
+
+
+#: Where a process is killed besides the beginnings of phases: after what was called, and with what.
+MOMENTS = {
+    "asked": (XenStore, "write", lambda path, value: value == "suspend"),
+    "given-away": (XenDomain, "give_away", lambda: True),
+    "told": (Receiver, "send", lambda buffers: buffers == [GO]),
+    "gone": (XenDomain, "gone", lambda: True),
+}
+
+
+def run_killed(moment, domid, *, path=None):
+    """Save a domain to a path, or move it, in a process that is killed at a moment: a phase, "first-round", one of
+    MOMENTS, or "end": when the attempt is over, and the domain not given back yet.
+    """
+    pid = os.fork()
+    if not pid:
+        try:
+            _run_killed(moment, domid, path)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status), "it was not killed"
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _run_killed(moment, domid, path):
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_event(event):
+        if isinstance(event, PhaseBegan) and event.phase == moment:
+            die()
+        if isinstance(event, RoundEnded) and moment == "first-round":
+            die()
+
+    if moment in MOMENTS:
+        owner, name, fits = MOMENTS[moment]
+        original = getattr(owner, name)
+
+        def replaced(self, *arguments):
+            original(self, *arguments)
+            if fits(*arguments):
+                die()
+
+        setattr(owner, name, replaced)
+    with Control() as control, XenStore() as store:
+        make = saving if path else moving
+        _, attempt = make(control, store, domid, path or RECEIVE, on_event=on_event, rounds=1)
+        attempt.run()
+        die()
+
+
+def seen(control, store, domid):
+    """A domain as ``pageferry xen list`` shows it, which begins with undoing what a killed process left."""
+    sweep(control)
+    (found,) = [each for each in list_domains(control, store) if each.domid == domid]
+    return found

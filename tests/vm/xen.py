@@ -46,12 +46,16 @@ MODULES = (
 )
 MEMORY_BYTES = 3 << 30
 DOM0_MEMORY = "1536M"
+#: What the tests of tests/xen do not need is not loaded: that took a minute of each machine.
+_PYTEST = ("-m", "pytest", "--confcutdir=tests/xen", "-p", "no:hypothesispytest", "-p", "no:xdist")
 _OPTIONS = ("--timeout", "1800", "-o", "faulthandler_timeout=0")
-_OPERATORS = ("tests/xen/test_kit.py", "tests/xen/test_operators.py", "tests/xen/test_differential.py")
-#: One machine for each, at once, with about as much to do.
+_KIT = ("tests/xen/test_kit.py",)
+_OPERATORS_AND_SAVES = ("tests/xen/test_operators.py", "tests/xen/test_differential.py", "tests/xen/test_save.py")
+#: One machine for each, at once, with about as much to do; the last has whatever tests there are besides.
 PARTS = (
-    (*_OPERATORS, *_OPTIONS),
-    ("tests/xen", *(f"--ignore={each}" for each in _OPERATORS), *_OPTIONS),
+    (*_KIT, *_OPTIONS),
+    (*_OPERATORS_AND_SAVES, *_OPTIONS),
+    ("tests/xen", *(f"--ignore={each}" for each in (*_KIT, *_OPERATORS_AND_SAVES)), *_OPTIONS),
 )
 
 _INIT = """
@@ -101,7 +105,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"test-xen: {', '.join(missing)} not installed: sudo apt-get install {' '.join(missing)}")
         return NOT_RUN
     parts = [asked.tests] if asked.tests else PARTS
-    programs = [shlex.join([sys.executable, "-m", "pytest", *tests]) for tests in parts]
+    programs = [shlex.join([sys.executable, *_PYTEST, *tests]) for tests in parts]
     if asked.shell:
         programs = [asked.shell]
     try:

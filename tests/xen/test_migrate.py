@@ -1,48 +1,114 @@
-"""A domain moves live through ``xl migrate-receive`` on this very host."""
+"""A domain moves live through ``xl migrate-receive`` on this very host, or stays here whatever happens."""
+
+import contextlib
+import shlex
+import sys
+import time
 
 import pytest
-from xen_guests import create, destroy, domid_of, load_program, low_memory, wait_for_work
+from xen_guests import (
+    MEMORY_BYTES,
+    domid_of,
+    log_dirty_is_off,
+    low_memory,
+    moving,
+    pageferry,
+    run_killed,
+    seen,
+    wait_for_work,
+    xl,
+)
 
-from pageferry.core.errors import GuestAt
-from pageferry.core.policy_names import make_policy
-from pageferry.guests.boot import GuestParams
+from pageferry.core.errors import GuestAt, MigrationError
+from pageferry.core.events import PhaseBegan
 from pageferry.xen import uapi
-from pageferry.xen.domain import XenDomain, read_configuration
-from pageferry.xen.migrate import XenMigration
+from pageferry.xen.claim import sweep
+from pageferry.xen.receiver import BANNER, GO, READY, REPORT
 
-MEMORY_BYTES = 12 << 20
-RECEIVE = ["xl", "migrate-receive"]
+PHASES = ("hello", "pre-copy", "pause", "stop-and-copy", "state", "verify", "handoff")
+GIVE_UP_S = 120.0
+#: A receiver of our own: it reads the whole stream and goes as far as it is told. It imports little, to start fast.
+_RECEIVER = """
+import os, struct, sys
+
+def read(size):
+    got = b""
+    while len(got) < size:
+        more = os.read(0, min(size - len(got), 1 << 16))
+        assert more
+        got += more
+    return got
+
+def skip_records(last):
+    kind = None
+    while kind != last:
+        kind, size = struct.unpack("<II", read(8))
+        read(-(-size // 8) * 8)
+
+os.write(1, {BANNER!r})
+read(struct.unpack("<IIII", read(48)[32:])[3])
+read(16)
+skip_records(1)  # of libxl, to LIBXC_CONTEXT
+read(40)
+skip_records(0)
+skip_records(0)
+if {upto!r} != "end":
+    os.write(1, {READY!r})
+    assert read({go_bytes}) == {GO!r}
+if {upto!r} == "refusal":
+    os.write(1, {REPORT!r} + bytes([1]) + {GO!r})
+sys.exit("out of luck")
+"""
 
 
-@pytest.fixture
-def working(control, domain_name, tmp_path):
-    """A domain with a guest at work that checks itself: its number, and its memory."""
-    domid = create(tmp_path, domain_name, memory_mib=MEMORY_BYTES >> 20)
-    params = GuestParams(working_set_bytes=4 << 20)
-    memory, _ = load_program(control, domid, "kv", MEMORY_BYTES - (1 << 20), params=params)
-    control.unpause(domid)
-    wait_for_work(memory, 100)
-    yield domid, memory
-    memory.close()
-    destroy(f"{domain_name}--migratedaway")
+def receiver(upto):
+    """Its command: it ends when it has read all, when it was given the domain (``ready``), or refuses it then."""
+    words = {"BANNER": BANNER, "READY": READY, "GO": GO, "REPORT": REPORT, "go_bytes": len(GO)}
+    return [sys.executable, "-S", "-c", _RECEIVER.format(upto=upto, **words)]
 
 
-def moving(control, store, domid, command, on_event=lambda event: None):
+def expect_undone(control, store, domid):
+    """The next start has undone what was left."""
+    found = seen(control, store, domid)
+    assert (found.log_dirty, found.status) == (False, "running")
+
+
+def expect_left_alone(control, store, domain_name, domid):
+    """A start leaves the domain suspended, and says why."""
+    found = seen(control, store, domid)
+    assert (found.name, found.status) == (f"{domain_name}--migratedaway", "suspended")
+    assert "was given to another host by a process that had no answer" in found.by
+
+
+def expect_at_work(control, store, domain_name, domid, memory):
+    """The domain is here as if nothing had been."""
+    assert store.read(f"/local/domain/{domid}/name") == domain_name
     info = control.info(domid)
-    domain = XenDomain(control, store, info)
-    configuration = read_configuration(info)
-    return domain, XenMigration(domain, configuration, command, make_policy("xen"), on_event=on_event)
+    assert (info.paused, info.shutdown_reason) == (False, None)
+    assert log_dirty_is_off(control, domid)
+    wait_for_work(memory, 100)
+
+
+def wait_until_alone(store, domid):
+    """Wait until the receiver, whose source is gone, has destroyed its copy."""
+    until = time.monotonic() + GIVE_UP_S
+    while (found := store.directory("/local/domain")) != ["0", str(domid)]:
+        assert time.monotonic() < until, found
+        time.sleep(0.2)
 
 
 def test_it_moves_and_goes_on_with_the_same_memory(control, store, domain_name, working):
     domid, _ = working
-    domain, attempt = moving(control, store, domid, RECEIVE)
-    try:
+    domain, attempt = moving(control, store, domid)
+    with contextlib.closing(domain):
         report = attempt.run()
-    finally:
-        domain.close()
     assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
     print(f"downtime {report.downtime_s:.3f} s {report.downtime_parts_s}, total {report.total_s:.1f} s")
+    expect_moved(control, store, domain_name, domid)
+
+
+def expect_moved(control, store, domain_name, domid):
+    """The domain is suspended here for good, under another name, and at work there."""
     assert store.read(f"/local/domain/{domid}/name") == f"{domain_name}--migratedaway"
     assert control.info(domid).shutdown_reason == uapi.SHUTDOWN_suspend
     there = domid_of(domain_name)
@@ -51,3 +117,87 @@ def test_it_moves_and_goes_on_with_the_same_memory(control, store, domain_name, 
     wait_for_work(moved, 100)
     assert not control.info(there).paused
     moved.close()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_failure_before_it_is_given_away_leaves_it_here(control, store, domain_name, working, phase):
+    domid, memory = working
+
+    def cancel(event):
+        if isinstance(event, PhaseBegan) and event.phase == phase:
+            attempt.job.cancel()
+
+    domain, attempt = moving(control, store, domid, on_event=cancel, rounds=1)
+    with contextlib.closing(domain), pytest.raises(MigrationError) as failed:
+        attempt.run()
+    assert failed.value.guest_at is GuestAt.SOURCE
+    expect_at_work(control, store, domain_name, domid, memory)
+    wait_until_alone(store, domid)
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["xl", "no-such-command"], "xl ended, its last words"),
+        (["sh", "-c", "echo out of luck >&2"], "sh ended, its last words: out of luck"),
+        (["echo", "x" * 100], "echo answers what no xl migrate-receive does"),
+        (
+            ["sh", "-c", "echo xl migration receiver ready, send binary domain data.; head -c 2000000 >/dev/null"],
+            "sh ended",
+        ),
+        (receiver("end"), "ended, its last words: out of luck"),
+        (receiver("refusal"), "could not be started there, and its copy was destroyed"),
+    ],
+    ids=["no-receiver", "dies-at-once", "says-something-else", "dies-in-pre-copy", "dies-at-the-end", "refuses"],
+)
+def test_a_receiver_that_fails_leaves_the_domain_here(control, store, domain_name, working, command, why):
+    domid, memory = working
+    domain, attempt = moving(control, store, domid, command, rounds=1)
+    with contextlib.closing(domain), pytest.raises(MigrationError, match=why) as failed:
+        attempt.run()
+    assert failed.value.guest_at is GuestAt.SOURCE
+    expect_at_work(control, store, domain_name, domid, memory)
+
+
+def test_a_receiver_that_dies_without_an_answer_leaves_the_choice_to_the_user(control, store, domain_name, working):
+    domid, memory = working
+    told = pageferry("migrate", f"xen:{domid}", "--through", shlex.join(receiver("ready")), code=4)
+    assert f"pageferry xen resume {domid}" in told
+    expect_left_alone(control, store, domain_name, domid)
+    assert f"pageferry xen resume {domid}" in pageferry("save", f"xen:{domid}", "file", code=2)
+    pageferry("xen", "resume", domid)
+    expect_at_work(control, store, domain_name, domid, memory)
+    assert "was not given to another host" in pageferry("xen", "resume", domid, code=2)
+
+
+@pytest.mark.parametrize("moment", ["connect", *PHASES, "first-round"])
+def test_a_kill_before_it_is_given_away_is_undone_by_the_next_start(control, store, domain_name, working, moment):
+    domid, memory = working
+    run_killed(moment, domid)
+    expect_undone(control, store, domid)
+    expect_at_work(control, store, domain_name, domid, memory)
+    wait_until_alone(store, domid)
+
+
+def test_a_kill_between_giving_it_away_and_saying_so_leaves_the_choice_to_the_user(
+    control, store, domain_name, working
+):
+    domid, memory = working
+    run_killed("given-away", domid)
+    for _ in range(2):
+        expect_left_alone(control, store, domain_name, domid)
+    wait_until_alone(store, domid)
+    pageferry("xen", "resume", domid)
+    expect_at_work(control, store, domain_name, domid, memory)
+
+
+@pytest.mark.parametrize("moment", ["told", "gone", "end"])
+def test_a_kill_after_that_leaves_it_there_alone(control, store, domain_name, working, moment):
+    domid, _ = working
+    run_killed(moment, domid)
+    until = time.monotonic() + GIVE_UP_S
+    while xl("domid", domain_name, check=False) == "":  # the receiver goes on without us
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    sweep(control)
+    expect_moved(control, store, domain_name, domid)

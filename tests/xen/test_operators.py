@@ -126,8 +126,8 @@ def test_a_wrong_interface_version_is_eacces(control):
     assert refused.value.errno == errno.EACCES
 
 
-def test_a_domain_is_as_xl_made_it(control, store, domain_name, tmp_path):
-    domid = create(tmp_path, domain_name, memory_mib=12)
+def test_a_domain_is_as_xl_made_it(control, store, own_name, tmp_path):
+    domid = create(tmp_path, own_name, memory_mib=12)
     info = control.info(domid)
     assert (info.is_hvm, info.hap, info.paused, info.vcpus, info.shutdown_reason) == (True, True, True, 1, None)
     assert b'"type": "pvh"' in read_configuration(info)
@@ -143,8 +143,8 @@ def test_a_domain_is_as_xl_made_it(control, store, domain_name, tmp_path):
         domain.close()
 
 
-def test_a_domain_suspends_and_goes_on(control, store, domain_name, tmp_path):
-    domid = create(tmp_path, domain_name, memory_mib=12)
+def test_a_domain_suspends_and_goes_on(control, store, own_name, tmp_path):
+    domid = create(tmp_path, own_name, memory_mib=12)
     memory, _ = load_program(control, domid, "kv", 8 << 20)
     control.unpause(domid)
     wait_for_work(memory, 100)

@@ -13,6 +13,6 @@ from pageferry.xen.store import XenStore
 def dom0() -> Iterator[tuple[Control, XenStore]]:
     """Lend Xen and its store; what killed processes left behind on domains is undone first."""
     with Control() as control, XenStore() as store:
-        for domid in sweep(control):
+        for domid in sweep(control, tell=tell):
             tell(f"domain {domid}: undone what a killed process left behind (log-dirty on, or a pause)")
         yield control, store

@@ -4,6 +4,8 @@ Xen turns nothing off when the process ends that asked for it: log-dirty stays o
 step is written down before it is done, in a file that this process holds a lock on. A file whose lock is free was left
 behind, and tells what to undo; each step may be undone although it never happened. A domain that was given to another
 host is left as it is: it may run there.
+
+A guest that was asked to suspend itself may do so after the process was killed: what undoes it waits for that.
 """
 
 import contextlib
@@ -11,7 +13,8 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,15 @@ from pageferry.xen.store import XenStore
 
 DIRECTORY = Path("/run/pageferry")
 _NAME = re.compile(r"xen-(\d+)-([0-9a-f-]{36})\.claim")
+#: A note is one write of so many bytes, so that a kill leaves either the note before or this one.
+_NOTE_BYTES = 4096
+#: What the hypercall by which a guest suspends itself returns where that was cancelled.
+SUSPEND_CANCELLED = 1
+_LOOK_S = 0.01
+
+
+class GivenAwayError(UsageError):
+    """The domain was given to another host, and whether it runs there is not known."""
 
 
 class Claim:
@@ -40,13 +52,13 @@ class Claim:
     def note(self, **steps: int | str) -> None:
         """Write down steps before they are done, or when they are undone (0).
 
-        ``log_dirty``, ``suspended`` and ``given_away`` are 1 or 0, ``paused`` is how often this process paused the
-        domain, ``name`` what it was called before this process renamed it, or "".
+        ``log_dirty``, ``suspended`` and ``given_away`` are 1 or 0, ``asked`` is the number of seconds that the guest
+        has to suspend itself, or 0, ``paused`` is how often this process paused the domain, ``name`` what it was called
+        before this process renamed it, or "".
         """
         self._steps |= steps
         data = json.dumps({"pid": os.getpid()} | self._steps).encode()
-        os.pwrite(self._fd, data, 0)
-        os.ftruncate(self._fd, len(data))
+        os.pwrite(self._fd, data.ljust(_NOTE_BYTES), 0)
 
     def release(self) -> None:
         """Give it back; nothing is left to be undone. May be called twice.
@@ -61,14 +73,21 @@ class Claim:
             self._fd = -1
 
 
-def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY) -> Claim:
+def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, given_back: bool = False) -> Claim:
     """Claim a domain; what a process left behind that was killed at work on it is undone first.
 
+    Args:
+        control: Xen.
+        info: which domain.
+        directory: where the claims are.
+        given_back: whether it surely does not run on the host that it was given to, if it was: undo that too.
+
     Raises:
+        GivenAwayError: it was given to another host; nothing was undone.
         UsageError: another process works on it, or the file cannot be made.
         XenError: something could not be undone.
     """
-    path = directory / f"xen-{info.domid}-{info.uuid}.claim"
+    path = _path(info, directory)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         while True:
@@ -89,15 +108,30 @@ def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY) -> Cl
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     try:
-        _undo(control, info.domid, _read(fd))
+        steps = _read(fd)
+        if steps.get("given_away") and not given_back:
+            raise GivenAwayError(
+                f"domain {info.domid} was given to another host by a process that had no answer from there",
+                hint="see whether it runs there; if so: xl destroy it here; if it surely does not: "
+                f"pageferry xen resume {info.domid}",
+            )
+        _undo(control, info.domid, steps)
     except BaseException:
         os.close(fd)
         raise
     return Claim(fd, path)
 
 
-def sweep(control: Control, directory: Path = DIRECTORY) -> list[int]:
-    """Undo what killed processes left behind, of all domains; return the domains of which there was something."""
+def sweep(
+    control: Control, directory: Path = DIRECTORY, *, tell: Callable[[str], None] = lambda line: None
+) -> list[int]:
+    """Undo what killed processes left behind, of all domains; return the domains of which there was something.
+
+    Args:
+        control: Xen.
+        directory: where the claims are.
+        tell: hears a line on each domain that was given to another host, and is left as it is.
+    """
     swept = []
     for path in sorted(directory.glob("xen-*.claim")):
         found = _NAME.fullmatch(path.name)
@@ -112,11 +146,28 @@ def sweep(control: Control, directory: Path = DIRECTORY) -> list[int]:
             with contextlib.suppress(OSError):
                 path.unlink()
             continue
-        with contextlib.suppress(PageferryError):
-            mine = claim(control, info, directory)
-            mine.release()
+        try:
+            claim(control, info, directory).release()
             swept.append(info.domid)
+        except GivenAwayError as error:
+            tell(f"{error}: {error.hint}")
+        except PageferryError:
+            continue  # another process works on it, or Xen refuses: the next command on this domain says so
     return swept
+
+
+def take_back(control: Control, info: DomainInfo, directory: Path = DIRECTORY) -> None:
+    """Let a domain go on here that was given to another host without an answer, and surely does not run there.
+
+    Raises:
+        UsageError: it was not given away, or another process works on it.
+        XenError: something could not be undone.
+    """
+    if not _path(info, directory).exists():
+        raise UsageError(
+            f"domain {info.domid} was not given to another host", hint="xl unpause lets a paused one go on"
+        )
+    claim(control, info, directory, given_back=True).release()
 
 
 @contextlib.contextmanager
@@ -129,27 +180,41 @@ def claimed(control: Control, info: DomainInfo, directory: Path = DIRECTORY) -> 
         mine.release()
 
 
+def _path(info: DomainInfo, directory: Path) -> Path:
+    return directory / f"xen-{info.domid}-{info.uuid}.claim"
+
+
 def _read(fd: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(fd, 4096, 0) or b"{}")
-    except ValueError:  # killed while it wrote: then the steps before are not known, and all are undone
-        return {"log_dirty": 1, "paused": 1, "suspended": 1}
+        found = json.loads(os.pread(fd, 16 * _NOTE_BYTES, 0) or b"{}")
+    except ValueError:  # no note of a pageferry: it may run elsewhere
+        return {"log_dirty": 1}
     return found if isinstance(found, dict) else {}
 
 
 def _undo(control: Control, domid: int, steps: dict[str, Any]) -> None:
-    if steps.get("given_away"):
-        raise UsageError(
-            f"domain {domid} was given to another host by a process that had no answer from there",
-            hint="see whether it runs there; if so: xl destroy it here; if it surely does not: remove its file in "
-            f"{DIRECTORY}, then xl unpause",
-        )
     if steps.get("log_dirty"):
         control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)
+    if wait_s := int(steps.get("asked", 0)):
+        _await_suspend(control, domid, wait_s)
     if steps.get("suspended") and control.info(domid).shutdown_reason == uapi.SHUTDOWN_suspend:
+        if wait_s:
+            control.set_rax(domid, 0, SUSPEND_CANCELLED)
         control.resume(domid)
     for _ in range(int(steps.get("paused", 0))):
         control.unpause(domid)
     if name := steps.get("name"):
         with XenStore() as store:
             store.write(f"/local/domain/{domid}/name", str(name))
+
+
+def _await_suspend(control: Control, domid: int, wait_s: float) -> None:
+    """Take back what a guest was asked; one that has taken the request is waited for, until it has suspended itself."""
+    path = f"/local/domain/{domid}/control/shutdown"
+    with XenStore() as store:
+        if store.read(path):
+            store.write(path, "")
+            return
+    until_s = time.monotonic() + wait_s
+    while control.info(domid).shutdown_reason is None and time.monotonic() < until_s:
+        time.sleep(_LOOK_S)

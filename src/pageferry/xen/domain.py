@@ -35,7 +35,7 @@ from pageferry.stream.records import (
     StreamHeader,
 )
 from pageferry.xen import uapi
-from pageferry.xen.claim import Claim, claim
+from pageferry.xen.claim import SUSPEND_CANCELLED, Claim, claim
 from pageferry.xen.domctl import Control, DomainInfo
 from pageferry.xen.foreign import map_foreign
 from pageferry.xen.log import XenLogDirty
@@ -66,7 +66,6 @@ STATE_NAME = "xen"
 #: How long a guest may take to suspend itself, as long as Xen's tools allow it.
 SUSPEND_S = 60.0
 _POLL_S = 0.001
-_SUSPENDED_ANSWER = 1
 _CRASH = 3
 
 
@@ -307,11 +306,12 @@ class XenDomain:
 
     def _suspend(self) -> None:
         domid = self.info.domid
-        self._claim.note(suspended=1)
         if self.control.hvm_param(domid, uapi.HVM_PARAM_CALLBACK_IRQ):
+            self._claim.note(suspended=1, asked=int(SUSPEND_S))
             self._ask_to_suspend(f"/local/domain/{domid}/control/shutdown")
             self._asked = True
         else:
+            self._claim.note(suspended=1)
             self.control.suspend(domid)
         self._suspended = True
 
@@ -326,7 +326,7 @@ class XenDomain:
             self.store.write(path, "")
         if self.control.info(self.info.domid).shutdown_reason == uapi.SHUTDOWN_suspend:
             return
-        self._claim.note(suspended=0)
+        self._claim.note(suspended=0, asked=0)
         raise VmError(
             f"domain {self.info.domid} did not suspend itself within {SUSPEND_S:.0f} s",
             hint="its kernel must listen to control/shutdown in xenstore (Linux: CONFIG_XEN)",
@@ -334,24 +334,32 @@ class XenDomain:
 
     def _cancel_suspend(self) -> None:
         domid = self.info.domid
-        if self._asked:
-            for vcpu in range(self.info.vcpus):
-                self.control.set_rax(domid, vcpu, _SUSPENDED_ANSWER)
+        if self._asked:  # a guest suspends itself on vCPU 0; the others wait for it, and need their registers
+            self.control.set_rax(domid, 0, SUSPEND_CANCELLED)
         self.control.resume(domid)
         self._suspended = self._asked = False
-        self._claim.note(suspended=0)
+        self._claim.note(suspended=0, asked=0)
 
-    def rename(self, suffix: str, name: str | None = None) -> str:
-        """Give the domain another name: what it has, or ``name``, and a suffix; return what it had."""
+    def rename(self, suffix: str) -> str:
+        """Add a suffix to the domain's name; return what it was."""
         path = f"/local/domain/{self.info.domid}/name"
         before = self.store.read(path) or ""
-        self._claim.note(name=before if name is None else "")
-        self.store.write(path, (before if name is None else name) + suffix)
+        self._claim.note(name=before)
+        self.store.write(path, before + suffix)
         return before
 
-    def given_away(self, *, is_so: bool = True) -> None:
-        """Write down that the domain may run elsewhere from now on, so nothing is undone; or that this is known."""
-        self._claim.note(given_away=int(is_so))
+    def give_away(self) -> None:
+        """Write down that the domain may run elsewhere from now on, so that nothing is undone."""
+        self._claim.note(given_away=1)
+
+    def take_back(self, name: str) -> None:
+        """Write down that the domain runs nowhere else, and give it its name again."""
+        self.store.write(f"/local/domain/{self.info.domid}/name", name)
+        self._claim.note(name="", given_away=0)
+
+    def gone(self) -> None:
+        """Write down that the domain runs elsewhere: here it stays suspended."""
+        self._claim.note(given_away=0, suspended=0, asked=0, paused=0, name="")
 
     # -- what goes into a stream -------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ suspended here and ``guest_at`` is UNKNOWN.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, PeerError, TransportError, UsageError
 from pageferry.core.events import Event, MigrationReport, Phase
@@ -94,9 +95,10 @@ class XenMigration:
         """
         attempt, report, phase = self._attempt, self._attempt.report, self._attempt.clock.phase
         domain, encoder = self._domain, self._encoder
-        with attempt.under_way(self._as_migration_error):
+        with ExitStack() as at_last, attempt.under_way(self._as_migration_error):
             with phase(Phase.CONNECT):
                 receiver = Receiver(self._command, self._timeout_s)
+                at_last.callback(receiver.see_off)  # when the guest runs again, if it is to
                 receiver.pacer = self.job.pacer
                 self.job.opened(receiver)
                 receiver.expect(BANNER)
@@ -142,21 +144,20 @@ class XenMigration:
         receiver.expect(READY)
         name = domain.rename(_AWAY)
         if not handoff.commit():
-            domain.rename("", name)
+            domain.take_back(name)
             raise self.job.stays()
         self._attempt.pause.end()
-        domain.given_away()
+        domain.give_away()
         receiver.send([GO])
         receiver.expect(REPORT)
         (code,) = receiver.read(1)
         if not code:
-            domain.given_away(is_so=False)  # it runs there: nothing is to be found out any more
+            domain.gone()
             handoff.running()
             return
         receiver.expect(GO)
         handoff.refused()
-        domain.rename("", name)
-        domain.given_away(is_so=False)
+        domain.take_back(name)
         raise PeerError(
             "the domain could not be started there, and its copy was destroyed",
             phase=str(self._attempt.clock.current),
@@ -171,6 +172,7 @@ class XenMigration:
         if isinstance(error, OSError):
             hint = "try the command by itself: it should print a banner"
             if guest_at is not GuestAt.SOURCE:
-                hint = f"see whether it runs there: xl list; if it surely does not: xl unpause NAME{_AWAY} here"
+                hint = "see whether it runs there: xl list; if it surely does not: pageferry xen resume "
+                hint += f"{self._domain.info.domid} here"
             return TransportError(str(error), phase=phase, guest_at=guest_at, hint=hint)
         return MigrationError(f"internal error: {error!r}", phase=phase, guest_at=guest_at)

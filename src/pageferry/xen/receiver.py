@@ -11,12 +11,15 @@
       |                                                         else it does not, and is destroyed there:
       | <== "domain is yours, you are cleared to unpause"
 
-Each of these but the banner ends with a NUL. A receiver whose input ends before it was given the domain destroys its
-copy.
+Each of these but the banner ends with a NUL. A receiver whose input ends before it was given the domain says so, and
+then destroys its copy. One that is killed, or cannot say it, leaves its copy behind, paused, as NAME--incoming: so a
+receiver that is to end is not killed, and heard to its end.
 
 Source: Xen, ``xl migrate-receive`` of 4.17; the words are its protocol.
 """
 
+import contextlib
+import fcntl
 import os
 import select
 import shlex
@@ -35,7 +38,9 @@ GO = b"domain is yours, you are cleared to unpause\0"
 REPORT = b"my copy unpause results are as follows\0"
 _MAX_BUFFERS = 1024  # IOV_MAX
 _LAST_BYTES = 2000
-_END_S = 10.0
+#: How long a receiver may take to destroy its copy and end.
+_END_S = 60.0
+_PIPE_BYTES = 1 << 20
 
 
 class ReceiverError(OSError):
@@ -58,8 +63,9 @@ class Receiver:
         self.sent_bytes = 0
         self._command = command[0]
         self._timeout_s = timeout_s
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by see_off()
         self._aborted = threading.Event()
+        self._lock = threading.Lock()  # of the pipe that wakes
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, start_new_session=True
@@ -71,6 +77,9 @@ class Receiver:
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._to, False)
+        with contextlib.suppress(OSError):  # it is slower without
+            fcntl.fcntl(self._to, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._woken, self._wake = os.pipe()
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Send all of ``buffers`` in order, when the pacer allows it.
@@ -125,23 +134,42 @@ class Receiver:
     def abort(self) -> None:
         """Have a thread that sends or waits come back soon; from any thread."""
         self._aborted.set()
-        self._process.terminate()
+        with self._lock:
+            if self._wake >= 0:
+                os.write(self._wake, b"x")
 
     def close(self) -> None:
-        """End it, unless it ends by itself now. May be called twice."""
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None and not stream.closed:
-                stream.close()
+        """Send no more, and return at once: one that was not given the domain ends. May be called twice."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            self._process.stdin.close()
+
+    def see_off(self, end_s: float = _END_S) -> None:
+        """Wait until it has ended; one that does not within ``end_s`` is killed. May be called twice."""
+        self.close()
+        with self._lock:
+            if self._wake < 0:
+                return
+            os.close(self._wake)
+            os.close(self._woken)
+            self._wake = -1
+        until_s = time.monotonic() + end_s
+        while (left_s := until_s - time.monotonic()) > 0 and select.select([self._from], [], [], left_s)[0]:
+            if not os.read(self._from, _LAST_BYTES):
+                break
         try:
-            self._process.wait(_END_S)
+            self._process.wait(max(0.0, until_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         self._said.close()
 
     def _wait(self, readable: list[int], writable: list[int]) -> None:
         until_s = time.monotonic() + self._timeout_s
-        found = select.select(readable, writable, [], self._timeout_s)
+        found = select.select([*readable, self._woken], writable, [], self._timeout_s)
+        if self._aborted.is_set():
+            raise self._failure("was not waited for any longer")
         if not any(found) and time.monotonic() >= until_s:
             raise self._failure(f"said or took nothing for {self._timeout_s:g} s")
 

@@ -8,8 +8,9 @@ import pytest
 from fake_xen import FakePrivcmd
 
 from pageferry.core.errors import UsageError
+from pageferry.xen import claim as module
 from pageferry.xen import uapi
-from pageferry.xen.claim import claim, claimed, sweep
+from pageferry.xen.claim import claim, claimed, sweep, take_back
 from pageferry.xen.domctl import Control
 
 
@@ -92,8 +93,73 @@ def test_one_whose_move_ended_without_an_answer_is_remembered(tmp_path, control)
 def test_a_domain_that_was_given_away_is_not_undone_and_every_start_says_so(tmp_path, xen, control):
     killed(tmp_path, control, log_dirty=1, paused=1, suspended=1, given_away=1)
     xen.log_dirty, xen.paused, xen.shutdown_reason = True, 1, uapi.SHUTDOWN_suspend
+    told = []
     for _ in range(2):
-        assert sweep(control, tmp_path) == []
+        assert sweep(control, tmp_path, tell=told.append) == []
         with pytest.raises(UsageError, match="was given to another host by a process that had no answer"):
             claim(control, control.info(5), tmp_path)
     assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (True, 1, uapi.SHUTDOWN_suspend)
+    assert len(told) == 2
+    assert "pageferry xen resume 5" in told[0]
+
+
+def test_a_domain_that_surely_does_not_run_there_goes_on_here(tmp_path, xen, control):
+    killed(tmp_path, control, log_dirty=1, paused=1, suspended=1, given_away=1)
+    xen.log_dirty, xen.paused, xen.shutdown_reason = True, 1, uapi.SHUTDOWN_suspend
+    take_back(control, control.info(5), tmp_path)
+    assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (False, 0, None)
+    with pytest.raises(UsageError, match="domain 5 was not given to another host"):
+        take_back(control, control.info(5), tmp_path)
+
+
+class Store:
+    """What a guest was asked; it suspends itself when it is looked at, if it has taken the request."""
+
+    def __init__(self, xen, *, taken):
+        self.value, self._xen, self._taken = "" if taken else "suspend", xen, taken
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self, path):
+        assert path == "/local/domain/5/control/shutdown"
+        if self._taken:
+            self._xen.shutdown_reason = uapi.SHUTDOWN_suspend
+        return self.value
+
+    def write(self, path, value):
+        self.value = value
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_guest_that_was_asked_to_suspend_itself_is_waited_for_and_told(tmp_path, xen, control, monkeypatch, taken):
+    killed(tmp_path, control, suspended=1, asked=60)
+    store = Store(xen, taken=taken)
+    monkeypatch.setattr(module, "XenStore", lambda: store)
+    xen._getvcpucontext = xen._setvcpucontext = lambda request, u: None
+    assert sweep(control, tmp_path) == [5]
+    assert (xen.shutdown_reason, store.value) == (None, "")
+    assert ("setvcpucontext" in xen.calls) is taken  # that it was cancelled
+
+
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_note_that_is_no_note_lets_no_domain_go_on(tmp_path, xen, control, cut):
+    killed(tmp_path, control, log_dirty=1, paused=1, suspended=1, given_away=1)
+    (left,) = tmp_path.iterdir()
+    left.write_bytes(left.read_bytes()[:cut])
+    xen.paused, xen.shutdown_reason = 1, uapi.SHUTDOWN_suspend
+    sweep(control, tmp_path)
+    assert (xen.paused, xen.shutdown_reason) == (1, uapi.SHUTDOWN_suspend)
+
+
+def test_a_note_is_one_write_and_as_long_as_the_one_before(tmp_path, control):
+    with claimed(control, control.info(5), tmp_path) as mine:
+        sizes = set()
+        for steps in ({"name": "guest" * 100}, {"name": ""}, {"paused": 10}):
+            mine.note(**steps)
+            (file,) = tmp_path.iterdir()
+            sizes.add(file.stat().st_size)
+    assert len(sizes) == 1

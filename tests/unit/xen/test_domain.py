@@ -156,7 +156,7 @@ def test_a_guest_with_xens_drivers_suspends_itself_and_is_told_when_that_is_canc
     guest.store.on_write, guest.suspends = suspends, True
     guest.freeze()
     guest.thaw()
-    assert answers == [1]
+    assert (answers, guest.notes["asked"]) == ([1], 0)
     assert xen.shutdown_reason is None
 
 
@@ -167,6 +167,30 @@ def test_a_guest_that_does_not_suspend_runs_on_and_the_store_is_as_before(guest,
         guest.freeze()
     assert (xen.paused, guest.notes["suspended"]) == (0, 0)
     assert guest.store.read("/local/domain/5/control/shutdown") == ""
+
+
+def test_a_domain_that_moved_stays_as_it_is_whatever_becomes_of_this_process(guest):
+    guest.suspends = True
+    guest.freeze()
+    assert guest.rename("--away") == "guest"
+    assert (guest.store.read("/local/domain/5/name"), guest.notes["name"]) == ("guest--away", "guest")
+    guest.give_away()
+    assert guest.notes["given_away"] == 1
+    guest.gone()
+    undone = ("given_away", "suspended", "asked", "paused", "name")
+    assert [guest.notes[step] for step in undone] == [0, 0, 0, 0, ""]
+
+
+def test_a_domain_that_is_refused_there_has_its_name_again_before_that_is_noted(guest):
+    guest.suspends = True
+    guest.freeze()
+    name = guest.rename("--away")
+    guest.give_away()
+    guest.store.on_write = lambda path, value: noted.append((value, guest.notes["name"], guest.notes["given_away"]))
+    noted = []
+    guest.take_back(name)
+    assert noted == [("guest", "guest", 1)]
+    assert (guest.notes["name"], guest.notes["given_away"], guest.notes["suspended"]) == ("", 0, 1)
 
 
 @pytest.mark.parametrize(("reason", "status"), [(0, VmStatus.SHUTDOWN), (3, VmStatus.CRASHED)])

@@ -1,6 +1,8 @@
 """The receiver's protocol: words that come, do not come, or are others; and how it is reached."""
 
+import signal
 import sys
+import threading
 
 import pytest
 
@@ -18,7 +20,7 @@ def receiver():
 
     yield start
     for each in made:
-        each.close()
+        each.see_off(0.0)
 
 
 def test_what_is_sent_arrives_and_what_is_said_is_heard(receiver):
@@ -52,15 +54,45 @@ def test_one_that_says_something_else_is_no_receiver(receiver):
     there = receiver("os.write(1, b'Welcome to the machine' * 9); time.sleep(60)")
     with pytest.raises(ReceiverError, match=r"answers what no xl migrate-receive does: b'Welcome"):
         there.expect(BANNER)
-    there.abort()
 
 
-@pytest.mark.parametrize("call", [lambda there: there.expect(BANNER), lambda there: there.send([bytes(1 << 20)])])
+@pytest.mark.parametrize("call", [lambda there: there.expect(BANNER), lambda there: there.send([bytes(9 << 20)])])
 def test_one_that_stands_still_is_given_up(receiver, call):
     there = receiver("time.sleep(60)", timeout_s=0.05)
     with pytest.raises(ReceiverError, match=r"said or took nothing for 0.05 s"):
         call(there)
+
+
+@pytest.mark.parametrize("call", [lambda there: there.expect(BANNER), lambda there: there.send([bytes(9 << 20)])])
+def test_one_that_is_given_up_wakes_who_waits_for_it(receiver, call):
+    there = receiver("time.sleep(60)")
+    waker = threading.Timer(0.05, there.abort)
+    waker.start()
+    with pytest.raises(ReceiverError, match="was not waited for any longer"):
+        call(there)
+    waker.join()
+
+
+def test_one_that_was_not_given_the_domain_has_time_to_destroy_its_copy(receiver, tmp_path):
+    there = receiver(
+        f"os.write(1, {BANNER!r}); sys.stdin.buffer.read()\n"
+        f"os.write(1, bytes(3 << 20)); open({str(tmp_path / 'destroyed')!r}, 'w')"  # more than a pipe holds
+    )
+    there.expect(BANNER)
+    there.send([b"some of it"])
     there.abort()
+    there.close()
+    there.see_off()
+    there.see_off()
+    there.abort()
+    assert (tmp_path / "destroyed").exists()
+
+
+def test_one_that_does_not_end_is_killed(receiver):
+    there = receiver(f"os.write(1, {BANNER!r}); time.sleep(60)")
+    there.expect(BANNER)
+    there.see_off(0.05)
+    assert there._process.returncode == -signal.SIGKILL
 
 
 def test_a_program_that_is_not_there_is_refused():

@@ -1,4 +1,4 @@
-"""The commands of a dom0 of Xen: its domains, and what a domain writes."""
+"""The commands of a dom0 of Xen: its domains, what a domain writes, and one whose migration ended without an answer."""
 
 import time
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from rich.table import Table
 
 from pageferry.cli.control_options import JsonOption
 from pageferry.cli.dom0 import dom0
-from pageferry.cli.shell import OUT, SIGNALS, Requests, print_object
+from pageferry.cli.shell import OUT, SIGNALS, Requests, print_object, tell
 from pageferry.core.errors import LogDirtyError, UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size
+from pageferry.xen.claim import take_back
 from pageferry.xen.domain import XenDomain, expect_trackable, find_domain, read_configuration
 from pageferry.xen.domains import list_domains
 
@@ -26,6 +27,7 @@ def group() -> typer.Typer:
     app = typer.Typer(rich_markup_mode=None)
     app.command("list")(list_)
     app.command("log-dirty")(log_dirty)
+    app.command("resume")(resume)
     return app
 
 
@@ -68,6 +70,14 @@ def log_dirty(
             guest.close()
     if as_json:
         print_object({"domain": info.domid, "memory_bytes": info.memory_pages * PAGE_SIZE, "rounds": seen})
+
+
+def resume(domain: Annotated[str, typer.Argument(help="Name or number of the domain.")]) -> None:
+    """Let a domain go on here whose migration ended without an answer. It must not run on the other host."""
+    with dom0() as (control, store):
+        info = find_domain(control, store, domain)
+        take_back(control, info)
+    tell(f"domain {info.domid} goes on here")
 
 
 def _watch(guest: XenDomain, rounds: int, interval_s: float, requests: Requests) -> Iterator[dict[str, Any]]:
