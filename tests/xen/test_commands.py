@@ -1,37 +1,42 @@
-"""The commands as a user of dom0 types them."""
+"""The commands as a user of dom0 types them, and what they refuse."""
 
+import contextlib
 import json
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from xen_guests import create, destroy, domid_of, load_program, low_memory, wait_for_work, xl
+from xen_guests import (
+    MEMORY_BYTES,
+    create,
+    destroy,
+    domid_of,
+    log_dirty_is_off,
+    low_memory,
+    pageferry,
+    wait_for_work,
+    xl,
+)
 
-from pageferry.guests.boot import GuestParams
+from pageferry.guests.linux.debian import LinuxImage
 from pageferry.xen import uapi
+from pageferry.xen.holder import holder_of
 
-MEMORY_BYTES = 12 << 20
-
-
-def pageferry(*arguments, code=0):
-    """Run a command; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pageferry", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
-    return done.stdout if not code else done.stderr
+LINUX = LinuxImage.of(Path(__file__).parents[2] / "build" / "linux" / "cloud")
 
 
-@pytest.fixture
-def working(control, domain_name, tmp_path):
-    """A domain with a guest at work that checks itself: its number, and its memory."""
-    domid = create(tmp_path, domain_name, memory_mib=MEMORY_BYTES >> 20)
-    params = GuestParams(working_set_bytes=4 << 20)
-    memory, _ = load_program(control, domid, "kv", MEMORY_BYTES - (1 << 20), params=params)
-    control.unpause(domid)
-    wait_for_work(memory, 100)
-    yield domid, memory
-    memory.close()
+@contextlib.contextmanager
+def watching(domid):
+    """A process that watches a domain, when it has seen the first round."""
+    command = [sys.executable, "-m", "pageferry", "xen", "log-dirty", str(domid), "--interval", "0.5"]
+    with subprocess.Popen([*command, "--rounds", "9999"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("round")
+        yield process
 
 
 def test_a_session_in_dom0(control, domain_name, working, tmp_path):
@@ -68,3 +73,94 @@ def test_a_session_in_dom0(control, domain_name, working, tmp_path):
     there = low_memory(control, domid_of(domain_name), MEMORY_BYTES - (1 << 20))
     wait_for_work(there, 100)
     there.close()
+
+
+def test_a_signal_ends_watching_and_log_dirty_is_off(control, working):
+    domid, _ = working
+    with watching(domid) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+    assert log_dirty_is_off(control, domid)
+
+
+def test_a_kill_of_watching_is_undone_by_the_next_start(control, working):
+    domid, memory = working
+    with watching(domid) as process:
+        process.kill()
+    with pytest.raises(Exception, match="EINVAL"):
+        control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)
+    pageferry("xen", "list")
+    assert log_dirty_is_off(control, domid)
+    wait_for_work(memory, 100)
+
+
+def test_what_cannot_be_is_refused_with_one_line(control, working, tmp_path):
+    domid, memory = working
+    file = tmp_path / "file"
+    assert "there is no domain 'nobody'" in pageferry("save", "xen:nobody", file, code=2)
+    assert "there is no domain 9999" in pageferry("xen", "log-dirty", 9999, code=2)
+    assert "domain 0 is this one" in pageferry("save", "xen:0", file, code=5)
+    assert "postcopy policy" in pageferry("save", f"xen:{domid}", file, "--policy", "postcopy", code=2)
+    control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)
+    assert "log-dirty" in pageferry("save", f"xen:{domid}", file, code=3)
+    assert "on already" in pageferry("xen", "log-dirty", domid, code=2)
+    listed = json.loads(pageferry("xen", "list", "--json"))["domains"][1]
+    assert listed["log_dirty"] is True  # it was another's, and is left alone
+    control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)
+    with watching(domid) as process:
+        told = pageferry("save", f"xen:{domid}", file, code=2)
+        assert f"process {process.pid}, a pageferry, works on domain {domid} already" in told
+        process.send_signal(signal.SIGINT)
+    assert not file.exists()
+    wait_for_work(memory, 100)
+
+
+#: A receiver that takes the beginning of a domain, and no more.
+_STALLS = "echo 'xl migration receiver ready, send binary domain data.'; head -c 1000000 >/dev/null; exec sleep 9999"
+
+
+def test_who_holds_log_dirty_is_named(control, domain_name, working):
+    domid, memory = working
+    command = ["xl", "migrate", "-s", "", domain_name, f"exec sh -c {shlex.quote(_STALLS)}"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        try:
+            by = f"process {process.pid}, xl migrate"
+            until = time.monotonic() + 120
+            while not holder_of(domid) or log_dirty_is_off(control, domid):
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            assert f"on, by {by}" in pageferry("xen", "list")
+            assert f"log-dirty of domain {domid} is on already, by {by}" in pageferry("xen", "log-dirty", domid, code=2)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+    control.shadow_op(domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)  # nothing of Xen's does it now
+    wait_for_work(memory, 100)
+
+
+def test_what_the_domains_write_is_shown(domain_name, working):
+    domid, _ = working
+    seen = json.loads(pageferry("xen", "list", "--dirty-rate", 0.5, "--json"))["domains"]
+    assert [each["domid"] for each in seen] == [0, domid]
+    assert seen[0]["dirty_pages"] is None
+    assert 1 < seen[1]["dirty_pages"] < MEMORY_BYTES >> 12
+    assert seen[1]["watched_s"] >= 0.5
+    assert "iB/s" in pageferry("xen", "list", "--dirty-rate", 0.1)
+
+
+def test_a_pv_domain_is_refused(own_name, tmp_path):
+    if not LINUX.kernel.exists():
+        pytest.skip("no Linux here: make linux-image ONLY=cloud")
+    create(tmp_path, own_name, memory_mib=64, kernel=LINUX.kernel, kind="pv")
+    assert "is a PV guest" in pageferry("save", f"xen:{own_name}", tmp_path / "file", code=5)
+    assert "is a PV guest" in pageferry("xen", "log-dirty", own_name, code=5)
+
+
+def test_who_may_not_is_told_so():
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "pageferry", "xen", "list"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 5
+    assert "/dev/xen/privcmd may not be opened by this user" in done.stderr

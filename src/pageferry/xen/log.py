@@ -35,6 +35,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.xen import uapi
 from pageferry.xen.domctl import Control, ShadowStats
+from pageferry.xen.holder import holder_of
 
 
 class XenLogDirty(HeldLog):
@@ -87,11 +88,7 @@ class XenLogDirty(HeldLog):
             except XenError as error:
                 self._note(0)
                 if error.errno == errno.EINVAL:
-                    raise LogDirtyError(
-                        f"Xen does not turn log-dirty on for domain {self._domid}: it is on already, or the domain has "
-                        "a passed-through device",
-                        hint="is another save or migration of it under way? A device can be detached: xl pci-detach",
-                    ) from error
+                    raise _on_already(self._domid) from error
                 raise
             self._faults = 0
             self._held.begin()
@@ -178,3 +175,13 @@ class XenLogDirty(HeldLog):
         stats = self._control.shadow_op(self._domid, op, mode=mode, words=bitmap.words, pages=bitmap.nbits)
         bitmap &= self._memory.all_ram()
         return bitmap, stats
+
+
+def _on_already(domid: int) -> LogDirtyError:
+    if by := holder_of(domid):
+        return LogDirtyError(f"log-dirty of domain {domid} is on already, by {by}", hint="wait for it, or end it")
+    return LogDirtyError(
+        f"Xen does not turn log-dirty on for domain {domid}: it is on already, or the domain has a passed-through "
+        "device",
+        hint="is another save or migration of it under way? A device can be detached: xl pci-detach",
+    )

@@ -57,6 +57,43 @@ def test_a_domain_that_another_works_on_is_left_alone(xen, listed, tmp_path):
     assert "works on domain 5 already" in seen.by
 
 
+def test_what_a_domain_writes_is_counted_while_log_dirty_is_on(xen, tmp_path):
+    def writes():
+        assert xen.log_dirty
+        xen.dirty = {1, 2, 7}
+
+    found = list_domains(Control(xen), Store(), watch=writes, claims=tmp_path, userdata=tmp_path)
+    assert [each.dirty_pages for each in found] == [None, 3]
+    assert not xen.log_dirty
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_watches_is_not_counted(xen, tmp_path):
+    xen.log_dirty = True
+    found = list_domains(Control(xen), Store(), watch=lambda: None, claims=tmp_path, userdata=tmp_path)
+    assert (found[1].dirty_pages, found[1].log_dirty) == (None, True)
+    assert xen.log_dirty
+
+
+def test_a_watch_that_is_ended_leaves_log_dirty_off(xen, tmp_path):
+    def ends():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list_domains(Control(xen), Store(), watch=ends, claims=tmp_path, userdata=tmp_path)
+    assert not xen.log_dirty
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_domain_that_ends_meanwhile_is_no_error(xen, tmp_path):
+    def ends():
+        xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_PEEK)] = errno.ESRCH
+        xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_OFF)] = errno.ESRCH
+
+    found = list_domains(Control(xen), Store(), watch=ends, claims=tmp_path, userdata=tmp_path)
+    assert found[1].dirty_pages is None
+
+
 def test_a_refusal_of_xen_is_not_an_answer(xen, listed):
     xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY)] = errno.ENOMEM
     with pytest.raises(Exception, match="ENABLE_LOGDIRTY"):

@@ -16,7 +16,7 @@ from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size
 from pageferry.xen.claim import take_back
 from pageferry.xen.domain import XenDomain, expect_trackable, find_domain, read_configuration
-from pageferry.xen.domains import list_domains
+from pageferry.xen.domains import DomainSeen, list_domains
 
 _BAR_WIDTH = 40
 _ROUNDS = 10
@@ -31,20 +31,44 @@ def group() -> typer.Typer:
     return app
 
 
-def list_(as_json: JsonOption = False) -> None:
-    """List the domains: paging, memory, whether log-dirty is on."""
-    with dom0() as (control, store):
-        domains = list_domains(control, store)
+def list_(
+    dirty_rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Watch for so many seconds how much each domain writes.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the domains: paging, memory, whether log-dirty is on, and by whom, what they write if that is asked."""
+    took_s = 0.0
+
+    def watch() -> None:
+        nonlocal took_s
+        began_s = time.monotonic()
+        requests.wait(dirty_rate or 0)
+        took_s = time.monotonic() - began_s
+
+    with dom0() as (control, store), SIGNALS.noted() as requests:
+        domains = list_domains(control, store, watch=None if dirty_rate is None else watch)
     if as_json:
-        print_object({"domains": [asdict(domain) for domain in domains]})
+        print_object({"domains": [asdict(domain) | {"watched_s": took_s or None} for domain in domains]})
         return
-    table = Table("id", "name", "type", "paging", "state", "vCPUs", "memory", "log-dirty", box=None, pad_edge=False)
+    names = ["id", "name", "type", "paging", "state", "vCPUs", "memory", "log-dirty", *(["writes"] if took_s else [])]
+    table = Table(*names, box=None, pad_edge=False)
     for domain in domains:
-        on = {True: "on", False: "off", None: domain.by or "-"}[domain.log_dirty]
-        size = format_size(domain.memory_bytes)
-        row = (str(domain.domid), domain.name, domain.kind, domain.paging, domain.status, str(domain.vcpus), size, on)
+        row = [str(domain.domid), domain.name, domain.kind, domain.paging, domain.status, str(domain.vcpus)]
+        row += [format_size(domain.memory_bytes), _log_dirty_in_words(domain)]
+        if took_s:
+            pages = domain.dirty_pages
+            row.append("-" if pages is None else f"{format_size(int(pages * PAGE_SIZE / took_s))}/s")
         table.add_row(*row)
     OUT.print(table)
+
+
+def _log_dirty_in_words(domain: DomainSeen) -> str:
+    if domain.log_dirty is None:
+        return domain.by or "-"
+    if not domain.log_dirty:
+        return "off"
+    return f"on, by {domain.by}" if domain.by else "on"
 
 
 def log_dirty(
