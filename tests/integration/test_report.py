@@ -579,8 +579,9 @@ def what_the_policy_said(seen):
 @counted("round_ends.fixed_s", "round_ends.expected_downtime_s")
 def what_a_pause_would_have_cost(seen):
     for index, end in enumerate(seen.report.round_ends):
-        rehearsal = seen.onlooker.of("save_state")[0]
-        assert end.fixed_s >= 2 * (rehearsal.ended_s - rehearsal.began_s)
+        first_s = seen.onlooker.round_began[0].at_s
+        rehearsals = [each for each in seen.onlooker.of("save_state") if each.ended_s < first_s]
+        assert end.fixed_s >= 2 * min(each.ended_s - each.began_s for each in rehearsals)
         moved_bytes = duration_s = 0
         for stats in reversed(seen.report.rounds[: index + 1]):
             content = PAGE_SIZE * (stats.sent_pages - stats.zero_pages)
