@@ -155,6 +155,7 @@ def test_a_pv_domain_is_refused(own_name, tmp_path):
     assert "is a PV guest" in pageferry("xen", "log-dirty", own_name, code=5)
 
 
+@pytest.mark.usefixtures("control")
 def test_who_may_not_is_told_so():
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--clear-groups", sys.executable, "-m", "pageferry", "xen", "list"],
