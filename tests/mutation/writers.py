@@ -25,7 +25,8 @@ def _same_memory(memory: GuestMemory) -> GuestMemory:
 )
 def vmm_writes_untracked(domain: Domain) -> None:
     """Guest memory written from outside is not marked."""
-    alter(domain.memory, "wrote", lambda _: lambda gfns: None)
+    alter(domain.memory, "on_write", lambda sound: lambda mark: sound(None))
+    domain.memory.on_write(None)
 
 
 @fault(
