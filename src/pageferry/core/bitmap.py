@@ -74,11 +74,17 @@ def expand_runs(starts: GfnArray, lengths: GfnArray) -> GfnArray:
     return np.repeat(starts, counts) + offsets.astype(np.uint64)
 
 
+def run_of(gfns: GfnArray) -> range | None:
+    """Return frames (uint64[n], n at least 1) as a range, if they are neighbours, in order and each once; else None."""
+    first, last = int(gfns[0]), int(gfns[-1])
+    if last - first != gfns.size - 1 or not (gfns[1:] - gfns[:-1] == 1).all():
+        return None
+    return range(first, last + 1)
+
+
 def _is_one_run(gfns: GfnArray) -> bool:
-    """Tell whether frames are neighbours, in order and each once, where that saves work."""
-    if gfns.size < _LONG_RUN or int(gfns[-1]) - int(gfns[0]) != gfns.size - 1:
-        return False
-    return bool((gfns[1:] - gfns[:-1] == 1).all())
+    """Tell whether frames are one run, where that saves work."""
+    return gfns.size >= _LONG_RUN and run_of(gfns) is not None
 
 
 def _zeros(n_words: int) -> NDArray[np.uint64]:

@@ -39,9 +39,10 @@ from pageferry.core.hostmem import (
 from pageferry.core.hugepages import HugeAdvice, HugePages, chosen, pool_too_small
 from pageferry.core.pagemap import filled_runs
 
-#: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
 _COPY = "let it be copied: migrate over TCP"
+#: Arrays of so few frames are kept and used again.
 _FEW_FRAMES = 32
+#: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
 MIN_MEMORY_BYTES = 2 << 20
 #: The identity map of the guest ABI ends here.
 MAX_MEMORY_BYTES = 127 << 30
@@ -278,9 +279,9 @@ class GuestMemory:
     def on_touch(self, fetch: Callable[[GfnArray], None] | None) -> None:
         """Set what brings the content of frames before they are touched here; None: all of it is there."""
         self._fetch = fetch
-        self._look()
+        self._set_plain_bytes()
 
-    def _look(self) -> None:
+    def _set_plain_bytes(self) -> None:
         self._plain_bytes = self._low_bytes if self._fetch is None and self._removed is None else 0
 
     @property
@@ -323,7 +324,7 @@ class GuestMemory:
         """Stop counting frames of the regions as RAM; for the machine, which has taken them away."""
         if self._removed is None:
             self._removed = DirtyBitmap(self.gfn_limit)
-            self._look()
+            self._set_plain_bytes()
         self._removed.set(gfns)
 
     def restore(self, gfns: GfnArray) -> None:

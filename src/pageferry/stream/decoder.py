@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.bitmap import run_of
 from pageferry.core.errors import OrderError, RecordError, RemoteStreamError, TruncatedError, VersionError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE
 from pageferry.stream import format as fmt
@@ -312,12 +313,10 @@ class Decoder:
 
     def _run_of(self, words: NDArray[np.uint64]) -> range | None:
         """Return the frames of a pfn array, if they are neighbours in the guest, ascend and are of type NOTAB."""
-        first, last = int(words[0]), int(words[-1])
-        if last > fmt.PFN_MASK or last - first != words.size - 1:
-            return None
-        if self._gfn_limit is not None and last >= self._gfn_limit:
-            return None
-        return range(first, last + 1) if bool((words[1:] - words[:-1] == 1).all()) else None
+        last = int(words[-1])
+        if last > fmt.PFN_MASK or (self._gfn_limit is not None and last >= self._gfn_limit):
+            return None  # one of another type, too, is larger
+        return run_of(words)
 
     def _payload(self, head: PageDataHeader, payload: bytes) -> Event:
         self._expect_record()
