@@ -29,7 +29,7 @@ from fuzz.targets import (
     Target,
 )
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START
-from pageferry.core.memory import MAX_MEMORY_BYTES
+from pageferry.core.ram import MAX_MEMORY_BYTES
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine import features
 from pageferry.engine.image.saved_guest import SavedGuest

@@ -13,7 +13,7 @@ from fuzz.seeds import TARGETS, destination_seeds, file_seeds, source_seeds
 from fuzz.structure import Mutation, any_chunk, cut, joined, names_in
 from fuzz.targets import DestinationTarget, QuickSource, SourceTarget, WrongError
 from pageferry.core.errors import TruncatedError
-from pageferry.core.memory import RamRegion
+from pageferry.core.ram import RamRegion
 from pageferry.engine.handoff.give import Giver
 from pageferry.engine.verify.compare import Comparison
 from pageferry.hypervisor.domain import Domain

@@ -14,9 +14,9 @@ from pageferry.core.cpuid import CpuModel
 from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
 from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
-from pageferry.core.memory import ram_layout
 from pageferry.core.paths import absolute as absolute_path
 from pageferry.core.policy_names import POLICIES, make_policy
+from pageferry.core.ram import ram_layout
 from pageferry.core.units import parse_rate, parse_size
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.options import VerifyMode, WireOptions

@@ -1,9 +1,9 @@
 """GuestMemory: a guest's RAM, as all but its vCPUs see it.
 
 Guest-physical address ``gpa`` is host address ``hva + gpa``: one linear range of host addresses per guest. RAM is a
-list of regions; a guest of more than 3 GiB has the PCI hole between two of them, and the hole is not mapped. What lies
-underneath is the machine's business: on ``kvm`` private memory, or a memfd at offset ``gpa``; on ``soft`` a memfd
-wherever the P2M says. Frames of a region may be *removed* for a time (ballooning): they are not RAM then.
+list of regions (:mod:`pageferry.core.ram`); what is between them is not mapped. What lies underneath is the machine's
+business: on ``kvm`` private memory, or a memfd at offset ``gpa``; on ``soft`` a memfd wherever the P2M says. Frames of
+a region may be *removed* for a time (ballooning): they are not RAM then.
 
 Law 4: a writer here is not a vCPU, so nested paging does not see it; every writing method marks the frames
 dirty *after* the write. Marking first would let a ``clean()`` in between take the bit and read the old bytes.
@@ -11,22 +11,16 @@ dirty *after* the write. Marking first would let a ``clean()`` in between take t
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap, expand_runs
-from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import (
     PAGE_SHIFT,
-    PAGE_SIZE,
-    PCI_HOLE_END,
-    PCI_HOLE_START,
     SIZE_2M,
-    Gfn,
     GfnArray,
-    Gpa,
     gfns_touched,
 )
 from pageferry.core.hostmem import (
@@ -38,69 +32,11 @@ from pageferry.core.hostmem import (
 )
 from pageferry.core.hugepages import HugeAdvice, HugePages, chosen, pool_too_small
 from pageferry.core.pagemap import filled_runs
+from pageferry.core.ram import RamRegion, ram_layout
 
 _COPY = "let it be copied: migrate over TCP"
 #: Arrays of so few frames are kept and used again.
 _FEW_FRAMES = 32
-#: Below this nothing fits: the guest ABI keeps the first mebibyte for itself.
-MIN_MEMORY_BYTES = 2 << 20
-#: The identity map of the guest ABI ends here.
-MAX_MEMORY_BYTES = 127 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RamRegion:
-    """RAM at ``[gpa, gpa + size_bytes)``; both are multiples of the page size."""
-
-    gpa: Gpa
-    size_bytes: int
-
-    @property
-    def first_gfn(self) -> Gfn:
-        """The region's first frame."""
-        return Gfn(self.gpa >> PAGE_SHIFT)
-
-    @property
-    def pages(self) -> int:
-        """The region's size in frames."""
-        return self.size_bytes >> PAGE_SHIFT
-
-
-def ram_layout(memory_bytes: int) -> tuple[RamRegion, ...]:
-    """Return the regions of a guest with ``memory_bytes`` of RAM.
-
-    Raises:
-        UsageError: too small, too large, or not a multiple of the page size.
-    """
-    if memory_bytes % PAGE_SIZE:
-        raise UsageError(f"guest memory must be a multiple of {PAGE_SIZE} bytes, not {memory_bytes}")
-    if not MIN_MEMORY_BYTES <= memory_bytes <= MAX_MEMORY_BYTES:
-        raise UsageError(
-            f"guest memory of {memory_bytes} bytes is not possible",
-            hint=f"between {MIN_MEMORY_BYTES >> 20}M and {MAX_MEMORY_BYTES >> 30}G",
-        )
-    low = RamRegion(gpa=Gpa(0), size_bytes=min(memory_bytes, PCI_HOLE_START))
-    if memory_bytes <= PCI_HOLE_START:
-        return (low,)
-    return (low, RamRegion(gpa=PCI_HOLE_END, size_bytes=memory_bytes - PCI_HOLE_START))
-
-
-def byte_ranges(starts: GfnArray, lengths: GfnArray) -> tuple[tuple[int, int], ...]:
-    """Return runs of frames as ranges ``(gpa, size_bytes)``."""
-    return tuple(
-        (start << PAGE_SHIFT, length << PAGE_SHIFT)
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
-    )
-
-
-def storage_bytes(memory_bytes: int) -> int:
-    """Return the size of a file that has RAM at offset gpa, holes included.
-
-    Raises:
-        UsageError: as :func:`ram_layout`.
-    """
-    last = ram_layout(memory_bytes)[-1]
-    return last.gpa + last.size_bytes
 
 
 def _filled(regions: Sequence[RamRegion], mapping: HostMapping) -> tuple[GfnArray, GfnArray]:

@@ -42,7 +42,8 @@ from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
 from pageferry.engine.handoff.custody import Claim, Takeover
 from pageferry.engine.handoff.take import answer_return, see_off, take
-from pageferry.engine.pages.receive import Populator, Receiver
+from pageferry.engine.pages.populate import Populator
+from pageferry.engine.pages.receive import Receiver
 from pageferry.engine.postcopy.client import PostcopyClient
 from pageferry.engine.postcopy.pager import can_wait
 from pageferry.engine.progress import PhaseClock, guarded

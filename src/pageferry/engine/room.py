@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.hostmem import MemFd, available_bytes
-from pageferry.core.memory import GuestMemory, storage_bytes
+from pageferry.core.memory import GuestMemory
 from pageferry.core.os_hints import resource_hint
+from pageferry.core.ram import storage_bytes
 from pageferry.core.units import format_size
 from pageferry.core.vm import AnyVm, MachineModel, VmConfig
 from pageferry.engine import features

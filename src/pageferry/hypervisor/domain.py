@@ -16,7 +16,8 @@ from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PAGES_PER_1G, PAGES_PER
 from pageferry.core.host_tsc import expect_rate, host_tsc_khz
 from pageferry.core.hostmem import HostMapping
 from pageferry.core.hugepages import HugePages
-from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
+from pageferry.core.memory import GuestMemory
+from pageferry.core.ram import RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
 from pageferry.devices.machine import StandardMachine

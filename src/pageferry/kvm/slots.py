@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pageferry.core.frames import PAGE_SHIFT, SIZE_1G, Gpa
 from pageferry.core.hostmem import HostMapping
-from pageferry.core.memory import RamRegion
+from pageferry.core.ram import RamRegion
 from pageferry.kvm import uapi
 from pageferry.kvm.fds import VmFd
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.core.memory import MIN_MEMORY_BYTES
+from pageferry.core.ram import MIN_MEMORY_BYTES
 from pageferry.core.state import MachineState, VcpuState, ring_3_state
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.platform import EXIT_PORT

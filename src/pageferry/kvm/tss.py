@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from functools import cache
 
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.core.memory import MIN_MEMORY_BYTES, GuestMemory
+from pageferry.core.memory import GuestMemory
+from pageferry.core.ram import MIN_MEMORY_BYTES
 from pageferry.core.state import ring_3_state
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi, vcpu_state

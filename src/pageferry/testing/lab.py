@@ -12,7 +12,8 @@ from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray, gfn_of
 from pageferry.core.machine import Machine
-from pageferry.core.memory import GuestMemory, RamRegion, ram_layout
+from pageferry.core.memory import GuestMemory
+from pageferry.core.ram import RamRegion, ram_layout
 from pageferry.core.vm import LOG_DIRTY_MEMBERS, LogDirty, VmConfig, VmStatus
 from pageferry.guests import abi
 from pageferry.guests.boot import GuestParams, boot

@@ -5,7 +5,7 @@ import numpy as np
 from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import PAGE_SIZE, PCI_HOLE_START, gfn_of, gpa_of
-from pageferry.core.memory import byte_ranges
+from pageferry.core.ram import byte_ranges
 from pageferry.core.state import MachineState
 from pageferry.testing.lab import Extra, Guest, Lab, Violation, require
 

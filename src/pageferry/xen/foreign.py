@@ -15,7 +15,8 @@ from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import VmError, XenError
 from pageferry.core.frames import PAGE_SHIFT, GfnArray, Gpa
 from pageferry.core.hostmem import HostMapping
-from pageferry.core.memory import GuestMemory, RamRegion
+from pageferry.core.memory import GuestMemory
+from pageferry.core.ram import RamRegion
 from pageferry.xen import uapi
 from pageferry.xen.domctl import Control
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from pageferry.core.bitmap import expand_runs
-from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.errors import UnsupportedError, VmError
 from pageferry.core.frames import PAGE_SIZE, gfns_touched
 from pageferry.core.hostmem import HostMapping, available_bytes
-from pageferry.core.memory import GuestMemory, ram_layout
+from pageferry.core.memory import GuestMemory
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -18,12 +18,7 @@ def u64(*values):
     return np.array(values, np.uint64)
 
 
-def test_a_guest_of_up_to_3_gib_has_one_region():
-    assert [(r.gpa, r.size_bytes) for r in ram_layout(3 * GiB)] == [(0, 3 * GiB)]
-
-
-def test_a_larger_guest_has_the_pci_hole_and_continues_at_4_gib():
-    assert [(r.gpa, r.size_bytes) for r in ram_layout(5 * GiB)] == [(0, 3 * GiB), (4 * GiB, 2 * GiB)]
+def test_memory_of_a_larger_guest_has_the_pci_hole_in_it():
     memory = GuestMemory.linear(5 * GiB)
     assert memory.gfn_limit == (6 * GiB) >> 12
     assert memory.all_ram().count() == memory.pages == (5 * GiB) >> 12
@@ -35,12 +30,6 @@ def test_a_larger_guest_has_the_pci_hole_and_continues_at_4_gib():
     with pytest.raises(VmError):
         memory.views(u64((3 * GiB >> 12) - 1), u64(2))
     assert memory.are_ram(u64(0, 3 * GiB >> 12, 4 * GiB >> 12, 6 * GiB >> 12)).tolist() == [True, False, True, False]
-
-
-@pytest.mark.parametrize("size", [0, 4096, MiB, 2 * MiB + 1, 1 << 50, -4096])
-def test_impossible_sizes_are_refused(size):
-    with pytest.raises(UsageError):
-        ram_layout(size)
 
 
 def test_untouched_memory_is_not_populated_and_reads_as_zero():

@@ -9,7 +9,7 @@ import pytest
 
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.memory import RamRegion
+from pageferry.core.ram import RamRegion
 from pageferry.kvm.dirty_rings import ENTRY_BYTES, DirtyRing, DirtyRings
 from pageferry.kvm.slots import MemorySlot
 from pageferry.kvm.uapi import KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET, KVM_RESET_DIRTY_RINGS

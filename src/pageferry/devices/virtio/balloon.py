@@ -13,7 +13,8 @@ import numpy as np
 
 from pageferry.core.bitmap import runs_of
 from pageferry.core.frames import PAGE_SIZE
-from pageferry.core.memory import GuestMemory, byte_ranges
+from pageferry.core.memory import GuestMemory
+from pageferry.core.ram import byte_ranges
 from pageferry.devices.bus import expect_size
 from pageferry.devices.virtio.model import Driver
 from pageferry.devices.virtio.queue import Chain, Ranges, RingError, gather, size_of

@@ -23,8 +23,9 @@ from pageferry.core.cpuid import Leaves
 from pageferry.core.device_spec import SPECS_NAME, DeviceSpec, decode_specs
 from pageferry.core.errors import RecordError, TruncatedError, UsageError, VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, PCI_HOLE_END, PCI_HOLE_START, GfnArray
-from pageferry.core.memory import MAX_MEMORY_BYTES, GuestMemory, ram_layout
+from pageferry.core.memory import GuestMemory
 from pageferry.core.os_hints import file_hint
+from pageferry.core.ram import MAX_MEMORY_BYTES, ram_layout
 from pageferry.core.state import PIC_NAME, MachineState
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.stream.decoder import Decoder

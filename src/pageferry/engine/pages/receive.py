@@ -14,13 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from pageferry.core.bitmap import DirtyBitmap, expand_runs, runs_of, split_runs
-from pageferry.core.errors import GuestAt, RecordError, TransportError, TruncatedError, VmError
+from pageferry.core.bitmap import expand_runs, runs_of
+from pageferry.core.errors import GuestAt, RecordError, TransportError, TruncatedError
 from pageferry.core.events import Phase
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray
-from pageferry.core.memory import GuestMemory, byte_ranges
+from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords, page_words
-from pageferry.engine.host import THIS_HOST, Host
+from pageferry.core.ram import byte_ranges
+from pageferry.engine.host import THIS_HOST
 from pageferry.engine.room import expect_more_room
 from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
@@ -43,8 +44,8 @@ from pageferry.stream.records import (
 
 #: How soon the reader of one connection hears that another failed.
 _POLL_S = 0.1
-#: What has storage and has not arrived: 64 MiB. How often to look, at a wire that is much faster than any.
-_AHEAD_PAGES, _AHEAD_POLL_S = 16_384, 0.002
+#: How many pages arrive before the host is asked for room again: 64 MiB.
+_ROOM_PAGES = 16_384
 #: A record that has begun comes at this rate, once it has taken as long as the connection may stand still: half of the
 #: least bandwidth that a source may be told to keep to.
 _LEAST_BYTES_PER_S = 32 << 10
@@ -163,7 +164,7 @@ class PageWriter:
 
     def _expect_room(self, pages: int) -> None:
         self._unseen_pages += pages
-        if self._unseen_pages >= _AHEAD_PAGES:
+        if self._unseen_pages >= _ROOM_PAGES:
             self._unseen_pages = 0
             self._expect_more_room(self._memory)
 
@@ -407,57 +408,3 @@ class Receiver:
 
     def _fail(self, error: Exception) -> None:
         self._activity.failure = self._activity.failure or error
-
-
-class Populator:
-    """Gives storage to runs of memory ahead of their arrival, on a thread, for the length of a ``with`` block.
-
-    On most hosts the first touch of memory costs more than the copy.
-
-    It is never further ahead than 64 MiB, whatever the source says that it will send.
-
-    Args:
-        memory: the guest's.
-        runs: ``(first gfn, pages)`` each; what is not RAM of them is left out.
-        arrived_pages: returns how many pages have arrived.
-        host: of the thread.
-    """
-
-    def __init__(
-        self,
-        memory: GuestMemory,
-        runs: Sequence[tuple[int, int]],
-        arrived_pages: Callable[[], int],
-        host: Host = THIS_HOST,
-    ) -> None:
-        self._memory = memory
-        self._arrived_pages = arrived_pages
-        wanted = DirtyBitmap(memory.gfn_limit)
-        for first_gfn, pages in runs:
-            inside = range(memory.gfn_limit)[first_gfn : first_gfn + pages]
-            wanted.set_range(inside.start, len(inside))
-        wanted &= memory.all_ram()
-        self._starts, self._lengths = split_runs(*wanted.runs(), PAGES_PER_2M)
-        self._host = host
-        self._enough = host.event()
-
-    def __enter__(self) -> "Populator":
-        self._thread = self._host.begin(self._populate, "populate")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._enough.set()
-        self._thread.join()
-
-    def _populate(self) -> None:
-        populated_pages = 0
-        for index in range(self._starts.size):
-            while populated_pages >= self._arrived_pages() + _AHEAD_PAGES and not self._enough.wait(_AHEAD_POLL_S):
-                pass
-            if self._enough.is_set():
-                return
-            populated_pages += int(self._lengths[index])
-            try:
-                self._memory.populate(self._starts[index : index + 1], self._lengths[index : index + 1])
-            except VmError:
-                return  # only a head start: the first touch of the page meets the same refusal
