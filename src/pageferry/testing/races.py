@@ -20,6 +20,8 @@ from pageferry.testing.lab import GIVE_UP_S, STATUS_GFN, Copy, Guest, Lab, Viola
 _ROUNDS = 12
 #: What a free-running guest does in each round at least: enough to come by every part of a small working set.
 _ROUND_WORK = 100
+#: The same of guests whose steps are larger: a tick of an idle one's timer, a transfer of a device.
+_LARGE_STEPS = {"idle": 1, "dma": 20}
 _CHANGES = 16
 _BREATH_S = 0.0005
 #: Operations per second of a guest that takes about 10 ms to come by a page again.
@@ -36,7 +38,7 @@ def free_running(lab: Lab, workload: str) -> None:
         copy = _start_copy(guest)
         for _ in range(_ROUNDS):
             copy.take(guest.log_dirty.clean())
-            guest.progress(1 if workload == "idle" else _ROUND_WORK)
+            guest.progress(_LARGE_STEPS.get(workload, _ROUND_WORK))
         _finish_copy(guest, copy)
 
 
@@ -52,7 +54,7 @@ def cleaned_by_range(lab: Lab, workload: str) -> None:
 
         for _ in range(_ROUNDS):
             clean_and_copy()
-            guest.progress(_ROUND_WORK)
+            guest.progress(_LARGE_STEPS.get(workload, _ROUND_WORK))
         guest.require_running()
         guest.vm.pause()
         clean_and_copy()

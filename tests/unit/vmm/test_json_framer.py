@@ -1,4 +1,5 @@
 import json
+from itertools import cycle
 
 import pytest
 from hypothesis import given
@@ -14,13 +15,14 @@ values = st.recursive(
 messages = st.lists(st.dictionaries(st.text(max_size=4), values, max_size=3) | st.lists(values, max_size=3), max_size=4)
 
 
-@given(messages, st.sampled_from(["", "\n", "\r\n \t"]), st.booleans(), st.data())
-def test_values_come_out_whole_under_any_chunking(wanted, between, ascii_only, data):
+@given(messages, st.sampled_from(["", "\n", "\r\n \t"]), st.booleans(), st.lists(st.integers(1, 100), min_size=1))
+def test_values_come_out_whole_under_any_chunking(wanted, between, ascii_only, sizes):
     stream = between.join([*(json.dumps(value, ensure_ascii=ascii_only) for value in wanted), ""]).encode()
     framer = JsonFramer()
     seen = []
-    while stream:
-        size = data.draw(st.integers(1, len(stream)))
+    for size in cycle(sizes):
+        if not stream:
+            break
         seen += framer.feed(stream[:size])
         stream = stream[size:]
     assert [json.loads(value) for value in seen] == wanted
@@ -36,7 +38,8 @@ def test_brackets_in_strings_do_not_count():
 
 def test_an_endless_value_is_refused():
     framer = JsonFramer()
-    for _ in range(16):
-        assert framer.feed(b"[" * (1 << 16)) == []
+    assert framer.feed(b'["') == []
+    for _ in range(15):
+        assert framer.feed(b"x" * (1 << 16)) == []
     with pytest.raises(ValueError, match="longer than"):
-        framer.feed(b"[")
+        framer.feed(b"x" * (1 << 16))
