@@ -261,6 +261,24 @@ class DirtyBitmap:
         result: NDArray[np.bool_] = bits.astype(np.bool_)
         return result
 
+    def has_runs(self, starts: GfnArray, lengths: GfnArray) -> bool:
+        """Tell whether every frame of many runs is set; of none they are. Cost grows with the words that they span.
+
+        Args:
+            starts: uint64[m], first frames; one outside the bitmap is not set.
+            lengths: uint64[m], pages in each run, each at least 1.
+        """
+        if not starts.size:
+            return True
+        size = np.uint64(self.nbits)
+        if (starts >= size).any() or (lengths > size - starts).any():
+            return False
+        low = int(starts.min()) // _WORD_BITS
+        begin = np.uint64(low * _WORD_BITS)
+        wanted = DirtyBitmap(int((starts + lengths).max() - begin))
+        wanted.set_runs(starts - begin, lengths)
+        return not (wanted.words & ~self.words[low : low + wanted.words.size]).any()
+
     def count(self) -> int:
         """Return how many bits are set."""
         return int(np.bitwise_count(self.words).sum(dtype=np.uint64))

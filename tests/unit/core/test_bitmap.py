@@ -185,6 +185,25 @@ def test_runs_outside_are_refused_and_nothing_is_set(run):
     assert not bitmap.any()
 
 
+@given(
+    st.integers(1, 700),
+    st.lists(st.tuples(st.integers(0, 699), st.integers(1, 300)), max_size=6),
+    st.sets(st.integers(0, 699), max_size=5),
+)
+def test_runs_are_there_when_each_of_their_frames_is_set(nbits, runs, missing):
+    frames = {g for start, n in runs for g in range(start, start + n)}
+    bitmap = DirtyBitmap.of(nbits, np.array([gfn for gfn in frames - missing if gfn < nbits], np.uint64))
+    starts, lengths = u64(*(start for start, _ in runs)), u64(*(length for _, length in runs))
+    assert bitmap.has_runs(starts, lengths) == (not frames & missing and all(gfn < nbits for gfn in frames))
+
+
+@pytest.mark.parametrize("run", [(60, 6), (65, 1), (2**64 - 1, 3), (3, 2**64 - 1)])
+def test_runs_outside_are_not_there(run):
+    bitmap = DirtyBitmap.of(65, np.arange(65, dtype=np.uint64))
+    assert bitmap.has_runs(u64(3, 60), u64(2, 5))
+    assert not bitmap.has_runs(u64(3, run[0]), u64(2, run[1]))
+
+
 @given(st.integers(1, 300), st.lists(st.integers(0, 299)))
 def test_test_and_set_is_that_of_a_set(nbits, gfns):
     bitmap, model = DirtyBitmap(nbits), set()

@@ -106,12 +106,7 @@ class ReceivedPages:
 
     def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
         """Tell whether every frame of the runs is proven, as it is now."""
-        wanted = DirtyBitmap(self.memory.gfn_limit)
-        if self._proven is None or (first_gfns + pages > wanted.nbits).any():
-            return False
-        wanted.set_runs(first_gfns, pages)
-        wanted -= self._proven
-        return not wanted.any()
+        return self._proven is not None and self._proven.has_runs(first_gfns, pages)
 
     def populated(self) -> DirtyBitmap:
         """Return which frames of RAM may hold something; as soon as anything was audited, those that ever arrived."""
