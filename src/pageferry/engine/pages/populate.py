@@ -1,5 +1,6 @@
 """Populator: the destination's memory gets its storage ahead of the pages, on a thread of its own."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from pageferry.core.bitmap import DirtyBitmap, split_runs
@@ -40,11 +41,14 @@ class Populator:
             inside = range(memory.gfn_limit)[first_gfn : first_gfn + pages]
             wanted.set_range(inside.start, len(inside))
         wanted &= memory.all_ram()
-        self._starts, self._lengths = split_runs(*wanted.runs(), PAGES_PER_2M)
+        self._runs = wanted.runs()
+        self._starts, self._lengths = split_runs(*self._runs, PAGES_PER_2M)
         self._host = host
         self._enough = host.event()
 
     def __enter__(self) -> "Populator":
+        with contextlib.suppress(VmError):  # the host can advise on no more of it
+            self._memory.advice.make_huge(*self._runs)  # all of it now: a page may come before its storage does
         self._thread = self._host.begin(self._populate, "populate")
         return self
 

@@ -7,6 +7,7 @@ from at_work import until
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.pages.populate import Populator
 
@@ -34,6 +35,17 @@ def test_a_host_that_refuses_storage_ahead_does_not_matter(memory):
     with Populator(memory, ((8, 4),), lambda: 0):
         pass
     assert memory.populated()[0].size == 0
+
+
+@pytest.mark.parametrize("kind", [HugePages.ANONYMOUS, HugePages.THP], ids=str)
+def test_a_page_that_comes_before_its_storage_gets_the_huge_page_all_the_same(thp, kind):
+    memory = GuestMemory.linear(8 << 20, huge_pages=kind)
+    memory.advice.begin_arrival()
+    with Populator(memory, ((512, 513),), lambda: -(1 << 30)):  # so far behind that it gives none
+        for gfn in (600, 1024):  # within 2 MiB that were hinted at whole, and beyond
+            memory.write(gfn * PAGE_SIZE, b"x")
+    assert expand_runs(*memory.populated()).tolist() == [*range(512, 1024), 1024]
+    memory.close()
 
 
 def test_storage_is_never_given_further_ahead_than_a_bound():
