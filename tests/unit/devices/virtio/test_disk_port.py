@@ -55,6 +55,7 @@ class Slow:
 
     def __init__(self):
         self.memory, self.bus, self.disk = GuestMemory.linear(4 << 20), DeviceBus(), SlowDisk()
+        self.bus.use_lock(threading.RLock())
         self.held = False
         self.port = DiskPort(self.disk, self.bus, lambda: self.held)
         model = VirtioBlk("disk0", self.memory, self.disk, on_requests=self.port.wake, on_reset=self.port.abandon)
@@ -124,7 +125,7 @@ def test_a_driver_that_resets_its_device_waits_and_gets_no_answer(slow):
     slow.begun()
     resets = threading.Thread(target=setattr, args=(slow.driver, "status", 0))
     resets.start()
-    wait_until(lambda: slow.port._bus.locked().locked())
+    wait_until(lambda: slow.port._waiting)  # the reset itself, after accesses that find the device
     slow.disk.go.release()
     resets.join()
     slow.port.release()
@@ -135,6 +136,24 @@ def test_a_driver_that_resets_its_device_waits_and_gets_no_answer(slow):
     slow.disk.go.release()
     slow.ask()
     assert slow.ring.wait()
+
+
+def test_what_was_in_flight_at_a_reset_is_not_given_back_to_the_driver_that_begins_then(slow):
+    slow.ask()
+    slow.begun()
+
+    def begin_again():
+        with slow.bus.locked():  # so the disk's thread finds the device set up again
+            slow.driver.status = 0
+            assert slow.driver.begin(VERSION_1)
+
+    begins = threading.Thread(target=begin_again)
+    begins.start()
+    wait_until(lambda: slow.port._waiting)
+    slow.disk.go.release()
+    begins.join()
+    slow.port.release()
+    assert not slow.driver.rings[0].collect()
 
 
 def test_a_disk_that_cannot_be_given_back_goes_on(slow):
