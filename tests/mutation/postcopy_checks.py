@@ -3,15 +3,15 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from mutation.trips import PAGES, Engine, different, trip_of, write
+from at_work import until
+
+from mutation.trips import PAGES, Engine, collected, different, trip_of, write
 from pageferry.core.errors import MigrationError
 from pageferry.core.events import Event, Phase, PhaseBegan
 from pageferry.core.frames import gpa_of
 from pageferry.core.policy import Action, Decision, Progress
+from pageferry.engine.postcopy.pager import DemandPager
 from pageferry.testing.lab import Guest, Lab, Violation, listed, require
-
-#: How long a write may take that waits for nothing.
-_AT_ONCE_S = 0.5
 
 
 class _Switch:
@@ -32,7 +32,7 @@ class _Switch:
 
 def written_before_it_came(lab: Lab, engine: Engine) -> None:
     """A page that is written at the destination while it is missing has the source's content, and what was written."""
-    with trip_of(lab, engine) as (guest, trip):
+    with trip_of(lab, engine) as (guest, trip), collected(DemandPager) as pagers:
         for page in (3, 4):
             write(guest, page, 1)
         where = gpa_of(int(PAGES[3]))
@@ -41,7 +41,8 @@ def written_before_it_came(lab: Lab, engine: Engine) -> None:
         def touch(event: Event) -> None:
             if isinstance(event, PhaseBegan) and event.phase is Phase.POSTCOPY:
                 writer.start()
-                writer.join(_AT_ONCE_S)
+                # No page comes before this returns.
+                until(lambda: not writer.is_alive() or pagers[0]._needs, "write, done or waiting for its page")
 
         try:
             trip.go(policy=_Switch(guest), there_on_event=touch)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from trips import Inn, Rounds, source_of
@@ -121,6 +122,20 @@ def trip_of(lab: Lab, engine: Engine, *, on_made: Callable[[Vm], None] = ignore)
             yield guest, trip
         finally:
             trip.close()
+
+
+@contextmanager
+def collected(kind: type) -> Iterator[list[Any]]:
+    """Collect the objects of a class, or of one derived from it, that are made meanwhile."""
+    made: list[Any] = []
+    init: Callable[..., None] = kind.__init__
+
+    def note(one: Any, *args: Any, **options: Any) -> None:
+        init(one, *args, **options)
+        made.append(one)
+
+    with patch.object(kind, "__init__", note):
+        yield made
 
 
 def write(guest: Guest, page: int, value: int) -> None:

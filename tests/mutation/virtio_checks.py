@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from virtio_driver import VERSION_1, Pci, VirtioDriver
+from virtio_driver import VERSION_1, Pci, VirtioDriver, wait_until
 
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.vm import MachineModel
@@ -22,7 +22,7 @@ _BEGIN, _END = 0x10_0000, 0x20_0000
 _TARGET, _STATUS, _HEADER = 0x13_0000, 0x13_1000, 0x13_2000
 _RINGS = 0x14_0000
 _COMMAND, _MEMORY, _MASTER, _NO_INTX = 4, 1 << 1, 1 << 2, 1 << 10
-_SLOW_S, _PATIENCE_S = 1.0, 60.0
+_PATIENCE_S = 60.0
 
 
 @contextmanager
@@ -108,12 +108,14 @@ def disk_finishes_before_a_freeze_holds(lab: Lab) -> None:
         reader = _Reader(here.vm)
         here.vm.resume()
         reader.begin()
-        disk = _disk_of(here.vm)
+        port = _port_of(here.vm)
+        disk = port.disk
         sound, begun, saved = disk.read, threading.Event(), threading.Event()
 
         def read(views: Any, offset: int) -> None:
             begun.set()
-            saved.wait(_SLOW_S)  # the state is only saved meanwhile where the freeze does not wait for this
+            # The state is only saved meanwhile where the freeze does not wait for this.
+            wait_until(lambda: saved.is_set() or port._waiting)
             sound(views, offset)
 
         disk.read = read
@@ -137,7 +139,7 @@ def disk_marks_after_the_write(lab: Lab) -> None:
         reader = _Reader(guest.vm)
         guest.vm.resume()
         reader.begin()
-        disk = _disk_of(guest.vm)
+        disk = _port_of(guest.vm).disk
         sound, log_dirty = disk.read, guest.log_dirty
 
         def read(views: Any, offset: int) -> None:
@@ -153,9 +155,9 @@ def disk_marks_after_the_write(lab: Lab) -> None:
         require(bool(dirty.test(_TARGET >> 12)), "the page that the disk wrote is clean")
 
 
-def _disk_of(vm: Any) -> Any:
+def _port_of(vm: Any) -> Any:
     (_, port), *_ = vm.virtio._disks
-    return port.disk
+    return port
 
 
 CHECKS: tuple[Check, ...] = (

@@ -1,20 +1,20 @@
 """Checks of the ways that pages travel: packed, by their changes, by name, on several connections."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from at_work import until
 
-from mutation.tracker_wrapper import WINDOW_S
-from mutation.trips import PAGES, Engine, arrive, trip_of, write
+from mutation.trips import PAGES, Engine, arrive, collected, trip_of, write
 from pageferry.core.events import Event, RoundBegan, RoundEnded
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M, GfnArray, gpa_of
 from pageferry.core.page_words import PageWords
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.encode import PackingCoder
+from pageferry.engine.pages.send import Lanes
 from pageferry.stream.format import MAX_PAGES_PER_RECORD
 from pageferry.stream.packing import available
 from pageferry.testing.lab import Lab, require
@@ -31,23 +31,9 @@ def _by_changes() -> WireOptions:
     return WireOptions(compress=packings[0], delta_cache_bytes=MAX_PAGES_PER_RECORD * PAGE_SIZE)
 
 
-@contextmanager
-def _coders() -> Iterator[list[Any]]:
-    """Collect the coders that are made meanwhile."""
-    made: list[Any] = []
-    init = PackingCoder.__init__
-
-    def note(coder: PackingCoder, *args: Any, **options: Any) -> None:
-        init(coder, *args, **options)
-        made.append(coder)
-
-    with patch.object(PackingCoder, "__init__", note):
-        yield made
-
-
 def written_while_it_is_encoded(lab: Lab, engine: Engine) -> None:
     """A page that changes between its copy and the end of its encoding, in every round, arrives as at the pause."""
-    with trip_of(lab, engine) as (guest, trip), _coders() as coders:
+    with trip_of(lab, engine) as (guest, trip), collected(PackingCoder) as coders:
         values = iter(range(2, 1_000))
         frozen = threading.Event()
 
@@ -109,14 +95,21 @@ def both_sides_of_a_border(lab: Lab, engine: Engine) -> None:
 
 def a_round_ends_when_all_is_sent(lab: Lab, engine: Engine) -> None:
     """A round is not over, and no later one begins, before every connection has sent its pages of it."""
-    with trip_of(lab, engine) as (guest, trip):
-        gone, over, early = threading.Event(), threading.Event(), []
+    gone, over, awaited, early = threading.Event(), threading.Event(), threading.Event(), []
+    drain = Lanes.drain
+
+    def noted(lanes: Lanes) -> None:
+        awaited.set()
+        drain(lanes)
+
+    with trip_of(lab, engine) as (guest, trip), patch.object(Lanes, "drain", noted):
 
         def hold(channel: Any) -> None:
             send = channel.send
+            awaited.clear()
 
             def late(buffers: Sequence[bytes | memoryview]) -> None:
-                over.wait(WINDOW_S)
+                until(lambda: over.is_set() or awaited.is_set(), "end of a round, or of its pages")
                 send(buffers)
                 gone.set()
 
