@@ -100,7 +100,7 @@ def test_a_guest_that_was_held_back_is_let_go_when_the_policy_fails(running, inn
 def test_an_attempt_that_is_held_is_ready_and_waits(running, inn):
     vm = running("kv")
     policy = DowntimePolicy(limit_s=3600, max_rounds=4)  # rounds of an attempt that is held do not count
-    eager = AlteredSource.having({"source.Precopy": partial(Precopy, held_round_s=0.001)})
+    eager = AlteredSource.having({"source.HELD_ROUND_S": 0.001})
     source = source_of(vm, inn.open(), policy, hold=True, kind=eager)
     moving = Running(source)
     moving.status("pre-switchover")
