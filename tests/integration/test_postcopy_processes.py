@@ -50,11 +50,11 @@ def migrate(source, uri, *arguments):
 SWITCH = ("--policy", "switching:Switch", "--json", "--timeout", GIVE_UP_S)
 
 
-def cut_at(frame, source, destination, wires):
-    """Migrate until such a frame is under way, and cut there; return what the command said."""
+def cut_at(frame, source, destination, wires, *options):
+    """Migrate with these options until such a frame is under way, and cut there; return what the command said."""
     wire = wires(destination.endpoint(), hold_at=int(frame).to_bytes(4, "little"))
     results = []
-    thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri, *SWITCH)))
+    thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri, *SWITCH, *options)))
     thread.start()
     assert wire.held.wait(GIVE_UP_S)
     if frame is FrameType.PAGES:
@@ -173,7 +173,8 @@ def test_a_switch_that_was_lost_leaves_the_guest_here(pair, wires):
 
 def test_a_guest_that_surely_runs_nowhere_is_taken_back(pair, wires):
     source, destination = pair
-    assert cut_at(FrameType.SWITCH, source, destination, wires).returncode == 4
+    short_lease = ("--timeout", "4")
+    assert cut_at(FrameType.SWITCH, source, destination, wires, *short_lease).returncode == 4
     destination.popen.kill()
     destination.popen.wait()
     forced = cli("resume", "--force", "--control", source.control)

@@ -39,6 +39,10 @@ def processes(start, process_accel):
 UNHURRIED = ("--downtime-limit", "60000")
 
 
+#: The word that a commit gives is good for no longer than the connection may stand still.
+SHORT_LEASE = ("--timeout", "4")
+
+
 def migrate(source, uri, *arguments):
     limit = () if "--policy" in arguments else UNHURRIED
     return cli("migrate", "--control", source.control, uri, *limit, *arguments)
@@ -241,11 +245,11 @@ BEFORE_COMMIT = {
 PHASES = sample(BEFORE_COMMIT, "one phase before the pause and one behind it", quick=["pre-copy", "ready"])
 
 
-def kill_during(marker, victim, source, destination, wires):
-    """Migrate, hold the wire at ``marker``, kill the victim there; return the outcome of the command line."""
+def kill_during(marker, victim, source, destination, wires, *options):
+    """Migrate with these options, hold the wire at ``marker``, kill the victim there; return the outcome of the command line."""
     wire = wires(destination.endpoint(), hold_at=marker)
     results = []
-    thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri)))
+    thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri, *options)))
     thread.start()
     assert wire.held.wait(GIVE_UP_S)
     (source if victim == "source" else destination).end()
@@ -271,7 +275,7 @@ def test_a_killed_destination_leaves_the_guest_running(processes, wires, phase):
 def test_a_destination_killed_with_the_commit_under_way_is_unknown(processes, wires):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
-    result = kill_during(u32(FrameType.COMMIT), "destination", source, destination, wires)
+    result = kill_during(u32(FrameType.COMMIT), "destination", source, destination, wires, *SHORT_LEASE)
     assert result.returncode == 4, result.stderr
     assert "guest at unknown" in one_line(result)
     assert source.status() == "postmigrate"
