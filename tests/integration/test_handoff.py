@@ -13,6 +13,12 @@ from pageferry.engine.wire.connections import NeverRan
 from pageferry.stream.ferry_frames import FrameType
 
 
+@pytest.fixture
+def accel(process_accel):
+    """Who owns the guest is the engine's business, whatever machine runs it; and each lease is waited for."""
+    return process_accel
+
+
 def test_law_6_an_unanswered_commit_ends_unknown_and_paused(running, inn, wires):
     vm = running()
     wire = wires(inn.open(), hold_at=marker(FrameType.RUNNING))

@@ -246,7 +246,7 @@ PHASES = sample(BEFORE_COMMIT, "one phase before the pause and one behind it", q
 
 
 def kill_during(marker, victim, source, destination, wires, *options):
-    """Migrate with these options, hold the wire at ``marker``, kill the victim there; return the outcome of the command line."""
+    """Migrate with these options, and kill the victim with the wire held at ``marker``; return what the command did."""
     wire = wires(destination.endpoint(), hold_at=marker)
     results = []
     thread = threading.Thread(target=lambda: results.append(migrate(source, wire.uri, *options)))
