@@ -16,7 +16,7 @@ HANDLE = bytes(range(16))
 class FakePrivcmd:
     """Answers as a Xen with one HVM domain, number 5, of ``pages`` frames.
 
-    ``refuse`` maps a domctl, or a log-dirty operator as ``("op", number)``, to the errno it fails with.
+    ``refuse`` maps a domctl, ``"suspend"`` or a log-dirty operator as ``("op", number)`` to the errno it fails with.
     """
 
     def __init__(self, *, version=0x15, release=(4, 17), pages=200):
@@ -38,6 +38,8 @@ class FakePrivcmd:
         if op == uapi.HYPERVISOR_memory_op:
             return self.pages - 1
         if op == uapi.HYPERVISOR_sched_op:
+            if (code := self.refuse.get("suspend")) is not None:
+                raise XenError(what, code)
             self.calls.append("suspend")
             self.shutdown_reason = uapi.SHUTDOWN_suspend
             return 0

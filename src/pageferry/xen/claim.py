@@ -61,12 +61,13 @@ class Claim:
         os.pwrite(self._fd, data.ljust(_NOTE_BYTES), 0)
 
     def release(self) -> None:
-        """Give it back; nothing is left to be undone. May be called twice.
+        """Give it back. May be called twice.
 
-        What was given away without an answer stays written down: the next start says so.
+        A step that could not be undone stays written down, and the next start undoes it; so does a domain that was
+        given away without an answer, and the next start says so.
         """
         if self._fd >= 0:
-            if not self._steps.get("given_away"):
+            if not any(self._steps.values()):
                 with contextlib.suppress(OSError):
                     self._path.unlink()
             os.close(self._fd)

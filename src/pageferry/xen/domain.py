@@ -19,7 +19,7 @@ import numpy as np
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import Leaves
-from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.errors import UnsupportedError, UsageError, VmError, XenError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import DeviceState, MachineState
@@ -286,7 +286,11 @@ class XenDomain:
             if self.suspends:
                 self._suspend()
             self._claim.note(paused=self._frozen + 1)
-            self.control.pause(self.info.domid)
+            try:
+                self.control.pause(self.info.domid)
+            except XenError:
+                self._claim.note(paused=self._frozen)
+                raise
             self._frozen += 1
 
     def thaw(self) -> None:
@@ -312,7 +316,11 @@ class XenDomain:
             self._asked = True
         else:
             self._claim.note(suspended=1)
-            self.control.suspend(domid)
+            try:
+                self.control.suspend(domid)
+            except XenError:
+                self._claim.note(suspended=0)
+                raise
         self._suspended = True
 
     def _ask_to_suspend(self, path: str) -> None:
@@ -358,7 +366,7 @@ class XenDomain:
         self._claim.note(name="", given_away=0)
 
     def gone(self) -> None:
-        """Write down that the domain runs elsewhere: here it stays suspended."""
+        """Write down that the domain runs elsewhere, or is in a file: here it stays suspended."""
         self._claim.note(given_away=0, suspended=0, asked=0, paused=0, name="")
 
     # -- what goes into a stream -------------------------------------------------------------------------------------
@@ -410,7 +418,10 @@ class XenDomain:
         """Do nothing: the domain's backends are dom0's."""
 
     def close(self) -> None:
-        """Turn log-dirty off, and give the domain back. May be called twice."""
+        """Turn log-dirty off, and give the domain back. May be called twice.
+
+        What Xen refuses to undo is undone by the next command that works on the domain.
+        """
         if self._closed:
             return
         self._closed = True

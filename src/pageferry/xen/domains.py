@@ -141,6 +141,7 @@ def _log_dirty(control: Control, info: DomainInfo, claims: Path) -> Iterator[tup
         finally:
             with _unless_ended():
                 control.shadow_op(info.domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)
+            mine.note(log_dirty=0)
     finally:
         mine.release()
 

@@ -108,6 +108,8 @@ class XenSave:
                 file.settle()
                 self._expect_whole(file)
                 commit(attempt, file, stop=self._stop)
+                if self._stop:
+                    domain.gone()
         assert self.job.report is not None
         return self.job.report
 

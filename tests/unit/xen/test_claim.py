@@ -41,8 +41,23 @@ def test_the_second_is_refused_and_told_who_has_it(tmp_path, control):
         mine.note(log_dirty=1)
         with pytest.raises(UsageError, match=f"process {os.getpid()}, a pageferry, works on domain 5 already"):
             claim(control, control.info(5), tmp_path)
+        mine.note(log_dirty=0)
     assert list(tmp_path.iterdir()) == []
     claim(control, control.info(5), tmp_path).release()
+
+
+@pytest.mark.parametrize("step", [{"log_dirty": 1}, {"paused": 1}, {"suspended": 1}])
+def test_what_could_not_be_undone_is_undone_by_the_next(tmp_path, xen, control, step):
+    xen.log_dirty, xen.paused, xen.shutdown_reason = True, 1, uapi.SHUTDOWN_suspend
+    with claimed(control, control.info(5), tmp_path) as mine:
+        mine.note(log_dirty=0, paused=0, suspended=0)
+        mine.note(**step)
+    left = {"log_dirty": xen.log_dirty, "paused": xen.paused, "suspended": xen.shutdown_reason is not None}
+    assert left == {"log_dirty": True, "paused": 1, "suspended": True}
+    assert sweep(control, tmp_path) == [5]
+    now = {"log_dirty": xen.log_dirty, "paused": xen.paused, "suspended": xen.shutdown_reason is not None}
+    assert now == left | dict.fromkeys(step, 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_left_on_is_turned_off(tmp_path, xen, control):
@@ -86,7 +101,7 @@ def test_one_whose_move_ended_without_an_answer_is_remembered(tmp_path, control)
     left.unlink()  # as the hint says
     with claimed(control, control.info(5), tmp_path) as mine:
         mine.note(suspended=1, given_away=1)
-        mine.note(given_away=0)  # it came
+        mine.note(suspended=0, given_away=0)  # it came
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,4 +177,5 @@ def test_a_note_is_one_write_and_as_long_as_the_one_before(tmp_path, control):
             mine.note(**steps)
             (file,) = tmp_path.iterdir()
             sizes.add(file.stat().st_size)
+        mine.note(paused=0)
     assert len(sizes) == 1

@@ -1,16 +1,18 @@
 """Which domains are refused and why; how one is paused, suspended and let go on."""
 
+import errno
 import json
 from types import SimpleNamespace
 
 import pytest
 from fake_xen import FakePrivcmd
 
-from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.errors import UnsupportedError, UsageError, VmError, XenError
 from pageferry.core.vm import VmStatus
 from pageferry.engine.guest import TrackedGuest
 from pageferry.xen import domain as module
 from pageferry.xen import uapi
+from pageferry.xen.claim import claim, sweep
 from pageferry.xen.domain import XenDomain, expect_movable, find_domain, present_frames, read_configuration
 from pageferry.xen.domctl import Control
 from pageferry.xen.hypercall import Privcmd, expect_dom0
@@ -43,12 +45,12 @@ def xen():
 def guest(xen, monkeypatch, tmp_path):
     """A domain whose memory is not mapped: there is no kernel to do it here."""
     monkeypatch.setattr(module, "map_foreign", lambda *_, **__: SimpleNamespace(size_bytes=0, gfn_limit=0, close=list))
-    monkeypatch.setattr(module, "claim", lambda *_: SimpleNamespace(note=notes.append_all, release=list))
-    notes = SimpleNamespace(all={}, append_all=lambda **steps: notes.all.update(steps))
+    monkeypatch.setattr(module, "claim", lambda control, info: claim(control, info, tmp_path))
     clock = iter(range(10**6))
     control = Control(xen)
     made = XenDomain(control, Store(), control.info(5), now_s=lambda: next(clock), sleep=lambda s: None)
-    made.notes = notes.all
+    made.notes = made._claim._steps
+    made.claims = tmp_path
     return made
 
 
@@ -121,6 +123,38 @@ def test_pauses_nest_and_are_written_down_before_they_are_made(guest, xen):
     assert (xen.paused, guest.notes["paused"], guest.status) == (0, 0, VmStatus.RUNNING)
     with pytest.raises(VmError, match="not frozen"):
         guest.thaw()
+
+
+@pytest.mark.parametrize(
+    ("refused", "fails"),
+    [
+        (("op", uapi.XEN_DOMCTL_SHADOW_OP_OFF), XenDomain.close),
+        (uapi.XEN_DOMCTL_resumedomain, XenDomain.thaw),
+        (uapi.XEN_DOMCTL_unpausedomain, XenDomain.thaw),
+    ],
+)
+def test_what_xen_refuses_to_undo_is_undone_by_the_next_command(guest, xen, refused, fails):
+    guest.suspends = True
+    guest.freeze()
+    guest.log_dirty.enable()
+    xen.refuse[refused] = errno.EIO
+    with pytest.raises(XenError):
+        fails(guest)
+    xen.refuse.clear()
+    guest.close()
+    assert len(list(guest.claims.iterdir())) == 1
+    assert sweep(guest.control, guest.claims) == [5]
+    assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (False, 0, None)
+
+
+@pytest.mark.parametrize("refused", [uapi.XEN_DOMCTL_pausedomain, "suspend"])
+def test_a_domain_that_could_not_be_frozen_leaves_no_claim(guest, xen, refused):
+    xen.refuse[refused] = errno.EBUSY
+    guest.suspends = refused == "suspend"
+    with pytest.raises(XenError):
+        guest.freeze()
+    guest.close()
+    assert list(guest.claims.iterdir()) == []
 
 
 def test_a_guest_without_xens_drivers_is_shut_down_to_suspend(guest, xen):

@@ -7,7 +7,7 @@ from fake_xen import FakePrivcmd
 
 from pageferry.core.errors import XenError
 from pageferry.xen import uapi
-from pageferry.xen.claim import claimed
+from pageferry.xen.claim import claimed, sweep
 from pageferry.xen.domains import list_domains
 from pageferry.xen.domctl import Control
 
@@ -92,6 +92,16 @@ def test_a_domain_that_ends_meanwhile_is_no_error(xen, tmp_path):
 
     found = list_domains(Control(xen), Store(), watch=ends, claims=tmp_path, userdata=tmp_path)
     assert found[1].dirty_pages is None
+
+
+def test_a_log_that_xen_does_not_turn_off_is_turned_off_by_the_next_command(xen, tmp_path):
+    xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_OFF)] = errno.EIO
+    with pytest.raises(XenError, match="OFF: EIO"):
+        list_domains(Control(xen), Store(), claims=tmp_path, userdata=tmp_path)
+    xen.refuse.clear()
+    assert xen.log_dirty
+    assert sweep(Control(xen), tmp_path) == [5]
+    assert not xen.log_dirty
 
 
 def test_a_refusal_of_xen_is_not_an_answer(xen, listed):
