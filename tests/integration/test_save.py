@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -274,6 +275,18 @@ def test_a_guest_that_is_stopped_stays_stopped_until_it_is_forced(running, path,
     save.job.take_back()
     assert (save.job.guest_at, save.job.frozen) == (GuestAt.SOURCE, False)
     assert runs_on(vm)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_pause_is_over_when_the_file_has_all_of_the_guest_however_long_it_settles(running, path, stop):
+    watched = {}
+
+    def look(event):
+        if isinstance(event, PhaseBegan):
+            watched[event.phase] = "pause" in {thread.name for thread in threading.enumerate()}
+
+    attempt(running("kv"), path, on_event=look, stop=stop, pause_limit_s=600.0).run()
+    assert (watched[Phase.PRECOPY], watched[Phase.VERIFY], watched[Phase.HANDOFF]) == (False, True, False)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

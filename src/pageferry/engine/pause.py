@@ -20,7 +20,9 @@ _DESTINATION = {
     Phase.VERIFY: "the destination to prove the memory",
     Phase.HANDOFF: "the guest's disks to be given back",
 }
-_FILE = _DESTINATION | {
+#: The same of a save, which is not watched any more once its file has all of the guest.
+_FILE = {
+    Phase.PAUSE: _DESTINATION[Phase.PAUSE],
     Phase.STOP_AND_COPY: "the file to take the last pages",
     Phase.STATE: "the file to take the machine's state",
     Phase.VERIFY: "the memory to be digested",

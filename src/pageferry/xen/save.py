@@ -99,8 +99,8 @@ class XenSave:
             with phase(Phase.VERIFY):
                 self._send_missed(file, coder)
                 file.send([*map(encoder.record, records), libxl_tail()])
+            attempt.pause.end()  # also with stop: how long the file takes to settle is no reason to give up
             if not self._stop:
-                attempt.pause.end()
                 attempt.guest.thaw()
                 report.running_at_s = attempt.clock.now_s()
             attempt.guest.release()

@@ -6,7 +6,7 @@ import pytest
 from shortage import no_more_threads
 
 from pageferry.core.errors import GuestAt
-from pageferry.core.events import DOWNTIME_PHASES
+from pageferry.core.events import DOWNTIME_PHASES, Phase
 from pageferry.core.threads import OutOfThreadsError
 from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.pause import PauseWatch, pause_limit_s, waits_for
@@ -22,7 +22,8 @@ def test_the_limit_is_what_was_asked_or_ten_times_the_downtime_limit(asked_s, do
 
 @pytest.mark.parametrize("saves", [False, True])
 def test_each_part_of_a_pause_waits_for_something(saves):
-    assert len({waits_for(phase, saves=saves) for phase in DOWNTIME_PHASES}) == len(DOWNTIME_PHASES)
+    phases = [phase for phase in DOWNTIME_PHASES if not (saves and phase is Phase.HANDOFF)]  # a save's watch has ended
+    assert len({waits_for(phase, saves=saves) for phase in phases}) == len(phases) > 3
 
 
 def test_the_watch_calls_once_when_the_time_is_over():

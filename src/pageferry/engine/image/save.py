@@ -179,8 +179,8 @@ class Save:
             with phase(Phase.VERIFY):
                 _, _, context, _ = records
                 at_pause = AtPause.of(self._vm.memory, context.data)
+            attempt.pause.end()  # also with stop: how long the file takes to settle is no reason to give up
             if not self._stop:
-                attempt.pause.end()
                 attempt.guest.thaw()
                 report.running_at_s = attempt.clock.now_s()
             attempt.guest.release()
