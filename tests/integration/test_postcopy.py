@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import trips
-from altered import AlteredDestination, AlteredSource, ShortLeased, lacking
+from altered import AlteredDestination, AlteredSource, ShortLeased, alter, lacking
 from at_work import runs_on, slots, until
 from proxy import Recorder, played_again
 from shears import Cut, Shears, Way
@@ -442,6 +442,29 @@ def test_a_destination_that_gives_up_while_its_source_comes_back_takes_no_more_p
     pause_of(source)
     assert source.job.recover(inn.endpoint)
     inn.expect_lost()
+
+
+def test_law_6_a_destination_that_ends_its_attempt_after_the_switch_never_runs_the_guest(guests, inn, leave):
+    make_vm = inn.make_vm
+
+    def claim_too_late(sound):
+        def claim():
+            sound()
+            inn.destination.abort()
+
+        return claim
+
+    def make(config):
+        there = make_vm(config)
+        alter(there, "claim_backends", claim_too_late)
+        return there
+
+    inn.make_vm = make
+    source = leave(running(guests, "kv"), inn.open())
+    pause_of(source)
+    inn.expect_no_guest()
+    assert source.job.guest_at is GuestAt.UNKNOWN
+    assert len([*inn.never_ran]) == 1
 
 
 def test_law_6_a_source_that_gives_up_after_the_switch_never_runs_the_guest(guests, inn, leave, held):

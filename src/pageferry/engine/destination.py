@@ -173,6 +173,9 @@ class Destination(Generic[AnyVm]):
                     undo.callback(self._postcopy.close)
 
             def start(paused: bool) -> None:
+                if self._aborted.is_set():
+                    what = "the destination ended the attempt before the guest ran there"
+                    raise PeerError(what, phase=str(Phase.HANDOFF), guest_at=GuestAt.SOURCE)
                 self._before_run(vm, hello.name)
                 vm.memory.advice.end_arrival()
                 if not paused:
@@ -210,7 +213,10 @@ class Destination(Generic[AnyVm]):
             self._postcopy.release()
 
     def abort(self) -> None:
-        """End the attempt, from any thread; a guest that is ours and not all here is lost."""
+        """End the attempt, from any thread.
+
+        A guest that does not run here yet never will. One that is ours and not all here is lost.
+        """
         self._aborted.set()
         self._channel.abort()
         if self._postcopy is not None:

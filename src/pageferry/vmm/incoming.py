@@ -6,7 +6,7 @@ import math
 import threading
 from dataclasses import replace
 
-from pageferry.core.errors import GuestAt, MigrationError, PageferryError
+from pageferry.core.errors import GuestAt, MigrationError, PageferryError, VmError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine
 from pageferry.core.threads import begin
@@ -29,7 +29,7 @@ RECOVER_HINT = "at the source: pageferry migrate --recover"
 class Incoming:
     """The wait for one guest: one attempt after another on a thread of its own, until a guest has arrived.
 
-    It has no lock: the attempt and the acceptor are each replaced as a whole, by that thread and by :meth:`close`.
+    Once it was told that the attempt is the last, no guest becomes ours any more: its source hears so, and keeps it.
 
     Args:
         guest: the place for it.
@@ -42,6 +42,7 @@ class Incoming:
         self._backends = backends
         self._announcer = announcer
         self._limits = NO_LIMITS
+        self._lock = threading.Lock()  # between an attempt that begins and close(), which ends it
         self._attempt: Destination[Machine] | None = None
         self._thread: threading.Thread | None = None
         self._acceptor: Acceptor | None = None
@@ -95,12 +96,20 @@ class Incoming:
         return attempt is not None and attempt.waits_for_source
 
     def begin_no_more(self) -> None:
-        """Let the attempt under way be the last. A plain store: a signal handler may call it."""
+        """Let the attempt under way be the last, and no guest arrive that is not ours yet.
+
+        A plain store: a signal handler may call it.
+        """
         self._last = True
 
     def close(self) -> None:
-        """End the wait or the attempt: a guest that has not all arrived is lost, unless it has ended by itself."""
-        attempt = self._attempt
+        """End the wait or the attempt: a guest that is not ours yet stays at its source.
+
+        One that is ours and has not all arrived is lost, unless it has ended by itself.
+        """
+        self.begin_no_more()
+        with self._lock:  # an attempt that begins later sees that it may not
+            attempt = self._attempt
         if attempt is not None and self._guest.vm is not None and self._guest.vm.end is not None:
             attempt.release()
         if self._acceptor is not None:
@@ -137,7 +146,7 @@ class Incoming:
                 self._announcer.say(f"machine: {vm.accel} ({self._guest.machines.reason})")
             return vm
 
-        attempt = self._attempt = Destination(
+        attempt = Destination(
             peer,
             make_vm,
             host_cpu=lambda _: self._guest.machines.host_cpu,
@@ -148,6 +157,12 @@ class Incoming:
             before_run=self._arrived,
             on_complete=self._completed,
         )
+        with self._lock:
+            last = self._last
+            self._attempt = None if last else attempt
+        if last:
+            acceptor.turn_away(peer)
+            return
         self._announcer.migration("active")
         try:
             self._take_in(attempt)
@@ -163,10 +178,11 @@ class Incoming:
                 self._announcer.say(f"the guest is lost: {error}")
                 return
             self._guest.lose()
-            self._announcer.say(f"no guest received: {error}; waiting for another attempt")
+            self._refused(str(error))
 
     def _refused(self, text: str) -> None:
-        self._announcer.say(f"no guest received: {text}; waiting for another attempt")
+        next_one = "" if self._last else "; waiting for another attempt"
+        self._announcer.say(f"no guest received: {text}{next_one}")
 
     def _completed(self) -> None:
         self._announcer.migration("completed")
@@ -176,6 +192,8 @@ class Incoming:
 
     def _arrived(self, vm: Machine, name: str) -> None:
         with self._guest.lock:
+            if self._last:
+                raise VmError("the destination was told to quit")
             self._guest.adopt(vm, name)
 
     def _on_event(self, event: Event) -> None:

@@ -188,6 +188,10 @@ class Acceptor:
         for peer in waiting:
             self._aside(self._find_place, peer)
 
+    def turn_away(self, peer: Peer) -> None:
+        """Refuse a caller that :meth:`wait` returned: no guest is waited for any more."""
+        self._refuse(peer, self._no_more(peer))
+
     def close(self) -> None:
         """Stop listening, and wake the thread that waits; from any thread. May be called twice."""
         with self._changed:
