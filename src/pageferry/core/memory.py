@@ -222,7 +222,7 @@ class GuestMemory:
 
     @property
     def unmarked_writes(self) -> int:
-        """How many :meth:`write` and :meth:`copy_within` are under way: their bytes may have landed without a mark."""
+        """How many writes through this object are under way: their bytes may have landed without a mark."""
         return len(self._under_way)
 
     def is_ram(self, gpa: int, size_bytes: int = 1) -> bool:
@@ -409,10 +409,11 @@ class GuestMemory:
         Raises:
             VmError: a range is not RAM; nothing was released.
         """
-        lent = self.writing(ranges)
         if self.reserved or self._fetch is not None:
+            for gpa, size_bytes in ranges:
+                self._expect_ram(gpa, size_bytes)
             return False
-        with lent:
+        with self.writing(ranges):
             for gpa, size_bytes in ranges:
                 self._drop(gpa, size_bytes)
         return True
@@ -455,10 +456,13 @@ class GuestMemory:
     def _check(self, gpa: int, size_bytes: int) -> None:
         if gpa >= 0 <= size_bytes and gpa + size_bytes <= self._plain_bytes:
             return
-        if gpa < 0 or size_bytes < 0 or not self.is_ram(gpa, size_bytes):
-            raise VmError(f"guest-physical range {gpa:#x}+{size_bytes:#x} is not RAM")
+        self._expect_ram(gpa, size_bytes)
         if self._fetch is not None:
             self._expect_there(lambda: gfns_touched(gpa, size_bytes))
+
+    def _expect_ram(self, gpa: int, size_bytes: int) -> None:
+        if gpa < 0 or size_bytes < 0 or not self.is_ram(gpa, size_bytes):
+            raise VmError(f"guest-physical range {gpa:#x}+{size_bytes:#x} is not RAM")
 
     def _expect_there(self, gfns: Callable[[], GfnArray]) -> None:
         fetch = self._fetch  # looked at once: it may be over in the next moment

@@ -119,9 +119,19 @@ def test_what_is_released_has_no_storage_reads_as_zeros_and_is_marked():
     with pytest.raises(VmError):
         memory.release(((3 * PAGE_SIZE, PAGE_SIZE), (3 * GiB, PAGE_SIZE)))
     assert memory.read(3 * PAGE_SIZE, 1) == b"\xff"
-    memory.on_touch(lambda gfns: None)
-    assert not memory.release(((3 * PAGE_SIZE, PAGE_SIZE),))
-    assert memory.read(3 * PAGE_SIZE, 1) == b"\xff"
+
+
+def test_pages_that_are_absent_are_not_fetched_to_be_released():
+    memory = GuestMemory.linear(16 * MiB)
+    memory.write(PAGE_SIZE, b"\xff")
+    fetched, marked = [], []
+    memory.on_touch(lambda gfns: fetched.extend(gfns.tolist()))
+    memory.on_write(lambda gfns: marked.extend(gfns.tolist()))
+    assert not memory.release(((PAGE_SIZE, PAGE_SIZE),))
+    with pytest.raises(VmError):
+        memory.release(((PAGE_SIZE, PAGE_SIZE), (16 * MiB, PAGE_SIZE)))
+    assert (fetched, marked) == ([], [])
+    assert memory.read(PAGE_SIZE, 1) == b"\xff"
 
 
 def test_a_second_mapping_shows_the_same_bytes_at_the_same_places_and_outlives_the_first():
