@@ -183,13 +183,15 @@ class QmpClient:
         return messages
 
     def receive(self) -> list[dict[str, Any]]:
-        """Wait for some bytes; return as :meth:`received`: no message, or many.
+        """Wait for some bytes, as long as for an answer; return as :meth:`received`: no message, or many.
 
         Raises:
             VmError: the connection broke, or what came is not QMP.
         """
         try:
             self._read()
+        except TimeoutError:  # the process has nothing to say, and is not gone
+            pass
         except OSError as error:
             raise VmError("the guest process went away") from error
         return self.received()

@@ -45,6 +45,12 @@ def test_a_report_of_very_many_rounds_arrives(answering):
         assert client.execute("query-migrate") == report
 
 
+def test_a_process_that_is_silent_for_long_has_not_gone_away(answering):
+    with QmpClient(answering({"status": "active"}), timeout_s=0.4) as client:
+        assert client.receive() == []
+        assert client.execute("query-migrate") == {"status": "active"}
+
+
 def test_an_answer_without_end_is_refused(answering):
     with QmpClient(answering("x" * (17 << 20))) as client, pytest.raises(VmError):
         client.execute("query-migrate")
