@@ -11,7 +11,7 @@ from trips import Rounds, expect_as_before, out_of_lease, source_of
 
 from pageferry.backends.disk import DiskFile
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
-from pageferry.core.errors import GuestAt, MigrationError, PeerError, UnsupportedError, VmError
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, RefusedError, UnsupportedError, VmError
 from pageferry.core.policies import PostcopyPolicy
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.engine.image.restore import restore
@@ -141,7 +141,7 @@ def test_a_guest_whose_disk_was_taken_meanwhile_stands_still_and_says_why(vm, in
     assert caught.value.guest_at is GuestAt.SOURCE
     assert source.job.frozen
     assert any("stands still" in warning for warning in source.job.report.warnings)
-    with pytest.raises(VmError, match="in use"):
+    with pytest.raises(RefusedError, match="in use"):
         source.job.go_on_here()
     assert vm.run_control.held
     thief.close()
@@ -164,7 +164,7 @@ def test_a_lock_knows_better_than_who_takes_a_guest_back(vm, inn, wires, disk):
     assert caught.value.guest_at is GuestAt.UNKNOWN
     there = inn.outcome()
     assert runs_on(there)
-    with pytest.raises(VmError, match="in use"):
+    with pytest.raises(RefusedError, match="in use"):
         source.job.take_back()
     assert source.job.guest_at is GuestAt.UNKNOWN
     assert runs_on(there)

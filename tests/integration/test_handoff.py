@@ -6,7 +6,7 @@ from at_work import runs_on, work
 from proxy import marker
 from trips import TIMEOUT_S, expect_as_before, out_of_lease, source_of
 
-from pageferry.core.errors import GuestAt, MigrationError, PeerError, TransportError, VmError
+from pageferry.core.errors import GuestAt, MigrationError, PeerError, RefusedError, TransportError, VmError
 from pageferry.core.vm import VmStatus
 from pageferry.engine.wire.channel import Endpoint
 from pageferry.engine.wire.connections import NeverRan
@@ -36,7 +36,7 @@ def test_law_6_an_unanswered_commit_ends_unknown_and_paused(running, inn, wires)
     out_of_lease(source)
     source.job.take_back()
     assert runs_on(vm)
-    with pytest.raises(VmError, match="no guest to take back"):
+    with pytest.raises(RefusedError, match="no guest to take back"):
         source.job.take_back()
 
 
@@ -93,7 +93,7 @@ def test_a_guest_whose_answer_was_lost_has_moved_when_its_destination_is_asked(r
         report = source.run()
     assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
     assert runs_on(inn.outcome())
-    with pytest.raises(VmError, match="no guest to take back"):
+    with pytest.raises(RefusedError, match="no guest to take back"):
         source.job.take_back()
 
 
@@ -122,7 +122,20 @@ def test_a_guest_that_moved_is_found_out_by_who_asks_later(running, inn, wires):
     with wire.cut_when_held(), pytest.raises(TransportError):
         source.run()
     assert source.job.guest_at is GuestAt.UNKNOWN
-    report = source.find_out(inn.endpoint)
+
+    class Impatient:
+        """Where a source connects, and where a person takes the guest back meanwhile."""
+
+        def __getattr__(self, name):
+            return getattr(inn.endpoint, name)
+
+        def connect(self, timeout_s, **options):
+            with pytest.raises(RefusedError, match="is being asked now"):
+                source.job.take_back()
+            return inn.endpoint.connect(timeout_s, **options)
+
+    source.job.begun()
+    report = source.find_out(Impatient())
     assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
     assert runs_on(inn.outcome())
 

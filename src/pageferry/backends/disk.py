@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pageferry.backends.direct import DirectIo, block_bytes_of, transfer_all
 from pageferry.core.device_spec import DIRECT
-from pageferry.core.errors import UsageError, VmError
+from pageferry.core.errors import RefusedError, UsageError, VmError
 from pageferry.core.libc import libc
 from pageferry.core.os_hints import file_hint
 
@@ -111,7 +111,8 @@ class DiskFile:
         """Take the lock. Nothing happens when it is held already.
 
         Raises:
-            VmError: another process uses the disk.
+            RefusedError: another process uses the disk.
+            VmError: it cannot be locked.
         """
         if self._claimed:
             return
@@ -120,7 +121,7 @@ class DiskFile:
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise VmError(f"disk {self.path} cannot be locked: {error.strerror}") from error
-            raise VmError(
+            raise RefusedError(
                 f"disk {self.path} is in use by another process", hint="end the guest or program that uses it"
             ) from error
         self._claimed = True

@@ -39,6 +39,10 @@ class VmError(PageferryError):
     """A guest, its memory or its machine refused an operation."""
 
 
+class RefusedError(VmError):
+    """A guest cannot do what was asked as it is now; nothing has failed."""
+
+
 class GuestCrash(VmError):
     """The guest did something that no machine survives (as a triple fault). Never our own failure."""
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from pageferry.core.errors import GuestCrash, PageferryError, VmError
+from pageferry.core.errors import GuestCrash, PageferryError, RefusedError, VmError
 from pageferry.core.threads import begin
 from pageferry.core.vm import GuestEnd, VmStatus
 
@@ -167,12 +167,12 @@ class RunControl:
         """Lift the user's pause.
 
         Raises:
-            VmError: the guest has ended.
+            RefusedError: the guest has ended.
             OutOfThreadsError: it stays paused.
         """
         with self._changed:
             if self._end is not None or self._closing:
-                raise VmError("the guest has ended and cannot be resumed")
+                raise RefusedError("the guest has ended and cannot be resumed")
             if not self._user_paused:
                 return
             if not self._threads:

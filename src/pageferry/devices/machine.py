@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpuid import Leaves
-from pageferry.core.errors import UnsupportedError, VmError
+from pageferry.core.errors import RefusedError, UnsupportedError, VmError
 from pageferry.core.frames import GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.run import RunControl, Vcpu
@@ -203,9 +203,9 @@ class StandardMachine(ABC):
         """Ask the guest's operating system to shut down, as the button of a PC does."""
         with self.platform.bus.locked():  # as for the console
             if self.run_control.frozen:
-                raise VmError("the guest stands still for its migration", hint="ask again when that has ended")
+                raise RefusedError("the guest stands still for its migration", hint="ask again when that has ended")
             if self.platform.power is None or not self.platform.power.press_power_button():
-                raise VmError(
+                raise RefusedError(
                     "the guest does not listen to a power button",
                     hint="a Linux does once its modules button and evdev are loaded; quit ends the guest at once",
                 )

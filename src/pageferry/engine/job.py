@@ -6,7 +6,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, VmError
+from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, RefusedError
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
@@ -224,23 +224,27 @@ class Job:
         The caller knows that it runs nowhere else and never will.
 
         Raises:
-            VmError: there is no such guest, the destination may still start it, or another process has its disk or
-                network.
+            RefusedError: there is no such guest, the destination may still start it or is being asked, or another
+                process has the guest's disk.
+            VmError: what stands behind one of its devices cannot be taken.
         """
         if left_s := self.open_for_s:
             what = f"the destination may start the guest for another {math.ceil(left_s)} s"
-            raise VmError(what, hint="wait; or ask it: pageferry migrate --recover")
+            raise RefusedError(what, hint="wait; or ask it: pageferry migrate --recover")
         if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
             self._ended.wait()
         custody = self.handoff.custody
+        if self.report is None and custody is Custody.UNKNOWN:
+            hint = "what it answers: pageferry status"
+            raise RefusedError("the destination is being asked now whether the guest runs there", hint=hint)
         saved = self.file is not None and self.guest_at is GuestAt.DESTINATION
         if self.report is None or not (saved or self.guest_at is GuestAt.UNKNOWN):
-            raise VmError("there is no guest to take back")
+            raise RefusedError("there is no guest to take back")
         self._guest.claim_backends()  # if another process holds a lock, the caller is wrong
         if not self.handoff.taken_back(self._clock.now_s(), custody):
             if self.guest_at is not GuestAt.SOURCE:
                 self._guest.release_backends()
-            raise VmError("the destination has just answered", hint="see where the guest is: pageferry status")
+            raise RefusedError("the destination has just answered", hint="see where the guest is: pageferry status")
         self._guest.restore()
 
     def go_on_here(self) -> None:

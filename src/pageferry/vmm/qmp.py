@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pageferry.core.errors import PageferryError, UnsupportedError, UsageError
+from pageferry.core.errors import PageferryError, RefusedError, UnsupportedError, UsageError
 from pageferry.core.os_hints import listen_hint, resource_hint
 from pageferry.core.threads import OutOfThreadsError, begin
 from pageferry.core.version import __version__
@@ -56,7 +56,7 @@ Subscribe = Callable[[dict[str, Any], Callable[[], None]], Subscription]
 def _kind_of(error: Exception) -> ErrorKind:
     if isinstance(error, QmpError):
         return error.kind
-    if isinstance(error, UsageError | ValueError):
+    if isinstance(error, UsageError | RefusedError | ValueError):
         return ErrorKind.USAGE
     return ErrorKind.UNSUPPORTED if isinstance(error, UnsupportedError) else ErrorKind.FAILED
 

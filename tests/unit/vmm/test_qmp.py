@@ -9,7 +9,7 @@ import pytest
 from at_work import until
 from shortage import no_more_threads
 
-from pageferry.core.errors import UnsupportedError, UsageError, VmError
+from pageferry.core.errors import RefusedError, UnsupportedError, UsageError, VmError
 from pageferry.vmm.qmp import QmpServer, decode, encode
 from pageferry.vmm.qmp_client import QmpClient
 from pageferry.vmm.qmp_error import ErrorKind, QmpError
@@ -18,6 +18,7 @@ MiB = 1 << 20
 ERRORS = {
     "refuse": QmpError("not now", hint="wait"),
     "mistake": UsageError("no such thing", hint="name another"),
+    "decline": RefusedError("not as it is now", hint="ask again"),
     "lack": UnsupportedError("kvm", "not here", hint="buy one"),
     "break": VmError("it broke"),
 }
@@ -134,7 +135,7 @@ def test_capabilities_that_are_not_offered_are_refused(talk):
 
 
 def test_an_error_has_its_hint_and_whose_fault_it_is(server, tmp_path):
-    kinds = dict(zip(ERRORS, ("usage", "usage", "unsupported", "failed"), strict=True))
+    kinds = dict(zip(ERRORS, ("usage", "usage", "usage", "unsupported", "failed"), strict=True))
     with QmpClient(tmp_path / "qmp.sock") as client:
         for name, error in ERRORS.items():
             with pytest.raises(QmpError, match=str(error)) as told:
