@@ -11,8 +11,8 @@ from pageferry.xen.store import XenStore
 
 @contextmanager
 def dom0() -> Iterator[tuple[Control, XenStore]]:
-    """Lend Xen and its store; what killed processes left behind on domains is undone first."""
+    """Lend Xen and its store; what earlier processes left behind on domains is undone first."""
     with Control() as control, XenStore() as store:
         for domid in sweep(control, tell=tell):
-            tell(f"domain {domid}: undone what a killed process left behind (log-dirty on, or a pause)")
+            tell(f"domain {domid}: undone what an earlier process left behind (log-dirty on, or a pause)")
         yield control, store

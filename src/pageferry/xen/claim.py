@@ -1,9 +1,9 @@
-"""Claim: one process at a time works on a domain, and what it leaves behind when it is killed is undone by the next.
+"""Claim: one process at a time works on a domain, and what it leaves behind is undone by the next.
 
 Xen turns nothing off when the process ends that asked for it: log-dirty stays on, a paused domain paused. So each such
 step is written down before it is done, in a file that this process holds a lock on. A file whose lock is free was left
-behind, and tells what to undo; each step may be undone although it never happened. A domain that was given to another
-host is left as it is: it may run there.
+behind by a process that was killed, or that Xen refused to undo a step, and tells what to undo; each step may be undone
+although it never happened. A domain that was given to another host is left as it is: it may run there.
 
 A guest that was asked to suspend itself may do so after the process was killed: what undoes it waits for that.
 """
@@ -126,7 +126,7 @@ def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, gi
 def sweep(
     control: Control, directory: Path = DIRECTORY, *, tell: Callable[[str], None] = lambda line: None
 ) -> list[int]:
-    """Undo what killed processes left behind, of all domains; return the domains of which there was something.
+    """Undo what earlier processes left behind, of all domains; return the domains of which there was something.
 
     Args:
         control: Xen.

@@ -1,13 +1,17 @@
 """What the commands of Xen refuse, and how they say it; what log-dirty shows."""
 
+import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pageferry.cli.commands.xen import _watch
+from pageferry.cli.xen_source import _run
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import UnsupportedError
+from pageferry.engine.handoff.custody import Handoff
 from pageferry.xen.domctl import Control
 
 
@@ -88,3 +92,49 @@ def test_each_round_tells_what_was_written_in_it():
 
 def test_a_signal_ends_it_after_the_round_before():
     assert len(list(_watch(SimpleNamespace(log_dirty=Log()), 3, 0.5, requests(False, True)))) == 1
+
+
+class Attempt:
+    """Runs until it was asked to end as often as it can be."""
+
+    def __init__(self, file, signals, steps):
+        self._handoff = handoff = Handoff()
+        for step in steps:
+            getattr(handoff, step)()
+        self._left = threading.Semaphore(0)
+        self._signals = signals
+        report = SimpleNamespace(status="completed", to_json=lambda: {"status": "completed"})
+        self.job = SimpleNamespace(
+            handoff=handoff, cancel=self._cancel, file=file, guest_at=handoff.guest_at, report=report
+        )
+
+    def _cancel(self):
+        self._left.release()
+        return self._handoff.cancel()
+
+    def run(self):
+        for _ in range(self._signals):
+            assert self._left.acquire(timeout=60)
+
+
+ASKED = ["cancelling", "cancelling: the outcome is waited for"]
+HANDED_OVER = ["too late to cancel: the domain is being handed over, and the answer is waited for"]
+
+
+@pytest.mark.parametrize(
+    ("file", "steps", "says"),
+    [
+        (None, (), ASKED),
+        ("guest.xl", (), ASKED),
+        (None, ("commit",), HANDED_OVER * 2),
+        (None, ("commit", "running"), ["too late to cancel: the domain runs at the destination"]),
+        ("guest.xl", ("keep",), ["too late to cancel: the file is whole"]),
+    ],
+)
+def test_each_signal_is_answered(file, steps, says):
+    shown = []
+    waiting = iter([True] * len(says))
+    noted = SimpleNamespace(wait=lambda s: next(waiting, False), take=lambda: 1)
+    report = _run(Attempt(file, len(says), steps), shown.append, lambda: nullcontext(noted))
+    assert report == {"status": "completed"}
+    assert shown == [{"type": "Notice", "text": text} for text in says]
