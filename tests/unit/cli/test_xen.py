@@ -44,6 +44,28 @@ def test_a_host_without_xen_is_told_so(here, no_xen, arguments):
 
 
 @pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--hold",), "--hold"),
+        (("--recover",), "--recover"),
+        (("--verify", "full"), "--verify"),
+        (("--connections", "4"), "--connections"),
+        (("--compress", "lz4", "--delta-cache", "64M"), "--compress, --delta-cache"),
+        (("--tls-dir", "x"), "--tls-dir"),
+        (("--peer", "x"), "--peer"),
+        (("--secret-file", "x"), "--secret-file"),
+        (("--insecure",), "--insecure"),
+    ],
+)
+def test_what_only_another_pageferry_understands_is_refused_for_a_domain(here, options, says):
+    result = here("migrate", "xen:1", "ssh://host", *options)
+    assert result.returncode == 2
+    first, second = result.stderr.splitlines()
+    assert first == f"pageferry: {says}: not for a domain of Xen"
+    assert second.startswith("hint: leave ")
+
+
+@pytest.mark.parametrize(
     ("arguments", "why"),
     [
         (("save", "xen:1", "file", "--control", "x"), "a domain of Xen has no control socket"),

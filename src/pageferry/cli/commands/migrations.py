@@ -163,6 +163,20 @@ def migrate_guest(
 
         if (uri is None) == (through is None):
             raise UsageError("where to?", hint="pageferry migrate xen:DOMAIN ssh://HOST, or --through COMMAND")
+        _expect_of_xen(
+            {
+                "--tls-dir": tls_dir is not None,
+                "--peer": peer is not None,
+                "--secret-file": secret_file is not None,
+                "--insecure": insecure,
+                "--verify": verify is not None,
+                "--connections": connections != 1,
+                "--compress": compress is not Packing.NONE,
+                "--delta-cache": delta_cache is not None,
+                "--hold": hold,
+                "--recover": recover,
+            }
+        )
         command = ssh_command(uri) if uri is not None else through_command(through or "")
         domain, asked = _of_xen(what, control, policy, downtime_limit, max_rounds, deadline, bandwidth, pause_limit)
         with _plot_file(plot) as picture:
@@ -225,6 +239,21 @@ def save(
     options |= {"x-stop": True} if stop else {}
     options |= rate_option(bandwidth)
     _migrate(control, file_uri(Path(what)), options, as_json, plot)
+
+
+def _expect_of_xen(given: dict[str, bool]) -> None:
+    """Check that no option was given that only another pageferry at the destination understands.
+
+    Raises:
+        UsageError: one was.
+    """
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        them = "it" if len(wrong) == 1 else "them"
+        raise UsageError(
+            f"{', '.join(wrong)}: not for a domain of Xen",
+            hint=f"leave {them} out: Xen's own receiver takes the domain, through ssh or --through",
+        )
 
 
 def _of_xen(
