@@ -86,10 +86,11 @@ def log_dirty_is_off(control, domid):
 
 
 def create(folder, name, *, memory_mib=16, vcpus=1, kernel=None, more="", kind="pvh", paused=True):
-    """Make a domain; return its number."""
+    """Make a domain; return its number. One of kind "hvm" has a device model, and boots no kernel."""
     config = Path(folder) / f"{name}.cfg"
+    boots = "" if kind == "hvm" else f'kernel = "{kernel or idle_kernel(folder)}"\n'
     config.write_text(
-        f'name = "{name}"\ntype = "{kind}"\nkernel = "{kernel or idle_kernel(folder)}"\nmemory = {memory_mib}\n'
+        f'name = "{name}"\ntype = "{kind}"\n{boots}memory = {memory_mib}\n'
         f'vcpus = {vcpus}\non_crash = "preserve"\non_reboot = "preserve"\non_poweroff = "preserve"\n{more}\n'
     )
     xl("create", *(["-p"] if paused else []), config)

@@ -38,8 +38,8 @@ from pageferry.guests.linux.debian import KERNELS, LinuxImage, build_image, down
 
 CACHE = PROJECT / "build" / "xen"
 #: Of these and of what they need the packages of Xen are unpacked; all else the host has already.
-XEN_PACKAGES = ("xen-utils-4.17", "xen-hypervisor-4.17-amd64")
-_OF_XEN = re.compile(r"(lib)?xen.*|libyajl\d+")
+XEN_PACKAGES = ("xen-utils-4.17", "xen-hypervisor-4.17-amd64", "qemu-system-xen")
+_OF_XEN = re.compile(r"(lib)?xen.*|libyajl\d+|qemu-system-xen")
 MODULES = (
     *("virtio_pci", "9pnet_virtio", "9p", "overlay"),
     *("xen_privcmd", "xen_evtchn", "xen_gntdev", "xen_gntalloc", "xenfs"),
@@ -134,9 +134,10 @@ def unpacked_xen(cache: Path) -> tuple[Path, Path]:
     Raises:
         UnsupportedError: the packages cannot be had.
     """
-    xen, root = cache / "xen", cache / "root"
+    xen, root, made_of = cache / "xen", cache / "root", cache / "packages"
     cache.mkdir(parents=True, exist_ok=True)
-    if not xen.exists():
+    names = " ".join(XEN_PACKAGES)
+    if not made_of.exists() or made_of.read_text() != names:
         shutil.rmtree(root, ignore_errors=True)
         for package in needed_packages(XEN_PACKAGES):
             if _OF_XEN.fullmatch(package):
@@ -145,6 +146,7 @@ def unpacked_xen(cache: Path) -> tuple[Path, Path]:
         unready = cache / "xen.part"
         unready.write_bytes(gzip.decompress(packed.read_bytes()))
         unready.rename(xen)
+        made_of.write_text(names)
     return xen, root
 
 

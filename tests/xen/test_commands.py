@@ -150,9 +150,21 @@ def test_what_the_domains_write_is_shown(domain_name, working):
 def test_a_pv_domain_is_refused(own_name, tmp_path):
     if not LINUX.kernel.exists():
         pytest.skip("no Linux here: make linux-image ONLY=cloud")
-    create(tmp_path, own_name, memory_mib=64, kernel=LINUX.kernel, kind="pv")
+    create(tmp_path, own_name, memory_mib=128, kernel=LINUX.kernel, kind="pv")
     assert "is a PV guest" in pageferry("save", f"xen:{own_name}", tmp_path / "file", code=5)
     assert "is a PV guest" in pageferry("xen", "log-dirty", own_name, code=5)
+
+
+def test_a_domain_with_a_device_model_is_watched_but_not_saved(control, own_name, tmp_path):
+    domid = create(tmp_path, own_name, memory_mib=64, kind="hvm", more='vnc = 0\nvga = "none"')
+    listed = json.loads(pageferry("xen", "list", "--json"))["domains"][1]
+    assert (listed["domid"], listed["kind"]) == (domid, "hvm")
+    refused = f"domain {domid} is of type hvm: its device model's state is not read here"
+    assert refused in pageferry("save", f"xen:{own_name}", tmp_path / "file", code=5)
+    assert refused in pageferry("migrate", f"xen:{own_name}", "--through", "xl migrate-receive", code=5)
+    assert not (tmp_path / "file").exists()
+    assert "round" in pageferry("xen", "log-dirty", own_name, "--rounds", 1, "--interval", 0.1)
+    assert log_dirty_is_off(control, domid)
 
 
 @pytest.mark.usefixtures("control")

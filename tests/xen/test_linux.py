@@ -52,7 +52,7 @@ def expect_at_work(control, store, linux):
     """It goes on as if nothing had been, and found nothing wrong."""
     assert store.read(f"/local/domain/{linux}/control/shutdown") == ""
     info = control.info(linux)
-    assert (info.paused, info.shutdown_reason) == (False, None)
+    assert (info.paused, info.shutdown_reason) == (False, None), CONSOLE.read_text(errors="replace")[-6000:]
     assert log_dirty_is_off(control, linux)
     wait_for_rounds(2)
 

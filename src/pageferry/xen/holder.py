@@ -20,9 +20,14 @@ def holder_of(domid: int, proc: Path = PROC) -> str:
         helps = len(words) > _DOMID_AT and Path(words[0]).name == _HELPER and words[1] == _SAVES
         if helps and words[_DOMID_AT] == str(domid):
             pid = _parent(entry)
-            by = " ".join(_words(proc / pid)[:2]) if pid else ""
+            by = _in_words(_words(proc / pid)) if pid else ""
             return f"process {pid}, {by}" if by else f"process {entry.name}, {_HELPER}"
     return ""
+
+
+def _in_words(command: list[str]) -> str:
+    """Return a program's name and what it is to do, however it was found: Debian's ``xl`` runs one of another place."""
+    return " ".join([*(Path(word).name for word in command[:1]), *command[1:2]])
 
 
 def _words(entry: Path) -> list[str]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pageferry.cli.commands.xen import _watch
+from pageferry.cli.commands.xen import _print_rows, _watch
 from pageferry.cli.xen_source import _run
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import UnsupportedError
@@ -160,3 +160,12 @@ def test_each_signal_is_answered(file, steps, says):
     report = _run(Attempt(file, len(says), steps), shown.append, lambda: nullcontext(noted))
     assert report == {"status": "completed"}
     assert shown == [{"type": "Notice", "text": text} for text in says]
+
+
+def test_each_row_of_the_list_is_one_line_however_long_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    by = "on, by process 484, xl migrate " + "x" * 80
+    _print_rows([["id", "name", "log-dirty", "writes"], ["4", "guest", by, "1 MiB/s"]])
+    first, second = capsys.readouterr().out.splitlines()
+    assert second == f"4   guest  {by}  1 MiB/s"
+    assert first.index("writes") == second.index("1 MiB/s")

@@ -13,7 +13,7 @@ def proc(tmp_path):
         (tmp_path / str(pid) / "status").write_text(f"Name:\tx\nPPid:\t{parent}\n")
 
     process(1, 0, "init")
-    process(7, 1, "xl", "migrate", "guest", "host")
+    process(7, 1, "/usr/lib/xen-4.17/bin/xl", "migrate", "guest", "host")  # which Debian's /usr/sbin/xl runs
     process(8, 7, "/usr/lib/xen-4.17/bin/libxl-save-helper", "--save-domain", "9", "-1", "5", "1", "0", "0")
     process(9, 1, "/usr/lib/xen-4.17/bin/libxl-save-helper", "--restore-domain", "9", "-1", "6", "1")
     (tmp_path / "net").mkdir()

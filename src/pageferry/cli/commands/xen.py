@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from pageferry.cli.control_options import JsonOption
 from pageferry.cli.dom0 import dom0
@@ -52,15 +51,23 @@ def list_(
         print_object({"domains": [asdict(domain) | {"watched_s": took_s or None} for domain in domains]})
         return
     names = ["id", "name", "type", "paging", "state", "vCPUs", "memory", "log-dirty", *(["writes"] if took_s else [])]
-    table = Table(*names, box=None, pad_edge=False)
+    rows = [names]
     for domain in domains:
         row = [str(domain.domid), domain.name, domain.kind, domain.paging, domain.status, str(domain.vcpus)]
         row += [format_size(domain.memory_bytes), _log_dirty_in_words(domain)]
         if took_s:
             pages = domain.dirty_pages
             row.append("-" if pages is None else f"{format_size(int(pages * PAGE_SIZE / took_s))}/s")
-        table.add_row(*row)
-    OUT.print(table)
+        rows.append(row)
+    _print_rows(rows)
+
+
+def _print_rows(rows: list[list[str]]) -> None:
+    """Print a table of one line for each row, also where it is wider than the terminal, or goes to a file."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        OUT.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _log_dirty_in_words(domain: DomainSeen) -> str:
