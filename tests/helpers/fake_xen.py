@@ -13,6 +13,18 @@ from pageferry.xen.hypercall import Buffer
 HANDLE = bytes(range(16))
 
 
+class XenCpuidLeaf(ctypes.Structure):
+    """``xen_cpuid_leaf_t``."""
+
+    _fields_ = (*((name, ctypes.c_uint32) for name in ("leaf", "subleaf", "a", "b", "c", "d")),)
+
+
+class XenMsrEntry(ctypes.Structure):
+    """``xen_msr_entry_t``."""
+
+    _fields_ = (("idx", ctypes.c_uint32), ("flags", ctypes.c_uint32), ("val", ctypes.c_uint64))
+
+
 class FakePrivcmd:
     """Answers as a Xen with one HVM domain, number 5, of ``pages`` frames.
 
@@ -122,8 +134,8 @@ class FakePrivcmd:
         u.tsc_info.tsc_mode, u.tsc_info.gtsc_khz, u.tsc_info.elapsed_nsec = 1, 2000, 3
 
     def _get_cpu_policy(self, request, u):
-        leaf = (uapi.XenCpuidLeaf * 1).from_address(u.cpu_policy.leaves)[0]
+        leaf = (XenCpuidLeaf * 1).from_address(u.cpu_policy.leaves)[0]
         leaf.leaf, leaf.subleaf, leaf.a, leaf.d = 1, 0xFFFFFFFF, 2, 3
-        msr = (uapi.XenMsrEntry * 1).from_address(u.cpu_policy.msrs)[0]
+        msr = (XenMsrEntry * 1).from_address(u.cpu_policy.msrs)[0]
         msr.idx, msr.val = 0xCE, 1 << 31
         u.cpu_policy.nr_leaves = u.cpu_policy.nr_msrs = 1

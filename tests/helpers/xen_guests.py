@@ -122,6 +122,17 @@ def low_memory(control, domid, memory_bytes, *, writable=True):
     return map_foreign(control, domid, present, writable=writable)
 
 
+def set_hvm_context(control, domid, context):
+    """Replace the entries that an HVM context has in a paused domain."""
+    buffer = control.privcmd.buffer(len(context))
+    buffer.bytes[:] = np.frombuffer(context, np.uint8)
+
+    def fill(u):
+        u.hvmcontext.size, u.hvmcontext.buffer = len(context), buffer.hva
+
+    control._do(uapi.XEN_DOMCTL_sethvmcontext, domid, fill)
+
+
 def load_vcpus(control, domid, vcpus):
     """Replace the vCPUs' registers of a paused domain."""
     entries = []
@@ -131,7 +142,7 @@ def load_vcpus(control, domid, vcpus):
             entry = replace(entry, body=states[entry.instance])
         if entry.typecode in (Typecode.HEADER, Typecode.CPU, Typecode.END):
             entries.append(entry)
-    control.set_hvm_context(domid, join_entries(entries))
+    set_hvm_context(control, domid, join_entries(entries))
 
 
 def entry_state(entry):

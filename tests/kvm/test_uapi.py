@@ -13,7 +13,6 @@ SIZES = {
     "KvmEnableCap": 104,
     "KvmDirtyLog": 16,
     "KvmClearDirtyLog": 24,
-    "KvmDirtyGfn": 16,
     "KvmDeviceAttr": 24,
     "KvmIrqLevel": 8,
     "KvmIoeventfd": 64,
@@ -136,7 +135,6 @@ def test_offsets_inside_kvm_run_and_variable_length_heads():
     assert uapi.KvmRun.exit_reason.offset == 8
     assert uapi.KvmRun.exit.offset == 0x20
     assert uapi.KvmRunIo.data_offset.offset == 8
-    assert (uapi.KvmDirtyGfn.slot.offset, uapi.KvmDirtyGfn.offset.offset) == (4, 8)
     assert uapi.KvmRunMmio.len.offset == 16
     assert uapi.KvmRunInternal.data.offset == 8
     assert uapi.KvmVcpuEvents.flags.offset == 0x14

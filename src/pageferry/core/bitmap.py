@@ -20,12 +20,11 @@ _LARGE_WORDS = 65536
 _LONG_RUN = 128
 
 
-def runs_of(gfns: GfnArray, *, max_pages: int | None = None) -> tuple[GfnArray, GfnArray]:
+def runs_of(gfns: GfnArray) -> tuple[GfnArray, GfnArray]:
     """Group ascending, distinct frames into runs of neighbours.
 
     Args:
         gfns: uint64[n], strictly ascending.
-        max_pages: longer runs are cut into pieces of at most this many pages.
 
     Returns:
         ``(starts, lengths)``, uint64[m] each: run i is frames ``starts[i] .. starts[i] + lengths[i] - 1``.
@@ -33,12 +32,9 @@ def runs_of(gfns: GfnArray, *, max_pages: int | None = None) -> tuple[GfnArray, 
     if gfns.size == 0:
         return np.empty(0, np.uint64), np.empty(0, np.uint64)
     if int(gfns[-1]) - int(gfns[0]) == gfns.size - 1:  # one run, as most batches of a guest's memory are
-        starts, lengths = gfns[:1].copy(), np.array([gfns.size], np.uint64)
-    else:
-        first = np.concatenate(([0], np.flatnonzero(gfns[1:] - gfns[:-1] != 1) + 1))
-        starts = gfns[first]
-        lengths = np.diff(np.append(first, gfns.size)).astype(np.uint64)
-    return (starts, lengths) if max_pages is None else split_runs(starts, lengths, max_pages)
+        return gfns[:1].copy(), np.array([gfns.size], np.uint64)
+    first = np.concatenate(([0], np.flatnonzero(gfns[1:] - gfns[:-1] != 1) + 1))
+    return gfns[first], np.diff(np.append(first, gfns.size)).astype(np.uint64)
 
 
 def places_of(gfns: GfnArray) -> "slice | NDArray[np.intp]":

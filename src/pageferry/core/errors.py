@@ -81,8 +81,8 @@ class LostPageError(LogDirtyError):
 class P2MError(VmError):
     """The physical-to-machine table refused an operation on one frame."""
 
-    def __init__(self, message: str, *, gfn: int, p2m_type: str = "", hint: str = "") -> None:
-        super().__init__(f"{message}: gfn {gfn:#x}" + (f" ({p2m_type})" if p2m_type else ""), hint=hint)
+    def __init__(self, message: str, *, gfn: int, p2m_type: str = "") -> None:
+        super().__init__(f"{message}: gfn {gfn:#x}" + (f" ({p2m_type})" if p2m_type else ""))
         self.gfn = gfn
         self.p2m_type = p2m_type
 

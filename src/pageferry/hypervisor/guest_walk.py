@@ -88,26 +88,20 @@ class GuestWalker:
     """Walks one vCPU's page tables.
 
     ``path`` is what the last whole walk went through: for each level from the PML4 on, the gfn of the table and the
-    word index of the entry used; two of them for a 1 GiB page, three for 2 MiB, four for 4 KiB.
+    word index of the entry used; two of them for a 1 GiB page, three for 2 MiB, four for 4 KiB. ``nested_update`` is
+    told the gfn of a table before the walker changes an entry; None where ``nested_access`` has made it writable.
 
     Args:
         words: machine memory as u64s.
         nested_access: gfn -> mfn for the walker's own accesses; resolves nested faults (raises when it cannot).
             Under nested paging it makes the page writable: the walker writes.
-        nested_update: told the gfn of a table before the walker changes an entry; None where ``nested_access`` has
-            made it writable already.
     """
 
-    def __init__(
-        self,
-        words: memoryview,
-        nested_access: Callable[[int], int],
-        nested_update: Callable[[int], None] | None = None,
-    ) -> None:
+    def __init__(self, words: memoryview, nested_access: Callable[[int], int]) -> None:
         self._words = words
         self._hva = np.frombuffer(words, np.uint64).ctypes.data  # of word 0; words keeps it mapped
         self.nested_access = nested_access
-        self.nested_update = nested_update
+        self.nested_update: Callable[[int], None] | None = None
         self.paging = True
         self.user = True
         self.write_protect = True

@@ -41,7 +41,6 @@ KVM_CAP_IRQCHIP = 0
 KVM_CAP_USER_MEMORY = 3
 KVM_CAP_SET_TSS_ADDR = 4
 KVM_CAP_EXT_CPUID = 7
-KVM_CAP_NR_MEMSLOTS = 10
 KVM_CAP_MP_STATE = 14
 KVM_CAP_SYNC_MMU = 16
 KVM_CAP_PIT2 = 33
@@ -56,9 +55,7 @@ KVM_CAP_XCRS = 56
 KVM_CAP_TSC_CONTROL = 60
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
-KVM_CAP_READONLY_MEM = 81
 KVM_CAP_IOEVENTFD_ANY_LENGTH = 122
-KVM_CAP_VCPU_ATTRIBUTES = 127
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_EXCEPTION_PAYLOAD = 164
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
@@ -90,7 +87,6 @@ KVM_IRQCHIP_PIC_SLAVE = 1
 KVM_IRQCHIP_IOAPIC = 2
 KVM_PIT_SPEAKER_DUMMY = 1
 
-KVM_EXIT_UNKNOWN = 0
 KVM_EXIT_IO = 2
 KVM_EXIT_HLT = 5
 KVM_EXIT_MMIO = 6
@@ -138,12 +134,6 @@ class KvmClearDirtyLog(ctypes.Structure):
     """``struct kvm_clear_dirty_log``; ``dirty_bitmap`` is a user address."""
 
     _fields_ = (("slot", u32), ("num_pages", u32), ("first_page", u64), ("dirty_bitmap", u64))
-
-
-class KvmDirtyGfn(ctypes.Structure):
-    """``struct kvm_dirty_gfn``: an entry of a dirty ring; ``slot`` has the address space in its high 16 bits."""
-
-    _fields_ = (("flags", u32), ("slot", u32), ("offset", u64))
 
 
 class KvmIrqLevel(ctypes.Structure):

@@ -180,7 +180,6 @@ class XenDomain:
         control: Xen.
         store: its store.
         info: which domain.
-        writable: whether its memory may be written through ``memory``, for tests.
         now_s: a monotonic clock in seconds.
         sleep: waits some seconds.
 
@@ -195,7 +194,6 @@ class XenDomain:
         store: XenStore,
         info: DomainInfo,
         *,
-        writable: bool = False,
         now_s: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -213,7 +211,7 @@ class XenDomain:
         self._closed = False
         self._claim: Claim = claim(control, info)
         try:
-            self.memory = self._map(writable=writable)
+            self.memory = self._map()
             self.log_dirty = XenLogDirty(
                 control, info.domid, self.memory, hap=info.hap, note=lambda on: self._claim.note(log_dirty=on)
             )
@@ -239,9 +237,9 @@ class XenDomain:
         memory.close()
         return self._map()
 
-    def _map(self, *, writable: bool = False) -> GuestMemory:
+    def _map(self) -> GuestMemory:
         present = present_frames(self.control, self.info.domid)
-        return map_foreign(self.control, self.info.domid, present, writable=writable)
+        return map_foreign(self.control, self.info.domid, present)
 
     @property
     def accel(self) -> str:

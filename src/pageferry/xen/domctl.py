@@ -41,7 +41,6 @@ class DomainInfo:
     dying: bool
     shutdown_reason: int | None
     memory_pages: int
-    cpu_time_ns: int
     vcpus: int
 
 
@@ -157,7 +156,6 @@ class Control:
             dying=bool(found.flags & uapi.XEN_DOMINF_dying),
             shutdown_reason=reason if found.flags & uapi.XEN_DOMINF_shutdown else None,
             memory_pages=found.tot_pages,
-            cpu_time_ns=found.cpu_time,
             vcpus=found.nr_online_vcpus,
         )
 
@@ -261,16 +259,6 @@ class Control:
 
         found = self._do(uapi.XEN_DOMCTL_gethvmcontext, domid, fill).hvmcontext.size
         return buffer.bytes[:found].tobytes()
-
-    def set_hvm_context(self, domid: int, context: bytes) -> None:
-        """Replace the entries that an HVM context has in a paused domain."""
-        buffer = self.privcmd.buffer(len(context))
-        buffer.bytes[:] = np.frombuffer(context, np.uint8)
-
-        def fill(u: uapi.XenDomctlU) -> None:
-            u.hvmcontext.size, u.hvmcontext.buffer = len(context), buffer.hva
-
-        self._do(uapi.XEN_DOMCTL_sethvmcontext, domid, fill)
 
     def hvm_param(self, domid: int, index: int) -> int:
         """Return an HVM parameter."""

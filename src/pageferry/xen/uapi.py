@@ -67,8 +67,6 @@ XEN_DOMINF_dying = 1 << 0
 XEN_DOMINF_hvm_guest = 1 << 1
 XEN_DOMINF_shutdown = 1 << 2
 XEN_DOMINF_paused = 1 << 3
-XEN_DOMINF_blocked = 1 << 4
-XEN_DOMINF_running = 1 << 5
 XEN_DOMINF_hap = 1 << 8
 XEN_DOMINF_shutdownshift = 16
 XEN_DOMINF_shutdownmask = 255
@@ -195,18 +193,6 @@ class XenDomctlCpuPolicy(ctypes.Structure):
         ("err_subleaf", u32),
         ("err_msr", u32),
     )
-
-
-class XenCpuidLeaf(ctypes.Structure):
-    """``xen_cpuid_leaf_t``."""
-
-    _fields_ = (("leaf", u32), ("subleaf", u32), ("a", u32), ("b", u32), ("c", u32), ("d", u32))
-
-
-class XenMsrEntry(ctypes.Structure):
-    """``xen_msr_entry_t``."""
-
-    _fields_ = (("idx", u32), ("flags", u32), ("val", u64))
 
 
 class XenDomctlU(ctypes.Union):

@@ -19,8 +19,6 @@ from pageferry.xen import uapi
         (uapi.XenDomctlTscInfo, 24),
         (uapi.XenDomctlGetpageframeinfo3, 16),
         (uapi.XenDomctlCpuPolicy, 40),
-        (uapi.XenCpuidLeaf, 24),
-        (uapi.XenMsrEntry, 16),
         (uapi.XenDomctl, 144),
         (uapi.XenHvmParam, 16),
         (uapi.SchedRemoteShutdown, 8),
