@@ -262,7 +262,7 @@ def test_a_migration_whose_report_cannot_be_written_has_happened_all_the_same(pa
         options = {"stdout": full, "stderr": subprocess.PIPE, "capture_output": False}
         result = cli("migrate", "--control", source.control, destination.endpoint(), *EASY, **options)
     assert result.returncode == 0
-    assert "pageferry: what came of it could not be written on standard output: No space left" in result.stderr
+    assert "pageferry: the result could not be written to standard output: No space left" in result.stderr
     assert destination.runs_on()
 
 

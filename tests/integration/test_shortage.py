@@ -73,7 +73,7 @@ def test_a_source_that_may_open_no_more_files_says_so(start):
         client.execute("migrate", uri=str(destination.endpoint()))
         info = until(lambda: (i := client.execute("query-migrate")).get("x-pageferry-error") and i, "end of it", 0.01)
         assert info["status"] == "failed"
-        assert "the source has run out: Too many open files" in info["error-desc"]
+        assert "the source is out of a resource: Too many open files" in info["error-desc"]
         assert info["x-pageferry-error"]["hint"] == (
             "at the source: this process may open no more files: raise ulimit -n"
         )
@@ -124,7 +124,7 @@ def test_two_processes_that_may_have_no_more_threads_say_so_and_work_on(start, o
     allow_threads(others_user, both, 3)  # and of the migration, at the source
     failed = cli(*migrate)
     assert failed.returncode == 3
-    assert "the destination has run out: no more threads can be started" in one_line(failed)
+    assert "the destination is out of a resource: no more threads can be started" in one_line(failed)
     assert "hint: at the destination: this user may have no more processes, threads" in failed.stderr
 
     allow_threads(others_user, both, 100)

@@ -93,7 +93,7 @@ InsecureOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    path_option("--plot", help="Draw the migration into this file, FILE.html: a page that stands alone."),
+    path_option("--plot", help="Draw the migration into this file, FILE.html: a self-contained HTML page."),
 ]
 MemoryOption = Annotated[str, typer.Option(callback=SIZE, help="Guest memory.")]
 CpuOption = Annotated[
@@ -129,7 +129,7 @@ PauseLimitOption = Annotated[
     typer.Option(
         callback=_checked(_expect_positive),
         help="Longest pause, in ms; over it the guest runs on at the source. "
-        "Default: ten times the downtime limit, at least 2000.",
+        "Default: ten times the downtime limit, at least 2000; none where the policy has no downtime limit.",
     ),
 ]
 TimeoutOption = Annotated[

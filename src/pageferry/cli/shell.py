@@ -61,7 +61,7 @@ class ExitCode(IntEnum):
     DEFECT = (
         1,
         "a defect (`--debug` shows where); "
-        "`status`, `inspect`, `doctor`, `console`: standard output could not be written",
+        "`status`, `inspect`, `doctor`, `console`, `xen`: standard output could not be written",
     )
     USAGE = 2, "wrong usage, or refused by a guest process as it is now"
     GUEST_AT_SOURCE = 3, "the migration or save did not happen; the guest is at the source, as it was"
@@ -281,7 +281,7 @@ def _ending_by(error: BaseException, refusal: type[Exception]) -> _Ending:
         from pageferry.core.os_hints import is_resource, resource_hint  # which few commands need
 
         if is_resource(error):
-            message = f"this process or host has run out: {error.strerror}"
+            message = f"this process or host is out of a resource: {error.strerror}"
             return _Ending(code=ExitCode.PROCESS, message=message, hint=resource_hint(error))
     hint = "this is a defect: pageferry --debug ... shows where"
     return _Ending(code=ExitCode.DEFECT, message=f"internal error: {error!r}", hint=hint)
@@ -510,7 +510,7 @@ class _Streams:
         """Say that results were dropped, if they were."""
         self.flush()
         if self._results is not None and (error := self._results.dropped) is not None:
-            complain(f"what came of it could not be written on standard output: {error.strerror}")
+            complain(f"the result could not be written to standard output: {error.strerror}")
             self.flush()
 
 

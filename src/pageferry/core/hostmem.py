@@ -101,7 +101,9 @@ _FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 def _size_hint(error: OSError) -> str:
     if error.errno == errno.EFBIG:
-        return "to the kernel it is a file, and this process may have none so long: raise ulimit -f"
+        return (
+            "the kernel counts this memory as a file, and it is longer than this process may make one: raise ulimit -f"
+        )
     return resource_hint(error)
 
 

@@ -69,7 +69,10 @@ def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError,
         said = Failed(reason=str(error), hint=error.hint, gfn=gfn)
         return kind(str(error), phase=where, guest_at=at, hint=error.hint), said
     if isinstance(error, OSError) and is_resource(error):
-        what, hint = f"the destination has run out: {error.strerror}", f"at the destination: {resource_hint(error)}"
+        what, hint = (
+            f"the destination is out of a resource: {error.strerror}",
+            f"at the destination: {resource_hint(error)}",
+        )
         return MigrationError(what, phase=where, guest_at=at, hint=hint), Failed(reason=what, hint=hint)
     if isinstance(error, OSError):
         stalled = isinstance(error, TimeoutError)
@@ -84,7 +87,7 @@ def _broken(error: OSError | TruncatedError, phase: Phase, peer: str, timeout_s:
     # What to say, and what to do about it.
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if isinstance(error, OSError) and is_resource(error):
-        return f"the source has run out: {why}", f"at the source: {resource_hint(error)}"
+        return f"the source is out of a resource: {why}", f"at the source: {resource_hint(error)}"
     if phase is Phase.CONNECT:
         path = peer.removeprefix("unix:") if peer.startswith("unix:") else ""
         return f"cannot connect to {peer}: {why}", connect_hint(error, path=path) if isinstance(error, OSError) else ""

@@ -24,8 +24,8 @@ class StallMeter:
     Args:
         vm: the guest.
         now_s: a monotonic clock in seconds.
-        before: an earlier sample of the guest's work, on the same clock, not paused since: None: what it did
-            since this object was made is taken instead.
+        before: an earlier sample of the guest's work, on the same clock; the guest was not paused since. None: what
+            it did since this object was made is taken instead.
     """
 
     def __init__(self, vm: Vm, now_s: Callable[[], float], before: WorkSample | None = None) -> None:

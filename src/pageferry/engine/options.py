@@ -41,6 +41,7 @@ class WireOptions:
         if self.compress is not Packing.NONE:
             packer(self.compress)
         self._check_cache()
+        self._check_bandwidth()
 
     def _check_cache(self) -> None:
         if self.delta_cache_bytes and self.compress is Packing.NONE:
@@ -49,6 +50,8 @@ class WireOptions:
         if 0 < self.delta_cache_bytes < least:
             what = f"a delta cache of {self.delta_cache_bytes} bytes is too small"
             raise UsageError(what, hint=f"at least {format_size(least)}, or leave it out")
+
+    def _check_bandwidth(self) -> None:
         bandwidth = self.bandwidth_bytes_per_s
         if bandwidth is not None and bandwidth < MIN_BANDWIDTH_BYTES_PER_S:
             hint = f"at least {format_size(MIN_BANDWIDTH_BYTES_PER_S)}/s, or 0 for no limit"

@@ -51,7 +51,11 @@ def examine() -> list[Finding]:
         _try("hugepages-hugetlb", lambda: _huge_pages(HugePages.HUGETLB), ""),
         _try("accel-soft", lambda: _trial(Accel.SOFT), "the unicorn package must load on this processor"),
         _try("accel-kvm", lambda: _trial(Accel.KVM), ""),
-        _try("kvm-cpuid", _exact_cpuid, "use --accel soft for guests that use what CPUID offers, and are to move"),
+        _try(
+            "kvm-cpuid",
+            _exact_cpuid,
+            "use --accel soft for a guest that uses what CPUID offers and must be able to move",
+        ),
         _try("kvm-ring0", _ring_0, ""),
         _try("kvm-guest-abi", _guest_abi, "a guest that uses them may not move to other hosts"),
         _try("kvm-manual-protect", _manual_protect, "use --accel soft"),
@@ -146,7 +150,7 @@ def _manual_protect() -> str:
     if not support.manual_protect:
         raise UnsupportedError(
             "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
-            "tracker kvm-bitmap does without: this KVM clears its dirty bitmap whenever it is read",
+            "tracker kvm-bitmap works without it: this KVM clears its dirty bitmap whenever it is read",
             hint="nothing is lost by it, but a PEEK costs the guest as many faults as a CLEAN; Linux 5.2 has it",
         )
     if not support.initially_set:

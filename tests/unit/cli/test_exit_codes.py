@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pageferry.cli import main
 from pageferry.cli.shell import ExitCode, exit_code_of, exit_code_of_guest
 from pageferry.core.errors import (
     GuestAt,
@@ -24,6 +25,10 @@ ROOT = Path(__file__).parents[3]
 def test_a_document_lists_every_code_with_its_meaning(document):
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / document).read_text(), re.M)
     assert rows == [(str(int(code)), code.meaning) for code in ExitCode]
+
+
+def test_the_first_code_names_every_command_that_only_tells_something():
+    assert {*re.findall("`([a-z]+)`", ExitCode.DEFECT.meaning)} == main._TELL | {"console"}
 
 
 @pytest.mark.parametrize(

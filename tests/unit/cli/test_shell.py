@@ -145,7 +145,7 @@ def test_results_that_cannot_be_written_do_not_change_what_happened(tmp_path, fu
     with (tmp_path / "err").open("w+b") as err:
         with Standard(full, err):
             assert ending(command, "migrate", "--json") == (0 if error is None else 4)
-        assert "could not be written on standard output: No space left" in (tmp_path / "err").read_text()
+        assert "could not be written to standard output: No space left" in (tmp_path / "err").read_text()
 
 
 def test_a_command_that_only_tells_fails_where_it_cannot(tmp_path, full, no_reader):
@@ -160,7 +160,7 @@ def test_what_is_meant_for_a_closed_standard_output_is_told_to_be_lost(tmp_path)
     """As by ``>&-``: the interpreter has no such stream then."""
     for courtesy, code, said in (
         (False, 1, "pageferry: standard output: it is closed\n"),
-        (True, 0, "pageferry: what came of it could not be written on standard output: it is closed\n"),
+        (True, 0, "pageferry: the result could not be written to standard output: it is closed\n"),
     ):
 
         def command(courtesy=courtesy):

@@ -162,7 +162,8 @@ def migrate_guest(
         from pageferry.xen.receiver import ssh_command, through_command
 
         if (uri is None) == (through is None):
-            raise UsageError("where to?", hint="pageferry migrate xen:DOMAIN ssh://HOST, or --through COMMAND")
+            what = "no destination was given" if uri is None else "a destination was given twice"
+            raise UsageError(what, hint="pageferry migrate xen:DOMAIN ssh://HOST, or --through COMMAND")
         _expect_of_xen(
             {
                 "--tls-dir": tls_dir is not None,
@@ -186,7 +187,8 @@ def migrate_guest(
         raise UsageError(f"{what} is no domain", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST")
     if control is None:
         raise UsageError(
-            "which guest? --control is missing", hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST"
+            "no guest was given: --control is missing",
+            hint="pageferry migrate URI --control PATH, or xen:DOMAIN ssh://HOST",
         )
     uri = what
     warn_if_exposed(Endpoint.parse(uri), insecure=insecure)
@@ -206,7 +208,7 @@ def save(
         ),
     ],
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Of a domain: the file.", readable=False)
+        Path | None, typer.Argument(metavar="[FILE]", help="The file, when a domain is saved.", readable=False)
     ] = None,
     control: Annotated[Path | None, path_option(help="The guest process's control socket.")] = None,
     stop: Annotated[
@@ -233,7 +235,8 @@ def save(
         raise UsageError(f"{what} is no guest", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE")
     if control is None:
         raise UsageError(
-            "which guest? --control is missing", hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE"
+            "no guest was given: --control is missing",
+            hint="pageferry save FILE --control PATH, or save xen:DOMAIN FILE",
         )
     options = policy_options(policy, downtime_limit, max_rounds, deadline, None, pause_limit)
     options |= {"x-stop": True} if stop else {}

@@ -224,11 +224,14 @@ def _credentials(endpoint: Endpoint, tls_dir: Path | None, peer: str | None, sec
 def restore(
     file: Annotated[Path, path_argument(help="What `pageferry save` made.")],
     lazy: Annotated[
-        bool, typer.Option("--lazy", help="Let it run at once; its memory is read when it is touched, and meanwhile.")
+        bool,
+        typer.Option("--lazy", help="Let the guest run at once: memory is read in the background, or when touched."),
     ] = False,
     paused: Annotated[
         bool | None,
-        typer.Option("--paused/--run", help="Have it paused, or run. Default: as it was when it was saved."),
+        typer.Option(
+            "--paused/--run", help="Leave the guest paused, or let it run. Default: as it was when it was saved."
+        ),
     ] = None,
     accel: AccelOption = Accel.AUTO,
     tracker: TrackerOption = None,

@@ -1,4 +1,4 @@
-"""A picture of a migration, drawn from its report: a page of HTML that stands alone.
+"""A picture of a migration, drawn from its report: a self-contained HTML page.
 
 Rounds over time, dirty against sent rate, the downtime's parts, and which pages were sent how often.
 """

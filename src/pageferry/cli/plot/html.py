@@ -1,4 +1,4 @@
-"""The picture as a page that stands alone: SVG and text in one HTML file, no script, nothing fetched."""
+"""The picture as a self-contained page: SVG and text in one HTML file, no script, nothing fetched."""
 
 import html
 import json

@@ -261,7 +261,7 @@ class VirtioDevices:
             if not port.finish(patience_s):
                 raise VmError(
                     f"{name} has not ended a request of the guest in {patience_s:.0f} s",
-                    hint="look after what its disk is on; the guest cannot stand still before that answers",
+                    hint="check the storage under its disk; the guest cannot be paused before that answers",
                 )
 
     def wake(self) -> None:
