@@ -33,6 +33,7 @@ _MAX_BUFFERS = 1024  # IOV_MAX
 #: So many may connect before the next is accepted.
 _BACKLOG = 64
 _CONNECT_POLL_MS = 100
+_BACKLOG_POLL_S = 0.02
 _KEEPALIVE_PROBES = 3
 #: ``struct tcp_info`` up to and with tcpi_last_ack_recv. Source: linux/tcp.h.
 _TCP_INFO_BYTES, _TCPI_UNACKED, _TCPI_LAST_ACK_RECV = 60, 24, 56
@@ -173,10 +174,11 @@ def _connect(sock: socket.socket, address: Any, deadline_s: float, given_up: Cal
     while code in (errno.EINPROGRESS, errno.EAGAIN):
         if given_up() or time.monotonic() > deadline_s:
             raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-        if poll.poll(_CONNECT_POLL_MS):
-            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if code == errno.EINPROGRESS else code
-            if code == errno.EAGAIN:  # a Unix socket with a full backlog
-                code = sock.connect_ex(address)
+        if code == errno.EAGAIN:  # a Unix socket with a full backlog: nothing tells when there is room
+            time.sleep(_BACKLOG_POLL_S)
+            code = sock.connect_ex(address)
+        elif poll.poll(_CONNECT_POLL_MS):
+            code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise OSError(code, os.strerror(code))
 

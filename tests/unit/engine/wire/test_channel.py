@@ -1,3 +1,4 @@
+import contextlib
 import os
 import re
 import socket
@@ -215,6 +216,20 @@ def test_unix_sockets(tmp_path):
         server.close()
     with pytest.raises(OSError, match="No such file"):
         endpoint.connect(1)
+
+
+def test_a_full_backlog_is_tried_again_now_and_then(tmp_path):
+    path = tmp_path / "full"
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting.enter_context(socket.socket(socket.AF_UNIX)).connect(str(path))
+        rounds = []
+        with pytest.raises(TimeoutError):
+            Endpoint(path=str(path)).connect(0.2, given_up=lambda: bool(rounds.append(1)))
+        assert 1 <= len(rounds) <= 50  # a busy loop makes thousands
+        threading.Timer(0.05, lambda: listener.accept()[0].close()).start()
+        Endpoint(path=str(path)).connect(60).close()
 
 
 def test_a_peer_has_one_descriptor_open_here_however_many_it_hands_over():
