@@ -9,6 +9,7 @@ import pytest
 import trips
 from altered import AlteredDestination, AlteredSource, ShortLeased, alter, lacking
 from at_work import runs_on, slots, until
+from descriptors import open_descriptors
 from proxy import Recorder, played_again
 from shears import Cut, Shears, Way
 from tiers import sample
@@ -577,6 +578,7 @@ def test_law_6_a_switch_that_was_heard_of_is_recovered(guests, inn, leave, wires
 def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests, inn, leave, wires, make_vm):
     _, source = cut_at(guests, inn, leave, wires, FrameType.RUNNING)
     other = Inn(make_vm)
+    before = len(open_descriptors())
     try:
         for answers in range(1, 3):
             assert source.job.recover(other.open())
@@ -584,6 +586,7 @@ def test_law_6_a_destination_that_knows_of_no_such_guest_decides_nothing(guests,
             pause_of(source)
             assert "no guest of that migration is here" in source.job.postcopy_paused, answers
             assert (source.job.guest_at, source.job.report) == (GuestAt.UNKNOWN, None)
+            until(lambda: len(open_descriptors()) == before, "end of the connection")
     finally:
         other.close()
     assert source.job.recover(inn.endpoint)

@@ -19,6 +19,22 @@ from pageferry.engine.wire.tls_errors import TlsError
 from pageferry.stream.ferry_frames import Failed
 
 
+class ConnectError(OSError):
+    """A connection was not made, whatever phase it was for; ``cause`` is the error of the attempt."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause.errno, cause.strerror or str(cause))
+        self.cause = cause
+
+
+class StalledError(TimeoutError):
+    """The other side did not answer within ``limit_s``, which is another time than the migration's own."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__("stalled")
+        self.limit_s = limit_s
+
+
 def as_migration_error(
     error: Exception, *, phase: Phase, guest_at: GuestAt, peer: str, timeout_s: float
 ) -> MigrationError:
@@ -38,7 +54,7 @@ def as_migration_error(
     if isinstance(error, TlsError):
         return TransportError(f"{peer}: {error}", phase=str(phase), guest_at=guest_at, hint=error.hint)
     if isinstance(error, TruncatedError | OSError):
-        reason, hint = _broken(error, phase, peer, timeout_s)
+        reason, hint = _broken(error, peer, timeout_s)
         return TransportError(reason, phase=str(phase), guest_at=guest_at, hint=hint)
     if isinstance(error, RemoteStreamError):
         return PeerError(str(error), phase=str(phase), guest_at=guest_at, hint=error.hint)
@@ -83,14 +99,17 @@ def as_arrival_error(error: Exception, *, phase: Phase) -> tuple[MigrationError,
     return MigrationError(what, phase=where, guest_at=at), Failed(reason=what)
 
 
-def _broken(error: OSError | TruncatedError, phase: Phase, peer: str, timeout_s: float) -> tuple[str, str]:
+def _broken(error: OSError | TruncatedError, peer: str, timeout_s: float) -> tuple[str, str]:
     # What to say, and what to do about it.
+    connected = not isinstance(error, ConnectError)
+    error = error.cause if isinstance(error, ConnectError) else error
     why = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if isinstance(error, OSError) and is_resource(error):
         return f"the source is out of a resource: {why}", f"at the source: {resource_hint(error)}"
-    if phase is Phase.CONNECT:
+    if not connected and isinstance(error, OSError):
         path = peer.removeprefix("unix:") if peer.startswith("unix:") else ""
-        return f"cannot connect to {peer}: {why}", connect_hint(error, path=path) if isinstance(error, OSError) else ""
+        return f"cannot connect to {peer}: {why}", connect_hint(error, path=path)
     if isinstance(error, TimeoutError):
-        return f"the connection to {peer} stood still for {timeout_s:g} s", ""
+        limit_s = round(error.limit_s, 1) if isinstance(error, StalledError) else timeout_s
+        return f"the connection to {peer} stood still for {limit_s:g} s", ""
     return f"the connection to {peer} was cut: {why}", ""

@@ -46,7 +46,7 @@ from pageferry.core.version import __version__
 from pageferry.core.vm import Vm, VmStatus
 from pageferry.engine import features
 from pageferry.engine.attempt import Attempt
-from pageferry.engine.failures import as_migration_error
+from pageferry.engine.failures import ConnectError, as_migration_error
 from pageferry.engine.handoff.give import Giver
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.job import JobStatus
@@ -62,6 +62,7 @@ from pageferry.engine.verify.prove import MemoryProof
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.connections import come_back, connection_of, join
 from pageferry.engine.wire.peer import Peer
+from pageferry.engine.wire.tls_errors import TlsError
 from pageferry.stream.encoder import Encoder
 from pageferry.stream.ferry_frames import (
     Commit,
@@ -275,21 +276,31 @@ class Source:
     def _connect(self, within_s: float) -> Channel:
         handoff, credentials = self.job.handoff, self._options.credentials
         self._endpoint.expect_suits(credentials)
-        channel = self._endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
-        if credentials is not None:
-            expected = credentials.peer or self._endpoint.host.partition("%")[0]
-            try:
-                channel.secure(credentials.context, server_name=expected, given_up=lambda: handoff.cancelled)
-            except BaseException:
-                channel.close()
-                raise
+        try:
+            channel = self._endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
+            if credentials is not None:
+                expected = credentials.peer or self._endpoint.host.partition("%")[0]
+                try:
+                    channel.secure(credentials.context, server_name=expected, given_up=lambda: handoff.cancelled)
+                except BaseException:
+                    channel.close()
+                    raise
+        except TlsError:
+            raise
+        except OSError as error:
+            raise ConnectError(error) from error
         channel.pacer = self.job.pacer
         self.job.opened(channel)
         return channel
 
     def _come_back(self, token: str, within_s: float) -> Peer:
-        peer = come_back(self._connect(within_s), token)
-        peer.channel.timeout_s = self._options.timeout_s
+        channel = self._connect(within_s)
+        try:
+            peer = come_back(channel, token)
+        except BaseException:
+            channel.close()
+            raise
+        channel.timeout_s = self._options.timeout_s
         return peer
 
     def _hello(self, peer: Peer) -> tuple[str, tuple[str, ...]]:
@@ -495,6 +506,7 @@ class Source:
     def _cut(self, postcopy: Postcopy, error: Exception) -> None:
         """Note that the connection is lost while pages are here that the guest needs at the destination."""
         self.job.cut()
+        self.job.close()
         if not isinstance(error, MigrationError):
             error = self._as_migration_error(error, self.job.guest_at)
         postcopy.cut(error.reason)

@@ -1,6 +1,7 @@
 """What a destination raises when something goes wrong, and what it tells the source first."""
 
 import errno
+import socket
 
 import pytest
 
@@ -16,7 +17,7 @@ from pageferry.core.errors import (
     VerifyError,
 )
 from pageferry.core.events import Phase
-from pageferry.engine.failures import as_arrival_error
+from pageferry.engine.failures import ConnectError, StalledError, as_arrival_error, as_migration_error
 from pageferry.engine.wire.peer import PeerFailedError
 
 
@@ -56,6 +57,45 @@ def test_what_is_wrong_here_is_told_to_the_source_in_the_same_words(error, kind,
     raised, told = as_arrival_error(error, phase=Phase.PRECOPY)
     assert (type(raised), raised.phase, raised.guest_at) == (kind, "pre-copy", GuestAt.SOURCE)
     assert (told.reason, told.hint, told.gfn) == (raised.reason, raised.hint, gfn)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "hint"),
+    [
+        (
+            ConnectError(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")),
+            "cannot connect to tcp://there:1: Connection refused",
+            "nothing listens there",
+        ),
+        (
+            ConnectError(socket.gaierror(socket.EAI_NONAME, "Name or service not known")),
+            "cannot connect to tcp://there:1: Name or service not known",
+            "the name is not known",
+        ),
+        (
+            ConnectError(TimeoutError(errno.ETIMEDOUT, "Connection timed out")),
+            "cannot connect to tcp://there:1: Connection timed out",
+            "nothing answers there",
+        ),
+        (ConnectError(TimeoutError("stalled")), "cannot connect to tcp://there:1: stalled", ""),
+        (
+            ConnectError(OSError(errno.EMFILE, "Too many open files")),
+            "the source is out of a resource: Too many",
+            "ulimit -n",
+        ),
+        (TimeoutError("stalled"), "the connection to tcp://there:1 stood still for 30 s", ""),
+        (StalledError(2.0312), "the connection to tcp://there:1 stood still for 2 s", ""),
+        (ConnectionResetError(errno.ECONNRESET, "gone"), "the connection to tcp://there:1 was cut: gone", ""),
+    ],
+    ids=lambda value: f"{value!r}" if isinstance(value, Exception) else "",
+)
+@pytest.mark.parametrize("phase", [Phase.CONNECT, Phase.HELLO, Phase.HANDOFF, Phase.POSTCOPY])
+def test_a_connection_that_was_not_made_is_not_one_that_was_cut(error, reason, hint, phase):
+    raised = as_migration_error(error, phase=phase, guest_at=GuestAt.UNKNOWN, peer="tcp://there:1", timeout_s=30)
+    assert (type(raised), raised.phase, raised.guest_at) == (TransportError, str(phase), GuestAt.UNKNOWN)
+    assert raised.reason.startswith(reason)
+    assert hint in raised.hint
+    assert bool(hint) == bool(raised.hint)
 
 
 def test_a_migration_error_stays_what_it_is():

@@ -5,9 +5,13 @@ import threading
 
 import pytest
 
-from pageferry.core.errors import GuestAt
+from pageferry.core.errors import GuestAt, OrderError
+from pageferry.engine.failures import StalledError
 from pageferry.engine.handoff.custody import Claim, Custody, Handoff, Takeover
+from pageferry.engine.handoff.give import Giver
 from pageferry.engine.wire.connections import NeverRan
+from pageferry.engine.wire.peer import PeerFailedError, PeerRefusedError
+from pageferry.stream.ferry_frames import Recovered, Running
 
 STEPS = ("cancel", "commit", "running", "refused", "keep", "lost", "taken_back")
 #: What may follow in each state, and where it leads; all else is a defect of ours and raises.
@@ -153,3 +157,48 @@ def test_the_latest_guests_that_never_ran_are_remembered():
     assert "1999" in never_ran
     assert "1000" in never_ran
     assert "0" not in never_ran
+
+
+class Line:
+    """A connection over which one thing is heard."""
+
+    def __init__(self, heard):
+        self.heard = heard
+        self.closed = False
+
+    def receive(self, within_s=None):
+        if isinstance(self.heard, Exception):
+            raise self.heard
+        return self.heard
+
+    def out_of_turn(self, frame):
+        return OrderError(f"{type(frame).__name__}")
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("heard", "error"),
+    [
+        (TimeoutError("stalled"), StalledError),
+        (ConnectionResetError("gone"), ConnectionResetError),
+        (PeerRefusedError("not here"), PeerRefusedError),
+        (PeerFailedError("never ran here"), PeerFailedError),
+        (Recovered(), OrderError),
+        (Running(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_connection_is_kept_only_if_it_brought_the_answer(heard, error):
+    handoff = Handoff()
+    handoff.commit()
+    handoff.lost()
+    line = Line(heard)
+    giver = Giver(handoff, lambda within_s: line, patience_s=1.0, now_s=lambda: 0.0, sleep=lambda s: None)
+    if error is None:
+        assert giver.ask() is line
+    else:
+        with pytest.raises(error):
+            giver.ask()
+    assert line.closed == (error is not None)

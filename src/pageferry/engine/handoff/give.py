@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 from pageferry.core.errors import PageferryError, RemoteStreamError
+from pageferry.engine.failures import StalledError
 from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.wire.peer import PeerFailedError, PeerRefusedError
 from pageferry.stream.ferry_frames import Commit, Complete, Dropped, Frame, Recovered, Running, Switch
@@ -42,6 +43,9 @@ class Talk(Protocol):
 
     def wait_for_end(self, within_s: float) -> None:
         """Return when the other side has closed the connection; raise OSError when it is cut, or was not closed."""
+
+    def close(self) -> None:
+        """Close the connection."""
 
 
 _T = TypeVar("_T", bound=Talk)
@@ -116,7 +120,17 @@ class Giver(Generic[_T]):
             OSError, PageferryError: no answer.
         """
         within_s = self._patience_s if within_s is None else within_s
-        peer = self._come_back(within_s)
+        try:
+            peer = self._come_back(within_s)
+            with contextlib.ExitStack() as undo:
+                undo.callback(peer.close)
+                self._expect_answer(peer, within_s)
+                undo.pop_all()
+                return peer
+        except TimeoutError as error:
+            raise StalledError(within_s) from error
+
+    def _expect_answer(self, peer: _T, within_s: float) -> None:
         unknown = self._handoff.custody is Custody.UNKNOWN
         try:
             answer = peer.receive(within_s)
@@ -128,7 +142,6 @@ class Giver(Generic[_T]):
             raise peer.out_of_turn(answer)
         if unknown:
             self._handoff.running()
-        return peer
 
     def take_leave(self, peer: _T) -> None:
         """Tell the destination, which needs nothing more, that our copy is dropped; return when it has heard.
