@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pageferry.core.page_size import PAGE_SIZE
+from pageferry.core.silence import SILENT_S
 from pageferry.core.units import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 Json = dict[str, Any]
-#: From when on it is told that nothing comes.
-_SILENT_S = 1.0
 
 
 def print_status(state: Json, say: Callable[[str], None]) -> None:
@@ -70,7 +69,7 @@ def _print_guest(state: Json, say: Callable[[str], None]) -> None:
 
 
 def _receiving_line(silent_s: float) -> str:
-    if silent_s < _SILENT_S:
+    if silent_s < SILENT_S:
         return "a guest is being received"
     return f"a guest is being received; nothing has come from its source for {silent_s:.0f} s"
 

@@ -10,6 +10,7 @@ from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, RefusedE
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
+from pageferry.core.silence import SILENT_S
 from pageferry.engine.guest import TrackedGuest
 from pageferry.engine.handoff.custody import Custody, Handoff
 from pageferry.engine.host import THIS_HOST, Host
@@ -18,7 +19,7 @@ from pageferry.engine.pages.send import Outlet
 from pageferry.engine.pause import pause_limit_s, waits_for
 from pageferry.engine.postcopy.server import Postcopy
 from pageferry.engine.progress import Outlook, PhaseClock, Rounds, Traffic
-from pageferry.engine.wire.channel import SILENT_S, Channel, Endpoint
+from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.pacer import Pacer
 
 

@@ -30,13 +30,13 @@ import time
 from collections.abc import Sequence
 
 from pageferry.core.errors import UsageError
+from pageferry.core.gather import MAX_BUFFERS, first_left
 from pageferry.engine.wire.pacer import Pacer
 
 BANNER = b"xl migration receiver ready, send binary domain data.\n"
 READY = b"domain received, ready to unpause\0"
 GO = b"domain is yours, you are cleared to unpause\0"
 REPORT = b"my copy unpause results are as follows\0"
-_MAX_BUFFERS = 1024  # IOV_MAX
 _LAST_BYTES = 2000
 #: How long a receiver may take to destroy its copy and end.
 _END_S = 60.0
@@ -94,17 +94,13 @@ class Receiver:
         while at < len(queue):
             self._wait([], [self._to])
             try:
-                written = os.writev(self._to, queue[at : at + _MAX_BUFFERS])
+                written = os.writev(self._to, queue[at : at + MAX_BUFFERS])
             except BlockingIOError:
                 continue
             except OSError as error:
                 raise self._failure("ended") from error
             self.sent_bytes += written
-            while at < len(queue) and written >= len(queue[at]):
-                written -= len(queue[at])
-                at += 1
-            if written:
-                queue[at] = queue[at][written:]
+            at = first_left(queue, at, written)
 
     def expect(self, words: bytes) -> None:
         """Read what it says next, which is to be this.

@@ -13,13 +13,14 @@ A word that did not leave whole was not given: a part of it cannot be accepted.
 
 import contextlib
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-from pageferry.core.errors import PageferryError, RemoteStreamError
+from pageferry.core.errors import PageferryError
 from pageferry.engine.failures import StalledError
 from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.handoff.talk import Talk
 from pageferry.engine.wire.peer import PeerFailedError, PeerRefusedError
-from pageferry.stream.ferry_frames import Commit, Complete, Dropped, Frame, Recovered, Running, Switch
+from pageferry.stream.ferry_frames import Commit, Complete, Dropped, Recovered, Running, Switch
 
 #: How long after a destination was not reached it is tried again.
 _AGAIN_S = 0.2
@@ -27,25 +28,6 @@ _AGAIN_S = 0.2
 _ASK_AT_LEAST_S, _LAST_WORD_S = 2.0, 1.0
 #: How often the last word is said.
 _LAST_WORDS = 3
-
-
-class Talk(Protocol):
-    """A :class:`~pageferry.engine.wire.peer.Peer`, as the handoff needs it."""
-
-    def send(self, frame: Frame) -> None:
-        """Send a frame; after an OSError it has not left whole, and will not."""
-
-    def receive(self, within_s: float | None = None) -> Frame:
-        """Return the next frame, which comes within so many seconds; raises OSError."""
-
-    def out_of_turn(self, frame: Frame) -> RemoteStreamError:
-        """Return the error for a frame that has no place here."""
-
-    def wait_for_end(self, within_s: float) -> None:
-        """Return when the other side has closed the connection; raise OSError when it is cut, or was not closed."""
-
-    def close(self) -> None:
-        """Close the connection."""
 
 
 _T = TypeVar("_T", bound=Talk)

@@ -10,29 +10,13 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from pageferry.core.errors import GuestAt, PageferryError, RemoteStreamError, TransportError
+from pageferry.core.errors import GuestAt, PageferryError, TransportError
 from pageferry.core.events import Phase
 from pageferry.engine.handoff.custody import Takeover
-from pageferry.stream.ferry_frames import Commit, Dropped, Failed, Frame, Ready, Refuse, Running, Switch
-
-
-class Talk(Protocol):
-    """A :class:`~pageferry.engine.wire.peer.Peer`, as the handoff needs it."""
-
-    def send(self, frame: Frame) -> None:
-        """Send a frame; raises OSError."""
-
-    def receive(self, within_s: float | None = None) -> Frame:
-        """Return the next frame, which comes within so many seconds; raises OSError."""
-
-    def out_of_turn(self, frame: Frame) -> RemoteStreamError:
-        """Return the error for a frame that has no place here."""
-
-    def close(self) -> None:
-        """Close the connection."""
-
+from pageferry.engine.handoff.talk import Talk
+from pageferry.stream.ferry_frames import Commit, Dropped, Failed, Ready, Refuse, Running, Switch
 
 _T = TypeVar("_T", bound=Talk)
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pageferry.core.errors import UsageError
+from pageferry.core.gather import MAX_BUFFERS, first_left
 from pageferry.core.libc import libc
 from pageferry.engine.wire.pacer import Pacer
 from pageferry.stream.foreign import XL_MAGIC
 from pageferry.stream.format import IMAGE_HEADER, IMAGE_ID, MARKER
 
-_MAX_BUFFERS = 1024  # IOV_MAX
 _MODE = 0o600
 _RENAME_NOREPLACE = 1
 #: What a file system answers that has no unnamed files, or no second names.
@@ -98,13 +98,9 @@ class FileOutlet:
             self._aborted.wait(self.pacer.reserve(sum(map(len, queue))))
         at = 0
         while at < len(queue):
-            written = os.writev(self._fd, queue[at : at + _MAX_BUFFERS])
+            written = os.writev(self._fd, queue[at : at + MAX_BUFFERS])
             self.sent_bytes += written
-            while at < len(queue) and written >= len(queue[at]):
-                written -= len(queue[at])
-                at += 1
-            if written:
-                queue[at] = queue[at][written:]
+            at = first_left(queue, at, written)
 
     def abort(self) -> None:
         """Let a thread that waits for the pacer go on at once."""

@@ -14,7 +14,6 @@ from typing import Protocol, TypeVar
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.tls_errors import explained
 
-_MAX_BUFFERS = 1024  # IOV_MAX
 #: Encrypted by one call, during which the other direction waits.
 _PIECE_BYTES = 256 << 10
 #: Smaller buffers are put together, so that a record of TLS (16 KiB) is full.
@@ -33,7 +32,7 @@ class Carrier(Protocol):
         """Send some of ``buffers``, none of them empty; return how many bytes.
 
         Args:
-            buffers: what to send.
+            buffers: what to send, MAX_BUFFERS at the most.
             deadline_s: on the monotonic clock.
             fd: a descriptor to hand over with the first byte.
 
@@ -42,7 +41,9 @@ class Carrier(Protocol):
         """
 
     def receive_into(self, views: Sequence[memoryview], deadline_s: float) -> int:
-        """Fill some of ``views``, none of them empty; return how many bytes: 0 when the peer has closed.
+        """Fill some of ``views``, none of them empty and MAX_BUFFERS at the most; return how many bytes.
+
+        0: the peer has closed.
 
         Raises:
             OSError: cut, or the deadline passed.
@@ -102,12 +103,12 @@ class PlainCarrier:
         """Send by one system call; see :class:`Carrier`."""
         self._sock.settimeout(left_s(deadline_s, self._host))
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-        return self._sock.sendmsg(buffers[:_MAX_BUFFERS], rights)
+        return self._sock.sendmsg(buffers, rights)
 
     def receive_into(self, views: Sequence[memoryview], deadline_s: float) -> int:
         """Receive by one system call; see :class:`Carrier`."""
         self._sock.settimeout(left_s(deadline_s, self._host))
-        return self._sock.recvmsg_into(views[:_MAX_BUFFERS])[0]
+        return self._sock.recvmsg_into(views)[0]
 
     def receive(self, at_most_bytes: int, deadline_s: float) -> tuple[bytes, list[int]]:
         """Receive by one system call, with one descriptor at the most; see :class:`Carrier`."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pageferry.core.errors import UsageError
+from pageferry.core.gather import MAX_BUFFERS, first_left
 from pageferry.core.os_hints import MAX_SOCKET_PATH_BYTES
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.wire.carrier import Carrier, PlainCarrier, TlsCarrier, left_s
@@ -29,7 +30,6 @@ from pageferry.engine.wire.pacer import Pacer
 _SOCKET_BUFFER_BYTES = 8 << 20
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
-_MAX_BUFFERS = 1024  # IOV_MAX
 #: So many may connect before the next is accepted.
 _BACKLOG = 64
 _CONNECT_POLL_MS = 100
@@ -41,8 +41,6 @@ _U32 = struct.Struct("=I")
 #: Linux takes no more.
 _MAX_KEEPALIVE_S = 32_767
 DEFAULT_TIMEOUT_S = 30.0
-#: From when on it is told that nothing moves.
-SILENT_S = 1.0
 MAX_TIMEOUT_S = 86_400.0
 _ADDRESS_HINT = "write tls://HOST:PORT, tcp://HOST:PORT, tcp://[IPV6]:PORT or unix:PATH"
 
@@ -249,14 +247,10 @@ class Channel:
         deadline_s = self.deadline_s()
         while at < len(queue):
             with self._waiting():
-                sent = self._carrier.send(queue[at : at + _MAX_BUFFERS], deadline_s, fd)
+                sent = self._carrier.send(queue[at : at + MAX_BUFFERS], deadline_s, fd)
             self.sent_bytes += sent
             fd = None
-            while at < len(queue) and sent >= len(queue[at]):
-                sent -= len(queue[at])
-                at += 1
-            if sent:
-                queue[at] = queue[at][sent:]
+            at = first_left(queue, at, sent)
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
         """Fill all of ``views`` in order, scattered.
@@ -270,14 +264,10 @@ class Channel:
         deadline_s = self.deadline_s()
         while at < len(queue):
             with self._waiting():
-                received = self._carrier.receive_into(queue[at : at + _MAX_BUFFERS], deadline_s)
+                received = self._carrier.receive_into(queue[at : at + MAX_BUFFERS], deadline_s)
             if not received:
                 raise ConnectionResetError("the peer closed the connection")
-            while at < len(queue) and received >= len(queue[at]):
-                received -= len(queue[at])
-                at += 1
-            if received:
-                queue[at] = queue[at][received:]
+            at = first_left(queue, at, received)
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
