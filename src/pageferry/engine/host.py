@@ -1,8 +1,13 @@
-"""Host: the clock, the threads and the waits of one end. Whatever in the engine waits does so by this one object.
+"""Host: the clock, the threads and the waits of one end of a migration.
 
-A lock under which nothing of the host's is used is a plain ``threading.Lock``: it never keeps a thread from going on.
-All else is of the host, so that the simulation can run both ends of a migration on threads, a clock and a network of
-its own.
+What a migration waits for it waits for by this object, so that the simulation can run both ends on threads, a clock and
+a network of its own. The exceptions wait on this very host:
+
+- a lock under which nothing of the host's is used is a plain ``threading.Lock``: it never keeps a thread from going on;
+- real sockets: making a connection (``wire/channel.py``), TLS (``wire/carrier.py``), accepting (``wire/listener.py``).
+  The simulation has connections of its own in place of these;
+- files, which the simulation has none of: saving (``image/outlet.py``) and reading lazily (``image/lazy.py``);
+- the threads that digest memory (``verify/digests.py``): they compute, and wait for nothing but each other.
 """
 
 import queue
