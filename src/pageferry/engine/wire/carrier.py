@@ -194,9 +194,7 @@ class TlsCarrier:
         if self._ahead or self._over is not None:
             return True
         try:
-            self._ahead = self._until_done(
-                lambda: self._sock.recv(_SMALL_BYTES), self._host.now_s() + max(wait_s, 1e-4)
-            )
+            self._ahead = self._until_done(lambda: self._sock.recv(_SMALL_BYTES), self._host.now_s() + wait_s)
         except TimeoutError:
             return False
         except OSError as error:

@@ -2,6 +2,7 @@ import contextlib
 import os
 import re
 import socket
+import ssl
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pageferry.core.errors import UsageError
+from pageferry.engine.wire.carrier import TlsCarrier
 from pageferry.engine.wire.channel import Channel, Endpoint
 
 
@@ -282,3 +284,23 @@ def test_a_peer_is_silent_while_it_is_waited_for_and_says_nothing():
     channel.close()
     assert channel.silent_s == 0.0
     there.close()
+
+
+def test_to_look_whether_tls_has_something_waits_for_nothing():
+    class Watch:
+        """A host whose clock stands still but for its being looked at."""
+
+        def __init__(self):
+            self.looks = 0
+
+        def now_s(self):
+            self.looks += 1
+            return self.looks * 1e-6
+
+    left, right = socket.socketpair()
+    context, watch = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), Watch()
+    secured = context.wrap_socket(left, server_hostname="there", do_handshake_on_connect=False)
+    assert not TlsCarrier(secured, watch).readable(0.0)
+    assert watch.looks == 2  # when it began, and that it is over
+    secured.close()
+    right.close()
