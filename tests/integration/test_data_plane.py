@@ -14,7 +14,7 @@ from trips import Rounds
 
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import SOFT_CPU
-from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError
+from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError, VmError
 from pageferry.core.events import Phase, RoundProgress
 from pageferry.core.frames import PAGE_SIZE, PAGES_PER_2M
 from pageferry.engine import features
@@ -260,6 +260,18 @@ def test_a_lost_connection_fails_the_migration_whichever_it_is(guests, move, sid
     assert "cut" in str(failed.value)
     assert isinstance(trip.there, MigrationError)
     expect_as_before(vm, move)
+
+
+def test_connections_that_joined_are_closed_when_the_attempt_fails_before_their_first_page(guests, move):
+    def fail(*parts):
+        raise VmError("no thread to make room with")
+
+    trip = move(guests("idle"))
+    trip.inn.kind = AlteredDestination.having({"destination.Populator": fail})
+    with pytest.raises(MigrationError, match="no thread to make room with"):
+        trip.run(wire=WireOptions(connections=3))
+    assert isinstance(trip.there, MigrationError)
+    assert [channel.socket.fileno() for channel in trip.inn.channels] == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("says", ["hello", "token", "index", "nothing", "noise"])

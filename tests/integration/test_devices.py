@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from altered import ShortLeased
 from at_work import runs_on, until
+from descriptors import open_descriptors
 from proxy import marker
 from trips import Rounds, expect_as_before, out_of_lease, source_of
 
@@ -13,7 +14,10 @@ from pageferry.backends.disk import DiskFile
 from pageferry.core.device_spec import DeviceKind, DeviceSpec
 from pageferry.core.errors import GuestAt, MigrationError, PeerError, RefusedError, UnsupportedError, VmError
 from pageferry.core.policies import PostcopyPolicy
+from pageferry.core.threads import OutOfThreadsError
 from pageferry.core.vm import MachineModel, VmConfig
+from pageferry.devices.machine import StandardMachine
+from pageferry.devices.virtio.devices import VirtioDevices
 from pageferry.engine.image.restore import restore
 from pageferry.engine.image.save import Save
 from pageferry.engine.image.saved_guest import SavedGuest
@@ -236,8 +240,25 @@ def test_a_guest_that_runs_on_after_a_save_keeps_its_disk(vm, make_vm, tmp_path,
 
 
 def test_a_plain_machine_has_no_devices(make_vm, disk):
-    with pytest.raises(UnsupportedError, match="no virtio devices"):
+    before = open_descriptors()
+    with pytest.raises(UnsupportedError, match="no virtio devices") as refused:
         make_vm(VmConfig(memory_bytes=32 << 20, devices=(disk,)))
+    assert refused.tb  # which holds what was made
+    assert open_descriptors() == before
+
+
+def test_a_machine_that_cannot_be_finished_closes_what_stands_behind_its_devices(make_vm, disk, monkeypatch):
+    def fail(machine, vcpus, log_dirty):
+        raise OutOfThreadsError
+
+    monkeypatch.setattr(StandardMachine, "_attach", fail)
+    closed = []
+    monkeypatch.setattr(VirtioDevices, "close", lambda devices: closed.append(devices))
+    with pytest.raises(OutOfThreadsError):
+        make_vm(VmConfig(memory_bytes=32 << 20, machine=MachineModel.PC, devices=(disk,)))
+    (devices,) = closed
+    monkeypatch.undo()
+    devices.close()
 
 
 def test_a_run_names_disks_and_networks_and_a_plain_machine_has_none(here, disk):

@@ -43,12 +43,12 @@ class StandardMachine(ABC):
         self.memory = memory
         self.cpuid = cpuid
         self.platform = Platform(memory, config.machine)
+        if config.devices and config.machine is not MachineModel.PC:
+            raise UnsupportedError("devices", f"a machine that is {config.machine} has no virtio devices")
         self.virtio = VirtioDevices(config.devices, memory, self.platform.bus, lambda: self.run_control.held)
         self.config = replace(config, devices=self.virtio.specs)
         if config.machine is MachineModel.PC:
             self.virtio.plug_in()
-        elif config.devices:
-            raise UnsupportedError("devices", f"a machine that is {config.machine} has no virtio devices")
         self._closed = False
 
     def _attach(self, vcpus: Sequence[Vcpu], log_dirty: LogDirty) -> None:

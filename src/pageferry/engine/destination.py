@@ -156,6 +156,8 @@ class Destination(Generic[AnyVm]):
                 undo.callback(self._never_ran.add, self._token)
                 agreed = self._answer(hello, vm, shared=shared)
                 channels = self._channels = [self._channel, *self._join(hello, agreed)]
+                for joined in channels[1:]:
+                    undo.callback(joined.close)
                 pages = ReceivedPages(vm.memory, audits=features.AUDIT in agreed)
             populator = Populator(vm.memory, hello.populated, lambda: pages.arrived_pages, self._host)
             with populator, self._clock.phase(Phase.PRECOPY):

@@ -6,7 +6,7 @@ foreign mapping in Xen's sense: writable, outside the P2M's reach, so a writer t
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.cpu_features import guest_table
@@ -75,59 +75,63 @@ class Domain(StandardMachine):
         self.machine = MachineMemory(
             extents_2m=extents_2m, pool_frames=pool_frames, paging_lock=self.locks.paging, thp=thp
         )
-        self.p2m = P2M(self.machine, self.locks.p2m)
-        super().__init__(config, self._make_memory(regions, thp=thp), cpuid)
-        tlbs = tuple(Tlb() for _ in range(config.cpus))
-        self.shadow = ShadowPaging(
-            self.machine,
-            self.p2m,
-            self.locks.shadow,
-            tlbs=tlbs,
-            budget=shadow_frames,
-            gfns=self.memory.gfn_limit,
-        )
-        self.paging = Paging(
-            tracker=paging_mode,
-            ops=self._ops(paging_mode),
-            p2m=self.p2m,
-            pool=self.machine.pool,
-            memory=self.memory,
-            locks=self.locks,
-            hold=self._hold,
-            tlbs=tlbs,
-        )
-        self.physmap = PhysMap(
-            machine=self.machine,
-            p2m=self.p2m,
-            shadow=self.shadow,
-            paging=self.paging,
-            memory=self.memory,
-            locks=self.locks,
-            hold=self._hold,
-        )
-        bus = self.platform.bus
-        interrupts = PcChips(bus, self.platform.clock) if config.machine is MachineModel.PC else None
-        sharing = CodeSharing()
-        self.vcpus = tuple(
-            SoftVcpu(
+        with ExitStack() as undo:  # what was made is given back if a later step fails
+            undo.callback(self.machine.close)
+            self.p2m = P2M(self.machine, self.locks.p2m)
+            super().__init__(config, self._make_memory(regions, thp=thp), cpuid)
+            undo.callback(self.virtio.close)
+            tlbs = tuple(Tlb() for _ in range(config.cpus))
+            self.shadow = ShadowPaging(
                 self.machine,
                 self.p2m,
-                bus,
-                self.shadow,
-                paging=self.paging,
-                tlb=tlb,
-                cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
-                sharing=sharing,
-                interrupts=interrupts,
+                self.locks.shadow,
+                tlbs=tlbs,
+                budget=shadow_frames,
+                gfns=self.memory.gfn_limit,
             )
-            for index, tlb in enumerate(tlbs)
-        )
-        for vcpu in self.vcpus:
-            vcpu.use_shadow(paging_mode == "shadow")
-        self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
-        bus.use_lock(self.locks.devices)
-        self._kvm_clock_ns: int | None = None
-        self._attach(self.vcpus, self.paging)
+            self.paging = Paging(
+                tracker=paging_mode,
+                ops=self._ops(paging_mode),
+                p2m=self.p2m,
+                pool=self.machine.pool,
+                memory=self.memory,
+                locks=self.locks,
+                hold=self._hold,
+                tlbs=tlbs,
+            )
+            self.physmap = PhysMap(
+                machine=self.machine,
+                p2m=self.p2m,
+                shadow=self.shadow,
+                paging=self.paging,
+                memory=self.memory,
+                locks=self.locks,
+                hold=self._hold,
+            )
+            bus = self.platform.bus
+            interrupts = PcChips(bus, self.platform.clock) if config.machine is MachineModel.PC else None
+            sharing = CodeSharing()
+            self.vcpus = tuple(
+                SoftVcpu(
+                    self.machine,
+                    self.p2m,
+                    bus,
+                    self.shadow,
+                    paging=self.paging,
+                    tlb=tlb,
+                    cpuid=of_vcpu(cpuid, index=index, cpus=config.cpus),
+                    sharing=sharing,
+                    interrupts=interrupts,
+                )
+                for index, tlb in enumerate(tlbs)
+            )
+            for vcpu in self.vcpus:
+                vcpu.use_shadow(paging_mode == "shadow")
+            self.machine.pool.promise(_PROMISED_SHADOW_FRAMES if paging_mode == "shadow" else 0)
+            bus.use_lock(self.locks.devices)
+            self._kvm_clock_ns: int | None = None
+            self._attach(self.vcpus, self.paging)
+            undo.pop_all()
 
     def _ops(self, mode: str) -> LogDirtyOps:
         return self.shadow.log_dirty_ops() if mode == "shadow" else hap_log_dirty_ops(self.p2m)

@@ -98,6 +98,7 @@ class KvmVm(StandardMachine):
             )
             undo.callback(memory.close)
             super().__init__(config, memory, cpuid)
+            undo.callback(self.virtio.close)
             self.platform.bus.elsewhere = chips
             if irqchip:
                 self.platform.bus.lines.connect(KvmInterrupts(self.vm_fd))
