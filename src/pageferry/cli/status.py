@@ -23,7 +23,7 @@ def print_status(state: Json, say: Callable[[str], None]) -> None:
     """
     say(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})")
     if state["listening"]:
-        say(f"waiting for a guest at {state['listening']}")
+        say(_listening_line(state))
     if state["silent_s"] is not None:
         say(_receiving_line(state["silent_s"]))
     if "memory_bytes" in state:
@@ -66,6 +66,14 @@ def _print_guest(state: Json, say: Callable[[str], None]) -> None:
         say(_witness_line(state["oracle"]))
     if state["missing_pages"]:
         say(_missing_line(state))
+
+
+def _listening_line(state: Json) -> str:
+    if "memory_bytes" not in state:
+        return f"waiting for a guest at {state['listening']}"
+    if not state["unheard"]:
+        return f"its source may come back to {state['listening']}"
+    return f"its source has not heard yet that the guest is here; it may ask at {state['listening']}"
 
 
 def _receiving_line(silent_s: float) -> str:

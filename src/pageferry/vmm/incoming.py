@@ -47,6 +47,7 @@ class Incoming:
         self._thread: threading.Thread | None = None
         self._acceptor: Acceptor | None = None
         self._last = False
+        self._complete = False
 
     def listen(
         self,
@@ -87,7 +88,12 @@ class Incoming:
     def silent_s(self) -> float | None:
         """For how long nothing has come from the source of the guest that is being received; None: there is none."""
         attempt = self._attempt
-        return None if attempt is None else attempt.silent_s
+        return None if attempt is None or self._complete else attempt.silent_s
+
+    @property
+    def unheard(self) -> bool:
+        """Whether all of the guest is here, and its source has not heard that yet: it may come back and ask."""
+        return self._complete and self._attempt is not None
 
     @property
     def waits_for_source(self) -> bool:
@@ -185,6 +191,7 @@ class Incoming:
         self._announcer.say(f"no guest received: {text}{next_one}")
 
     def _completed(self) -> None:
+        self._complete = True
         self._announcer.migration("completed")
         if self._guest.running:
             self._announcer.event("RESUME")

@@ -102,6 +102,7 @@ class Queries:
             "huge_bytes": vm.memory.huge_bytes(),
             "unread_pages": None if lazy is None else lazy.missing_pages,
             "missing_pages": self._incoming.missing_pages,
+            "unheard": self._incoming.unheard,
             "waits_for_source": self._incoming.waits_for_source,
             "work": self._work_done(vm),
             "exit_code": None if vm.end is None else vm.end.exit_code,

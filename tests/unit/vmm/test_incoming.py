@@ -1,19 +1,25 @@
 """A process that was told to quit takes no guest in any more, at whatever moment that was: its source keeps it."""
 
+import errno
 import threading
 
 import pytest
 from altered import alter
 from at_work import runs_on, until
+from proxy import marker
 from trips import LOOPBACK, source_of
 
+from pageferry.cli.status import print_status
 from pageferry.core.errors import GuestAt, PeerError
+from pageferry.stream.ferry_frames import FrameType
 from pageferry.vmm import incoming as incoming_module
 from pageferry.vmm.accel import Accel, choose_machines
 from pageferry.vmm.announcer import Announcer
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import Incoming
 from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, is_local
+from pageferry.vmm.outgoing import Outgoing
+from pageferry.vmm.queries import Queries
 
 pytestmark = pytest.mark.parametrize("accel", ["soft"])
 
@@ -78,3 +84,46 @@ def test_law_6_a_source_that_commits_after_the_end_was_asked_for_keeps_its_guest
     assert source.job.guest_at is GuestAt.SOURCE
     assert runs_on(vm)
     assert "waiting for another attempt" not in "".join(place.said)
+
+
+class Mute:
+    """Where a source connects that dies once it has heard that its guest runs there; it is heard from no more."""
+
+    def __init__(self, endpoint):
+        self._endpoint = endpoint
+        self.channels = []
+
+    def __getattr__(self, name):
+        return getattr(self._endpoint, name)
+
+    def connect(self, timeout_s, **options):
+        if self.channels:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "it is dead")
+        self.channels.append(self._endpoint.connect(timeout_s, **options))
+        alter(self.channels[0], "send", self._silence)
+        return self.channels[0]
+
+    def _silence(self, sound):
+        def send(buffers, fd=None):
+            if marker(FrameType.DROPPED) in b"".join(map(bytes, buffers)):
+                self.channels[0].abort()
+                raise ConnectionResetError(errno.ECONNRESET, "it is dead")
+            sound(buffers, fd)
+
+        return send
+
+
+def test_a_guest_whose_source_died_when_it_had_gone_is_not_being_received(guests, place):
+    vm = guests("idle")
+    assert (place.silent_s, place.unheard) == (None, False)
+    source_of(vm, Mute(place.listen(LOOPBACK))).run()
+    until(lambda: "a guest has arrived and is ours" in place.said, "arrival")
+    state = Queries(place.guest, place, Outgoing(place.guest, Announcer(place.said.append))).handlers()
+    lines = []
+    print_status({**state["query-status"]({}), **state["x-query-guest"]({}), "migration": None}, lines.append)
+    told = "\n".join(lines)
+    assert f"its source has not heard yet that the guest is here; it may ask at {place.listening}" in told
+    assert "being received" not in told
+    assert "waiting for a guest" not in told
+    place.close()
+    assert not place.unheard
