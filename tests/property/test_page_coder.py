@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.core.page_words import WORDS_PER_PAGE, page_words
@@ -165,6 +166,23 @@ def test_a_cache_knows_what_was_put_in_last_or_nothing(slots, story):
         assert all(is_known for gfn, is_known in zip(gfns.tolist(), known, strict=True) if gfn in recent)
         put += gfns[~known].tolist()
         last.update(zip(gfns.tolist(), pages[:, 0].tolist(), strict=True))
+
+
+def test_a_cache_is_no_larger_than_the_guest():
+    cache = PageCache(1 << 50, 12)
+    assert cache.capacity_pages == 12
+    gfns = np.arange(12, dtype=np.uint64)
+    pages = gfns[:, None] + np.zeros(WORDS_PER_PAGE, np.uint64)
+    cache.fill(gfns, pages)
+    for _ in range(2):
+        known, old = cache.swap(gfns, pages)
+        assert known.all()
+        assert (old == pages).all()
+
+
+def test_a_cache_that_the_host_has_no_memory_for_is_refused():
+    with pytest.raises(UsageError, match="no memory for a delta cache of 128 TiB"):
+        PageCache(1 << 50, 1 << 35)
 
 
 def test_a_full_cache_keeps_what_it_has_when_pages_are_sent_first():

@@ -3,8 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.page_words import WORDS_PER_PAGE, PageWords
+from pageferry.core.units import format_size
 
 _NO_PAGE = -1
 
@@ -16,14 +18,21 @@ class PageCache:
     has it forgotten.
 
     Args:
-        size_bytes: for contents, at least a page; the index takes 4 bytes for each frame besides. Storage is taken as
-            it is used.
+        size_bytes: for contents, at least a page; more than the guest has is not taken. The index takes 12 bytes for
+            each frame besides. Storage is taken as it is used.
         gfn_limit: one more than the last frame.
+
+    Raises:
+        UsageError: the host has not so much memory.
     """
 
     def __init__(self, size_bytes: int, gfn_limit: int) -> None:
-        slots = size_bytes // PAGE_SIZE
-        self._pages = np.empty((slots, WORDS_PER_PAGE), np.uint64)
+        slots = min(size_bytes // PAGE_SIZE, gfn_limit)
+        try:
+            self._pages = np.empty((slots, WORDS_PER_PAGE), np.uint64)
+        except MemoryError as error:
+            what = f"this host has no memory for a delta cache of {format_size(slots * PAGE_SIZE)}"
+            raise UsageError(what, hint="a smaller --delta-cache, or none") from error
         self._owner = np.full(slots, _NO_PAGE, np.int64)
         self._slot_of = np.zeros(gfn_limit, np.int32)  # plus 1; 0: not here
         self._next = 0

@@ -7,6 +7,7 @@ authority, for this migration alone, and has it issue a certificate of its own. 
 
 import base64
 import binascii
+import contextlib
 import ipaddress
 import os
 import secrets
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pageferry.core.errors import UnsupportedError, UsageError
+from pageferry.engine.wire.listener import expect_host_name
 from pageferry.stream.ferry_order import Side
 
 if TYPE_CHECKING:
@@ -52,9 +54,11 @@ class Credentials:
         """Return the credentials of ``side`` from files in ``directory``.
 
         Raises:
-            UsageError: a file is missing or cannot be read or used, a key can be read by others, or a destination does
-                not say whom it accepts.
+            UsageError: a file is missing or cannot be read or used, a key can be read by others, ``peer`` cannot be a
+                host's name, or a destination does not say whom it accepts.
         """
+        if peer is not None:
+            _expect_peer_name(peer)
         if side is Side.DESTINATION and peer is None:
             raise UsageError(
                 "with --tls-dir a destination says whom it accepts", hint="--peer NAME: a name in client-cert.pem there"
@@ -94,6 +98,18 @@ class Credentials:
     def accepts(self, certificate: Mapping[str, Any]) -> bool:
         """Tell whether a certificate, which was verified already, is for the name that we expect."""
         return self.peer is None or any(_same(name, self.peer) for name in names_of(certificate))
+
+
+def _expect_peer_name(peer: str) -> None:
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(peer)
+        return
+    try:
+        expect_host_name(peer)
+    except ValueError as error:
+        raise UsageError(
+            f"no peer to expect: {error}", hint="--peer: a name or an address in its certificate"
+        ) from error
 
 
 def new_authority(name: str, *, days: int, seed: bytes | None = None) -> "Authority":

@@ -49,13 +49,22 @@ def parse_host_port(text: str) -> tuple[str, int]:
         return _ipv6(host[1:-1]), int(port)
     if ":" in host:
         raise ValueError("an IPv6 address must be in brackets")
-    try:
-        name = host.encode("idna").decode()
-    except UnicodeError as error:
-        raise ValueError(f"{host!r} cannot be a host's name") from error
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{host!r} cannot be a host's name" if host else "the host is missing")
+    expect_host_name(host)
     return host, int(port)
+
+
+def expect_host_name(name: str) -> None:
+    """Check that a host may be called so, or that it is an IPv4 address.
+
+    Raises:
+        ValueError: it may not.
+    """
+    try:
+        encoded = name.encode("idna").decode()
+    except UnicodeError as error:
+        raise ValueError(f"{name!r} cannot be a host's name") from error
+    if not _NAME.fullmatch(encoded):
+        raise ValueError(f"{name!r} cannot be a host's name" if name else "the host is missing")
 
 
 def _ipv6(text: str) -> str:
