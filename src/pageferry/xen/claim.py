@@ -117,10 +117,12 @@ def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, gi
                 f"pageferry xen resume {info.domid}",
             )
         _undo(control, info.domid, steps)
+        mine = Claim(fd, path)
+        mine.note()  # what was undone is not undone again, whenever this process ends
     except BaseException:
         os.close(fd)
         raise
-    return Claim(fd, path)
+    return mine
 
 
 def sweep(

@@ -69,6 +69,17 @@ def test_what_was_left_on_is_turned_off(tmp_path, xen, control):
     assert sweep(control, tmp_path) == []
 
 
+def test_what_a_claim_undid_is_not_undone_again_by_the_next(tmp_path, xen, control):
+    killed(tmp_path, control, log_dirty=1, paused=2)
+    xen.paused = 2
+    mine = claim(control, control.info(5), tmp_path)
+    assert xen.paused == 0
+    os.close(mine._fd)  # as a kill does, before there was anything to note
+    xen.paused = 1  # by someone else
+    assert sweep(control, tmp_path) == [5]
+    assert xen.paused == 1
+
+
 def test_what_was_undone_in_time_is_not_undone_again(tmp_path, xen, control):
     killed(tmp_path, control, log_dirty=0, paused=0, suspended=0)
     xen.log_dirty, xen.paused = True, 1  # by someone else
