@@ -139,11 +139,11 @@ def test_from_machine_to_machine_and_from_mode_to_mode(running, inns, kvm_suppor
 
 
 def test_observers_cannot_end_a_migration(running, inn):
-    def look(event):
+    def look(*_):
         raise RuntimeError("I saw nothing")
 
     vm = running()
-    report = source_of(vm, inn.open(on_event=look), on_event=look).run()
+    report = source_of(vm, inn.open(on_event=look, on_complete=look), on_event=look).run()
     assert report.status == "completed"
     assert runs_on(inn.outcome())
 

@@ -130,7 +130,7 @@ class Destination(Generic[AnyVm]):
         self._asked_within_s = asked_within_s
         self._on_event = guarded(on_event)
         self._before_run = before_run
-        self._on_complete = on_complete
+        self._on_complete = guarded(on_complete)
         self._clock = PhaseClock(self._on_event, self._host.now_s)
         self._aborted = self._host.event()
         self._takeover: Takeover | None = None  # from the hello on

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ParamSpec
 
 from pageferry.core.events import Event, Phase, PhaseBegan, PhaseEnded, RoundBegan, RoundProgress
 from pageferry.core.forecast import Eta, Pace
@@ -14,13 +15,15 @@ from pageferry.core.policy import RATE_SAMPLE_BYTES, Progress, RoundStats
 
 _log = logging.getLogger(__name__)
 
+Seen = ParamSpec("Seen")
 
-def guarded(on_event: Callable[[Event], None]) -> Callable[[Event], None]:
+
+def guarded(observer: Callable[Seen, None]) -> Callable[Seen, None]:
     """Return the observer with its own failures logged: they end no migration."""
 
-    def observe(event: Event) -> None:
+    def observe(*seen: Seen.args, **named: Seen.kwargs) -> None:
         try:
-            on_event(event)
+            observer(*seen, **named)
         except Exception:
             _log.exception("an observer of the migration failed")
 
