@@ -98,7 +98,8 @@ def test_a_cut_after_the_switch_is_recovered(pair, wires):
     assert (info["x-eta-s"], info["x-guest-at"]) == (None, "destination")
     assert info["ram"]["remaining"] >= 64 * 4096
     assert "migrate --recover" in cli("status", "--control", source.control).stdout
-    for process, command in ((source, "quit"), (source, "cont"), (source, "stop"), (destination, "stop")):
+    commands = ((source, "quit"), (source, "cont"), (source, "stop"), (destination, "stop"), (destination, "quit"))
+    for process, command in commands:
         with pytest.raises(QmpError, match=r"needs pages|has moved|stands still"):
             process.ask(command)
     again = migrate(source, "tcp://127.0.0.1:1", "--recover")  # no process there: it waits on
@@ -206,6 +207,9 @@ def test_a_source_that_dies_after_the_switch_leaves_a_guest_that_stands_still(pa
     assert destination.ask("query-status")["status"] in ("running", "paused")
     until(lambda: destination.ask("query-status")["status"] == "paused", "pause there")
     assert destination.ask("x-query-guest")["missing_pages"] >= 64
-    assert cli("quit", "--control", destination.control).returncode == 0
+    refused = cli("quit", "--control", destination.control)
+    assert refused.returncode == 2
+    assert "the guest needs pages that are still at its source" in refused.stderr
+    destination.popen.terminate()
     assert destination.popen.wait(GIVE_UP_S) == 0
     assert "the guest is lost" in destination.log.read_text()

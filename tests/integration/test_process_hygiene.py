@@ -208,6 +208,23 @@ def test_a_guest_that_ends_while_it_is_moved_is_told_of(start, wires, background
     assert source.popen.wait(GIVE_UP_S) == (3 if ends == "exits" else 9)
 
 
+def test_a_process_that_is_ended_while_it_migrates_says_that_its_guest_ended_with_it(held, background):
+    source, destination, wire = held
+    client = background("migrate", "--control", source.control, wire.uri, *EASY, "--json")
+    assert wire.held.wait(GIVE_UP_S)
+    refused = cli("quit", "--control", source.control)
+    assert refused.returncode == 2
+    assert "There's a migration process in progress" in refused.stderr
+    assert "hint: pageferry cancel ends it first" in refused.stderr
+    source.popen.terminate()
+    out, err = client.communicate(timeout=GIVE_UP_S)
+    assert client.returncode == 6, err
+    assert json.loads(out)["guest_at"] is None
+    assert b"the guest process was ended before the guest had left, and its guest with it" in err
+    assert source.popen.wait(GIVE_UP_S) == 0
+    assert destination.status() == "inmigrate"
+
+
 def has_ended(process):
     guest = process.ask("x-query-guest")
     return guest["exit_code"] is not None or guest["crash"] is not None

@@ -42,6 +42,7 @@ def migrate(
         PostcopyPausedError: it was cut after the switch, and can go on.
         Interrupted: it was cancelled.
         LeftAloneError: it was too late for that, and it goes on.
+        GuestProcessEndedError: the guest process was ended meanwhile.
         OutcomeUnknownError: the guest process went away.
     """
     with noted() as requests:
@@ -57,6 +58,8 @@ def migrate(
         raise PostcopyPausedError(state["x-postcopy-paused"], GuestAt(state["x-guest-at"]))
     if report is None:
         raise VmError("the migration ended by a defect in the guest process; its log says more")
+    if "x-process-ends" in state and report["status"] != "completed" and report["guest_at"] == GuestAt.SOURCE:
+        raise GuestProcessEndedError
     if report["status"] == "cancelled":
         raise Interrupted(report)
     if report["status"] != "completed":
@@ -89,6 +92,16 @@ class OutcomeUnknownError(VmError):
         super().__init__(
             "the guest process went away during the migration",
             hint="see whether the destination runs the guest: pageferry status",
+        )
+
+
+class GuestProcessEndedError(VmError):
+    """The guest process was ended while it migrated or saved its guest, which has ended with it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the guest process was ended before the guest had left, and its guest with it",
+            hint="to keep the guest, pageferry cancel, or wait, before the process is ended",
         )
 
 

@@ -102,7 +102,7 @@ def _missing_line(guest: Json) -> str:
         return f"{pages} are still coming from its source; if that process ends before, the guest is lost"
     return (
         f"the guest stands still: the connection to its source was cut, and {pages} are only there. At the source: "
-        "pageferry migrate --recover. If that process has ended, the guest is lost: end this one by pageferry quit"
+        "pageferry migrate --recover. If that process has ended, the guest is lost: end this process by a signal"
     )
 
 

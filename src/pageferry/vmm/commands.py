@@ -156,6 +156,12 @@ class Commands:
         if self._outgoing.keeps_pages:
             hint = "wait until they have gone; end the process by a signal only if the guest may be lost"
             raise QmpError("the guest needs pages at the destination that are here only", hint=hint)
+        if self._incoming.missing_pages:
+            hint = "wait until they have come; end the process by a signal only if the guest may be lost"
+            raise QmpError("the guest needs pages that are still at its source", hint=hint)
+        if self._outgoing.under_way:
+            hint = "pageferry cancel ends it first; a signal to the process ends the guest as well"
+            raise QmpError("There's a migration process in progress", hint=hint)
         self._announcer.event("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
         self._quit_process()
 

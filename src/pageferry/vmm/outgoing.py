@@ -62,6 +62,7 @@ class Outgoing:
         self._follower: threading.Thread | None = None  # serves the client that began the latest attempt, see qmp
         self._told = threading.Event()  # how that attempt ended, to that client
         self._told.set()
+        self._ended_with_process = False
 
     @property
     def _job(self) -> Job | None:
@@ -234,6 +235,8 @@ class Outgoing:
         """Return the answer to ``query-migrate``; empty if nothing was attempted."""
         job, over = self._job, not self.under_way
         info = {} if job is None else migrate_info(job)
+        if self._ended_with_process:
+            info["x-process-ends"] = True
         if over and self._is_follower():
             self._told.set()
         return info
@@ -244,7 +247,11 @@ class Outgoing:
         return follower is None or follower is threading.current_thread() or not follower.is_alive()
 
     def abandon(self) -> None:
-        """Give up the attempt under way, if there is one; a guest that has switched without all its pages is lost."""
+        """Give up the attempt under way, because the process ends.
+
+        A guest that is still here ends with it; one that has switched without all its pages is lost.
+        """
+        self._ended_with_process = self.under_way
         if self._job is not None:
             self._job.abandon()
 
