@@ -41,7 +41,9 @@ MAX_CALLERS, _MAX_WAITING = 32, 16
 _PATIENCE_S, _MAX_PATIENT = 2.0, 4
 _NOTHING_TO_JOIN = Refuse(reason="no guest is being received here", hint="begin a new migration")
 _NO_MORE = Refuse(reason="no guest is waited for here any more", hint="start another pageferry receive")
-_TLS_ONLY = Refuse(reason="this destination speaks TLS only", hint="pageferry migrate to tls://, with --tls-dir")
+_TLS_ONLY = Refuse(
+    reason="this destination speaks TLS only", hint="pageferry migrate to tls://, with --tls-dir or --secret-file"
+)
 
 
 _Caller = TypeVar("_Caller", Channel, Peer)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from pageferry.engine.host import THIS_HOST, Host
-from pageferry.engine.wire.tls_errors import explained
+from pageferry.engine.wire.tls_errors import SecretContext, explained
 
 #: Encrypted by one call, during which the other direction waits.
 _PIECE_BYTES = 256 << 10
@@ -249,7 +249,8 @@ class TlsCarrier:
             except ssl.SSLWantWriteError:
                 event = select.POLLOUT
             except ssl.SSLError as error:
-                raise explained(error, server_side=self._sock.server_side) from error
+                by_secret = isinstance(self._sock.context, SecretContext)
+                raise explained(error, server_side=self._sock.server_side, by_secret=by_secret) from error
             poll.register(self._sock, event)
             left = left_s(deadline_s, self._host)
             if given_up is not None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pageferry.core.errors import UnsupportedError, UsageError
 from pageferry.engine.wire.listener import expect_host_name
+from pageferry.engine.wire.tls_errors import SecretContext
 from pageferry.stream.ferry_order import Side
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ FILES = {Side.SOURCE: ("client-cert.pem", "client-key.pem"), Side.DESTINATION: (
 
 _SECRET_PREFIX = "pageferry-secret-1."
 _SECRET_BYTES = 32
+_SECRET_HINT = "`pageferry receive --secret new` prints one"
 _SECRET_DAYS = 30
 #: What the authority of a secret is called, and the two ends.
 _AUTHORITY = "pageferry one-time secret"
@@ -90,7 +92,7 @@ class Credentials:
             UnsupportedError: the library for certificates is missing.
         """
         authority = new_authority(_AUTHORITY, days=_SECRET_DAYS, seed=_seed_of(secret))
-        context = _context(side)
+        context = _context(side, SecretContext)
         context.load_verify_locations(cadata=authority.issued.certificate.decode("ascii"))
         _load(context, authority.issue(_ENDS[side], server=side is Side.DESTINATION))
         return cls(context, _ENDS[side.other])
@@ -146,12 +148,12 @@ def read_secret(path: Path) -> str:
     Raises:
         UsageError: it cannot be read, or others can read it, or it is not a secret.
     """
-    _expect_readable(path)
+    _expect_readable(path, _SECRET_HINT)
     _expect_private(path)
     try:
         secret = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} holds no secret", hint="`pageferry receive --secret new` prints one") from error
+        raise UsageError(f"{path} holds no secret", hint=_SECRET_HINT) from error
     _seed_of(secret)
     return secret
 
@@ -164,13 +166,13 @@ def _seed_of(secret: str) -> bytes:
         if len(seed) != _SECRET_BYTES:
             raise ValueError("it has another length")
     except (ValueError, binascii.Error) as error:
-        raise UsageError("this is not a secret", hint="`pageferry receive --secret new` prints one") from error
+        raise UsageError("this is not a secret", hint=_SECRET_HINT) from error
     return seed
 
 
-def _context(side: Side) -> ssl.SSLContext:
+def _context(side: Side, kind: type[ssl.SSLContext] = ssl.SSLContext) -> ssl.SSLContext:
     client = side is Side.SOURCE
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT if client else ssl.PROTOCOL_TLS_SERVER)
+    context = kind(ssl.PROTOCOL_TLS_CLIENT if client else ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.check_hostname = client
@@ -190,11 +192,15 @@ def _load(context: ssl.SSLContext, issued: "Issued") -> None:
         os.close(fd)
 
 
-def _expect_readable(path: Path) -> None:
+def _expect_readable(path: Path, hint: str = "`pageferry keys` makes what a lab needs") -> None:
+    """Check that there is such a file; ``hint``: where one comes from."""
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe might be to wait
+            raise UsageError(f"{path} is not a regular file", hint=hint)
         path.open("rb").close()
     except FileNotFoundError as error:
-        raise UsageError(f"there is no {path}", hint="`pageferry keys` makes what a lab needs") from error
+        raise UsageError(f"there is no {path}", hint=hint) from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", hint="it must be this user's") from error
 

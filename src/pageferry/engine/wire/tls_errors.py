@@ -26,6 +26,10 @@ _ALERTS: dict[str, tuple[str, str]] = {
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": ("it is not valid", _CHECK_CA),
     "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": ("it is not for this end of a connection", _VERIFY[26][1]),
 }
+#: What each end finds where the other has another secret, and so another CA of the same name, or certificates.
+_OTHER_CA = frozenset({7, 18, 19, 20, 21})
+_OTHER_CA_ALERTS = frozenset({"TLSV1_ALERT_UNKNOWN_CA", "TLSV1_ALERT_DECRYPT_ERROR", "SSLV3_ALERT_BAD_CERTIFICATE"})
+_THE_SECRET = "`pageferry receive --secret new` prints one for each migration: give the source that of this destination"
 _NOT_TLS = frozenset(
     {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE"}
 )
@@ -40,14 +44,21 @@ class TlsError(ConnectionError):
         self.hint = hint
 
 
-def explained(error: ssl.SSLError, *, server_side: bool) -> OSError:
+class SecretContext(ssl.SSLContext):
+    """The context of an end that has a secret; its certificates are no matter of the user's."""
+
+
+def explained(error: ssl.SSLError, *, server_side: bool, by_secret: bool = False) -> OSError:
     """Return what ``error`` means.
 
     Args:
         error: of a handshake, or of a call after it: with TLS 1.3 a client hears only then that it was turned away.
         server_side: whether we are the destination.
+        by_secret: whether we have a secret, and no files.
     """
     them = "source" if server_side else "destination"
+    if by_secret and _is_of_another_ca(error):
+        return TlsError(f"the secrets differ: the {them} does not have ours", _THE_SECRET)
     if isinstance(error, ssl.SSLCertVerificationError):
         what, hint = _VERIFY.get(error.verify_code, (f"is not valid: {error.verify_message}", _CHECK_CA))
         return TlsError(f"the {them}'s certificate {what}", hint)
@@ -65,3 +76,9 @@ def explained(error: ssl.SSLError, *, server_side: bool) -> OSError:
         hint = "pageferry receive tls:// there" if not server_side else "pageferry migrate to tls:// there"
         return TlsError(f"the {them} does not speak TLS", hint)
     return TlsError(f"TLS with the {them} failed: {reason.lower().replace('_', ' ')}")
+
+
+def _is_of_another_ca(error: ssl.SSLError) -> bool:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_code in _OTHER_CA
+    return error.reason in _OTHER_CA_ALERTS

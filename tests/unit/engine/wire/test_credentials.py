@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from certified import authority, tls_dir
@@ -146,8 +147,13 @@ def test_a_secret_is_new_each_time_and_goes_through_a_file(tmp_path):
     file.chmod(0o644)
     with pytest.raises(UsageError, match="can be read or changed by others"):
         read_secret(file)
-    with pytest.raises(UsageError, match="there is no"):
+    with pytest.raises(UsageError, match="there is no") as missing:
         read_secret(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (Path(os.devnull), tmp_path / "pipe"):
+        with pytest.raises(UsageError, match=f"{path} is not a regular file$") as refused:
+            read_secret(path)
+        assert refused.value.hint == missing.value.hint == "`pageferry receive --secret new` prints one"
 
 
 @pytest.mark.parametrize(
