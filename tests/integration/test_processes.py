@@ -52,7 +52,8 @@ def test_a_guest_moves_by_the_command_line(processes, process_accel):
     source, destination = processes("source"), processes("destination")
     assert source.runs_on()
     assert destination.status() == "inmigrate"
-    result = migrate(source, str(destination.endpoint()), "--json")
+    where = str(destination.endpoint())
+    result = migrate(source, where, "--json")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["status"] == "completed"
@@ -75,7 +76,8 @@ def test_a_guest_moves_by_the_command_line(processes, process_accel):
     assert json.loads(cli("status", "--control", destination.control, "--json").stdout)["status"] == "running"
     again = migrate(source, "tcp://127.0.0.1:1")
     assert again.returncode == 2
-    assert "has moved" in one_line(again)
+    assert f"the guest has left for {where}: use the control socket of that process" in one_line(again)
+    assert f"the guest has left for {where}" in one_line(migrate(source, where, "--recover"))
     assert cli("resume", "--control", source.control).returncode == 2
     assert cli("quit", "--control", source.control).returncode == 0
     assert source.popen.wait(GIVE_UP_S) == 0

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from pageferry.cli.shell import SIGNALS, Interrupted, Requests
+from pageferry.core.commands import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Phase
 from pageferry.vmm.announcer import ENGINE_EVENT
@@ -120,10 +121,10 @@ class PostcopyPausedError(MigrationError):
 
     def __init__(self, reason: str, guest_at: GuestAt) -> None:
         what = "the guest stands still there, and pages of it are only here"
-        hint = "pageferry migrate --recover; if this guest process ends before, the guest is lost"
+        hint = f"to go on: {RECOVER}; if this guest process ends before, the guest is lost"
         if guest_at is GuestAt.UNKNOWN:
             what = "whether the guest has switched is not known"
-            hint = "pageferry migrate --recover finds out; if it surely runs nowhere: pageferry resume --force"
+            hint = f"to find out: {RECOVER}; if it surely runs nowhere: {TAKE_BACK}"
         super().__init__(f"{reason}; {what}", phase=str(Phase.POSTCOPY), guest_at=guest_at, hint=hint)
 
 

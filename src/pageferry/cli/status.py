@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from pageferry.core.commands import RECOVER
 from pageferry.core.page_size import PAGE_SIZE
 from pageferry.core.silence import SILENT_S
 from pageferry.core.units import format_duration, format_size
@@ -102,7 +103,7 @@ def _missing_line(guest: Json) -> str:
         return f"{pages} are still coming from its source; if that process ends before, the guest is lost"
     return (
         f"the guest stands still: the connection to its source was cut, and {pages} are only there. At the source: "
-        "pageferry migrate --recover. If that process has ended, the guest is lost: end this process by a signal"
+        f"{RECOVER}. If that process has ended, the guest is lost: end this process by a signal"
     )
 
 

@@ -6,6 +6,7 @@ the function says.
 
 import math
 
+from pageferry.core.commands import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt
 from pageferry.core.events import Explanation, MigrationReport, Phase, PostcopyStats, RoundOutcome
 from pageferry.core.frames import PAGE_SIZE
@@ -37,7 +38,7 @@ def explain(report: MigrationReport) -> Explanation:
     )
 
 
-_ASK = "pageferry migrate --recover finds out; if the guest surely runs nowhere: pageferry resume --force"
+_ASK = f"To find out: {RECOVER}. If the guest surely runs nowhere: {TAKE_BACK}"
 
 
 def _precopy(report: MigrationReport) -> tuple[RoundStats, ...]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
+from pageferry.core.commands import RECOVER
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, RefusedError
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.policy import Policy, downtime_limit_s
@@ -231,7 +232,7 @@ class Job:
         """
         if left_s := self.open_for_s:
             what = f"the destination may start the guest for another {math.ceil(left_s)} s"
-            raise RefusedError(what, hint="wait; or ask it: pageferry migrate --recover")
+            raise RefusedError(what, hint=f"wait; or ask it: {RECOVER}")
         if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
             self._ended.wait()
         custody = self.handoff.custody

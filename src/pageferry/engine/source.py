@@ -163,7 +163,8 @@ class Source:
     ) -> None:
         self._vm = vm
         self._host = host
-        self._endpoint = endpoint
+        self.endpoint = endpoint
+        """Where the destination listens: the one that was asked last."""
         self._options = options
         self._host_cpu = host_cpu
         self._wire = options.wire
@@ -253,7 +254,7 @@ class Source:
             MigrationError: it is here, and runs on (``guest_at`` SOURCE); or it is still UNKNOWN.
         """
         assert self._giver is not None
-        self._endpoint = endpoint
+        self.endpoint = endpoint
         with self._attempt.under_way(self._as_migration_error):
             peer = self._giver.ask()
             self._attempt.guest.release()
@@ -267,7 +268,7 @@ class Source:
             error,
             phase=self._attempt.clock.current,
             guest_at=guest_at,
-            peer=str(self._endpoint),
+            peer=str(self.endpoint),
             timeout_s=self._options.timeout_s,
         )
 
@@ -275,11 +276,11 @@ class Source:
 
     def _connect(self, within_s: float) -> Channel:
         handoff, credentials = self.job.handoff, self._options.credentials
-        self._endpoint.expect_suits(credentials)
+        self.endpoint.expect_suits(credentials)
         try:
-            channel = self._endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
+            channel = self.endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
             if credentials is not None:
-                expected = credentials.peer or self._endpoint.host.partition("%")[0]
+                expected = credentials.peer or self.endpoint.host.partition("%")[0]
                 try:
                     channel.secure(credentials.context, server_name=expected, given_up=lambda: handoff.cancelled)
                 except BaseException:
@@ -488,7 +489,7 @@ class Source:
         self._cut(postcopy, error)
         while (endpoint := postcopy.recovery.wait()) is not None:
             self.job.status = JobStatus.POSTCOPY_RECOVER
-            self._endpoint = endpoint
+            self.endpoint = endpoint
             try:
                 peer = giver.ask()
             except (OSError, PageferryError) as again:

@@ -6,6 +6,7 @@ import math
 import threading
 from dataclasses import replace
 
+from pageferry.core.commands import RECOVER
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, VmError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine
@@ -23,7 +24,7 @@ from pageferry.vmm.local_backends import LocalBackends, is_local
 
 _log = logging.getLogger(__name__)
 #: How to go on after post-copy was cut.
-RECOVER_HINT = "at the source: pageferry migrate --recover"
+RECOVER_HINT = f"at the source: {RECOVER}"
 
 
 class Incoming:

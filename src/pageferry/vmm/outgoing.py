@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from pageferry.core.commands import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationReport
 from pageferry.core.threads import begin
@@ -102,7 +103,7 @@ class Outgoing:
         """
         self.check_not_moved()
         if self.guest_at is GuestAt.UNKNOWN:
-            hint = "pageferry migrate --recover finds out; if it surely runs nowhere: pageferry resume --force"
+            hint = f"to find out: {RECOVER}; if it surely runs nowhere: {TAKE_BACK}"
             raise QmpError("whether the guest has moved is not known", hint=hint)
         if self.under_way and self._job is not None and self._job.handing_over:
             raise QmpError("the guest is being handed over")
@@ -115,7 +116,7 @@ class Outgoing:
         """
         if self.guest_at is GuestAt.DESTINATION:
             file = None if self._job is None else self._job.file
-            hint = "" if file is None else "if it was not restored: pageferry resume --force"
+            hint = "" if file is None else f"if it was not restored: {TAKE_BACK}"
             raise QmpError(self._where_it_went(), hint=hint)
 
     def take_back(self) -> None:
@@ -189,6 +190,7 @@ class Outgoing:
             attempt = self._attempt
             if attempt is not None and attempt.job.recover(endpoint):
                 return
+            self.check_not_moved()
             if self.under_way or self.guest_at is not GuestAt.UNKNOWN or not isinstance(attempt, Source):
                 raise QmpError("no migration here was cut after its commit", hint="start one without --recover")
             self._start(partial(attempt.find_out, endpoint), attempt.job, AttemptNews(self._guest, self._announcer))
@@ -278,7 +280,8 @@ class Outgoing:
         file = None if self._job is None else self._job.file
         if file is not None:
             return f"the guest was saved to {file} and stopped here; restore it from there"
-        return "the guest has moved to another process; attach to it there"
+        where = f" for {self._attempt.endpoint}" if isinstance(self._attempt, Source) else ""
+        return f"the guest has left{where}: use the control socket of that process"
 
     def _main(self, run: Callable[[], MigrationReport], job: Job, news: AttemptNews) -> None:
         with self._guest.lock:

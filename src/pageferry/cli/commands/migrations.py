@@ -152,7 +152,11 @@ def migrate_guest(
         bool, typer.Option("--hold", help="When all is ready, wait for `pageferry switch` before the guest is paused.")
     ] = False,
     recover: Annotated[
-        bool, typer.Option("--recover", help="Go on with a post-copy whose connection was cut; needs no other option.")
+        bool,
+        typer.Option(
+            "--recover",
+            help="Go on after a cut in post-copy, or ask where the guest is; needs --control and URI.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
+from pageferry.core.commands import TAKE_BACK
 from pageferry.core.errors import GuestAt, PageferryError, TransportError
 from pageferry.core.events import Phase
 from pageferry.engine.handoff.custody import Takeover
@@ -106,7 +107,7 @@ def answer_return(peer: Talk, *, never_ran: bool) -> None:
     if never_ran:
         peer.send(Failed(reason="the guest had not been handed over when the attempt ended, and never ran there"))
     else:
-        hint = "if it surely runs nowhere: pageferry resume --force at the source"
+        hint = f"if it surely runs nowhere, at the source: {TAKE_BACK}"
         peer.send(Refuse(reason="no guest of that migration is here", hint=hint))
 
 

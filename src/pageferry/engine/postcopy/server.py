@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from pageferry.core.bitmap import DirtyBitmap, runs_of
+from pageferry.core.commands import RECOVER
 from pageferry.core.errors import RemoteStreamError
 from pageferry.core.events import PostcopyStats
 from pageferry.core.forecast import Eta, Pace
@@ -21,7 +22,7 @@ from pageferry.engine.wire.peer import Peer
 from pageferry.stream.ferry_bodies import digest_of
 from pageferry.stream.ferry_frames import MAX_MISSING_RUNS, Complete, Missing, Pages, Wanted
 
-_CUT = "the connection was cut: pageferry migrate --recover goes on"
+_CUT = f"the connection was cut; to go on: {RECOVER}"
 _SWITCHED = "the guest runs there already, and the rest follows"
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pageferry.core.commands import RECOVER
 from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.engine.wire.channel import Channel
@@ -23,7 +24,7 @@ Accept = Callable[[float], Peer | None]
 POLL_S = 0.1
 #: How long a caller may take to say what it wants that was not heard before; no other joins or comes back meanwhile.
 _PATIENCE_S = 2.0
-_TAKEN = Refuse(reason="the guest here belongs to another source", hint="pageferry migrate --recover there")
+_TAKEN = Refuse(reason="the guest here belongs to another source", hint=f"to go on with it, there: {RECOVER}")
 BUSY = Refuse(
     reason="busy with another attempt: another guest is being received here", hint="try again when that has ended"
 )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from pageferry.core.commands import RECOVER
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import RATE_SAMPLE_BYTES
 from pageferry.engine.host import Host
@@ -78,7 +79,10 @@ def test_during_a_cut_no_end_is_in_sight_and_its_length_is_counted_once(postcopy
     postcopy.cut("gone")
     clock[0] = 103.0
     postcopy.cut("gone")  # a recovery was tried, and found no destination
-    assert tell(postcopy, 1e6)[1:] == (None, "the connection was cut: pageferry migrate --recover goes on")
+    assert tell(postcopy, 1e6)[1:] == (
+        None,
+        f"the connection was cut; to go on: {RECOVER}",
+    )
     clock[0] = 107.0
     postcopy.connected()
     missing.sent_pages = SAMPLE_PAGES
