@@ -5,6 +5,7 @@ import json
 import os
 import select
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +20,16 @@ _MAX_LINE_BYTES = 16 << 20
 _READ_BYTES = 1 << 16
 
 
-def _why(error: OSError) -> str:
-    return "" if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else f": {error.strerror or error}"
+_HAS_ENDED = "if it has ended, what it printed last says why"
+_IS_A_SOCKET = "--control takes the socket that run, receive or restore made with --control"
+
+
+def _why(error: OSError, path: Path) -> str:
+    if error.errno == errno.ENOENT:
+        return ": it does not exist"
+    if error.errno == errno.ECONNREFUSED:
+        return ": the process that made the socket has ended" if _is_socket(path) else ": it is not a socket"
+    return f": {error.strerror or error}"
 
 
 def _hint(error: OSError, path: Path) -> str:
@@ -28,9 +37,18 @@ def _hint(error: OSError, path: Path) -> str:
         return "is it stopped, or very busy?"
     if isinstance(error, PermissionError) and (owner := owner_of(path)):
         return f"it belongs to {owner}: use the command as that user"
-    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-        return "is it running? see --control"
-    return connect_hint(error, path=str(path)) or "is it running? see --control"
+    if isinstance(error, FileNotFoundError):
+        return f"check the path, and that the guest process runs; {_IS_A_SOCKET}"
+    if isinstance(error, ConnectionRefusedError):
+        return "start it again, or use another's socket" if _is_socket(path) else _IS_A_SOCKET
+    return connect_hint(error, path=str(path)) or _IS_A_SOCKET
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(path.stat().st_mode)
+    except OSError:  # it is gone meanwhile
+        return True
 
 
 def _refusal(error: dict[str, Any]) -> QmpError:
@@ -95,7 +113,7 @@ class QmpClient:
             if "QMP" not in greeting and not isinstance(turned_away, dict):
                 raise ValueError("no greeting")
         except OSError as error:
-            raise VmError(f"no guest process answers at {path}{_why(error)}", hint=_hint(error, path)) from error
+            raise VmError(f"no guest process answers at {path}{_why(error, path)}", hint=_hint(error, path)) from error
         except ValueError as error:
             raise VmError(f"what answers at {path} does not speak QMP", hint="is it a control socket?") from error
         if turned_away is not None:
@@ -128,7 +146,7 @@ class QmpClient:
             try:
                 self._read()
             except OSError as error:
-                raise VmError("the guest process went away") from error
+                raise VmError("the guest process went away", hint=_HAS_ENDED) from error
 
     def _read(self) -> None:
         data = self._sock.recv(_READ_BYTES)
@@ -165,7 +183,7 @@ class QmpClient:
         try:
             self._sock.sendall(encode({"execute": command, "arguments": arguments, "id": self._next_id}))
         except OSError as error:
-            raise VmError(f"the guest process did not take {command!r}") from error
+            raise VmError(f"the guest process did not take {command!r}", hint=_HAS_ENDED) from error
         return self._next_id
 
     def received(self) -> list[dict[str, Any]]:
@@ -193,7 +211,7 @@ class QmpClient:
         except TimeoutError:  # the process has nothing to say, and is not gone
             pass
         except OSError as error:
-            raise VmError("the guest process went away") from error
+            raise VmError("the guest process went away", hint=_HAS_ENDED) from error
         return self.received()
 
     def execute(self, command: str, **arguments: Any) -> Any:  # noqa: ANN401  # any JSON value
@@ -209,7 +227,7 @@ class QmpClient:
                 if "event" in message:
                     self._events.append(message)
         except (OSError, ValueError) as error:
-            raise VmError(f"the guest process did not answer {command!r}") from error
+            raise VmError(f"the guest process did not answer {command!r}", hint=_HAS_ENDED) from error
         if "error" in message:
             raise _refusal(message["error"])
         return message["return"]
@@ -223,6 +241,6 @@ class QmpClient:
             try:
                 message = self._message()
             except (OSError, ValueError) as error:
-                raise VmError("the guest process went away") from error
+                raise VmError("the guest process went away", hint=_HAS_ENDED) from error
             if "event" in message:
                 yield message

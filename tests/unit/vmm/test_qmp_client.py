@@ -73,3 +73,20 @@ def test_a_process_that_ends_before_its_first_answer_leaves_no_descriptor(tmp_pa
             QmpClient(tmp_path / "qmp.sock")
         server.join()
         assert os.listdir("/proc/self/fd") == before, gone  # whose traceback keeps the client alive
+
+
+def test_what_no_process_serves_is_told_apart(tmp_path):
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(tmp_path / "dead.sock"))
+    (tmp_path / "file").touch()
+    for name, what, hint in (
+        ("nowhere", "it does not exist", "check the path"),
+        ("file", "it is not a socket", "--control takes the socket"),
+        (".", "it is not a socket", "--control takes the socket"),
+        ("dead.sock", "the process that made the socket has ended", "start it again"),
+        ("file/x", "Not a directory", "a part of its path is not a folder"),
+    ):
+        with pytest.raises(VmError) as failed:
+            QmpClient(tmp_path / name)
+        assert str(failed.value) == f"no guest process answers at {tmp_path / name}: {what}"
+        assert failed.value.hint.startswith(hint)
