@@ -227,4 +227,5 @@ def _verification(report: MigrationReport) -> tuple[str, ...]:
         return ()
     proven = format_size((report.verified_pages - report.audited_pages) * PAGE_SIZE)
     line = f"Another round would not have made the pause much shorter: to prove {proven} equal was most of it"
-    return (f"{line}{'' if report.audited_pages else '; --verify audit proves most while the guest runs'}.",)
+    audits = report.audited_pages > 0 or report.file is not None  # a save has no --verify
+    return (f"{line}{'' if audits else '; --verify audit proves most while the guest runs'}.",)

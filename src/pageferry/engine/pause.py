@@ -18,7 +18,7 @@ _DESTINATION = {
     Phase.STOP_AND_COPY: "the destination to take the last pages",
     Phase.STATE: "the destination to take the machine's state",
     Phase.VERIFY: "the destination to prove the memory",
-    Phase.HANDOFF: "the guest's disks to be given back",
+    Phase.HANDOFF: "the guest to be handed over",
 }
 #: The same of a save, which is not watched any more once its file has all of the guest.
 _FILE = {

@@ -203,6 +203,7 @@ def test_a_pause_that_was_mostly_verification_is_told():
     )
     audited = replace(made, audited_pages=8192)
     assert explain(audited).advice == (f"{begin} 32 MiB equal was most of it.",)
+    assert explain(replace(made, file="guest.bin")).advice == (f"{begin} 64 MiB equal was most of it.",)
 
 
 LATE = PostcopyStats(
