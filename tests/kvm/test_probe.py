@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from descriptors import open_descriptors
 
+from pageferry.cli.commands.tools import doctor as print_findings
 from pageferry.core.confined import FORBIDDEN
 from pageferry.core.errors import UnsupportedError, UsageError, VmError
 from pageferry.core.vm import VmConfig
 from pageferry.kvm import fds
 from pageferry.kvm.probe import probe
 from pageferry.kvm.probe_abi import expect_forbidden
+from pageferry.kvm.probe_ring_0 import expect_ring_0
 from pageferry.kvm.tss import does_port_io, tss_attributes
 from pageferry.kvm.vm import KvmVm
 from pageferry.vmm import doctor
@@ -125,6 +127,25 @@ def test_doctor_tells_how_the_dirty_bitmap_is_cleared(kvm_support, monkeypatch, 
     assert findings["kvm-manual-protect"].works is works
     assert told in findings["kvm-manual-protect"].detail
     assert works or "nothing is lost" in findings["kvm-manual-protect"].advice
+
+
+def test_a_host_whose_kvm_cannot_be_used_is_not_said_to_lack_ring_0(monkeypatch):
+    def refuse(_):
+        raise UnsupportedError("kvm-permission", "not by this user", hint="join its group")
+
+    monkeypatch.setattr("pageferry.kvm.probe_ring_0.trial_guest", refuse)
+    with pytest.raises(UnsupportedError, match=r"^not by this user$") as caught:
+        expect_ring_0()
+    assert caught.value.hint == "join its group"
+
+
+def test_advice_that_doctor_has_given_is_not_said_again(monkeypatch, capsys):
+    refused = {"works": False, "detail": "no", "advice": "join its group"}
+    findings = [doctor.Finding(capability=name, **refused) for name in ("first", "second")]
+    monkeypatch.setattr("pageferry.cli.commands.tools.examine", lambda: findings)
+    print_findings()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("→ ")[1] for line in said[1::2]] == ["join its group", "as for first"]
 
 
 def test_a_guest_without_io_privilege_uses_ports_by_the_kind_of_tss_that_is_chosen(kvm_support):

@@ -26,7 +26,7 @@ def print_status(state: Json, say: Callable[[str], None]) -> None:
     if state["listening"]:
         say(_listening_line(state))
     if state["silent_s"] is not None:
-        say(_receiving_line(state["silent_s"]))
+        _say_receiving(state, say)
     if "memory_bytes" in state:
         _print_guest(state, say)
     if state["migration"] is not None:
@@ -51,11 +51,11 @@ def eta_in_words(eta_s: float | None, reason: str) -> str:
 
 
 def _print_guest(state: Json, say: Callable[[str], None]) -> None:
-    work = ", ".join(f"{each:,}" for each in state["work"])
+    work = f", work done {', '.join(f'{each:,}' for each in state['work'])}" if state["work"] else ""
     memory = format_size(state["memory_bytes"])
     if state["huge_bytes"] is not None:
         memory += f" ({format_size(state['huge_bytes'])} in huge pages, {state['huge_pages']})"
-    say(f"memory {memory}, tracker {state['tracker']}, work done {work}")
+    say(f"memory {memory}, tracker {state['tracker']}{work}")
     say(f"vCPUs {state['cpus']}, CPU {state['cpu']} ({state['cpu_name']})")
     if state["host_cpu"] is not None and not state["host_cpu"]["keeps_cpuid"]:
         from pageferry.core.host_cpu import HostCpu  # which is dear, and mostly there is nothing to say
@@ -77,10 +77,12 @@ def _listening_line(state: Json) -> str:
     return f"its source has not heard yet that the guest is here; it may ask at {state['listening']}"
 
 
-def _receiving_line(silent_s: float) -> str:
-    if silent_s < SILENT_S:
-        return "a guest is being received"
-    return f"a guest is being received; nothing has come from its source for {silent_s:.0f} s"
+def _say_receiving(state: Json, say: Callable[[str], None]) -> None:
+    parts = [] if state.get("missing_pages") else ["a guest is being received"]  # that guest is here, and has a line
+    if state["silent_s"] >= SILENT_S:
+        parts.append(f"nothing has come from its source for {state['silent_s']:.0f} s")
+    if parts:
+        say("; ".join(parts))
 
 
 def _outlook_line(migration: Json) -> str:

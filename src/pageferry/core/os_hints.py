@@ -113,8 +113,13 @@ def device_hint(path: Path, group: str) -> str:
     status = os.stat(path)
     for_group = stat.S_IMODE(status.st_mode) & 0o060 == 0o060
     if for_group and status.st_gid:
-        return f"join its group (sudo usermod -aG {_group(status.st_gid)} $USER, then log in again)"
-    return f"only {owner_of(path)} may open it: sudo chgrp {group} {path}; sudo chmod 660 {path}"
+        return f"join its group ({_join(_group(status.st_gid))})"
+    give = f"sudo chgrp {group} {path}; sudo chmod 660 {path}"
+    return f"only {owner_of(path)} may open it: {give}; {_join(group)}"
+
+
+def _join(group: str) -> str:
+    return f"sudo usermod -aG {group} $USER, then log in again"
 
 
 def _group(gid: int) -> str:

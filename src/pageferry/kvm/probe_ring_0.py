@@ -34,11 +34,13 @@ def expect_ring_0() -> str:
     """Run the two guests; return what was seen.
 
     Raises:
-        UnsupportedError: ring 0 does not run natively here; says what was seen.
+        UnsupportedError: ring 0 does not run natively here, and says what was seen; or there is no KVM to be used.
     """
     try:
         in_ring_3_s = _cost_s(_LOOP, trial_state())
         in_ring_0_s = _cost_s(_PRIVILEGED + _LOOP, _ring_0_state())
+    except UnsupportedError:  # there is no KVM to ask
+        raise
     except VmError as error:
         raise _refusal(str(error)) from error
     if in_ring_0_s > _SLOWER_AT_MOST * in_ring_3_s + _NOISE_S:

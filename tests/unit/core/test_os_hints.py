@@ -88,7 +88,8 @@ def test_a_device_s_hint_is_what_its_owner_group_and_mode_call_for(tmp_path, mod
         pytest.skip("only root gives a file to another group")
     device.chmod(mode)
     assert says in device_hint(device, "kvm")
-    assert ("usermod" in device_hint(device, "kvm")) == (says == "usermod -aG")
+    assert ("chmod" in device_hint(device, "kvm")) == (says != "usermod -aG")
+    assert "$USER, then log in again" in device_hint(device, "kvm")
 
 
 def test_the_owner_of_a_file_is_told_by_name_if_he_has_one(tmp_path):

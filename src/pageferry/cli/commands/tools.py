@@ -56,9 +56,12 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_object({finding.capability: finding.to_json() for finding in findings})
         return
+    told: dict[str, str] = {}
     for finding in findings:
         mark = "[green]yes[/]" if finding.works else "[yellow]no [/]"
         OUT.print(f"{mark} {finding.capability:<22}", end="")
         OUT.print(finding.detail, markup=False, soft_wrap=True)
         if finding.advice:
-            OUT.print(f"    {'':<22}→ {finding.advice}", markup=False, soft_wrap=True)
+            before = told.setdefault(finding.advice, finding.capability)
+            advice = finding.advice if before == finding.capability else f"as for {before}"
+            OUT.print(f"    {'':<22}→ {advice}", markup=False, soft_wrap=True)
