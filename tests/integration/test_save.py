@@ -18,9 +18,9 @@ from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, UnsupportedError, UsageError, VmError
-from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded, RoundProgress
+from pageferry.core.events import Phase, PhaseBegan, RoundBegan, RoundEnded, RoundProgress, Warned
 from pageferry.core.frames import gpa_of
-from pageferry.core.policies import DowntimePolicy, PostcopyPolicy, XenPolicy
+from pageferry.core.policies import DeadlinePolicy, DowntimePolicy, PostcopyPolicy, XenPolicy
 from pageferry.core.vm import MachineModel, VmConfig, VmStatus
 from pageferry.engine.image.outlet import FileOutlet
 from pageferry.engine.image.proof import AtPause
@@ -227,6 +227,15 @@ def test_a_capped_save_writes_no_faster_from_the_first_byte_to_the_last(running,
     there = restored(path, make_vm)
     there.resume()
     assert runs_on(there)
+
+
+@pytest.mark.parametrize(("deadline_s", "missed"), [(1e-6, True), (1e6, False)])
+def test_a_deadline_that_was_missed_is_warned_of(running, path, deadline_s, missed):
+    told = []
+    report = attempt(running(), path, DeadlinePolicy(deadline_s=deadline_s), on_event=told.append).run()
+    start = f"the deadline of {deadline_s:g} s was missed by "
+    assert any(warning.startswith(start) for warning in report.warnings) is missed
+    assert [each for each in told if isinstance(each, Warned)] == [Warned(text=text) for text in report.warnings]
 
 
 def test_a_cancel_does_not_wait_for_the_cap(running, path):

@@ -199,9 +199,8 @@ class DeadlinePolicy:
         after_s = progress.expected_downtime_s  # as much again at the worst: the dirty rate is a lower bound
         left_s = self.deadline_s - progress.elapsed_s
         if round_s + after_s > left_s:
-            return _stop(
-                f"{left_s:.2f} s are left, another round and what follows would take {round_s + after_s:.2f} s"
-            )
+            left = f"{left_s:.2f} s are left" if left_s >= 0 else f"the deadline passed {-left_s:.2f} s ago"
+            return _stop(f"{left}, another round and what follows would take {round_s + after_s:.2f} s")
         if left_bytes > _NO_GAIN * remaining * PAGE_SIZE and progress.at_low_water:
             return _stop(f"another round brings nothing: {_rates(progress)}")
         if progress.rounds_since_low_water >= _PATIENCE_ROUNDS:

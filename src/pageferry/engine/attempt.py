@@ -13,7 +13,9 @@ from pathlib import Path
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationEnded, Phase, Warned
 from pageferry.core.guest_time import WorkSample
+from pageferry.core.policies import DeadlinePolicy
 from pageferry.core.policy import Policy
+from pageferry.core.units import format_duration
 from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.guest import TrackedGuest
@@ -113,6 +115,7 @@ class Attempt:
             self._end(JobStatus.FAILED, "interrupted")
             raise
         self.pause.end()
+        self._warn_of_deadline()
         self._end(JobStatus.COMPLETED, self.report.stop_reason)
 
     def precopy(self) -> contextlib.AbstractContextManager[None]:
@@ -167,6 +170,14 @@ class Attempt:
             self.guest.restore()
             if self.guest.stuck is not None:
                 self.warn(f"the guest stands still here: {self.guest.stuck}; when that is over: pageferry resume")
+
+    def _warn_of_deadline(self) -> None:
+        policy = self.job.policy
+        if isinstance(policy, DeadlinePolicy) and (late_s := self.job.elapsed_s - policy.deadline_s) > 0:
+            self.warn(
+                f"the deadline of {policy.deadline_s:g} s was missed by {format_duration(late_s)}: "
+                "more bandwidth, or --policy postcopy, is what helps"
+            )
 
     def _end(self, status: JobStatus, reason: str) -> None:
         if self.job.postcopy is not None:

@@ -198,6 +198,12 @@ def test_a_deadline_uses_its_time_to_shorten_the_downtime():
     assert total_s <= 5
 
 
+def test_a_deadline_that_has_passed_is_told_as_that():
+    decision, rounds, _ = guest(wire=100_000, dirty=70_000, hot=10**6, policy=DeadlinePolicy(deadline_s=0.5))
+    assert len(rounds) == 1
+    assert decision.reason.startswith("the deadline passed 1.50 s ago, another round and what follows would take ")
+
+
 def test_a_deadline_does_not_repeat_rounds_that_bring_nothing():
     decision, rounds, _ = guest(wire=100_000, dirty=10**6, hot=50_000, policy=DeadlinePolicy(deadline_s=600))
     assert len(rounds) <= 3
