@@ -214,8 +214,8 @@ def test_a_disk_that_is_full_leaves_the_guest_running(guest, small_disk):
 NOT_WHOLE = {
     "half": (lambda data: data[: len(data) // 2], "the stream stops after"),
     "one byte less": (lambda data: data[:-1], "in record header at byte"),
-    "record": (lambda data: data[:40] + b"\xee" + data[41:], "in record type 0xee at byte 40"),
-    "other file": (lambda data: b"\x7fELF" + data[4:], "this is an ELF file, no libxc migration stream"),
+    "record": (lambda data: data[:40] + b"\xee" + data[41:], "(in record type 0xee at byte 40)"),
+    "other file": (lambda data: b"\x7fELF" + data[4:], "this is an ELF file, not a libxc migration stream"),
     "empty": (lambda data: b"", "the stream stops after 0 bytes"),
 }
 

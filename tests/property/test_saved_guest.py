@@ -125,7 +125,7 @@ def test_broken_memory_is_refused():
     with pytest.raises(BodyError, match="gfn 0x7 is broken"):
         PageIndex(12).note(header, 0)
     data, starts = stream(([7], [0xD], []))
-    with pytest.raises(RecordError, match=f"in PAGE_DATA at byte {starts[3]}$"), opened(data):
+    with pytest.raises(RecordError, match=rf"\(in PAGE_DATA at byte {starts[3]}\)$"), opened(data):
         pass
 
 
@@ -167,12 +167,12 @@ def test_what_is_not_a_stream_is_refused(data):
 @pytest.mark.parametrize(
     ("made", "says"),
     [
-        (lambda: stream(*TWO, cpuid=()), "which CPU the guest has in CPUID_POLICY"),
+        (lambda: stream(*TWO, cpuid=()), r"which CPU the guest has \(in CPUID_POLICY"),
         (lambda: stream(([514], [0], [page(1)])), "gfn 0x200 is RAM of the guest, and nothing tells what it holds"),
         (lambda: stream(([0xC0000], [0xE], [])), "gfn 0x200 is RAM of the guest"),
-        (lambda: stream(([1 << 40], [0], [page(1)])), "gfn 0x10000000000 is outside the guest in PAGE_DATA"),
+        (lambda: stream(([1 << 40], [0], [page(1)])), r"gfn 0x10000000000 is outside the guest \(in PAGE_DATA"),
         (lambda: stream(pages=100), "100 frames make no guest"),
-        (lambda: stream(*TWO, context=b"\1\0\0\0"), "an entry header is cut in HVM_CONTEXT at byte"),
+        (lambda: stream(*TWO, context=b"\1\0\0\0"), r"an entry header is cut \(in HVM_CONTEXT at byte"),
     ],
 )
 def test_a_stream_that_makes_no_guest_is_refused(made, says):
@@ -183,7 +183,7 @@ def test_a_stream_that_makes_no_guest_is_refused(made, says):
 def test_offsets_in_the_context_are_offsets_in_the_file():
     context = encode_machine_state(STATE)[:-8] + b"\x0d\0\0\0" + bytes(12)
     data, starts = stream(context=context)
-    with pytest.raises(RecordError, match="no machine here can hold this state in HVM_CONTEXT PMTIMER 0") as refused:
+    with pytest.raises(RecordError, match=r"no machine here can hold this state \(in HVM_CONTEXT PMTIMER 0") as refused:
         opened(data).__enter__()
     assert refused.value.offset == starts[-2] + 8 + len(context) - 16
 
@@ -202,7 +202,7 @@ def test_a_file_that_became_shorter_is_found_when_its_pages_are_read(tmp_path):
     path.write_bytes(stream(*TWO)[0])
     with SavedGuest(path) as saved:
         os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(TruncatedError, match="has become shorter since it was checked at byte"):
+        with pytest.raises(TruncatedError, match=r"has become shorter since it was checked \(at byte"):
             contents_of(saved)
 
 

@@ -123,9 +123,12 @@ def print_table(name: str, read: Read, console: Console) -> None:
     """
     pages: _Pages | None = None
     inside = Inside(read)
-    console.print(f"{'record':>13} {'offset':>14}  {'type':<16}{'body':>10}", style="bold")
+    headed = False
     try:
         for seen in walked(name, inside):
+            if not headed:
+                console.print(f"{'record':>13} {'offset':>14}  {'type':<16}{'body':>10}", style="bold")
+                headed = True
             if seen.index is None and inside.envelope is not None:
                 console.print(_around(inside.envelope), markup=False, soft_wrap=True)
             if seen.name == "PAGE_DATA":

@@ -124,9 +124,9 @@ class StreamError(PageferryError):
     """
 
     def __init__(self, message: str, *, record: str = "", offset: int | None = None, hint: str = "") -> None:
-        where = f" in {record}" if record else ""
-        at = "" if offset is None else f" at byte {offset}"
-        super().__init__(f"{message}{where}{at}", hint=hint)
+        place = [f"in {record}" if record else "", "" if offset is None else f"at byte {offset}"]
+        where = " ".join(filter(None, place))
+        super().__init__(f"{message} ({where})" if where else message, hint=hint)
         self.reason = message
         self.record = record
         self.offset = offset

@@ -218,7 +218,7 @@ class Decoder:
     def _refuse_foreign(self, begin: bytes) -> None:
         foreign = recognised(begin)
         if foreign is not None:
-            why = f"this is {foreign.name}, no libxc migration stream"
+            why = f"this is {foreign.name}, not a libxc migration stream"
             raise RecordError(why, record=self._record, offset=self._record_offset, hint=foreign.hint)
 
     def _domain_header(self, data: bytes) -> Event:

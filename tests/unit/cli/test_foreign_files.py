@@ -80,14 +80,14 @@ FOR_RESTORE = {
 def test_inspect_names_what_it_does_not_read(inspect, write, name):
     result = inspect(write(FOREIGN[name]), "--check")
     assert result.returncode == 7
-    assert f": this is {name}, no libxc migration stream in image header at byte 0" in result.stderr
+    assert f": this is {name}, not a libxc migration stream (in image header at byte 0)" in result.stderr
 
 
 @pytest.mark.parametrize("name", FOREIGN | FOR_RESTORE)
 def test_restore_names_what_it_does_not_restore(here, write, name):
     result = here("restore", write((FOREIGN | FOR_RESTORE)[name]), "--accel", "soft")
     assert (result.returncode, result.stdout) == (7, "")
-    assert one_line(result).startswith(f"pageferry: this is {name}, no libxc migration stream")
+    assert one_line(result).startswith(f"pageferry: this is {name}, not a libxc migration stream")
 
 
 @pytest.mark.parametrize("bytes_after", [0, 3])
@@ -95,7 +95,7 @@ def test_a_file_shorter_than_our_header_is_named_once_its_magic_is_whole(inspect
     file = write(b"QEVM" + bytes(bytes_after))
     for result in (inspect(file), here("restore", file, "--accel", "soft")):
         assert result.returncode == 7
-        assert ": this is a QEMU migration stream, no libxc migration stream" in result.stderr
+        assert ": this is a QEMU migration stream, not a libxc migration stream" in result.stderr
         assert "hint: QEMU reads it, by -incoming" in result.stderr
     assert "the stream stops after 3 bytes" in inspect(write(b"QEV")).stderr
 
@@ -114,7 +114,7 @@ def test_a_stream_of_a_real_qemu_is_named(inspect, here, tmp_path):
     )
     for result in (inspect(file), here("restore", file, "--accel", "soft")):
         assert result.returncode == 7
-        assert "this is a QEMU migration stream, no libxc migration stream" in result.stderr
+        assert "this is a QEMU migration stream, not a libxc migration stream" in result.stderr
         assert "hint: QEMU reads it, by -incoming" in result.stderr
 
 
@@ -158,16 +158,16 @@ def test_xens_own_stream_inside_its_own_file_is_compared(inspect, write):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (xl_file(b"", order=0x04030201), "saved on a host of another byte order in xl header at byte 32"),
+        (xl_file(b"", order=0x04030201), "saved on a host of another byte order (in xl header at byte 32)"),
         (xl_file(b"", mandatory=7), "needs what is not known: flags 0x4"),
         (xl_file(b"", mandatory=1), "the stream in it is of Xen before 4.6"),
         (xl_file(b"", length=1 << 31), "a configuration of 2147483648 bytes"),
         (xl_file(bytes(16)), "no libxl stream follows"),
-        (libxl_stream(b"", version=3), "libxl stream version 3 is not 2 in libxl header at byte 0"),
+        (libxl_stream(b"", version=3), "libxl stream version 3 is not 2 (in libxl header at byte 0)"),
         (libxl_stream(b"", options=1), "big-endian"),
-        (libxl_stream(b"", before=[record(0)]), "there is no libxc stream in it in libxl END at byte 16"),
-        (libxl_stream(b"", before=[record(9)]), "a libxl record of unknown type in type 0x9 at byte 16"),
-        (libxl_stream(b"", before=[record(0, b"x")]), "it has a body in libxl END at byte 16"),
+        (libxl_stream(b"", before=[record(0)]), "there is no libxc stream in it (in libxl END at byte 16)"),
+        (libxl_stream(b"", before=[record(9)]), "a libxl record of unknown type (in type 0x9 at byte 16)"),
+        (libxl_stream(b"", before=[record(0, b"x")]), "it has a body (in libxl END at byte 16)"),
         (libxl_stream(LIBXC, after=[record(9)]), "a libxl record of unknown type"),
         (libxl_stream(LIBXC)[:-1], "the file stops after"),
     ],

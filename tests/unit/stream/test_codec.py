@@ -351,7 +351,9 @@ def test_version_2_has_no_static_data():
     decoder, events = drain(stream)
     assert decoder.ended
     assert events[0].version == 2
-    with pytest.raises(OrderError, match="version 2 stream of an x86 HVM guest has no such record in STATIC_DATA_END"):
+    with pytest.raises(
+        OrderError, match=r"version 2 stream of an x86 HVM guest has no such record \(in STATIC_DATA_END at"
+    ):
         drain(stream[:40] + STATIC)
     encoder = begun(version=2)
     with pytest.raises(LocalStreamError, match="has no such record"):
@@ -412,14 +414,18 @@ def image(marker=fmt.MARKER, image_id=fmt.IMAGE_ID, version=3, options=0, reserv
 @pytest.mark.parametrize(
     ("header", "error", "match"),
     [
-        (image(marker=0), RecordError, "not a libxc migration stream.* in image header at byte 0"),
+        (image(marker=0), RecordError, r"not a libxc migration stream.* \(in image header at byte 0\)"),
         (image(image_id=1), RecordError, "not a libxc migration stream"),
-        (image(version=4), VersionError, r"version 4 is not one we read \(2 to 3\) in image header at byte 0"),
+        (image(version=4), VersionError, r"version 4 is not one we read \(2 to 3\) \(in image header at byte 0\)"),
         (image(version=1), VersionError, "version 1"),
         (image(options=1), RecordError, "big-endian"),
         (image(options=2), RecordError, "reserved"),
         (image(reserved=1), RecordError, "reserved"),
-        (image() + struct.pack("<IHHII", 1, 12, 0, 4, 17), RecordError, "x86 PV guest.* in domain header at byte 24"),
+        (
+            image() + struct.pack("<IHHII", 1, 12, 0, 4, 17),
+            RecordError,
+            r"x86 PV guest.* \(in domain header at byte 24\)",
+        ),
         (image() + struct.pack("<IHHII", 3, 12, 0, 4, 17), RecordError, "domain type 3"),
         (image() + struct.pack("<IHHII", 2, 16, 0, 4, 17), RecordError, "page shift 16"),
         (image() + struct.pack("<IHHII", 2, 12, 1, 4, 17), RecordError, "reserved"),
@@ -432,15 +438,15 @@ def test_wrong_headers(header, error, match):
 @pytest.mark.parametrize(
     ("tail", "match"),
     [
-        (record(0x13), "mandatory record of a type that is not known in record type 0x13 at byte 40"),
-        (record(0x11, bytes(25)), "25 bytes is not a multiple of 24 in CPUID_POLICY"),
+        (record(0x13), r"mandatory record of a type that is not known \(in record type 0x13 at byte 40\)"),
+        (record(0x11, bytes(25)), r"25 bytes is not a multiple of 24 \(in CPUID_POLICY"),
         (record(0x11), "body of 0 bytes is not between 24 and"),
         (record(0x12, bytes(17)), "17 bytes is not a multiple of 16"),
-        (record(0x10, b"x"), "body of 1 bytes is not between 0 and 0 in STATIC_DATA_END"),
-        (STATIC + ONE_PAGE + record(8, bytes(16)), "body of 16 bytes is not between 24 and 24 in TSC_INFO"),
+        (record(0x10, b"x"), r"body of 1 bytes is not between 0 and 0 \(in STATIC_DATA_END"),
+        (STATIC + ONE_PAGE + record(8, bytes(16)), r"body of 16 bytes is not between 24 and 24 \(in TSC_INFO"),
         (STATIC + ONE_PAGE + record(8, bytes(23) + b"\1"), "reserved field"),
         (STATIC + ONE_PAGE + record(9), "body of 0 bytes is not between 1 and"),
-        (STATIC + ONE_PAGE + record(9, b"x", padding=b"\0\0\0\1\0\0\0"), "padding is not 0 in HVM_CONTEXT"),
+        (STATIC + ONE_PAGE + record(9, b"x", padding=b"\0\0\0\1\0\0\0"), r"padding is not 0 \(in HVM_CONTEXT"),
         (STATIC + ONE_PAGE + record(0xA, struct.pack("<IIQQ", 2, 0, 1, 2)), "2 parameters do not take 16 bytes"),
         (STATIC + ONE_PAGE + record(0xA, struct.pack("<II", 0, 1)), "reserved"),
         (STATIC + record(1, bytes(8)), "body of 8 bytes is not between 16"),
@@ -472,7 +478,7 @@ def test_a_gfn_outside_the_guest_is_refused_unless_it_says_that_there_is_nothing
     if accepted:
         drain(stream, gfn_limit=100)
     else:
-        refused(stream, RecordError, "gfn 0x64 is outside the guest in PAGE_DATA at byte 48", gfn_limit=100)
+        refused(stream, RecordError, r"gfn 0x64 is outside the guest \(in PAGE_DATA at byte 48\)", gfn_limit=100)
 
 
 @pytest.mark.parametrize("number", [0, 1, 8, 9, 0xA, 0x10, 0x11, 0x12, 0x77, 0x8000_0000])
@@ -507,7 +513,7 @@ def test_an_error_is_final():
 
 
 def test_nothing_at_all_is_truncated():
-    with pytest.raises(TruncatedError, match="stops after 0 bytes in image header"):
+    with pytest.raises(TruncatedError, match=r"stops after 0 bytes \(in image header"):
         Decoder().eof()
 
 
@@ -546,7 +552,7 @@ def test_encoder_refuses_illegal_pages(arguments, match):
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        (TscInfo(khz=1 << 32), "does not fit its width in TSC_INFO"),
+        (TscInfo(khz=1 << 32), r"does not fit its width \(in TSC_INFO"),
         (TscInfo(nsec=-1), "does not fit its width"),
         (HvmParams(params=((0, 1 << 64),)), "does not fit its width"),
         (HvmParams(params=((0, 0),) * 1025), "is not between 8 and"),
@@ -580,7 +586,7 @@ def test_every_known_record_has_limits_or_is_not_for_hvm():
     others |= {RecordType(number) for number in (0x7, 0xB, 0xD, 0xE, 0xF)}
     assert set(RecordType) - others == set(fmt.BODY_BYTES)
     for number in others:
-        refused(HEADER + STATIC + record(number), OrderError, f"has no such record in {number.name} at byte 48")
+        refused(HEADER + STATIC + record(number), OrderError, rf"has no such record \(in {number.name} at byte 48\)")
 
 
 def audit_body(rows, reserved=0):

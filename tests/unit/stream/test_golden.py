@@ -141,7 +141,9 @@ def test_xen_hvm_context_goes_there_and_back(xen_events):
 
 
 def test_xen_hvm_context_is_refused_whole_since_no_machine_here_holds_its_devices(xen_events):
-    with pytest.raises(RecordError, match="no machine here can hold this state in HVM_CONTEXT PCI_IRQ 0 at byte 2136"):
+    with pytest.raises(
+        RecordError, match=r"no machine here can hold this state \(in HVM_CONTEXT PCI_IRQ 0 at byte 2136\)"
+    ):
         decode_machine_state(xen_events[-3].data)
 
 
