@@ -454,8 +454,8 @@ class _Descriptor(io.RawIOBase):
         return len(data)
 
 
-#: What stands for characters that an encoding has not; others are escaped.
-_PLAIN = {"→": "->", "…": "...", "µ": "u", "·": ".", **dict.fromkeys("█▉▊▋▌▍▎▏▐", "#")}
+#: What stands for characters that an encoding has not: one each, so that frames stay straight; others are escaped.
+_PLAIN = {"→": ">", "…": ".", "µ": "u", "·": ".", **dict.fromkeys("█▉▊▋▌▍▎▏▐▕", "#")}
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:

@@ -198,13 +198,13 @@ def test_a_reader_that_is_slow_on_a_descriptor_that_does_not_block_gets_everythi
 
 @pytest.mark.parametrize(
     ("encoding", "shown"),
-    [("ascii", b"-> ## \\xe9 \\xff"), ("latin-1", b"-> ## \xe9 \\xff"), ("utf-8", "→ █▌ é \\xff".encode())],
+    [("ascii", b"> ### \\xe9 \\xff"), ("latin-1", b"> ### \xe9 \\xff"), ("utf-8", "→ █▌▕ é \\xff".encode())],
 )
 def test_characters_that_the_encoding_has_not_are_degraded(tmp_path, encoding, shown):
     name = os.fsdecode(b"\xff")
 
     def command():
-        print(f"→ █▌ é {name}")
+        print(f"→ █▌▕ é {name}")
         raise UsageError(f"cannot read {name}")
 
     with (tmp_path / "out").open("w+b") as out, (tmp_path / "err").open("w+b") as err, Standard(out, err, encoding):
