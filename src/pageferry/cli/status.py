@@ -94,7 +94,7 @@ def _outlook_line(migration: Json) -> str:
         f"{format_size(ram['dirty-pages-rate'] * PAGE_SIZE)}/s dirtied",
     ]
     if "expected-downtime" in migration:
-        words.append(f"a pause now would take {migration['expected-downtime']} ms")
+        words.append(f"a pause now would take {format_duration(migration['expected-downtime'] / 1e3)}")
     return ", ".join([*words, eta_in_words(migration["x-eta-s"], migration["x-eta-reason"])])
 
 
@@ -113,5 +113,5 @@ def _witness_line(found: Json) -> str:
     rounds = f"{found['rounds']} round{'s' if found['rounds'] != 1 else ''}"
     return (
         f"oracle: {found['trackers']} agreed on {found['pages']:,} pages in {rounds}, "
-        f"{found['spurious_primary']:,} + {found['spurious_witness']:,} spurious reports"
+        f"{found['spurious_primary']:,} + {found['spurious_witness']:,} reports of pages that had not changed"
     )

@@ -14,7 +14,7 @@ from pageferry.core.guest_time import GuestTime
 from pageferry.core.policies import ConvergePolicy, DowntimePolicy
 from pageferry.core.policy import Action, Progress, RoundStats
 from pageferry.core.sent_pages import HotRange, SentPages
-from pageferry.core.units import format_duration, format_size
+from pageferry.core.units import format_count, format_duration, format_size
 
 #: So many hot ranges are told.
 _TOLD_RANGES = 3
@@ -136,9 +136,13 @@ def _faults(report: MigrationReport, time: GuestTime) -> list[str]:
     faults = report.fault_count
     if faults is None:
         faults = sum(stats.dirty_pages for stats in report.rounds[1:])
-        line = f"Its first writes to {faults:,} protected pages took a fault each, or were marked by a device"
+        line = (
+            "Its first write to 1 protected page took a fault, or was marked by a device"
+            if faults == 1
+            else f"Its first writes to {faults:,} protected pages took a fault each, or were marked by a device"
+        )
     else:
-        line = f"It took {faults:,} write faults to find its dirty pages"
+        line = f"It took {format_count(faults, 'write fault')} to find its dirty pages"
     if not faults:
         return []
     rest_s = 0.0 if time.lost_s is None else time.lost_s - report.throttled_s - time.rehearsal_s
@@ -151,9 +155,12 @@ def _hot(sent: SentPages) -> tuple[str, ...]:
 
 
 def _range(hot: HotRange, sent: SentPages) -> str:
+    last = f" to {hot.first_gfn + hot.pages - 1:#x}" if hot.pages > 1 else ""
+    were = "was" if sent.again_pages == 1 else "were"
     return (
-        f"gfn {hot.first_gfn:#x} to {hot.first_gfn + hot.pages - 1:#x} ({format_size(hot.pages * PAGE_SIZE)}): "
-        f"{hot.again_pages / sent.again_pages:.0%} of the {sent.again_pages:,} pages that were sent again."
+        f"gfn {hot.first_gfn:#x}{last} ({format_size(hot.pages * PAGE_SIZE)}): "
+        f"{hot.again_pages / sent.again_pages:.0%} of the {format_count(sent.again_pages, 'page')} "
+        f"that {were} sent again."
     )
 
 

@@ -8,6 +8,7 @@ says why.
 from dataclasses import dataclass
 
 from pageferry.core.frames import PAGE_SIZE
+from pageferry.core.units import format_size
 
 #: So many rounds are played; a migration that needs more has no end that is worth telling.
 _MAX_ROUNDS = 60
@@ -103,4 +104,4 @@ class Eta:
 
 
 def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e6:.0f} MB/s"
+    return f"{format_size(bytes_per_s)}/s"

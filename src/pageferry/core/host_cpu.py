@@ -99,10 +99,10 @@ def cpu_warning(source: HostCpu | None, destination: HostCpu | None) -> str | No
     """
     if source is not None and source.warning is not None:
         if destination is None:
-            return f"{source.warning}; the destination may lack features that it uses"
+            return f"{source.warning}; the destination may lack features that the guest uses"
         if destination.keeps_cpuid or _numbers(destination) != _numbers(source):
-            return f"{source.warning}; the destination ({destination}) may lack features that it uses"
-        return f"{source.warning}; the destination has the same"
+            return f"{source.warning}; the destination ({destination}) may lack features that the guest uses"
+        return f"{source.warning}; the destination's CPU is the same"
     if destination is not None and not destination.keeps_cpuid:
         return f"at the destination the guest will see that host's CPU ({destination}) and not its CPUID table"
     return None

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pageferry.core.errors import UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import Action, Decision, Progress
+from pageferry.core.units import format_count, format_size
 
 #: So often the fixed costs must have been measured before they alone are a reason to give up.
 _FIXED_ROUNDS = 3
@@ -41,13 +42,18 @@ def _abort(reason: str) -> Decision:
 
 
 def _rates(progress: Progress) -> str:
-    wire = (progress.wire_bytes_per_s or 0.0) / 1e6
-    return f"the guest dirties {progress.dirty_bytes_per_s / 1e6:.0f} MB/s, the wire moves {wire:.0f} MB/s"
+    wire = format_size(progress.wire_bytes_per_s or 0.0)
+    return f"the guest dirties {format_size(progress.dirty_bytes_per_s)}/s, the wire moves {wire}/s"
+
+
+def _dirty(pages: int, fewer_than: int | None = None) -> str:
+    few = "" if fewer_than is None else f", fewer than {fewer_than}"
+    return f"{format_count(pages, 'page')} {'is' if pages == 1 else 'are'} dirty{few}"
 
 
 def _low_water(progress: Progress) -> str:
     low = progress.low_water
-    return f"at best {low.remaining_pages * PAGE_SIZE / 1e6:.1f} MB remained, after round {low.index}"
+    return f"at best {format_size(low.remaining_pages * PAGE_SIZE)} remained, after round {low.index}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +80,14 @@ class XenPolicy:
         """Apply the three limits in turn."""
         last = progress.last
         if last.remaining_pages < self.min_dirty_pages:
-            return _stop(f"{last.remaining_pages} pages are dirty, fewer than {self.min_dirty_pages}")
+            return _stop(_dirty(last.remaining_pages, self.min_dirty_pages))
         if len(progress.rounds) >= self.max_rounds:
-            return _stop(f"{len(progress.rounds)} rounds were made")
+            return _stop(
+                f"{format_count(len(progress.rounds), 'round')} {'was' if len(progress.rounds) == 1 else 'were'} made"
+            )
         if progress.sent_pages > self.max_factor * progress.memory_pages:
             return _stop(f"more than {self.max_factor:g} x the memory was sent")
-        return _next_round(f"{last.remaining_pages} pages are dirty")
+        return _next_round(_dirty(last.remaining_pages))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +201,7 @@ class DeadlinePolicy:
         """Reckon what one more round would bring, and whether there is time for it."""
         remaining = progress.last.remaining_pages
         if remaining < _FEW_PAGES:
-            return _stop(f"{remaining} pages are dirty, fewer than {_FEW_PAGES}")
+            return _stop(_dirty(remaining, _FEW_PAGES))
         round_s = progress.expected_downtime_s - progress.fixed_s
         left_bytes = min(remaining * PAGE_SIZE, progress.dirty_bytes_per_s * round_s)
         after_s = progress.expected_downtime_s  # as much again at the worst: the dirty rate is a lower bound
@@ -241,7 +249,7 @@ class PostcopyPolicy:
         no_gain = len(progress.rounds) > 1 and not progress.at_low_water
         if len(progress.rounds) < self.max_rounds and not no_gain:
             return _next_round(expected)
-        left = f"{progress.last.remaining_pages * PAGE_SIZE / 1e6:.1f} MB are left to come after the switch"
+        left = f"{format_size(progress.last.remaining_pages * PAGE_SIZE)} are left to come after the switch"
         return Decision(action=Action.POST_COPY, reason=f"{left}; {expected}")
 
 
@@ -265,4 +273,4 @@ def _beyond(progress: Progress, limit_s: float) -> str:
     """Return why no pause can fit ``limit_s``, whatever the guest writes; empty when one may."""
     if progress.fixed_s <= limit_s or len(progress.rounds) < _FIXED_ROUNDS:
         return ""
-    return f"state and verification alone take {progress.fixed_s * 1e3:.0f} ms of the {limit_s * 1e3:.0f} ms allowed"
+    return f"state and verification alone take {progress.fixed_s * 1e3:.0f} ms, and {limit_s * 1e3:.0f} ms are allowed"

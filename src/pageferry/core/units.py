@@ -47,6 +47,11 @@ def format_size(size_bytes: float) -> str:
     return f"{size_bytes:.0f} B"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return "1 page", or "1,000 pages"; the noun is one whose plural only takes an s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_duration(duration_s: float) -> str:
     """Return ``duration_s`` for a person, in s, ms or µs."""
     if duration_s >= 1:

@@ -28,7 +28,7 @@ class Announcer:
     def warn(self, text: str) -> None:
         """Warn a person; of a warning that begins with the known one, say only what is new."""
         if self._known is not None and text.startswith(self._known):
-            text = f"the guest's CPU, as above: {text.removeprefix(self._known)}"
+            text = text.removeprefix(self._known)
         self.say(f"warning: {text}")
 
     def tell_clients_of(self, server: QmpServer) -> None:

@@ -124,6 +124,9 @@ def test_faults_that_were_not_counted_are_at_least_the_pages_that_cleans_reporte
     assert explain(made).guest_time == (
         "Its first writes to 100 protected pages took a fault each, or were marked by a device.",
     )
+    assert explain(report((1000, 1), (1, 0), guest_time=guest_time())).guest_time == (
+        "Its first write to 1 protected page took a fault, or was marked by a device.",
+    )
 
 
 def test_hot_ranges_are_told_with_their_share():
@@ -137,6 +140,9 @@ def test_hot_ranges_are_told_with_their_share():
         "gfn 0x400 to 0x4ff (1 MiB): 30% of the 1,000 pages that were sent again.",
     )
     assert explain(report((1000, 0))).hot == ()
+    one = HotRange(first_gfn=2, pages=1, sent_pages=2, again_pages=1)
+    made = report((1000, 0), sent=replace(NOTHING_SENT, again_pages=1, rewritten_pages=1, hot=(one,)))
+    assert explain(made).hot == ("gfn 0x2 (4 KiB): 100% of the 1 page that was sent again.",)
 
 
 @given(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pageferry.core.forecast import Eta, Pace, left_s
 
-MB = 1e6
+MB = 1 << 20
 PACE = Pace(remaining_bytes=1000 * MB, wire_bytes_per_s=100 * MB, dirty_bytes_per_s=10 * MB, fixed_s=0.1, limit_s=0.3)
 
 
@@ -55,8 +55,8 @@ def test_noise_does_not_move_it():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dirty_bytes_per_s": 50 * MB}, "the guest writes 50 MB/s; it was 10 MB/s"),
-        ({"wire_bytes_per_s": 50 * MB}, "the wire moves 50 MB/s; it was 100 MB/s"),
+        ({"dirty_bytes_per_s": 50 * MB}, "the guest writes 50 MiB/s; it was 10 MiB/s"),
+        ({"wire_bytes_per_s": 50 * MB}, "the wire moves 50 MiB/s; it was 100 MiB/s"),
         ({"fixed_s": 0.25}, "state and verification take 250 ms; it was 100 ms"),
         ({"limit_s": 0.11}, "the downtime limit was changed"),
         ({"remaining_bytes": 2000 * MB}, "a round left more than was expected"),
@@ -73,7 +73,7 @@ def test_no_end_in_sight_says_why():
     eta = Eta()
     eta.tell(PACE, 0.0)
     assert eta.tell(but(dirty_bytes_per_s=200 * MB), 1.0) is None
-    assert eta.reason == "the guest writes 200 MB/s, the wire moves 100 MB/s"
+    assert eta.reason == "the guest writes 200 MiB/s, the wire moves 100 MiB/s"
     assert eta.tell(PACE, 2.0) == pytest.approx(11.2)
     assert Eta().tell(but(wire_bytes_per_s=None), 0.0) is None
 

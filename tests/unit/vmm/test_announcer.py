@@ -9,7 +9,7 @@ from pageferry.vmm.announcer import Announcer
         (
             "it sees its host's CPU",
             "it sees its host's CPU; move it nowhere",
-            "the guest's CPU, as above: move it nowhere",
+            "move it nowhere",
         ),
         ("it sees its host's CPU", "the disk is gone", "the disk is gone"),
         (None, "it sees its host's CPU; move it nowhere", "it sees its host's CPU; move it nowhere"),
