@@ -53,6 +53,7 @@ from pageferry.stream.ferry_frames import FrameType
 from pageferry.stream.ferry_order import Side
 from pageferry.stream.hvm_context import decode_machine_state, encode_machine_state
 from pageferry.stream.packing import Packing
+from pageferry.vmm.qmp_error import QmpError
 
 MiB = 1 << 20
 #: What may arrive; and how much more than nothing any attempt may hold: what is populated ahead, and some.
@@ -515,8 +516,12 @@ class QmpTarget:
         return f"{sum(b'return' in answer for answer in answers)} commands were done"
 
     def _end(self, process: Process) -> None:
-        with contextlib.suppress(VmError):  # it may have ended already
+        try:
             process.ask("quit")
+        except QmpError:  # it migrates
+            process.popen.terminate()
+        except VmError:  # it has ended already
+            pass
         code = process.popen.wait(60)
         require(code == 0, f"exit code {code}: {process.log.read_text()}")
         process.end()
