@@ -13,6 +13,16 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
+#: What a person is told instead of QMP's word.
+_DOING = {
+    "inmigrate": "waiting for a guest",
+    "finish-migrate": "paused for the stop-and-copy",
+    "postmigrate": "the guest is not here any more; it ran",
+    "shutdown": "shut down",
+    "guest-panicked": "crashed",
+    "io-error": "paused, since a page cannot be read from its file,",
+}
+
 
 def print_status(state: Json, say: Callable[[str], None]) -> None:
     """Print some lines about a guest process.
@@ -22,7 +32,7 @@ def print_status(state: Json, say: Callable[[str], None]) -> None:
             ``query-migrate``, None if no migration is under way.
         say: prints a line.
     """
-    say(f"{state['name']}: {state['status']} on {state['accel']} ({state['accel_reason']})")
+    say(f"{state['name']}: {_doing(state)} on {state['accel']} ({state['accel_reason']})")
     if state["listening"]:
         say(_listening_line(state))
     if state["silent_s"] is not None:
@@ -67,6 +77,13 @@ def _print_guest(state: Json, say: Callable[[str], None]) -> None:
         say(_witness_line(state["oracle"]))
     if state["missing_pages"]:
         say(_missing_line(state))
+
+
+def _doing(state: Json) -> str:
+    # What the process does, in words; QMP's word where it has none.
+    if state["status"] == "postmigrate" and state["guest_at"] == "unknown":
+        return "not known whether the guest has left; it ran"
+    return _DOING.get(state["status"], state["status"])
 
 
 def _listening_line(state: Json) -> str:
