@@ -15,6 +15,7 @@ from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
 from pageferry.core.errors import UsageError
 from pageferry.core.hugepages import HugePages
 from pageferry.core.paths import absolute as absolute_path
+from pageferry.core.policies import PostcopyPolicy
 from pageferry.core.policy_names import POLICIES, make_policy
 from pageferry.core.ram import ram_layout
 from pageferry.core.units import parse_rate, parse_size
@@ -117,6 +118,24 @@ LimitOption = Annotated[
     typer.Option(
         callback=_checked(_expect_positive), help="Downtime allowed, in ms (downtime, converge, postcopy; default 300)."
     ),
+]
+#: A save cannot follow a policy that may switch before all pages are there.
+_SAVE_POLICIES = [name for name, (policy, _) in POLICIES.items() if policy is not PostcopyPolicy]
+SavePolicyOption = Annotated[
+    str,
+    typer.Option(help=f"When to stop and copy: {', '.join(_SAVE_POLICIES)}, or module:Name."),
+]
+SaveLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        callback=_checked(_expect_positive), help="Downtime allowed, in ms (downtime, converge; default 300)."
+    ),
+]
+SaveRoundsOption = Annotated[
+    int | None, typer.Option(min=1, help="Rounds at the most (downtime 30, converge 60, xen 5).")
+]
+SavePlotOption = Annotated[
+    Path | None, path_option("--plot", help="Draw the save into this file, FILE.html: a self-contained HTML page.")
 ]
 RoundsOption = Annotated[
     int | None, typer.Option(min=1, help="Rounds at the most (downtime 30, converge 60, xen 5, postcopy 3).")

@@ -83,7 +83,8 @@ def _doing(state: Json) -> str:
     # What the process does, in words; QMP's word where it has none.
     if state["status"] == "postmigrate" and state["guest_at"] == "unknown":
         return "not known whether the guest has left; it ran"
-    return _DOING.get(state["status"], state["status"])
+    word: str = state["status"]
+    return _DOING.get(word, word)
 
 
 def _listening_line(state: Json) -> str:

@@ -17,6 +17,13 @@ from pageferry.stream.packing import Packing
 GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "trackers.md"
 
 
+def test_the_help_of_save_offers_only_what_a_save_can_do():
+    command = typer.main.get_command(main.app_with(["save"])).commands["save"]
+    helps = {parameter.name: parameter.help for parameter in command.params}
+    assert helps["policy"] == "When to stop and copy: downtime, converge, deadline, xen, or module:Name."
+    assert not [name for name, text in helps.items() if text and ("postcopy" in text or "migration" in text)]
+
+
 def test_the_help_and_the_guide_name_every_tracker():
     help_text = get_args(TrackerOption)[1].help
     on_soft, on_kvm = re.fullmatch(r".*: (.*) \(soft\), (.*) \(kvm\)\.", help_text).groups()

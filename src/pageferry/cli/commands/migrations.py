@@ -28,6 +28,10 @@ from pageferry.cli.options import (
     PlotOption,
     PolicyOption,
     RoundsOption,
+    SaveLimitOption,
+    SavePlotOption,
+    SavePolicyOption,
+    SaveRoundsOption,
     TimeoutOption,
     TlsDirOption,
     TrackerOption,
@@ -218,14 +222,14 @@ def save(
     stop: Annotated[
         bool, typer.Option("--stop", help="Stop the guest here when it is saved; without it, it runs on: a snapshot.")
     ] = False,
-    policy: PolicyOption = "downtime",
-    downtime_limit: LimitOption = None,
-    max_rounds: RoundsOption = None,
+    policy: SavePolicyOption = "downtime",
+    downtime_limit: SaveLimitOption = None,
+    max_rounds: SaveRoundsOption = None,
     deadline: DeadlineOption = None,
     pause_limit: PauseLimitOption = None,
     bandwidth: BandwidthOption = None,
     as_json: JsonOption = False,
-    plot: PlotOption = None,
+    plot: SavePlotOption = None,
 ) -> None:
     """Save a guest to a file while it runs, and prove that the file holds it; Ctrl-C cancels."""
     if file is not None and what.startswith(XEN_PREFIX):
