@@ -161,6 +161,11 @@ def test_kvm_that_is_missing_is_said_with_a_hint(tmp_path):
     assert "hint: " in result.stderr
 
 
+@pytest.mark.parametrize("accel", ["auto", "soft"])
+def test_a_tracker_that_is_nowhere_is_wrong_usage(here, accel):
+    assert "no tracker nosuch" in complaint(here("run", "idle", "--accel", accel, "--tracker", "nosuch"), 2)
+
+
 def test_huge_pages_that_the_host_has_not_are_said_with_a_hint(here, kvm_support, hugetlb_pool):
     result = here("run", "idle", "--memory", "1G", "--accel", "kvm", "--hugepages", "hugetlb")
     assert "pool of 2 MiB pages cannot give 512" in complaint(result, 5)

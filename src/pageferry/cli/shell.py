@@ -31,6 +31,7 @@ from pageferry.core.errors import (
     GuestAt,
     MigrationError,
     PageferryError,
+    RefusedError,
     RemoteStreamError,
     UnsupportedError,
     UsageError,
@@ -123,7 +124,7 @@ def exit_code_of(error: BaseException) -> ExitCode:
     """Return the exit code of a command that ends by an error."""
     if isinstance(error, QmpError):
         return _BY_KIND[error.kind]
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | RefusedError):
         return ExitCode.USAGE
     if isinstance(error, MigrationError):
         return _BY_GUEST_AT[error.guest_at]

@@ -79,7 +79,7 @@ def choose_machines(
 
     Raises:
         UnsupportedError: what was asked for does not work here; says why.
-        UsageError: no such kind of machine, or the user's own tracker is not a tracker.
+        UsageError: no such kind of machine or tracker, or the user's own tracker is not a tracker.
     """
     try:
         accel = Accel(accel)
@@ -98,6 +98,8 @@ def choose_machines(
             choose_for_pc = again if own.choose_for_pc else None
             return replace(own, make_vm=make_own, tracker=tracker, witness=witness, choose_for_pc=choose_for_pc)
         kind = users_own
+    elif tracker is not None:
+        _expect_known(tracker)
     by_tracker = tracker if witness in (None, DIGESTS) else tracker or witness
     name, reason, keeps_cpuid = _choose(accel, by_tracker, machine)
     make_vm = (_make_kvm if name == "kvm" else _make_soft)(kind, huge_pages, witness)
@@ -122,6 +124,22 @@ def host_cpu_under(accel: str) -> HostCpu | None:
     from pageferry.kvm.probe import probe
 
     return host_cpu(keeps_cpuid=probe().exact_cpuid)
+
+
+def _expect_known(tracker: str) -> None:
+    """Check that some machine has a tracker of that name.
+
+    Raises:
+        UsageError: none has.
+    """
+    from pageferry.hypervisor.paging import PAGING_MODES
+
+    if tracker in PAGING_MODES:
+        return
+    from pageferry.kvm.trackers import TRACKERS  # which soft does not need
+
+    if tracker not in TRACKERS:
+        raise UsageError(f"no tracker {tracker}", hint=f"one of {', '.join((*PAGING_MODES, *TRACKERS))}")
 
 
 def _choose(accel: Accel, tracker: str | None, machine: MachineModel | None) -> tuple[str, str, bool]:

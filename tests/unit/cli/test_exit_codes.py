@@ -13,6 +13,7 @@ from pageferry.core.errors import (
     MigrationError,
     OrderError,
     PageferryError,
+    RefusedError,
     UnsupportedError,
     UsageError,
 )
@@ -36,6 +37,7 @@ def test_the_first_code_names_every_command_that_only_tells_something():
     [
         (RuntimeError(), 1),
         (UsageError("no such name"), 2),
+        (RefusedError("the disk is in use"), 2),
         (MigrationError("cut", phase="setup", guest_at=GuestAt.SOURCE), 3),
         (MigrationError("cut", phase="handoff", guest_at=GuestAt.UNKNOWN), 4),
         (MigrationError("cut", phase="postcopy", guest_at=GuestAt.DESTINATION), 11),
