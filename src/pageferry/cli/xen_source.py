@@ -15,7 +15,7 @@ from pageferry.core.events import Event
 from pageferry.core.policy import Policy
 from pageferry.core.threads import begin
 from pageferry.engine.job import Job, JobStatus
-from pageferry.xen.domain import XenDomain, expect_movable, find_domain, read_configuration
+from pageferry.xen.domain import XenDomain, expect_movable, expect_not_shut_down, find_domain, read_configuration
 from pageferry.xen.migrate import XenMigration
 from pageferry.xen.save import XenSave
 
@@ -89,6 +89,7 @@ def _movable(name: str) -> Iterator[tuple[XenDomain, bytes, Callable[[Json], Non
         expect_movable(info, configuration)
         domain = XenDomain(control, store, info)
         try:
+            expect_not_shut_down(info)
             yield domain, configuration, view.show
         finally:
             domain.close()

@@ -116,7 +116,7 @@ def expect_trackable(info: DomainInfo, configuration: bytes) -> None:
 
 
 def expect_movable(info: DomainInfo, configuration: bytes) -> None:
-    """Check that this is a domain that can be saved or moved here.
+    """Check that this is a domain that can be saved or moved here, while it runs.
 
     Raises:
         UnsupportedError: it is not, and why.
@@ -136,6 +136,14 @@ def expect_movable(info: DomainInfo, configuration: bytes) -> None:
             f"domain {info.domid} is of type {kind}: its device model's state is not read here",
             hint="xl save and xl migrate move it; a PVH guest has none",
         )
+
+
+def expect_not_shut_down(info: DomainInfo) -> None:
+    """Check that a domain has not shut down. Once it is claimed: one that was given away is suspended, and says that.
+
+    Raises:
+        UnsupportedError: it has.
+    """
     if info.shutdown_reason is not None:
         raise UnsupportedError("xen-domain", f"domain {info.domid} has shut down")
 

@@ -13,7 +13,14 @@ from pageferry.engine.guest import TrackedGuest
 from pageferry.xen import domain as module
 from pageferry.xen import uapi
 from pageferry.xen.claim import claim, sweep
-from pageferry.xen.domain import XenDomain, expect_movable, find_domain, present_frames, read_configuration
+from pageferry.xen.domain import (
+    XenDomain,
+    expect_movable,
+    expect_not_shut_down,
+    find_domain,
+    present_frames,
+    read_configuration,
+)
 from pageferry.xen.domctl import Control
 from pageferry.xen.hypercall import Privcmd, expect_dom0
 
@@ -66,7 +73,6 @@ def test_a_domain_is_found_by_name_and_number(xen):
     [
         ({"hvm": False}, PVH, "domain 5 is a PV guest"),
         ({"dying": True}, PVH, "domain 5 is being destroyed"),
-        ({"shutdown_reason": 0}, PVH, "domain 5 has shut down"),
         ({}, b"", "Xen's tools keep no configuration of domain 5"),
         ({}, b"not json", "Xen's tools keep no configuration of domain 5"),
         ({}, PVH.replace(b"pvh", b"hvm"), "domain 5 is of type hvm: its device model's state is not read here"),
@@ -80,6 +86,12 @@ def test_a_domain_that_cannot_be_moved_is_refused_with_a_reason(xen, change, con
         expect_movable(Control(xen).info(5), configuration)
 
 
+def test_a_domain_that_has_shut_down_is_refused(xen):
+    xen.shutdown_reason = 0
+    with pytest.raises(UnsupportedError, match="domain 5 has shut down"):
+        expect_not_shut_down(Control(xen).info(5))
+
+
 def test_domain_0_is_refused(xen):
     with pytest.raises(UnsupportedError, match="domain 0 is this one"):
         expect_movable(Control(xen).info(0), PVH)
@@ -87,6 +99,7 @@ def test_domain_0_is_refused(xen):
 
 def test_a_pvh_domain_can_be_moved(xen):
     expect_movable(Control(xen).info(5), PVH)
+    expect_not_shut_down(Control(xen).info(5))
 
 
 def test_its_configuration_lies_where_xens_tools_keep_it(xen, tmp_path):
