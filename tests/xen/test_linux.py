@@ -83,9 +83,6 @@ def test_it_is_saved_live_and_goes_on_here_and_from_the_file(control, store, lin
     print(f"ours: total {report.total_s:.2f} s, downtime {report.downtime_s:.3f} s {report.downtime_parts_s}")
     print(f"      {len(report.rounds)} rounds, {report.sent_bytes >> 20} MiB, {report.warnings}")
     expect_at_work(control, store, linux)  # it was told that its suspend was cancelled
-    began = time.monotonic()
-    xl("save", "-c", str(linux), tmp_path / "theirs")
-    print(f"xl save -c: {time.monotonic() - began:.2f} s, {(tmp_path / 'theirs').stat().st_size >> 20} MiB")
     last = wait_for_rounds(2)
     destroy(NAME)
     xl("restore", tmp_path / "guest")

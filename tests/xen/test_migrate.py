@@ -166,7 +166,8 @@ def test_a_receiver_that_fails_leaves_the_domain_here(control, store, domain_nam
 
 def test_a_receiver_that_dies_without_an_answer_leaves_the_choice_to_the_user(control, store, domain_name, working):
     domid, memory = working
-    told = pageferry("migrate", f"xen:{domid}", "--through", shlex.join(receiver("ready")), code=4)
+    command = ("--through", shlex.join(receiver("ready")), "--policy", "xen")
+    told = pageferry("migrate", f"xen:{domid}", *command, code=4)
     assert f"pageferry xen resume {domid}" in told
     expect_left_alone(control, store, domain_name, domid)
     assert f"pageferry xen resume {domid}" in pageferry("save", f"xen:{domid}", "file", code=2)
