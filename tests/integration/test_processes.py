@@ -467,6 +467,10 @@ def test_a_migration_that_is_held_is_watched_limited_and_let_go(processes):
     )
     assert source.ask("query-migrate-parameters") == {"downtime-limit": 80000, "max-bandwidth": 1 << 30}
     assert "no migration in progress" in one_line(cli("switch", "--control", source.control))
+    none = cli("cancel", "--control", source.control)
+    assert (none.returncode, none.stderr) == (0, "pageferry: no migration is under way\n")
+    later = cli("limits", "--control", source.control, "--deadline", "3").stderr
+    assert later.endswith("kept for the next one; a deadline is for --policy deadline only\n")
     done = []
     thread = threading.Thread(
         target=lambda: done.append(migrate(source, destination.ask("x-query-guest")["listening"], "--hold"))

@@ -294,13 +294,19 @@ def _of_xen(
 def switch(control: ControlOption) -> None:
     """Let a migration that was told to hold pause its guest and finish."""
     with QmpClient(control) as client:
+        held = client.execute("query-migrate").get("status") == JobStatus.HELD
         client.execute("migrate-continue", state=JobStatus.HELD)
+    if not held:
+        tell("the migration is not held now: it pauses its guest as soon as it is ready")
 
 
 def cancel(control: ControlOption) -> None:
     """Cancel the migration under way; the guest stays where it is."""
     with QmpClient(control) as client:
+        under_way = "x-eta-reason" in client.execute("query-migrate")
         cancel_migration(client)
+    if not under_way:
+        tell("no migration is under way")
 
 
 def limits(
@@ -325,7 +331,11 @@ def limits(
     with QmpClient(control) as client:
         client.execute("migrate-set-parameters", **given)
         if "x-eta-reason" not in client.execute("query-migrate"):
-            tell("no migration is under way: the limits are kept for the next one")
+            only = "; a deadline is for --policy deadline only" if deadline is not None else ""
+            if client.execute("query-status")["status"] == "postmigrate":
+                tell("the guest is not here any more: the limits change nothing")
+            else:
+                tell(f"no migration is under way: the limits are kept for the next one{only}")
 
 
 def _migrate(control: Path, uri: str, options: dict[str, Any], as_json: bool, plot: Path | None) -> None:
