@@ -106,7 +106,8 @@ def test_without_input_it_only_shows_output(echo, attach):
     console = attach(guest, terminal=False, stdin=subprocess.DEVNULL)
     assert b"Ctrl-C detaches" in console.read_until(b"seed 1\n")
     console.popen.send_signal(signal.SIGINT)
-    assert console.wait() == 130
+    console.read_until(b"pageferry: detached")
+    assert console.wait() == 0
 
 
 def test_with_its_standard_input_closed(echo):

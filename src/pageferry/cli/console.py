@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from pageferry.cli.shell import OutputLostError
+from pageferry.cli.shell import OutputLostError, Stopped
 from pageferry.core.descriptors import write_all
 from pageferry.core.threads import begin
 from pageferry.vmm.qmp_client import QmpClient
@@ -121,6 +121,20 @@ class ConsoleSession:
         """
         self._client.execute("x-console-follow")
         self._tell("attached; " + ("Ctrl-] detaches" if self._typed.terminal else "Ctrl-C detaches"))
+        try:
+            self._follow()
+        except Stopped:
+            if self._typed.terminal:  # whose Ctrl-C is typed to the guest: this was another signal
+                raise
+            self._ended = _DETACHED  # an answer may be half read: nothing more is offered
+        else:
+            if self._ended == _DETACHED:
+                self._offer_the_rest()
+        self._tell(self._ended or _DETACHED)
+        if self._typed.waiting:
+            self._tell(f"{len(self._typed.waiting):,} bytes of input did not reach the guest")
+
+    def _follow(self) -> None:
         self._handle(self._client.received())
         while self._ended is None:
             wait_s = None
@@ -135,11 +149,6 @@ class ConsoleSession:
                 self._handle(self._client.receive())
             if time.monotonic() >= self._offer_again_s:
                 self._offer()
-        if self._ended == _DETACHED:
-            self._offer_the_rest()
-        self._tell(self._ended)
-        if self._typed.waiting:
-            self._tell(f"{len(self._typed.waiting):,} bytes of input did not reach the guest")
 
     def _offer(self) -> None:
         if self._typed.waiting and self._offered is None:
