@@ -168,7 +168,7 @@ def test_what_is_not_a_stream_is_refused(data):
     ("made", "says"),
     [
         (lambda: stream(*TWO, cpuid=()), r"which CPU the guest has \(in CPUID_POLICY"),
-        (lambda: stream(([514], [0], [page(1)])), "gfn 0x200 is RAM of the guest, and nothing tells what it holds"),
+        (lambda: stream(([514], [0], [page(1)])), "gfn 0x200 is RAM of the guest, and no record says what it holds"),
         (lambda: stream(([0xC0000], [0xE], [])), "gfn 0x200 is RAM of the guest"),
         (lambda: stream(([1 << 40], [0], [page(1)])), r"gfn 0x10000000000 is outside the guest \(in PAGE_DATA"),
         (lambda: stream(pages=100), "100 frames make no guest"),

@@ -225,7 +225,7 @@ class SavedGuest:
         for region in regions:
             is_ram[region.first_gfn : region.first_gfn + region.pages] = True
         for wrong, why in (
-            (is_ram & (places == UNNAMED), "is RAM of the guest, and nothing tells what it holds"),
+            (is_ram & (places == UNNAMED), "is RAM of the guest, and no record says what it holds"),
             (~is_ram & (places != UNNAMED) & (places != GONE), "is not RAM of the guest"),
         ):
             if wrong.any():
