@@ -16,6 +16,7 @@ from pageferry.core.ram import MIN_MEMORY_BYTES
 from pageferry.core.state import ring_3_state
 from pageferry.devices.platform import EXIT_PORT
 from pageferry.kvm import uapi, vcpu_state
+from pageferry.kvm.cpuid import set_cpuid, supported_cpuid
 from pageferry.kvm.fds import SystemFd
 from pageferry.kvm.slots import slots_of
 
@@ -42,6 +43,7 @@ def does_port_io(attributes: int) -> bool:
         for level, entry in enumerate((_TABLES_GPA + 0x1007, _TABLES_GPA + 0x2007, 0x87)):
             memory.write(_TABLES_GPA + (level << PAGE_SHIFT), entry.to_bytes(8, "little"))
         memory.write(_PROGRAM_GPA, bytes((0xE6, EXIT_PORT)))  # out EXIT_PORT, al
+        set_cpuid(fd, supported_cpuid(system, lapic=False))  # newer kernels put no vCPU without one into long mode
         vcpu_state.begin(fd, ring_3_state(rip=_PROGRAM_GPA, rsp=_STACK_GPA, cr3=_TABLES_GPA), tss=attributes)
         while (code := fd.try_run()) in (errno.EINTR, errno.EAGAIN):
             pass
