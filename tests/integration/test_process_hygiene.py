@@ -301,7 +301,7 @@ def test_a_narrow_encoding_changes_characters_and_nothing_else(pair, tmp_path, l
     assert "save completed" in saved.stdout
     moved = cli("migrate", "--control", source.control, destination.endpoint(), *EASY, **narrow)
     assert moved.returncode == 0, moved.stderr
-    assert " dirty -> " in moved.stderr
+    assert " dirty > " in moved.stderr
     assert "#" in moved.stdout
     assert "gu\\xffest.bin: whole" in cli("inspect", name, "--check", **narrow).stdout
     missing = cli("inspect", os.fsencode(name) + b"\xfe", **narrow)
