@@ -403,7 +403,7 @@ def test_a_recovery_that_finds_no_destination_can_be_tried_again(guests, inn, le
         gone_away = Endpoint(host="127.0.0.1", port=gone.getsockname()[1])
     assert source.job.recover(gone_away)
     until(lambda: sum(isinstance(event, PostcopyPaused) for event in events) == 2, "second pause")
-    assert source.job.postcopy_paused.startswith("the connection to tcp://127.0.0.1:")
+    assert source.job.postcopy_paused == f"cannot connect to {gone_away}: Connection refused"
     assert source.job.recover(inn.endpoint)
     report = report_of(source)
     assert (report.status, report.postcopy.cuts) == ("completed", 1)
@@ -607,7 +607,7 @@ def test_a_guest_that_is_just_being_asked_for_cannot_be_taken_back(guests, inn, 
         assert source.job.recover(SimpleNamespace(connect=connect_slowly, expect_suits=inn.endpoint.expect_suits))
         assert asking.wait(GIVE_UP_S)
         out_of_lease(source)
-        with pytest.raises(VmError, match="no guest to take back"):
+        with pytest.raises(VmError, match="the destination is being asked now"):
             source.job.take_back()
     finally:
         go_on.set()

@@ -29,10 +29,11 @@ def test_the_first_process_is_a_shell_script_that_starts_the_store_and_then_the_
 
 def test_dom0_is_a_module_of_xen_and_finds_both_file_systems(tmp_path):
     image = LinuxImage.of(tmp_path)
-    command = xen.qemu_command(Path("xen"), Path("root"), image, tmp_path / "log")
+    command = xen.qemu_command(Path("xen"), Path("root"), image, tmp_path / "log", processors=1)
     assert command[command.index("-kernel") + 1] == "xen"
     kernel, initramfs = command[command.index("-initrd") + 1].split(",")
     assert (kernel.split()[0], initramfs) == (str(image.kernel), str(image.initramfs))
+    assert command[command.index("-smp") + 1] == "1"
     assert [word for word in command if "mount_tag=host" in word or "mount_tag=xen" in word]
 
 
