@@ -25,7 +25,7 @@ from pageferry.core.state import MachineState
 class MachineModel(StrEnum):
     """Machine models: the devices of a machine besides RAM, vCPUs and the standard devices.
 
-    PLAIN: nothing. PC: a PC's interrupt controllers and timer, as an operating system wants them.
+    PLAIN: nothing. PC: a PC's interrupt controllers, timer and power management, as an operating system wants them.
     """
 
     PLAIN = "plain"
