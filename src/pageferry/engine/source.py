@@ -275,23 +275,28 @@ class Source:
     # -- connect, hello --------------------------------------------------------------------------------------------
 
     def _connect(self, within_s: float) -> Channel:
-        handoff, credentials = self.job.handoff, self._options.credentials
-        self.endpoint.expect_suits(credentials)
+        self.endpoint.expect_suits(self._options.credentials)
         try:
-            channel = self.endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
-            if credentials is not None:
-                expected = credentials.peer or self.endpoint.host.partition("%")[0]
-                try:
-                    channel.secure(credentials.context, server_name=expected, given_up=lambda: handoff.cancelled)
-                except BaseException:
-                    channel.close()
-                    raise
+            channel = self._open(within_s)
         except TlsError:
             raise
         except OSError as error:
             raise ConnectError(error) from error
         channel.pacer = self.job.pacer
         self.job.opened(channel)
+        return channel
+
+    def _open(self, within_s: float) -> Channel:
+        handoff, credentials = self.job.handoff, self._options.credentials
+        channel = self.endpoint.connect(within_s, given_up=lambda: handoff.cancelled)
+        if credentials is None:
+            return channel
+        expected = credentials.peer or self.endpoint.host.partition("%")[0]
+        try:
+            channel.secure(credentials.context, server_name=expected, given_up=lambda: handoff.cancelled)
+        except BaseException:
+            channel.close()
+            raise
         return channel
 
     def _come_back(self, token: str, within_s: float) -> Peer:

@@ -44,6 +44,16 @@ def place():
     made.guest.close()
 
 
+def expect_kept(vm, source, place, reason):
+    """Migrate, and see that the guest is where it was."""
+    with pytest.raises(PeerError, match=reason):
+        source.run()
+    place.close()
+    assert place.guest.vm is None
+    assert source.job.guest_at is GuestAt.SOURCE
+    assert runs_on(vm)
+
+
 def test_law_6_a_source_that_was_let_in_just_before_the_end_keeps_its_guest(guests, place, monkeypatch):
     vm = guests("kv")
     vm.resume()
@@ -56,12 +66,8 @@ def test_law_6_a_source_that_was_let_in_just_before_the_end_keeps_its_guest(gues
 
     monkeypatch.setattr(incoming_module, "is_local", closed_meanwhile)
     source = source_of(vm, place.listen(LOOPBACK))
-    with pytest.raises(PeerError, match="no guest is waited for here any more"):
-        source.run()
+    expect_kept(vm, source, place, "no guest is waited for here any more")
     closing.join()
-    assert place.guest.vm is None
-    assert source.job.guest_at is GuestAt.SOURCE
-    assert runs_on(vm)
 
 
 def test_law_6_a_source_that_commits_after_the_end_was_asked_for_keeps_its_guest(guests, place):
@@ -77,12 +83,7 @@ def test_law_6_a_source_that_commits_after_the_end_was_asked_for_keeps_its_guest
 
     alter(vm, "release_backends", quit_there)
     source = source_of(vm, place.listen(LOOPBACK))
-    with pytest.raises(PeerError, match="the destination was told to quit"):
-        source.run()
-    place.close()
-    assert place.guest.vm is None
-    assert source.job.guest_at is GuestAt.SOURCE
-    assert runs_on(vm)
+    expect_kept(vm, source, place, "the destination was told to quit")
     assert "waiting for another attempt" not in "".join(place.said)
 
 
