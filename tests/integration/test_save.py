@@ -229,11 +229,20 @@ def test_a_capped_save_writes_no_faster_from_the_first_byte_to_the_last(running,
     assert runs_on(there)
 
 
-@pytest.mark.parametrize(("deadline_s", "missed"), [(1e-6, True), (1e6, False)])
-def test_a_deadline_that_was_missed_is_warned_of(running, path, deadline_s, missed):
+class Punctual(XenPolicy):
+    """A user's policy, which says by when it is to be done."""
+
+    deadline_s = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("policy", "missed"),
+    [(DeadlinePolicy(deadline_s=1e-6), True), (DeadlinePolicy(deadline_s=1e6), False), (Punctual(), True)],
+)
+def test_a_deadline_that_was_missed_is_warned_of(running, path, policy, missed):
     told = []
-    report = attempt(running(), path, DeadlinePolicy(deadline_s=deadline_s), on_event=told.append).run()
-    start = f"the deadline of {deadline_s:g} s was missed by "
+    report = attempt(running(), path, policy, on_event=told.append).run()
+    start = f"the deadline of {policy.deadline_s:g} s was missed by "
     assert any(warning.startswith(start) for warning in report.warnings) is missed
     assert [each for each in told if isinstance(each, Warned)] == [Warned(text=text) for text in report.warnings]
 

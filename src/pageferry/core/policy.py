@@ -144,5 +144,14 @@ def may_switch(policy: Policy) -> bool:
 
 def downtime_limit_s(policy: Policy) -> float | None:
     """Return the pause that a policy allows, which it says by an attribute ``limit_s``; None where it has none."""
-    limit_s = getattr(policy, "limit_s", None)
-    return float(limit_s) if isinstance(limit_s, int | float) else None
+    return _seconds(policy, "limit_s")
+
+
+def deadline_s(policy: Policy) -> float | None:
+    """Return by when a policy is to be done, which it says by an attribute ``deadline_s``; None where it has none."""
+    return _seconds(policy, "deadline_s")
+
+
+def _seconds(policy: Policy, attribute: str) -> float | None:
+    value = getattr(policy, attribute, None)
+    return float(value) if isinstance(value, int | float) else None

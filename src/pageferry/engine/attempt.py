@@ -13,8 +13,7 @@ from pathlib import Path
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationEnded, Phase, Warned
 from pageferry.core.guest_time import WorkSample
-from pageferry.core.policies import DeadlinePolicy
-from pageferry.core.policy import Policy
+from pageferry.core.policy import Policy, deadline_s
 from pageferry.core.units import format_duration
 from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
@@ -172,10 +171,10 @@ class Attempt:
                 self.warn(f"the guest stands still here: {self.guest.stuck}; when that is over: pageferry resume")
 
     def _warn_of_deadline(self) -> None:
-        policy = self.job.policy
-        if isinstance(policy, DeadlinePolicy) and (late_s := self.job.elapsed_s - policy.deadline_s) > 0:
+        limit_s = deadline_s(self.job.policy)
+        if limit_s is not None and (late_s := self.job.elapsed_s - limit_s) > 0:
             self.warn(
-                f"the deadline of {policy.deadline_s:g} s was missed by {format_duration(late_s)}: "
+                f"the deadline of {limit_s:g} s was missed by {format_duration(late_s)}: "
                 "more bandwidth, or --policy postcopy, is what helps"
             )
 
