@@ -24,7 +24,7 @@ from pageferry.core.errors import GuestCrash, UnsupportedError
 from pageferry.core.libc import libc
 from pageferry.core.run import InvalidateTlb
 from pageferry.core.vm import MachineModel
-from pageferry.devices.machine import StandardMachine
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.stream.hvm_context import decode_cpu
 from pageferry.stream.hvm_entries import Typecode, split_entries
 from pageferry.xen.domctl import Control

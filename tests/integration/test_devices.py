@@ -16,7 +16,7 @@ from pageferry.core.errors import GuestAt, MigrationError, PeerError, RefusedErr
 from pageferry.core.policies import PostcopyPolicy
 from pageferry.core.threads import OutOfThreadsError
 from pageferry.core.vm import MachineModel, VmConfig
-from pageferry.devices.machine import StandardMachine
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.devices.virtio.devices import VirtioDevices
 from pageferry.engine.image.restore import restore
 from pageferry.engine.image.save import Save

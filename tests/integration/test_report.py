@@ -16,7 +16,7 @@ What no count can tell:
   (tests/unit/core/test_explain.py).
 - ``postcopy.waits`` and how long they were are the destination's own count; compared is what it said of them.
 - ``guest_time.work_after_per_s`` is known to ``demo`` alone, which sees both ends
-  (tests/unit/engine/test_guest_time.py).
+  (tests/unit/core/test_guest_time.py).
 """
 
 import os

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from pageferry.cli.shell import SIGNALS, Interrupted, Requests
-from pageferry.core.commands import RECOVER, TAKE_BACK
+from pageferry.core.command_hints import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Phase
 from pageferry.vmm.announcer import ENGINE_EVENT

@@ -16,7 +16,7 @@ from pageferry.core.bitmap import runs_of
 from pageferry.core.errors import RemoteStreamError
 from pageferry.core.frames import GfnArray
 from pageferry.core.units import format_size
-from pageferry.stream.compare import Snapshot
+from pageferry.stream.diff import Snapshot
 from pageferry.stream.walk import Read, RecordSeen
 from pageferry.stream.xl import Envelope, Inside
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pageferry.core.commands import RECOVER
+from pageferry.core.command_hints import RECOVER
 from pageferry.core.page_size import PAGE_SIZE
 from pageferry.core.silence import SILENT_S
 from pageferry.core.units import format_duration, format_size

@@ -6,7 +6,7 @@ the function says.
 
 import math
 
-from pageferry.core.commands import RECOVER, TAKE_BACK
+from pageferry.core.command_hints import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt
 from pageferry.core.events import Explanation, MigrationReport, Phase, PostcopyStats, RoundOutcome
 from pageferry.core.frames import PAGE_SIZE

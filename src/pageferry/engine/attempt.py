@@ -18,13 +18,13 @@ from pageferry.core.units import format_duration
 from pageferry.core.vm import Vm
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pause import PauseWatch
 from pageferry.engine.progress import PhaseClock, Rounds, guarded
 from pageferry.engine.report import ReportBuilder
+from pageferry.engine.stall_meter import StallMeter
 from pageferry.engine.throttle import Throttle
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from pageferry.core.commands import RECOVER
+from pageferry.core.command_hints import RECOVER
 from pageferry.core.errors import GuestAt, MigrationError, PolicyAbort, RefusedError
 from pageferry.core.events import MigrationReport, Phase
 from pageferry.core.policy import Policy, downtime_limit_s

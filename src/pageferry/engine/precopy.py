@@ -21,9 +21,9 @@ from pageferry.core.frames import GfnArray
 from pageferry.core.policy import Action, Decision, Progress, RoundStats
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.guest_time import Stall
 from pageferry.engine.job import JobStatus
 from pageferry.engine.pages.send import Lanes
+from pageferry.engine.stall_meter import Stall
 from pageferry.engine.verify.digests import RunDigests
 
 #: How much memory is cleaned at once, 1 GiB: its bitmap is 32 KiB, and its pages are on the wire for a good part of a

@@ -8,10 +8,10 @@ from pageferry.core.events import DOWNTIME_PHASES, MigrationReport, Phase, Round
 from pageferry.core.explain import explain
 from pageferry.engine.accounts import PageAccounts
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.guest_time import StallMeter
 from pageferry.engine.job import Job, JobStatus
 from pageferry.engine.options import WireOptions
 from pageferry.engine.progress import PhaseClock, Rounds
+from pageferry.engine.stall_meter import StallMeter
 from pageferry.engine.throttle import Throttle
 
 _log = logging.getLogger(__name__)

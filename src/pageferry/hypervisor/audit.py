@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pageferry.core.frames import GfnArray
 from pageferry.hypervisor.domain import Domain
-from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner
+from pageferry.hypervisor.machine_memory import INVALID_GFN, FrameOwner
 from pageferry.hypervisor.p2m_types import (
     ADDRESS,
     GRANT_TYPES,

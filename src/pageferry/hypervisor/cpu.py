@@ -51,7 +51,7 @@ from pageferry.hypervisor import unicorn_api as api
 from pageferry.hypervisor.exceptions import Delivery, Event, Kind
 from pageferry.hypervisor.guest_walk import PF_FETCH, PF_WRITE, GuestPageFault
 from pageferry.hypervisor.instructions import Instruction, decode
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 from pageferry.hypervisor.mmio import MmioWindow
 from pageferry.hypervisor.nested_mmu import NestedMmu
 from pageferry.hypervisor.p2m import P2M

@@ -20,12 +20,12 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.ram import RamRegion, ram_layout
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
-from pageferry.devices.machine import StandardMachine
 from pageferry.devices.pc.chips import PcChips
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.hypervisor.absent_pages import P2MAbsentPages
 from pageferry.hypervisor.cpu import SoftVcpu
 from pageferry.hypervisor.locks import DomainLocks
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import P2MType
 from pageferry.hypervisor.paging import PAGING_MODES, LogDirtyOps, Paging, Tlb, hap_log_dirty_ops

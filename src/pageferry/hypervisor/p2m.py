@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pageferry.core.errors import P2MError
 from pageferry.core.frames import PAGES_PER_1G, PAGES_PER_2M, GfnArray
 from pageferry.hypervisor.locks import OrderedLock
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 from pageferry.hypervisor.p2m_join import join_tables
 from pageferry.hypervisor.p2m_types import (
     ADDRESS,

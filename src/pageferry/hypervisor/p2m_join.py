@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.frames import Mfn
-from pageferry.hypervisor.machine import PagingPool, ReverseMap
+from pageferry.hypervisor.machine_memory import PagingPool, ReverseMap
 from pageferry.hypervisor.p2m_types import ADDRESS, BITS, PRESENT, PSE, RAM_TYPES, TYPE_MASK, TYPE_SHIFT, USER, P2MType
 
 _U = np.uint64

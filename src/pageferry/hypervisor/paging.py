@@ -44,7 +44,7 @@ from pageferry.core.frames import PAGE_SIZE, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import LogDirtyStats
 from pageferry.hypervisor.locks import DomainLocks
-from pageferry.hypervisor.machine import PagingPool
+from pageferry.hypervisor.machine_memory import PagingPool
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import P2MType
 

@@ -26,7 +26,7 @@ from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT, GfnArray, Mfn
 from pageferry.core.memory import GuestMemory
 from pageferry.hypervisor.locks import DomainLocks
-from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner, MachineMemory
+from pageferry.hypervisor.machine_memory import INVALID_GFN, FrameOwner, MachineMemory
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import GRANT_TYPES, P2MType
 from pageferry.hypervisor.paging import Paging

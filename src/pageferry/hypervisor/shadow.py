@@ -36,7 +36,7 @@ from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGE_SHIFT, PAGE_SIZE, GfnArray
 from pageferry.hypervisor.guest_walk import GuestWalker
 from pageferry.hypervisor.locks import OrderedLock
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 from pageferry.hypervisor.p2m import P2M
 from pageferry.hypervisor.p2m_types import ADDRESS, PRESENT, PSE, USER, WRITABLE, WRITE, P2MType
 from pageferry.hypervisor.paging import LogDirtyOps, Tlb

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pageferry.core.frames import PAGE_SHIFT
-from pageferry.hypervisor.machine import INVALID_GFN, MachineMemory
+from pageferry.hypervisor.machine_memory import INVALID_GFN, MachineMemory
 from pageferry.hypervisor.p2m_types import ADDRESS, PRESENT, PSE, USER, WRITE
 from pageferry.hypervisor.table_window import TableWindow
 

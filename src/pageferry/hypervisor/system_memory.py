@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pageferry.core.errors import GuestCrash
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.hypervisor.guest_walk import GuestPageFault, GuestWalker
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 from pageferry.hypervisor.shadow_mmu import TABLE_WINDOW
 
 Translate = Callable[[int, bool, bool], tuple[int, int]]

@@ -32,7 +32,7 @@ import numpy as np
 
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.hypervisor.countdown import NATIVE_HOSTS, executable
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 
 #: So many writes to a guest table, and no use of it meanwhile: it is something else by now, most probably.
 NO_TABLE_ANY_MORE = 512

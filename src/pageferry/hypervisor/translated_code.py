@@ -31,7 +31,7 @@ import numpy as np
 
 from pageferry.core.frames import PAGE_SHIFT
 from pageferry.hypervisor import unicorn_api as api
-from pageferry.hypervisor.machine import MachineMemory
+from pageferry.hypervisor.machine_memory import MachineMemory
 from pageferry.hypervisor.paging import Tlb
 from pageferry.hypervisor.tlb_memory import TlbMemory
 

@@ -24,7 +24,7 @@ from pageferry.core.hugepages import HugePages
 from pageferry.core.memory import GuestMemory
 from pageferry.core.state import VcpuState
 from pageferry.core.vm import AbsentPages, MachineModel, VmConfig
-from pageferry.devices.machine import StandardMachine
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.kvm import tsc, uapi, vcpu_state
 from pageferry.kvm.cpuid import set_cpuid, supported_cpuid, withhold_paravirtual
 from pageferry.kvm.device_timer import DeviceTimer

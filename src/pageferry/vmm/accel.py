@@ -14,7 +14,7 @@ from pageferry.core.host_cpu import HostCpu, host_cpu
 from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.machine import Machine
 from pageferry.core.vm import MachineModel, VmConfig
-from pageferry.devices.machine import StandardMachine
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.witness import DIGESTS
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import math
 import threading
 from dataclasses import replace
 
-from pageferry.core.commands import RECOVER
+from pageferry.core.command_hints import RECOVER
 from pageferry.core.errors import GuestAt, MigrationError, PageferryError, VmError
 from pageferry.core.events import Event, PostcopyPaused, PostcopyRecovered, Warned
 from pageferry.core.machine import Machine

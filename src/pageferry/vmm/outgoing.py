@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from pageferry.core.commands import RECOVER, TAKE_BACK
+from pageferry.core.command_hints import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event, MigrationReport
 from pageferry.core.threads import begin

@@ -2,8 +2,8 @@
 
 Here is the life of the process, from boot, restore or the wait to its end. Where the guest comes from over the wire is
 :mod:`pageferry.vmm.incoming`, where it goes :mod:`pageferry.vmm.outgoing`; what is there of it is
-:mod:`pageferry.vmm.guest`. :mod:`pageferry.vmm.commands` and :mod:`pageferry.vmm.queries` translate between QMP's words
-(as QEMU uses them) and these.
+:mod:`pageferry.vmm.guest`. :mod:`pageferry.vmm.qmp_commands` and :mod:`pageferry.vmm.queries` translate between QMP's
+words (as QEMU uses them) and these.
 
 The run states are QEMU's: ``running``, ``paused``, ``inmigrate`` (waiting for a guest), ``finish-migrate`` (the
 stop-and-copy), ``postmigrate`` (the guest has left), ``shutdown``, ``guest-panicked``, ``io-error`` (a page cannot be
@@ -25,12 +25,12 @@ from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.guests.loader import Loader
 from pageferry.vmm.accel import Machines
 from pageferry.vmm.announcer import Announcer
-from pageferry.vmm.commands import Commands
 from pageferry.vmm.guest import Guest
 from pageferry.vmm.incoming import Incoming
 from pageferry.vmm.local_backends import AS_AT_THE_SOURCE, LocalBackends
 from pageferry.vmm.outgoing import Outgoing
 from pageferry.vmm.qmp import QmpServer
+from pageferry.vmm.qmp_commands import Commands
 from pageferry.vmm.queries import Queries
 
 _POLL_S = 0.05

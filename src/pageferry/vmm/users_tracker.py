@@ -14,7 +14,7 @@ from pageferry.core.errors import PageferryError, UsageError, VmError
 from pageferry.core.frames import GfnArray
 from pageferry.core.machine import Machine
 from pageferry.core.vm import LOG_DIRTY_MEMBERS, LogDirty, LogDirtyStats, VmConfig
-from pageferry.devices.machine import StandardMachine
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.kvm.trackers import Closeable, TrackedVm, Tracker
 
 _Result = TypeVar("_Result")

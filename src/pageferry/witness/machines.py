@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.vm import LogDirty, VmConfig
-from pageferry.devices.machine import StandardMachine
+from pageferry.devices.standard_machine import StandardMachine
 from pageferry.kvm.fds import VmFd
 from pageferry.kvm.trackers import TRACKERS, TrackedVm, Tracker, find_tracker
 from pageferry.witness import DIGESTS

@@ -20,8 +20,8 @@ from rich.console import Console
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
 from pageferry.cli.streams import WrongStreamError, opened, walked
 from pageferry.core.errors import UsageError
-from pageferry.stream.compare import PageContents, Snapshot
 from pageferry.stream.decoder import Decoder
+from pageferry.stream.diff import PageContents, Snapshot
 from pageferry.stream.format import PageType, RecordType, carries_data
 from pageferry.stream.intake import NEED_DATA
 from pageferry.stream.records import PageDataHeader

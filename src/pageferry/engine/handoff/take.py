@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from pageferry.core.commands import TAKE_BACK
+from pageferry.core.command_hints import TAKE_BACK
 from pageferry.core.errors import GuestAt, PageferryError, TransportError
 from pageferry.core.events import Phase
 from pageferry.engine.handoff.custody import Takeover

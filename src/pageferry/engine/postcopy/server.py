@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from pageferry.core.bitmap import DirtyBitmap, runs_of
-from pageferry.core.commands import RECOVER
+from pageferry.core.command_hints import RECOVER
 from pageferry.core.errors import RemoteStreamError
 from pageferry.core.events import PostcopyStats
 from pageferry.core.forecast import Eta, Pace

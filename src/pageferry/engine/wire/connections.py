@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pageferry.core.commands import RECOVER
+from pageferry.core.command_hints import RECOVER
 from pageferry.core.errors import PageferryError, RemoteStreamError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.engine.wire.channel import Channel

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pageferry.core.commands import RECOVER
+from pageferry.core.command_hints import RECOVER
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.policy import RATE_SAMPLE_BYTES
 from pageferry.engine.host import Host

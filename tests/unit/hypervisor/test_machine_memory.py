@@ -5,7 +5,7 @@ from pageferry.core.errors import VmError
 from pageferry.core.vm import VmConfig
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.locks import LockRank, OrderedLock
-from pageferry.hypervisor.machine import INVALID_GFN, FrameOwner, MachineMemory
+from pageferry.hypervisor.machine_memory import INVALID_GFN, FrameOwner, MachineMemory
 
 MiB = 1 << 20
 

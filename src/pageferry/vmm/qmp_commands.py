@@ -1,4 +1,4 @@
-"""Commands: what a client may tell this process and its guest to do."""
+"""QMP's commands: what a client may tell this process and its guest to do."""
 
 import base64
 import binascii

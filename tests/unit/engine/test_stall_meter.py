@@ -1,74 +1,17 @@
 """What pre-copy cost the guest, with a scripted clock and a scripted guest."""
 
-import struct
-from types import SimpleNamespace
-
 import pytest
+from counting_guest import CountingGuest
 
-from pageferry.core.guest_time import WorkSample, lost_s, rate_before, work_per_s
-from pageferry.core.memory import GuestMemory
+from pageferry.core.guest_time import WorkSample
 from pageferry.core.vm import VmStatus
-from pageferry.engine.guest_time import Stall, StallMeter
-from pageferry.guests.abi import STATUS_GPA, STATUS_SLOT_BYTES
-from pageferry.vmm.work_meter import WorkMeter
-
-
-class Guest:
-    """A guest of two vCPUs that works at the rate it is told while the clock goes on."""
-
-    def __init__(self):
-        self.memory = GuestMemory.linear(2 << 20)
-        self.config = SimpleNamespace(cpus=2)
-        self.status = VmStatus.RUNNING
-        self.at_s = 100.0
-        self.work = 0
-
-    def now_s(self):
-        return self.at_s
-
-    def pass_s(self, duration_s, *, per_s):
-        self.at_s += duration_s
-        self.work += round(duration_s * per_s)
-        for index, share in enumerate((self.work // 3, self.work - self.work // 3)):
-            self.memory.write(STATUS_GPA + index * STATUS_SLOT_BYTES, struct.pack("<Q", share))
+from pageferry.engine.stall_meter import Stall, StallMeter
+from pageferry.guests.abi import STATUS_GPA
 
 
 @pytest.fixture
 def guest():
-    return Guest()
-
-
-@pytest.mark.parametrize(
-    ("first", "last", "rate"),
-    [((0, 0), (2, 500), 250), ((1, 400), (2, 500), 100), (None, (2, 500), None), ((2, 5), None, None)],
-)
-def test_a_rate_lies_between_two_samples(first, last, rate):
-    first, last = (each and WorkSample(at_s=each[0], work=each[1]) for each in (first, last))
-    assert work_per_s(first, last) == rate
-    assert rate_before(first, last) == rate
-
-
-def test_no_time_and_too_little_work_give_no_rate():
-    then, now = WorkSample(at_s=1, work=100), WorkSample(at_s=2, work=199)
-    assert work_per_s(now, now) is None
-    assert work_per_s(then, now) == 99
-    assert rate_before(then, now) is None
-
-
-@pytest.mark.parametrize(
-    ("before", "during", "lost"),
-    [
-        (100.0, 100.0, 0.0),
-        (100.0, 25.0, 3.0),
-        (100.0, 0.0, 4.0),
-        (100.0, 125.0, -1.0),
-        (None, 5.0, None),
-        (100.0, None, None),
-        (0.0, 0.0, None),
-    ],
-)
-def test_lost_time_is_that_of_the_work_not_done(before, during, lost):
-    assert lost_s(4.0, before, during) == lost
+    return CountingGuest()
 
 
 def test_the_stall_is_measured_by_the_guests_own_work(guest):
@@ -156,30 +99,3 @@ def test_a_guest_whose_counter_is_not_ram_any_more_has_no_rates(guest):
     guest.at_s += 1
     meter.end()
     assert meter.result().work_before_per_s is None
-
-
-def test_the_meter_remembers_two_seconds(guest):
-    meter = WorkMeter(guest.now_s)
-    assert meter.oldest() is None
-    for _ in range(10):
-        guest.pass_s(0.5, per_s=1000)
-        meter.sample(guest)
-    assert meter.oldest() == WorkSample(at_s=guest.at_s - 2.0, work=guest.work - 2000)
-    meter.forget()
-    assert meter.oldest() is None
-
-
-def test_the_meter_forgets_a_guest_that_was_paused(guest):
-    meter = WorkMeter(guest.now_s)
-    guest.pass_s(0.5, per_s=1000)
-    meter.sample(guest)
-    guest.status = VmStatus.PAUSED
-    meter.sample(guest)
-    assert meter.oldest() is None
-    guest.status = VmStatus.RUNNING
-    guest.pass_s(0.5, per_s=1000)
-    meter.sample(guest)
-    assert meter.oldest() == WorkSample(at_s=guest.at_s, work=1000)
-    guest.memory.remove([STATUS_GPA >> 12])
-    meter.sample(guest)
-    assert meter.oldest() is None
