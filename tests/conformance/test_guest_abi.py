@@ -149,7 +149,7 @@ def test_the_flags_are_those_of_ring_3_without_io_privilege(ends, change):
 
 
 @pytest.mark.parametrize("port", [0x5000, 0x7FFC])
-def test_a_port_that_nothing_claims_reads_ones_and_takes_any_write(ends, port):
+def test_a_port_that_nothing_answers_reads_ones_and_takes_any_write(ends, port):
     # mov dx, port; xor eax, eax; out dx, eax; in eax, dx; mov [RESULT], eax
     code = b"\x66\xba" + struct.pack("<H", port) + bytes.fromhex("31c0 ef ed 890425") + struct.pack("<I", RESULT)
     vm = ends(code)

@@ -15,7 +15,7 @@ from pageferry.core.policy import RoundStats
 from pageferry.core.vm import Vm
 from pageferry.engine.attempt import Attempt
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.handoff.custody import Handoff, SourceCustody
 from pageferry.engine.handoff.take import take
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lanes
@@ -247,7 +247,7 @@ class DigestsNotCompared(AlteredDestination, parts={"destination.Comparison": _N
 class _GivesUpAtAnyTime(Handoff):
     def give_up(self) -> bool:
         with self._lock:
-            self._custody = Custody.HERE
+            self._custody = SourceCustody.HERE
             self._given_up = True
             return True
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
 from pageferry.core.errors import OrderError, PageferryError, RemoteStreamError
-from pageferry.engine.handoff.custody import Claim, Custody, Handoff, Takeover
+from pageferry.engine.handoff.custody import DestinationCustody, Handoff, SourceCustody, Takeover
 from pageferry.engine.handoff.give import Giver
 from pageferry.engine.handoff.take import answer_return, see_off, take
 from pageferry.engine.wire.connections import NeverRan
@@ -158,14 +158,14 @@ class HandoffWorld:
         if self._said_never and self._runs_there:
             raise Violated("a guest runs of which it was said that it never would")
         if self.finished() and all(self._alive):
-            custody, claim = self.handoff.custody, self.takeover.claim
-            if claim not in (Claim.OURS, Claim.NEVER):
-                raise Violated(f"the destination has not decided: {claim}")
-            if custody not in (Custody.HERE, Custody.THERE, Custody.UNKNOWN):
-                raise Violated(f"the source has not decided: {custody}")
-            if (custody is Custody.THERE) > self._runs_there:
+            source, destination = self.handoff.custody, self.takeover.custody
+            if destination not in (DestinationCustody.OURS, DestinationCustody.NEVER):
+                raise Violated(f"the destination has not decided: {destination}")
+            if source not in (SourceCustody.HERE, SourceCustody.THERE, SourceCustody.UNKNOWN):
+                raise Violated(f"the source has not decided: {source}")
+            if (source is SourceCustody.THERE) > self._runs_there:
                 raise Violated("a guest that runs nowhere is believed to be there")
-            if not self._disturbed and not (custody is Custody.THERE and self._has_heard):
+            if not self._disturbed and not (source is SourceCustody.THERE and self._has_heard):
                 raise Violated("nothing was wrong, and the handoff failed")
 
     def finished(self) -> bool:
@@ -178,7 +178,7 @@ class HandoffWorld:
             self.now,
             self.handoff.custody,
             self.handoff.open_for_s(self.now),
-            self.takeover.claim,
+            self.takeover.custody,
             self.takeover.left_s(self.now),
             TOKEN in self.never_ran,
             tuple(line.fingerprint() for line in self._lines),
@@ -303,12 +303,12 @@ class HandoffWorld:
         if isinstance(frame, Running) and not self._runs_there:
             raise Violated("RUNNING is said of a guest that does not run")
         if isinstance(frame, Failed):
-            if self.takeover.claim is not Claim.NEVER:
+            if self.takeover.custody is not DestinationCustody.NEVER:
                 raise Violated("FAILED is said of a guest that may run yet")
             if self._has_disks:
                 raise Violated("FAILED is said while the disks are kept")
             self._said_never = True
-        if isinstance(frame, Dropped) and self.handoff.custody is not Custody.THERE:
+        if isinstance(frame, Dropped) and self.handoff.custody is not SourceCustody.THERE:
             raise Violated("DROPPED is said of a guest that may be here")
 
     def _line(self) -> Line:
@@ -370,8 +370,8 @@ class HandoffWorld:
         step("take back")
         self._person = False
         if self._may_take_back():
-            self.handoff.taken_back(self.now, Custody.UNKNOWN)
+            self.handoff.taken_back(self.now, SourceCustody.UNKNOWN)
 
     def _may_take_back(self) -> bool:
-        unknown = self.handoff.custody is Custody.UNKNOWN and self._done[SOURCE]  # it asks no more
+        unknown = self.handoff.custody is SourceCustody.UNKNOWN and self._done[SOURCE]  # it asks no more
         return unknown and self._alive[SOURCE] and not self.handoff.open_for_s(self.now)

@@ -261,18 +261,18 @@ class Vm(Protocol):
         """
 
     def claim_backends(self) -> None:
-        """Take this host's disks and networks for the guest's devices. Any thread.
+        """Claim this host's disks and networks for the guest's devices. Any thread.
 
         A machine is made without it, for its guest may still run elsewhere; a guest that runs has it. Nothing happens
-        when it is taken already.
+        when they are claimed already.
 
         Raises:
-            VmError: another process has one of them, which the error names; nothing is taken then, and the guest must
+            VmError: another process has one of them, which the error names; none is claimed then, and the guest must
                 not run.
         """
 
     def release_backends(self) -> None:
-        """Give it back, with all that the guest wrote on the disks. The guest is frozen, and runs on after a claim.
+        """Give them back, with all that the guest wrote on the disks. The guest is frozen, and runs on after a claim.
 
         Raises:
             VmError: what was written could not be put on a disk.

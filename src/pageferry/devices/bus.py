@@ -2,7 +2,7 @@
 
 One lock serialises device accesses of several vCPUs; the software hypervisor gives it a place in its order of locks.
 A device may write guest memory under it, and its marks take the log-dirty lock: so no thread that holds that waits for
-a vCPU, and no device waits for vCPUs to stop. An access that no device claims reads all ones and ignores writes, as on
+a vCPU, and no device waits for vCPUs to stop. An access that no device answers reads all ones and ignores writes, as on
 a PC.
 """
 
@@ -36,8 +36,8 @@ class Stateful(Protocol):
         """
 
 
-class Claim(Protocol):
-    """What answers accesses. ``ports`` and ``mmio`` are the ranges that it claims; offsets count from a range's start.
+class IoRegion(Protocol):
+    """Ports and MMIO that are answered together. An offset counts from the start of the range that it is in.
 
     ``size`` is 1, 2, 4 or (MMIO only) 8 bytes; values are unsigned and fit it.
     """
@@ -52,7 +52,7 @@ class Claim(Protocol):
         """Take what the guest writes; the effect, if any, happens after the instruction."""
 
 
-class Device(Claim, Stateful, Protocol):
+class Device(IoRegion, Stateful, Protocol):
     """One device: it answers accesses, and has a state."""
 
 
@@ -78,18 +78,18 @@ class DeviceBus:
         self.devices: tuple[Device, ...] = ()
         self.elsewhere: tuple[Stateful, ...] = ()
         self.timed: tuple[Timed, ...] = ()
-        self._claims: tuple[Claim, ...] = ()
-        self._last: Claim | None = None
+        self._regions: tuple[IoRegion, ...] = ()
+        self._last: IoRegion | None = None
         self._lock: AbstractContextManager[object] = threading.Lock()
 
     def add(self, *devices: Device) -> None:
         """Add devices, before anything runs."""
         self.devices += devices
-        self._claims += devices
+        self._regions += devices
 
-    def add_ports(self, *claims: Claim) -> None:
+    def add_regions(self, *regions: IoRegion) -> None:
         """Add what answers accesses and has no state of its own, before anything runs."""
-        self._claims += claims
+        self._regions += regions
 
     def use_lock(self, lock: AbstractContextManager[object]) -> None:
         """Serialise accesses by another lock, before anything runs."""
@@ -102,35 +102,35 @@ class DeviceBus:
     def port_read(self, port: int, size: int) -> int:
         """Return what IN reads."""
         with self._lock:
-            for device in self._claims:
-                if port in device.ports:
-                    return device.read(port - device.ports.start, size)
+            for region in self._regions:
+                if port in region.ports:
+                    return region.read(port - region.ports.start, size)
         return _all_ones(size)
 
     def port_write(self, port: int, size: int, value: int) -> Effect | None:
         """Perform OUT."""
         with self._lock:
-            for device in self._claims:
-                if port in device.ports:
-                    return device.write(port - device.ports.start, size, value)
+            for region in self._regions:
+                if port in region.ports:
+                    return region.write(port - region.ports.start, size, value)
         return None
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """Return what a load from device space reads."""
         with self._lock:
-            device = self._at(gpa)
-            return _all_ones(size) if device is None else device.read(gpa - device.mmio.start, size)
+            region = self._at(gpa)
+            return _all_ones(size) if region is None else region.read(gpa - region.mmio.start, size)
 
     def mmio_write(self, gpa: int, size: int, value: int) -> Effect | None:
         """Perform a store to device space."""
         with self._lock:
-            device = self._at(gpa)
-            return None if device is None else device.write(gpa - device.mmio.start, size, value)
+            region = self._at(gpa)
+            return None if region is None else region.write(gpa - region.mmio.start, size, value)
 
-    def _at(self, gpa: int) -> Claim | None:
+    def _at(self, gpa: int) -> IoRegion | None:
         """Return what answers at an address; that of the last access is looked at first."""
         if self._last is None or gpa not in self._last.mmio:
-            self._last = next((device for device in self._claims if gpa in device.mmio), None)
+            self._last = next((region for region in self._regions if gpa in region.mmio), None)
         return self._last
 
     def due_in_ns(self) -> int | None:

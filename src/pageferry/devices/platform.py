@@ -134,4 +134,4 @@ class Platform:
         if model is MachineModel.PC:
             self.power = PowerManagement(self.clock.now_ns, self.bus.lines.line(IRQ_SCI))
             self.bus.add(self.power)
-            self.bus.add_ports(*reset_ports())
+            self.bus.add_regions(*reset_ports())

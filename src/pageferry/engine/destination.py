@@ -40,7 +40,7 @@ from pageferry.core.version import __version__
 from pageferry.core.vm import AnyVm, Vm, VmConfig
 from pageferry.engine import features
 from pageferry.engine.failures import as_arrival_error
-from pageferry.engine.handoff.custody import Claim, Takeover
+from pageferry.engine.handoff.custody import DestinationCustody, Takeover
 from pageferry.engine.handoff.take import answer_return, see_off, take
 from pageferry.engine.pages.populate import Populator
 from pageferry.engine.pages.receive import Receiver
@@ -353,7 +353,7 @@ class Destination(Generic[AnyVm]):
         try:
             yield
         except Exception as error:
-            if self._takeover is not None and self._takeover.claim is not Claim.OURS:
+            if self._takeover is not None and self._takeover.custody is not DestinationCustody.OURS:
                 self._takeover.give_up()
             raised, told = as_arrival_error(error, phase=self._clock.current)
             if told is not None:

@@ -13,7 +13,7 @@ from pageferry.core.policy import Policy, downtime_limit_s
 from pageferry.core.policy_names import with_limits
 from pageferry.core.silence import SILENT_S
 from pageferry.engine.guest import TrackedGuest
-from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.handoff.custody import Handoff, SourceCustody
 from pageferry.engine.host import THIS_HOST, Host
 from pageferry.engine.options import WireOptions
 from pageferry.engine.pages.send import Outlet
@@ -109,7 +109,7 @@ class Job:
     @property
     def handing_over(self) -> bool:
         """Whether the guest was committed and stands still here, so that only the answer says whose it is."""
-        return self.handoff.custody is Custody.COMMITTED
+        return self.handoff.custody is SourceCustody.COMMITTED
 
     @property
     def keeps_pages(self) -> bool:
@@ -236,7 +236,7 @@ class Job:
         if self.guest_at is GuestAt.UNKNOWN and self.postcopy is not None and self.postcopy.recovery.end():
             self._ended.wait()
         custody = self.handoff.custody
-        if self.report is None and custody is Custody.UNKNOWN:
+        if self.report is None and custody is SourceCustody.UNKNOWN:
             hint = "what it answers: pageferry status"
             raise RefusedError("the destination is being asked now whether the guest runs there", hint=hint)
         saved = self.file is not None and self.guest_at is GuestAt.DESTINATION

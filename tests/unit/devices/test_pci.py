@@ -36,7 +36,7 @@ def config():
 def bus(config):
     made, address = DeviceBus(), ConfigAddress()
     made.add(address)
-    made.add_ports(ConfigData(address, [Function(config)]))
+    made.add_regions(ConfigData(address, [Function(config)]))
     return made
 
 

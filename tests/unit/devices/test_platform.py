@@ -23,7 +23,7 @@ def platform(memory):
     return Platform(memory, MachineModel.PLAIN)
 
 
-def test_unclaimed_space_reads_as_ones(platform):
+def test_space_that_nothing_answers_reads_as_ones(platform):
     assert platform.bus.port_read(0x60, 2) == 0xFFFF
     assert platform.bus.mmio_read(0xFEA0_0000, 8) == 2**64 - 1
     assert platform.bus.port_write(0x60, 1, 0) is None

@@ -7,7 +7,7 @@ import pytest
 
 from pageferry.core.errors import GuestAt, OrderError
 from pageferry.engine.failures import StalledError
-from pageferry.engine.handoff.custody import Claim, Custody, Handoff, Takeover
+from pageferry.engine.handoff.custody import DestinationCustody, Handoff, SourceCustody, Takeover
 from pageferry.engine.handoff.give import Giver
 from pageferry.engine.wire.connections import NeverRan
 from pageferry.engine.wire.peer import PeerFailedError, PeerRefusedError
@@ -16,16 +16,16 @@ from pageferry.stream.ferry_frames import Recovered, Running
 STEPS = ("cancel", "commit", "running", "refused", "keep", "lost", "taken_back")
 #: What may follow in each state, and where it leads; all else is a defect of ours and raises.
 LEGAL = {
-    (Custody.HERE, "commit"): Custody.COMMITTED,
-    (Custody.HERE, "keep"): Custody.KEPT,
-    (Custody.COMMITTED, "running"): Custody.THERE,
-    (Custody.COMMITTED, "refused"): Custody.HERE,
-    (Custody.COMMITTED, "lost"): Custody.UNKNOWN,
-    (Custody.UNKNOWN, "lost"): Custody.UNKNOWN,
-    (Custody.UNKNOWN, "running"): Custody.THERE,
-    (Custody.UNKNOWN, "refused"): Custody.HERE,
-    (Custody.UNKNOWN, "taken_back"): Custody.HERE,
-    (Custody.THERE, "taken_back"): Custody.HERE,
+    (SourceCustody.HERE, "commit"): SourceCustody.COMMITTED,
+    (SourceCustody.HERE, "keep"): SourceCustody.KEPT,
+    (SourceCustody.COMMITTED, "running"): SourceCustody.THERE,
+    (SourceCustody.COMMITTED, "refused"): SourceCustody.HERE,
+    (SourceCustody.COMMITTED, "lost"): SourceCustody.UNKNOWN,
+    (SourceCustody.UNKNOWN, "lost"): SourceCustody.UNKNOWN,
+    (SourceCustody.UNKNOWN, "running"): SourceCustody.THERE,
+    (SourceCustody.UNKNOWN, "refused"): SourceCustody.HERE,
+    (SourceCustody.UNKNOWN, "taken_back"): SourceCustody.HERE,
+    (SourceCustody.THERE, "taken_back"): SourceCustody.HERE,
 }
 
 
@@ -54,12 +54,12 @@ def test_each_step_leads_where_it_may_and_nowhere_else(depth):
         before, cancelled = handoff.custody, handoff.cancelled
         if step == "cancel":
             in_time = handoff.cancel()
-            assert in_time == (before is Custody.HERE)
+            assert in_time == (before is SourceCustody.HERE)
             assert handoff.custody is before
             assert handoff.cancelled == (cancelled or in_time)
-        elif step in ("commit", "keep") and before is Custody.HERE and cancelled:
+        elif step in ("commit", "keep") and before is SourceCustody.HERE and cancelled:
             assert not do(handoff, step)
-            assert handoff.custody is Custody.HERE
+            assert handoff.custody is SourceCustody.HERE
         elif (before, step) in LEGAL:
             do(handoff, step)
             assert handoff.custody is LEGAL[before, step]
@@ -68,9 +68,9 @@ def test_each_step_leads_where_it_may_and_nowhere_else(depth):
                 do(handoff, step)
             assert handoff.custody is before
         # It may run here only if the other end was not told that it may run there, or that was taken back.
-        assert handoff.committed == (handoff.custody not in (Custody.HERE, Custody.KEPT))
-        assert (handoff.guest_at is GuestAt.DESTINATION) == (handoff.custody is Custody.THERE)
-        assert (handoff.guest_at is GuestAt.UNKNOWN) == (handoff.custody is Custody.UNKNOWN)
+        assert handoff.committed == (handoff.custody not in (SourceCustody.HERE, SourceCustody.KEPT))
+        assert (handoff.guest_at is GuestAt.DESTINATION) == (handoff.custody is SourceCustody.THERE)
+        assert (handoff.guest_at is GuestAt.UNKNOWN) == (handoff.custody is SourceCustody.UNKNOWN)
     assert seen
 
 
@@ -98,12 +98,12 @@ def test_a_guest_is_taken_back_only_when_its_commit_can_no_longer_be_accepted():
     handoff.lost()
     assert handoff.open_for_s(9.5) == 0.5
     with pytest.raises(AssertionError, match="may still be accepted"):
-        handoff.taken_back(9.9, Custody.UNKNOWN)
+        handoff.taken_back(9.9, SourceCustody.UNKNOWN)
     assert handoff.open_for_s(10.0) == 0.0
-    assert not handoff.taken_back(10.0, Custody.THERE)
-    assert handoff.custody is Custody.UNKNOWN
-    assert handoff.taken_back(10.0, Custody.UNKNOWN)
-    assert handoff.custody is Custody.HERE
+    assert not handoff.taken_back(10.0, SourceCustody.THERE)
+    assert handoff.custody is SourceCustody.UNKNOWN
+    assert handoff.taken_back(10.0, SourceCustody.UNKNOWN)
+    assert handoff.custody is SourceCustody.HERE
 
 
 def test_a_commit_that_was_answered_is_no_longer_open():
@@ -123,7 +123,7 @@ def test_a_destination_accepts_a_commit_within_its_part_of_the_lease():
     assert not late.accept(109.1)
     in_time.run()
     late.give_up()
-    assert (in_time.claim, late.claim) == (Claim.OURS, Claim.NEVER)
+    assert (in_time.custody, late.custody) == (DestinationCustody.OURS, DestinationCustody.NEVER)
 
 
 @pytest.mark.parametrize("so_far", [[], ["ready"], ["ready", "accept"]])
@@ -138,7 +138,7 @@ def test_a_destination_that_has_given_up_never_runs_the_guest(so_far):
     for step in ("ready", "run"):
         with pytest.raises(AssertionError, match="a guest that is never cannot"):
             do(takeover, step)
-    assert takeover.claim is Claim.NEVER
+    assert takeover.custody is DestinationCustody.NEVER
 
 
 def test_a_destination_that_runs_the_guest_cannot_promise_that_it_never_will():

@@ -8,7 +8,7 @@ from shortage import no_more_threads
 from pageferry.core.errors import GuestAt
 from pageferry.core.events import DOWNTIME_PHASES, Phase
 from pageferry.core.threads import OutOfThreadsError
-from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.handoff.custody import Handoff, SourceCustody
 from pageferry.engine.pause import PauseWatch, pause_limit_s, waits_for
 
 
@@ -59,7 +59,7 @@ def test_a_guest_whose_pause_was_given_up_stays():
     assert (handoff.forbidden, handoff.cancelled) == (True, False)
     assert not handoff.commit()
     assert not handoff.keep()
-    assert (handoff.custody, handoff.guest_at) == (Custody.HERE, GuestAt.SOURCE)
+    assert (handoff.custody, handoff.guest_at) == (SourceCustody.HERE, GuestAt.SOURCE)
     assert not handoff.give_up()  # once
 
 

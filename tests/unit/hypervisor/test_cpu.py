@@ -167,7 +167,7 @@ def test_every_effect_is_returned_by_run_at_its_instruction(machines):
 
 
 def test_ports_by_immediate_and_by_dx_and_in_all_sizes(machines):
-    # al -> console by dx; in al, 0x3fd; in eax from an unclaimed port by dx; out exit
+    # al -> console by dx; in al, 0x3fd; in eax by dx from a port that nothing answers; out exit
     vm = machines("66baf803" + "b041" + "ee" + "66bafd03" + "ec" + "3c60" + "7509" + "66ba0010" + "ed" + EXIT + "f4")
     output = bytearray()
     vm.on_console(output.extend)

@@ -152,7 +152,7 @@ def test_a_device_may_not_call_an_operator(domains, operator):
             getattr(domain.paging, operator)()
 
     bus = domain.platform.bus
-    bus.add_ports(Rude(domain.memory))
+    bus.add_regions(Rude(domain.memory))
     with pytest.raises(LockOrderError, match="DOMAIN lock taken while holding DEVICES"):
         bus.mmio_write(Rude.mmio.start, 8, 0)
     assert not domain.locks.devices.mine

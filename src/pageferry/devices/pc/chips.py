@@ -38,7 +38,7 @@ class PcChips:
         pit = Pit(clock.now_ns, bus.lines.line(IRQ_TIMER))
         bus.add(*self._pics.chips, pit)
         bus.elsewhere += (UnusedIoapic(),)
-        bus.add_ports(self._pics.elcr, SpeakerPort(pit), MissingLapic())
+        bus.add_regions(self._pics.elcr, SpeakerPort(pit), MissingLapic())
         bus.timed += (pit,)
         bus.lines.connect(self._pics)
 

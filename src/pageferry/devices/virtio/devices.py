@@ -156,7 +156,7 @@ class VirtioDevices:
         """Add a PCI bus with the devices to the guest's bus."""
         address = ConfigAddress()
         self._bus.add(address, SpecList(self.specs), *self._functions)
-        self._bus.add_ports(ConfigData(address, self._functions))
+        self._bus.add_regions(ConfigData(address, self._functions))
 
     def use_doorbells(self, doorbells: Doorbells) -> None:
         """Have drivers wake the threads of their devices by themselves; before anything runs."""

@@ -36,8 +36,8 @@ from pageferry.core.errors import GuestAt
 _DESTINATION_PART = 0.9
 
 
-class Custody(StrEnum):
-    """How far the handoff is at the source."""
+class SourceCustody(StrEnum):
+    """Who has the guest, as its source knows it."""
 
     HERE = "here"
     COMMITTED = "committed"
@@ -47,11 +47,11 @@ class Custody(StrEnum):
 
 
 _GUEST_AT = {
-    Custody.HERE: GuestAt.SOURCE,
-    Custody.COMMITTED: GuestAt.SOURCE,
-    Custody.UNKNOWN: GuestAt.UNKNOWN,
-    Custody.THERE: GuestAt.DESTINATION,
-    Custody.KEPT: GuestAt.SOURCE,
+    SourceCustody.HERE: GuestAt.SOURCE,
+    SourceCustody.COMMITTED: GuestAt.SOURCE,
+    SourceCustody.UNKNOWN: GuestAt.UNKNOWN,
+    SourceCustody.THERE: GuestAt.DESTINATION,
+    SourceCustody.KEPT: GuestAt.SOURCE,
 }
 
 
@@ -60,13 +60,13 @@ class Handoff:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # between cancel and commit, and between an answer and a person
-        self._custody = Custody.HERE
+        self._custody = SourceCustody.HERE
         self._cancelled = False
         self._given_up = False
         self._open_until_s = 0.0
 
     @property
-    def custody(self) -> Custody:
+    def custody(self) -> SourceCustody:
         """How far it is."""
         return self._custody
 
@@ -78,7 +78,7 @@ class Handoff:
     @property
     def committed(self) -> bool:
         """Whether the guest may run elsewhere, so that it must not run here."""
-        return self._custody not in (Custody.HERE, Custody.KEPT)
+        return self._custody not in (SourceCustody.HERE, SourceCustody.KEPT)
 
     @property
     def cancelled(self) -> bool:
@@ -93,14 +93,14 @@ class Handoff:
     def cancel(self) -> bool:
         """Forbid the commit; return False when it is too late."""
         with self._lock:
-            in_time = self._custody is Custody.HERE
+            in_time = self._custody is SourceCustody.HERE
             self._cancelled = self._cancelled or in_time
             return in_time
 
     def give_up(self) -> bool:
         """Forbid the commit because the pause takes too long; return False when it is too late, or was cancelled."""
         with self._lock:
-            in_time = self._custody is Custody.HERE and not self.forbidden
+            in_time = self._custody is SourceCustody.HERE and not self.forbidden
             self._given_up = self._given_up or in_time
             return in_time
 
@@ -111,31 +111,35 @@ class Handoff:
             open_until_s: when the lease ends, on a clock of the caller's: no commit is accepted later; 0: no lease.
         """
         self._open_until_s = open_until_s
-        return self._leave(Custody.COMMITTED)
+        return self._leave(SourceCustody.COMMITTED)
 
     def keep(self) -> bool:
         """Go from HERE to KEPT, before a saved guest's file gets its name; return False when it is forbidden."""
-        return self._leave(Custody.KEPT)
+        return self._leave(SourceCustody.KEPT)
 
     def running(self) -> None:
         """The destination runs the guest."""
         with self._lock:
-            self._move(Custody.THERE, Custody.COMMITTED, Custody.UNKNOWN)
+            self._move(SourceCustody.THERE, SourceCustody.COMMITTED, SourceCustody.UNKNOWN)
 
     def refused(self) -> None:
         """The guest does not run at the destination and never will."""
         with self._lock:
-            self._move(Custody.HERE, Custody.COMMITTED, Custody.UNKNOWN)
+            self._move(SourceCustody.HERE, SourceCustody.COMMITTED, SourceCustody.UNKNOWN)
 
     def lost(self) -> None:
         """No answer to the commit was heard."""
-        self._move(Custody.UNKNOWN, Custody.COMMITTED, Custody.UNKNOWN)
+        self._move(SourceCustody.UNKNOWN, SourceCustody.COMMITTED, SourceCustody.UNKNOWN)
 
     def open_for_s(self, now_s: float) -> float:
         """Return how long the commit may still be accepted, on the clock of :meth:`commit`; 0: it cannot be."""
-        return max(0.0, self._open_until_s - now_s) if self._custody in (Custody.COMMITTED, Custody.UNKNOWN) else 0.0
+        return (
+            max(0.0, self._open_until_s - now_s)
+            if self._custody in (SourceCustody.COMMITTED, SourceCustody.UNKNOWN)
+            else 0.0
+        )
 
-    def taken_back(self, now_s: float, custody: Custody) -> bool:
+    def taken_back(self, now_s: float, custody: SourceCustody) -> bool:
         """A person knows that the guest runs nowhere else; :meth:`open_for_s` is 0 by then.
 
         Args:
@@ -150,24 +154,24 @@ class Handoff:
         with self._lock:
             if self._custody is not custody:
                 return False
-            self._move(Custody.HERE, Custody.UNKNOWN, Custody.THERE)
+            self._move(SourceCustody.HERE, SourceCustody.UNKNOWN, SourceCustody.THERE)
             return True
 
-    def _leave(self, custody: Custody) -> bool:
+    def _leave(self, custody: SourceCustody) -> bool:
         with self._lock:
             if self.forbidden:
                 return False
-            self._move(custody, Custody.HERE)
+            self._move(custody, SourceCustody.HERE)
             return True
 
-    def _move(self, custody: Custody, *allowed: Custody) -> None:
+    def _move(self, custody: SourceCustody, *allowed: SourceCustody) -> None:
         if self._custody not in allowed:
             raise AssertionError(f"a guest that is {self._custody} cannot become {custody}")
         self._custody = custody
 
 
-class Claim(StrEnum):
-    """How far the handoff is at the destination."""
+class DestinationCustody(StrEnum):
+    """Who has the guest, as its destination knows it."""
 
     COMING = "coming"
     READY = "ready"
@@ -186,16 +190,16 @@ class Takeover:
     def __init__(self, lease_s: float) -> None:
         self._accepts_for_s = lease_s * _DESTINATION_PART
         self._accepts_until_s = 0.0
-        self._claim = Claim.COMING
+        self._custody = DestinationCustody.COMING
 
     @property
-    def claim(self) -> Claim:
+    def custody(self) -> DestinationCustody:
         """How far it is."""
-        return self._claim
+        return self._custody
 
     def ready(self, now_s: float) -> None:
         """READY is about to be said: from now on a commit may come."""
-        self._move(Claim.READY, Claim.COMING)
+        self._move(DestinationCustody.READY, DestinationCustody.COMING)
         self._accepts_until_s = now_s + self._accepts_for_s
 
     def left_s(self, now_s: float) -> float:
@@ -206,18 +210,24 @@ class Takeover:
         """A commit has come; return False when the lease is over, so that the commit does not count."""
         if not self.left_s(now_s):
             return False
-        self._move(Claim.ACCEPTED, Claim.READY)
+        self._move(DestinationCustody.ACCEPTED, DestinationCustody.READY)
         return True
 
     def run(self) -> None:
         """The guest runs here now, or is ours to run."""
-        self._move(Claim.OURS, Claim.ACCEPTED)
+        self._move(DestinationCustody.OURS, DestinationCustody.ACCEPTED)
 
     def give_up(self) -> None:
         """The guest never runs here; only from now on may that be promised."""
-        self._move(Claim.NEVER, Claim.COMING, Claim.READY, Claim.ACCEPTED, Claim.NEVER)
+        self._move(
+            DestinationCustody.NEVER,
+            DestinationCustody.COMING,
+            DestinationCustody.READY,
+            DestinationCustody.ACCEPTED,
+            DestinationCustody.NEVER,
+        )
 
-    def _move(self, claim: Claim, *allowed: Claim) -> None:
-        if self._claim not in allowed:
-            raise AssertionError(f"a guest that is {self._claim} cannot become {claim}")
-        self._claim = claim
+    def _move(self, custody: DestinationCustody, *allowed: DestinationCustody) -> None:
+        if self._custody not in allowed:
+            raise AssertionError(f"a guest that is {self._custody} cannot become {custody}")
+        self._custody = custody

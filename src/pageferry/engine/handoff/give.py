@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from pageferry.core.errors import PageferryError
 from pageferry.engine.failures import StalledError
-from pageferry.engine.handoff.custody import Custody, Handoff
+from pageferry.engine.handoff.custody import Handoff, SourceCustody
 from pageferry.engine.handoff.talk import Talk
 from pageferry.engine.wire.peer import PeerFailedError, PeerRefusedError
 from pageferry.stream.ferry_frames import Commit, Complete, Dropped, Recovered, Running, Switch
@@ -113,7 +113,7 @@ class Giver(Generic[_T]):
             raise StalledError(within_s) from error
 
     def _expect_answer(self, peer: _T, within_s: float) -> None:
-        unknown = self._handoff.custody is Custody.UNKNOWN
+        unknown = self._handoff.custody is SourceCustody.UNKNOWN
         try:
             answer = peer.receive(within_s)
         except PeerFailedError as error:
@@ -147,6 +147,6 @@ class Giver(Generic[_T]):
             try:
                 return self.ask(max(until_s - self._now_s(), _ASK_AT_LEAST_S))
             except (OSError, PageferryError):
-                if self._handoff.custody is Custody.HERE or self._now_s() >= until_s:
+                if self._handoff.custody is SourceCustody.HERE or self._now_s() >= until_s:
                     raise
             self._sleep(_AGAIN_S)

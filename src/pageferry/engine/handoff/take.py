@@ -39,7 +39,7 @@ def take(
         takeover: who may run the guest; OURS at the end.
         ready: what to say.
         word: which word is due.
-        claim: takes the guest's disks.
+        claim: claims the guest's backends, with their disks' locks.
         release: gives them back where the guest is not started after all, before the source hears of that.
         start: lets the guest run, or not if it is told that its user had paused it. If it raises, it has not run.
         now_s: a monotonic clock in seconds.

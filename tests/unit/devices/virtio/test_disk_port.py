@@ -65,7 +65,7 @@ class Slow:
         self.port.connect(model, self.function)
         address = ConfigAddress()
         self.bus.add(address, self.function)
-        self.bus.add_ports(ConfigData(address, [self.function]))
+        self.bus.add_regions(ConfigData(address, [self.function]))
         self.driver = VirtioDriver(self.bus, self.memory, 1)
         assert self.driver.begin(VERSION_1)
         self.ring = self.driver.rings[0]

@@ -75,7 +75,7 @@ class Net:
         self.function = VirtioPci(self.model, queues, bar_gpa=0xE000_0000, irq=10, line=self.bus.lines.line(10))
         address = ConfigAddress()
         self.bus.add(address, self.function)
-        self.bus.add_ports(ConfigData(address, [self.function]))
+        self.bus.add_regions(ConfigData(address, [self.function]))
         self.driver = VirtioDriver(self.bus, self.memory, 1)
         assert self.driver.begin(features, sizes=sizes)
         self.rx, self.tx = self.driver.rings
