@@ -29,7 +29,6 @@ from pageferry.guests.workloads import load_workload
 from pageferry.stream.hvm_context import encode_cpu
 from pageferry.stream.hvm_entries import Typecode, join_entries, split_entries
 from pageferry.xen import uapi
-from pageferry.xen.claim import sweep
 from pageferry.xen.domain import XenDomain, read_configuration
 from pageferry.xen.domains import list_domains
 from pageferry.xen.domctl import Control
@@ -38,6 +37,7 @@ from pageferry.xen.migrate import XenMigration
 from pageferry.xen.receiver import GO, Receiver
 from pageferry.xen.save import XenSave
 from pageferry.xen.store import XenStore
+from pageferry.xen.undo_log import sweep
 
 _ENTRY = 0x20_0000
 _HALT = b"\xfa\xf4\xeb\xfc"  # cli; hlt; again

@@ -23,8 +23,8 @@ from xen_guests import (
 from pageferry.core.errors import GuestAt, MigrationError, UsageError
 from pageferry.core.events import PhaseBegan
 from pageferry.xen import uapi
-from pageferry.xen.claim import sweep
 from pageferry.xen.receiver import BANNER, GO, READY, REPORT
+from pageferry.xen.undo_log import sweep
 
 PHASES = ("hello", "pre-copy", "pause", "stop-and-copy", "state", "verify", "handoff")
 GIVE_UP_S = 120.0

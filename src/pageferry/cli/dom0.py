@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pageferry.cli.shell import tell
-from pageferry.xen.claim import sweep
 from pageferry.xen.domctl import Control
 from pageferry.xen.store import XenStore
+from pageferry.xen.undo_log import sweep
 
 
 @contextmanager

@@ -2,6 +2,6 @@
 
 ``uapi`` is transcription only. ``hypercall`` has the device, ``domctl`` what Xen is asked, ``foreign`` a domain's
 memory, ``store`` Xen's store. ``log`` is a :class:`~pageferry.core.vm.LogDirty`, ``domain`` a
-:class:`~pageferry.core.vm.Vm`. ``claim`` undoes what a killed process left behind. ``save`` writes what ``xl restore``
-takes; ``missed`` proves it.
+:class:`~pageferry.core.vm.Vm`. ``undo_log`` undoes what a killed process left behind. ``save`` writes what
+``xl restore`` takes; ``missed`` proves it.
 """

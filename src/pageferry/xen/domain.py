@@ -35,11 +35,11 @@ from pageferry.stream.records import (
     StreamHeader,
 )
 from pageferry.xen import uapi
-from pageferry.xen.claim import SUSPEND_CANCELLED, Claim, claim
 from pageferry.xen.domctl import Control, DomainInfo
 from pageferry.xen.foreign import map_foreign
 from pageferry.xen.log import XenLogDirty
 from pageferry.xen.store import XenStore
+from pageferry.xen.undo_log import SUSPEND_CANCELLED, open_undo_log
 
 USERDATA = Path("/var/lib/xen")
 #: The parameters that Xen's own tools save; those that are 0 are left out.
@@ -139,7 +139,9 @@ def expect_movable(info: DomainInfo, configuration: bytes) -> None:
 
 
 def expect_not_shut_down(info: DomainInfo) -> None:
-    """Check that a domain has not shut down. Once it is claimed: one that was given away is suspended, and says that.
+    """Check that a domain has not shut down.
+
+    Its undo log is open, which refuses a domain that was given away: such a one is suspended as well.
 
     Raises:
         UnsupportedError: it has.
@@ -182,7 +184,8 @@ def present_frames(control: Control, domid: int) -> DirtyBitmap:
 class XenDomain:
     """A domain; implements :class:`pageferry.core.vm.Vm`, as far as a source needs it.
 
-    It is claimed as long as this object is not closed. Log-dirty is off at first, and off after :meth:`close`.
+    Its undo log is open, so that no other process works on it, until :meth:`close`. Log-dirty is off at first, and off
+    after that.
 
     Args:
         control: Xen.
@@ -217,15 +220,15 @@ class XenDomain:
         self._suspended = False
         self._asked = False  # the guest suspended itself, and is told if that was cancelled
         self._closed = False
-        self._claim: Claim = claim(control, info)
+        self._undo_log = open_undo_log(control, info)
         try:
             self.memory = self._map()
             self.log_dirty = XenLogDirty(
-                control, info.domid, self.memory, hap=info.hap, note=lambda on: self._claim.note(log_dirty=on)
+                control, info.domid, self.memory, hap=info.hap, note=lambda on: self._undo_log.note(log_dirty=on)
             )
             leaves, self._msrs = control.cpu_policy(info.domid)
         except BaseException:
-            self._claim.release()
+            self._undo_log.close()
             raise
         self.cpuid: Leaves = leaves
         self.config = VmConfig(memory_bytes=self.memory.size_bytes, cpus=info.vcpus, cpu=leaves)
@@ -291,11 +294,11 @@ class XenDomain:
         with self._lock:
             if self.suspends:
                 self._suspend()
-            self._claim.note(paused=self._frozen + 1)
+            self._undo_log.note(paused=self._frozen + 1)
             try:
                 self.control.pause(self.info.domid)
             except XenError:
-                self._claim.note(paused=self._frozen)
+                self._undo_log.note(paused=self._frozen)
                 raise
             self._frozen += 1
 
@@ -312,20 +315,20 @@ class XenDomain:
                 self._cancel_suspend()
             self.control.unpause(self.info.domid)
             self._frozen -= 1
-            self._claim.note(paused=self._frozen)
+            self._undo_log.note(paused=self._frozen)
 
     def _suspend(self) -> None:
         domid = self.info.domid
         if self.control.hvm_param(domid, uapi.HVM_PARAM_CALLBACK_IRQ):
-            self._claim.note(suspended=1, asked=int(SUSPEND_S))
+            self._undo_log.note(suspended=1, asked=int(SUSPEND_S))
             self._ask_to_suspend(f"/local/domain/{domid}/control/shutdown")
             self._asked = True
         else:
-            self._claim.note(suspended=1)
+            self._undo_log.note(suspended=1)
             try:
                 self.control.suspend(domid)
             except XenError:
-                self._claim.note(suspended=0)
+                self._undo_log.note(suspended=0)
                 raise
         self._suspended = True
 
@@ -340,7 +343,7 @@ class XenDomain:
             self.store.write(path, "")
         if self.control.info(self.info.domid).shutdown_reason == uapi.SHUTDOWN_suspend:
             return
-        self._claim.note(suspended=0, asked=0)
+        self._undo_log.note(suspended=0, asked=0)
         raise VmError(
             f"domain {self.info.domid} did not suspend itself within {SUSPEND_S:.0f} s",
             hint="its kernel must listen to control/shutdown in xenstore (Linux: CONFIG_XEN)",
@@ -352,28 +355,28 @@ class XenDomain:
             self.control.set_rax(domid, 0, SUSPEND_CANCELLED)
         self.control.resume(domid)
         self._suspended = self._asked = False
-        self._claim.note(suspended=0, asked=0)
+        self._undo_log.note(suspended=0, asked=0)
 
     def rename(self, suffix: str) -> str:
         """Add a suffix to the domain's name; return what it was."""
         path = f"/local/domain/{self.info.domid}/name"
         before = self.store.read(path) or ""
-        self._claim.note(name=before)
+        self._undo_log.note(name=before)
         self.store.write(path, before + suffix)
         return before
 
     def give_away(self) -> None:
         """Write down that the domain may run elsewhere from now on, so that nothing is undone."""
-        self._claim.note(given_away=1)
+        self._undo_log.note(given_away=1)
 
     def take_back(self, name: str) -> None:
         """Write down that the domain runs nowhere else, and give it its name again."""
         self.store.write(f"/local/domain/{self.info.domid}/name", name)
-        self._claim.note(name="", given_away=0)
+        self._undo_log.note(name="", given_away=0)
 
     def gone(self) -> None:
         """Write down that the domain runs elsewhere, or is in a file: here it stays suspended."""
-        self._claim.note(given_away=0, suspended=0, asked=0, paused=0, name="")
+        self._undo_log.note(given_away=0, suspended=0, asked=0, paused=0, name="")
 
     # -- what goes into a stream -------------------------------------------------------------------------------------
 
@@ -435,7 +438,7 @@ class XenDomain:
             self.log_dirty.off()
         finally:
             self.memory.close()
-            self._claim.release()
+            self._undo_log.close()
 
 
 def _no_destination() -> UnsupportedError:

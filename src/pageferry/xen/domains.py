@@ -10,11 +10,11 @@ from pathlib import Path
 from pageferry.core.errors import UsageError, XenError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.xen import uapi
-from pageferry.xen.claim import DIRECTORY, claim
 from pageferry.xen.domain import USERDATA, read_configuration
 from pageferry.xen.domctl import Control, DomainInfo
 from pageferry.xen.holder import holder_of
 from pageferry.xen.store import XenStore
+from pageferry.xen.undo_log import DIRECTORY, open_undo_log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def list_domains(
     store: XenStore,
     *,
     watch: Callable[[], object] | None = None,
-    claims: Path = DIRECTORY,
+    undo_logs: Path = DIRECTORY,
     userdata: Path = USERDATA,
 ) -> list[DomainSeen]:
     """Return the domains, by number.
@@ -55,7 +55,7 @@ def list_domains(
         control: Xen.
         store: its store.
         watch: waits as long as the domains' writes are to be counted; None: they are not.
-        claims: where claims are.
+        undo_logs: where the domains' undo logs are.
         userdata: where Xen's tools keep configurations.
 
     Raises:
@@ -70,7 +70,7 @@ def list_domains(
                 info = control.info(domid)
             except UsageError:  # it has just ended
                 continue
-            on, by = tried.enter_context(_log_dirty(control, info, claims))
+            on, by = tried.enter_context(_log_dirty(control, info, undo_logs))
             found.append((info, on, by))
             if watch is None:
                 tried.close()  # off again
@@ -116,13 +116,13 @@ def _status(info: DomainInfo) -> str:
 
 
 @contextmanager
-def _log_dirty(control: Control, info: DomainInfo, claims: Path) -> Iterator[tuple[bool | None, str]]:
+def _log_dirty(control: Control, info: DomainInfo, undo_logs: Path) -> Iterator[tuple[bool | None, str]]:
     """Lend whether log-dirty is on, and who works on the domain. Where it was off it is on meanwhile."""
     if not info.is_hvm or info.dying:
         yield None, ""
         return
     try:
-        mine = claim(control, info, claims)
+        mine = open_undo_log(control, info, undo_logs)
     except UsageError as error:
         yield None, str(error)
         return
@@ -143,7 +143,7 @@ def _log_dirty(control: Control, info: DomainInfo, claims: Path) -> Iterator[tup
                 control.shadow_op(info.domid, uapi.XEN_DOMCTL_SHADOW_OP_OFF)
             mine.note(log_dirty=0)
     finally:
-        mine.release()
+        mine.close()
 
 
 @contextmanager

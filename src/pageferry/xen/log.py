@@ -15,7 +15,8 @@ Xen makes all RAM NOT WRITABLE, takes the nested page fault, sets the page's bit
 - *``fault_count``* of Xen counts the write faults since the last CLEAN; HAP does not count and says 0. It is None
   here under HAP, and since ENABLE under shadow paging.
 - *ENABLE while it is on* is EINVAL, whoever turned it on; so is ENABLE of a domain with a passed-through device.
-- *Nothing is turned off by itself*: log-dirty stays on when this process ends. :mod:`pageferry.xen.claim` sees to that.
+- *Nothing is turned off by itself*: log-dirty stays on when this process ends; :mod:`pageferry.xen.undo_log` sees
+  to that.
 - *The hypervisor's own mappings* of guest pages (vCPU info and the like) are dirty only in a bitmap taken with
   ``LOGDIRTY_FINAL``, which ``peek_final`` asks for once the domain is paused for good.
 

@@ -12,7 +12,6 @@ from pageferry.core.vm import VmStatus
 from pageferry.engine.guest import TrackedGuest
 from pageferry.xen import domain as module
 from pageferry.xen import uapi
-from pageferry.xen.claim import claim, sweep
 from pageferry.xen.domain import (
     XenDomain,
     expect_movable,
@@ -23,6 +22,7 @@ from pageferry.xen.domain import (
 )
 from pageferry.xen.domctl import Control
 from pageferry.xen.hypercall import Privcmd, expect_dom0
+from pageferry.xen.undo_log import open_undo_log, sweep
 
 PVH = json.dumps({"c_info": {"type": "pvh", "name": "guest"}}).encode() + b"\n\0"
 
@@ -52,12 +52,12 @@ def xen():
 def guest(xen, monkeypatch, tmp_path):
     """A domain whose memory is not mapped: there is no kernel to do it here."""
     monkeypatch.setattr(module, "map_foreign", lambda *_, **__: SimpleNamespace(size_bytes=0, gfn_limit=0, close=list))
-    monkeypatch.setattr(module, "claim", lambda control, info: claim(control, info, tmp_path))
+    monkeypatch.setattr(module, "open_undo_log", lambda control, info: open_undo_log(control, info, tmp_path))
     clock = iter(range(10**6))
     control = Control(xen)
     made = XenDomain(control, Store(), control.info(5), now_s=lambda: next(clock), sleep=lambda s: None)
-    made.notes = made._claim._steps
-    made.claims = tmp_path
+    made.notes = made._undo_log._steps
+    made.undo_logs = tmp_path
     return made
 
 
@@ -155,19 +155,19 @@ def test_what_xen_refuses_to_undo_is_undone_by_the_next_command(guest, xen, refu
         fails(guest)
     xen.refuse.clear()
     guest.close()
-    assert len(list(guest.claims.iterdir())) == 1
-    assert sweep(guest.control, guest.claims) == [5]
+    assert len(list(guest.undo_logs.iterdir())) == 1
+    assert sweep(guest.control, guest.undo_logs) == [5]
     assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (False, 0, None)
 
 
 @pytest.mark.parametrize("refused", [uapi.XEN_DOMCTL_pausedomain, "suspend"])
-def test_a_domain_that_could_not_be_frozen_leaves_no_claim(guest, xen, refused):
+def test_a_domain_that_could_not_be_frozen_leaves_no_undo_log(guest, xen, refused):
     xen.refuse[refused] = errno.EBUSY
     guest.suspends = refused == "suspend"
     with pytest.raises(XenError):
         guest.freeze()
     guest.close()
-    assert list(guest.claims.iterdir()) == []
+    assert list(guest.undo_logs.iterdir()) == []
 
 
 def test_a_guest_without_xens_drivers_is_shut_down_to_suspend(guest, xen):

@@ -1,15 +1,16 @@
 """The list of domains, and that looking changes nothing."""
 
 import errno
+from contextlib import closing
 
 import pytest
 from fake_xen import FakePrivcmd
 
 from pageferry.core.errors import XenError
 from pageferry.xen import uapi
-from pageferry.xen.claim import claimed, sweep
 from pageferry.xen.domains import list_domains
 from pageferry.xen.domctl import Control
+from pageferry.xen.undo_log import open_undo_log, sweep
 
 
 class Store:
@@ -28,7 +29,7 @@ def xen():
 @pytest.fixture
 def listed(xen, tmp_path):
     def do():
-        return list_domains(Control(xen), Store(), claims=tmp_path, userdata=tmp_path)[1]
+        return list_domains(Control(xen), Store(), undo_logs=tmp_path, userdata=tmp_path)[1]
 
     return do
 
@@ -50,7 +51,7 @@ def test_whether_log_dirty_is_on_is_found_without_a_change(xen, listed, on):
 
 
 def test_a_domain_that_another_works_on_is_left_alone(xen, listed, tmp_path):
-    with claimed(Control(xen), Control(xen).info(5), tmp_path):
+    with closing(open_undo_log(Control(xen), Control(xen).info(5), tmp_path)):
         xen.calls.clear()
         seen = listed()
     assert (seen.log_dirty, xen.calls) == (None, [])
@@ -62,7 +63,7 @@ def test_what_a_domain_writes_is_counted_while_log_dirty_is_on(xen, tmp_path):
         assert xen.log_dirty
         xen.dirty = {1, 2, 7}
 
-    found = list_domains(Control(xen), Store(), watch=writes, claims=tmp_path, userdata=tmp_path)
+    found = list_domains(Control(xen), Store(), watch=writes, undo_logs=tmp_path, userdata=tmp_path)
     assert [each.dirty_pages for each in found] == [None, 3]
     assert not xen.log_dirty
     assert list(tmp_path.iterdir()) == []
@@ -70,7 +71,7 @@ def test_what_a_domain_writes_is_counted_while_log_dirty_is_on(xen, tmp_path):
 
 def test_what_another_watches_is_not_counted(xen, tmp_path):
     xen.log_dirty = True
-    found = list_domains(Control(xen), Store(), watch=lambda: None, claims=tmp_path, userdata=tmp_path)
+    found = list_domains(Control(xen), Store(), watch=lambda: None, undo_logs=tmp_path, userdata=tmp_path)
     assert (found[1].dirty_pages, found[1].log_dirty) == (None, True)
     assert xen.log_dirty
 
@@ -80,7 +81,7 @@ def test_a_watch_that_is_ended_leaves_log_dirty_off(xen, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list_domains(Control(xen), Store(), watch=ends, claims=tmp_path, userdata=tmp_path)
+        list_domains(Control(xen), Store(), watch=ends, undo_logs=tmp_path, userdata=tmp_path)
     assert not xen.log_dirty
     assert list(tmp_path.iterdir()) == []
 
@@ -90,14 +91,14 @@ def test_a_domain_that_ends_meanwhile_is_no_error(xen, tmp_path):
         xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_PEEK)] = errno.ESRCH
         xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_OFF)] = errno.ESRCH
 
-    found = list_domains(Control(xen), Store(), watch=ends, claims=tmp_path, userdata=tmp_path)
+    found = list_domains(Control(xen), Store(), watch=ends, undo_logs=tmp_path, userdata=tmp_path)
     assert found[1].dirty_pages is None
 
 
 def test_a_log_that_xen_does_not_turn_off_is_turned_off_by_the_next_command(xen, tmp_path):
     xen.refuse[("op", uapi.XEN_DOMCTL_SHADOW_OP_OFF)] = errno.EIO
     with pytest.raises(XenError, match="OFF: EIO"):
-        list_domains(Control(xen), Store(), claims=tmp_path, userdata=tmp_path)
+        list_domains(Control(xen), Store(), undo_logs=tmp_path, userdata=tmp_path)
     xen.refuse.clear()
     assert xen.log_dirty
     assert sweep(Control(xen), tmp_path) == [5]

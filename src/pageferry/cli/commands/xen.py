@@ -13,9 +13,9 @@ from pageferry.cli.shell import OUT, SIGNALS, Requests, print_object, tell
 from pageferry.core.errors import LogDirtyError, UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size
-from pageferry.xen.claim import take_back
 from pageferry.xen.domain import XenDomain, expect_trackable, find_domain, read_configuration
 from pageferry.xen.domains import DomainSeen, list_domains
+from pageferry.xen.undo_log import take_back
 
 _BAR_WIDTH = 40
 _ROUNDS = 10

@@ -1,17 +1,18 @@
-"""A claim keeps others out, and what a killed process left behind is undone."""
+"""An undo log keeps others out, and what a killed process left behind is undone."""
 
 import os
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from fake_xen import FakePrivcmd
 
 from pageferry.core.errors import UsageError
-from pageferry.xen import claim as module
 from pageferry.xen import uapi
-from pageferry.xen.claim import claim, claimed, sweep, take_back
+from pageferry.xen import undo_log as module
 from pageferry.xen.domctl import Control
+from pageferry.xen.undo_log import open_undo_log, sweep, take_back
 
 
 @pytest.fixture
@@ -29,27 +30,27 @@ def killed(folder, control, **steps):
     info = control.info(5)
     script = (
         "import os, sys; from pathlib import Path; from types import SimpleNamespace\n"
-        "from pageferry.xen.claim import claim\n"
+        "from pageferry.xen.undo_log import open_undo_log\n"
         f"info = SimpleNamespace(domid=5, uuid={info.uuid!r})\n"
-        f"claim(None, info, Path(sys.argv[1])).note(**{steps!r}); os._exit(9)"
+        f"open_undo_log(None, info, Path(sys.argv[1])).note(**{steps!r}); os._exit(9)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(folder)], check=False).returncode == 9
 
 
 def test_the_second_is_refused_and_told_who_has_it(tmp_path, control):
-    with claimed(control, control.info(5), tmp_path) as mine:
+    with closing(open_undo_log(control, control.info(5), tmp_path)) as mine:
         mine.note(log_dirty=1)
         with pytest.raises(UsageError, match=f"process {os.getpid()}, a pageferry, works on domain 5 already"):
-            claim(control, control.info(5), tmp_path)
+            open_undo_log(control, control.info(5), tmp_path)
         mine.note(log_dirty=0)
     assert list(tmp_path.iterdir()) == []
-    claim(control, control.info(5), tmp_path).release()
+    open_undo_log(control, control.info(5), tmp_path).close()
 
 
 @pytest.mark.parametrize("step", [{"log_dirty": 1}, {"paused": 1}, {"suspended": 1}])
 def test_what_could_not_be_undone_is_undone_by_the_next(tmp_path, xen, control, step):
     xen.log_dirty, xen.paused, xen.shutdown_reason = True, 1, uapi.SHUTDOWN_suspend
-    with claimed(control, control.info(5), tmp_path) as mine:
+    with closing(open_undo_log(control, control.info(5), tmp_path)) as mine:
         mine.note(log_dirty=0, paused=0, suspended=0)
         mine.note(**step)
     left = {"log_dirty": xen.log_dirty, "paused": xen.paused, "suspended": xen.shutdown_reason is not None}
@@ -69,10 +70,10 @@ def test_what_was_left_on_is_turned_off(tmp_path, xen, control):
     assert sweep(control, tmp_path) == []
 
 
-def test_what_a_claim_undid_is_not_undone_again_by_the_next(tmp_path, xen, control):
+def test_what_was_undone_at_the_start_is_not_undone_again_by_the_next(tmp_path, xen, control):
     killed(tmp_path, control, log_dirty=1, paused=2)
     xen.paused = 2
-    mine = claim(control, control.info(5), tmp_path)
+    mine = open_undo_log(control, control.info(5), tmp_path)
     assert xen.paused == 0
     os.close(mine._fd)  # as a kill does, before there was anything to note
     xen.paused = 1  # by someone else
@@ -96,7 +97,7 @@ def test_a_domain_that_has_its_number_since_is_left_alone(tmp_path, xen, control
 
 
 def test_what_a_living_process_does_is_not_undone(tmp_path, xen, control):
-    with claimed(control, control.info(5), tmp_path) as mine:
+    with closing(open_undo_log(control, control.info(5), tmp_path)) as mine:
         mine.note(log_dirty=1)
         xen.log_dirty = True
         assert sweep(control, tmp_path) == []
@@ -104,13 +105,13 @@ def test_what_a_living_process_does_is_not_undone(tmp_path, xen, control):
 
 
 def test_one_whose_move_ended_without_an_answer_is_remembered(tmp_path, control):
-    with claimed(control, control.info(5), tmp_path) as mine:
+    with closing(open_undo_log(control, control.info(5), tmp_path)) as mine:
         mine.note(suspended=1, given_away=1)
     with pytest.raises(UsageError, match="had no answer"):
-        claim(control, control.info(5), tmp_path)
+        open_undo_log(control, control.info(5), tmp_path)
     (left,) = tmp_path.iterdir()
     left.unlink()  # as the hint says
-    with claimed(control, control.info(5), tmp_path) as mine:
+    with closing(open_undo_log(control, control.info(5), tmp_path)) as mine:
         mine.note(suspended=1, given_away=1)
         mine.note(suspended=0, given_away=0)  # it came
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +124,7 @@ def test_a_domain_that_was_given_away_is_not_undone_and_every_start_says_so(tmp_
     for _ in range(2):
         assert sweep(control, tmp_path, tell=told.append) == []
         with pytest.raises(UsageError, match="was given to another host by a process that had no answer"):
-            claim(control, control.info(5), tmp_path)
+            open_undo_log(control, control.info(5), tmp_path)
     assert (xen.log_dirty, xen.paused, xen.shutdown_reason) == (True, 1, uapi.SHUTDOWN_suspend)
     assert len(told) == 2
     assert "pageferry xen resume 5" in told[0]
@@ -182,7 +183,7 @@ def test_a_note_that_is_no_note_lets_no_domain_go_on(tmp_path, xen, control, cut
 
 
 def test_a_note_is_one_write_and_as_long_as_the_one_before(tmp_path, control):
-    with claimed(control, control.info(5), tmp_path) as mine:
+    with closing(open_undo_log(control, control.info(5), tmp_path)) as mine:
         sizes = set()
         for steps in ({"name": "guest" * 100}, {"name": ""}, {"paused": 10}):
             mine.note(**steps)

@@ -1,4 +1,4 @@
-"""Claim: one process at a time works on a domain, and what it leaves behind is undone by the next.
+"""The undo log of a domain: one process at a time works on it, and what it leaves behind is undone by the next.
 
 Xen turns nothing off when the process ends that asked for it: log-dirty stays on, a paused domain paused. So each such
 step is written down before it is done, in a file that this process holds a lock on. A file whose lock is free was left
@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from pageferry.xen.domctl import Control, DomainInfo
 from pageferry.xen.store import XenStore
 
 DIRECTORY = Path("/run/pageferry")
-_NAME = re.compile(r"xen-(\d+)-([0-9a-f-]{36})\.claim")
+#: The suffix is older than the word: two releases of pageferry keep each other out, and undo what the other left.
+_SUFFIX = ".claim"
+_NAME = re.compile(rf"xen-(\d+)-([0-9a-f-]{{36}}){re.escape(_SUFFIX)}")
 #: A note is one write of so many bytes, so that a kill leaves either the note before or this one.
 _NOTE_BYTES = 4096
 #: What the hypercall by which a guest suspends itself returns where that was cancelled.
@@ -36,8 +38,8 @@ class GivenAwayError(UsageError):
     """The domain was given to another host, and whether it runs there is not known."""
 
 
-class Claim:
-    """The right to work on a domain, and the steps that are to be undone. Made by :func:`claimed`.
+class UndoLog:
+    """The right to work on a domain, and the steps that are to be undone. Made by :func:`open_undo_log`.
 
     Args:
         fd: of the file, locked; taken over.
@@ -60,8 +62,8 @@ class Claim:
         data = json.dumps({"pid": os.getpid()} | self._steps).encode()
         os.pwrite(self._fd, data.ljust(_NOTE_BYTES), 0)
 
-    def release(self) -> None:
-        """Give it back. May be called twice.
+    def close(self) -> None:
+        """Let others work on the domain. May be called twice.
 
         A step that could not be undone stays written down, and the next start undoes it; so does a domain that was
         given away without an answer, and the next start says so.
@@ -74,13 +76,15 @@ class Claim:
             self._fd = -1
 
 
-def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, given_back: bool = False) -> Claim:
-    """Claim a domain; what a process left behind that was killed at work on it is undone first.
+def open_undo_log(
+    control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, given_back: bool = False
+) -> UndoLog:
+    """Have a domain to work on; what a process left behind that was killed at work on it is undone first.
 
     Args:
         control: Xen.
         info: which domain.
-        directory: where the claims are.
+        directory: where the undo logs are.
         given_back: whether it surely does not run on the host that it was given to, if it was: undo that too.
 
     Raises:
@@ -105,7 +109,7 @@ def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, gi
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(fd).st_ino == path.stat().st_ino:
                     break
-            os.close(fd)  # it was released between the two
+            os.close(fd)  # it was closed between the two
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     try:
@@ -117,7 +121,7 @@ def claim(control: Control, info: DomainInfo, directory: Path = DIRECTORY, *, gi
                 f"pageferry xen resume {info.domid}",
             )
         _undo(control, info.domid, steps)
-        mine = Claim(fd, path)
+        mine = UndoLog(fd, path)
         mine.note()  # what was undone is not undone again, whenever this process ends
     except BaseException:
         os.close(fd)
@@ -132,11 +136,11 @@ def sweep(
 
     Args:
         control: Xen.
-        directory: where the claims are.
+        directory: where the undo logs are.
         tell: hears a line on each domain that was given to another host, and is left as it is.
     """
     swept = []
-    for path in sorted(directory.glob("xen-*.claim")):
+    for path in sorted(directory.glob(f"xen-*{_SUFFIX}")):
         found = _NAME.fullmatch(path.name)
         if found is None:
             continue
@@ -150,7 +154,7 @@ def sweep(
                 path.unlink()
             continue
         try:
-            claim(control, info, directory).release()
+            open_undo_log(control, info, directory).close()
             swept.append(info.domid)
         except GivenAwayError as error:
             tell(f"{error}: {error.hint}")
@@ -170,21 +174,11 @@ def take_back(control: Control, info: DomainInfo, directory: Path = DIRECTORY) -
         raise UsageError(
             f"domain {info.domid} was not given to another host", hint="xl unpause lets a paused one go on"
         )
-    claim(control, info, directory, given_back=True).release()
-
-
-@contextlib.contextmanager
-def claimed(control: Control, info: DomainInfo, directory: Path = DIRECTORY) -> Iterator[Claim]:
-    """Have a claim for the length of a ``with`` block; errors as of :func:`claim`."""
-    mine = claim(control, info, directory)
-    try:
-        yield mine
-    finally:
-        mine.release()
+    open_undo_log(control, info, directory, given_back=True).close()
 
 
 def _path(info: DomainInfo, directory: Path) -> Path:
-    return directory / f"xen-{info.domid}-{info.uuid}.claim"
+    return directory / f"xen-{info.domid}-{info.uuid}{_SUFFIX}"
 
 
 def _read(fd: int) -> dict[str, Any]:
