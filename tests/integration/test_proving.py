@@ -6,7 +6,7 @@ from at_work import runs_on
 from tiers import sample
 from trips import Rounds, expect_as_before, source_of
 
-from mutation.audit_checks import ClaimsEverything
+from mutation.audit_checks import InventsAudits
 from mutation.fault import injected
 from mutation.tracker_marks import MarksNothing
 from pageferry.core.bitmap import expand_runs
@@ -195,7 +195,7 @@ def test_an_audit_finds_a_lost_page_while_the_guest_runs(running, inn):
 
 def test_a_destination_believes_no_audit_that_it_has_not_seen(running, inn):
     vm = running("idle")
-    source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT, kind=ClaimsEverything)
+    source = source_of(vm, inn.open(), Rounds(1), verify=VerifyMode.AUDIT, kind=InventsAudits)
     with pytest.raises(PeerError, match="a page was never proven equal"):
         source.run()
     assert isinstance(inn.outcome(), MigrationError)

@@ -77,9 +77,9 @@ def an_audit_tells(lab: Lab, engine: Engine) -> None:
         raise Violation("a guest with a wrong bit was taken for the right one")
 
 
-def a_claim_is_not_believed(lab: Lab, engine: Engine) -> None:
+def an_invented_audit_is_refused(lab: Lab, engine: Engine) -> None:
     """A source that says that all was audited, when nothing was, moves no guest."""
-    lying = Engine(source=ClaimsEverything, destination=engine.destination)
+    lying = Engine(source=InventsAudits, destination=engine.destination)
     with trip_of(lab, lying) as (guest, trip):
         write(guest, 7, 1)
         try:
@@ -90,7 +90,7 @@ def a_claim_is_not_believed(lab: Lab, engine: Engine) -> None:
         raise Violation("the destination believed in an audit that there was not")
 
 
-class _ClaimsAll(Auditor):
+class _InventsAll(Auditor):
     """Says that all is proven, and proves nothing."""
 
     def due(self) -> RunDigests | None:
@@ -103,7 +103,7 @@ class _ClaimsAll(Auditor):
         return self._memory.all_ram()
 
 
-class ClaimsEverything(AlteredSource, parts={"verify.prove.Auditor": _ClaimsAll}):
+class InventsAudits(AlteredSource, parts={"verify.prove.Auditor": _InventsAll}):
     """The report, and the destination, are told of pages as proven that were not audited."""
 
 
@@ -116,5 +116,5 @@ FUNCTIONS: Sequence[tuple[int | None, Callable[..., None]]] = (
     (7, written_while_it_is_digested),
     (7, written_after_it_was_proven),
     (7, an_audit_tells),
-    (7, a_claim_is_not_believed),
+    (7, an_invented_audit_is_refused),
 )

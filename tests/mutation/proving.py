@@ -66,7 +66,7 @@ class ProofOutlivesThePage(AlteredSource, parts={"attempt.PageAccounts": _KeepsP
     law=7,
     found_by=("written-while-it-is-digested", "written-after-it-was-proven"),
 )
-class ProvesNothing(audit_checks.ClaimsEverything):
+class ProvesNothing(audit_checks.InventsAudits):
     """All pages are reported as proven during pre-copy, and none is digested."""
 
 
@@ -91,11 +91,11 @@ class _Believes(ReceivedPages):
 
 
 @fault(
-    "no bug on record: a claim that is not checked",
+    "no bug on record: an audit that is not looked up",
     law=7,
-    found_by=("a-claim-is-not-believed",),
+    found_by=("an-invented-audit-is-refused",),
 )
-class AnyClaimBelieved(AlteredDestination, parts={"destination.ReceivedPages": _Believes}):
+class AnyAuditBelieved(AlteredDestination, parts={"destination.ReceivedPages": _Believes}):
     """At the pause the destination believes whatever it is told of audits."""
 
 

@@ -40,7 +40,7 @@ def test_anything_else_is_refused_or_of_the_right_size(ours, page, cut, tail, ot
         ours.unpack(packed, SIZE + other)
 
 
-def test_a_zstd_frame_that_claims_to_hold_much_allocates_nothing():
+def test_a_zstd_frame_that_says_that_it_holds_much_allocates_nothing():
     if Packing.ZSTD not in available():
         pytest.skip("the library for zstd is not installed")
     # Magic, a descriptor for one segment with 8 bytes of content size (1 TiB), one raw block of no bytes, the last.

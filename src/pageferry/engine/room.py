@@ -76,7 +76,7 @@ def expect_room(memory: GuestMemory, pages: int) -> None:
         )
 
 
-def claimed_pages(hello: SourceHello) -> int:
+def stated_pages(hello: SourceHello) -> int:
     """Return how many pages of its guest hold memory, as a source says: no fewer than are in the runs that it names."""
     return max(hello.populated_pages, sum(pages for _, pages in hello.populated))
 
@@ -119,7 +119,7 @@ def _make(hello: SourceHello, channel: Channel, make_vm: Callable[[VmConfig], An
                 raise
     vm = make_vm(config)
     try:
-        expect_room(vm.memory, claimed_pages(hello))
+        expect_room(vm.memory, stated_pages(hello))
     except UsageError:
         vm.close()
         raise

@@ -43,7 +43,7 @@ class Encoder:
         """Begin the stream: return image and domain header (40 bytes).
 
         Args:
-            header: version and Xen release to claim; ours when None.
+            header: version and Xen release to name; ours when None.
             agreed: the extensions that the reader agreed on; with none the stream is one that Xen knows.
 
         Raises:

@@ -8,7 +8,7 @@ from pageferry.core.hostmem import MemFd, available_bytes, total_bytes
 from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import VmConfig
 from pageferry.engine import features
-from pageferry.engine.room import GuestLimits, claimed_pages, expect_more_room, make_machine
+from pageferry.engine.room import GuestLimits, expect_more_room, make_machine, stated_pages
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.ferry_frames import SourceHello
 
@@ -32,11 +32,11 @@ class Handed:
 
 
 @pytest.mark.parametrize(
-    ("said", "runs", "claimed"),
+    ("said", "runs", "stated"),
     [(0, ((0, 786_432),), 786_432), (5, ((0, 2), (9, 4)), 6), (7, ((0, 2),), 7), (0, (), 0)],
 )
-def test_a_guest_holds_no_fewer_pages_than_its_source_names(said, runs, claimed):
-    assert claimed_pages(hello(populated_pages=said, populated=runs)) == claimed
+def test_a_guest_holds_no_fewer_pages_than_its_source_names(said, runs, stated):
+    assert stated_pages(hello(populated_pages=said, populated=runs)) == stated
 
 
 def test_a_guest_that_says_that_it_holds_nothing_and_names_more_than_there_is_has_no_room():

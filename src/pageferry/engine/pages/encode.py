@@ -81,7 +81,7 @@ class PackingCoder:
 
     With a cache, of a page that is sent again only what changed is sent. The very copy that is sent, or that a change
     leads to, goes into the cache. The first sending of a page goes in only while there is room: most pages are sent
-    once, and those that are sent again have the better claim.
+    once, and those that are sent again come first.
 
     Args:
         memory: the guest's.

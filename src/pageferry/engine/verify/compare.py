@@ -36,7 +36,7 @@ class AuditMismatchError(VerifyError):
 class ReceivedPages:
     """The destination's knowledge of each page: arrived, proven equal since, or removed. For threads of any number.
 
-    It knows this from what it received and digested itself; no claim of the source's enters.
+    It knows this from what it received and digested itself; nothing that the source says of it enters.
 
     Args:
         memory: the guest's, here; it began as zeros.

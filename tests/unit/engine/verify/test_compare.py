@@ -101,7 +101,7 @@ def test_a_difference_is_told_page_by_page(pages, memory):
     assert (mismatch.first_gfn, mismatch.page_digests.size) == (12, 8)
 
 
-def test_a_claim_of_an_audit_is_not_believed(pages, memory):
+def test_an_audit_that_was_not_made_is_not_believed(pages, memory):
     comparison = Comparison(pages, shared=False)
     with pytest.raises(VerifyError, match="never proven equal"):
         comparison.compare(digests(memory, (10, 10), audited=[(10, 10)]))
