@@ -6,7 +6,7 @@ Run as a program, on a terminal or not.
 import sys
 
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.shell import ERR
+from pageferry.cli.stdio import ERR
 
 DECISION = {"action": "next-round", "reason": "the downtime fits when it is done → soon"}
 STATS = {

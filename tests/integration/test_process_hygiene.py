@@ -154,7 +154,7 @@ def test_signals_that_come_too_late_change_nothing_of_what_is_told(pair, wires, 
     assert destination.runs_on()
 
 
-@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without a guest")
+@pytest.mark.exhaustive("tests/unit/cli/test_signals.py has the same without a guest")
 def test_a_hangup_that_was_ignored_at_the_start_stays_ignored(held, background):
     source, _, wire = held
     ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *PAGEFERRY]
@@ -245,7 +245,7 @@ def test_a_second_migration_meanwhile_is_wrong_usage(held, background):
     assert client.returncode == 0
 
 
-@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without a guest")
+@pytest.mark.exhaustive("tests/unit/cli/test_stdio.py has the same without a guest")
 @pytest.mark.parametrize("stderr", ["/dev/full", "a pipe without a reader"])
 def test_a_migration_is_followed_to_its_end_though_its_progress_cannot_be_written(pair, stderr):
     source, destination = pair
@@ -272,7 +272,7 @@ def test_a_migration_is_followed_to_its_end_though_its_progress_cannot_be_writte
     assert destination.runs_on()
 
 
-@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without a guest")
+@pytest.mark.exhaustive("tests/unit/cli/test_stdio.py has the same without a guest")
 def test_a_migration_whose_report_cannot_be_written_has_happened_all_the_same(pair):
     source, destination = pair
     with open("/dev/full", "w") as full:
@@ -290,7 +290,7 @@ LOCALES = {
 }
 
 
-@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without a guest")
+@pytest.mark.exhaustive("tests/unit/cli/test_stdio.py has the same without a guest")
 @pytest.mark.parametrize("locale", LOCALES)
 def test_a_narrow_encoding_changes_characters_and_nothing_else(pair, tmp_path, locale):
     source, destination = pair
@@ -399,7 +399,7 @@ def test_a_command_that_was_stopped_for_long_hears_the_outcome(pair, background)
     assert json.loads(out)["status"] == "completed"
 
 
-@pytest.mark.exhaustive("tests/unit/cli/test_shell.py has the same without these commands")
+@pytest.mark.exhaustive("tests/unit/cli/test_stdio.py has the same without these commands")
 @pytest.mark.parametrize("locale", LOCALES)
 def test_what_only_tells_does_so_in_a_narrow_encoding(tmp_path, locale):
     narrow = {"env": os.environ | LOCALES[locale], "encoding": "latin-1"}

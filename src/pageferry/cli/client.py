@@ -4,7 +4,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from pageferry.cli.shell import SIGNALS, Interrupted, Requests
+from pageferry.cli.outcome import Interrupted
+from pageferry.cli.signals import SIGNALS, Requests
 from pageferry.core.command_hints import RECOVER, TAKE_BACK
 from pageferry.core.errors import GuestAt, MigrationError, VmError
 from pageferry.core.events import Phase

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from pageferry.cli.shell import OutputLostError, Stopped
+from pageferry.cli.signals import Stopped
+from pageferry.cli.stdio import OutputLostError
 from pageferry.core.descriptors import write_all
 from pageferry.core.threads import begin
 from pageferry.vmm.qmp_client import QmpClient

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pageferry.cli.shell import tell
+from pageferry.cli.stdio import tell
 from pageferry.xen.domctl import Control
 from pageferry.xen.store import XenStore
 from pageferry.xen.undo_log import sweep

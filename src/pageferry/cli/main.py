@@ -1,4 +1,4 @@
-"""The ``pageferry`` command. What its exit codes mean: :class:`pageferry.cli.shell.ExitCode`."""
+"""The ``pageferry`` command. What its exit codes mean: :class:`pageferry.cli.outcome.ExitCode`."""
 
 import importlib
 import logging
@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pageferry.cli import shell
-from pageferry.cli.shell import ExitCode
+from pageferry.cli import outcome
+from pageferry.cli.signals import SIGNALS
+from pageferry.cli.stdio import STREAMS
 from pageferry.core.version import __version__
 
 # Which click this is, typer's own or the package, depends on typer's version; BadParameter -> UsageError -> this.
@@ -116,8 +117,8 @@ def _not_named() -> None:
 
 def run() -> None:
     """Run the command that the arguments of the process name, and end the process with its exit code."""
-    shell.SIGNALS.outlive()
-    shell.run(lambda: app_with([_named(sys.argv[1:])])(standalone_mode=False), refusal=_BadOption)
+    SIGNALS.outlive()
+    outcome.run(lambda: app_with([_named(sys.argv[1:])])(standalone_mode=False), refusal=_BadOption)
 
 
 def _version(wanted: bool) -> None:
@@ -135,7 +136,7 @@ def _main(
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if context.invoked_subcommand not in (None, *_TELL):
-        shell.STREAMS.make_results_a_courtesy()
+        STREAMS.make_results_a_courtesy()
     if context.invoked_subcommand is None:
         print(context.get_help(), file=sys.stderr)
-        raise typer.Exit(ExitCode.USAGE)
+        raise typer.Exit(outcome.ExitCode.USAGE)

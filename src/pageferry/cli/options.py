@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pageferry.cli.control_options import path_option
-from pageferry.cli.shell import say
+from pageferry.cli.stdio import say
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.device_spec import DIRECT, DeviceKind, DeviceSpec
 from pageferry.core.errors import UsageError

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from pageferry.cli.shell import is_watched
 from pageferry.cli.status import eta_in_words
+from pageferry.cli.stdio import is_watched
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_duration, format_size
 from pageferry.engine.job import JobStatus

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
-from pageferry.cli.shell import is_watched, standard_input
+from pageferry.cli.stdio import is_watched, standard_input
 from pageferry.core.errors import RemoteStreamError, UsageError
 from pageferry.core.os_hints import file_hint
 from pageferry.stream.walk import OnPages, Read, RecordSeen, Walk

@@ -8,8 +8,10 @@ from typing import Any
 
 from pageferry.cli.client import MigrationFailedError
 from pageferry.cli.dom0 import dom0
+from pageferry.cli.outcome import Interrupted
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.shell import ERR, SIGNALS, Interrupted, Requests
+from pageferry.cli.signals import SIGNALS, Requests
+from pageferry.cli.stdio import ERR
 from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.core.events import Event
 from pageferry.core.policy import Policy

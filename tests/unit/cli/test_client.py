@@ -5,7 +5,7 @@ import contextlib
 import pytest
 
 from pageferry.cli.client import LeftAloneError, OutcomeUnknownError, PostcopyPausedError, cancel_migration, migrate
-from pageferry.cli.shell import Interrupted
+from pageferry.cli.outcome import Interrupted
 from pageferry.core.errors import GuestAt, VmError
 from pageferry.vmm.qmp_error import QmpError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pageferry.cli import main
-from pageferry.cli.shell import ExitCode, exit_code_of, exit_code_of_guest
+from pageferry.cli.outcome import ExitCode, exit_code_of, exit_code_of_guest
 from pageferry.core.errors import (
     GuestAt,
     KvmError,

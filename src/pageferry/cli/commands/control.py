@@ -7,8 +7,8 @@ import typer
 
 from pageferry.cli.control_options import ControlOption, JsonOption
 from pageferry.cli.printable import printable
-from pageferry.cli.shell import print_object, standard_input, standard_output, tell
 from pageferry.cli.status import print_status
+from pageferry.cli.stdio import print_object, standard_input, standard_output, tell
 from pageferry.vmm.qmp_client import QmpClient
 
 

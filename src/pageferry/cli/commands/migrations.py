@@ -44,10 +44,11 @@ from pageferry.cli.options import (
     warn_if_exposed,
     wire_options,
 )
+from pageferry.cli.outcome import Interrupted
 from pageferry.cli.plot import PlotFile
 from pageferry.cli.progress import ProgressView
-from pageferry.cli.shell import ERR, OUT, Interrupted, complain, print_object, tell
 from pageferry.cli.status import print_witness
+from pageferry.cli.stdio import ERR, OUT, complain, print_object, tell
 from pageferry.cli.summary import lessons, summary
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError

@@ -34,7 +34,9 @@ from pageferry.cli.options import (
     vm_config,
     warn_if_exposed,
 )
-from pageferry.cli.shell import SIGNALS, exit_code_of_guest, say, standard_input, standard_output, tell
+from pageferry.cli.outcome import exit_code_of_guest
+from pageferry.cli.signals import SIGNALS
+from pageferry.cli.stdio import say, standard_input, standard_output, tell
 from pageferry.core.cpuid import CpuModel
 from pageferry.core.errors import UsageError
 from pageferry.core.hostmem import total_bytes
@@ -252,7 +254,7 @@ def restore(
                 process.restore_lazily(saved)
             else:
                 from pageferry.cli.progress import ReadingView  # loads rich, which takes as long as all else of `run`
-                from pageferry.cli.shell import ERR
+                from pageferry.cli.stdio import ERR
 
                 with ReadingView(ERR) as view:
                     process.restore(saved, view.show)

@@ -7,7 +7,8 @@ import typer
 
 from pageferry.cli.control_options import JsonOption, path_argument
 from pageferry.cli.inspect import compared, print_differences, print_json, print_table, print_verdict
-from pageferry.cli.shell import ERR, OUT, ExitCode, print_object
+from pageferry.cli.outcome import ExitCode
+from pageferry.cli.stdio import ERR, OUT, print_object
 from pageferry.cli.streams import STANDARD_INPUT, opened
 from pageferry.core.errors import UsageError
 from pageferry.engine.wire.lab_keys import make_keys

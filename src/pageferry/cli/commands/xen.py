@@ -9,7 +9,8 @@ import typer
 
 from pageferry.cli.control_options import JsonOption
 from pageferry.cli.dom0 import dom0
-from pageferry.cli.shell import OUT, SIGNALS, Requests, print_object, tell
+from pageferry.cli.signals import SIGNALS, Requests
+from pageferry.cli.stdio import OUT, print_object, tell
 from pageferry.core.errors import LogDirtyError, UsageError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.units import format_size

@@ -1,85 +1,17 @@
-"""A command as a process: streams that cannot be written, encodings, signals, one JSON object however it ends."""
+"""Standard streams that cannot be written or are closed, encodings, and what others say."""
 
 import io
 import json
 import os
-import signal
 import sys
 
 import pytest
+from ended_command import ending, failing
 from rich.console import Console
 
-from pageferry.cli import shell
-from pageferry.core.errors import GuestAt, MigrationError, UnsupportedError, UsageError
-from pageferry.vmm.qmp_error import ErrorKind, QmpError
-
-
-class WrongCommandLine(Exception):
-    def format_message(self):
-        return "no such option"
-
-
-def ending(command, *arguments, monkeypatch=None):
-    """The exit code of a command that the shell runs."""
-    argv, sys.argv = sys.argv, ["pageferry", *arguments]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            shell.run(command, WrongCommandLine)
-    finally:
-        sys.argv = argv
-    return ended.value.code
-
-
-def failing(error):
-    def command():
-        raise error
-
-    return command
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "status", "guest_at"),
-    [
-        (WrongCommandLine(), 2, "failed", None),
-        (UsageError("cannot be", hint="do this"), 2, "failed", None),
-        (QmpError("not now", hint="do this"), 2, "failed", None),
-        (QmpError("not here", kind=ErrorKind.UNSUPPORTED), 5, "failed", None),
-        (QmpError("broken", kind=ErrorKind.FAILED), 6, "failed", None),
-        (UnsupportedError("kvm", "not here"), 5, "failed", None),
-        (MigrationError("cut", phase="setup", guest_at=GuestAt.SOURCE, hint="do this"), 3, "failed", "source"),
-        (MigrationError("cut", phase="handoff", guest_at=GuestAt.UNKNOWN), 4, "failed", "unknown"),
-        (shell.Interrupted({"status": "cancelled"}), 130, "cancelled", "source"),
-        (shell.Stopped(), 130, "cancelled", None),
-        (ZeroDivisionError("it"), 1, "failed", None),
-    ],
-    ids=lambda value: repr(value) if isinstance(value, BaseException) else "",
-)
-def test_a_failure_is_one_line_and_with_json_one_object(capfd, error, code, status, guest_at):
-    assert ending(failing(error), "status") == code
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert sum(line.startswith("pageferry: ") for line in said.err.splitlines()) == 1
-    assert ending(failing(error), "status", "--json") == code
-    told = capfd.readouterr()
-    assert told.err == said.err
-    found = json.loads(told.out)
-    assert (found["status"], found["guest_at"]) == (status, guest_at)
-    assert f"pageferry: {found['error']}\n" in told.err
-    assert found["hint"] == getattr(error, "hint", found["hint"])
-
-
-def test_what_was_told_already_stays_the_only_object(capfd):
-    def command():
-        shell.print_object({"status": "half"})
-        raise UsageError("the rest")
-
-    assert ending(command, "inspect", "--json") == 2
-    assert json.loads(capfd.readouterr().out) == {"status": "half"}
-
-
-def test_an_argument_after_two_dashes_is_not_an_option(capfd):
-    assert ending(failing(UsageError("x")), "inspect", "--", "--json") == 2
-    assert capfd.readouterr().out == ""
+from pageferry.cli import stdio
+from pageferry.cli.stdio import STREAMS, is_watched, print_object, standard_output, tell
+from pageferry.core.errors import GuestAt, MigrationError, UsageError
 
 
 class Standard:
@@ -123,8 +55,8 @@ def no_reader():
 def test_progress_that_cannot_be_written_is_dropped(request, tmp_path, lost):
     def command():
         for _ in range(1000):
-            shell.tell("news")
-        shell.print_object({"status": "completed"})
+            tell("news")
+        print_object({"status": "completed"})
 
     lost = request.getfixturevalue(lost)
     with (tmp_path / "out").open("w+b") as out:
@@ -136,11 +68,11 @@ def test_progress_that_cannot_be_written_is_dropped(request, tmp_path, lost):
 @pytest.mark.parametrize("error", [None, MigrationError("cut", phase="x", guest_at=GuestAt.UNKNOWN)])
 def test_results_that_cannot_be_written_do_not_change_what_happened(tmp_path, full, error):
     def command():
-        shell.STREAMS.make_results_a_courtesy()
+        STREAMS.make_results_a_courtesy()
         if error is not None:
             raise error
         for _ in range(1000):
-            shell.print_object({"status": "completed"})
+            print_object({"status": "completed"})
 
     with (tmp_path / "err").open("w+b") as err:
         with Standard(full, err):
@@ -152,7 +84,7 @@ def test_a_command_that_only_tells_fails_where_it_cannot(tmp_path, full, no_read
     for file, said in ((full, "pageferry: standard output: No space left on device\n"), (no_reader, "")):
         with (tmp_path / "err").open("w+b") as err:
             with Standard(file, err):
-                assert ending(lambda: shell.print_object({"status": "running"}), "status", "--json") == 1
+                assert ending(lambda: print_object({"status": "running"}), "status", "--json") == 1
             assert (tmp_path / "err").read_text() == said
 
 
@@ -165,8 +97,8 @@ def test_what_is_meant_for_a_closed_standard_output_is_told_to_be_lost(tmp_path)
 
         def command(courtesy=courtesy):
             if courtesy:
-                shell.STREAMS.make_results_a_courtesy()
-            shell.print_object({"status": "completed"})
+                STREAMS.make_results_a_courtesy()
+            print_object({"status": "completed"})
 
         with (tmp_path / "err").open("w+b") as err, Standard(err, err):
             sys.stdout = None
@@ -177,7 +109,7 @@ def test_what_is_meant_for_a_closed_standard_output_is_told_to_be_lost(tmp_path)
 def test_a_guest_s_console_on_a_closed_standard_output_is_dropped_and_that_is_said(tmp_path):
     with (tmp_path / "err").open("w+b") as err, Standard(err, err):
         sys.stdout = None
-        assert ending(lambda: os.write(shell.standard_output("the console"), b"") or shell.standard_output()) == 1
+        assert ending(lambda: os.write(standard_output("the console"), b"") or standard_output()) == 1
     assert (tmp_path / "err").read_text() == "pageferry: standard output is closed: the console is dropped\n"
 
 
@@ -192,7 +124,7 @@ def test_a_reader_that_is_slow_on_a_descriptor_that_does_not_block_gets_everythi
             os._exit(0 if len(file.read()) > len(text) else 1)
     os.close(read)
     with os.fdopen(write, "wb", buffering=0) as out, (tmp_path / "err").open("wb") as err, Standard(out, err):
-        assert ending(lambda: shell.print_object({"text": text}), "status") == 0
+        assert ending(lambda: print_object({"text": text}), "status") == 0
     assert os.waitpid(pid, 0)[1] == 0
 
 
@@ -221,67 +153,12 @@ def test_a_stream_that_a_caller_put_there_is_used_as_it_is(monkeypatch):
     assert sys.stderr.getvalue() == "pageferry: x\nhint: y\n"
 
 
-def hit(number):
-    os.kill(os.getpid(), number)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_ends_what_needs_no_care_and_the_second_changes_nothing(capfd, number):
-    undone = []
-
-    def command():
-        try:
-            hit(number)
-        finally:
-            for other in SIGNALS:
-                hit(other)
-            undone.append(True)
-
-    assert ending(command) == 130
-    assert undone == [True]
-    assert capfd.readouterr().err == "pageferry: ending already\n" * 3 + "pageferry: interrupted\n"
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_noted_signals_and_those_after_them_change_nothing(number):
-    taken = []
-
-    def command():
-        with shell.SIGNALS.noted() as requests:
-            hit(number)
-            hit(number)
-            taken.append(requests.take())
-            taken.append(requests.take())
-        hit(number)
-
-    assert ending(command) == 0
-    assert taken == [2, 0]
-
-
-def test_a_signal_that_was_ignored_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert ending(lambda: hit(signal.SIGHUP)) == 0
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_handlers_are_as_before_afterwards():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    ending(lambda: None)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
-
-
 def test_what_others_say_is_shown_and_never_obeyed(capfd):
     """A peer's reason, a guest's name or a file's may hold what a terminal obeys, or a line of its own."""
     evil = "a\x1b[2J\x1b]0;owned\x07\r\npageferry: all is well\u202e\x9b31m"
 
     def command():
-        shell.OUT.print(evil, markup=False)
+        stdio.OUT.print(evil, markup=False)
         raise UsageError(evil, hint=evil)
 
     assert ending(command, "status") == 2
@@ -297,4 +174,4 @@ def test_colours_that_are_forced_make_no_terminal_of_a_log(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     log = Console(file=io.StringIO())
     assert log.is_terminal
-    assert not shell.is_watched(log)
+    assert not is_watched(log)
