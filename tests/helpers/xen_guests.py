@@ -5,6 +5,7 @@ program's, and its vCPU's state by the ABI's entry state. Without a device model
 programs that need no answer run, and count their work in the status page.
 """
 
+import contextlib
 import errno
 import os
 import signal
@@ -17,10 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from kernels import elf, note
 
 from pageferry.core.bitmap import DirtyBitmap
-from pageferry.core.errors import XenError
+from pageferry.core.errors import MigrationError, XenError
 from pageferry.core.events import PhaseBegan, RoundEnded
 from pageferry.core.policy_names import make_policy
 from pageferry.guests import abi
@@ -194,6 +196,22 @@ def moving(control, store, domid, command=RECEIVE, *, on_event=lambda event: Non
     return domain, XenMigration(
         domain, configuration, command, make_policy("xen", max_rounds=rounds), on_event=on_event
     )
+
+
+def run_cancelled(phase, make):
+    """Run what :func:`saving` or :func:`moving` makes, and cancel it when a phase begins; return the error.
+
+    ``make`` is called with ``on_event`` and ``rounds``.
+    """
+
+    def cancel(event):
+        if isinstance(event, PhaseBegan) and event.phase == phase:
+            attempt.job.cancel()
+
+    domain, attempt = make(on_event=cancel, rounds=1)
+    with contextlib.closing(domain), pytest.raises(MigrationError) as failed:
+        attempt.run()
+    return failed.value
 
 
 #: Where a process is killed besides the beginnings of phases: after what was called, and with what.

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 import time
+from functools import partial
 
 import pytest
 from xen_guests import (
@@ -14,6 +15,7 @@ from xen_guests import (
     low_memory,
     moving,
     pageferry,
+    run_cancelled,
     run_killed,
     seen,
     wait_for_work,
@@ -21,7 +23,6 @@ from xen_guests import (
 )
 
 from pageferry.core.errors import GuestAt, MigrationError, UsageError
-from pageferry.core.events import PhaseBegan
 from pageferry.xen import uapi
 from pageferry.xen.receiver import BANNER, GO, READY, REPORT
 from pageferry.xen.undo_log import sweep
@@ -127,15 +128,8 @@ def expect_moved(control, store, domain_name, domid):
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_failure_before_it_is_given_away_leaves_it_here(control, store, domain_name, working, phase):
     domid, memory = working
-
-    def cancel(event):
-        if isinstance(event, PhaseBegan) and event.phase == phase:
-            attempt.job.cancel()
-
-    domain, attempt = moving(control, store, domid, on_event=cancel, rounds=1)
-    with contextlib.closing(domain), pytest.raises(MigrationError) as failed:
-        attempt.run()
-    assert failed.value.guest_at is GuestAt.SOURCE
+    failed = run_cancelled(phase, partial(moving, control, store, domid))
+    assert failed.guest_at is GuestAt.SOURCE
     expect_at_work(control, store, domain_name, domid, memory)
     assert store.directory("/local/domain") == ["0", str(domid)]  # the receiver was heard to its end
 

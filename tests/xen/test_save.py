@@ -3,6 +3,7 @@
 import contextlib
 import json
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from xen_guests import (
     log_dirty_is_off,
     low_memory,
     pageferry,
+    run_cancelled,
     run_killed,
     saving,
     seen,
@@ -22,7 +24,6 @@ from xen_guests import (
 )
 from xen_tools import verify_stream
 
-from pageferry.core.errors import MigrationError
 from pageferry.core.events import PhaseBegan, RoundEnded
 from pageferry.stream.walk import Walk
 from pageferry.stream.xl import Inside
@@ -117,14 +118,7 @@ def test_what_xens_log_missed_is_saved_and_told(control, store, domain_name, wor
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_failure_in_any_phase_leaves_the_domain_as_it_was(control, store, working, tmp_path, phase):
     domid, memory = working
-
-    def cancel(event):
-        if isinstance(event, PhaseBegan) and event.phase == phase:
-            attempt.job.cancel()
-
-    domain, attempt = saving(control, store, domid, tmp_path / "guest", on_event=cancel, rounds=1)
-    with contextlib.closing(domain), pytest.raises(MigrationError):
-        attempt.run()
+    run_cancelled(phase, partial(saving, control, store, domid, tmp_path / "guest"))
     assert not (tmp_path / "guest").exists()
     info = control.info(domid)
     assert (info.paused, info.shutdown_reason) == (False, None)
