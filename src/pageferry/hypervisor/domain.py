@@ -215,7 +215,7 @@ class Domain(StandardMachine):
         """Decide how many frames of tables and bitmap the domain may use; see :meth:`PagingPool.set_allocation`.
 
         Raises:
-            VmError: fewer than are in use, or more than the machine has; nothing changed.
+            VmError: fewer than are in use, or more than the paging pool has; nothing changed.
         """
         self.machine.pool.set_allocation(frames)
 

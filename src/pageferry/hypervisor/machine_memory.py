@@ -1,7 +1,7 @@
 """Machine memory: frames, who owns them, the reverse map, and the paging pool.
 
-One sparse memfd is all the memory of the machine that a domain runs on, mapped once in machine order. Frames
-``0 .. ram_frames-1`` are for guest RAM; the paging pool with the P2M's table frames lies above them::
+One sparse memfd is all of machine memory, mapped once in the order of its frames. Frames ``0 .. ram_frames-1`` are for
+guest RAM; the paging pool with the P2M's table frames lies above them::
 
     mfn 0                                ram_frames                         frames
      |  guest RAM, handed out top-down   |   paging pool      | other owners' |
@@ -155,14 +155,13 @@ class PagingPool:
         """Decide how many frames the domain may use (Xen's SET_ALLOCATION).
 
         Raises:
-            VmError: fewer than are in use, or more than the machine has; nothing changed.
+            VmError: fewer than are in use, or more than the pool has; nothing changed.
         """
         with self._lock:
             needed = self.needed
             if not needed <= frames <= len(self.tables):
                 raise VmError(
-                    f"the paging pool cannot have {frames} frames: "
-                    f"{needed} are in use, the machine has {len(self.tables)}"
+                    f"the paging pool cannot have {frames} frames: {needed} are in use, the pool has {len(self.tables)}"
                 )
             self.allocation = frames
 
@@ -261,7 +260,7 @@ class MachineMemory:
         """
         top = self._top - -(-pages // PAGES_PER_2M) * PAGES_PER_2M
         if top < 0:
-            raise VmError(f"the machine has no {pages} contiguous frames left")
+            raise VmError(f"machine memory has no {pages} contiguous frames left")
         self._top = top
         self.owner[top : top + pages] = FrameOwner.DOMAIN
         return Mfn(top)
@@ -280,7 +279,7 @@ class MachineMemory:
             VmError: there are not so many.
         """
         if count > self._free.size:
-            raise VmError(f"the machine has {self._free.size} free frames, not {count}")
+            raise VmError(f"machine memory has {self._free.size} free frames, not {count}")
         self._free, mfns = np.split(self._free, [self._free.size - count])
         self.owner[mfns] = FrameOwner.DOMAIN
         return mfns

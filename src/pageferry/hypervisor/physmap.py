@@ -115,7 +115,7 @@ class PhysMap:
         """Give the guest zeroed RAM where there was some before: frames of ``memory.removed()``; they are dirty.
 
         Raises:
-            VmError: a frame was not removed, or the machine has too few; nothing changed.
+            VmError: a frame was not removed, or machine memory has too few; nothing changed.
             P2MError: as for :meth:`decrease_reservation`.
 
         Source: Xen ``XENMEM_populate_physmap``.
