@@ -22,6 +22,8 @@ import time
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _SIGKILL = 9
+#: The modules that the process that is forked from has loaded; all of pageferry where none are named.
+PRELOADED: list[str] = []
 _MESSAGE_BYTES = 1 << 17
 #: The child's end of each pipe, and ours, by their names in ``subprocess.Popen``.
 _PIPES = {"p2cread": "p2cwrite", "c2pwrite": "c2pread", "errwrite": "errread"}
@@ -70,7 +72,7 @@ class _Server:
         self._turn = threading.Lock()
         self._channel, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with there:
-            command = [sys.executable, __file__, str(there.fileno())]
+            command = [sys.executable, __file__, str(there.fileno()), *PRELOADED]
             self._process = subprocess.Popen(command, pass_fds=[there.fileno()])
 
     @staticmethod
@@ -155,18 +157,25 @@ def _become(request, streams):
     sys.argv[1:] = request["arguments"]
 
 
-def _load():
-    pageferry = importlib.import_module("pageferry")
-    for module in pkgutil.walk_packages(pageferry.__path__, "pageferry."):
-        if not module.name.endswith("__main__"):
-            with contextlib.suppress(ImportError):  # what an extra is for, which is not installed
-                importlib.import_module(module.name)
+def _load(modules):
+    for module in modules:
+        importlib.import_module(module)
+    for module in () if modules else _all_modules():
+        with contextlib.suppress(ImportError):  # what an extra is for, which is not installed
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
 
 
+def _all_modules():
+    pageferry = importlib.import_module("pageferry")
+    modules = pkgutil.walk_packages(pageferry.__path__, "pageferry.")
+    return [module.name for module in modules if not module.name.endswith("__main__")]
+
+
 if __name__ == "__main__":
     connection = socket.socket(fileno=int(sys.argv[1]))
-    _load()
+    _load(sys.argv[2:])
+    del sys.argv[2:]
     _become(*_serve(connection))
     runpy.run_module("pageferry", run_name="__main__", alter_sys=True)

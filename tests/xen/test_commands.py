@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forkserver
 import pytest
 from xen_guests import (
     MEMORY_BYTES,
@@ -33,8 +34,8 @@ LINUX = LinuxImage.of(Path(__file__).parents[2] / "build" / "linux" / "cloud")
 @contextlib.contextmanager
 def watching(domid):
     """A process that watches a domain, when it has seen the first round."""
-    command = [sys.executable, "-m", "pageferry", "xen", "log-dirty", str(domid), "--interval", "0.5"]
-    with subprocess.Popen([*command, "--rounds", "9999"], stdout=subprocess.PIPE, text=True) as process:
+    command = ["xen", "log-dirty", domid, "--interval", 0.5, "--rounds", 9999]
+    with forkserver.start(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline().startswith("round")
         yield process
 
