@@ -37,7 +37,8 @@ def test_dom0_is_a_module_of_xen_and_finds_both_file_systems(tmp_path):
     assert [word for word in command if "mount_tag=host" in word or "mount_tag=xen" in word]
 
 
-def test_only_packages_of_xen_are_unpacked():
+def test_only_packages_of_xen_and_ssh_are_unpacked():
     wanted = {"xen-utils-4.17", "xen-utils-common", "xenstore-utils", "libxenctrl4", "libxentoolcore1", "libyajl2"}
+    wanted |= {"openssh-server", "openssh-client", "libwrap0"}
     others = {"libc6", "systemd", "python3"}
-    assert {name for name in wanted | others if xen._OF_XEN.fullmatch(name)} == wanted
+    assert {name for name in wanted | others if xen._UNPACKED.fullmatch(name)} == wanted

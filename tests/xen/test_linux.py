@@ -6,36 +6,50 @@ import time
 from pathlib import Path
 
 import pytest
-from xen_guests import NAME, create, destroy, destroy_all, domid_of, log_dirty_is_off, run_killed, saving, seen, xl
+from xen_guests import (
+    NAME,
+    create,
+    destroy,
+    destroy_all,
+    domid_of,
+    log_dirty_is_off,
+    moving,
+    run_killed,
+    saving,
+    seen,
+    xl,
+)
 
-from pageferry.core.errors import MigrationError
+from pageferry.core.errors import GuestAt, MigrationError
 from pageferry.guests.linux.debian import LinuxImage
 from pageferry.xen import uapi
 
 IMAGE = LinuxImage.of(Path(__file__).parents[2] / "build" / "linux" / "cloud")
 CONSOLE = Path(f"/var/log/xen/console/guest-{NAME}.log")
+#: Of a copy that moved here: it has the name that Xen's receiver makes it under.
+MOVED_CONSOLE = Path(f"/var/log/xen/console/guest-{NAME}--incoming.log")
 GIVE_UP_S = 900.0
 
 
-def rounds():
+def rounds(console=CONSOLE):
     """The rounds of work that the guest has told of; it has found nothing wrong."""
-    text = CONSOLE.read_text(errors="replace") if CONSOLE.exists() else ""
+    text = console.read_text(errors="replace") if console.exists() else ""
     assert "WRONG" not in text, text[-2000:]
     return [int(number) for number in re.findall(r"work: round (\d+)", text)]
 
 
-def wait_for_rounds(more):
+def wait_for_rounds(more, console=CONSOLE):
     """Wait until the guest has done some more rounds; return the last."""
-    begun, until = len(rounds()), time.monotonic() + GIVE_UP_S
-    while len(rounds()) < begun + more:
-        assert time.monotonic() < until, CONSOLE.read_text(errors="replace")[-2000:]
+    begun, until = len(rounds(console)), time.monotonic() + GIVE_UP_S
+    while len(rounds(console)) < begun + more:
+        assert time.monotonic() < until, console.read_text(errors="replace")[-2000:]
         time.sleep(0.2)
-    return rounds()[-1]
+    return rounds(console)[-1]
 
 
 @pytest.fixture(scope="module")
 def linux(worker, tmp_path_factory):
-    """The number of a domain with a Linux at work, on two processors; only the last test lets it end."""
+    """The number of a domain with a Linux at work, on two processors; only the last two tests let it end."""
     if not IMAGE.kernel.exists():
         pytest.skip("no Linux here: make linux-image ONLY=cloud")
     worker.end()
@@ -89,3 +103,23 @@ def test_it_is_saved_live_and_goes_on_here_and_from_the_file(control, store, lin
     restored = wait_for_rounds(3)
     assert restored < last + 3  # from where it was saved, not from where it was destroyed
     assert control.info(domid_of(NAME)).shutdown_reason is None
+
+
+@pytest.mark.usefixtures("linux")
+def test_it_moves_live_through_xls_receiver_and_goes_on_there(control, store):
+    here = domid_of(NAME)
+    domain, attempt = moving(control, store, here)
+    with contextlib.closing(domain):
+        report = attempt.run()
+    assert (report.status, report.guest_at) == ("completed", GuestAt.DESTINATION)
+    print(f"ours: total {report.total_s:.2f} s, downtime {report.downtime_s:.3f} s {report.downtime_parts_s}")
+    assert control.info(here).shutdown_reason == uapi.SHUTDOWN_suspend
+    last = rounds()[-1]
+    there = domid_of(NAME)
+    assert there != here
+    wait_for_rounds(3, MOVED_CONSOLE)
+    # What the console held at the pause may be told here, there, or half here and half there.
+    assert last <= rounds(MOVED_CONSOLE)[0] <= last + 2
+    info = control.info(there)
+    assert (info.paused, info.shutdown_reason) == (False, None)
+    assert log_dirty_is_off(control, there)

@@ -1,7 +1,11 @@
 """A domain moves live through ``xl migrate-receive`` on this very host, or stays here whatever happens."""
 
 import contextlib
+import json
+import os
 import shlex
+import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -201,3 +205,57 @@ def test_a_kill_after_that_leaves_it_there_alone(control, store, domain_name, wo
         time.sleep(0.2)
     sweep(control)
     expect_moved(control, store, domain_name, domid)
+
+
+def listens(port):
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextlib.contextmanager
+def ssh_server(folder):
+    """A real one on this host; its port, and the environment in which ``ssh`` finds its key."""
+    for name in ("host", "client"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/client.pub\n"
+        "UsePAM no\nStrictModes no\nPidFile none\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"IdentityFile {folder}/client\nStrictHostKeyChecking no\nUserKnownHostsFile {folder}/known_hosts\n"
+        "LogLevel ERROR\nBatchMode yes\n"
+    )
+    ssh = folder / "ssh"  # the configuration of this user is not to be changed
+    ssh.write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {folder}/ssh_config "$@"\n')
+    ssh.chmod(0o755)
+    with subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config"]) as server:
+        try:
+            until = time.monotonic() + GIVE_UP_S
+            while not listens(port):
+                assert server.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.1)
+            yield port, os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+        finally:
+            server.terminate()
+
+
+def test_it_moves_over_ssh(control, store, domain_name, working, tmp_path):
+    domid, _ = working
+    move = ("migrate", f"xen:{domid}", "--policy", "xen", "--json")
+    with ssh_server(tmp_path) as (port, environment):
+        moved = json.loads(pageferry(*move, f"ssh://root@localhost:{port}", env=environment))
+    assert (moved["status"], moved["guest_at"]) == ("completed", "destination")
+    expect_moved(control, store, domain_name, domid)
+
+
+def test_where_no_ssh_server_listens_it_stays_here(control, store, domain_name, working):
+    domid, memory = working
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    told = pageferry("migrate", f"xen:{domid}", f"ssh://root@localhost:{port}", code=3)
+    assert "ssh ended, its last words" in told
+    assert "Connection refused" in told
+    expect_at_work(control, store, domain_name, domid, memory)
