@@ -174,7 +174,7 @@ class PlayedChannel(Channel):
             del self._inbox[: len(data)]
             return data
 
-    def receive_into(self, views):
+    def receive_into(self, views, ahead=None):
         for view in views:
             at = 0
             while at < len(view):
@@ -183,6 +183,13 @@ class PlayedChannel(Channel):
                     raise ConnectionResetError("the peer closed the connection")
                 view[at : at + len(data)] = data
                 at += len(data)
+        if ahead is None or not views:
+            return 0
+        with self._changed:
+            came = bytes(self._inbox[: len(ahead)])
+            del self._inbox[: len(came)]
+        ahead[: len(came)] = came
+        return len(came)
 
     def readable(self, wait_s=0.0):
         with self._changed:

@@ -67,9 +67,10 @@ class Pipe:
         begin, self._at = self._at, self._at + at_most_bytes
         return bytes(self._bytes[begin : self._at])
 
-    def receive_into(self, views):
+    def receive_into(self, views, ahead=None):
         for view in views:
             view[:] = self.receive_some(len(view))
+        return 0
 
 
 class Disturbed:

@@ -275,6 +275,29 @@ class DirtyBitmap:
         wanted.set_runs(starts - begin, lengths)
         return not (wanted.words & ~self.words[low : low + wanted.words.size]).any()
 
+    def in_runs(self, starts: GfnArray, lengths: GfnArray) -> NDArray[np.int64]:
+        """Return how many frames of each run are set, int64[m]. Cost grows with the runs and the words from end to end.
+
+        Args:
+            starts: uint64[m], first frames.
+            lengths: uint64[m], pages in each run, each at least 1.
+
+        Raises:
+            IndexError: a frame is outside the bitmap.
+        """
+        if not starts.size:
+            return np.zeros(0, np.int64)
+        starts, last = self._checked(starts), self._checked(starts + lengths - np.uint64(1))
+        begins, ends = (starts >> np.uint64(6)).astype(np.int64), (last >> np.uint64(6)).astype(np.int64)
+        low = int(begins.min())
+        words = self.words[low : int(ends.max()) + 1]
+        upto = np.cumsum(np.bitwise_count(words), dtype=np.int64)  # each word counted in
+        begins, ends = begins - low, ends - low
+        before = words[begins] & ~(_ONES << (starts & np.uint64(63)))
+        behind = words[ends] & ~(_ONES >> (np.uint64(63) - (last & np.uint64(63))))
+        whole = upto[ends] - upto[begins] + np.bitwise_count(words[begins])
+        return whole - np.bitwise_count(before) - np.bitwise_count(behind)
+
     def count(self) -> int:
         """Return how many bits are set."""
         return int(np.bitwise_count(self.words).sum(dtype=np.uint64))

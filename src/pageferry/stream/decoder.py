@@ -251,7 +251,9 @@ class Decoder:
             raise BodyError(f"a body of {length} bytes is not between {low} and {high}")
         self._length = length
         if self._type is RecordType.PAGE_DATA:
-            self._then(fmt.PAGE_DATA_HEAD.size, self._page_data_head)
+            # So many pages it names at the least: what comes before page data is asked for at once, most often all.
+            pages = (length - fmt.PAGE_DATA_HEAD.size) // (8 + PAGE_SIZE)
+            self._then(fmt.PAGE_DATA_HEAD.size + 8 * min(pages, fmt.MAX_PAGES_PER_RECORD), self._page_data_head)
         else:
             self._then(length + fmt.padding_bytes(length), self._body)
         return None
@@ -280,8 +282,8 @@ class Decoder:
         if not self._ended:
             self._expect_record()
 
-    def _page_data_head(self, data: bytes) -> None:
-        count, reserved = fmt.PAGE_DATA_HEAD.unpack(data)
+    def _page_data_head(self, data: bytes) -> Event | None:
+        count, reserved = fmt.PAGE_DATA_HEAD.unpack_from(data)
         if not 0 < count <= fmt.MAX_PAGES_PER_RECORD:
             raise BodyError(f"{count} pages is not between 1 and {fmt.MAX_PAGES_PER_RECORD}")
         if reserved:
@@ -289,7 +291,11 @@ class Decoder:
         least = fmt.PAGE_DATA_HEAD.size + count * 8
         if not least <= self._length <= least + count * PAGE_SIZE:
             raise BodyError(f"a body of {self._length} bytes does not hold {count} pages")
-        self._then(count * 8, self._pfn_array)
+        first = data[fmt.PAGE_DATA_HEAD.size :]  # of no more than count pages, as the body's length fits
+        if len(first) == count * 8:
+            return self._pfn_array(first)
+        self._then(count * 8 - len(first), lambda rest: self._pfn_array(first + rest))
+        return None
 
     def _pfn_array(self, data: bytes) -> Event | None:
         words = np.frombuffer(data, "<u8")

@@ -204,6 +204,21 @@ def test_runs_outside_are_not_there(run):
     assert not bitmap.has_runs(u64(3, run[0]), u64(2, run[1]))
 
 
+@given(
+    st.integers(1, 700),
+    st.lists(st.tuples(st.integers(0, 699), st.integers(1, 300)), max_size=6),
+    st.sets(st.integers(0, 699)),
+)
+def test_of_each_run_the_frames_that_are_set_are_counted(nbits, runs, frames):
+    bitmap = DirtyBitmap.of(nbits, np.array([gfn for gfn in frames if gfn < nbits], np.uint64))
+    runs = [(start, n) for start, n in runs if start + n <= nbits]
+    starts, lengths = u64(*(start for start, _ in runs)), u64(*(length for _, length in runs))
+    expected = [len(frames.intersection(range(start, start + n))) for start, n in runs]
+    assert bitmap.in_runs(starts, lengths).tolist() == expected
+    with pytest.raises(IndexError):
+        bitmap.in_runs(u64(0, nbits - 1), u64(1, 2))
+
+
 @given(st.integers(1, 300), st.lists(st.integers(0, 299)))
 def test_test_and_set_is_that_of_a_set(nbits, gfns):
     bitmap, model = DirtyBitmap(nbits), set()

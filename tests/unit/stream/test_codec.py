@@ -494,7 +494,7 @@ def test_a_length_of_4_gib_allocates_nothing(number):
 
 def test_a_length_of_128_mib_is_not_asked_for_at_once():
     decoder, _ = drain(HEADER + STATIC + record(1, length=128 << 20))
-    assert decoder.wanted_bytes == 8
+    assert decoder.wanted_bytes == fmt.PAGE_DATA_HEAD.size + 8 * fmt.MAX_PAGES_PER_RECORD
     decoder, _ = drain(HEADER + record(0x8000_0000, length=128 << 20))
     assert decoder.wanted_bytes == fmt.MAX_WANTED_BYTES
     decoder, _ = drain(HEADER + STATIC + ONE_PAGE + record(9, length=16 << 20))

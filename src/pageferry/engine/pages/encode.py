@@ -33,10 +33,6 @@ class Coded:
     counts: PageCounts = NO_PAGES
 
 
-#: The records of no pages.
-NOTHING = Coded(buffers=())
-
-
 class PageCoder(Protocol):
     """Makes records of pages."""
 

@@ -9,6 +9,8 @@ from pageferry.core.frames import PAGES_PER_2M
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.host import THIS_HOST, Host
 
+#: So much gets its storage at once: 8 MiB.
+_PIECE_PAGES = 4 * PAGES_PER_2M
 #: What has storage and has not arrived: 64 MiB. How often to look, at a wire that is much faster than any.
 _AHEAD_PAGES, _AHEAD_POLL_S = 16_384, 0.002
 
@@ -42,7 +44,7 @@ class Populator:
             wanted.set_range(inside.start, len(inside))
         wanted &= memory.all_ram()
         self._runs = wanted.runs()
-        self._starts, self._lengths = split_runs(*self._runs, PAGES_PER_2M)
+        self._starts, self._lengths = split_runs(*self._runs, _PIECE_PAGES)
         self._host = host
         self._enough = host.event()
 

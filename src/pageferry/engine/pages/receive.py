@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
+import xxhash
 
 from pageferry.core.bitmap import expand_runs, runs_of
 from pageferry.core.errors import GuestAt, RecordError, TransportError, TruncatedError
@@ -27,7 +28,7 @@ from pageferry.engine.verify.compare import ReceivedPages
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import connection_of
 from pageferry.stream.decoder import Decoder
-from pageferry.stream.format import BodyError, PageType, RecordType, carries_data
+from pageferry.stream.format import RECORD_HEADER, BodyError, PageType, RecordType, carries_data
 from pageferry.stream.intake import Need
 from pageferry.stream.order import Role
 from pageferry.stream.packing import Packing, packer
@@ -49,8 +50,53 @@ _ROOM_PAGES = 16_384
 #: A record that has begun comes at this rate, once it has taken as long as the connection may stand still: half of the
 #: least bandwidth that a source may be told to keep to.
 _LEAST_BYTES_PER_S = 32 << 10
+#: Received at once where it is digested right afterwards, 1 MiB: that is in a processor's cache still.
+_PIECE_PAGES = 256
+#: Runs of so many pages on average are received one by one, so that whole 2 MiB of them are digested.
+_LONG_RUN = 256
 #: Of so many pages in a row that became zero the storage is given back; fewer are written.
 _GIVEN_BACK_PAGES = 16
+
+
+class _Hasher:
+    """Digests each whole 2 MiB whose pages arrive in order, in one record or in several."""
+
+    def __init__(self) -> None:
+        self._next_gfn = 0
+        self._hash: xxhash.xxh3_128 | None = None
+
+    def take(self, piece: range, data: memoryview) -> bytes | None:
+        """Take the pages of a piece, which has just arrived; return the digest of 2 MiB where it is the last of them.
+
+        Args:
+            piece: frames, on both sides of no multiple of 512.
+            data: what they hold.
+        """
+        if piece.start % PAGES_PER_2M == 0:
+            self._hash = xxhash.xxh3_128()
+        elif piece.start != self._next_gfn:
+            self._hash = None
+        if self._hash is None:
+            return None
+        self._hash.update(data)
+        self._next_gfn = piece.stop
+        if piece.stop % PAGES_PER_2M:
+            return None
+        digest, self._hash = self._hash.digest(), None
+        return digest
+
+    def forget(self) -> None:
+        """Hear of pages that came otherwise, anywhere: 2 MiB that are under way are given up."""
+        self._hash = None
+
+
+def _pieces(run: range) -> Iterator[range]:
+    """Cut a run at multiples of what is received at once."""
+    at = run.start
+    while at < run.stop:
+        stop = min(at - at % _PIECE_PAGES + _PIECE_PAGES, run.stop)
+        yield range(at, stop)
+        at = stop
 
 
 class PageWriter:
@@ -85,28 +131,61 @@ class PageWriter:
         self._index = index
         self._connections = connections
         self._unseen_pages = 0  # since the host was asked for room
+        self._ahead = memoryview(bytearray(RECORD_HEADER.size))
+        self._hasher = _Hasher()
         self._packer = None if packing is Packing.NONE else packer(packing)
 
-    def page_data(self, header: PageDataHeader) -> None:
+    def page_data(self, header: PageDataHeader) -> memoryview:
         """Take one PAGE_DATA record, and receive its page data.
+
+        Returns:
+            What has come behind it already, of the header of the next record; valid until the next call.
 
         Raises:
             OSError: cut or stalled.
         """
         if header.run is not None and self._is_ours(header.run):
             self._expect_room(header.pfns.size)
-            self._memory.advice.make_run_huge(header.run)
-            self._channel.receive_into([self._memory.view(header.run)])
-            self._pages.arrived(header.pfns, header.run)
-            return
+            return self._ahead[: self._receive_runs([header.run], header.pfns)]
         self._pages.remove(header.pfns[header.types == PageType.XTAB])
         allocated = header.pfns[header.types == PageType.XALLOC]  # zeros, as they are from the beginning
         gfns = header.pfns[carries_data(header.types)]
         self._check(np.concatenate([gfns, allocated]), "PAGE_DATA", header.offset)
-        ascending = gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all())
-        self._channel.receive_into(self._whole_runs(gfns) if ascending else self._memory.page_views(gfns))
-        self._pages.arrived(gfns)
-        self._pages.arrived(allocated)
+        ahead_bytes = self._receive_pages(gfns)
+        if allocated.size:
+            self._arrived(allocated)
+        return self._ahead[:ahead_bytes]
+
+    def _receive_pages(self, gfns: GfnArray) -> int:
+        if gfns.size < 2 or bool((gfns[1:] > gfns[:-1]).all()):
+            starts, lengths = runs_of(gfns)
+            if starts.size * _LONG_RUN <= gfns.size:
+                ends = (starts + lengths).tolist()
+                return self._receive_runs(list(map(range, starts.tolist(), ends)), gfns)
+            self._memory.advice.make_huge(starts, lengths)
+            views = self._memory.views(starts, lengths)
+        else:
+            views = self._memory.page_views(gfns)
+        ahead_bytes = self._channel.receive_into(views, self._ahead)
+        self._arrived(gfns)
+        return ahead_bytes
+
+    def _receive_runs(self, runs: Sequence[range], gfns: GfnArray) -> int:
+        """Receive long runs, ``gfns`` together; where audits are to come each whole 2 MiB of them is digested."""
+        pieces = [piece for run in runs for piece in (_pieces(run) if self._pages.audits else (run,))]
+        digests = []
+        ahead_bytes = 0
+        for run in runs:
+            self._memory.advice.make_run_huge(run)
+        for left, piece in zip(range(len(pieces) - 1, -1, -1), pieces, strict=True):
+            view = self._memory.view(piece)
+            ahead_bytes = self._channel.receive_into([view], None if left else self._ahead)
+            if self._pages.audits and (digest := self._hasher.take(piece, view)) is not None:
+                digests.append((piece.stop - PAGES_PER_2M, digest))
+        self._pages.arrived(gfns, runs[0] if len(runs) == 1 else None)
+        for first_gfn, digest in digests:
+            self._pages.digested(first_gfn, digest)
+        return ahead_bytes
 
     def zero_pages(self, record: ZeroPages) -> None:
         """Make pages zero."""
@@ -116,7 +195,7 @@ class PageWriter:
         if self._memory.release(byte_ranges(starts[long], lengths[long])):
             starts, lengths = starts[~long], lengths[~long]
         self._words[expand_runs(starts, lengths)] = 0
-        self._pages.arrived(record.pfns)
+        self._arrived(record.pfns)
 
     def packed_pages(self, record: PackedPages) -> None:
         """Unpack pages into place.
@@ -126,7 +205,7 @@ class PageWriter:
         """
         self._check(record.pfns, "PACKED_PAGES")
         self._words[record.pfns] = self._unpacked(record.data, record.pfns.size, "PACKED_PAGES")
-        self._pages.arrived(record.pfns)
+        self._arrived(record.pfns)
 
     def delta_pages(self, record: DeltaPages) -> None:
         """Change pages by what is unpacked.
@@ -136,7 +215,7 @@ class PageWriter:
         """
         self._check(record.pfns, "DELTA_PAGES")
         self._words[record.pfns] ^= self._unpacked(record.data, record.pfns.size, "DELTA_PAGES")  # each page once
-        self._pages.arrived(record.pfns)
+        self._arrived(record.pfns)
 
     def audit(self, record: Audit) -> None:
         """Compare what was digested while the guest ran.
@@ -152,6 +231,10 @@ class PageWriter:
         runs = runs_of(gfns)
         self._memory.advice.make_huge(*runs)
         return self._memory.views(*runs)
+
+    def _arrived(self, gfns: GfnArray) -> None:
+        self._hasher.forget()
+        self._pages.arrived(gfns)
 
     def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:
         if self._packer is None:
@@ -289,9 +372,10 @@ def read_stream(channel: Channel, decoder: Decoder, writer: PageWriter, activity
                 raise TruncatedError("the stream stops before END")
             decoder.feed(data)
         elif isinstance(event, PageDataHeader):
-            writer.page_data(event)
+            ahead = writer.page_data(event)
             activity.note()
             decoder.payload_received()
+            decoder.feed(ahead)
         elif isinstance(event, ZeroPages):
             writer.zero_pages(event)
         elif isinstance(event, PackedPages):

@@ -16,7 +16,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.page_counts import NO_PAGES, PageCounts
 from pageferry.core.page_words import page_words, zero_pages
 from pageferry.engine.host import THIS_HOST, Host
-from pageferry.engine.pages.encode import NOTHING, Coded, PageCoder
+from pageferry.engine.pages.encode import PageCoder
 from pageferry.engine.verify.digests import RunDigests
 from pageferry.engine.wire.connections import connection_of
 from pageferry.engine.wire.pacer import Pacer
@@ -26,6 +26,8 @@ from pageferry.stream.records import Audit, End, Fence, ZeroPages
 
 #: How much waits for a connection: enough that it never idles, little enough that CLEAN and copy stay close.
 _WAITING_TASKS = 2
+#: Up to so many records of each lane are sent before anything else is looked at, while the wire takes them so fast.
+_MOST_RECORDS, _QUICK_S = 4, 0.01
 #: How many frames that carry no data are named by one call: 512 KiB.
 _NAMED_AT_ONCE = 64 * MAX_PAGES_PER_RECORD
 
@@ -95,7 +97,7 @@ class Lane:
         return MAX_PAGES_PER_RECORD if self.channel.pacer is None else self.channel.pacer.batch_pages
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> None:
-        """Send pages, a record or two for each batch; frames that are not RAM any more are left out.
+        """Send pages, as many records as it takes; frames that are not RAM any more are left out.
 
         Args:
             gfns: uint64[n], strictly ascending. Law 3: the CLEAN that reported them has returned.
@@ -104,8 +106,19 @@ class Lane:
         Raises:
             OSError: cut or stalled.
         """
-        for batch in _batches(gfns, lambda: self.batch_pages):
-            self._send_batch(batch, fresh=fresh)
+        present = gfns[self._memory.are_ram(gfns)]
+        looks = self._says_zero or (fresh and self._begins_zero)
+        zero = zero_pages(self._words, present) if looks else np.zeros(present.size, np.bool_)
+        others = present
+        if zero.any():
+            self._name_zero(present[zero], fresh=fresh)
+            others = present[~zero]
+        at = 0
+        while at < others.size:  # the cap, and so how much goes into a record, may have changed since the last
+            record = others[at : at + self.batch_pages]
+            self._send_content(record, fresh=fresh)
+            at += record.size
+        self._on_sent(gfns)
 
     def send_audit(self, audit: RunDigests) -> None:
         """Send digests of pages that were sent before.
@@ -150,32 +163,29 @@ class Lane:
         """
         self.channel.send([self._encoder.record(End())])
 
-    def _send_batch(self, gfns: GfnArray, *, fresh: bool) -> None:
-        zero, others, coded = self._coded(gfns, fresh=fresh)
-        if zero.size:
-            self._coder.forget(zero)
-            name = self._encoder.named(zero, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=zero))
-            self.channel.send([name])
-        self.channel.send(coded.buffers)
-        self.counts += coded.counts + PageCounts(sent_pages=zero.size + others.size, zero_pages=zero.size)
-        self._on_sent(gfns)
+    def _name_zero(self, gfns: GfnArray, *, fresh: bool) -> None:
+        self._coder.forget(gfns)
+        if fresh:
+            self._name(gfns, PageType.XALLOC)
+        else:
+            for begin in range(0, gfns.size, MAX_PAGES_PER_RECORD):
+                self.channel.send([self._encoder.record(ZeroPages(pfns=gfns[begin : begin + MAX_PAGES_PER_RECORD]))])
+        self.counts += PageCounts(sent_pages=gfns.size, zero_pages=gfns.size)
+
+    def _send_content(self, gfns: GfnArray, *, fresh: bool) -> None:
+        while gfns.size:
+            try:
+                coded = self._coder.code(gfns, fresh=fresh)
+            except VmError:  # the guest gives pages back at any time: one of these just now
+                gfns = gfns[self._memory.are_ram(gfns)]
+            else:
+                self.channel.send(coded.buffers)
+                self.counts += coded.counts + PageCounts(sent_pages=gfns.size)
+                return
 
     def _name(self, gfns: GfnArray, page_type: PageType) -> None:
         for begin in range(0, gfns.size, _NAMED_AT_ONCE):
             self.channel.send([self._encoder.named(gfns[begin : begin + _NAMED_AT_ONCE], page_type)])
-
-    def _coded(self, gfns: GfnArray, *, fresh: bool) -> tuple[GfnArray, GfnArray, Coded]:
-        # Returns the frames that are zero, the others, and the records of those. Frames that are not RAM any more are
-        # in neither: the guest may give pages back at any time.
-        while True:
-            present = gfns[self._memory.are_ram(gfns)]
-            looks = self._says_zero or (fresh and self._begins_zero)
-            zero = zero_pages(self._words, present) if looks else np.zeros(present.size, np.bool_)
-            others = present[~zero]
-            try:
-                return present[zero], others, self._coder.code(others, fresh=fresh) if others.size else NOTHING
-            except VmError:
-                continue  # one more was given back since are_ram()
 
 
 class Lanes:
@@ -190,6 +200,7 @@ class Lanes:
     def __init__(self, main: Lane, others: Sequence[Lane] = (), host: Host = THIS_HOST) -> None:
         self.all = (main, *others)
         """Every lane, the main one first."""
+        self._now_s = host.now_s
         self._workers: list[_Worker] = []
         try:
             for lane in others:
@@ -205,8 +216,17 @@ class Lanes:
         return replace(sum((lane.counts for lane in self.all), NO_PAGES), sent_bytes=sent_bytes)
 
     def batches(self, gfns: GfnArray) -> Iterator[GfnArray]:
-        """Cut frames (uint64[n]) into batches for :meth:`send`, each when the one before it was sent."""
-        return _batches(gfns, lambda: self.all[0].batch_pages * len(self.all))
+        """Cut frames (uint64[n]) into batches for :meth:`send`, each when the one before it was sent.
+
+        A batch is a record of each lane, and more where the wire is so fast that it takes but a moment.
+        """
+        records, at = 1, 0
+        while at < gfns.size:
+            began_s = self._now_s()
+            batch = gfns[at : at + records * self.all[0].batch_pages * len(self.all)]
+            yield batch
+            at += batch.size
+            records = min(2 * records, _MOST_RECORDS) if self._now_s() - began_s < _QUICK_S else 1
 
     def send(self, gfns: GfnArray, *, fresh: bool) -> None:
         """Send pages, each on its lane; all but the main lane may still be at it afterwards.
@@ -318,12 +338,3 @@ class _Worker:
                 self._failure = error
             finally:
                 self._tasks.task_done()
-
-
-def _batches(gfns: GfnArray, batch_pages: Callable[[], int]) -> Iterator[GfnArray]:
-    """Cut frames into batches, each when the one before it was sent: the cap, and so their size, may have changed."""
-    at = 0
-    while at < gfns.size:
-        batch = gfns[at : at + batch_pages()]
-        yield batch
-        at += batch.size

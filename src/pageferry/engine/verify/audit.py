@@ -24,9 +24,8 @@ import threading
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pageferry.core.bitmap import DirtyBitmap, expand_runs, split_runs
+from pageferry.core.bitmap import DirtyBitmap, split_runs
 from pageferry.core.errors import VmError
 from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
@@ -106,7 +105,7 @@ class Auditor:
                 return None
             moved = self._peek()  # after the line above: the marks of all that was digested are there
             moved |= self._accounts.was_reported
-            ready = ready.part(~_any_in_runs(moved, ready.first_gfns, ready.pages))
+            ready = ready.part(moved.in_runs(ready.first_gfns, ready.pages) == 0)
             self._remember(ready)
             self._ready = self._piece = None
             self._changed.notify_all()
@@ -226,12 +225,3 @@ def _within_regions(starts: GfnArray, lengths: GfnArray) -> tuple[GfnArray, GfnA
     starts = np.concatenate((starts, rest_starts))
     order = np.argsort(starts, kind="stable")
     return starts[order], np.concatenate((head, rest_lengths))[order]
-
-
-def _any_in_runs(bitmap: DirtyBitmap, starts: GfnArray, lengths: GfnArray) -> NDArray[np.bool_]:
-    """Tell for each run whether one of its frames is set."""
-    if not starts.size:
-        return np.zeros(0, np.bool_)
-    bits = bitmap.test_many(expand_runs(starts, lengths))
-    counts = lengths.astype(np.int64)
-    return np.logical_or.reduceat(bits, np.cumsum(counts) - counts)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from pageferry.core.bitmap import DirtyBitmap
 from pageferry.core.errors import RecordError, VerifyError
-from pageferry.core.frames import GfnArray
+from pageferry.core.frames import PAGES_PER_2M, GfnArray
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.verify.digests import (
+    DIGEST_BYTES,
     DigestArray,
     digest_runs,
     first_difference,
@@ -36,7 +37,9 @@ class AuditMismatchError(VerifyError):
 class ReceivedPages:
     """The destination's knowledge of each page: arrived, proven equal since, or removed. For threads of any number.
 
-    It knows this from what it received and digested itself; nothing that the source says of it enters.
+    It knows this from what it received and digested itself; nothing that the source says of it enters. Of 2 MiB
+    that come in order it has the digest from when they came, while a processor's cache had them; they are not read
+    again for an audit.
 
     Args:
         memory: the guest's, here; it began as zeros.
@@ -45,12 +48,16 @@ class ReceivedPages:
 
     def __init__(self, memory: GuestMemory, *, audits: bool) -> None:
         self.memory = memory
+        self.audits = audits
         self.arrived_pages = 0
         """How many have arrived so far; one that arrives again counts again."""
         self._lock = threading.Lock()
         self._arrived = DirtyBitmap(memory.gfn_limit) if audits else None
         self._proven: DirtyBitmap | None = None  # made at the first audit
         self._removed: DirtyBitmap | None = None  # made at the first removal
+        regions = -(-memory.gfn_limit // PAGES_PER_2M) if audits else 0
+        self._digests = np.zeros((regions, DIGEST_BYTES), np.uint8)  # of each whole 2 MiB, as it arrived
+        self._is_digested = np.zeros(regions, np.bool_)
 
     def arrived(self, gfns: GfnArray, run: range | None = None) -> None:
         """These frames have new content: mark them, and take nothing for proven of them.
@@ -67,14 +74,28 @@ class ReceivedPages:
             if self._arrived is not None:
                 if run is None:
                     self._arrived.set(gfns)
+                    self._is_digested[gfns // np.uint64(PAGES_PER_2M)] = False
                 else:
                     self._arrived.set_range(run.start, len(run))
+                    self._is_digested[run.start // PAGES_PER_2M : -(-run.stop // PAGES_PER_2M)] = False
             for bitmap in (self._proven, self._removed):
                 if bitmap is not None:
                     if run is None:
                         bitmap.clear(gfns)
                     else:
                         bitmap.clear_range(run.start, len(run))
+
+    def digested(self, first_gfn: int, digest: bytes) -> None:
+        """Take the digest of a whole 2 MiB that have arrived, as memory has them now; until one of them arrives anew.
+
+        Args:
+            first_gfn: a multiple of 512.
+            digest: as :func:`~pageferry.engine.verify.digests.digest_runs` makes it.
+        """
+        region = first_gfn // PAGES_PER_2M
+        with self._lock:
+            self._digests[region] = np.frombuffer(digest, np.uint8)
+            self._is_digested[region] = True
 
     def remove(self, gfns: GfnArray) -> None:
         """The source has no frame for these (uint64[n]); what was never RAM here is not noted."""
@@ -96,13 +117,25 @@ class ReceivedPages:
             AuditMismatchError: a run differs.
             VmError: a run is not RAM.
         """
-        index = first_difference(digest_runs(self.memory, first_gfns, pages), digests)
+        index = first_difference(self._digests_of(first_gfns, pages), digests)
         if index is not None:
             raise AuditMismatchError(int(first_gfns[index]), int(pages[index]))
         with self._lock:
             if self._proven is None:
                 self._proven = DirtyBitmap(self.memory.gfn_limit)
             self._proven.set_runs(first_gfns, pages)
+
+    def _digests_of(self, first_gfns: GfnArray, pages: GfnArray) -> DigestArray:
+        regions = first_gfns // np.uint64(PAGES_PER_2M)
+        whole = (pages == PAGES_PER_2M) & (first_gfns == regions * np.uint64(PAGES_PER_2M))
+        whole &= regions < self._is_digested.size
+        with self._lock:
+            known = np.zeros(whole.size, np.bool_)
+            known[whole] = self._is_digested[regions[whole]]
+            digests = np.empty((known.size, DIGEST_BYTES), np.uint8)
+            digests[known] = self._digests[regions[known]]
+        digests[~known] = digest_runs(self.memory, first_gfns[~known], pages[~known])
+        return digests
 
     def all_proven(self, first_gfns: GfnArray, pages: GfnArray) -> bool:
         """Tell whether every frame of the runs is proven, as it is now."""

@@ -87,36 +87,52 @@ def left_s(deadline_s: float, host: Host) -> float:
 
 
 class PlainCarrier:
-    """Hands bytes to the kernel where they lie.
+    """Hands bytes to the kernel where they lie: by one system call, and two more only where it has to wait.
 
     Args:
-        sock: connected.
+        sock: connected. It is made non-blocking.
         host: on which it waits.
     """
 
     def __init__(self, sock: socket.socket, host: Host = THIS_HOST) -> None:
+        sock.setblocking(False)
         self._sock = sock
         self._host = host
         self._takes_fds = sock.family == socket.AF_UNIX
 
     def send(self, buffers: Sequence[memoryview], deadline_s: float, fd: int | None) -> int:
         """Send by one system call; see :class:`Carrier`."""
-        self._sock.settimeout(left_s(deadline_s, self._host))
         rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-        return self._sock.sendmsg(buffers, rights)
+        while True:
+            try:
+                return self._sock.sendmsg(buffers, rights)
+            except BlockingIOError:
+                self._wait(select.POLLOUT, deadline_s)
 
     def receive_into(self, views: Sequence[memoryview], deadline_s: float) -> int:
         """Receive by one system call; see :class:`Carrier`."""
-        self._sock.settimeout(left_s(deadline_s, self._host))
-        return self._sock.recvmsg_into(views)[0]
+        while True:
+            try:
+                return self._sock.recvmsg_into(views)[0]
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline_s)
 
     def receive(self, at_most_bytes: int, deadline_s: float) -> tuple[bytes, list[int]]:
         """Receive by one system call, with one descriptor at the most; see :class:`Carrier`."""
-        self._sock.settimeout(left_s(deadline_s, self._host))
-        if not self._takes_fds:
-            return self._sock.recv(at_most_bytes), []
-        data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
-        return data, fds
+        while True:
+            try:
+                if not self._takes_fds:
+                    return self._sock.recv(at_most_bytes), []
+                data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline_s)
+            else:
+                return data, fds
+
+    def _wait(self, event: int, deadline_s: float) -> None:
+        poll = select.poll()
+        poll.register(self._sock, event)
+        poll.poll(left_s(deadline_s, self._host) * 1e3)
 
     def readable(self, wait_s: float) -> bool:
         """Ask the kernel."""
@@ -128,11 +144,9 @@ class PlainCarrier:
 
     def drain(self, deadline_s: float) -> None:
         """Read until the peer closes; see :class:`Carrier`."""
-        scratch = bytearray(_SCRATCH_BYTES)
-        while True:
-            self._sock.settimeout(left_s(deadline_s, self._host))
-            if not self._sock.recv_into(scratch):
-                return
+        scratch = [memoryview(bytearray(_SCRATCH_BYTES))]
+        while self.receive_into(scratch, deadline_s):
+            pass
 
 
 class TlsCarrier:

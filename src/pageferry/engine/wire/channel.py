@@ -14,7 +14,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,28 @@ def _notice_silence(sock: socket.socket, timeout_s: float) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
+class _Waiting:
+    """Knows who waits for the peer, and since when it has not moved: a block for each wait."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._threads: set[int] = set()
+        self.moved_s = now_s()
+
+    def __bool__(self) -> bool:
+        return bool(self._threads)
+
+    def __enter__(self) -> None:
+        if not self._threads:
+            self.moved_s = self._now_s()
+        self._threads.add(threading.get_ident())
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed is None:
+            self.moved_s = self._now_s()
+        self._threads.discard(threading.get_ident())
+
+
 class Channel:
     """One connection.
 
@@ -213,8 +235,7 @@ class Channel:
         self.sent_bytes = 0
         self.pacer: Pacer | None = None
         self._aborted = host.event()
-        self._moved_s = host.now_s()
-        self._waits: set[int] = set()  # which threads do
+        self._waiting = _Waiting(host.now_s)
         self._fd: int | None = None
         self.local = sock.family == socket.AF_UNIX
         if not self.local:
@@ -246,45 +267,45 @@ class Channel:
         at = 0
         deadline_s = self.deadline_s()
         while at < len(queue):
-            with self._waiting():
+            with self._waiting:
                 sent = self._carrier.send(queue[at : at + MAX_BUFFERS], deadline_s, fd)
             self.sent_bytes += sent
             fd = None
             at = first_left(queue, at, sent)
 
-    def receive_into(self, views: Sequence[memoryview]) -> None:
-        """Fill all of ``views`` in order, scattered.
+    def receive_into(self, views: Sequence[memoryview], ahead: memoryview | None = None) -> int:
+        """Fill all of ``views`` in order, scattered; with them, what has come of ``ahead``.
+
+        Args:
+            views: where to.
+            ahead: takes what comes next, as far as it is there already.
+
+        Returns:
+            How many bytes ``ahead`` has got.
 
         Raises:
             ConnectionError: the peer closed before they were full.
             OSError: cut or stalled.
         """
         queue = [view for view in views if len(view)]
-        at = 0
+        at, full = 0, len(queue)
+        if ahead is not None and full:
+            queue.append(ahead)
         deadline_s = self.deadline_s()
-        while at < len(queue):
-            with self._waiting():
+        while at < full:
+            with self._waiting:
                 received = self._carrier.receive_into(queue[at : at + MAX_BUFFERS], deadline_s)
             if not received:
                 raise ConnectionResetError("the peer closed the connection")
             at = first_left(queue, at, received)
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        if not self._waits:
-            self._moved_s = self.host.now_s()
-        thread = threading.get_ident()
-        self._waits.add(thread)
-        try:
-            yield
-            self._moved_s = self.host.now_s()
-        finally:
-            self._waits.discard(thread)
+        if ahead is None or not full:
+            return 0
+        return len(ahead) - (len(queue[full]) if at == full else 0)
 
     @property
     def silent_s(self) -> float:
         """For how long the peer has neither said what is waited for nor acknowledged what was sent; from any thread."""
-        waited_s = self.host.now_s() - self._moved_s if self._waits else 0.0
+        waited_s = self.unmoved_s if self._waiting else 0.0
         return max(waited_s, 0.0 if self.local else self._unacknowledged_s())
 
     def _unacknowledged_s(self) -> float:
@@ -299,7 +320,7 @@ class Channel:
     @property
     def unmoved_s(self) -> float:
         """For how long nothing has moved either way, waited for or not."""
-        return self.host.now_s() - self._moved_s
+        return self.host.now_s() - self._waiting.moved_s
 
     def secure(
         self,
@@ -339,7 +360,8 @@ class Channel:
         Raises:
             OSError: cut, or the deadline passed.
         """
-        self._sock.settimeout(left_s(deadline_s, self.host))
+        while not self._carrier.readable(left_s(deadline_s, self.host)):
+            pass
         return self._sock.recv(count, socket.MSG_PEEK)
 
     @property
@@ -369,7 +391,7 @@ class Channel:
         Raises:
             OSError: cut or stalled.
         """
-        with self._waiting():
+        with self._waiting:
             data, fds = self._carrier.receive(at_most_bytes, self.deadline_s() if deadline_s is None else deadline_s)
         for fd in fds:
             if self._fd is None:

@@ -15,7 +15,7 @@ from pageferry.core.errors import RecordError, TransportError
 from pageferry.core.frames import PAGE_SIZE
 from pageferry.core.memory import GuestMemory
 from pageferry.engine.pages.receive import Activity, PageWriter, Receiver, read_stream
-from pageferry.engine.verify.compare import ReceivedPages
+from pageferry.engine.verify.compare import AuditMismatchError, ReceivedPages
 from pageferry.engine.verify.digests import digest_runs
 from pageferry.engine.wire.channel import Channel
 from pageferry.stream.decoder import Decoder
@@ -62,12 +62,15 @@ def page_of(memory, gfn):
 class Content:
     """A channel that has each page full of its place in the record."""
 
-    def receive_into(self, views):
-        at = 0
+    def __init__(self):
+        self._at = 0
+
+    def receive_into(self, views, ahead=None):
         for view in views:
             for begin in range(0, len(view), PAGE_SIZE):
-                view[begin : begin + PAGE_SIZE] = bytes([at + 1]) * PAGE_SIZE
-                at += 1
+                self._at += 1
+                view[begin : begin + PAGE_SIZE] = bytes([self._at & 0xFF]) * PAGE_SIZE
+        return 0
 
 
 def page_data(*pfns, types=None):
@@ -96,6 +99,75 @@ def test_a_run_lands_where_it_belongs_and_is_proven_no_longer(memory):
     assert pages.removed().size == 0
     assert pages.all_proven(gfns(20), gfns(2))
     assert not pages.all_proven(gfns(23), gfns(1))
+
+
+def arrive(writer, run):
+    writer.page_data(replace(page_data(*run), run=run))
+
+
+def behind_its_back(memory, gfn):
+    """Change a page so that only who reads it again can know."""
+    memory.mapping.view[gfn * PAGE_SIZE] ^= 0xFF
+
+
+def is_read_for_an_audit(pages, gfn, audited):
+    """Tell whether an audit of runs reads this page, whose content it should find."""
+    theirs = digest_runs(pages.memory, *audited)
+    behind_its_back(pages.memory, gfn)
+    try:
+        pages.audit(*audited, theirs)
+    except AuditMismatchError:
+        return True
+    finally:
+        behind_its_back(pages.memory, gfn)
+    return False
+
+
+SECOND_2M = gfns(512), gfns(512)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [[range(512, 1024)], [range(1024)], [range(300, 800), range(800, 1030)], [range(512, 513), range(513, 1024)]],
+)
+def test_2_mib_that_came_in_order_are_not_read_again_for_an_audit(memory, records):
+    pages = ReceivedPages(memory, audits=True)
+    writer = PageWriter(Content(), pages)
+    for run in records:
+        arrive(writer, run)
+    assert not is_read_for_an_audit(pages, 700, SECOND_2M)
+    assert is_read_for_an_audit(pages, 700, (gfns(512), gfns(511)))
+    assert is_read_for_an_audit(pages, 700, (gfns(600), gfns(200)))
+    with pytest.raises(AuditMismatchError):
+        pages.audit(*SECOND_2M, np.zeros((1, 16), np.uint8))
+    arrive(writer, range(1023, 1024))
+    assert is_read_for_an_audit(pages, 700, SECOND_2M)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda writer: writer.zero_pages(ZeroPages(pfns=gfns(600))),
+        lambda writer: writer.page_data(page_data(600, 601)),
+        lambda writer: arrive(writer, range(600, 601)),
+        lambda writer: arrive(writer, range(512, 600)),
+        lambda writer: writer.page_data(page_data(3, types=[PageType.XALLOC])),
+    ],
+)
+def test_2_mib_are_read_again_for_an_audit_when_something_came_between(memory, between):
+    pages = ReceivedPages(memory, audits=True)
+    writer = PageWriter(Content(), pages)
+    arrive(writer, range(512, 800))
+    between(writer)
+    arrive(writer, range(800, 1024))
+    assert is_read_for_an_audit(pages, 700, SECOND_2M)
+
+
+def test_several_long_runs_of_one_record_are_digested_as_one_is(memory):
+    pages = ReceivedPages(memory, audits=True)
+    PageWriter(Content(), pages).page_data(page_data(*range(512), *range(1024, 1536)))
+    assert not is_read_for_an_audit(pages, 1100, (gfns(1024), gfns(512)))
+    assert page_of(memory, 1024)[0] == 513 & 0xFF
 
 
 @pytest.mark.parametrize(

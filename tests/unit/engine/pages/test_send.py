@@ -7,6 +7,7 @@ import pytest
 
 from pageferry.core.frames import PAGES_PER_2M
 from pageferry.core.memory import GuestMemory
+from pageferry.engine.host import Host
 from pageferry.engine.pages.encode import PlainCoder
 from pageferry.engine.pages.send import Lane, Lanes
 from pageferry.engine.verify.digests import RunDigests, digest_runs
@@ -92,6 +93,42 @@ def test_nothing_overtakes_what_another_thread_still_sends(memory, lanes, say):
     assert not second.overtaken.is_set()
     assert len(second.calls[before:]) == 2
     assert lanes.counts.sent_bytes == sum(lane.channel.sent_bytes for lane in lanes.all)
+
+
+class Clock(Host):
+    """A clock that goes on by what a batch takes."""
+
+    time_s = 0.0
+
+    def now_s(self):
+        return self.time_s
+
+
+def test_a_batch_grows_while_the_wire_is_fast(memory):
+    clock, encoder = Clock(), Encoder()
+    lane = Lane(memory, Outlet(), encoder, PlainCoder(memory, encoder), says_zero=False, on_sent=lambda gfns: None)
+    sizes = []
+    for batch in Lanes(lane, host=clock).batches(np.arange(13 * 1024 + 5, dtype=np.uint64)):
+        clock.time_s += 0.5 if len(sizes) == 3 else 0.001
+        sizes.append(batch.size / 1024)
+    assert sizes == [1, 2, 4, 4, 1, 1 + 5 / 1024]
+
+
+def test_what_is_given_back_while_it_is_sent_is_left_out(memory):
+    class Racing(PlainCoder):
+        def code(self, gfns, *, fresh):
+            if 2 in gfns.tolist():
+                memory.remove(np.array([2, 3], np.uint64))
+            return super().code(gfns, fresh=fresh)
+
+    outlet, encoder = Outlet(), Encoder()
+    outlet.send([encoder.header(), encoder.record(StaticDataEnd())])
+    sent = []
+    lane = Lane(memory, outlet, encoder, Racing(memory, encoder), says_zero=False, on_sent=sent.append)
+    before = outlet.sent_bytes
+    lane.send(np.arange(5, dtype=np.uint64), fresh=False)
+    assert (outlet.sent_bytes - before) // 4096 == lane.counts.sent_pages == 3
+    assert [gfns.tolist() for gfns in sent] == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(("begins_zero", "payload_pages"), [(True, 1), (False, 3)])

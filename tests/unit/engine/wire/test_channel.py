@@ -148,6 +148,22 @@ def test_gather_and_scatter_keep_every_byte_in_order(sent_sizes, view_sizes, see
     receiver.close()
 
 
+@pytest.mark.parametrize("sent_bytes", range(10, 17))
+def test_of_what_comes_behind_is_taken_what_is_there(sent_bytes):
+    left, right = socket.socketpair()
+    sender, receiver = Channel(left, 10), Channel(right, 10)
+    data = bytes(range(sent_bytes))
+    sender.send([data])
+    got, ahead = bytearray(10), bytearray(4)
+    count = receiver.receive_into([memoryview(got)[:3], memoryview(got)[3:]], memoryview(ahead))
+    assert bytes(got + ahead[:count]) == data[:14]
+    assert receiver.receive_into([], memoryview(ahead)) == 0
+    sender.send([b"end"])
+    assert receiver.receive_some(10) == (data[14:] + b"end")
+    sender.close()
+    receiver.close()
+
+
 def test_more_buffers_than_the_kernel_takes_at_once():
     left, right = socket.socketpair()
     sender, receiver = Channel(left, 10), Channel(right, 10)
