@@ -50,8 +50,8 @@ _ROOM_PAGES = 16_384
 #: A record that has begun comes at this rate, once it has taken as long as the connection may stand still: half of the
 #: least bandwidth that a source may be told to keep to.
 _LEAST_BYTES_PER_S = 32 << 10
-#: Received at once where it is digested right afterwards, 1 MiB: that is in a processor's cache still.
-_PIECE_PAGES = 256
+#: Received at once where it is digested right afterwards, 512 KiB: they are in a processor's cache still.
+_PIECE_PAGES = 128
 #: Runs of so many pages on average are received one by one, so that whole 2 MiB of them are digested.
 _LONG_RUN = 256
 #: Of so many pages in a row that became zero the storage is given back; fewer are written.
