@@ -310,6 +310,11 @@ class SimulatedHost(Host):
         """Ask the simulated socket."""
         return sock.wait_readable(wait_s)
 
+    def writable(self, sock, wait_s):
+        """Ask the simulated socket."""
+        sock.wait_writable(wait_s)
+        return True
+
 
 class SimulatedLock:
     """A lock, which its holder may take again."""

@@ -143,7 +143,6 @@ class SimulatedSocket:
         self._simulation = host.simulation
         self._side = side
         self._in, self._out = connection.ways[side], connection.ways[1 - side]
-        self._timeout_s: float | None = None
         self.closed = self._shut_in = self._shut_out = False
 
     @property
@@ -152,9 +151,9 @@ class SimulatedSocket:
 
     # -- as a socket -----------------------------------------------------------------------------------------------
 
-    def settimeout(self, timeout_s):
-        """Let calls take no longer."""
-        self._timeout_s = timeout_s
+    def setblocking(self, blocking):
+        """Let no call wait."""
+        assert not blocking
 
     def setsockopt(self, *_):
         """Take any option."""
@@ -170,22 +169,9 @@ class SimulatedSocket:
     def sendmsg(self, buffers, ancillary=()):
         """Send some."""
         assert not ancillary
-        self._simulation.step()
-        until_s = self._until_s()
-        while True:
-            self._expect_open()
-            self._in.deliver()
-            if self._in.is_reset:
-                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
-            if self._shut_out:
-                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-            if self._peer.closed or self._out.room_bytes > 0:
-                break
-            self._wait(self._out.writers, until_s)  # and looks, when something comes in, whether that was a reset
-        if self._peer.closed:  # what arrives there is answered by a reset
-            self._in.put(Reset())
+        room_bytes = self._room_bytes()
+        if room_bytes is None:
             return sum(map(len, buffers))
-        room_bytes = self.connection.network.allows(self.connection, self._side, self._out.room_bytes)
         sent = 0
         for buffer in buffers:
             part = bytes(buffer[: room_bytes - sent])
@@ -196,10 +182,26 @@ class SimulatedSocket:
         self.connection.network.sent(self.connection, self._side, self._out.sent_bytes)
         return sent
 
+    def _room_bytes(self) -> int | None:
+        """Return how much can be sent now, at least a byte; None: all of it, and it will be lost."""
+        self._simulation.step()
+        self._expect_open()
+        self._in.deliver()
+        if self._in.is_reset:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        if self._shut_out:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if self._peer.closed:  # what arrives there is answered by a reset
+            self._in.put(Reset())
+            return None
+        if self._out.room_bytes <= 0:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return self.connection.network.allows(self.connection, self._side, self._out.room_bytes)
+
     def recv(self, count, flags=0):
         """Receive some."""
         self._simulation.step()
-        self._wait_for_input()
+        self._expect_input()
         data = bytes(self._in.arrived[:count])
         if not flags & socket.MSG_PEEK:
             self._took(len(data))
@@ -214,7 +216,7 @@ class SimulatedSocket:
     def recvmsg_into(self, views):
         """Receive some into several buffers."""
         self._simulation.step()
-        self._wait_for_input()
+        self._expect_input()
         at = 0
         for view in views:
             part = self._in.arrived[at : at + len(view)]
@@ -268,13 +270,21 @@ class SimulatedSocket:
             self._simulation.wait(self._in.readers, left_s)
         return True
 
-    def _wait_for_input(self) -> None:
-        until_s = self._until_s()
-        while True:
-            self._expect_open()
-            if self._has_input():
-                break
-            self._wait(self._in.readers, until_s)
+    def wait_writable(self, wait_s: float) -> None:
+        """Wait until there is room, or something says that there will be none."""
+        self._simulation.step()
+        until_s = self._simulation.now_s + wait_s
+        while not (self._peer.closed or self._out.room_bytes > 0 or self._shut_out or self.closed):
+            self._in.deliver()
+            now_s = self._simulation.now_s
+            if self._in.is_reset or now_s >= until_s:
+                return
+            self._simulation.wait(self._out.writers, min(until_s, max(self._in.next_at_s(), now_s + 1e-6)) - now_s)
+
+    def _expect_input(self) -> None:
+        self._expect_open()
+        if not self._has_input():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if self._in.is_reset and not self._in.arrived and not self._shut_in:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
@@ -286,15 +296,6 @@ class SimulatedSocket:
         del self._in.arrived[:size_bytes]
         if size_bytes:
             self._simulation.wake(self._in.writers)
-
-    def _until_s(self) -> float:
-        return _NEVER_S if self._timeout_s is None else self._simulation.now_s + self._timeout_s
-
-    def _wait(self, waiters, until_s: float) -> None:
-        now_s = self._simulation.now_s
-        if now_s >= until_s:
-            raise TimeoutError("timed out")
-        self._simulation.wait(waiters, min(until_s, max(self._in.next_at_s(), now_s + 1e-6)) - now_s)
 
     def _expect_open(self) -> None:
         if self.closed:

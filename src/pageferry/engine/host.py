@@ -66,6 +66,12 @@ class Host:
         poll.register(sock, select.POLLIN)
         return bool(poll.poll(wait_s * 1e3))
 
+    def writable(self, sock: socket.socket, wait_s: float) -> bool:
+        """Tell whether a socket takes something, or is cut, within ``wait_s``."""
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        return bool(poll.poll(wait_s * 1e3))
+
 
 #: The one that the engine runs on, unless it is told otherwise.
 THIS_HOST = Host()

@@ -20,7 +20,7 @@ class Populator:
 
     On most hosts the first touch of memory costs more than the copy.
 
-    It is never further ahead than 64 MiB, whatever the source says that it will send.
+    It is never further ahead than 64 MiB and a piece, whatever the source says that it will send.
 
     Args:
         memory: the guest's.

@@ -107,7 +107,7 @@ class PlainCarrier:
             try:
                 return self._sock.sendmsg(buffers, rights)
             except BlockingIOError:
-                self._wait(select.POLLOUT, deadline_s)
+                self._host.writable(self._sock, left_s(deadline_s, self._host))
 
     def receive_into(self, views: Sequence[memoryview], deadline_s: float) -> int:
         """Receive by one system call; see :class:`Carrier`."""
@@ -115,7 +115,7 @@ class PlainCarrier:
             try:
                 return self._sock.recvmsg_into(views)[0]
             except BlockingIOError:
-                self._wait(select.POLLIN, deadline_s)
+                self._host.readable(self._sock, left_s(deadline_s, self._host))
 
     def receive(self, at_most_bytes: int, deadline_s: float) -> tuple[bytes, list[int]]:
         """Receive by one system call, with one descriptor at the most; see :class:`Carrier`."""
@@ -125,14 +125,9 @@ class PlainCarrier:
                     return self._sock.recv(at_most_bytes), []
                 data, fds, _, _ = socket.recv_fds(self._sock, at_most_bytes, 1, socket.MSG_CMSG_CLOEXEC)
             except BlockingIOError:
-                self._wait(select.POLLIN, deadline_s)
+                self._host.readable(self._sock, left_s(deadline_s, self._host))
             else:
                 return data, fds
-
-    def _wait(self, event: int, deadline_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._sock, event)
-        poll.poll(left_s(deadline_s, self._host) * 1e3)
 
     def readable(self, wait_s: float) -> bool:
         """Ask the kernel."""
