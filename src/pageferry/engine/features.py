@@ -62,7 +62,8 @@ def check_answer(wire: WireOptions, offered: Collection[str], used: Collection[s
 
 def agree(offered: Collection[str], *, shared: bool, postcopy: bool = False) -> tuple[str, ...]:
     """Return what a destination uses of a source's offer: all that it can, and of the packings the first."""
-    can = {ZERO_PAGES, FENCE, AUDIT, CONNECTIONS, DELTA, *(PACK[packing] for packing in available())}
+    packings = available(packing for packing, feature in PACK.items() if feature in offered)
+    can = {ZERO_PAGES, FENCE, AUDIT, CONNECTIONS, DELTA, *(PACK[packing] for packing in packings)}
     if shared:
         can.add(SHARED_MEMORY)
     if postcopy:

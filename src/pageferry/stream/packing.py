@@ -4,7 +4,7 @@ They work without the interpreter lock. A packer belongs to one thread.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -55,10 +55,10 @@ def packer(packing: Packing) -> Packer:
         ) from error
 
 
-def available() -> tuple[Packing, ...]:
-    """Return the packings whose library is installed here."""
+def available(packings: Iterable[Packing] | None = None) -> tuple[Packing, ...]:
+    """Return those whose library is installed here, which takes loading it; of all where None is given."""
     found = []
-    for packing in _MAKERS:
+    for packing in _MAKERS if packings is None else packings:
         try:
             packer(packing)
         except UnsupportedError:

@@ -92,7 +92,9 @@ def resolve(host: str, port: int) -> list[tuple[int, Any]]:
             socket.if_nametoindex(zone)
         except OSError as error:
             raise OSError(errno.ENODEV, f"there is no network interface {zone}") from error
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # Python's IDNA takes milliseconds to load, and is for other names only.
+    name = host.encode() if host.isascii() else host
+    found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys((int(family), address) for family, _, _, _, address in found))
 
 
