@@ -111,14 +111,19 @@ class Lane:
         zero = zero_pages(self._words, present) if looks else np.zeros(present.size, np.bool_)
         others = present
         if zero.any():
-            self._name_zero(present[zero], fresh=fresh)
+            for batch in self._batches(present[zero]):
+                self._name_zero(batch, fresh=fresh)
             others = present[~zero]
-        at = 0
-        while at < others.size:  # the cap, and so how much goes into a record, may have changed since the last
-            record = others[at : at + self.batch_pages]
-            self._send_content(record, fresh=fresh)
-            at += record.size
+        for batch in self._batches(others):
+            self._send_content(batch, fresh=fresh)
         self._on_sent(gfns)
+
+    def _batches(self, gfns: GfnArray) -> Iterator[GfnArray]:
+        at = 0
+        while at < gfns.size:  # the cap, and so how much goes into a record, may have changed since the last
+            batch = gfns[at : at + self.batch_pages]
+            yield batch
+            at += batch.size
 
     def send_audit(self, audit: RunDigests) -> None:
         """Send digests of pages that were sent before.
@@ -165,11 +170,8 @@ class Lane:
 
     def _name_zero(self, gfns: GfnArray, *, fresh: bool) -> None:
         self._coder.forget(gfns)
-        if fresh:
-            self._name(gfns, PageType.XALLOC)
-        else:
-            for begin in range(0, gfns.size, MAX_PAGES_PER_RECORD):
-                self.channel.send([self._encoder.record(ZeroPages(pfns=gfns[begin : begin + MAX_PAGES_PER_RECORD]))])
+        name = self._encoder.named(gfns, PageType.XALLOC) if fresh else self._encoder.record(ZeroPages(pfns=gfns))
+        self.channel.send([name])
         self.counts += PageCounts(sent_pages=gfns.size, zero_pages=gfns.size)
 
     def _send_content(self, gfns: GfnArray, *, fresh: bool) -> None:
