@@ -429,6 +429,17 @@ def test_what_no_chip_can_have_is_refused(pc, name, kind, offset, byte, says):
     assert bytes(device(vm, name, kind)) == before
 
 
+def test_a_guest_that_stood_long_before_a_state_was_refused_has_its_time(pc):
+    vm = pc("spin")
+    saved = vm.save_state()
+    devices = tuple(dataclasses.replace(each, data=b"") if each.name == "ioapic" else each for each in saved.devices)
+    vm.run_control._standing_since_ns -= 60 * 10**9
+    with pytest.raises(VmError, match="device ioapic has"):
+        vm.load_state(dataclasses.replace(saved, devices=devices))
+    (time_us,) = (int.from_bytes(each.data, "little") for each in vm.save_state().devices if each.name == "clock")
+    assert time_us < 10**9
+
+
 def test_registers_of_another_length_are_refused(pc):
     vm = pc("spin")
     with pytest.raises(VmError, match="the local APIC has 5 bytes, not 1024"):

@@ -231,11 +231,13 @@ class StandardMachine(ABC):
         if len(state.vcpus) != self.config.cpus:
             raise VmError(f"the state has {len(state.vcpus)} vCPUs, this machine has {self.config.cpus}")
         with self.run_control.stopped():
-            self._load_vcpus(state.vcpus, state.tsc_khz)
-            self.platform.bus.load(state.devices)
-            if state.kvm_clock_ns is not None:
-                self._load_kvm_clock(state.kvm_clock_ns)
-            self.run_control.stand_from_now()
+            try:
+                self._load_vcpus(state.vcpus, state.tsc_khz)
+                self.platform.bus.load(state.devices)
+                if state.kvm_clock_ns is not None:
+                    self._load_kvm_clock(state.kvm_clock_ns)
+            finally:  # a state that is refused half-way may have set the guest's time
+                self.run_control.stand_from_now()
 
     def remove_pages(self, gfns: GfnArray) -> None:
         """Take frames away from the guest; a machine that can says so by its own method."""
