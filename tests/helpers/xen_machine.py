@@ -191,10 +191,12 @@ class XenVcpu:
 
 
 class _Domain:
-    """The one domain of this process; made anew after its guest has crashed."""
+    """The one domain of this process and a paging mode; made anew after its guest has crashed."""
 
-    def __init__(self):
+    def __init__(self, paging):
         self.control = Control()
+        self.name = f"{_NAME}-{paging}"
+        self.more = f"hap = {int(paging == 'hap')}"
         self.folder = tempfile.mkdtemp()
         self.domid = None
 
@@ -202,34 +204,39 @@ class _Domain:
         if self.domid is not None and self.control.info(self.domid).shutdown_reason is None:
             return self.domid
         self.end()
-        self.domid = create(self.folder, _NAME, memory_mib=_MEMORY_BYTES >> 20)
+        try:
+            self.domid = create(self.folder, self.name, memory_mib=_MEMORY_BYTES >> 20, more=self.more)
+        except AssertionError as error:
+            if "domain creation fail: Operation not supported" not in str(error):
+                raise
+            raise UnsupportedError("paging", f"this Xen makes no domain with {self.more}") from error
         return self.domid
 
     def end(self):
-        destroy(_NAME)
+        destroy(self.name)
         self.domid = None
 
 
 @cache
-def the_domain():
-    domain = _Domain()
+def the_domain(paging):
+    domain = _Domain(paging)
     atexit.register(domain.end)
     return domain
 
 
 class XenMachine(StandardMachine):
-    """A machine of the model PLAIN with one vCPU; its tracker is ``xen``."""
+    """A machine of the model PLAIN with one vCPU; its tracker is ``xen``. ``paging``: ``hap`` or ``shadow``."""
 
-    def __init__(self, config):
+    def __init__(self, config, *, paging="hap"):
         if config.cpus != 1 or config.machine is not MachineModel.PLAIN or config.memory_bytes > _MEMORY_BYTES:
             raise UnsupportedError("xen-machine", "only one vCPU, no PC, and at most 16 MiB")
-        domain = the_domain()
+        domain = the_domain(paging)
         self.control, self.domid = domain.control, domain.ready()
         memory = low_memory(self.control, self.domid, config.memory_bytes)
         np.frombuffer(memory.mapping.view, np.uint8)[: config.memory_bytes] = 0
         super().__init__(config, memory, ())
         self.vcpu = XenVcpu(self.control, self.domid, self.platform.bus, self._flush_tlb)
-        self._attach([self.vcpu], XenLogDirty(self.control, self.domid, memory, hap=True))
+        self._attach([self.vcpu], XenLogDirty(self.control, self.domid, memory, hap=paging == "hap"))
 
     @property
     def accel(self):
