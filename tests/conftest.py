@@ -26,7 +26,7 @@ from pageferry.core.hugepages import HugePages, expect_offered
 from pageferry.core.vm import MachineModel, VmConfig
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.paging import Paging
 from pageferry.kvm.fds import SystemFd
@@ -90,12 +90,12 @@ def audit_domains(monkeypatch, operators):
 
     def operated(operator, paging):
         result = operator(paging)
-        audit.check(domains[paging])
+        invariants.check(domains[paging])
         return result
 
     def closed(close, domain):
         if not domain._closed:
-            audit.check(domain)
+            invariants.check(domain)
         close(domain)
 
     for owner, name, wrapper in (
@@ -191,7 +191,7 @@ def guests(make_vm):
     yield make
     for vm in made:
         if isinstance(vm, Domain) and not vm.closed:
-            audit.check(vm)
+            invariants.check(vm)
         vm.close()
 
 

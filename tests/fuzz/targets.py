@@ -45,7 +45,7 @@ from pageferry.engine.image.saved_guest import SavedGuest
 from pageferry.engine.options import MigrationOptions, VerifyMode, WireOptions
 from pageferry.engine.room import GuestLimits
 from pageferry.engine.wire.peer import Peer
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.probe import probe
 from pageferry.kvm.vm import KvmVm
@@ -189,7 +189,7 @@ class _InProcess:
     def _close(machines: Guarded) -> None:
         for vm in tuple(machines.made):
             if isinstance(vm, Domain):
-                audit.check(vm)
+                invariants.check(vm)
             vm.close()
         dead = machines.dead()
         require(not dead, f"something was written beside RAM, at {dead}")

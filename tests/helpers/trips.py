@@ -20,7 +20,7 @@ from pageferry.engine.options import MigrationOptions
 from pageferry.engine.source import Source
 from pageferry.engine.wire.channel import Channel, Endpoint
 from pageferry.engine.wire.peer import Peer
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.stream.decoder import Decoder
 from pageferry.stream.ferry import FerryDecoder
@@ -127,7 +127,7 @@ class Inn:
         self._listener.close()
         for vm in self.made:
             if isinstance(vm, Domain) and vm is self.vm and not vm.closed:
-                audit.check(vm)
+                invariants.check(vm)
             vm.close()
 
 

@@ -15,7 +15,7 @@ from pageferry.core.errors import GuestAt, VmError
 from pageferry.core.events import DOWNTIME_PHASES, MigrationEnded, Phase, PhaseBegan, RoundEnded, RoundProgress
 from pageferry.core.policies import DowntimePolicy
 from pageferry.core.vm import VmStatus
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
 
@@ -189,4 +189,4 @@ def test_pages_that_come_and_go_during_the_migration(guests, inn):
     assert there.memory.read(6099 << 12, 4096) == bytes([6099 & 0xFF]) * 4096
     assert report.verified
     assert runs_on(there)
-    audit.check(there)
+    invariants.check(there)

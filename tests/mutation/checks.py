@@ -1,10 +1,10 @@
-"""Checks that know the software hypervisor: its audit, and what only its own levers can bring about."""
+"""Checks that know the software hypervisor: its invariants, and what only its own levers can bring about."""
 
 import numpy as np
 
 from pageferry.core.errors import LogDirtyError
 from pageferry.core.frames import gpa_of
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.testing.conformance import Check, check_of
 from pageferry.testing.lab import Guest, Lab, Violation, require
@@ -16,9 +16,9 @@ _BALLOONED = np.array([0x130, 0x131, 0x155], np.uint64)
 def _audit(guest: Guest) -> None:
     assert isinstance(guest.vm, Domain)
     try:
-        audit.check(guest.vm)
-    except audit.AuditError as error:
-        raise Violation(f"audit: {error}") from error
+        invariants.check(guest.vm)
+    except invariants.InvariantError as error:
+        raise Violation(f"invariants: {error}") from error
 
 
 def audit_each_round(lab: Lab) -> None:

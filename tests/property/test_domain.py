@@ -1,7 +1,8 @@
 """A whole domain against plain dictionaries: operators, writes of every kind, ballooning, moves, mappings, exhaustion.
 
 The oracle knows, for each frame: what it holds (one byte) or that it is removed; whether it is dirty; whether another
-program can write it. It decides what every operator returns and what every access sees. The audit runs after each step.
+program can write it. It decides what every operator returns and what every access sees. Its invariants are checked
+after each step.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ from tiers import sample
 
 from pageferry.core.errors import GuestCrash, LogDirtyError, LogDirtyMemoryError, P2MError, VmError
 from pageferry.core.vm import VmConfig
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.npf import Resolution
 from pageferry.hypervisor.p2m_types import WRITABLE, P2MType
@@ -291,7 +292,7 @@ class DomainAgainstDicts(RuleBasedStateMachine):
 
     @invariant()
     def all_agree(self):
-        audit.check(self.domain)
+        invariants.check(self.domain)
         memory = self.memory
         assert set(memory.removed().tolist()) == self.removed
         if self.dirty is not None:

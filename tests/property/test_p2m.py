@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pageferry.core.vm import VmConfig
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.p2m_types import P2MType
 
@@ -66,7 +66,7 @@ class P2MAgainstADict(RuleBasedStateMachine):
             assert self.p2m.lookup(gfn) == (self.mfns[gfn], p2m_type)
         with self.p2m.lock:
             self.p2m.change_entry_type_global(logdirty=False)
-        audit.check(self.domain)
+        invariants.check(self.domain)
         self.domain.close()
 
 

@@ -16,7 +16,7 @@ from pageferry.core.memory import GuestMemory
 from pageferry.core.vm import VmConfig
 from pageferry.guests.boot import boot
 from pageferry.guests.workloads import load_workload
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.kvm.vm import KvmVm
 from pageferry.vmm.accel import Accel, choose_machines
@@ -91,7 +91,7 @@ def test_thp_on_the_software_machine_single_frames_still_come_and_go(thp):
     domain.paging.enable()
     domain.resume()
     domain.pause()
-    audit.check(domain)
+    invariants.check(domain)
     domain.close()
 
 

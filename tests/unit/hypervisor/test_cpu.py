@@ -11,7 +11,7 @@ from pageferry.core.state import DescriptorTable, MachineState, MpState, Segment
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.devices.dma import DMA_MMIO
 from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.p2m_types import P2MType
 
@@ -37,7 +37,7 @@ def machines():
 
     yield make
     for vm in made:
-        audit.check(vm)
+        invariants.check(vm)
         vm.close()
 
 
@@ -265,7 +265,7 @@ def test_one_nested_fault_per_page_per_cycle_and_the_page_tables_are_among_them(
         faults = vm.paging.stats().fault_count
         assert finish(vm) is None  # once more over the same pages: no fault
         assert vm.paging.stats().fault_count == faults
-        audit.check(vm)
+        invariants.check(vm)
         assert vm.paging.clean().gfns().tolist() == expected
 
 

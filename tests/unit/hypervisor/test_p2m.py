@@ -3,7 +3,7 @@ import pytest
 
 from pageferry.core.errors import LogDirtyMemoryError, P2MError
 from pageferry.core.vm import VmConfig
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.p2m_types import MAX_GFN, PSE, P2MType
 
@@ -53,7 +53,7 @@ def test_a_change_of_the_whole_table_is_seen_at_once_and_undone(domain):
         with domain.p2m.lock:  # one page pushes the recalculation down its path only
             assert domain.p2m.change_type(700, expected, expected)
         assert all(domain.p2m.lookup(gfn)[1] == expected for gfn in range(2051))
-    audit.check(domain)
+    invariants.check(domain)
 
 
 @pytest.mark.spoils_the_table
@@ -106,10 +106,10 @@ def change_entry_of_frame_0(domain, change):
     ids=["reverse-map", "owner", "pool", "permission", "lost-entry"],
 )
 def test_the_audit_finds_a_spoiled_table(domain, spoil):
-    audit.check(domain)
+    invariants.check(domain)
     spoil(domain)
-    with pytest.raises(audit.AuditError):
-        audit.check(domain)
+    with pytest.raises(invariants.InvariantError):
+        invariants.check(domain)
 
 
 GiB_PAGES = 512 * 512
@@ -125,7 +125,7 @@ def large():
 def shapes(domain):
     """How many leaves of 1 GiB, 2 MiB and 4 KiB there are."""
     found = {1: 0, 512: 0, GiB_PAGES: 0}
-    for leaves in audit._leaves(domain, domain.p2m.root_mfn, 27, 0, False, set()):
+    for leaves in invariants._leaves(domain, domain.p2m.root_mfn, 27, 0, False, set()):
         found[leaves.pages] += leaves.gfns.size
     return found[GiB_PAGES], found[512], found[1]
 
@@ -207,7 +207,7 @@ def test_without_a_frame_a_whole_gigabyte_is_dirty_and_peek_refuses(large):
     assert [large.p2m.lookup(gfn)[1] for gfn in (0, 700, GiB_PAGES - 1, GiB_PAGES)] == [RW, RW, RW, LOGDIRTY]
     assert large.paging.stats().dirty_count == GiB_PAGES
     assert large.paging.stats().failed_allocations == 1
-    audit.check(large)
+    invariants.check(large)
     for operator in (large.paging.peek, large.paging.clean):
         with pytest.raises(LogDirtyMemoryError):
             operator()

@@ -4,7 +4,7 @@ from soft import access
 
 from pageferry.core.errors import GuestCrash, LogDirtyError, UnsupportedError
 from pageferry.core.vm import VmConfig
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.npf import Resolution, nested_page_fault
 from pageferry.hypervisor.p2m_types import READABLE, P2MType
@@ -38,11 +38,11 @@ def test_a_cycle(domain):
     assert paging.stats().dirty_count == 0
     assert types(domain, 0, 1536) == ["RAM_LOGDIRTY"] * 2
     write(domain, 5, 700, 1536)
-    audit.check(domain)
+    invariants.check(domain)
     assert types(domain, 5, 6, 700, 1536) == ["RAM_RW", "RAM_LOGDIRTY", "RAM_RW", "RAM_RW"]
     assert paging.peek().gfns().tolist() == [5, 700, 1536]
     assert paging.clean().gfns().tolist() == [5, 700, 1536]
-    audit.check(domain)
+    invariants.check(domain)
     assert types(domain, 5, 6, 700, 1536) == ["RAM_LOGDIRTY"] * 4
     assert paging.clean().gfns().tolist() == []
     paging.off()
@@ -55,7 +55,7 @@ def test_the_cycle_of_a_range_ends_and_that_of_the_others_goes_on(domain):
     write(domain, 5, 63, 64, 700, 1536)
     paging.mark(marks(6, 65))
     assert paging.clean_range(range(64, 704)).gfns().tolist() == [64, 65, 700]
-    audit.check(domain)
+    invariants.check(domain)
     assert types(domain, 5, 63, 64, 700, 1536) == ["RAM_RW", "RAM_RW", "RAM_LOGDIRTY", "RAM_LOGDIRTY", "RAM_RW"]
     assert paging.journal().tolist() == [5, 63, 1536]
     write(domain, 64)
@@ -63,7 +63,7 @@ def test_the_cycle_of_a_range_ends_and_that_of_the_others_goes_on(domain):
     assert paging.clean_range(range(1536, 1 << 40)).gfns().tolist() == [1536]
     assert paging.clean().gfns().tolist() == [64]
     assert paging.journal().size == 0
-    audit.check(domain)
+    invariants.check(domain)
 
 
 def test_frames_that_others_write_are_set_again_only_in_the_range(domain):
@@ -84,7 +84,7 @@ def test_a_range_of_no_whole_words_is_refused_and_takes_nothing(domain):
     for gfns in (range(1, 128), range(100), range(0, 128, 2)):
         with pytest.raises(ValueError, match="whole words"):
             domain.paging.clean_range(gfns)
-    audit.check(domain)
+    invariants.check(domain)
     assert domain.paging.clean().gfns().tolist() == [5, 70]
 
 
@@ -187,7 +187,7 @@ def test_an_exhausted_pool_loses_nothing_silently(domain):
     assert types(domain, 512, 1023, 1024) == ["RAM_RW", "RAM_RW", "RAM_LOGDIRTY"]
     assert bool(domain.paging.are_dirty(np.arange(512, 1024, dtype=np.uint64)).all())
     assert domain.paging.stats().failed_allocations == 1
-    audit.check(domain)
+    invariants.check(domain)
     for operator in (domain.paging.peek, domain.paging.clean):
         with pytest.raises(LogDirtyError, match="incomplete"):
             operator()
@@ -206,9 +206,9 @@ def test_log_dirty_on_a_table_that_was_split_before(domain, cycles):
         write(domain, 0, 511, 512)
         assert domain.paging.clean().gfns().tolist() == [0, 511, 512]
         write(domain, 1, 512)
-        audit.check(domain)
+        invariants.check(domain)
         domain.paging.off()
-        audit.check(domain)
+        invariants.check(domain)
     domain.paging.enable()
     assert types(domain, 0, 1, 2, 512, 1100) == ["RAM_LOGDIRTY"] * 5
 
@@ -217,11 +217,11 @@ def test_the_audit_finds_a_page_that_is_writable_and_clean(domain):
     domain.paging.enable()
     with domain.p2m.lock:
         domain.p2m.change_type(7, P2MType.RAM_LOGDIRTY, P2MType.RAM_RW)
-    with pytest.raises(audit.AuditError, match="gfn 0x7: law 1"):
-        audit.check(domain)
+    with pytest.raises(invariants.InvariantError, match="gfn 0x7: law 1"):
+        invariants.check(domain)
     domain.paging.mark(marks(7))
-    with pytest.raises(audit.AuditError, match="CLEAN would not protect"):
-        audit.check(domain)
+    with pytest.raises(invariants.InvariantError, match="CLEAN would not protect"):
+        invariants.check(domain)
     domain.paging.off()
 
 
@@ -233,7 +233,7 @@ def test_more_than_3_gib_has_a_hole_that_is_never_dirty():
     write(domain, (3 << 18) - 1, 1 << 20, end - 1)
     domain.paging.mark(np.arange(3 << 18, 1 << 20, dtype=np.uint64))
     assert access(domain, 3 << 18, write=True) is Resolution.EMULATE
-    audit.check(domain)
+    invariants.check(domain)
     assert domain.paging.clean().gfns().tolist() == [(3 << 18) - 1, 1 << 20, end - 1]
     domain.close()
 

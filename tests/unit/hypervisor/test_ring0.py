@@ -10,7 +10,7 @@ from ring0 import BASE, HOLE, TABLES, Ring0, machine
 from pageferry.core.errors import UnsupportedError
 from pageferry.core.state import LapicState, MachineState, MpState, PendingException
 from pageferry.core.vm import VmStatus
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 
 CODE, USER_CODE, DATA, USER_DATA = 0x10, 0x33, 0x18, 0x2B
 
@@ -25,7 +25,7 @@ def ring0(request, tmp_path):
 
     yield make
     for one in made:
-        audit.check(one.vm)
+        invariants.check(one.vm)
         one.vm.close()
 
 
@@ -660,7 +660,7 @@ def test_a_page_that_becomes_a_table_while_it_may_be_written_is_seen_when_it_is(
     assert finish(program) == []
     assert [program.vm.memory.read_u64(gpa) for gpa in (0xE0_0000, 0xE0_0008)] == [1, 2]
     assert program.vm.vcpus[0].tlb.flushes > 1
-    audit.check(program.vm)
+    invariants.check(program.vm)
     program.vm.close()
 
 
@@ -719,5 +719,5 @@ def test_a_page_that_is_not_a_table_any_more_is_written_freely(tmp_path):
     )
     assert finish(program) == []
     assert program.vm.shadow.emulated_writes < 20 * 512
-    audit.check(program.vm)
+    invariants.check(program.vm)
     program.vm.close()

@@ -11,7 +11,7 @@ from pageferry.core.errors import LogDirtyError, VmError
 from pageferry.core.state import MachineState
 from pageferry.core.vm import VmConfig, VmStatus
 from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.guest_walk import GuestPageFault
 from pageferry.hypervisor.p2m_types import WRITE
@@ -54,7 +54,7 @@ def machines():
 
     yield make
     for domain in made:
-        audit.check(domain)
+        invariants.check(domain)
         domain.close()
 
 
@@ -209,13 +209,13 @@ def test_log_dirty_marks_from_the_fault_path_and_clean_takes_back_what_was_writt
         faults = domain.paging.stats().fault_count
         assert touch(domain, (DATA << 12), "write")[1] & WRITES  # another way to the same page
         touch(domain, WINDOW, "write")
-        audit.check(domain)
+        invariants.check(domain)
         assert {DATA, DATA + 1} <= set(domain.paging.peek().gfns().tolist())
         assert domain.paging.stats().fault_count - faults <= 1  # the PD's dirty bit, once
         frames = dict(domain.shadow.tables.frames)
         domain.paging.clean()
         assert domain.shadow.tables.frames == frames  # what was not written stays
-        audit.check(domain)
+        invariants.check(domain)
     domain.paging.off()
     assert touch(domain, WINDOW, "write")[1] & WRITES
 
@@ -242,7 +242,7 @@ def test_the_same_guest_in_hap_dirties_its_tables_each_cycle_and_modes_may_alter
             domain.set_paging_mode("hap")
         for _ in range(2):
             sync(domain)
-            audit.check(domain)
+            invariants.check(domain)
             assert domain.paging.clean().gfns().tolist() == expected[mode]
         domain.paging.off()
 
@@ -288,7 +288,7 @@ def test_a_write_fault_of_log_dirty_alone_needs_no_walk_of_the_guests_tables(mac
     alter(domain.vcpus[0]._walker, "translate", lambda _: None)
     for _ in range(2):
         assert touch(domain, gva, "write") == expected
-        audit.check(domain)
+        invariants.check(domain)
         assert gfn_of(domain, expected[0]) in domain.paging.clean().gfns()
         assert not touch(domain, gva)[1] & WRITES
 
@@ -301,7 +301,7 @@ def test_two_tables_worth_of_room_is_enough_but_not_less(machines):
         assert gfn_of(domain, touch(domain, WINDOW + n * 4096, "write")[0]) == DATA + n
         assert gfn_of(domain, touch(domain, (5 + n) * 2 * MiB)[0]) == (5 + n) * 512
         assert len(tables.frames) <= 4
-    audit.check(domain)
+    invariants.check(domain)
 
 
 def test_the_audit_finds_a_shadow_entry_that_the_p2m_does_not_allow(machines):
@@ -310,8 +310,8 @@ def test_the_audit_finds_a_shadow_entry_that_the_p2m_does_not_allow(machines):
     touch(domain, WINDOW)
     (slot,) = (slot for slot, *_ in domain.shadow.tables.leaves())
     domain.machine.words[slot] |= WRITE
-    with pytest.raises(audit.AuditError, match="writable in the shadows only"):
-        audit.check(domain)
+    with pytest.raises(invariants.InvariantError, match="writable in the shadows only"):
+        invariants.check(domain)
     domain.shadow.blow()
 
 
@@ -330,7 +330,7 @@ def test_shadows_keep_a_walk_to_themselves_when_the_pool_is_exhausted(machines):
         domain.resume()
         assert domain.wait(60) is VmStatus.PAUSED
         assert domain.sync_value() is not None, domain.end
-    audit.check(domain)
+    invariants.check(domain)
     with pytest.raises(LogDirtyError, match="allocations failed"):
         domain.log_dirty.clean()
     assert domain.log_dirty.stats().dirty_count >= 4

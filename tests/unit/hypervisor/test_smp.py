@@ -17,7 +17,7 @@ from pageferry.devices import dma
 from pageferry.guests.abi import PAGE_TABLES_GPA, PROGRAM_BASE, entry_state, page_tables, read_status
 from pageferry.guests.boot import GuestParams, boot
 from pageferry.guests.workloads import load_workload
-from pageferry.hypervisor import audit
+from pageferry.hypervisor import invariants
 from pageferry.hypervisor.domain import Domain
 from pageferry.hypervisor.locks import LockOrderError
 
@@ -41,7 +41,7 @@ def domains():
     yield make
     for domain in made:
         domain.pause()
-        audit.check(domain)
+        invariants.check(domain)
         domain.close()
 
 
@@ -202,7 +202,7 @@ def test_vcpus_fault_on_the_same_pages_and_are_counted_once(domains, cpus):
         before, dirty = domain.paging.stats().fault_count, domain.paging.peek()
         assert before - getattr(domain, "counted", 0) == dirty.count()
         domain.counted = before
-        audit.check(domain)
+        invariants.check(domain)
         domain.paging.clean()
         domain.thaw()
     assert read_status(domain.memory, cpus)[0].error == 0
@@ -298,7 +298,7 @@ def test_code_that_one_vcpu_writes_is_what_the_others_run(tmp_path, cpus, turns)
     domain.resume()
     assert domain.wait(120) is VmStatus.SHUTDOWN, domain.end
     assert domain.end.exit_code == 0, f"{domain.end.exit_code:#x}: what was called, and the turn"
-    audit.check(domain)
+    invariants.check(domain)
     domain.close()
 
 

@@ -1,4 +1,4 @@
-"""Audit: the invariants over P2M, reverse map, pool and bitmap, checked in one pass.
+"""Invariants over P2M, reverse map, pool and bitmap, checked in one pass.
 
 Xen has ``audit_p2m`` for the first; the bitmap is ours. Everything is read as it is, nothing is corrected. Writers that
 are not vCPUs may mark meanwhile: they only set bits, which no check here minds.
@@ -33,7 +33,7 @@ _READABLE = np.array(sorted(READABLE), np.uint64)
 _GRANTS = np.array(sorted(GRANT_TYPES), np.uint64)
 
 
-class AuditError(AssertionError):
+class InvariantError(AssertionError):
     """An invariant of the hypervisor does not hold: our own bug."""
 
 
@@ -64,7 +64,7 @@ def check(domain: Domain) -> None:
     """Check a domain; any thread but a vCPU's. Its vCPUs are held meanwhile.
 
     Raises:
-        AuditError: the first invariant that does not hold.
+        InvariantError: the first invariant that does not hold.
     """
     with domain.locks.domain, domain.run_control.stopped(), domain.locks.p2m:
         tables: set[int] = set()
@@ -208,9 +208,9 @@ def _check_bitmap(domain: Domain) -> None:
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise AuditError(message)
+        raise InvariantError(message)
 
 
 def _require_none(wrong: NDArray[np.bool_], gfns: GfnArray, message: str) -> None:
     if wrong.any():
-        raise AuditError(f"gfn {int(gfns[wrong][0]):#x}: {message} ({int(np.count_nonzero(wrong))} such)")
+        raise InvariantError(f"gfn {int(gfns[wrong][0]):#x}: {message} ({int(np.count_nonzero(wrong))} such)")
