@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
-import xxhash
 
 from pageferry.core.bitmap import expand_runs, runs_of
 from pageferry.core.errors import GuestAt, RecordError, TransportError, TruncatedError
@@ -25,6 +24,7 @@ from pageferry.core.ram import byte_ranges
 from pageferry.engine.host import THIS_HOST
 from pageferry.engine.room import expect_more_room
 from pageferry.engine.verify.compare import ReceivedPages
+from pageferry.engine.verify.digests import ArrivalDigester
 from pageferry.engine.wire.channel import Channel
 from pageferry.engine.wire.connections import connection_of
 from pageferry.stream.decoder import Decoder
@@ -56,38 +56,6 @@ _PIECE_PAGES = 128
 _LONG_RUN = 256
 #: Of so many pages in a row that became zero the storage is given back; fewer are written.
 _GIVEN_BACK_PAGES = 16
-
-
-class _Hasher:
-    """Digests each whole 2 MiB whose pages arrive in order, in one record or in several."""
-
-    def __init__(self) -> None:
-        self._next_gfn = 0
-        self._hash: xxhash.xxh3_128 | None = None
-
-    def take(self, piece: range, data: memoryview) -> bytes | None:
-        """Take the pages of a piece, which has just arrived; return the digest of 2 MiB where it is the last of them.
-
-        Args:
-            piece: frames, on both sides of no multiple of 512.
-            data: what they hold.
-        """
-        if piece.start % PAGES_PER_2M == 0:
-            self._hash = xxhash.xxh3_128()
-        elif piece.start != self._next_gfn:
-            self._hash = None
-        if self._hash is None:
-            return None
-        self._hash.update(data)
-        self._next_gfn = piece.stop
-        if piece.stop % PAGES_PER_2M:
-            return None
-        digest, self._hash = self._hash.digest(), None
-        return digest
-
-    def forget(self) -> None:
-        """Hear of pages that came otherwise, anywhere: 2 MiB that are under way are given up."""
-        self._hash = None
 
 
 def _pieces(run: range) -> Iterator[range]:
@@ -132,7 +100,7 @@ class PageWriter:
         self._connections = connections
         self._unseen_pages = 0  # since the host was asked for room
         self._ahead = memoryview(bytearray(RECORD_HEADER.size))
-        self._hasher = _Hasher()
+        self._digester = ArrivalDigester()
         self._packer = None if packing is Packing.NONE else packer(packing)
 
     def page_data(self, header: PageDataHeader) -> memoryview:
@@ -180,7 +148,7 @@ class PageWriter:
         for left, piece in zip(range(len(pieces) - 1, -1, -1), pieces, strict=True):
             view = self._memory.view(piece)
             ahead_bytes = self._channel.receive_into([view], None if left else self._ahead)
-            if self._pages.audits and (digest := self._hasher.take(piece, view)) is not None:
+            if self._pages.audits and (digest := self._digester.take(piece, view)) is not None:
                 digests.append((piece.stop - PAGES_PER_2M, digest))
         self._pages.arrived(gfns, runs[0] if len(runs) == 1 else None)
         for first_gfn, digest in digests:
@@ -233,7 +201,7 @@ class PageWriter:
         return self._memory.views(*runs)
 
     def _arrived(self, gfns: GfnArray) -> None:
-        self._hasher.forget()
+        self._digester.forget()
         self._pages.arrived(gfns)
 
     def _unpacked(self, data: bytes, pages: int, record: str) -> PageWords:

@@ -111,6 +111,38 @@ def _digest_all(views: list[memoryview]) -> bytes:
     return b"".join(map(xxhash.xxh3_128_digest, views))
 
 
+class ArrivalDigester:
+    """Digests each whole 2 MiB whose pages arrive in order, in one record or several, as :func:`digest_runs` would."""
+
+    def __init__(self) -> None:
+        self._next_gfn = 0
+        self._hash: xxhash.xxh3_128 | None = None
+
+    def take(self, piece: range, data: memoryview) -> bytes | None:
+        """Take the pages of a piece, which has just arrived; return the digest of 2 MiB where it is the last of them.
+
+        Args:
+            piece: frames, on both sides of no multiple of 512.
+            data: what they hold.
+        """
+        if piece.start % PAGES_PER_2M == 0:
+            self._hash = xxhash.xxh3_128()
+        elif piece.start != self._next_gfn:
+            self._hash = None
+        if self._hash is None:
+            return None
+        self._hash.update(data)
+        self._next_gfn = piece.stop
+        if piece.stop % PAGES_PER_2M:
+            return None
+        digest, self._hash = self._hash.digest(), None
+        return digest
+
+    def forget(self) -> None:
+        """Hear of pages that came otherwise, anywhere: 2 MiB that are under way are given up."""
+        self._hash = None
+
+
 def batches(lengths: GfnArray, max_pages: int, max_runs: int) -> Iterator[slice]:
     """Cut a list of runs into consecutive slices of about ``max_pages`` pages and at most ``max_runs`` runs each."""
     ends = np.cumsum(lengths)
